@@ -61,7 +61,7 @@ def run_side_by_side(jobs: Mapping[str, str], logs: Path, console: Console) -> N
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    listeners[name].join()
+                    listeners[name].join(timeout=5)  # a helper process it left behind may hold its stdout open
                     if process.returncode:
                         raise WorkerError(
                             f"{name}: ended with status {process.returncode}. {logs / name / 'log.txt'} says why."
