@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import hybridzoo as zoo
 from hybridzoo.zoo.cli import app
 
-COMMANDS = ["list", "show", "train", "generate", "eval", "lm-eval", "bench", "doctor", "demo"]
+COMMANDS = ["list", "show", "train", "generate", "convert", "eval", "lm-eval", "bench", "doctor", "demo"]
 
 
 def invoke(*arguments, status=0):
@@ -79,6 +79,27 @@ def test_generate_says_that_a_config_is_untrained():
     assert "untrained" in result.stderr and "untrained" not in result.stdout
 
 
+def test_convert_goes_there_and_back_and_says_what_matched(folder, tmp_path):
+    text = invoke("convert", folder, tmp_path / "hf").stdout
+    assert "hybridzoo -> mamba: all 22 tensors matched" in text and "model.safetensors" in text
+    report = json.loads(invoke("convert", tmp_path / "hf", tmp_path / "ssm", "--to", "mamba_ssm", "--json").stdout)
+    assert (report["source"], report["target"], report["tensors"]) == ("mamba", "mamba_ssm", 22)
+    assert "pytorch_model.bin" in report["files"] and "tokenizer.json" in report["files"]
+    invoke("convert", tmp_path / "ssm", tmp_path / "back", "--to", "hybridzoo")
+    back, first = zoo.load(tmp_path / "back").state_dict(), zoo.load(folder).state_dict()
+    assert back.keys() == first.keys() and all(torch.equal(back[name], first[name]) for name in back)
+
+
+@pytest.mark.parametrize("at", ["save_file", "shutil.copyfile"])
+def test_convert_leaves_nothing_half_written(folder, tmp_path, monkeypatch, at):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(f"hybridzoo.zoo.checkpoint.writing.{at}", interrupted)
+    assert invoke("convert", folder, tmp_path / "new", status=130).stderr == "interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_eval_scores_local_tasks(folder):
     sizes = json.dumps({"docs": 2, "length": 16, "pairs": 4, "vocab": 18})
     arguments = ("eval", folder, "--tasks", "hybridzoo_mqar", "--metadata", sizes, "--device", "cpu", "--batch-size", 8)
@@ -137,12 +158,16 @@ def test_lm_eval_passes_every_flag_on(monkeypatch):
         (["train", "mamba-tiny", "--data", "no/where.txt"], 1, "no/where.txt: no such file"),
         (["eval", "mamba-tiny", "--tasks", "hybridzoo_mqra"], 1, "Did you mean 'hybridzoo_mqar'?"),
         (["eval", "mamba-tiny", "--tasks", "x", "--metadata", "{"], 1, "--metadata: is not JSON"),
+        (["convert", "no/such", "out"], 1, "no/such: no such folder"),
+        (["convert", "no/such", "."], 1, ".: exists already"),
+        (["convert", "a", "b", "--to", "gguf"], 2, "'gguf' is not one of"),
         (["bench", "nothing"], 1, "unknown benchmark 'nothing'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_what_cannot_work_is_one_line_and_a_status(arguments, status, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
     result = invoke(*arguments, status=status)
     assert message in result.stderr and result.stdout == "" and "Traceback" not in result.stderr
     if status == 1:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import json
 import sys
 import traceback
@@ -69,6 +70,7 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
+Format = enum.StrEnum("Format", ["hf", "mamba_ssm", "hybridzoo"])
 Model = Annotated[str, typer.Argument(help="A saved folder, or a name from `zoo list` (untrained).")]
 
 
@@ -203,6 +205,25 @@ def generate(
     if as_json:
         return _print_json({"model": model, "prompt": prompt, "text": text, "tokens": len(new)})
     sys.stdout.write(f"{prompt}{text}\n")
+
+
+@app.command(epilog="Example: [bold]zoo convert state-spaces/mamba-130m out/ --to hf[/bold]")
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A folder of ours, transformers' or mamba-ssm's, or a hub id.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="A new folder; it appears when it is complete.")],
+    to: Annotated[Format, typer.Option(help="The format to write.")] = Format.hf,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a checkpoint in another format, bit for bit, and print what matched."""
+    from .checkpoint import convert as run
+
+    with Console(stderr=True).status(f"{source} -> {folder}"):
+        report = run(source, folder, to)
+    if as_json:
+        return _print_json(dataclasses.asdict(report))
+    Console(soft_wrap=True, highlight=False, markup=False).print(str(report))
 
 
 @app.command("eval", epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb,hybridzoo_mqar[/bold]")

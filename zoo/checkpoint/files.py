@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["CheckpointError", "Stored", "new_folder", "open_source", "read_json", "stored_tensors"]
+__all__ = ["CheckpointError", "Stored", "check_new", "new_folder", "open_source", "read_json", "stored_tensors"]
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -172,6 +172,12 @@ def _damage(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: is damaged ({reason}). Copy it again.") from e
 
 
+def check_new(folder: Path) -> None:
+    """Raise a :class:`CheckpointError` if ``folder`` exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists already. Choose a new folder, or empty this one.")
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A place to write in, which becomes ``folder`` when the block ends well and vanishes when it does not.
@@ -179,8 +185,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: ``folder`` exists and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists already. Choose a new folder, or empty this one.")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

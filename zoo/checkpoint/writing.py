@@ -14,7 +14,7 @@ from torch import Tensor
 from ..lm import CausalLM, padded_vocab
 from . import native
 from .family import Family, Fields, families
-from .files import CheckpointError, new_folder, open_source
+from .files import CheckpointError, check_new, new_folder, open_source
 from .keys import Piece, View
 from .reading import detect, dump, load, shape_of
 
@@ -67,14 +67,17 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
         CheckpointError: As ``zoo.load`` and :func:`export`; no folder is left behind then.
     """
     _check_format(to)
+    # before the weights are read, which may take minutes
+    check_new(Path(folder))
     place = open_source(source)
     family = detect(place)
     model = load(source)
-    target = export(model, folder, to)
-    for name in _COMPANIONS:
-        if (place / name).is_file() and not (Path(folder) / name).exists():
-            shutil.copyfile(place / name, Path(folder) / name)
-    files = tuple(sorted(p.name for p in Path(folder).iterdir()))
+    with new_folder(Path(folder)) as new:
+        target = _write(model, new, to)
+        for name in _COMPANIONS:
+            if (place / name).is_file() and not (new / name).exists():
+                shutil.copyfile(place / name, new / name)
+        files = tuple(sorted(p.name for p in new.iterdir()))
     count = len(native.unique_tensors(model))
     return Report(
         family.model_type if family else "hybridzoo", target, count, model.num_params(), model.cfg.layers, files
@@ -96,26 +99,29 @@ def export(model: CausalLM, folder: str | os.PathLike[str], to: str = "hf") -> s
         CheckpointError: The format cannot express the model, or the folder is not empty.
     """
     _check_format(to)
-    core = getattr(model, "core", model)
-    if to == "hybridzoo":
-        with new_folder(Path(folder)) as place:
-            native.save(core, place)
-        return to
-    view = View(core)
-    family, config = _expressed(view, to)
-    config["dtype"] = str(core.lm_head.weight.dtype).removeprefix("torch.")
     with new_folder(Path(folder)) as place:
-        tensors = _theirs(view, family, core)
-        if to == "mamba_ssm":
-            content = dict(tensors)
-            if core.cfg.tie_embeddings:
-                content["lm_head.weight"] = content["backbone.embedding.weight"]
-            torch.save(content, place / "pytorch_model.bin")
-            del config["dtype"]
-        else:
-            _write_shards(tensors, place)
-            config |= {"model_type": family.model_type, "architectures": [family.architecture]}
-        (place / "config.json").write_text(dump(config), encoding="utf-8")
+        return _write(getattr(model, "core", model), place, to)
+
+
+def _write(model: CausalLM, place: Path, to: str) -> str:
+    if to == "hybridzoo":
+        native.save(model, place)
+        return to
+    view = View(model)
+    family, config = _expressed(view, to)
+    tensors = _theirs(view, family, model)
+    if to == "mamba_ssm":
+        content = dict(tensors)
+        if model.cfg.tie_embeddings:
+            content["lm_head.weight"] = content["backbone.embedding.weight"]
+        torch.save(content, place / "pytorch_model.bin")
+    else:
+        _write_shards(tensors, place)
+        config |= {
+            "model_type": family.model_type, "architectures": [family.architecture],
+            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        }  # fmt: skip
+    (place / "config.json").write_text(dump(config), encoding="utf-8")
     return family.model_type
 
 
