@@ -1,54 +1,65 @@
-"""Benchmarks of the kernels against what one would use instead, in one process on one device.
+"""Benchmarks against what one would use instead, on one device: what is run, and the result as data.
 
 A result is the dict of DESIGN section 9: ``ratio`` is the peer's median time over ours, and both are measured in turns, so that what
 disturbs the machine disturbs both. Peers are other people's code, called as they publish it and in the layout they want; before
-anything is timed, their output is compared with ours.
+anything is timed, outputs and gradients are compared with ours.
 """
 
 import json
 import os
 import platform
-import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-from rich.table import Table
 
-from .peers import CASES, PEERS, Case, default_peers, ours
+from . import bench_ops, bench_train, timing
+from .bench_show import show
+from .cases import CASES
+from .peers import PEERS, default_peers, version
 
 Result = dict[str, Any]
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-# a call slower than this is timed once, without a warm-up
-SLOW_SECONDS = 20.0
+BENCHES = (*CASES, "train")
 
 
-def run_bench(what: str, vs: list[str] | None = None, out: Path | None = None) -> Result:
+def run_bench(
+    what: str,
+    vs: list[str] | None = None,
+    out: Path | None = None,
+    parts: list[str] | None = None,
+    profile: bool = False,
+) -> Result:
     """Run a benchmark, print it as a table, and write it where asked.
 
     Args:
-        what: ``"scan"`` or ``"ssd"``.
+        what: ``"scan"``, ``"ssd"`` or ``"train"``.
         vs: Peers by name; those that make sense on the device if absent.
-        out: A JSON file to write, whole or not at all.
+        out: A JSON file to write, whole or not at all. Cases that it holds already, of the same commit and device, stay.
+        parts: What to measure of it; for a scan by default the table of shapes, for training all.
+        profile: Print the kernels of a training step instead of timing it.
 
     Returns:
         The result in the schema of DESIGN section 9.
 
     Raises:
-        ValueError: An unknown benchmark or peer, or a peer whose library is missing.
+        ValueError: An unknown benchmark, part or peer, or a peer whose library is missing.
     """
-    if what not in CASES:
-        raise ValueError(f"bench: unknown benchmark {what!r}. Known: {', '.join(CASES)}.")
+    if what not in BENCHES:
+        raise ValueError(f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}.")
+    vs = vs or (default_peers(what) if what in PEERS else ["mamba_ssm"])
+    known = bench_train.PEERS if what == "train" else list(PEERS[what])
+    for name in vs:
+        if name not in known:
+            raise ValueError(f"bench: unknown peer {name!r} of {what}. Known: {', '.join(known)}.")
+    chosen = _parts(what, parts)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a log has room for every column
     # no end in sight: steps differ a thousandfold in time
     with Progress(
         *Progress.get_default_columns()[:2],
@@ -58,83 +69,90 @@ def run_bench(what: str, vs: list[str] | None = None, out: Path | None = None) -
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(what, total=None)
-        result = bench(what, vs or default_peers(what), tick=lambda text: bar.update(task, description=text))
+        result = bench(what, vs, chosen, lambda text: bar.update(task, description=text), profile)
+    result["command"] += "".join(f" --part {part}" for part in parts or [])
     show(result, console)
-    if out is not None:
-        write(result, Path(out))
+    if out is not None and not profile:
+        before = _same_run(Path(out), result)
+        write(result if before is None else merged(before, result), Path(out))
     return result
 
 
-def bench_scan(vs: list[str], repeats: int = 7) -> Result:
-    """The selective scan against ``vs``; see :func:`bench`."""
-    return bench("scan", vs, repeats)
+def _parts(what: str, parts: list[str] | None) -> list[str]:
+    known = list(bench_train.PARTS) if what == "train" else list(dict.fromkeys(case.part for case in CASES[what]))
+    for part in parts or []:
+        if part not in (*known, "all"):
+            raise ValueError(f"bench: unknown part {part!r} of {what}. Known: {', '.join(known)}, all.")
+    if parts is None:
+        return known if what == "train" else ["table"]
+    return known if "all" in parts else parts
 
 
-def bench(what: str, vs: list[str], repeats: int = 7, tick: Callable[[str], None] = lambda text: None) -> Result:
-    """Time one op against its peers and, for the scan on a CPU, measure its memory.
+def bench(
+    what: str,
+    vs: list[str],
+    parts: list[str] | None = None,
+    tick: Callable[[str], None] = lambda text: None,
+    profile: bool = False,
+    timer: timing.Timer | None = None,
+) -> Result:
+    """Measure without printing; see :func:`run_bench`.
 
     Args:
-        what: A key of ``CASES``.
+        what: A key of ``BENCHES``.
         vs: Names from ``PEERS``.
-        repeats: Timed calls per number; a peer that takes longer than 20 s is called once.
+        parts: As for :func:`run_bench`.
         tick: Told what is measured next.
+        profile: As for :func:`run_bench`.
+        timer: Another way to take the time.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases: list[Result] = []
-    for case in CASES[what]:
-        if case.device == device:
-            for name in vs:
-                cases += _compare(what, case, name, repeats, tick)
-    ceilings = _ceilings(device)
-    if what == "scan":
-        for row in cases:
-            b, l, d, n = (row["shape"][k] for k in "bldn")
-            # the exponentials alone, which no scan with a decay per channel and state can avoid
-            row["floor_ms"] = round(b * l * d * n / ceilings["exp_Gs"] / 1e6, 4)
-            row["share_of_floor"] = round(row["floor_ms"] / row["ours_ms"], 3)
-        if device == "cpu":
-            tick("memory")
-            cases += _memory()
+    ceilings: dict[str, float] = {}
+    if what == "train":
+        rows = bench_train.measure(vs, parts or list(bench_train.PARTS), tick, profile)
+    else:
+        tick("ceilings")
+        ceilings = timing.ceilings(device)
+        rows = bench_ops.measure(what, vs, parts or ["table"], timer or timing.timer_for(device), ceilings, tick)
+    named = {row["peer"].split(",")[0] for row in rows if row.get("peer")}
     return {
         "what": what,
         "command": f"zoo bench {what} " + " ".join(f"--vs {name}" for name in vs),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **{n: _version(n) for n in vs}},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: version(name) for name in dict.fromkeys([*vs, *sorted(named)])},
         "ceilings": ceilings,
-        "cases": cases,
+        "cases": rows,
     }
 
 
-def show(result: Result, console: Console) -> None:
-    """Print a result as tables."""
-    timed = Table(
-        title=f"{result['what']} on {result['device']}, {result['commit']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in ("shape", "op", "peer"):
-        timed.add_column(name, no_wrap=True)
-    for name in ("ours ms", "± iqr", "peer ms", "ratio", "goal"):
-        timed.add_column(name, justify="right", no_wrap=True)
-    memory = Table(title="peak memory of forward + backward", box=box.SIMPLE_HEAD)
-    for name in ("l", "peak MB", "kB per token"):
-        memory.add_column(name, justify="right")
-    for case in result["cases"]:
-        if "ours_MB" in case:
-            l = case["shape"]["l"]
-            memory.add_row(str(l), f"{case['ours_MB']:.1f}", f"{1000 * case['ours_MB'] / l:.1f}")
-            continue
-        goal, met = case["goal_ratio"], ""
-        if goal is not None:
-            met = "[green]" if case["ratio"] >= goal else "[red]"
-        shape = " ".join(f"{k}{v}" for k, v in case["shape"].items())
-        op = case["op"].replace("forward", "fwd").replace("backward", "bwd")
-        times = f"{case['ours_ms']:.1f}", f"{case['ours_iqr_ms']:.1f}", f"{case['peer_ms']:.1f}"
-        ratio = f"{met}{case['ratio']:.1f}x", "" if goal is None else f"{goal:g}x"
-        timed.add_row(shape, op, case["peer"], *times, *ratio)
-    console.print(timed)
-    if memory.row_count:
-        console.print(memory)
+def merged(before: Result, after: Result) -> Result:
+    """Both results in one, a case that is in both as it was measured last; what was run is kept under ``runs``."""
+    fresh = {_identity(row) for row in after["cases"]}
+    cases = [row for row in before["cases"] if _identity(row) not in fresh] + after["cases"]
+    runs = [{key: r[key] for key in ("command", "date", "ceilings")} for r in (before, after)]
+    return after | {
+        "versions": before["versions"] | after["versions"],
+        "cases": cases,
+        "runs": [*before.get("runs", runs[:1]), runs[1]],
+    }
+
+
+def _identity(row: dict[str, Any]) -> tuple:
+    return tuple(row.get(key) for key in ("name", "op", "dtype", "peer"))
+
+
+def _same_run(path: Path, result: Result) -> Result | None:
+    """What the file holds, if it is of the same benchmark, commit and device."""
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: is not JSON ({e}). Move it away, or give another --out.") from e
+    return before if all(before.get(key) == result[key] for key in ("what", "commit", "device")) else None
 
 
 def write(result: Result, path: Path) -> None:
@@ -145,141 +163,18 @@ def write(result: Result, path: Path) -> None:
     part.replace(path)
 
 
-def _compare(what: str, case: Case, name: str, repeats: int, tick: Callable[[str], None]) -> list[Result]:
-    if name not in PEERS[what]:
-        raise ValueError(f"bench: unknown peer {name!r} of {what}. Known: {', '.join(PEERS[what])}.")
-    torch.manual_seed(0)
-    inputs = case.inputs()
-    mine = ours(what, inputs)
-    try:
-        theirs = PEERS[what][name](inputs)
-    except ImportError as e:
-        raise ValueError(
-            f"bench: the peer {name!r} needs a library that is not here ({e}). Install it, or leave it out."
-        ) from e
-    with torch.no_grad():
-        tolerance = 1e-3 if case.dtype == torch.float32 else 5e-2
-        torch.testing.assert_close(theirs.result(), mine.result(), rtol=tolerance, atol=tolerance, check_dtype=False)
-    rows = []
-    for op in ("forward", "forward+backward"):
-        tick(f"{case.name}, {op}, {name}")
-        a, b = _times(getattr(mine, _METHOD[op]), getattr(theirs, _METHOD[op]), repeats, case.device)
-        goal = case.goals.get((name, op))
-        rows.append(
-            {
-                "name": case.name,
-                "op": op,
-                "shape": case.shape,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "ours_ms": round(statistics.median(a), 4),
-                "ours_iqr_ms": _iqr(a),
-                "peer": name,
-                "peer_ms": round(statistics.median(b), 4),
-                "peer_iqr_ms": _iqr(b),
-                "peer_repeats": len(b),
-                "ratio": round(statistics.median(b) / statistics.median(a), 2),
-                "goal_ratio": goal,
-            }
-        )
-    return rows
-
-
-_METHOD = {"forward": "forward", "forward+backward": "train"}
-
-
-def _times(mine: Callable, theirs: Callable, repeats: int, device: str) -> tuple[list[float], list[float]]:
-    """Milliseconds of both, in turns."""
-    mine()
-    first = _time(theirs, device)
-    a, b = [], [first] if first > 1000 * SLOW_SECONDS else []
-    for _ in range(repeats):
-        a.append(_time(mine, device))
-        if first <= 1000 * SLOW_SECONDS:
-            b.append(_time(theirs, device))
-    return a, b
-
-
-def _time(call: Callable, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _iqr(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(times, n=4)
-    return round(high - low, 4)
-
-
-def _ceilings(device: str) -> dict[str, float]:
-    """What the device can copy and exponentiate: bytes read and written, and results per second."""
-    big = torch.rand(1 << 26, device=device)
-    into = torch.empty_like(big)
-    small = torch.rand(1 << (17 if device == "cpu" else 26), device=device)
-    out = torch.empty_like(small)
-    rounds = 200 if device == "cpu" else 10
-
-    def exps() -> None:
-        for _ in range(rounds):
-            torch.exp(small, out=out)
-
-    copy = min(_time(lambda: into.copy_(big), device) for _ in range(7))
-    exp = min(_time(exps, device) for _ in range(7)) / rounds
-    return {"copy_TBs": round(2 * big.numel() * 4 / copy / 1e9, 4), "exp_Gs": round(small.numel() / exp / 1e6, 3)}
-
-
-_MEMORY = """
-import sys
-from pathlib import Path
-import torch
-from hybridzoo.kernels import selective_scan
-def megabytes(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-def train(l, d=512, n=16):
-    u, dt = (torch.randn(1, l, d, requires_grad=True) for _ in range(2))
-    B, C = (torch.randn(1, l, 1, n, requires_grad=True) for _ in range(2))
-    selective_scan(u, dt, -torch.ones(d, n), B, C, dt_softplus=True).sum().backward()
-train(32)
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-before = megabytes("VmRSS")
-train(int(sys.argv[1]))
-print(megabytes("VmHWM") - before)
-"""
-
-
-def _memory() -> list[Result]:
-    """Peak resident memory that forward + backward add, inputs included, to a warm process; a process per length."""
-    rows: list[Result] = []
-    if not Path("/proc/self/clear_refs").exists():
-        return rows
-    for l in LENGTHS:
-        done = subprocess.run(
-            [sys.executable, "-c", _MEMORY, str(l)], capture_output=True, text=True, check=True, cwd="/"
-        )
-        shape = {"b": 1, "l": l, "d": 512, "n": 16}
-        rows.append(
-            {
-                "name": f"memory-l{l}",
-                "op": "forward+backward",
-                "shape": shape,
-                "dtype": "float32",
-                "ours_MB": round(float(done.stdout), 1),
-            }
-        )
-    return rows
-
-
 def _commit() -> str:
+    # a copy of the tree without its history is told
+    told = os.environ.get("HYBRIDZOO_COMMIT")
+    if told:
+        return told
     root = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, cwd=root
-    )
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, cwd=root
+        )
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -289,10 +184,3 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"

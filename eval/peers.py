@@ -1,35 +1,53 @@
-"""What the benchmarks measure, and against whom: inputs, our call, and the peers' own functions in the layouts they ask for."""
+"""Both sides of the benchmarks: our calls, and other people's functions, called as published and in the layouts they ask for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
+from importlib import import_module, metadata
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import selective_scan, ssd
+from ..kernels import causal_conv1d, dispatch, selective_scan, selective_state_update, ssd
+from .cases import Inputs
 
-Inputs = dict[str, Tensor]
+# what has a value per token or per row, and so another layout where channels come first
+_PER_TOKEN = ("u", "x", "dt", "z", "B", "C")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timed:
     """A function of leaves, ready to be called again and again.
 
     Attributes:
-        leaves: Tensors that get a gradient.
+        leaves: Tensors that get a gradient, by name.
         call: The op on the leaves.
-        view: Brings its result to our layout, outside of what is timed.
+        channels_first: Whether tensors with an axis of tokens have it last, (b, d, l) and (b, g, n, l).
+        backend: What does it, if that is a choice.
+        state: What the call updates in place, if anything.
     """
 
-    leaves: list[Tensor]
+    leaves: dict[str, Tensor]
     call: Callable[[], Tensor]
-    view: Callable[[Tensor], Tensor] = field(default=lambda y: y)
+    channels_first: bool = False
+    backend: str | None = None
+    state: Tensor | None = None
+    _gout: Tensor | None = field(default=None, repr=False)
+
+    def ours(self, name: str, x: Tensor) -> Tensor:
+        """A tensor of theirs with tokens second."""
+        return x.movedim(-1, 1) if self.channels_first and name in (*_PER_TOKEN, "out") else x
 
     def result(self) -> Tensor:
         """The output in our layout."""
-        return self.view(self.call())
+        with torch.no_grad():
+            return self.ours("out", self.call())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the leaves, in our layout, for one random gradient of the output."""
+        y = self.call()
+        grads = torch.autograd.grad(y, list(self.leaves.values()), self._random_like(y))
+        return {name: self.ours(name, g) for name, g in zip(self.leaves, grads, strict=True)}
 
     def forward(self) -> None:
         """One call that records nothing for a backward."""
@@ -39,105 +57,92 @@ class Timed:
     def train(self) -> None:
         """One call and the gradients of every leaf."""
         y = self.call()
-        torch.autograd.grad(y, self.leaves, torch.ones_like(y))
+        torch.autograd.grad(y, list(self.leaves.values()), self._random_like(y))
+
+    def saved_bytes(self) -> int:
+        """What a call keeps for its backward besides the leaves, counting storage that is shared once."""
+        kept: dict[int, int] = {}
+        known = {x.untyped_storage().data_ptr() for x in self.leaves.values()}
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            y = self.call()
+        del y
+        return sum(kept.values())
+
+    def _random_like(self, y: Tensor) -> Tensor:
+        # random, since what is the same everywhere can run faster than real values do
+        if self._gout is None:
+            shape = self.ours("out", y).shape
+            generator = torch.Generator(y.device).manual_seed(1)
+            gout = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
+            self._gout = gout.movedim(1, -1).contiguous() if self.channels_first else gout
+        return self._gout
 
 
-@dataclass(frozen=True)
-class Case:
-    """One shape to measure.
-
-    Attributes:
-        name: What it stands for.
-        op: ``"scan"`` or ``"ssd"``.
-        shape: By the glossary's letters.
-        dtype: Of the activations; parameters are float32.
-        device: Where it is worth measuring.
-        goals: The ratio to reach, by peer and operation.
-    """
-
-    name: str
-    op: str
-    shape: dict[str, int]
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    goals: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    def inputs(self) -> Inputs:
-        """Random inputs such as a freshly initialised layer would see: step sizes of 0.001 to 0.1, decay rates of 1 to 16."""
-        b, l, n = (self.shape[k] for k in "bln")
-        wide = (self.shape["d"],) if self.op == "scan" else (self.shape["h"], self.shape["p"])
-        steps = wide[:1]
-        made = {name: torch.randn(b, l, *wide, dtype=self.dtype) for name in ("u", "z")}
-        made |= {name: torch.randn(b, l, 1, n, dtype=self.dtype) for name in ("B", "C")}
-        made["dt"] = torch.randn(b, l, *steps).to(self.dtype)
-        made["dt_bias"] = torch.empty(steps).uniform_(-7, -2.3)
-        made["A"] = (
-            -torch.arange(1.0, n + 1).repeat(*steps, 1) if self.op == "scan" else -torch.empty(steps).uniform_(1, 16)
-        )
-        made["D"] = torch.ones(steps)
-        return {name: x.to(self.device) for name, x in made.items()}
+def own_backend(op: str, x: Tensor) -> str:
+    """Our own fastest way to do a call on ``x``, other people's libraries left out."""
+    table = dispatch.TABLES[op]
+    facts = {"device": x.device.type, "dtype": x.dtype}
+    return "cuda" if "cuda" in table and table["cuda"].refuse(facts) is None else "chunked"
 
 
-ISSUE_GOALS = {
-    ("transformers", "forward"): 3.0,
-    ("transformers", "forward+backward"): 50.0,
-    ("mambapy", "forward"): 2.0,
-    ("mambapy", "forward+backward"): 2.0,
-}
-
-CASES = {
-    "scan": [
-        Case("b1-l2k", "scan", {"b": 1, "l": 2048, "d": 512, "n": 16}, goals=ISSUE_GOALS),
-        Case("train-tiny", "scan", {"b": 16, "l": 256, "d": 256, "n": 16}),
-        Case("train-1.4b", "scan", {"b": 8, "l": 2048, "d": 4096, "n": 16}, torch.bfloat16, "cuda"),
-    ],
-    "ssd": [
-        Case("b1-l2k", "ssd", {"b": 1, "l": 2048, "h": 8, "p": 64, "n": 64}),
-        Case("train-1.3b", "ssd", {"b": 8, "l": 2048, "h": 64, "p": 64, "n": 128}, torch.bfloat16, "cuda"),
-    ],
-}
+def _leaves(inputs: Inputs, *names: str) -> dict[str, Tensor]:
+    # the same storage: at a length of a million a copy is 10 GB
+    return {name: inputs[name].detach().requires_grad_() for name in names}
 
 
-def default_peers(what: str) -> list[str]:
-    """The peers that make sense on this machine's device."""
-    if torch.cuda.is_available():
-        return ["mamba_ssm"]
-    return [name for name in PEERS[what] if name != "mamba_ssm"]
-
-
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [x.detach().clone().requires_grad_() for x in tensors]
+_SCAN = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
 def ours(what: str, inputs: Inputs) -> Timed:
-    """Our op on its own layout, the backend chosen automatically but never a peer's library."""
-    names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-    leaves = _leaves(*(inputs[name] for name in names))
-    op, backend = (selective_scan if what == "scan" else ssd), "chunked"
-    return Timed(leaves, lambda: op(*leaves[:7], dt_bias=leaves[7], dt_softplus=True, backend=backend))
+    """Our op on its own layout, by our own backend."""
+    if what == "conv":
+        leaves = _leaves(inputs, "x", "weight", "bias")
+        x, weight, bias = leaves.values()
+        own = own_backend("causal_conv1d", x)
+        return Timed(leaves, lambda: causal_conv1d(x, weight, bias, activation="silu", backend=own), backend=own)
+    if what == "decode":
+        u, dt, A, B, C, D, z, dt_bias = (inputs[name] for name in _SCAN)
+        state = inputs["state"].clone()
+        return Timed(
+            {},
+            lambda: selective_state_update(state, u, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=True),
+            state=state,
+        )
+    leaves = _leaves(inputs, *_SCAN)
+    *first, bias = leaves.values()
+    op, name = (selective_scan, "selective_scan") if what == "scan" else (ssd, "ssd")
+    own = own_backend(name, first[0])
+    return Timed(leaves, lambda: op(*first, dt_bias=bias, dt_softplus=True, backend=own), backend=own)
+
+
+def _first(inputs: Inputs, *names: str) -> dict[str, Tensor]:
+    """Leaves with tokens last."""
+    moved = {k: inputs[k].movedim(1, -1).contiguous() if k in _PER_TOKEN else inputs[k] for k in names}
+    return _leaves(moved, *names)
 
 
 def _scan_transformers(i: Inputs) -> Timed:
     """The torch path of transformers' Mamba, channels first."""
     scan = import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan
-    u, dt, z, B, C = (
-        x.transpose(1, 2).contiguous() for x in (i["u"], i["dt"], i["z"], i["B"][:, :, 0], i["C"][:, :, 0])
-    )
-    leaves = _leaves(u, dt, i["A"], B, C, i["D"], z, i["dt_bias"])
-    return Timed(
-        leaves,
-        lambda: scan(*leaves[:6], z=leaves[6], delta_bias=leaves[7], delta_softplus=True),
-        lambda y: y.transpose(1, 2),
-    )
+    leaves = _first(i | {"B": i["B"][:, :, 0], "C": i["C"][:, :, 0]}, *_SCAN)
+    u, dt, A, B, C, D, z, bias = leaves.values()
+    return Timed(leaves, lambda: scan(u, dt, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True), True)
 
 
 def _scan_mambapy(i: Inputs) -> Timed:
     """The block of mambapy: discretisation and its parallel scan; bias, softplus and gate around it as in the block."""
     block = import_module("mambapy.mamba").MambaBlock
-    leaves = _leaves(i["u"], i["dt"], i["A"], i["B"][:, :, 0], i["C"][:, :, 0], i["D"], i["z"], i["dt_bias"])
+    leaves = _leaves(i | {"B": i["B"][:, :, 0], "C": i["C"][:, :, 0]}, *_SCAN)
 
     def call() -> Tensor:
-        u, dt, A, B, C, D, z, bias = leaves
+        u, dt, A, B, C, D, z, bias = leaves.values()
         return block.selective_scan(None, u, F.softplus(dt + bias), A, B, C, D) * F.silu(z)
 
     return Timed(leaves, call)
@@ -146,19 +151,17 @@ def _scan_mambapy(i: Inputs) -> Timed:
 def _scan_mamba_ssm(i: Inputs) -> Timed:
     """mamba-ssm's CUDA kernel, channels first."""
     scan = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    u, dt, z = (i[name].transpose(1, 2).contiguous() for name in ("u", "dt", "z"))
-    B, C = (i[name].permute(0, 2, 3, 1).contiguous() for name in ("B", "C"))
-    leaves = _leaves(u, dt, i["A"], B, C, i["D"], z, i["dt_bias"])
-    return Timed(leaves, lambda: scan(*leaves, delta_softplus=True), lambda y: y.transpose(1, 2))
+    leaves = _first(i, *_SCAN)
+    return Timed(leaves, lambda: scan(*leaves.values(), delta_softplus=True), True)
 
 
 def _ssd_transformers(i: Inputs) -> Timed:
     """The torch path of transformers' Mamba-2, with the gate that its norm applies."""
     scan = import_module("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
-    leaves = _leaves(*(i[name] for name in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")))
+    leaves = _leaves(i, *_SCAN)
 
     def call() -> Tensor:
-        x, dt, A, B, C, D, z, bias = leaves
+        x, dt, A, B, C, D, z, bias = leaves.values()
         y = scan(x, dt, A, B, C, 64, D=D, dt_bias=bias, dt_softplus=True)
         y = y[0] if isinstance(y, tuple) else y
         return y.view_as(z) * F.silu(z)
@@ -169,12 +172,60 @@ def _ssd_transformers(i: Inputs) -> Timed:
 def _ssd_mamba_ssm(i: Inputs) -> Timed:
     """mamba-ssm's Triton kernels."""
     scan = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    leaves = _leaves(*(i[name] for name in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")))
-    x, dt, A, B, C, D, z, bias = leaves
+    leaves = _leaves(i, *_SCAN)
+    x, dt, A, B, C, D, z, bias = leaves.values()
     return Timed(leaves, lambda: scan(x, dt, A, B, C, 256, D=D, z=z, dt_bias=bias, dt_softplus=True))
 
 
-PEERS: dict[str, dict[str, Callable[[Inputs], Timed]]] = {
+def _conv_library(i: Inputs) -> Timed:
+    """causal-conv1d's kernel on (b, d, l), the layout that mamba-ssm calls it with."""
+    conv = import_module("causal_conv1d").causal_conv1d_fn
+    leaves = _first(i, "x", "weight", "bias")
+    return Timed(leaves, lambda: conv(*leaves.values(), activation="silu"), True)
+
+
+def _conv_library_last(i: Inputs) -> Timed:
+    """causal-conv1d's other kernel, for (b, d, l) views of tensors with channels last."""
+    conv = import_module("causal_conv1d").causal_conv1d_fn
+    leaves = _leaves(i, "x", "weight", "bias")
+    x, weight, bias = leaves.values()
+    return Timed(leaves, lambda: conv(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2))
+
+
+def _decode_mamba_ssm(i: Inputs) -> Timed:
+    """mamba-ssm's Triton kernel on the same float32 state."""
+    update = import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+    u, dt, A, B, C, D, z, bias = (i[name] for name in _SCAN)
+    state = i["state"].clone()
+    return Timed(
+        {}, lambda: update(state, u, dt, A, B[:, 0], C[:, 0], D, z=z, dt_bias=bias, dt_softplus=True), state=state
+    )
+
+
+Make = Callable[[Inputs], Timed]
+# by op; the convolution's peers stand in for mamba_ssm, which calls that library
+PEERS: dict[str, dict[str, Make]] = {
     "scan": {"transformers": _scan_transformers, "mambapy": _scan_mambapy, "mamba_ssm": _scan_mamba_ssm},
     "ssd": {"transformers": _ssd_transformers, "mamba_ssm": _ssd_mamba_ssm},
+    "conv": {"causal_conv1d": _conv_library, "causal_conv1d, channels last": _conv_library_last},
+    "decode": {"mamba_ssm": _decode_mamba_ssm},
 }
+
+
+def default_peers(what: str) -> list[str]:
+    """The peers that make sense on this machine's device."""
+    if torch.cuda.is_available():
+        return ["mamba_ssm"]
+    return [name for name in PEERS[what] if name != "mamba_ssm"]
+
+
+def version(name: str) -> str:
+    """Of a peer's library; some come without metadata and know it themselves."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+    try:
+        return str(getattr(import_module(name), "__version__", "unknown"))
+    except ImportError:
+        return "not installed"

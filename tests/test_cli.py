@@ -124,13 +124,25 @@ def test_doctor_names_a_backend_for_every_op():
 def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
     import hybridzoo.eval.bench as bench
 
-    def fake(what, vs, out):
+    def fake(what, vs, out, parts, profile):
         print("a table")
-        return {"what": what, "vs": vs, "out": str(out)}
+        return {"what": what, "vs": vs, "out": str(out), "parts": parts, "profile": profile}
 
     monkeypatch.setattr(bench, "run_bench", fake)
-    result = invoke("bench", "scan", "--vs", "a", "--vs", "b", "--out", tmp_path / "x.json", "--json")
-    assert json.loads(result.stdout) == {"what": "scan", "vs": ["a", "b"], "out": str(tmp_path / "x.json")}
+    path = tmp_path / "x.json"
+    result = invoke("bench", "scan", "--vs", "a", "--vs", "b", "--part", "conv", "--out", path, "--json")
+    want = {"what": "scan", "vs": ["a", "b"], "out": str(path), "parts": ["conv"], "profile": False}
+    assert json.loads(result.stdout) == want
+
+
+def test_bench_plot_draws_what_a_file_holds(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "name the JSON file" in invoke("bench", "plot", status=1).stderr
+    row = {"name": "x", "op": "forward", "peer": "p", "ours_ms": 1.0, "peer_ms": 2.0, "ratio": 2.0}
+    path = tmp_path / "scan.json"
+    path.write_text(json.dumps({"what": "scan", "device": "GPU", "cases": [row]}))
+    invoke("bench", "plot", path)
+    assert "2.0x" in (tmp_path / "scan.svg").read_text()
 
 
 def test_lm_eval_passes_every_flag_on(monkeypatch):

@@ -274,16 +274,34 @@ def lm_eval(ctx: typer.Context) -> None:
 
 @app.command(epilog="Example: [bold]zoo bench scan --vs transformers --vs mambapy[/bold]")
 def bench(
-    what: Annotated[str, typer.Argument(help="scan or ssd.")],
+    what: Annotated[str, typer.Argument(help="scan, ssd or train; or plot, to draw a JSON file of results.")],
+    file: Annotated[Path | None, typer.Argument(help="What to plot.", show_default=False)] = None,
     vs: Annotated[list[str] | None, typer.Option(help="A peer to compare with; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to measure: table, length, state, dtype, decode, conv or all of a scan on a GPU;"
+            " a model, or model:variant, of train. May be repeated."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the result to this JSON file, beside what it holds of this commit.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Of train: print the kernels of a step.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Time an op against other implementations of it, in one process."""
+    """Time an op, or a model's training step, against other implementations on the same device."""
+    if what == "plot":
+        from ..eval.bench_show import plot
+
+        if file is None:
+            raise ValueError("bench plot: name the JSON file of results to draw.")
+        drawn = plot(json.loads(file.read_text()), out or file.with_suffix(".svg"))
+        return _say(f"wrote {drawn}")
     from ..eval.bench import run_bench
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        result = run_bench(what, vs, out)
+        result = run_bench(what, vs, out, part, profile)
     if as_json:
         _print_json(result)
 

@@ -1,0 +1,265 @@
+"""Training steps of whole models beside mamba-ssm's own: speed, memory, and the losses of the first steps from the same weights.
+
+Each side runs in a process of its own, so that neither sees the other's memory; both read one batch and the weights that the peer drew.
+A variant changes one thing of ours, which says what that thing is worth.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import dispatch
+from ..zoo.build import build
+from .timing import iqr, wall_ms
+
+Row = dict[str, Any]
+Tick = Callable[[str], None]
+
+PEERS = ["mamba_ssm"]
+VARIANTS = {
+    "default": "as shipped",
+    "compile": "the backbone through torch.compile",
+    "logits": "the logits of all tokens at once in place of the chunked cross-entropy",
+    "mamba_ssm-scan": "mamba-ssm's scan inside our layers",
+}
+PARTS = {
+    "mamba-130m": ("mamba-130m", "default"),
+    "mamba-370m": ("mamba-370m", "default"),
+    "mamba-130m:compile": ("mamba-130m", "compile"),
+    "mamba-130m:logits": ("mamba-130m", "logits"),
+    "mamba-130m:mamba_ssm-scan": ("mamba-130m", "mamba_ssm-scan"),
+    "mamba-370m:compile": ("mamba-370m", "compile"),
+}
+SHAPE = {"b": 8, "l": 2048}
+GOAL_RATIO, GOAL_MEMORY = 2.0, 0.7
+COMPARED, TIMED = 10, 20
+# relative differences of the losses: at the same weights, and after some steps of a bfloat16 run
+FIRST_LIMIT, LATER_LIMIT = 1e-3, 2e-2
+
+
+def measure(vs: list[str], parts: list[str], tick: Tick, profile: bool = False) -> list[Row]:
+    """A row per part, each against every peer; with ``profile``, the kernels of a step are printed instead.
+
+    Raises:
+        ValueError: There is no GPU, or a side failed; the message has its last words.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("bench train: needs a CUDA device, and torch sees none.")
+    rows = []
+    chosen = [PARTS[part] for part in parts]
+    with tempfile.TemporaryDirectory() as folder:
+        for model in dict.fromkeys(model for model, _ in chosen):
+            weights = str(Path(folder) / f"{model}.pt")
+            for peer in vs:
+                tick(f"{model}, {peer}")
+                theirs = _run({"side": peer, "model": model, "weights": weights, "profile": profile}, folder)
+                for variant in [v for m, v in chosen if m == model]:
+                    tick(f"{model}, ours, {variant}")
+                    spec = {"side": "ours", "model": model, "weights": weights, "profile": profile, "variant": variant}
+                    mine = _run(spec, folder)
+                    if not profile:
+                        rows.append(_row(model, variant, mine, peer, theirs))
+    return rows
+
+
+def _run(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    out = Path(folder) / "result.json"
+    env = os.environ | ({"HYBRIDZOO_BACKEND": "mamba_ssm"} if spec.get("variant") == "mamba_ssm-scan" else {})
+    code = "from hybridzoo.eval.bench_train import main; main()"
+    # -P: the folder we are in is no place to import from
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, json.dumps(spec | {"out": str(out)})],
+        env=env,
+        cwd="/",
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-8:])
+        raise ValueError(f"bench train: {spec['side']} of {spec['model']} ended with status {done.returncode}:\n{last}")
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    """One side in its own process: the description is the last argument, the result a JSON file."""
+    spec = json.loads(sys.argv[-1])
+    torch.manual_seed(0)
+    out = spec.pop("out")
+    Path(out).write_text(json.dumps(side(spec, "cuda")))
+
+
+def side(spec: dict[str, Any], device: str, shape: dict[str, int] | None = None) -> dict[str, Any]:
+    """Train one side for some steps; see :func:`measure`.
+
+    Args:
+        spec: ``side`` (``"ours"`` or a peer), ``model``, ``weights`` (a file: written by the peer, read by us), ``variant``, ``profile``.
+        device: Where.
+        shape: Another batch than the usual one.
+
+    Returns:
+        ``{"losses", "times_ms", "peak_GiB", "params", "backends"}``.
+    """
+    shape = shape or SHAPE
+    if spec["side"] == "ours":
+        loss, model = _ours(spec, device)
+    else:
+        loss, model = _MAKERS[spec["side"]](spec, device)
+    ids = batch(model_rows(model), shape["b"], shape["l"]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            value = loss(ids)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    losses = [step().item() for _ in range(COMPARED)]
+    if spec.get("profile"):
+        print_kernels(step, f"{spec['model']}, {spec['side']} {spec.get('variant', '')}")
+        return {}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = _step_times(step, device)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    backends = {op: _chosen(op, device) for op in ("selective_scan", "causal_conv1d")}
+    return {
+        "losses": losses,
+        "times_ms": times,
+        "peak_GiB": peak,
+        "params": sum(p.numel() for p in model.parameters()),
+        "backends": backends if spec["side"] == "ours" else {},
+    }
+
+
+def batch(rows: int, b: int, l: int) -> Tensor:
+    """Token ids (b, l), the lower the likelier, so that there is something to learn within a few steps."""
+    draw = torch.rand(b, l, generator=torch.Generator().manual_seed(0))
+    return (draw**3 * rows).long().clamp(max=rows - 1)
+
+
+def model_rows(model: nn.Module) -> int:
+    """Rows of the embedding."""
+    return model.get_parameter("backbone.embedding.weight").shape[0]
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """Next-token loss from the logits of all tokens; they are not copied to be shifted."""
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def _ours(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    variant = spec.get("variant", "default")
+    # what runs is ours, also where the peers' libraries are installed
+    for name in dispatch._installed:
+        dispatch._installed[name] &= name == "mamba_ssm" and variant == "mamba_ssm-scan"
+    model = build(spec["model"], device=device).train()
+    model.load_state_dict(torch.load(spec["weights"], map_location=device, weights_only=True))
+    if variant == "compile":
+        model.backbone.compile()
+    if variant == "logits":
+        return lambda ids: cross_entropy(model(ids, return_state=False).logits, ids), model
+    return lambda ids: model(ids, labels=ids).loss, model
+
+
+def _mamba_ssm(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    same = build(spec["model"], device="meta")
+    cfg = MambaConfig(d_model=same.cfg.d_model, n_layer=len(same.backbone.layers), vocab_size=same.cfg.vocab_size)
+    model = MambaLMHeadModel(cfg, device=device)
+    torch.save(model.state_dict(), spec["weights"])
+    return lambda ids: cross_entropy(model(ids).logits, ids), model
+
+
+_MAKERS = {"mamba_ssm": _mamba_ssm}
+
+
+def _step_times(step: Callable[[], Tensor], device: str) -> list[float]:
+    if device != "cuda":
+        return [wall_ms(step) for _ in range(TIMED)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def _chosen(op: str, device: str) -> str:
+    return next(name for name, taken, _ in dispatch.explain(op, device=device, dtype=torch.bfloat16) if taken)
+
+
+def _row(model: str, variant: str, mine: dict[str, Any], peer: str, theirs: dict[str, Any]) -> Row:
+    tokens = SHAPE["b"] * SHAPE["l"]
+    a, b = (statistics.median(s["times_ms"]) for s in (mine, theirs))
+    off = [abs(x - y) / y for x, y in zip(mine["losses"], theirs["losses"], strict=True)]
+    memory = mine["peak_GiB"] / theirs["peak_GiB"]
+    judged = variant in ("default", "compile")
+    return {
+        "name": model,
+        "part": variant,
+        "op": f"training step, {variant}",
+        "variant": variant,
+        "about": VARIANTS[variant],
+        "shape": SHAPE,
+        "dtype": "bfloat16 autocast, AdamW",
+        "params": mine["params"],
+        "backends": mine["backends"],
+        "ours_ms": round(a, 3),
+        "ours_iqr_ms": round(iqr(mine["times_ms"]), 3),
+        "ours_tokens_s": round(1000 * tokens / a),
+        "ours_GiB": round(mine["peak_GiB"], 3),
+        "peer": peer,
+        "peer_ms": round(b, 3),
+        "peer_iqr_ms": round(iqr(theirs["times_ms"]), 3),
+        "peer_tokens_s": round(1000 * tokens / b),
+        "peer_GiB": round(theirs["peak_GiB"], 3),
+        "ratio": round(b / a, 3),
+        "goal_ratio": GOAL_RATIO if judged else None,
+        "met": b / a >= GOAL_RATIO if judged else None,
+        "memory_ratio": round(memory, 3),
+        "goal_memory_ratio": GOAL_MEMORY,
+        "memory_met": memory <= GOAL_MEMORY,
+        "ours_losses": [round(x, 4) for x in mine["losses"]],
+        "peer_losses": [round(x, 4) for x in theirs["losses"]],
+        "error": max(off),
+        "error_limits": [FIRST_LIMIT, LATER_LIMIT],
+        "agree": off[0] <= FIRST_LIMIT and max(off) <= LATER_LIMIT,
+    }
+
+
+def print_kernels(step: Callable[[], Any], title: str, steps: int = 3, top: int = 30) -> None:
+    """Print the kernels of a training step by their time on the GPU."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    # annotations such as Optimizer.step#AdamW.step span kernels that have rows of their own
+    kernels = [e for e in found.key_averages() if e.device_type == DeviceType.CUDA and ".step#" not in e.key]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels) or 1.0
+    print(f"{title}: {total / steps / 1000:.2f} ms of kernels per step")
+    for e in kernels[:top]:
+        ms, share = e.self_device_time_total / steps / 1000, 100 * e.self_device_time_total / total
+        print(f"{ms:9.3f} ms {share:5.1f} % {e.count / steps:7.0f} x  {e.key[:110]}")
+    sys.stdout.flush()
