@@ -27,6 +27,7 @@ def check_mixer(
     name: str | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
     skip: Collection[str] = (),
 ) -> None:
     """Hold a mixer to the whole contract. Runs on the CPU in some seconds.
@@ -37,7 +38,8 @@ def check_mixer(
         options: Options to test with; small sizes keep it quick.
         name: For messages; the class's name by default.
         seed: Of parameters and inputs.
-        dtype: Of the comparisons; float32 for a mixer that cannot compute in float64.
+        dtype: Of the comparisons; float32 for a mixer that cannot compute in float64, also bfloat16.
+        device: Where the mixer runs.
         skip: Names of promises to leave out, from ``PROMISES``.
 
     Raises:
@@ -46,7 +48,7 @@ def check_mixer(
     """
     if unknown := set(skip) - set(PROMISES):
         raise ValueError(f"skip: unknown promise {sorted(unknown)[0]!r}. Known: {', '.join(PROMISES)}.")
-    case = Case(make, d_model, options or {}, name, seed, dtype)
+    case = Case(make, d_model, options or {}, name, seed, dtype, device)
     for promise, test in PROMISES.items():
         if promise in skip:
             continue

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .base import Mixer, State, map_state
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+# in bfloat16, ways to the same number differ by the roundings of what they store in between
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 PROMISES: "dict[str, Callable[[Case], None]]" = {}
 
@@ -31,6 +32,7 @@ class Case:
         name: For messages; the class's name by default.
         seed: Of the parameters and inputs.
         dtype: Of the comparisons; float32 for a mixer that cannot compute in float64.
+        device: Where the mixer runs.
     """
 
     make: Callable[..., Mixer]
@@ -39,6 +41,7 @@ class Case:
     name: str | None = None
     seed: int = 0
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return self.name or str(getattr(self.make, "__name__", self.make))
@@ -53,12 +56,14 @@ class Case:
                     p.mul_(1 + 0.2 * (2 * torch.rand_like(p) - 1))
                     if not p.any():
                         p.normal_(std=0.1)
-        return mixer.to(dtype or self.dtype)
+        return mixer.to(self.device, dtype or self.dtype)
 
     def x(self, b: int, length: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """Random inputs, ``(b, length, d_model)``."""
         generator = torch.Generator().manual_seed(1000 * self.seed + 10 * seed + b)
-        return torch.randn(b, length, self.d_model, generator=generator, dtype=torch.float64).to(dtype or self.dtype)
+        return torch.randn(b, length, self.d_model, generator=generator, dtype=torch.float64).to(
+            self.device, dtype or self.dtype
+        )
 
     def close(self, got: Tensor, want: Tensor, what: str) -> None:
         """Fail unless the two agree to the dtype's tolerance, relative to the larger of 1 and the values."""

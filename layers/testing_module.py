@@ -111,7 +111,7 @@ def meta_device(case: Case) -> None:
         ensure(t.is_meta, f"{name} was allocated on {t.device}")
     ensure(ghost.flops(64) > 0, "flops on the meta device")
     ensure(ghost.state_bytes(64) >= 0, "state_bytes on the meta device")
-    ghost.to(case.dtype).to_empty(device="cpu").load_state_dict(mixer.state_dict())
+    ghost.to(case.dtype).to_empty(device=case.device).load_state_dict(mixer.state_dict())
     case.close(ghost(x), mixer(x), "built on meta, then loaded")
 
 
@@ -189,7 +189,7 @@ def autocast(case: Case) -> None:
     """Under autocast, forward, backward, prefill and steps work and are near the float32 results."""
     mixer, x = case.build(torch.float32), case.x(2, 9, dtype=torch.float32)
     want = mixer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(case.device, dtype=torch.bfloat16):
         y = mixer(x)
         ys = [("forward", y)]
         if "state" in mixer.capabilities:
@@ -230,7 +230,7 @@ def compiles(case: Case) -> None:
     single.close(grads[1], grads[0], "gradient of the compiled forward")
     if not {"state", "padding"} <= mixer.capabilities:
         return
-    seq = Seq.from_mask(torch.tensor([[1] * 9, [0] * 4 + [1] * 5]))
+    seq = Seq.from_mask(torch.tensor([[1] * 9, [0] * 4 + [1] * 5], device=case.device))
     with torch.no_grad():
         (y, state), (want, _) = (run(x, state_at(mixer, weight), seq, return_state=True) for run in (compiled, mixer))
         single.close(y[:, :5], want[:, :5], "compiled forward with a state and padding")

@@ -35,7 +35,7 @@ def causality(case: Case) -> None:
     mixer, x = case.build(), case.x(2, 9).requires_grad_()
     for t in (0, 4, 8):
         y = mixer(x)
-        (grad,) = torch.autograd.grad((y[0, t] * torch.linspace(1, 2, y.shape[-1], dtype=y.dtype)).sum(), x)
+        (grad,) = torch.autograd.grad((y[0, t] * torch.linspace(1, 2, y.shape[-1]).to(y)).sum(), x)
         ensure(bool(grad[0, t].any()), f"output {t} does not depend on input {t}")
         late = grad[0, t + 1 :].abs().max().item() if t < 8 else 0.0
         ensure(late == 0, f"output {t} depends on later inputs: gradient {late:.2e}")
@@ -88,7 +88,7 @@ def chunks_equal_whole(case: Case) -> None:
 def packing(case: Case) -> None:
     """Documents packed into a row give what each gives alone; the state is the last document's; a state is refused."""
     mixer, lengths = case.build(), [1, 4, 2, 1, 7]
-    x, cu = case.x(1, 15), torch.tensor([0, 1, 5, 7, 8, 15])
+    x, cu = case.x(1, 15), torch.tensor([0, 1, 5, 7, 8, 15], device=case.device)
     seq = Seq.from_cu_seqlens(cu, 1, 15)
     if refuses(mixer, "packing", lambda: mixer(x, seq=seq)):
         return
@@ -96,6 +96,7 @@ def packing(case: Case) -> None:
         case.close(mixer(x, seq=seq), torch.cat([mixer(doc) for doc in x.split(lengths, 1)], 1), "packed documents")
         # two rows, other documents, padding at the end of one
         rows, doc = case.x(2, 8), torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1], [0, 1, 1, 2, 2, 2, 2, 2]])
+        doc = doc.to(case.device)
         pieces = [[(0, 4), (4, 6)], [(0, 1), (1, 3), (3, 8)]]
         y = mixer(rows, seq=Seq.from_documents(doc))
         for row, spans in enumerate(pieces):
@@ -121,6 +122,7 @@ def padding(case: Case) -> None:
     mixer, length = case.build(), 11
     mask = torch.ones(5, length, dtype=torch.long)
     mask[0, :4], mask[1, 5:], mask[2, [0, 3, 4, 9]], mask[3, :10] = 0, 0, 0, 0
+    mask = mask.to(case.device)
     x, other = case.x(5, length), case.x(5, length, seed=1)
     seq = Seq.from_mask(mask)
     assert seq is not None
@@ -148,7 +150,7 @@ def padding(case: Case) -> None:
             case.close(seq.restore(again[0])[row : row + 1, real[row]], y_alone, f"{what}, with a state")
             same_future(case, mixer, row_of(again[1], row), s_alone, f"{what}, with a state")
         # a row that is all padding keeps its state
-        empty = Seq.from_mask(torch.tensor([[1, 1, 1], [0, 0, 0]]))
+        empty = Seq.from_mask(torch.tensor([[1, 1, 1], [0, 0, 0]], device=case.device))
         before = state_at(mixer, past[:2])
         after = mixer(x[:2, :3], before, empty, return_state=True)[1]
         same_future(case, mixer, row_of(after, 1), row_of(before, 1), "after a row of padding only")

@@ -1,0 +1,51 @@
+"""compute-sanitizer finds nothing in the scan's kernels: no access out of bounds (memcheck), no race in shared memory (racecheck)."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+# small, odd, and between them every kernel: one block and several, a split length, documents, groups, few and many states
+PROGRAM = """
+import torch
+from hybridzoo.kernels import Seq, cuda_backend, selective_scan
+torch.manual_seed(0)
+CASES = [(2, 65, 33, 16, 1, torch.float32), (1, 130, 72, 16, 3, torch.bfloat16), (2, 7, 8, 3, 1, torch.float16), (1, 70, 40, 100, 1, torch.bfloat16)]
+for b, l, d, n, g, dtype in CASES:
+    wide = [torch.randn(b, l, d).to(dtype).cuda() for _ in range(3)]
+    narrow = [torch.randn(b, l, g, n).to(dtype).cuda() for _ in range(2)]
+    A, D, bias, h0 = -torch.rand(d, n).cuda(), torch.randn(d).cuda(), torch.randn(d).cuda(), torch.randn(b, d, n).cuda()
+    u, dt, z, B, C, A, D, bias, h0 = leaves = [x.requires_grad_() for x in (*wide, *narrow, A, D, bias, h0)]
+    doc = (torch.arange(l) // 5).expand(b, l).contiguous().cuda()
+    for seq in (None, Seq.from_documents(doc)):
+        out, last = selective_scan(u, dt, A, B, C, D, z, dt_bias=bias, dt_softplus=True, initial_state=h0, seq=seq,
+                                   return_final_state=True, backend="cuda")
+        torch.autograd.grad([out, last], leaves, [torch.ones_like(out), torch.ones_like(last)])
+    call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, h0, None, None, True)
+    out, last, saved = cuda_backend.forward(call, True, chunks=3)
+    cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=3)
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_nothing_is_found(tool):
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH")
+    # an allocation of its own for every tensor, so that one byte too far is seen
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", sys.executable, "-c", PROGRAM],
+        env=env, capture_output=True, text=True, timeout=280, cwd="/",
+    )  # fmt: skip
+    said = (done.stdout + done.stderr)[-4000:]
+    if "Device not supported" in said:
+        pytest.skip("compute-sanitizer does not know this device")
+    assert done.returncode == 0 and "done" in done.stdout, said
+    assert "0 errors" in said or "0 hazards" in said, said
