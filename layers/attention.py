@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.dispatch import choose
+from .adapter import Adapter
 from .base import Mixer, Seq
 from .common import check, check_positive, linear, refuse_packed_state, reset_linear
 from .conv import CausalConv1d
@@ -51,6 +52,8 @@ class Attention(Mixer):
         in_multiplier: Factor of the input; this and the next two are muP's (arXiv:2203.03466), as in Falcon-H1.
         key_multiplier: Factor of the keys.
         out_multiplier: Factor of the output.
+        adapter_rank: Rank of an addition to q, k and v that is not shared where the block is, see :class:`Adapter`; 0 for none.
+        d_in: Channels of the input, where they are not ``d_model``; the model decides it.
         layer_idx: Index of the residual block.
         n_layer: Number of residual blocks; ``out_proj`` is drawn smaller by its square root.
         device: As for ``torch.nn.Linear``.
@@ -80,6 +83,8 @@ class Attention(Mixer):
         in_multiplier: float = 1.0,
         key_multiplier: float = 1.0,
         out_multiplier: float = 1.0,
+        adapter_rank: int = 0,
+        d_in: int | None = None,
         layer_idx: int = 0,
         n_layer: int = 1,
         device: Any = None,
@@ -88,6 +93,7 @@ class Attention(Mixer):
         super().__init__()
         check_positive(d_model=d_model, nheads=nheads, nheads_kv=nheads_kv, headdim=headdim, window=window)
         check(d_conv >= 0, "d_conv", f"{d_conv} is not a filter width. Use 0 for no convolution, or 1 or more.")
+        check(adapter_rank >= 0, "adapter_rank", f"{adapter_rank} is not a rank. Use 0 for no adapter, or 1 or more.")
         check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-6.")
         check(
             headdim is not None or d_model % nheads == 0,
@@ -111,8 +117,12 @@ class Attention(Mixer):
         self.window, self.softmax_scale, self.d_conv = window, softmax_scale, d_conv
         self.in_multiplier, self.key_multiplier, self.out_multiplier = in_multiplier, key_multiplier, out_multiplier
 
-        d_qkv = (nheads + 2 * self.nheads_kv) * self.headdim
-        self.in_proj = linear(d_model, d_qkv, qkv_bias, device, dtype)
+        heads = (nheads, self.nheads_kv, self.nheads_kv)
+        d_qkv, d_in = sum(heads) * self.headdim, d_in or d_model
+        self.in_proj = linear(d_in, d_qkv, qkv_bias, device, dtype)
+        self.adapter = None
+        if adapter_rank:
+            self.adapter = Adapter(d_in, [h * self.headdim for h in heads], adapter_rank, device, dtype)
         self.conv1d = CausalConv1d(d_qkv, d_conv, True, None, device, dtype) if d_conv else None
         self.q_norm = RMSNorm(self.headdim, norm_eps, device=device, dtype=dtype) if qk_norm else None
         self.k_norm = RMSNorm(self.headdim, norm_eps, device=device, dtype=dtype) if qk_norm else None
@@ -151,7 +161,7 @@ class Attention(Mixer):
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
         """Draw the weights as mamba-ssm does."""
         reset_linear(self.in_proj)
-        for part in (self.conv1d, self.q_norm, self.k_norm):
+        for part in (self.adapter, self.conv1d, self.q_norm, self.k_norm):
             if part is not None:
                 part.reset_parameters()
         reset_linear(self.out_proj, shrink=n_layer**0.5)
@@ -204,7 +214,8 @@ class Attention(Mixer):
         return self._finish(y.squeeze(1))
 
     def _project(self, x: Tensor) -> Tensor:
-        return self.in_proj(x if self.in_multiplier == 1 else x * self.in_multiplier)
+        x = x if self.in_multiplier == 1 else x * self.in_multiplier
+        return self.in_proj(x) if self.adapter is None else self.in_proj(x) + self.adapter(x)
 
     def _finish(self, y: Tensor) -> Tensor:
         y = self.out_proj(y)
@@ -296,5 +307,5 @@ class Attention(Mixer):
         w = min(self.window or seq_len, seq_len)
         context = (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
         mixing = int(4 * self.nheads * self.headdim * context)
-        conv = 0 if self.conv1d is None else self.conv1d.flops()
-        return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel()) + conv + mixing
+        extra = sum(part.flops() for part in (self.conv1d, self.adapter) if part is not None)
+        return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel()) + extra + mixing

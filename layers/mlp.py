@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adapter import Adapter
 from .base import Mixer, Seq
-from .common import check_known, check_positive, linear, reset_linear
+from .common import check, check_known, check_positive, linear, reset_linear
 
 __all__ = ["MLP"]
 
@@ -41,6 +42,7 @@ class MLP(Mixer):
         bias: Whether both projections have one.
         gate_multiplier: Factor of the gate before its activation; this and the next are muP's, as in Falcon-H1.
         out_multiplier: Factor of the output.
+        adapter_rank: Rank of an addition to ``fc1`` that is not shared where the block is, see :class:`Adapter`; 0 for none.
         layer_idx: Index of the residual block.
         n_layer: Number of residual blocks; ``fc2`` is drawn smaller by its square root.
         device: As for ``torch.nn.Linear``.
@@ -59,6 +61,7 @@ class MLP(Mixer):
         bias: bool = False,
         gate_multiplier: float = 1.0,
         out_multiplier: float = 1.0,
+        adapter_rank: int = 0,
         layer_idx: int = 0,
         n_layer: int = 1,
         device: Any = None,
@@ -67,17 +70,23 @@ class MLP(Mixer):
         super().__init__()
         check_positive(d_model=d_model, d_intermediate=d_intermediate)
         check_known("activation", activation, ACTIVATIONS)
+        check(adapter_rank >= 0, "adapter_rank", f"{adapter_rank} is not a rank. Use 0 for no adapter, or 1 or more.")
         if d_intermediate is None:
             d_intermediate = -(-(8 * d_model // 3 if gated else 4 * d_model) // 128) * 128
         self.activation, self.gated = activation, gated
         self.gate_multiplier, self.out_multiplier = gate_multiplier, out_multiplier
         self.fc1 = linear(d_model, d_intermediate * (2 if gated else 1), bias, device, dtype)
+        self.adapter = None
+        if adapter_rank:
+            self.adapter = Adapter(d_model, [self.fc1.out_features], adapter_rank, device, dtype)
         self.fc2 = linear(d_intermediate, d_model, bias, device, dtype)
         self.reset_parameters(layer_idx, n_layer)
 
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
         """Draw the weights as mamba-ssm does."""
         reset_linear(self.fc1)
+        if self.adapter is not None:
+            self.adapter.reset_parameters()
         reset_linear(self.fc2, shrink=n_layer**0.5)
 
     def forward(
@@ -90,10 +99,12 @@ class MLP(Mixer):
         return_state: bool = False,
     ) -> Any:
         """Map every token of ``(b, l, d)`` by itself; the state is ``()``."""
-        y = self.fc2(activate(self.fc1(x), self.activation, self.gated, self.gate_multiplier))
+        h = self.fc1(x) if self.adapter is None else self.fc1(x) + self.adapter(x)
+        y = self.fc2(activate(h, self.activation, self.gated, self.gate_multiplier))
         y = y if self.out_multiplier == 1 else y * self.out_multiplier
         return (y, ()) if return_state else y
 
     def flops(self, seq_len: int) -> int:
         """FLOPs per token of the two projections, 2 per multiply-add."""
-        return 2 * (self.fc1.weight.numel() + self.fc2.weight.numel())
+        adapter = 0 if self.adapter is None else self.adapter.flops()
+        return 2 * (self.fc1.weight.numel() + self.fc2.weight.numel()) + adapter

@@ -53,12 +53,13 @@ VARIANTS = {
         "conv": HEADS | {"d_conv": 4, "rotary_dim": 4, "headdim": 12, "softmax_scale": 0.5},
         "stretched": HEADS | {"rope": 100.0, "rope_scaling": (4.0, 1.0, 3.0, 16.0)},
         "mup": HEADS | {"in_multiplier": 1.5, "key_multiplier": 0.7, "out_multiplier": 0.8},
+        "adapter": HEADS | {"adapter_rank": 3},
         "conv-window": HEADS | {"d_conv": 3, "window": 3, "qk_norm": True},
     },
     "mlp": {
         "default": {},
         "plain": {"gated": False, "activation": "relu2", "bias": True},
-        "gelu": {"d_intermediate": 24, "activation": "gelu"},
+        "gelu": {"d_intermediate": 24, "activation": "gelu", "adapter_rank": 3},
         "mup": {"d_intermediate": 24, "gate_multiplier": 0.9, "out_multiplier": 0.5},
     },
     "moe": {

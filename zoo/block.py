@@ -2,14 +2,17 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from ..layers.adapter import Adapter
 from ..layers.base import Mixer, Seq
+from ..layers.common import linear, reset_linear
 from ..layers.norm import make_norm
 from .layout import BlockSpec
 from .registry import build_mixer
 
-__all__ = ["Block", "Parallel"]
+__all__ = ["Block", "Parallel", "share"]
 
 
 class Parallel(Mixer):
@@ -52,7 +55,7 @@ class Block(nn.Module):
     """One token of a pattern: pre-norm, mixer, residual addition.
 
     Args:
-        spec: The mixers of this block, options resolved.
+        spec: The mixers of this block, options resolved, and the streams it reads and writes.
         d_model: Channels.
         n_layer: Residual blocks of the model, for initialisation.
         norm: ``{"type": ..., "eps": ...}``.
@@ -72,39 +75,83 @@ class Block(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.multiplier = multiplier
-        self.norm = make_norm(norm["type"], d_model, norm["eps"], device=device, dtype=dtype)
+        self.multiplier, self.reads, self.writes = multiplier, spec.reads, spec.writes
+        d_in, place = spec.d_in(d_model), {"layer_idx": spec.index, "n_layer": n_layer}
+        self.side_proj: nn.Linear | None = None
+        if spec.reads == "residual_plus_side":
+            self.side_proj = linear(d_model, d_model, False, device, dtype)
+            reset_linear(self.side_proj)
+        self.norm = make_norm(norm["type"], d_in, norm["eps"], device=device, dtype=dtype)
         mixers = [
-            build_mixer(part, where, d_model=d_model, layer_idx=spec.index, n_layer=n_layer, device=device, dtype=dtype)
+            build_mixer(part, where, d_model=d_model, d_in=d_in, device=device, dtype=dtype, **place)
             for _, part, where in spec.parts
         ]
         self.mixer = mixers[0] if len(mixers) == 1 else Parallel(mixers)
 
     def forward(
-        self, x: Tensor, state: Any, seq: Seq | None, return_state: bool
-    ) -> tuple[Tensor, Any, dict[str, list]]:
+        self,
+        x: Tensor,
+        state: Any,
+        seq: Seq | None,
+        return_state: bool,
+        embedding: Tensor,
+        side: Tensor | None = None,
+    ) -> tuple[Tensor, Any, dict[str, list], Tensor | None]:
         """One residual block over ``(b, l, d)``.
 
+        Args:
+            x: The residual stream.
+            state: What the rows left behind here, if anything.
+            seq: Padding or packing of the rows.
+            return_state: Whether to return the new state.
+            embedding: The residual stream's first value.
+            side: The side stream, if an earlier block has written one.
+
         Returns:
-            The new residual stream, the state (``None`` unless asked for), and what the mixer put into ``aux``. The dict is made
-            here and not handed in, so that recomputing a checkpointed block does not fill it twice.
+            The new residual stream, the state (``None`` unless asked for), what the mixer put into ``aux``, and the side stream. The
+            dict is made here and not handed in, so that recomputing a checkpointed block does not fill it twice.
         """
         aux: dict[str, list] = {}
-        h = self._normed(x)
+        h = self._normed(x, embedding, side)
         if return_state:
             y, state = self.mixer(h, state, seq, aux, return_state=True)
         else:
             y, state = self.mixer(h, state, seq, aux), None
-        return x + self._scaled(y), state, aux
+        x, side = self._written(x, side, y)
+        return x, state, aux, side
 
-    def step(self, x: Tensor, state: Any) -> Tensor:
-        """One token per row, ``(b, d) -> (b, d)``; ``state`` is updated in place."""
-        return x + self._scaled(self.mixer.step(self._normed(x), state))
+    def step(
+        self, x: Tensor, state: Any, embedding: Tensor, side: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One token per row, ``(b, d)``, to the new residual and side streams; ``state`` is updated in place."""
+        return self._written(x, side, self.mixer.step(self._normed(x, embedding, side), state))
 
-    def _scaled(self, y: Tensor) -> Tensor:
-        return y if self.multiplier == 1 else y * self.multiplier
+    def flops(self, seq_len: int) -> int:
+        """As :meth:`Mixer.flops`, for the mixer and what leads to it."""
+        return self.mixer.flops(seq_len) + (0 if self.side_proj is None else 2 * self.side_proj.weight.numel())
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def _normed(self, x: Tensor, embedding: Tensor, side: Any) -> Tensor:
+        if self.reads == "residual_and_embedding":
+            x = torch.cat([x, embedding], dim=-1)
+        elif self.reads == "side":
+            x = side
+        elif self.side_proj is not None:
+            x = x + self.side_proj(side)
         # a float32 residual stream meets half-precision weights here; under autocast both are float32
         h = self.norm(x)
         return h.to(self.norm.weight.dtype)
+
+    def _written(self, x: Tensor, side: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = y if self.multiplier == 1 else y * self.multiplier
+        return (x, y) if self.writes == "side" else (x + y, side)
+
+
+def share(twin: nn.Module, first: nn.Module) -> None:
+    """Give a block, built on the meta device, the weights of another; only its adapters get weights of their own."""
+    if isinstance(twin, Adapter) and isinstance(first, Adapter):
+        twin.to_empty(device=first.down.weight.device)
+        twin.reset_parameters()
+        return
+    twin._parameters.update(first._parameters)
+    for name, child in twin.named_children():
+        share(child, first.get_submodule(name))

@@ -18,12 +18,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .config_file import apply_overrides, find_config, first_line, inherit, read_config
-from .layout import BlockSpec, compress, expand, split_token
+from .layout import READS, WRITES, BlockSpec, compress, expand, split_token
 from .registry import ConfigError, build_mixer, check_mixer_options, list_mixers, nearest
 from .shipped import list_models
 
 __all__ = ["ConfigSchema", "block_specs", "find_config", "list_models", "load_config", "validate"]
 
+# what an entry of `mixers` may say besides the mixer's own options; the first of each is the default
+_STREAMS = {"reads": READS, "writes": WRITES}
 _NORMS = ("rmsnorm", "layernorm")
 _TASKS = ("causal_lm",)
 # the largest sizes that anybody means; beyond them lies a slip of the keyboard, or an overflow
@@ -59,7 +61,10 @@ class ConfigSchema:
         pad_vocab_size_multiple: The embedding table is rounded up to a multiple of this.
         d_model: Channels of the residual stream.
         layers: The pattern, see :mod:`hybridzoo.zoo.layout`.
-        mixers: What each name of the pattern is: ``{type: registered mixer, **options}``.
+        mixers: What each name of the pattern is: ``{type: registered mixer, **options}``. Two options are the block's and not the
+            mixer's. ``reads``: the ``residual`` stream (default); ``residual_and_embedding``, it and the embedded tokens side by
+            side; the ``side`` stream; or ``residual_plus_side``, the side stream added after a linear layer. ``writes``: add to the
+            ``residual`` stream (default), or replace the ``side`` stream.
         override: Exceptions by index of the residual block: ``{at: 0 | [0, -1], set: {option: value}}``.
         norm: See :class:`NormSchema`.
         tie_embeddings: Whether the head is the embedding table.
@@ -135,7 +140,9 @@ def block_specs(cfg: Any) -> list[BlockSpec]:
                 hint = f" Add mixers.{name}: {{type: {name}}}." if name in list_mixers() else nearest(name, mixers)
                 known = ", ".join(mixers) or "nothing"
                 raise ConfigError(f"layers: unknown mixer {name!r} in block {index}.{hint} Under mixers: {known}.")
-        specs.append(BlockSpec(index, token, label, [(name, dict(mixers[name]), f"mixers.{name}") for name in names]))
+        parts = [(name, _without_streams(mixers[name]), f"mixers.{name}") for name in names]
+        specs.append(BlockSpec(index, token, label, parts, **_streams(names, mixers)))
+    _check_streams(specs)
     for i, exception in enumerate(data.get("override") or []):
         _apply_exception(specs, exception, f"override.{i}")
     first: dict[str, BlockSpec] = {}
@@ -147,6 +154,32 @@ def block_specs(cfg: Any) -> list[BlockSpec]:
                 ", whose mixers or options differ. Use two labels, or override every block of the label alike."
             )
     return specs
+
+
+def _without_streams(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in _STREAMS}
+
+
+def _streams(names: list[str], mixers: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for key, choices in _STREAMS.items():
+        values = {mixers[name].get(key, choices[0]): name for name in names}
+        if len(values) > 1:
+            given = " and ".join(f"mixers.{name}.{key} = {value}" for value, name in values.items())
+            raise ConfigError(f"layers: {'+'.join(names)} stand side by side, but {given}. Make them equal.")
+        found[key] = next(iter(values))
+    return found
+
+
+def _check_streams(specs: list[BlockSpec]) -> None:
+    written = False
+    for spec in specs:
+        if spec.reads in ("side", "residual_plus_side") and not written:
+            raise ConfigError(
+                f"{spec.parts[0][2]}.reads: block {spec.index} ({spec.token}) reads the side stream, which no earlier block writes. "
+                "Put a block with writes: side before it."
+            )
+        written = written or spec.writes == "side"
 
 
 def _apply_exception(specs: list[BlockSpec], exception: Any, where: str) -> None:
@@ -205,9 +238,9 @@ def _check(data: dict[str, Any]) -> DictConfig:
     built: set[str] = set()
     for spec in specs:
         for _, part, where in spec.parts:
-            if (key := repr(part)) not in built:
+            if (key := repr((part, spec.reads))) not in built:
                 built.add(key)
-                _try_build(part, where, values["d_model"], spec.index, len(specs))
+                _try_build(part, where, values["d_model"], len(specs), spec)
     return OmegaConf.create(values)
 
 
@@ -269,12 +302,18 @@ def _filled(name: str, entry: Any) -> dict[str, Any]:
                 f" Add type: one of {', '.join(list_mixers())}."
             )
         entry = {"type": name, **entry}
-    return check_mixer_options(entry, where)
+    streams = {key: entry[key] for key in _STREAMS if key in entry}
+    for key, value in streams.items():
+        if value not in _STREAMS[key]:
+            known = ", ".join(_STREAMS[key])
+            raise ConfigError(f"{where}.{key}: unknown value {value!r}.{nearest(value, _STREAMS[key])} Known: {known}.")
+    return check_mixer_options(_without_streams(entry), where) | streams
 
 
-def _try_build(part: dict[str, Any], where: str, d_model: int, index: int, n_layer: int) -> None:
+def _try_build(part: dict[str, Any], where: str, d_model: int, n_layer: int, spec: BlockSpec) -> None:
+    d_in = spec.d_in(d_model)
     try:
-        build_mixer(part, where, d_model=d_model, layer_idx=index, n_layer=n_layer, device="meta")
+        build_mixer(part, where, d_model=d_model, d_in=d_in, layer_idx=spec.index, n_layer=n_layer, device="meta")
     except ConfigError:
         raise
     except Exception as e:

@@ -21,6 +21,8 @@ from .pattern import MAX_BLOCKS, compress, parse, split_token
 from .registry import ConfigError, nearest
 
 __all__ = [
+    "READS",
+    "WRITES",
     "BlockSpec",
     "allocate",
     "compress",
@@ -31,6 +33,10 @@ __all__ = [
     "from_megatron",
     "split_token",
 ]
+
+# a second stream beside the residual one, and the embedded tokens again: what Zamba needs (arXiv:2405.16712 §2)
+READS = ("residual", "residual_and_embedding", "side", "residual_plus_side")
+WRITES = ("residual", "side")
 
 _PLACES = ("even", "first", "last", "middle")
 _KEYS = ("n_layer", "allocate", "fill", "place")
@@ -46,12 +52,20 @@ class BlockSpec:
         label: Blocks with the same label are one set of weights; ``None`` for a block of its own.
         parts: One triple for each of the mixers that stand side by side: its name in ``mixers``, ``{"type": ...,
             **options}``, and the dotted key for messages.
+        reads: What goes into the block, one of :data:`READS`.
+        writes: Where what comes out of it goes, one of :data:`WRITES`.
     """
 
     index: int
     token: str
     label: str | None
     parts: list[tuple[str, dict[str, Any], str]]
+    reads: str = "residual"
+    writes: str = "residual"
+
+    def d_in(self, d_model: int) -> int:
+        """Channels of the block's input."""
+        return 2 * d_model if self.reads == "residual_and_embedding" else d_model
 
 
 def expand(spec: Any, where: str = "layers") -> list[str]:

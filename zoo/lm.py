@@ -12,12 +12,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..layers.adapter import Adapter
 from ..layers.base import Seq
 from ..layers.norm import make_norm
-from .block import Block
+from .block import Block, share
 from .config import block_specs, validate
 from .generate import generate
-from .loss import next_token_loss, shift_labels
+from .loss import IGNORE, next_token_loss, shift_labels
 from .state import ModelState
 
 __all__ = ["Backbone", "CausalLM", "CausalLMOutput"]
@@ -52,7 +53,10 @@ class CausalLMOutput:
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and final norm. Blocks that carry the same label in the pattern are one module."""
+    """Embedding, blocks and final norm.
+
+    Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all weights but those.
+    """
 
     def __init__(self, cfg: DictConfig, device=None, dtype=None):
         super().__init__()
@@ -63,11 +67,16 @@ class Backbone(nn.Module):
         blocks: list[Block] = []
         shared: dict[str, Block] = {}
         for spec in specs:
-            block = shared.get(spec.label) if spec.label else None
-            if block is None:
+            first = shared.get(spec.label) if spec.label else None
+            if first is None:
                 block = Block(spec, cfg.d_model, len(specs), norm, cfg.residual_multiplier, device=device, dtype=dtype)
+            elif any(isinstance(module, Adapter) for module in first.modules()):
+                block = Block(spec, cfg.d_model, len(specs), norm, cfg.residual_multiplier, device="meta", dtype=dtype)
+                share(block, first)
+            else:
+                block = first
             if spec.label:
-                shared[spec.label] = block
+                shared.setdefault(spec.label, block)
             blocks.append(block)
         self.layers = nn.ModuleList(blocks)
         self.norm_f = make_norm(norm["type"], cfg.d_model, norm["eps"], device=device, dtype=dtype)
@@ -93,11 +102,12 @@ class Backbone(nn.Module):
         before = (None,) * len(self.layers) if state is None else state.layers
         after: list[Any] = []
         aux: dict[str, list] = {}
+        embedding, side = x, None
         for block, s in zip(self.blocks, before, strict=True):
             if self.gradient_checkpointing and self.training:
-                x, s, extra = checkpoint(block, x, s, seq, return_state, use_reentrant=False)
+                x, s, extra, side = checkpoint(block, x, s, seq, return_state, embedding, side, use_reentrant=False)
             else:
-                x, s, extra = block(x, s, seq, return_state)
+                x, s, extra, side = block(x, s, seq, return_state, embedding, side)
             after.append(s)
             for key, values in extra.items():
                 aux.setdefault(key, []).extend(values)
@@ -110,8 +120,9 @@ class Backbone(nn.Module):
     def step(self, x: Tensor, state: ModelState) -> Tensor:
         """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
         x = x.float() if self.residual_in_fp32 else x
+        embedding, side = x, None
         for block, s in zip(self.blocks, state.layers, strict=True):
-            x = block.step(x, s)
+            x, side = block.step(x, s, embedding, side)
         state.tokens += 1
         return self._final(x)
 
@@ -165,7 +176,8 @@ class CausalLM(nn.Module):
             state: What an earlier call returned (``out.state``) or :meth:`init_state`: the tokens continue from there. Not modified.
             return_state: Whether ``out.state`` is filled; by default, whenever ``labels`` is absent or ``state`` is given.
             inputs_embeds: ``(b, l, d)`` in place of ``input_ids``, as the first block shall see them (``backbone.embed``).
-            num_items: What the summed cross-entropy is divided by, instead of the number of targets in this call.
+            num_items: What the summed cross-entropy is divided by, instead of the number of targets in this call: the targets of the
+                larger batch that this call is a part of. The auxiliary loss counts by the same share.
 
         Raises:
             ValueError: Shapes that disagree, both kinds of row description, or a packed row with a state.
@@ -185,7 +197,9 @@ class CausalLM(nn.Module):
         if labels is not None:
             targets = shift_labels(labels if seq is None else seq.align(labels), seq)
             loss = next_token_loss(hidden, self.lm_head, targets, num_items)
-            loss = loss if aux_loss is None else loss + aux_loss
+            if aux_loss is not None:
+                # a part of a larger batch adds its part, so that accumulating gradients does not multiply the auxiliary loss
+                loss = loss + (aux_loss if num_items is None else aux_loss * ((targets != IGNORE).sum() / num_items))
         hidden = hidden if seq is None else seq.restore(hidden)
         logits = self.lm_head(hidden) if labels is None else None
         return CausalLMOutput(loss, aux_loss, new_state, aux.get("router", []), hidden, self.lm_head, logits)
@@ -214,7 +228,7 @@ class CausalLM(nn.Module):
 
     def flops(self, seq_len: int) -> int:
         """Forward FLOPs per token (2 per multiply-add) in a sequence of ``seq_len`` tokens, head included."""
-        return sum(block.mixer.flops(seq_len) for block in self.backbone.blocks) + 2 * self.lm_head.weight.numel()
+        return sum(block.flops(seq_len) for block in self.backbone.blocks) + 2 * self.lm_head.weight.numel()
 
     def num_params(self) -> int:
         """Parameters, tied and shared ones counted once."""

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # what the model decides, and a file therefore may not
-_SHARED = ("d_model", "layer_idx", "n_layer", "device", "dtype")
+_SHARED = ("d_model", "d_in", "layer_idx", "n_layer", "device", "dtype")
 _GROUP = "hybridzoo.mixers"
 
 T = TypeVar("T", bound=type[Mixer])
@@ -176,6 +176,7 @@ def build_mixer(
     where: str,
     *,
     d_model: int,
+    d_in: int | None = None,
     layer_idx: int = 0,
     n_layer: int = 1,
     device: Any = None,
@@ -187,6 +188,7 @@ def build_mixer(
         spec: ``{"type": name, **options}``.
         where: Dotted path of ``spec``, for messages.
         d_model: Channels of the residual stream.
+        d_in: Channels of the input, where they are not ``d_model``.
         layer_idx: Index of the residual block.
         n_layer: Number of residual blocks.
         device: As for ``torch.nn.Linear``.
@@ -199,6 +201,13 @@ def build_mixer(
     entry = get_mixer(options.pop("type"), f"{where}.type")
     shared = {"layer_idx": layer_idx, "n_layer": n_layer, "device": device, "dtype": dtype}
     accepted = inspect.signature(entry.cls.__init__).parameters
+    if d_in not in (None, d_model):
+        if "d_in" not in accepted:
+            raise ConfigError(
+                f"{where}.reads ({spec['type']}): reads {d_in} channels, and {spec['type']} takes d_model = {d_model} only. "
+                "Use a mixer that takes d_in, such as attention."
+            )
+        shared["d_in"] = d_in
     try:
         return entry.cls(d_model=d_model, **options, **{k: v for k, v in shared.items() if k in accepted})
     except OptionError as e:

@@ -84,8 +84,8 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
     rows = [_row(None, "embedding", model.backbone.embedding, seen)]
     specs = block_specs(model.cfg)
     for spec, block in zip(specs, model.backbone.blocks, strict=True):
-        mixer = block.mixer
-        rows.append(_row(spec.index, spec.token, block, seen, mixer.flops(seq_len), mixer.state_bytes(seq_len)))
+        state_bytes = block.mixer.state_bytes(seq_len)
+        rows.append(_row(spec.index, spec.token, block, seen, block.flops(seq_len), state_bytes))
     rows.append(_row(None, "norm_f", model.backbone.norm_f, seen))
     rows.append(_row(None, "lm_head", model.lm_head, seen, head_flops))
 

@@ -44,7 +44,7 @@ class View:
     """What a converter sees of a model: its blocks, and the names and shapes of its parameters.
 
     Args:
-        model: May be on the meta device.
+        model: May be on the meta device. Shared weights are seen under the name of their first block.
         stored: Names of the tensors to be read; empty when writing. Where a family's files have come in two forms, they tell which.
     """
 
@@ -52,8 +52,13 @@ class View:
         self.cfg, self.stored = model.cfg, stored
         # shared blocks once, under their first name
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        specs = block_specs(model.cfg)
+        self.streams = [(spec.reads, spec.writes) for spec in specs]
+        # for each block the one whose weights it has: itself, or the first with its label
+        labels = [spec.label or f"block {spec.index}" for spec in specs]
+        self.source = [labels.index(label) for label in labels]
         self.blocks: list[list[Part]] = []
-        for spec in block_specs(model.cfg):
+        for spec in specs:
             key = f"backbone.layers.{spec.index}.mixer"
             keys = [key] if len(spec.parts) == 1 else [f"{key}.branches.{i}" for i in range(len(spec.parts))]
             parts = zip(spec.parts, keys, strict=True)
@@ -67,6 +72,10 @@ class View:
     def first(self, type: str) -> Mapping[str, Any]:
         """The options of the first mixer of a type; empty if there is none."""
         return next((part.options for block in self.blocks for part in block if part.type == type), {})
+
+    def training(self, type: str) -> Mapping[str, Any]:
+        """The options of the first mixer of a type as the config has them, with those that only matter at initialisation."""
+        return next((spec for spec in self.cfg.mixers.values() if spec.type == type), {})
 
     def norm(self, block: int, theirs: str) -> Iterator[Piece]:
         """The norm in front of a block."""

@@ -162,10 +162,12 @@ def _fill(
     pinned = native.fp32_names(model)
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     started: dict[str, Tensor] = {}
-    left: dict[str, int] = {}
+    # which tensor of theirs is the first to fill a place; a family may store what is shared more than once
+    filled: dict[tuple[str, str], str] = {}
+    left: dict[str, set[str]] = {}
     for group in pieces.values():
         for piece in group:
-            left[piece.ours] = left.get(piece.ours, 0) + 1
+            left.setdefault(piece.ours, set()).add(str(piece.at))
     for name, group in pieces.items():
         source = stored[name].read()
         if not source.is_floating_point():
@@ -175,13 +177,21 @@ def _fill(
         for piece in group:
             to = dtype or source.dtype
             to = torch.promote_types(to, torch.float32) if piece.ours in pinned else to
+            first = filled.setdefault((piece.ours, str(piece.at)), name)
+            if first != name:
+                so_far = started[piece.ours] if piece.ours in started else model.get_parameter(piece.ours)
+                if not torch.equal(so_far[piece.at], source[piece.of].to(device=device, dtype=to)):
+                    raise CheckpointError(
+                        f"{stored[name].file}: tensors {first!r} and {name!r} differ, and the model shares them. Make them equal."
+                    )
+                continue
             if not piece.at and not piece.of:
                 native.assign(model, piece.ours, native.moved(source, device, to))
                 continue
             if piece.ours not in started:
                 started[piece.ours] = torch.empty(parameters[piece.ours].shape, device=device, dtype=to)
             started[piece.ours][piece.at] = source[piece.of].to(device=device, dtype=to)
-            left[piece.ours] -= 1
+            left[piece.ours].remove(str(piece.at))
             if not left[piece.ours]:
                 native.assign(model, piece.ours, started.pop(piece.ours))
 

@@ -157,6 +157,7 @@ def signature(view: View) -> dict[str, Any]:
     plain = {str(key): cfg[key] for key in cfg if str(key).endswith("_multiplier")}
     return plain | {
         "blocks": [[(part.type, part.options) for part in block] for block in view.blocks],
+        "streams": view.streams, "sharing": view.source,
         "norm": (cfg.norm.type, cfg.norm.eps), "d_model": cfg.d_model, "vocab": padded_vocab(cfg),
         "tied": cfg.tie_embeddings, "residual_in_fp32": cfg.residual_in_fp32,
     }  # fmt: skip
@@ -166,11 +167,15 @@ def _theirs(view: View, family: Family, model: CausalLM) -> Iterator[tuple[str, 
     groups: dict[str, list[Piece]] = {}
     for piece in family.keys(view):
         groups.setdefault(piece.theirs, []).append(piece)
-    parameters = native.unique_tensors(model)
+    parameters, seen = native.unique_tensors(model), set()
     for name, group in groups.items():
         whole = group[0]
         if len(group) == 1 and not whole.of:
-            yield name, parameters[whole.ours].detach()[whole.at].cpu().contiguous()
+            tensor = parameters[whole.ours].detach()[whole.at].cpu().contiguous()
+            # what their file holds more than once must not be the same memory
+            place = (whole.ours, str(whole.at))
+            yield name, tensor.clone() if place in seen else tensor
+            seen.add(place)
             continue
         tensor = torch.empty(shape_of(view, group), dtype=parameters[whole.ours].dtype)
         for piece in group:

@@ -99,7 +99,7 @@ class NemotronH(Family):
         for block in view.blocks:
             if block[-1].type == "mlp":
                 alone, beside = (block[0].options, beside) if len(block) == 1 else (alone, block[1].options)
-        steps: Mapping[str, Any] = next((spec for spec in cfg.mixers.values() if spec.type == "mamba2"), {})
+        steps = view.training("mamba2")
         config = {
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "layer_norm_epsilon": cfg.norm.eps,
             "tie_word_embeddings": False, "max_position_embeddings": cfg.max_length,

@@ -1,0 +1,121 @@
+"""What blocks may do besides adding to the residual stream: read the embedded tokens again, write beside it, differ where they share."""
+
+import copy
+
+import pytest
+import torch
+
+import hybridzoo as zoo
+from hybridzoo.zoo.checkpoint import CheckpointError, export
+from hybridzoo.zoo.registry import ConfigError
+from hybridzoo.zoo.stats import stats
+
+CONFIG = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "layers": "mamba attention@a mlp@m joined mamba attention@a mlp@m joined",
+    "mixers": {
+        "mamba": {"d_state": 4},
+        "joined": {"type": "mamba", "d_state": 4, "reads": "residual_plus_side"},
+        "attention": {"nheads": 2, "headdim": 16, "adapter_rank": 2, "reads": "residual_and_embedding", "writes": "side"},
+        "mlp": {"d_intermediate": 24, "adapter_rank": 3, "reads": "side", "writes": "side"},
+    },
+}  # fmt: skip
+IDS = torch.arange(1, 41).view(2, 20)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = zoo.build(CONFIG).eval()
+    with torch.no_grad():  # at first an adapter adds nothing, which would hide it
+        for name, p in model.named_parameters():
+            if "adapter.up" in name:
+                p.normal_(std=0.3)
+    return model
+
+
+def with_mixer(name, **options):
+    return CONFIG | {"mixers": CONFIG["mixers"] | {name: CONFIG["mixers"].get(name, {}) | options}}
+
+
+def test_uses_of_a_shared_block_differ_in_their_adapters_only(model):
+    names = {name for name, _ in model.named_parameters() if ".layers.5." in name or ".layers.6." in name}
+    assert names == {
+        "backbone.layers.5.mixer.adapter.down.weight",
+        *(f"backbone.layers.5.mixer.adapter.up.{i}.weight" for i in range(3)),
+        "backbone.layers.6.mixer.adapter.down.weight",
+        "backbone.layers.6.mixer.adapter.up.0.weight",
+    }
+    first, second = model.backbone.layers[1], model.backbone.layers[5]
+    assert first.mixer.in_proj.weight is second.mixer.in_proj.weight and first.norm.weight is second.norm.weight
+    assert not torch.equal(first.mixer.adapter.down.weight, second.mixer.adapter.down.weight)
+    assert first.norm.weight.shape == (32,) and first.mixer.in_proj.weight.shape[1] == 32
+
+
+def test_the_side_stream_is_what_the_formula_says(model):
+    # x1 = x0 + mamba(norm(x0)); t = mlp(norm(attention(norm([x1, x0])))); x2 = x1 + mamba(norm(x1 + W t))
+    mamba, attention, mlp, joined = model.backbone.layers[:4]
+    with torch.no_grad():
+        x0 = model.backbone.embed(IDS)
+        x1 = x0 + mamba.mixer(mamba.norm(x0))
+        t = attention.mixer(attention.norm(torch.cat([x1, x0], -1)))
+        t = mlp.mixer(mlp.norm(t))
+        x2 = x1 + joined.mixer(joined.norm(x1 + t @ joined.side_proj.weight.T))
+        model.backbone.layers = model.backbone.layers[:4]
+        torch.testing.assert_close(model(IDS).hidden, model.backbone.norm_f(x2))
+
+
+@torch.no_grad()
+def test_decoding_chunks_padding_and_packing_are_one_full_pass(model):
+    whole = model(IDS).logits
+    out = model(IDS[:, :7])
+    rest = model(IDS[:, 7:15], state=out.state)
+    steps = [model.step(IDS[:, t], rest.state) for t in range(15, 20)]
+    torch.testing.assert_close(torch.cat([out.logits, rest.logits, torch.stack(steps, 1)], 1), whole)
+    packed = model(IDS.view(1, -1), cu_seqlens=torch.tensor([0, 20, 40])).logits
+    torch.testing.assert_close(packed.view_as(whole), whole)
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    torch.testing.assert_close(model(IDS, attention_mask=mask).logits[1, 4:], model(IDS[1:, 4:]).logits[0])
+
+
+def test_training_copies_casts_and_files_keep_what_is_shared(model, tmp_path):
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert all(grad.any() for grad in grads.values())
+    model.zero_grad()
+    model.train().gradient_checkpointing_enable()
+    model(IDS, labels=IDS).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name])
+    count = model.num_params()
+    zoo.save(model, tmp_path)
+    for other in (copy.deepcopy(model), zoo.load(tmp_path), copy.deepcopy(model).to(torch.bfloat16)):
+        assert other.num_params() == count == stats(other, 8).params
+    assert torch.equal(zoo.load(tmp_path)(IDS).logits, model.eval()(IDS).logits)
+    assert stats(model, 8).flops == model.flops(8)
+
+
+def test_what_shares_weights_is_not_exported_to_a_format_that_cannot():
+    shared = zoo.build("transformer-tiny", ["layers=(attention@a mlp) * 2"])
+    with pytest.raises(CheckpointError, match="no family of"):
+        export(shared, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (with_mixer("mlp", reads="sied"), r"mixers.mlp.reads: unknown value 'sied'. Did you mean 'side'"),
+        (with_mixer("mlp", writes="embedding"), r"mixers.mlp.writes: unknown value 'embedding'"),
+        (with_mixer("mlp", reads="residual_and_embedding"), r"mixers.mlp.reads \(mlp\): reads 32 channels, and mlp takes"),
+        (CONFIG | {"layers": "mamba joined"}, r"mixers.joined.reads: block 1 \(joined\) reads the side stream"),
+        (CONFIG | {"layers": "attention mamba + mlp"}, r"mamba\+mlp stand side by side, but mixers.mamba.reads = residual"),
+        (with_mixer("mlp", adapter_rank=-1), r"mixers.mlp.adapter_rank \(mlp\): -1 is not a rank"),
+        (CONFIG | {"override": [{"at": 3, "set": {"reads": "residual"}}]}, r"set.reads: is no option of block 3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said(config, message):
+    with pytest.raises(ConfigError, match=message):
+        zoo.config(config)
