@@ -315,7 +315,7 @@ def doctor(device: Device = None, as_json: Json = False) -> None:
     if as_json:
         return _print_json(report)
     console = Console()
-    for title in ("system", "packages"):
+    for title in (t for t in ("system", "gpu", "packages") if t in report):
         table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold")
         for key, value in report[title].items():
             table.add_row(key, value)

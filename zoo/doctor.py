@@ -4,11 +4,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..kernels import nvrtc
 from ..kernels.dispatch import TABLES, explain
 
 __all__ = ["examine"]
@@ -19,6 +21,13 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+# what a call of each op usually looks like
+_TYPICAL: dict[str, dict[str, Any]] = {
+    "selective_scan": {"d_state": 16}, "ssd": {"d_state": 128}, "causal_conv1d": {"width": 4, "d": 1536},
+    "attention": {"headdim": 64}, "moe": {"widths": (1024, 4096)},
+}  # fmt: skip
+
+
 def examine(device: str | None = None) -> dict[str, Any]:
     """Look at the machine.
 
@@ -26,21 +35,81 @@ def examine(device: str | None = None) -> dict[str, Any]:
         device: Type of the device that the ops are asked about; a GPU by default, if there is one.
 
     Returns:
-        ``{"system": {...}, "packages": {name: version}, "ops": {op: [{"backend", "chosen", "reason"}]}}``.
+        ``{"system": {...}, "packages": {name: version}, "ops": {op: [{"backend", "chosen", "reason"}]}, "verdicts": {op: text}}``, and
+        for a GPU ``"gpu"``: the device, the driver, the compiler of the kernels, and where they are kept.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return {
+    asked = {op: explain(op, device=device, dtype=dtype, **_TYPICAL.get(op, {})) for op in TABLES}
+    report = {
         "system": _system(device, dtype),
         "packages": {name: _version(name) for name in _PACKAGES},
         "ops": {
-            op: [
-                {"backend": name, "chosen": chosen, "reason": reason}
-                for name, chosen, reason in explain(op, device=device, dtype=dtype)
-            ]
-            for op in TABLES
+            op: [{"backend": name, "chosen": chosen, "reason": reason} for name, chosen, reason in rows]
+            for op, rows in asked.items()
         },
+        "verdicts": {op: _verdict(rows) for op, rows in asked.items()},
     }
+    return report | {"gpu": _gpu()} if device == "cuda" else report
+
+
+def _verdict(rows: list[tuple[str, bool, str]]) -> str:
+    """What is taken, and why not what is preferred to it."""
+    at = next(i for i, (_, chosen, _) in enumerate(rows) if chosen)
+    passed_over = "; ".join(f"not {name}: {reason}" for name, _, reason in rows[:at])
+    return f"{rows[at][0]} ({rows[at][2]})" + (f", {passed_over}" if passed_over else "")
+
+
+def _gpu() -> dict[str, str]:
+    missing = nvrtc.unavailable()
+    if not torch.cuda.is_available():
+        return {"device": "none that torch sees", "kernels": str(missing)}
+    at = torch.cuda.current_device()
+    found = torch.cuda.get_device_properties(at)
+    return {
+        "device": f"{found.name}, {found.total_memory / 2**30:.1f} GiB, {found.multi_processor_count} multiprocessors",
+        "arch": f"sm_{found.major}{found.minor}",
+        "driver": _driver(),
+        "compiler": _compiler(),
+        "kernel cache": _cache(nvrtc.cache_folder()),
+        "kernels": "compiled at first use" if missing is None else f"off: {missing}",
+    }
+
+
+def _driver() -> str:
+    said = Path("/proc/driver/nvidia/version")
+    version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", said.read_text()) if said.is_file() else None
+    try:
+        status, number = importlib.import_module("cuda.bindings.driver").cuDriverGetVersion()
+    except (ImportError, OSError, RuntimeError) as e:
+        return f"{version[0] if version else 'unknown'} ({type(e).__name__}: {e})"
+    cuda = "an unknown CUDA" if status else f"CUDA {number // 1000}.{number % 1000 // 10}"
+    return f"{version[0] + ', ' if version else ''}up to {cuda}"
+
+
+def _compiler() -> str:
+    try:
+        version = nvrtc.compiler_version()
+    # without its shared library, a binding raises RuntimeError or an error of the package that looks for libraries
+    except (ImportError, OSError, RuntimeError) as e:
+        return f"none ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason'})"
+    return f"NVRTC {version} from {_loaded_from('libnvrtc.so') or 'an unknown place'}"
+
+
+def _loaded_from(library: str) -> str | None:
+    """The file of a library that this process has loaded."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    return next((line.split(maxsplit=5)[5] for line in lines if f"/{library}" in line), None)
+
+
+def _cache(folder: Path) -> str:
+    kept = list(folder.glob("*.cubin")) if folder.is_dir() else []
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    writable = (
+        "writable" if there.is_dir() and os.access(there, os.W_OK) else "not writable: every process compiles anew"
+    )
+    return f"{folder}: {len(kept)} kernels, {sum(f.stat().st_size for f in kept):,} bytes, {writable}"
 
 
 def _system(device: str, dtype: torch.dtype) -> dict[str, str]:
