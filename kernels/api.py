@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked, chunked_ssd, conv, cuda_ops, libraries, reference
+from . import checks, chunked, chunked_ssd, conv, cuda_conv, cuda_ops, libraries, reference
 from .dispatch import choose
 from .paths import over_paths, walks
 from .seq import Seq
@@ -24,6 +24,7 @@ _SCANS: dict[str, Callable] = {
 }
 _SSDS: dict[str, Callable] = {"chunked": chunked_ssd.ssd, "mamba_ssm": libraries.ssd}
 _CONVS: dict[str, Callable] = {
+    "cuda": cuda_conv.causal_conv1d,
     "reference": reference.causal_conv1d,
     "chunked": conv.causal_conv1d,
     "causal_conv1d": libraries.causal_conv1d,
@@ -222,9 +223,10 @@ def causal_conv1d(
 def _last_inputs(x: Tensor, k: int, initial_state: Tensor | None, seq: Seq | None) -> Tensor:
     b, l, d = x.shape
     before = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state.to(x.dtype)
-    row = torch.cat([before, x], 1)
     if seq is None:
-        return row[:, l:]
+        # a state must not keep the whole row alive
+        return torch.cat([before[:, min(l, k - 1) :], x[:, max(0, l - k + 1) :]], 1)
+    row = torch.cat([before, x], 1)
     index = seq.lengths[:, None] + torch.arange(k - 1, device=x.device)
     state = row.gather(1, index[..., None].expand(b, k - 1, d))
     if not seq.packed:

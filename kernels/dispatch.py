@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import cuda_ops
+from . import cuda_conv, cuda_ops
 
 Facts = dict[str, Any]
 ENV = "HYBRIDZOO_BACKEND"
@@ -233,6 +233,9 @@ _CUDA_SCAN = Backend(
     cuda_ops.refuse,
     on_request="our kernels' current form is still to be measured on a GPU; ask for it with backend='cuda'",
 )
+# None once the kernels have been run on a GPU: then they are chosen by themselves
+_UNTRIED: str | None = "still to be run on a GPU; ask for it with backend='cuda'"
+_CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse, on_request=_UNTRIED)
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
 _REFERENCE = Backend("reference", "a loop over time, the definition", _never)
 
@@ -242,7 +245,7 @@ TABLES: dict[str, dict[str, Backend]] = {
     ),
     "ssd": _ops(_CUDA, Backend("mamba_ssm", "mamba_ssm's Triton SSD", _mamba_ssm_ssd), _CHUNKED, _REFERENCE),
     "causal_conv1d": _ops(
-        _CUDA, Backend("causal_conv1d", "causal_conv1d's CUDA kernel", _causal_conv1d), _CHUNKED, _REFERENCE
+        _CUDA_CONV, Backend("causal_conv1d", "causal_conv1d's CUDA kernel", _causal_conv1d), _CHUNKED, _REFERENCE
     ),
     "attention": _ops(
         Backend("flash_attn", "flash-attn's CUDA kernel", _flash_attn),

@@ -75,7 +75,7 @@ def test_the_environment_reaches_the_ops(monkeypatch):
     x, weight = torch.randn(1, 4, 3), torch.randn(3, 2)
     monkeypatch.setenv(dispatch.ENV, "cuda")
     with pytest.raises(
-        BackendError, match=r"causal_conv1d \(HYBRIDZOO_BACKEND=cuda\): there is no CUDA kernel of ours for this op yet"
+        BackendError, match=r"causal_conv1d \(HYBRIDZOO_BACKEND=cuda\): the CUDA kernels need CUDA tensors, got cpu"
     ):
         causal_conv1d(x, weight)
 
@@ -124,6 +124,8 @@ REFUSALS = [
         GPU | {"packed": True, "initial_state": True},
         "an initial state or packed documents, not both",
     ),
+    ("causal_conv1d", "cuda", GPU | {"width": 9}, "the CUDA kernels take widths 2 to 8, got 9"),
+    ("causal_conv1d", "cuda", GPU | {"dtype": torch.float64}, "take float32, float16 and bfloat16, got float64"),
     ("causal_conv1d", "causal_conv1d", GPU | {"width": 5}, "causal_conv1d takes widths 2 to 4, got 5"),
     ("causal_conv1d", "causal_conv1d", GPU | {"d": 12}, "causal_conv1d needs a multiple of 8 channels, got 12"),
     (

@@ -1,6 +1,7 @@
 """Runs the CUDA sources on the CPU: the same call as ``nvrtc.launch``, with a kernel that g++ built against ``emulate.h``."""
 
 import ctypes
+import functools
 import hashlib
 import subprocess
 import tempfile
@@ -13,8 +14,35 @@ PARAMS = {
     "scan_carry": "CarryParams",
     "scan_backward": "BackwardParams",
     "sum_partials": "SumParams",
+    "conv_forward": "ConvParams",
+    "conv_backward": "ConvParams",
+    "conv_sum": "ConvSumParams",
+    "conv_update": "ConvUpdateParams",
+    "state_update": "StateUpdateParams",
 }
+FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
+CACHE = Path(tempfile.gettempdir()) / "hybridzoo-emulated"
 _kernels: dict = {}
+
+
+def _run(target: Path, *arguments: str, text: str | None = None) -> None:
+    # any number of processes may do this at once
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        part = Path(folder) / target.name
+        subprocess.run(["g++", *FLAGS, *arguments, "-o", str(part)], input=text, text=True, check=True)
+        part.rename(target)
+
+
+@functools.cache
+def _precompiled() -> Path:
+    """emulate.h as the compiler keeps it: half of every build would be the standard library's headers."""
+    header = HERE / "emulate.h"
+    folder = CACHE / hashlib.sha256(header.read_bytes()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "emulate.h.gch"
+    if not kept.exists():
+        _run(kept, "-x", "c++-header", str(header))
+    return folder / header.name
 
 
 def _build(source: str, name: str):
@@ -28,15 +56,10 @@ extern "C" void launch(const {struct}* p, int grid, int block, int bytes) {{
     stamp = hashlib.sha256(text.encode())
     for f in sorted([*SOURCES.glob("*.cu*"), HERE / "emulate.h"]):
         stamp.update(f.read_bytes())
-    cache = Path(tempfile.gettempdir()) / "hybridzoo-emulated"
-    cache.mkdir(exist_ok=True)
-    library = cache / f"{stamp.hexdigest()[:24]}.so"
+    includes = ["-include", str(_precompiled()), f"-I{HERE}", f"-I{SOURCES}"]
+    library = CACHE / f"{stamp.hexdigest()[:24]}.so"
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            part = Path(folder) / library.name
-            flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}", f"-I{SOURCES}"]
-            subprocess.run(["g++", *flags, "-x", "c++", "-", "-o", str(part)], input=text, text=True, check=True)
-            part.rename(library)
+        _run(library, "-shared", *includes, "-x", "c++", "-", text=text)
     return ctypes.CDLL(str(library)).launch
 
 

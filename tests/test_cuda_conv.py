@@ -1,0 +1,158 @@
+"""The CUDA convolution, run on the CPU thread by thread (tests/emulator), against the float64 reference: numbers, not speed."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridzoo.kernels import Seq, cuda_conv, nvrtc, reference
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+exhaustive = pytest.mark.skipif(
+    "HYBRIDZOO_EXHAUSTIVE" not in os.environ, reason="minutes of g++; HYBRIDZOO_EXHAUSTIVE=1 runs it"
+)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+TOLERANCE = {F32: 1e-6, BF16: 4e-3, F16: 5e-4}
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    path = Path(__file__).parent / "emulator" / "emulator.py"
+    spec = importlib.util.spec_from_file_location("emulator", path)
+    emulator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulator)
+    monkeypatch.setattr(nvrtc, "launch", emulator.launch)
+
+
+def operands(b, l, d, k, dtype=F32, filter_dtype=F32, state=True, bias=True):
+    return [
+        torch.randn(b, l, d).to(dtype),
+        torch.randn(d, k).to(filter_dtype),
+        torch.randn(d).to(filter_dtype) if bias else None,
+        torch.randn(b, k - 1, d).to(dtype) if state else None,
+    ]
+
+
+def documents(b, l):
+    """Documents of length 1 and up, padding behind the last."""
+    ids = (torch.rand(b, l) < 0.3).cumsum(1)
+    return ids.masked_fill(torch.arange(l) >= torch.randint(1, l + 1, (b, 1)), -1)
+
+
+def poisoned():
+    # what the allocator hands out next, in the sizes of these tests
+    for size in (1 << n for n in range(6, 20)):
+        torch.full((size,), float("nan"))
+
+
+def compare(inputs, doc=None, silu=True, strip=None):
+    x = inputs[0]
+    call = cuda_conv.Call.of(*inputs, doc, silu)
+    poisoned()
+    out = cuda_conv.forward(call, strip)
+    exact = [None if m is None else m.double().requires_grad_() for m in inputs]
+    want = reference.causal_conv1d(*exact, doc, silu)
+    gout = torch.randn(x.shape).to(x.dtype)
+    grads = torch.autograd.grad(want, [m for m in exact if m is not None], gout.double())
+    got = [g for g, m in zip(cuda_conv.backward(call, gout, strip), inputs, strict=True) if m is not None]
+    for a, b in zip((out, *got), (want, *grads), strict=True):
+        error = (a.double() - b).norm() / b.norm().clamp_min(1e-30)
+        assert error < TOLERANCE[x.dtype], error
+
+
+CASES = {
+    "plain": ((2, 70, 40, 4), {}),
+    "packed, with a state": ((2, 41, 40, 4), dict(packed=True)),
+    "odd channels, one step": ((3, 1, 21, 2, F16), {}),
+    "odd channels, packed, wide": ((1, 37, 13, 8, BF16), dict(packed=True)),
+    "eight-byte rows, nothing optional": ((1, 33, 36, 3, BF16, BF16, False, False), dict(silu=False)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("sizes", "more"), CASES.values(), ids=CASES)
+def test_outputs_and_gradients(sizes, more):
+    doc = documents(*sizes[:2]) if more.get("packed") else None
+    compare(operands(*sizes), doc, more.get("silu", True))
+
+
+@needs_compiler
+@exhaustive
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("k", cuda_conv.WIDTHS)
+def test_every_width(k, dtype):
+    for d in (16, 20, 7):
+        for packed in (False, True):
+            compare(operands(2, 67, d, k, dtype), documents(2, 67) if packed else None, strip=8)
+
+
+@needs_compiler
+def test_strips_and_short_rows_give_the_same():
+    for l in (1, 2, 3, 65, 129):
+        for strip in (8, 32):
+            compare(operands(1, l, 40, 4), strip=strip)
+
+
+@needs_compiler
+def test_slices_of_a_projection_are_read_in_place():
+    x, *rest = operands(2, 30, 40, 4)
+    wide = torch.randn(2, 30, 104)
+    sliced = wide[..., 64:]
+    call = cuda_conv.Call.of(sliced, *rest, None, True)
+    assert call.x is sliced
+    compare([sliced, *rest])
+    # an incoming gradient of stride zero, a state cut from a longer one, channels that are not neighbours
+    compare([x.transpose(1, 2).contiguous().transpose(1, 2), *rest[:2], torch.randn(2, 7, 40)[:, 2:5]])
+    got = cuda_conv.backward(call, torch.ones(()).expand(2, 30, 40))
+    want = cuda_conv.backward(call, torch.ones(2, 30, 40))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_compiler
+def test_ops_are_registered_as_torch_wants_them():
+    inputs = [x.requires_grad_() for x in operands(2, 9, 40, 4)]
+    doc = Seq.from_documents(torch.tensor([[0, 0, 1, 1, 1, 2, 3, 3, -1]] * 2)).doc
+    torch.library.opcheck(torch.ops.hybridzoo.causal_conv1d_cuda, (*inputs, doc, True))
+    torch.library.opcheck(torch.ops.hybridzoo.causal_conv1d_cuda, (*inputs[:2], None, None, None, False))
+    out, want = (f(*inputs, doc, True) for f in (cuda_conv.causal_conv1d, reference.causal_conv1d))
+    weights = torch.randn_like(out)
+    grads = [torch.autograd.grad((y * weights).sum(), inputs) for y in (out, want)]
+    for a, b in zip((out, *grads[0]), (want, *grads[1]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+def test_mixed_types_meet_in_float32_and_results_keep_their_own():
+    x, weight, bias, state = (m.requires_grad_() for m in operands(1, 9, 40, 4))
+    half = [x.to(BF16), weight.to(F16), bias, state]
+    out = cuda_conv.causal_conv1d(*half, None, True)
+    grads = torch.autograd.grad(out.float().sum(), half)
+    assert [m.dtype for m in (out, *grads)] == [BF16, BF16, F16, F32, F32]
+    torch.testing.assert_close(out.float(), reference.causal_conv1d(*half, None, True).float(), atol=0.02, rtol=0.02)
+
+
+def test_rows_of_no_tokens():
+    call = cuda_conv.Call.of(*operands(2, 0, 40, 4), None, True)
+    assert cuda_conv.forward(call).shape == (2, 0, 40)
+    assert all(not g.any() for g in cuda_conv.backward(call, call.x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "blocks"),
+    [
+        # eight channels a thread, four in the backward; strips as long as leaves every multiprocessor its blocks
+        (((8, 2048, 3072), False), "<bf16, bf16, 4, 8, 0, 4>", 8 * 16 * 12),
+        (((8, 2048, 3072), True), "<bf16, bf16, 4, 4, 0, 4>", 8 * 8 * 24),
+        (((1, 2048, 1536), False), "<bf16, bf16, 4, 8, 0, 4>", 64 * 6),
+        (((8, 2048, 3076), False), "<bf16, bf16, 4, 4, 0, 4>", 8 * 8 * 25),
+        (((8, 2048, 3073), False), "<bf16, bf16, 4, 4, 4, 4>", 8 * 8 * 25),
+    ],
+)
+def test_how_a_call_is_cut(shape, arguments, blocks):
+    (b, l, d), backward = shape
+    signature = (BF16, BF16, (b, l, d), 4, (l * d, d, 1), (0, 0), (l * d, d, 1), 16, False, True)
+    cut = cuda_conv.plan(signature, 132, backward)
+    assert (cut.arguments, cut.blocks) == (arguments, blocks)
