@@ -5,6 +5,7 @@ A mixer maps ``(b, l, d)`` to ``(b, l, d)``. Sequence mixers (Mamba, attention) 
 token. ``hybridzoo.layers.testing.check_mixer`` holds a class to every sentence here.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
@@ -163,7 +164,7 @@ class Mixer(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        before = {name: p.detach() for name, p in self.named_parameters() if name in self.fp32_parameters}
+        before = {name: p.detach() for name, p in self._pinned()}
         super()._apply(fn, recurse)
         for name, old in before.items():
             now = self.get_parameter(name)
@@ -171,3 +172,9 @@ class Mixer(nn.Module):
                 # take the old values, not the rounded ones, to wherever the cast moved them
                 now.data = old.to(device=now.device, dtype=torch.float32)
         return self
+
+    def _pinned(self) -> Iterator[tuple[str, nn.Parameter]]:
+        # by attribute and not by what named_parameters lists: an adapter (PEFT) around a projection passes on its bias
+        for name in self.fp32_parameters:
+            with contextlib.suppress(AttributeError):
+                yield name, self.get_parameter(name)

@@ -151,6 +151,8 @@ class MoE(Mixer):
             self.latent_in = linear(d_model, d_latent, False, device, dtype)
             self.latent_out = linear(d_latent, d_model, False, device, dtype)
         self.experts = Experts(num_experts, d_latent or d_model, d_intermediate, activation, gated, device, dtype)
+        # kept here, because an adapter (PEFT) may stand in the experts' place
+        self.widths = (d_latent or d_model, d_intermediate * (2 if gated else 1), d_intermediate)
         self.shared = None
         if num_shared_experts:
             width = num_shared_experts * d_intermediate
@@ -277,8 +279,7 @@ class MoE(Mixer):
         return [(name, name == self.backend, reason if name == self.backend else asked) for name, _, reason in rows]
 
     def _facts(self, device: str, dtype: torch.dtype) -> dict[str, Any]:
-        _, hidden, d = self.experts.w1.shape
-        return {"device": device, "dtype": dtype, "widths": (d, hidden, self.experts.w2.shape[2])}
+        return {"device": device, "dtype": dtype, "widths": self.widths}
 
     def _report(self, aux: dict[str, list], logits: Tensor, prob: Tensor, expert: Tensor, valid: Tensor | None) -> None:
         real = torch.ones_like(logits[:, 0]) if valid is None else valid.to(logits.dtype)
@@ -297,13 +298,16 @@ class MoE(Mixer):
 
     def flops(self, seq_len: int) -> int:
         """FLOPs per token of the router, the projections around the experts, ``top_k`` experts and the shared ones, 2 per multiply-add."""
-        per_expert = self.experts.w1[0].numel() + self.experts.w2[0].numel()
         shared = 0 if self.shared is None else self.shared.flops(seq_len)
         around = sum(m.weight.numel() for m in (self.router, self.latent_in, self.latent_out) if m is not None)
-        return 2 * (around + self.top_k * per_expert) + shared
+        return 2 * (around + self.top_k * self._per_expert) + shared
 
     @property
     def active_parameters(self) -> int:
         """Parameters that one token passes through."""
-        per_expert = self.experts.w1[0].numel() + self.experts.w2[0].numel()
-        return sum(p.numel() for p in self.parameters()) - (self.num_experts - self.top_k) * per_expert
+        return sum(p.numel() for p in self.parameters()) - (self.num_experts - self.top_k) * self._per_expert
+
+    @property
+    def _per_expert(self) -> int:
+        d, into, out_of = self.widths
+        return d * (into + out_of)

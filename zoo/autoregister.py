@@ -1,6 +1,10 @@
-"""Make ``AutoModelForCausalLM`` know the zoo after ``import hybridzoo``, without importing transformers for everybody.
+"""Make transformers' Auto classes know the zoo, without importing transformers, or our adapter to it, for everybody.
 
-If transformers' Auto classes are loaded already, the adapter registers at once; otherwise as soon as they are.
+transformers looks models up by name in tables, and imports a model's module when it is asked for. The adapter is entered there as one more
+name, as soon as the tables exist: nothing of ours is loaded until somebody opens one of our folders.
+
+``import hybridzoo`` does this, and so does ``import torch`` where the package is installed, through torch's entry-point group (see
+pyproject.toml): programs that know nothing of the zoo, such as ``lm_eval --model hf``, read our folders without running code out of them.
 """
 
 import importlib
@@ -9,14 +13,17 @@ import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 __all__ = ["register_when_loaded"]
 
-_TARGET = "transformers.models.auto.modeling_auto"
+_TABLES = "transformers.models.auto.configuration_auto"
 _ADAPTER = __package__ + ".hf"
+# where transformers looks for the class that it found under the name "hybridzoo"
+_ALIAS, _CONFIG = "transformers.models.hybridzoo", "HybridZooConfig"
 
 
-class _LoaderThenRegister(importlib.abc.Loader):
+class _LoaderThenEnter(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader):
         self.loader = loader
 
@@ -25,23 +32,38 @@ class _LoaderThenRegister(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(_ADAPTER)
+        _enter(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != _TARGET:
+        if name != _TABLES:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderThenRegister(spec.loader)
+            spec.loader = _LoaderThenEnter(spec.loader)
         return spec
 
 
 def register_when_loaded() -> None:
-    """Register the adapter now or when transformers' Auto classes are first used. Calling it again changes nothing."""
-    if _TARGET in sys.modules:
-        importlib.import_module(_ADAPTER)
+    """Enter the adapter into transformers' tables, now or when they are first used. Calling it again changes nothing."""
+    if _TABLES in sys.modules:
+        _enter(sys.modules[_TABLES])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _enter(tables: ModuleType) -> None:
+    if _ALIAS not in sys.modules:
+        alias = ModuleType(_ALIAS, "The transformers adapter of hybridzoo, under the name that transformers looks for.")
+        alias.__getattr__ = _from_adapter  # type: ignore[method-assign]
+        sys.modules[_ALIAS] = alias
+    tables.CONFIG_MAPPING_NAMES.setdefault("hybridzoo", _CONFIG)
+
+
+def _from_adapter(name: str) -> Any:
+    # this name only: tools that look through sys.modules ask every module for attributes it may not have
+    if name != _CONFIG:
+        raise AttributeError(f"module {_ALIAS!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ADAPTER), name)

@@ -6,6 +6,7 @@ The only file that imports transformers for modelling. The adapter owns no weigh
 
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -18,11 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..layers.base import Mixer
 from .checkpoint.native import hf_config
 from .config import validate
-from .lm import CausalLM
+from .layout import expand
+from .lm import CausalLM, padded_vocab
 from .state import ModelState
 from .tokenizer import EOS_TOKEN, tokenizer_files
 
@@ -58,13 +61,25 @@ class HybridZooConfig(PreTrainedConfig):
                     setattr(self, name, 0 if getattr(self, name) is None else getattr(self, name))
         super().__post_init__(**kwargs)
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """Residual blocks."""
+        return 0 if self.zoo is None else len(expand(self.zoo["layers"]))
+
 
 class StateCache:
-    """What ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches."""
+    """What ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches.
+
+    A call makes a new one and leaves the one it was given as it is, so a prompt read once can be continued in several ways.
+
+    Args:
+        state: ``None`` before the first token.
+        length: Columns of the input that have been read, padding included.
+    """
 
     is_compileable = False
 
-    def __init__(self, state: ModelState, length: int):
+    def __init__(self, state: ModelState | None = None, length: int = 0):
         self.state, self.length = state, length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -73,7 +88,14 @@ class StateCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, for beam search."""
-        self.state = self.state.reorder(beam_idx)
+        if self.state is not None:
+            self.state = self.state.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, to continue one prompt several times."""
+        if self.state is not None:
+            rows = torch.arange(self.state.tokens.shape[0], device=self.state.tokens.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
 
 
 class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
@@ -86,6 +108,12 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     _is_stateful = True  # recurrent states cannot be rolled back: assisted decoding is refused
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _fsdp_plan = {  # noqa: RUF012
+        "backbone.embedding": "free_full_weight",
+        "backbone.layers.*": "free_full_weight",
+        "backbone.norm_f": "keep_full_weight",
+        "lm_head": "keep_full_weight",
+    }
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
@@ -99,6 +127,8 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         # not registered as a submodule: its parts are, under the keys they have in the core itself
         object.__setattr__(self, "core", core)
         self.backbone, self.lm_head = core.backbone, core.lm_head
+        # one table of parts for both: what PEFT or a new vocabulary puts in the place of one is what the core computes with
+        core._modules = self._modules
         self._tied_weights_keys = _tied_names(core)
         self._keep_in_fp32_modules_strict = _fp32_names(core)
         self.post_init()
@@ -122,13 +152,26 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As :meth:`CausalLM.forward`; ``attention_mask`` may cover what ``past_key_values`` has seen."""
+    ) -> CausalLMOutputWithPast | tuple:
+        """As :meth:`CausalLM.forward`, in transformers' words.
+
+        ``attention_mask`` may cover what ``past_key_values`` has seen. Packed rows may also come as transformers' collators describe
+        them, by ``cu_seq_lens_q`` or by ``position_ids`` that start again at every document.
+
+        Raises:
+            ValueError: As :meth:`CausalLM.forward`, and for what the model cannot give: attentions, hidden states, another cache.
+        """
+        _refuse(kwargs, past_key_values, attention_mask)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and tokens is not None:
             attention_mask = attention_mask[:, -tokens.shape[1] :]
         state = None if past_key_values is None else past_key_values.state
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None and attention_mask is None and state is None:
+            cu_seqlens = _packing(tokens, kwargs.get("position_ids"))
         if self.training and labels is not None:
             use_cache = False
         out = self.core(
@@ -140,24 +183,26 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             cache = StateCache(out.state, tokens.shape[1] + (past_key_values.length if past_key_values else 0))
         # the Trainer in training wants the loss alone; forming all logits would undo the sliced cross-entropy
         logits = None if self.training and labels is not None else _keep(out.logits, logits_to_keep)
-        return CausalLMOutputWithPast(loss=out.loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=out.loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, use_cache=True, **kwargs
-    ):
-        """Feed what the state has not seen yet."""
-        inputs: dict[str, Any] = {
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-        }
-        if past_key_values is not None:
-            return inputs | {"input_ids": input_ids[:, past_key_values.length :]}
-        return inputs | ({"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {"input_ids": input_ids})
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        # what every way of generating asks for before it starts, and so the place to say what cannot be had
+        if generation_config.is_assistant:
+            raise ValueError(
+                f"{type(self).__name__}: cannot be the assistant of another model: rejected tokens would have to be taken out of its "
+                "states, and a recurrent state cannot be rolled back. Use an attention-only model of transformers as the assistant."
+            )
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(
+                f"cache_implementation: {kind!r} is a cache for keys and values alone; the model keeps states of its own, which are "
+                "small. Leave it unset."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = StateCache()
+        else:
+            _refuse({}, model_kwargs.get("past_key_values"), None)
 
     def _init_weights(self, module: nn.Module) -> None:
         # the layers have initialised themselves, and loaded weights must stay as they are
@@ -167,9 +212,29 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         """The token embedding."""
         return self.backbone.embedding
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another token embedding in place."""
+        self.backbone.embedding = value
+
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another head in place."""
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As transformers: more or fewer rows of embedding and head, known to the config, so that the model can be saved."""
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        rows = embedding.weight.shape[0]
+        if rows != padded_vocab(self.core.cfg):
+            sizes = {"vocab_size": rows, "pad_vocab_size_multiple": 1}
+            self.core.cfg.update(sizes)
+            self.config.zoo = {**(self.config.zoo or {}), **sizes}
+        return embedding
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -184,6 +249,38 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=EOS_TOKEN,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _refuse(kwargs: dict[str, Any], cache: Any, attention_mask: Tensor | None) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"{name}: the model does not hand these out. Read them with forward hooks on model.backbone.layers."
+            )
+    if cache is not None and not isinstance(cache, StateCache):
+        raise ValueError(
+            f"past_key_values: expected the StateCache of an earlier call, got {type(cache).__name__}, which has no place for recurrent "
+            "states. Leave it out, and take the one that comes back (use_cache=True)."
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask: expected shape (b, l), got {tuple(attention_mask.shape)}. What a token sees is the layers' to say; pass one "
+            "0/1 row per sequence."
+        )
+
+
+def _packing(tokens: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    if positions is None or tokens is None:
+        return None
+    starts = (positions == 0).expand(tokens.shape[:2])
+    if not bool(starts[:, 1:].any()):
+        return None  # one document per row: the positions that everybody counts anyway
+    if tokens.shape[0] != 1:
+        raise ValueError(
+            f"position_ids: start again inside a row of a batch of {tokens.shape[0]}. Lay packed documents in one row, (1, l)."
+        )
+    ends = starts.new_full((1,), tokens.shape[1], dtype=torch.long)
+    return torch.cat([starts[0].nonzero().flatten(), ends])
 
 
 def _keep(logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -208,3 +305,5 @@ def _fp32_names(core: CausalLM) -> set[str]:
 
 AutoConfig.register("hybridzoo", HybridZooConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridZooConfig, HybridZooForCausalLM, exist_ok=True)
+# the Trainer's label smoothing shifts the labels of the models that stand here by name, and of no others
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("hybridzoo", HybridZooForCausalLM.__name__)

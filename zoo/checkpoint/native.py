@@ -52,6 +52,15 @@ def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
     core = getattr(model, "core", model)
     if not isinstance(core, CausalLM):
         raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
+    described = {name: p.shape for name, p in unique_tensors(CausalLM(core.cfg, device="meta")).items()}
+    odd = sorted(
+        {name for name, p in unique_tensors(core).items() if described.pop(name, None) != p.shape} | {*described}
+    )
+    if odd:
+        raise ValueError(
+            f"save: {len(odd)} tensors differ from what the config describes, such as {odd[0]!r}. Undo what was put into the model; "
+            "adapters of PEFT are merged by merge_and_unload(), or saved by their own save_pretrained."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, bytes] = {
