@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hybridzoo.eval import bench, bench_ops, bench_show, bench_train, cases, peers, timing
+from hybridzoo.eval import bench, bench_ops, bench_show, bench_train, cases, peers, readme, timing
 
 ROW = {
     "name", "op", "shape", "dtype", "ours_ms", "ours_iqr_ms", "peer", "peer_ms", "ratio", "goal_ratio", "met", "floor_ms",
@@ -59,6 +59,33 @@ def test_what_is_measured_on_the_host():
     times = timing.HostTimer(repeats=3, slow_seconds=-1).compare(lambda: None, lambda: None)
     assert [len(t) for t in times] == [3, 1]
     assert timing.iqr([1.0]) == 0 and timing.iqr([1.0, 2.0, 3.0, 4.0]) == 2.5
+
+
+def test_events_time_every_call_in_turns(monkeypatch):
+    now, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    def call(name, ms):
+        log.append(name)
+        now[0] += ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timer = object.__new__(timing.EventTimer)
+    timer.budget_ms, timer.least, timer.most, timer.flush = 100.0, 3, 20, torch.empty(8)
+    times = timer.compare(lambda: call("a", 4.0), lambda: call("b", 10.0))
+    assert times == [[4.0] * 10, [10.0] * 10] and log[-6:] == ["a", "b"] * 3
+    assert timer.compare(lambda: call("a", 100.0)) == [[100.0] * 3]
+    assert timer.host(lambda: None) >= 0
 
 
 def test_outputs_are_compared_before_anything_is_timed(small, monkeypatch):
@@ -229,6 +256,27 @@ def test_results_are_shown_and_drawn(gpu_rows, tmp_path, monkeypatch):
         bench_show.plot(result_of([]), tmp_path / "none.svg")
 
 
+def test_the_readme_shows_what_was_measured_and_what_was_missed(gpu_rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "eval" / "results"
+    bench.write(
+        result_of(gpu_rows("table", "length", "conv"), versions={"torch": "2", "mamba_ssm": "1"}),
+        folder / "scan-h100.json",
+    )
+    page = tmp_path / "README.md"
+    page.write_text(f"# Title\n{readme.START}\nold\n{readme.END}\nrest\n")
+    assert readme.refresh(page) == [page, folder / "scan-h100.svg"]
+    text = page.read_text()
+    assert text.startswith("# Title\n") and text.endswith("\nrest\n") and "old" not in text
+    assert "| 2.50x | 3x, missed |" in text and "1 of 2 goals are met" in text and "mamba-ssm 1" in text
+    assert "(eval/results/scan-h100.svg)" in text and "conv-w4" in text
+    readme.refresh(page)
+    assert page.read_text() == text
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="has no section between"):
+        readme.refresh(page)
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -255,7 +303,7 @@ def sides(monkeypatch, tmp_path):
     return run
 
 
-def test_both_sides_train_from_the_same_weights(sides):
+def test_both_sides_train_from_the_same_weights(sides, tmp_path):
     theirs = sides("fake")
     mine = {variant: sides("ours", variant) for variant in ("default", "logits")}
     for found in mine.values():
@@ -266,6 +314,8 @@ def test_both_sides_train_from_the_same_weights(sides):
     console = Console(width=200, record=True)
     bench_show.show(result_of([row], what="train", ceilings={}), console)
     assert "mamba-tiny" in console.export_text()
+    (text,) = readme._train(tmp_path / "train.json", result_of([row], what="train", ceilings={}))[1:]
+    assert "| mamba-tiny | as shipped |" in text and "| 0.50x | 0.7x |" in text
 
 
 def test_losses_that_drift_apart_are_not_agreement(sides):

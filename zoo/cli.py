@@ -274,8 +274,10 @@ def lm_eval(ctx: typer.Context) -> None:
 
 @app.command(epilog="Example: [bold]zoo bench scan --vs transformers --vs mambapy[/bold]")
 def bench(
-    what: Annotated[str, typer.Argument(help="scan, ssd or train; or plot, to draw a JSON file of results.")],
-    file: Annotated[Path | None, typer.Argument(help="What to plot.", show_default=False)] = None,
+    what: Annotated[str, typer.Argument(help="scan, ssd or train; plot draws a result, readme writes the README.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="The JSON file to plot, or the README to write.", show_default=False)
+    ] = None,
     vs: Annotated[list[str] | None, typer.Option(help="A peer to compare with; may be repeated.")] = None,
     part: Annotated[
         list[str] | None,
@@ -298,6 +300,10 @@ def bench(
             raise ValueError("bench plot: name the JSON file of results to draw.")
         drawn = plot(json.loads(file.read_text()), out or file.with_suffix(".svg"))
         return _say(f"wrote {drawn}")
+    if what == "readme":
+        from ..eval.readme import refresh
+
+        return _say("wrote " + ", ".join(str(p) for p in refresh(file or Path("README.md"))))
     from ..eval.bench import run_bench
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

@@ -1,0 +1,178 @@
+"""The Performance section of the README, written from the committed results: no figure in it is typed by hand."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from .bench_show import plot
+
+__all__ = ["performance", "refresh"]
+
+Result = dict[str, Any]
+START, END = "<!-- written by `zoo bench readme` from eval/results -->", "<!-- end of what is written -->"
+_UNMEASURED = (
+    "On a GPU the scan runs as vectorised PyTorch, or through mamba-ssm where it is installed. Our own CUDA kernels, compiled "
+    'at first use without nvcc, are in the tree and taken only when asked for (`backend="cuda"` or `HYBRIDZOO_BACKEND=cuda`) '
+    "until they are measured."
+)
+
+
+def refresh(readme: Path) -> list[Path]:
+    """Write the section between the marks of a README, and the pictures beside the results it shows.
+
+    Args:
+        readme: The README of a checkout, whose results are in ``eval/results``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: The marks are not there.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if START not in text or END not in text:
+        raise ValueError(f"{readme}: has no section between {START!r} and {END!r}.")
+    folder = readme.parent / "eval" / "results"
+    drawn = [plot(result, path.with_suffix(".svg")) for path, result in _results(folder) if _on_gpu(result)]
+    before, after = text.split(START)[0], text.split(END)[1]
+    readme.write_text(f"{before}{START}\n\n{performance(folder)}\n\n{END}{after}", encoding="utf-8")
+    return [readme, *drawn]
+
+
+def performance(folder: Path) -> str:
+    """The section as Markdown, from every result in a folder."""
+    found = _results(folder)
+    pieces = []
+    for path, result in found:
+        if result["what"] == "scan" and _on_gpu(result):
+            pieces += _gpu_scan(path, result)
+    if not pieces:
+        pieces = [_UNMEASURED]
+    for path, result in found:
+        if result["what"] == "train":
+            pieces += _train(path, result)
+    for path, result in found:
+        if result["what"] == "scan" and not _on_gpu(result):
+            pieces += _cpu_scan(path, result)
+    return "\n\n".join(piece if piece.startswith("|") else _wrapped(piece) for piece in pieces)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 140, break_long_words=False, break_on_hyphens=False)
+
+
+def _results(folder: Path) -> list[tuple[Path, Result]]:
+    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+
+
+def _on_gpu(result: Result) -> bool:
+    return "sfu_Gexps" in result.get("ceilings", {}) or result["what"] == "train"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _source(path: Path, result: Result) -> str:
+    command = result["command"].split(" --part")[0]
+    return f"`{command}`, commit {result['commit']}, [figures](eval/results/{path.name})"
+
+
+def _shape(row: Result) -> str:
+    return " x ".join(str(row["shape"][k]) for k in ("b", "l", "d") if k in row["shape"])
+
+
+def _goal(row: Result) -> str:
+    if row.get("goal_ratio") is None:
+        return ""
+    return f"{row['goal_ratio']:g}x" + ("" if row["met"] else ", missed")
+
+
+def _versions(result: Result) -> str:
+    named = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+    return ", ".join(f"{named.get(k, k)} {v}" for k, v in result["versions"].items() if k != "python")
+
+
+def _gpu_scan(path: Path, result: Result) -> list[str]:
+    rows, top = [row for row in result["cases"] if row.get("peer")], result["ceilings"]
+    table = [row for row in rows if row["part"] == "table"]
+    more = [row for row in rows if row["part"] != "table"]
+    met = sum(bool(row["met"]) for row in table)
+    pieces = [
+        f"The selective scan on one {result['device']} ({_versions(result)}), bf16, n = 16, gate and softplus fused: medians "
+        f"of one process in which both sides take turns, the cache overwritten before every call ({_source(path, result)}). "
+        f"The floor is the larger of two times: the bytes that must move, at the {top['copy_TBs']:.2f} TB/s of a copy, and the "
+        f"exponentials of the decays, at {top['sfu_Gexps']:,.0f}e9 a second, both measured in the same run. "
+        f"{met} of {len(table)} goals are met.",
+        _table(
+            ["case", "b x l x d", "pass", "ours, ms", "mamba-ssm, ms", "ratio", "goal", "of the floor", "saved, MB (theirs)"],
+            [
+                [
+                    row["name"], _shape(row), row["op"], f"{row['ours_ms']:.3f}", f"{row['peer_ms']:.3f}", f"{row['ratio']:.2f}x",
+                    _goal(row), f"{100 * row['share_of_floor']:.0f} %",
+                    f"{row['ours_saved_MB']:.0f} ({row['peer_saved_MB']:.0f})" if "ours_saved_MB" in row else "",
+                ]
+                for row in table
+            ],
+        ),
+    ]  # fmt: skip
+    picture = path.with_suffix(".svg")
+    pieces.append(f"![Times of the scan beside mamba-ssm's](eval/results/{picture.name})")
+    if more:
+        pieces.append(
+            _table(
+                ["case", "shape", "type", "pass", "peer", "ours, ms", "peer, ms", "ratio", "goal", "per token, to longest"],
+                [
+                    [
+                        row["name"], " ".join(f"{k}={v}" for k, v in row["shape"].items()), row["dtype"], row["op"], row["peer"],
+                        f"{row['ours_ms']:.4f}", f"{row['peer_ms']:.4f}", f"{row['ratio']:.2f}x", _goal(row),
+                        f"{row['cost_to_longest']:.2f}" if "cost_to_longest" in row else "",
+                    ]
+                    for row in more
+                ],
+            )
+        )  # fmt: skip
+    return pieces
+
+
+def _train(path: Path, result: Result) -> list[str]:
+    rows = result["cases"]
+    shape = rows[0]["shape"]
+    return [
+        f"A training step of whole models on one {result['device']} ({_versions(result)}), b = {shape['b']}, l = {shape['l']}, "
+        f"bf16 autocast, fused AdamW, beside mamba-ssm's own `MambaLMHeadModel` from the same weights ({_source(path, result)}).",
+        _table(
+            ["model", "ours", "tokens/s", "mamba-ssm", "ratio", "goal", "GiB", "mamba-ssm", "ratio", "goal"],
+            [
+                [
+                    row["name"], row["about"], f"{row['ours_tokens_s']:,}", f"{row['peer_tokens_s']:,}", f"{row['ratio']:.2f}x", _goal(row),
+                    f"{row['ours_GiB']:.1f}", f"{row['peer_GiB']:.1f}", f"{row['memory_ratio']:.2f}x",
+                    f"{row['goal_memory_ratio']:g}x" + ("" if row["memory_met"] else ", missed"),
+                ]
+                for row in rows
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def _cpu_scan(path: Path, result: Result) -> list[str]:
+    timed = [row for row in result["cases"] if row.get("peer")]
+    memory = [row for row in result["cases"] if "ours_MB" in row]
+    ends = [f"{row['ours_MB']:.0f} MB at l = {row['shape']['l']}" for row in (memory[0], memory[-1])] if memory else []
+    return [
+        f"The selective scan on a CPU ({result['device']}, torch {result['versions']['torch']}), fp32, medians of one process "
+        f"in which both sides take turns ({_source(path, result)}). "
+        f"transformers' torch path has a backward that is quadratic in the length; ours is linear, in memory too" + (f": {', '.join(ends)} (b = 1, d = 512, n = 16)." if ends else "."),
+        _table(
+            ["b, l, d, n", "pass", "peer", "ours, ms", "peer, ms", "ratio"],
+            [
+                [
+                    ", ".join(str(v) for v in row["shape"].values()), row["op"], row["peer"], f"{row['ours_ms']:.0f}",
+                    f"{row['peer_ms']:.0f}", f"{row['ratio']:.1f}x",
+                ]
+                for row in timed
+            ],
+        ),
+    ]  # fmt: skip
