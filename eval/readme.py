@@ -164,7 +164,8 @@ def _cpu_scan(path: Path, result: Result) -> list[str]:
     return [
         f"The selective scan on a CPU ({result['device']}, torch {result['versions']['torch']}), fp32, medians of one process "
         f"in which both sides take turns ({_source(path, result)}). "
-        f"transformers' torch path has a backward that is quadratic in the length; ours is linear, in memory too" + (f": {', '.join(ends)} (b = 1, d = 512, n = 16)." if ends else "."),
+        f"transformers' torch path has a backward that is quadratic in the length; ours is linear, in memory too"
+        + (f": {', '.join(ends)} (b = 1, d = 512, n = 16)." if ends else "."),
         _table(
             ["b, l, d, n", "pass", "peer", "ours, ms", "peer, ms", "ratio"],
             [
