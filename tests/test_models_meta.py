@@ -3,12 +3,17 @@
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import hybridzoo as zoo
+from hybridzoo.zoo.checkpoint.family import Fields, families
+from hybridzoo.zoo.checkpoint.keys import View
+from hybridzoo.zoo.checkpoint.writing import signature
 from hybridzoo.zoo.layout import from_jamba, from_megatron
+from hybridzoo.zoo.lm import CausalLM
 from hybridzoo.zoo.registry import ConfigError
 from hybridzoo.zoo.stats import stats
 
@@ -25,6 +30,10 @@ PUBLISHED = {
     "mamba2-1.3b": 1_343_757_312,
     "mamba2-2.7b": 2_702_599_680,
     "mamba2attn-2.7b": 2_697_590_880,
+    "mamba-2.8b-slimpj": 2_768_345_600,
+    "zamba2-1.2b": 1_215_064_704,
+    "zamba2-2.7b": 2_662_214_560,
+    "zamba2-7b": 7_356_749_648,
     "jamba-mini": 51_570_323_328,
 }
 # ours: a change here is a change of the model
@@ -45,7 +54,57 @@ OURS = {
     "transformer-370m": 369_255_424,
     "transformer-790m": 799_249_920,
     "transformer-tiny": 160_488,
+    "zamba2-tiny": 306_320,
 }
+# families whose published models are read and not shipped: what decides their shapes, as in their config.json (Bamba,
+# granite-4.0-h-350m, Falcon-H1-0.5B), their model cards (the other Granites), or NVIDIA's Megatron-Bridge; the rest are defaults
+GRANITE = {
+    "vocab_size": 100352, "tie_word_embeddings": True, "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_d_state": 128,
+    "num_hidden_layers": 40, "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)],
+}  # fmt: skip
+FALCON = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "mamba_n_heads": 24}
+READ = {
+    "Bamba-9B": ("bamba", 9_780_235_392, {
+        "attn_layer_indices": [9, 18, 27], "attn_rotary_emb": 64, "hidden_size": 4096, "intermediate_size": 14336, "mamba_d_head": 64,
+        "mamba_d_state": 128, "mamba_dt_rank": 256, "mamba_n_heads": 128, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256}),
+    "granite-4.0-h-350m": ("granitemoehybrid", 340_332_224, GRANITE | {
+        "hidden_size": 768, "num_hidden_layers": 32, "num_attention_heads": 12, "num_key_value_heads": 4, "mamba_n_heads": 48,
+        "shared_intermediate_size": 2048, "layer_types": ["attention" if i in (10, 13, 17, 27) else "mamba" for i in range(32)]}),
+    "granite-4.0-h-micro": ("granitemoehybrid", 3_191_396_096, GRANITE | {
+        "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_n_heads": 64, "shared_intermediate_size": 8192}),
+    "granite-4.0-h-tiny": ("granitemoehybrid", 6_939_037_248, GRANITE | {
+        "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 4, "mamba_n_heads": 48, "shared_intermediate_size": 1024,
+        "num_local_experts": 64, "num_experts_per_tok": 6, "intermediate_size": 512}),
+    "granite-4.0-h-small": ("granitemoehybrid", 32_207_337_984, GRANITE | {
+        "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_n_heads": 128, "shared_intermediate_size": 1536,
+        "num_local_experts": 72, "num_experts_per_tok": 10, "intermediate_size": 768}),
+    "Nemotron-H-4B": ("nemotron_h", 4_489_223_040, {
+        "hidden_size": 3072, "mamba_num_heads": 112, "intermediate_size": 12288,
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"}),
+    "Nemotron-H-8B": ("nemotron_h", 8_100_852_736, {
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"}),
+    "Nemotron-H-47B": ("nemotron_h", 46_791_554_816, {
+        "hidden_size": 8192, "mamba_num_heads": 256, "ssm_state_size": 256, "intermediate_size": 30720, "num_attention_heads": 64,
+        "hybrid_override_pattern":
+            "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"}),
+    "NVIDIA-Nemotron-Nano-9B-v2": ("nemotron_h", 8_888_227_328, {
+        "hidden_size": 4480, "mamba_head_dim": 80, "intermediate_size": 15680, "num_attention_heads": 40,
+        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"}),
+    "NVIDIA-Nemotron-Nano-12B-v2": ("nemotron_h", 12_310_001_152, {
+        "hidden_size": 5120, "mamba_head_dim": 80, "intermediate_size": 20480, "num_attention_heads": 40,
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"}),
+    "NVIDIA-Nemotron-3-Nano-30B-A3B": ("nemotron_h", 31_577_940_288, {
+        "hidden_size": 2688, "num_key_value_heads": 2, "mamba_num_heads": 64, "intermediate_size": 1856, "n_routed_experts": 128,
+        "num_experts_per_tok": 6, "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "routed_scaling_factor": 2.5,
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"}),
+    "Falcon-H1-0.5B": ("falcon_h1", 521_411_104, FALCON | {
+        "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 36, "mamba_d_ssm": 1536, "mamba_d_head": 64,
+        "mamba_d_state": 128, "vocab_size": 32784, "tie_word_embeddings": False}),
+    "Falcon-H1-Tiny-90M": ("falcon_h1", 91_131_072, FALCON | {
+        "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 24, "mamba_d_ssm": 768, "mamba_d_head": 32,
+        "mamba_d_state": 64, "vocab_size": 32768, "tie_word_embeddings": True}),
+}  # fmt: skip
 COUNTS = {**PUBLISHED, **OURS}
 
 
@@ -84,7 +143,7 @@ def test_stats_add_up_to_the_model(name):
 def test_names_say_the_size():
     for name, count in COUNTS.items():
         size = name.rsplit("-", 1)[1]
-        if size in ("tiny", "mini"):
+        if size in ("tiny", "mini", "slimpj"):
             continue
         stated = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
         assert abs(count / stated - 1) < 0.09, name  # 8.65 B is called 8B
@@ -113,6 +172,43 @@ def test_jamba_mini_is_transformers_jamba():
     with torch.device("meta"):
         theirs = transformers.JambaForCausalLM(config)
     assert sum(p.numel() for p in theirs.parameters()) == COUNTS["jamba-mini"]
+
+
+def read(family, config):
+    fields = Fields(config, Path("config.json"))
+    cfg = families()[family].read(fields)
+    fields.done()
+    return CausalLM(cfg, device="meta")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_published_models_of_other_families_have_their_parameters(name):
+    transformers = pytest.importorskip("transformers")
+    family, count, config = READ[name]
+    assert read(family, config).num_params() == count
+    cls = getattr(transformers, families()[family].architecture)
+    with torch.device("meta"):
+        theirs = cls(cls.config_class(**config))
+    theirs.tie_weights()
+    # the correction of the experts' choice is stored like a weight, and theirs has it as a buffer
+    stored = [b for key, b in theirs.named_buffers() if key.endswith("e_score_correction_bias")]
+    assert sum(t.numel() for t in (*theirs.parameters(), *stored)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "at"),
+    [
+        ("zamba2-1.2b", {"hidden_size": 2048, "num_mem_blocks": 1, "mamba_d_state": 128, "use_mem_rope": True, "n_mamba_heads": 64,
+                         "use_shared_attention_adapter": True, "num_hidden_layers": 38}, [5, 11, 17, 23, 29, 35]),
+        ("zamba2-2.7b", {"num_mem_blocks": 2, "n_mamba_heads": 80, "num_hidden_layers": 54}, [6, 12, 18, 24, 30, 36, 42, 47, 51]),
+        ("zamba2-7b", {"hidden_size": 3584, "num_mem_blocks": 2, "mamba_ngroups": 2, "use_mem_rope": True, "n_mamba_heads": 112,
+                       "num_hidden_layers": 81}, [6, 11, *range(17, 78, 6)]),
+    ],
+)  # fmt: skip
+def test_zamba2_is_what_the_published_config_says(name, config, at):
+    kinds = ["hybrid" if i in at else "mamba" for i in range(config["num_hidden_layers"])]
+    theirs = read("zamba2", config | {"layers_block_type": kinds, "time_step_limit": None})
+    assert signature(View(shipped(name))) == signature(View(theirs))
 
 
 def test_nvidia_hybrid_is_the_published_pattern():

@@ -24,7 +24,7 @@ class Bamba(Decoder):
         take, n, bias = fields.take, fields.take("num_hidden_layers", 32), fields.take("attention_bias", False)
         at = take("attn_layer_indices", [])
         layers = every_second(["attention" if i in at else "mamba2" for i in range(n)], ["mlp"] * n)
-        fields.skip("z_loss_coefficient", "layer_types", "layers_block_type", "attn_rotary_emb")
+        fields.skip("z_loss_coefficient", "layer_types", "layers_block_type", "attn_rotary_emb", "mamba_dt_rank")
         cfg = self.trunk(fields, layers, vocab=128000, d_model=4096, eps=1e-5, length=262144)
         heads = self.heads(fields, 32, 8)
         size = heads["headdim"] or cfg["d_model"] // heads["nheads"]
