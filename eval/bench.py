@@ -47,7 +47,8 @@ def run_bench(
         The result in the schema of DESIGN section 9.
 
     Raises:
-        ValueError: An unknown benchmark, part or peer, or a peer whose library is missing.
+        ValueError: An unknown benchmark, part or peer, a peer whose library is missing; or cases that failed, after the others have
+            been measured, shown and written.
     """
     if what not in BENCHES:
         raise ValueError(f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}.")
@@ -75,6 +76,8 @@ def run_bench(
     if out is not None and not profile:
         before = _same_run(Path(out), result)
         write(result if before is None else merged(before, result), Path(out))
+    if result.get("failed"):
+        raise ValueError("bench: failed, and left out:\n" + "\n".join(result["failed"]))
     return result
 
 
@@ -109,13 +112,14 @@ def bench(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceilings: dict[str, float] = {}
     if what == "train":
-        rows = bench_train.measure(vs, parts or list(bench_train.PARTS), tick, profile)
+        rows, failed = bench_train.measure(vs, parts or list(bench_train.PARTS), tick, profile)
     else:
         tick("ceilings")
         ceilings = timing.ceilings(device)
-        rows = bench_ops.measure(what, vs, parts or ["table"], timer or timing.timer_for(device), ceilings, tick)
+        timer = timer or timing.timer_for(device)
+        rows, failed = bench_ops.measure(what, vs, parts or ["table"], timer, ceilings, tick)
     named = {row["peer"].split(",")[0] for row in rows if row.get("peer")}
-    return {
+    result = {
         "what": what,
         "command": f"zoo bench {what} " + " ".join(f"--vs {name}" for name in vs),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -126,6 +130,7 @@ def bench(
         "ceilings": ceilings,
         "cases": rows,
     }
+    return result | {"failed": failed} if failed else result
 
 
 def merged(before: Result, after: Result) -> Result:

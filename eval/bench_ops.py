@@ -25,23 +25,27 @@ LINEAR_WITHIN = 1.1
 
 def measure(
     what: str, vs: list[str], parts: list[str], timer: timing.Timer, ceilings: dict[str, float], tick: Tick
-) -> list[Row]:
-    """Rows of every case of the parts that this device is for, against every peer."""
+) -> tuple[list[Row], list[str]]:
+    """Rows of every case of the parts that this device is for, against every peer; and what failed, which the rest survives."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[Row] = []
+    failed: list[str] = []
     for case in CASES[what]:
         if case.device != device or case.part not in parts:
             continue
         for name in peers_of(case, vs):
             tick(f"{case.name}, {name}")
-            rows += compare(case, name, timer, ceilings)
+            try:
+                rows += compare(case, name, timer, ceilings)
+            except (AssertionError, RuntimeError) as e:
+                failed.append(f"{case.name}, {name}: {type(e).__name__}: {e}")
             if device == "cuda":
                 torch.cuda.empty_cache()
     _judge_lengths(rows)
     if what == "scan" and device == "cpu":
         tick("memory")
         rows += _memory()
-    return rows
+    return rows, failed
 
 
 def peers_of(case: Case, vs: list[str]) -> list[str]:
@@ -70,9 +74,7 @@ def compare(case: Case, name: str, timer: timing.Timer, ceilings: dict[str, floa
     limit = TOLERANCE[case.dtype]
     for what, error in errors.items():
         if not error <= limit:
-            raise AssertionError(
-                f"{case.name}, {name}: {what} is not close: relative error {error:.2e}, limit {limit:.0e}"
-            )
+            raise AssertionError(f"{what} is not close: relative error {error:.2e}, limit {limit:.0e}")
     saved: Row = {}
     if on_gpu and case.op != "decode":
         saved = {"ours_saved_MB": mine.saved_bytes() / 1e6, "peer_saved_MB": theirs.saved_bytes() / 1e6}

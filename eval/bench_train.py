@@ -48,29 +48,35 @@ COMPARED, TIMED = 10, 20
 FIRST_LIMIT, LATER_LIMIT = 1e-3, 2e-2
 
 
-def measure(vs: list[str], parts: list[str], tick: Tick, profile: bool = False) -> list[Row]:
-    """A row per part, each against every peer; with ``profile``, the kernels of a step are printed instead.
+def measure(vs: list[str], parts: list[str], tick: Tick, profile: bool = False) -> tuple[list[Row], list[str]]:
+    """A row per part, each against every peer, and what failed; with ``profile``, the kernels of a step are printed instead.
 
     Raises:
-        ValueError: There is no GPU, or a side failed; the message has its last words.
+        ValueError: There is no GPU.
     """
     if not torch.cuda.is_available():
         raise ValueError("bench train: needs a CUDA device, and torch sees none.")
-    rows = []
+    rows, failed = [], []
     chosen = [PARTS[part] for part in parts]
     with tempfile.TemporaryDirectory() as folder:
-        for model in dict.fromkeys(model for model, _ in chosen):
+        for model, peer in itertools.product(dict.fromkeys(model for model, _ in chosen), vs):
             weights = str(Path(folder) / f"{model}.pt")
-            for peer in vs:
-                tick(f"{model}, {peer}")
-                theirs = _run({"side": peer, "model": model, "weights": weights, "profile": profile}, folder)
-                for variant in [v for m, v in chosen if m == model]:
-                    tick(f"{model}, ours, {variant}")
-                    spec = {"side": "ours", "model": model, "weights": weights, "profile": profile, "variant": variant}
-                    mine = _run(spec, folder)
-                    if not profile:
-                        rows.append(_row(model, variant, mine, peer, theirs))
-    return rows
+            theirs: dict[str, Any] = {}
+            for variant in [None, *(v for m, v in chosen if m == model)]:
+                tick(f"{model}, {f'ours, {variant}' if variant else peer}")
+                spec = {"side": "ours" if variant else peer, "model": model, "weights": weights, "profile": profile}
+                try:
+                    found = _run(spec | {"variant": variant}, folder)
+                except RuntimeError as e:
+                    failed.append(str(e))
+                    if variant is None:
+                        break  # without its weights there is nothing to compare
+                    continue
+                if variant is None:
+                    theirs = found
+                elif not profile:
+                    rows.append(_row(model, variant, found, peer, theirs))
+    return rows, failed
 
 
 def _run(spec: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def _run(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     )
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise ValueError(f"bench train: {spec['side']} of {spec['model']} ended with status {done.returncode}:\n{last}")
+        raise RuntimeError(f"{spec['side']} of {spec['model']} ended with status {done.returncode}:\n{last}")
     return json.loads(out.read_text())
 
 
@@ -162,7 +168,7 @@ def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _ours(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    variant = spec.get("variant", "default")
+    variant = spec["variant"]
     # what runs is ours, also where the peers' libraries are installed
     for name in dispatch._installed:
         dispatch._installed[name] &= name == "mamba_ssm" and variant == "mamba_ssm-scan"

@@ -98,8 +98,10 @@ def test_outputs_are_compared_before_anything_is_timed(small, monkeypatch):
         return peers.Timed(timed.leaves, lambda: timed.call() + 1)
 
     monkeypatch.setitem(peers.PEERS["ssd"], "transformers", wrong)
-    with pytest.raises(AssertionError, match="output is not close"):
-        bench.bench("ssd", ["transformers"], timer=Clock())
+    result = bench.bench("ssd", ["transformers"], timer=Clock())
+    assert not result["cases"] and "small, transformers: AssertionError: output is not close" in result["failed"][0]
+    with pytest.raises(ValueError, match="bench: failed, and left out:\nsmall, transformers"):
+        bench.run_bench("ssd", ["transformers"])
 
 
 def test_unknown_names_are_refused(small):
@@ -324,7 +326,25 @@ def test_losses_that_drift_apart_are_not_agreement(sides):
     assert not bench_train._row("m", "default", off, "fake", found)["agree"]
 
 
+def test_parts_of_training_are_run_in_turn_and_survive_a_failure(monkeypatch):
+    ran = []
+
+    def run(spec, folder):
+        ran.append((spec["side"], spec["model"], spec["variant"]))
+        if spec["variant"] == "compile":
+            raise RuntimeError("no compiler")
+        return {"losses": [2.0], "times_ms": [1.0, 2.0, 3.0], "peak_GiB": 1.0, "params": 5, "backends": {}}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_train, "_run", run)
+    rows, failed = bench_train.measure(["mamba_ssm"], list(bench_train.PARTS), lambda text: None)
+    assert ran[0] == ("mamba_ssm", "mamba-130m", None) and ran.count(("mamba_ssm", "mamba-370m", None)) == 1
+    assert [row["variant"] for row in rows] == ["default", "logits", "mamba_ssm-scan", "default"]
+    assert failed == ["no compiler", "no compiler"] and rows[0]["goal_ratio"] == 2.0 and rows[1]["goal_ratio"] is None
+    assert bench_train.measure(["mamba_ssm"], ["mamba-130m"], lambda text: None, profile=True) == ([], [])
+
+
 def test_a_side_that_fails_is_quoted(tmp_path):
-    spec = {"side": "ours", "model": "no-such-model", "weights": "none"}
-    with pytest.raises(ValueError, match=r"(?s)ours of no-such-model ended with status 1:.*no-such-model"):
+    spec = {"side": "ours", "model": "no-such-model", "weights": "none", "variant": "default"}
+    with pytest.raises(RuntimeError, match=r"(?s)ours of no-such-model ended with status 1:.*no-such-model"):
         bench_train._run(spec, str(tmp_path))
