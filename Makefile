@@ -3,10 +3,12 @@
 #   PYTHON=python3.12   the interpreter that creates .venv (3.11 or later); an existing .venv is used as it is
 #   TORCH=...           what pip installs for torch when .venv has none: a version, a wheel, or a path with options of pip
 #   ARGS=...            passed on to `zoo demo` or pytest
+#   PYTEST=pytest       for test-gpu: the environment that is active, where a GPU machine has its own and no network
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+PYTEST ?= .venv/bin/pytest
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -31,8 +33,8 @@ demo: .venv/.demo
 test: .venv/.dev
 	.venv/bin/pytest $(ARGS)
 
-test-gpu: .venv/.dev
-	.venv/bin/pytest tests/gpu -m gpu $(ARGS)
+test-gpu: $(if $(filter .venv/%,$(PYTEST)),.venv/.dev)
+	$(PYTEST) tests/gpu -m gpu $(ARGS)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from hybridzoo.eval import bench, bench_ops, bench_show, bench_train, cases, peers, readme, timing
+from hybridzoo.kernels import nvrtc
 
 ROW = {
     "name", "op", "shape", "dtype", "ours_ms", "ours_iqr_ms", "peer", "peer_ms", "ratio", "goal_ratio", "met", "floor_ms",
@@ -183,6 +184,13 @@ def test_every_case_of_the_issue_is_there_with_its_goals():
     # by hand: the floors that the issue gives for its first shape
     assert cases.floor_ms(table[0], "forward", CEILINGS) == (pytest.approx(0.290, abs=1e-3), "exponentials")
     assert cases.counts(table[0], "forward")[0] / 3e9 == pytest.approx(0.180, abs=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_the_kernel_that_measures_exponentials_compiles(arch):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    symbol, code, _ = nvrtc.compile_source("probe.cu", "probe_exponentials", arch)
+    assert symbol == b"probe_exponentials" and code.startswith(b"\x7fELF")
 
 
 @pytest.fixture
