@@ -60,7 +60,7 @@ def run_bench(
     chosen = _parts(what, parts)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)  # a log has room for every column
+        console = Console(width=200)  # a log has room for every column
     # no end in sight: steps differ a thousandfold in time
     with Progress(
         *Progress.get_default_columns()[:2],
@@ -135,8 +135,9 @@ def bench(
 
 def merged(before: Result, after: Result) -> Result:
     """Both results in one, a case that is in both as it was measured last; what was run is kept under ``runs``."""
-    fresh = {_identity(row) for row in after["cases"]}
-    cases = [row for row in before["cases"] if _identity(row) not in fresh] + after["cases"]
+    fresh = {_identity(row): row for row in after["cases"]}
+    cases = [fresh.pop(_identity(row), row) for row in before["cases"]]
+    cases += fresh.values()
     runs = [{key: r[key] for key in ("command", "date", "ceilings")} for r in (before, after)]
     return after | {
         "versions": before["versions"] | after["versions"],

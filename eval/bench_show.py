@@ -46,18 +46,36 @@ def _ratio(row: dict[str, Any]) -> tuple[str, str]:
     return f"{colour}{row['ratio']:.2f}x", "" if goal is None else f"{goal:g}x"
 
 
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    return format(row[key], form) if key in row else ""
+
+
 def _timed(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    numbers = ("ours ms", "± iqr", "peer ms", "ratio", "goal", "GB/s", "floor", "host ms", "peer host")
+    numbers = (
+        "ours ms",
+        "± iqr",
+        "peer ms",
+        "ratio",
+        "goal",
+        "GB/s",
+        "floor",
+        "host ms",
+        "peer host",
+        "saved MB",
+        "peer",
+        "to longest",
+    )
     _columns(table, ("case", "shape", "op", "peer"), numbers)
     for row in rows:
         op = row["op"].replace("forward", "fwd").replace("backward", "bwd")
         times = f"{row['ours_ms']:.3f}", f"{row['ours_iqr_ms']:.3f}", f"{row['peer_ms']:.3f}"
         more = (
-            f"{row['ours_GBs']:.0f}" if "ours_GBs" in row else "",
-            f"{100 * row['share_of_floor']:.0f} %" if "share_of_floor" in row else "",
-            f"{row['ours_host_ms']:.3f}" if "ours_host_ms" in row else "",
-            f"{row['peer_host_ms']:.3f}" if "peer_host_ms" in row else "",
+            _cell(row, "ours_GBs", ".0f"),
+            _cell(row, "share_of_floor", ".0%"),
+            *(_cell(row, key, ".3f") for key in ("ours_host_ms", "peer_host_ms")),
+            *(_cell(row, key, ".1f") for key in ("ours_saved_MB", "peer_saved_MB")),
+            _cell(row, "cost_to_longest", ".2f"),
         )
         table.add_row(row["name"], shape_text(row["shape"]), op, row["peer"], *times, *_ratio(row), *more)
     return table
