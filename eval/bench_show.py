@@ -176,4 +176,4 @@ def _bars(ax: Any, title: str, unit: str, rows: list[tuple[str, float, float, fl
     ax.set_ylabel(unit)
     ax.set_title(title, loc="left")
     ax.grid(axis="y", alpha=0.25, linewidth=0.6)
-    ax.legend(frameon=False, ncols=3, loc="upper left")
+    ax.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
