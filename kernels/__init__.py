@@ -3,13 +3,14 @@
 from .api import causal_conv1d, selective_scan, ssd
 from .dispatch import BackendError
 from .seq import Seq
-from .update import causal_conv1d_update, selective_state_update, ssd_state_update
+from .update import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
 
 __all__ = [
     "BackendError",
     "Seq",
     "causal_conv1d",
     "causal_conv1d_update",
+    "conv_ssd_update",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import cuda_conv, cuda_ops
+from . import cuda_conv, cuda_ops, cuda_update
 
 Facts = dict[str, Any]
 ENV = "HYBRIDZOO_BACKEND"
@@ -48,10 +48,11 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
     """The backend for one call of ``op``.
 
     Args:
-        op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``attention`` or ``moe``.
+        op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``attention`` or ``moe``.
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d`` and, as booleans,
-            ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices.
+            ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
+            what :func:`.cuda_update.refuse` asks about the states of an ``update``.
 
     Raises:
         BackendError: The name is unknown, or the backend asked for refuses.
@@ -236,6 +237,7 @@ _CUDA_SCAN = Backend(
 # None once the kernels have been run on a GPU: then they are chosen by themselves
 _UNTRIED: str | None = "still to be run on a GPU; ask for it with backend='cuda'"
 _CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse, on_request=_UNTRIED)
+_CUDA_UPDATE = Backend("cuda", "our kernels, compiled at first use", cuda_update.refuse, on_request=_UNTRIED)
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
 _REFERENCE = Backend("reference", "a loop over time, the definition", _never)
 
@@ -247,6 +249,7 @@ TABLES: dict[str, dict[str, Backend]] = {
     "causal_conv1d": _ops(
         _CUDA_CONV, Backend("causal_conv1d", "causal_conv1d's CUDA kernel", _causal_conv1d), _CHUNKED, _REFERENCE
     ),
+    "update": _ops(_CUDA_UPDATE, Backend("chunked", "PyTorch operations", _never)),
     "attention": _ops(
         Backend("flash_attn", "flash-attn's CUDA kernel", _flash_attn),
         Backend("sdpa", "torch's scaled_dot_product_attention", _never),

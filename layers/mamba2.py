@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import ssd, ssd_state_update
+from ..kernels import conv_ssd_update, ssd
 from .base import Mixer, Seq, State
 from .common import (
     acc_dtype,
@@ -221,8 +221,18 @@ class Mamba2(Mixer):
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
         mlp, z, xBC, dt = self._project(x)
-        u, B, C = self._heads(self.conv1d.step(xBC, state.conv))
-        y = ssd_state_update(state.ssm, u, dt, -upcast(self.A_log).exp(), B, C, **self._scan_options(z))
+        y = conv_ssd_update(
+            xBC,
+            state.conv,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            state.ssm,
+            dt,
+            -upcast(self.A_log).exp(),
+            **self._scan_options(z),
+            ngroups=self.ngroups,
+            activation=self.conv1d.activation,
+        )
         return self._finish(y, z, mlp)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

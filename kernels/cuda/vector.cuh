@@ -5,6 +5,13 @@
 // shared memory whose size the compiler knows: what is not taken of it stays a cache
 #ifdef HZ_EMULATE
 #define SHARED_ARRAY(T, name, size) static T name[size]
+inline void __threadfence() {}
+inline void __trap() { abort(); }
+inline uint32 atomicInc(uint32* at, uint32 last) {
+    const uint32 old = *at;
+    *at = old >= last ? 0 : old + 1;
+    return old;
+}
 #else
 #define SHARED_ARRAY(T, name, size) __shared__ T name[size]
 #endif
@@ -116,4 +123,16 @@ DEVICE void load_taps(const W* at, int count, float (&taps)[K][N]) {
 template <class W, int N, bool ALIGNED>
 DEVICE void load_bias(const W* bias, int ch, int count, float (&x)[N]) {
     Vec<W, N>::template load<ALIGNED>(bias + (bias == nullptr ? 0 : ch), bias == nullptr ? 0 : count).unpack(x);
+}
+
+template <class T>
+DEVICE float read_one(const T* at) {
+    float x[1];
+    read_channels<T, 1>(at, x);
+    return x[0];
+}
+template <class T>
+DEVICE void write_one(T* at, float x) {
+    const float one[1] = {x};
+    write_channels<T, 1>(at, one);
 }

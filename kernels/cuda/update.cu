@@ -1,0 +1,253 @@
+// One token: the convolution, and the recurrence h = exp(dt A) h + dt x B,  y = (C h + D x) silu(z), states updated in place.
+//
+// Memory-bound: a state is read and written once.  A block belongs to one entry of the batch, which works on row rows[b] of the states
+// (row b without an index); a negative row is skipped, its output zero.
+//
+// With K > 0 the convolution of Mamba-2's x, B and C comes first, in the same launch.  A block convolves its own channels of x, which no
+// other block reads, and all of its group's B and C, which every block of the group reads.  So nobody may shift the state of B and C before
+// all blocks of the group have read it: each, when its reads are done, draws a ticket, and the one that draws the last shifts.  Nobody
+// waits.  A block's reads come before its barrier, the barrier before the fence and the ticket of its thread 0, and the last ticket is
+// drawn after all others: the shift comes after every read.  The counter is back at zero behind the last ticket.
+#include "vector.cuh"
+
+constexpr int THREADS = 128, SPAN = 512;
+enum UpdateFlags { HEADS = 8, SPLIT = 16 };  // one A per head; B and C do not lie on borders of four elements
+
+// the state's row of a batch entry, negative where it is to be skipped
+DEVICE int64 state_row(const void* rows, int wide, int64 b, int total) {
+    if (rows == nullptr) return b;
+    const int64 row = wide ? reinterpret_cast<const int64*>(rows)[b] : reinterpret_cast<const int*>(rows)[b];
+    if (row >= total) __trap();
+    return row;
+}
+
+struct ConvUpdateParams {
+    const void* x;                    // (b, d)
+    void* state;                      // (rows, K - 1, d)
+    const void *weight, *bias, *rows;  // (d, K), (d), (b)
+    void* out;                        // (b, d)
+    int64 x_b, state_b, state_k;
+    int d, tiles, silu, wide_rows, total;
+};
+
+template <class T, class S, class W, int K, int FLAGS>
+__global__ void __launch_bounds__(THREADS) conv_update(const ConvUpdateParams p) {
+    constexpr int N = 4;
+    constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
+    const int64 b = blockIdx.x / p.tiles;
+    const int ch = ((int)(blockIdx.x % p.tiles) * THREADS + (int)threadIdx.x) * N, count = p.d - ch;
+    if (count <= 0) return;
+    const int64 row = state_row(p.rows, p.wide_rows, b, p.total);
+    float y[N] = {0.f, 0.f, 0.f, 0.f};
+    if (row >= 0) {
+        S* state = (S*)p.state + row * p.state_b + ch;
+        Vec<S, N> old[K - 1];
+#pragma unroll
+        for (int j = 0; j < K - 1; ++j) old[j] = Vec<S, N>::template load<ALIGNED>(state + j * p.state_k, count);
+        float x[N], taps[K][N];
+        Vec<T, N>::template load<ALIGNED>((const T*)p.x + b * p.x_b + ch, count).unpack(x);
+        load_taps<W, K, N, ALIGNED>((const W*)p.weight + (int64)ch * K, count < N ? count : N, taps);
+        load_bias<W, N, ALIGNED>((const W*)p.bias, ch, count, y);
+#pragma unroll
+        for (int j = 0; j < K - 1; ++j) {
+            float before[N];
+            old[j].unpack(before);
+#pragma unroll
+            for (int c = 0; c < N; ++c) y[c] = fmaf(taps[j][c], before[c], y[c]);
+            if (j > 0) old[j].template store<ALIGNED>(state + (j - 1) * p.state_k, count);
+        }
+        Vec<S, N>::pack(x).template store<ALIGNED>(state + (K - 2) * p.state_k, count);
+#pragma unroll
+        for (int c = 0; c < N; ++c) {
+            y[c] = fmaf(taps[K - 1][c], x[c], y[c]);
+            if (p.silu) y[c] *= sigmoid(y[c]);
+        }
+    }
+    Vec<T, N>::pack(y).template store<ALIGNED>((T*)p.out + b * p.d + ch, count);
+}
+
+struct StateUpdateParams {
+    float* state;                       // (rows, d, n)
+    const void *x, *dt, *B, *C, *z;     // (b, d), (b, d / p), (b, g, n), (b, g, n), (b, d); with K > 0, x is (b, d + 2 g n) and holds B, C
+    const float *A, *D, *bias;          // (d, n), or (d / p) with HEADS; (d / p, p) by strides; (d / p)
+    const void* rows;                   // (b)
+    void* conv_state;                   // (rows, K - 1, d + 2 g n)
+    const void *conv_weight, *conv_bias;
+    uint32* tickets;                    // (rows, g), zero between launches
+    void* out;                          // (b, d)
+    int64 state_b, x_b, dt_b, B_b, B_g, C_b, C_g, z_b, conv_b, conv_k;
+    int d, n, p, groups, tiles, span, D_head, D_channel, softplus, silu, wide_rows, total;
+    float low, high;
+};
+
+// LANES lanes share a channel, each has VECS times four of its states; a thread has PER channels in flight
+template <class T, class S, class W, int K, int LANES, int VECS, int PER, int FLAGS>
+struct StateUpdate {
+    static constexpr int N = LANES * VECS * 4, AT_ONCE = THREADS / LANES;
+    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), ONE_A = FLAGS & HEADS;
+    using F4 = Vec<float, 4>;
+
+    const StateUpdateParams& p;
+    int64 b, row;
+    int group, ch0, ch_end, q;
+    float h[PER][VECS][4], A[PER][ONE_A ? 1 : VECS][ONE_A ? 1 : 4], B[VECS][4], C[VECS][4];
+    float dt[PER], bias[PER], x[PER], z[PER], skip[PER];
+
+    DEVICE int first_state(int v) const { return (v * LANES + q) * 4; }
+    DEVICE float* states(int ch) const { return p.state + row * p.state_b + (int64)ch * p.n; }
+
+    // everything that a channel needs, before anything is stored: loads do not pass stores that they might overlap
+    DEVICE void load(int first) {
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const int ch = first + i * AT_ONCE;
+            const bool there = ch < ch_end;
+#pragma unroll
+            for (int v = 0; v < VECS; ++v) {
+                const int j = first_state(v), count = there ? p.n - j : 0;
+                const int64 at = count > 0 ? (int64)ch * p.n + j : 0;
+                F4::template load<ALIGNED>(states(0) + at, count).unpack(h[i][v]);
+                if constexpr (!ONE_A) F4::template load<ALIGNED>(p.A + at, count).unpack(A[i][v]);
+            }
+            dt[i] = bias[i] = x[i] = z[i] = skip[i] = 0.f;
+            if (!there) continue;
+            const int head = p.p == 1 ? ch : ch / p.p;
+            dt[i] = read_one((const T*)p.dt + b * p.dt_b + head);
+            if (p.bias != nullptr) bias[i] = p.bias[head];
+            if constexpr (ONE_A) A[i][0][0] = p.A[head];
+            if constexpr (K == 0) x[i] = read_one((const T*)p.x + b * p.x_b + ch);
+            if (p.D != nullptr) skip[i] = p.D[head * p.D_head + (ch - head * p.p) * p.D_channel];
+            if (p.z != nullptr) z[i] = read_one((const T*)p.z + b * p.z_b + ch);
+        }
+    }
+
+    DEVICE void load_bc(const float* shared) {
+#pragma unroll
+        for (int v = 0; v < VECS; ++v) {
+            const int j = first_state(v);
+            if constexpr (K > 0) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    B[v][e] = j + e < p.n ? shared[SPAN + j + e] : 0.f;
+                    C[v][e] = j + e < p.n ? shared[SPAN + N + j + e] : 0.f;
+                }
+            } else {
+                const T* from_B = (const T*)p.B + b * p.B_b + group * p.B_g + (j < p.n ? j : 0);
+                const T* from_C = (const T*)p.C + b * p.C_b + group * p.C_g + (j < p.n ? j : 0);
+                Vec<T, 4>::template load<!(FLAGS & SPLIT)>(from_B, p.n - j).unpack(B[v]);
+                Vec<T, 4>::template load<!(FLAGS & SPLIT)>(from_C, p.n - j).unpack(C[v]);
+            }
+        }
+    }
+
+    DEVICE float step_size(float dt) const {
+        if (p.softplus) dt = fmaxf(dt, 0.f) + log1pf(exp2_fast(fabsf(dt) * -LOG2E));
+        return fminf(fmaxf(dt, p.low), p.high);
+    }
+
+    DEVICE void step(int first, const float* shared) {
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const int ch = first + i * AT_ONCE;
+            const bool there = ch < ch_end;
+            if (K > 0 && there) x[i] = shared[ch - ch0];
+            const float step = step_size(dt[i] + bias[i]), step2 = step * LOG2E, add = step * x[i];
+            const float decay = ONE_A ? exp2_fast(step2 * A[i][0][0]) : 0.f;
+            float y = 0.f;
+#pragma unroll
+            for (int v = 0; v < VECS; ++v) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float a = ONE_A ? decay : exp2_fast(step2 * A[i][ONE_A ? 0 : v][ONE_A ? 0 : e]);
+                    h[i][v][e] = fmaf(a, h[i][v][e], add * B[v][e]);
+                    y = fmaf(h[i][v][e], C[v][e], y);
+                }
+                const int j = first_state(v);
+                F4::pack(h[i][v]).template store<ALIGNED>(states(there ? ch : ch0) + j, there ? p.n - j : 0);
+            }
+#pragma unroll
+            for (int m = LANES / 2; m > 0; m /= 2) y += __shfl_xor_sync(0xffffffffu, y, m);
+            y = fmaf(skip[i], x[i], y);
+            if (p.z != nullptr) y *= z[i] * sigmoid(z[i]);
+            if (there && q == 0) write_one((T*)p.out + b * p.d + ch, y);
+        }
+    }
+
+    // channel c of the convolution, in the precision of T, as a launch of its own would have left it
+    DEVICE float convolve(int c) const {
+        const S* state = (const S*)p.conv_state + row * p.conv_b + c;
+        const W* weight = (const W*)p.conv_weight + (int64)c * K;
+        float y = p.conv_bias == nullptr ? 0.f : read_one((const W*)p.conv_bias + c);
+#pragma unroll
+        for (int j = 0; j < K - 1; ++j) y = fmaf(read_one(weight + j), read_one(state + j * p.conv_k), y);
+        y = fmaf(read_one(weight + K - 1), read_one((const T*)p.x + b * p.x_b + c), y);
+        if (p.silu) y *= sigmoid(y);
+        T rounded;
+        write_one(&rounded, y);
+        return read_one(&rounded);
+    }
+
+    DEVICE void shift(int c) const {
+        S* state = (S*)p.conv_state + row * p.conv_b + c;
+#pragma unroll
+        for (int j = 0; j < K - 2; ++j) state[j * p.conv_k] = state[(j + 1) * p.conv_k];
+        write_one(state + (K - 2) * p.conv_k, read_one((const T*)p.x + b * p.x_b + c));
+    }
+
+    // of the group's B and C together, entry j's channel
+    DEVICE int channel_bc(int j) const { return p.d + (j < p.n ? group * p.n + j : (p.groups - 1 + group) * p.n + j); }
+
+    // x of this block, then B and C of the group; x's state is shifted
+    DEVICE void convolve_all(float* shared) const {
+        const int own = ch_end - ch0;
+        for (int i = threadIdx.x; i < own + 2 * p.n; i += THREADS) {
+            const int j = i - own, c = j < 0 ? ch0 + i : channel_bc(j);
+            shared[j < 0 ? i : SPAN + (j < p.n ? j : N + j - p.n)] = convolve(c);
+            if (j < 0) shift(c);
+        }
+    }
+
+    DEVICE void shift_bc() const {
+        for (int j = threadIdx.x; j < 2 * p.n; j += THREADS) shift(channel_bc(j));
+    }
+};
+
+template <class T, class S, class W, int K, int LANES, int VECS, int PER, int FLAGS>
+__global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams p) {
+    using U = StateUpdate<T, S, W, K, LANES, VECS, PER, FLAGS>;
+    SHARED_ARRAY(float, shared, K > 0 ? SPAN + 2 * U::N : 1);
+    SHARED_ARRAY(int, last, 1);
+    const int tile = blockIdx.x % p.tiles, rest = blockIdx.x / p.tiles, per_group = p.d / p.groups;
+    const int group = rest % p.groups, end = (group + 1) * per_group, ch0 = group * per_group + tile * p.span;
+    const int64 b = rest / p.groups, row = state_row(p.rows, p.wide_rows, b, p.total);
+    U u{p, b, row, group, ch0, end - ch0 < p.span ? end : ch0 + p.span, (int)threadIdx.x % LANES};
+    if (row < 0) {
+        for (int ch = ch0 + threadIdx.x; ch < u.ch_end; ch += THREADS) write_one((T*)p.out + b * p.d + ch, 0.f);
+        return;
+    }
+    // what takes longest first
+    const int first = threadIdx.x / LANES;
+    u.load(ch0 + first);
+    if constexpr (K > 0) {
+        u.convolve_all(shared);
+        __syncthreads();
+        if (p.tiles > 1 && threadIdx.x == 0) {
+            __threadfence();
+            last[0] = atomicInc(p.tickets + row * p.groups + group, p.tiles - 1) == p.tiles - 1;
+        }
+    }
+    u.load_bc(shared);
+    for (int base = ch0;;) {
+        u.step(base + first, shared);
+        base += U::AT_ONCE * PER;
+        if (base >= u.ch_end) break;
+        u.load(base + first);
+    }
+    if constexpr (K > 0) {
+        __syncthreads();
+        if (p.tiles == 1 || last[0]) {
+            __threadfence();
+            u.shift_bc();
+        }
+    }
+}
