@@ -1,6 +1,7 @@
 """The transformers adapter: Auto classes, generate, padding, saving; each against the core model."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -35,19 +36,124 @@ def test_wrapping_shares_the_weights_and_the_keys(adapter):
     assert torch.equal(adapter(ids).logits, core(ids).logits)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_of_transformers_equals_ours(adapter, beams):
+def prompts(padded=True):
     ids = torch.randint(1, 256, (2, 9))
     mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    cached = adapter.generate(ids, attention_mask=mask, num_beams=beams, **options)
-    if beams == 1:
+    mask[0, : 4 * padded] = 0
+    return ids, mask
+
+
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_p": 0.9, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "do_sample": False, "num_return_sequences": 2},
+    "beam-sampling": {"num_beams": 3, "do_sample": True},
+    "chunks": {"do_sample": False, "prefill_chunk_size": 4},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padded", [True, False], ids=["left-padded", "plain"])
+def test_generate_of_transformers_equals_itself_without_state(adapter, mode, padded):
+    ids, mask = prompts(padded)
+    options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask} | MODES[mode]
+    torch.manual_seed(1)
+    with_state = adapter.generate(ids, **options)
+    torch.manual_seed(1)
+    options.pop("prefill_chunk_size", None)
+    assert torch.equal(with_state, adapter.generate(ids, use_cache=False, **options))
+    if mode == "greedy":
         ours = adapter.core.generate(ids, max_new_tokens=12, attention_mask=mask)
-        assert cached[:, 9:].tolist() == ours[:, 9:].tolist()
-    uncached = adapter.generate(ids, attention_mask=mask, num_beams=beams, use_cache=False, **options)
-    assert torch.equal(cached, uncached)
+        assert with_state[:, 9:].tolist() == ours[:, 9:].tolist()
+
+
+@torch.no_grad()
+def test_beams_are_the_best_continuations(adapter):
+    """Three beams, written down without transformers and without any state."""
+    prompt, new, beams = torch.randint(1, 256, (1, 9)), 6, 3
+    rows, scores = prompt, torch.zeros(1)
+    for _ in range(new):
+        total = scores[:, None] + adapter.core(rows).logits[:, -1].log_softmax(-1)
+        scores, best = total.flatten().topk(beams)
+        rows = torch.cat([rows[best // 256], best[:, None] % 256], 1)
+    out = adapter.generate(
+        prompt, num_beams=beams, num_return_sequences=beams, max_new_tokens=new, do_sample=False, eos_token_id=None,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert out.sequences.tolist() == rows.tolist()
+    torch.testing.assert_close(out.sequences_scores, scores / new, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_state_is_continued_by_the_next_turn_and_by_several(adapter):
+    ids, mask = prompts()
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    first = adapter.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    asked = torch.cat([first.sequences, torch.randint(1, 256, (2, 4))], 1)
+    mask = torch.cat([mask, torch.ones(2, 9, dtype=torch.long)], 1)
+    fresh = adapter.generate(asked, attention_mask=mask, **options)
+    for _ in range(2):  # the state that was handed in is left as it is
+        again = adapter.generate(asked, attention_mask=mask, past_key_values=first.past_key_values, **options)
+        assert torch.equal(again, fresh)
+    read = adapter(ids[1:], use_cache=True).past_key_values
+    read.batch_repeat_interleave(3)
+    ways = torch.cat([ids[1:].expand(3, -1), torch.randint(1, 256, (3, 2))], 1)
+    assert torch.equal(adapter.generate(ways, past_key_values=read, **options), adapter.generate(ways, **options))
+
+
+@torch.no_grad()
+def test_embeddings_can_stand_for_the_prompt(adapter):
+    ids, mask = prompts()
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, "attention_mask": mask}
+    out = adapter.generate(inputs_embeds=adapter.get_input_embeddings()(ids), **options)
+    assert torch.equal(out, adapter.generate(ids, **options)[:, 9:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation is not supported with stateful models"),
+        ({"assistant_model": "itself"}, "assisted generation is not supported with stateful models"),
+        ({"cache_implementation": "static"}, "'static' is a cache for keys and values alone"),
+        ({"past_key_values": transformers.DynamicCache()}, "got DynamicCache, which has no place for recurrent states"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "does not hand these out"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search requires"),
+    ],
+    ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
+)
+def test_what_cannot_be_generated_is_refused_with_the_reason(adapter, options, message):
+    options = {k: adapter if v == "itself" else v for k, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        adapter.generate(torch.randint(1, 256, (1, 9)), max_new_tokens=3, **options)
+
+
+def test_it_assists_nobody_and_takes_no_mask_of_pairs(adapter):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, **sizes))
+    with pytest.raises(ValueError, match="cannot be the assistant"):
+        llama.generate(torch.randint(1, 256, (1, 9)), max_new_tokens=3, assistant_model=adapter)
+    with pytest.raises(ValueError, match="expected shape"):
+        adapter(torch.randint(1, 256, (1, 9)), attention_mask=torch.ones(1, 1, 9, 9))
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_pipelines_continue_texts_and_chats(adapter, tmp_path):
+    zoo.save(adapter.core, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path)
+    pipe = transformers.pipeline("text-generation", str(tmp_path), device="cpu")
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    alone = [pipe(text, **options)[0]["generated_text"] for text in ("Hello", "a longer prompt")]
+    together = pipe(["Hello", "a longer prompt"], batch_size=2, **options)  # padded on the left
+    assert [row[0]["generated_text"] for row in together] == alone
+    said = pipe([{"role": "user", "content": "Hello"}], **options)[0]["generated_text"]
+    assert said == pipe("<user>Hello\n<assistant>", **options)[0]["generated_text"]
+    ours = adapter.core.generate(torch.tensor([list(b"Hello")]), max_new_tokens=6, eos_token_id=0)[0, 5:].tolist()
+    assert alone[0] == ByteTokenizer().decode(ours)
 
 
 def test_the_folder_is_readable_by_both_sides(adapter, tmp_path):
@@ -61,6 +167,52 @@ def test_the_folder_is_readable_by_both_sides(adapter, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     assert torch.equal(zoo.load(tmp_path / "theirs")(ids).logits, expected)
     assert "lm_head.weight" not in _stored_keys(tmp_path / "theirs")  # tied: written once
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_shards_and_placement_change_nothing(tied, tmp_path):
+    model = HybridZooForCausalLM.wrap(zoo.build("jamba-tiny", [f"tie_embeddings={str(tied).lower()}"])).eval()
+    ids = torch.randint(1, 256, (2, 9))
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    placed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype="auto")
+    for back in (placed, zoo.load(tmp_path)):
+        assert torch.equal(back(ids).logits, model(ids).logits)
+        assert (back.lm_head.weight is back.get_parameter("backbone.embedding.weight")) == tied
+    assert placed.num_parameters() == model.core.num_params()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_new_vocabulary_is_used_and_saved(tied, tmp_path):
+    model = HybridZooForCausalLM.wrap(zoo.build("mamba-tiny", [f"tie_embeddings={str(tied).lower()}"])).eval()
+    ids = torch.randint(1, 256, (2, 9))
+    before = model(ids).logits
+    model.resize_token_embeddings(300, pad_to_multiple_of=64)
+    after = model(torch.cat([ids, torch.full((2, 1), 319)], 1)).logits
+    assert after.shape == (2, 10, 320)
+    torch.testing.assert_close(after[:, :9, :256], before)
+    zoo.save(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert torch.equal(zoo.load(tmp_path / folder)(ids).logits, model(ids).logits)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert theirs.config.vocab_size == 320 and torch.equal(theirs(ids).logits, model(ids).logits)
+
+
+def test_packed_rows_of_transformers_keep_documents_apart(adapter):
+    documents = [torch.randint(1, 256, (n,)).tolist() for n in (5, 1, 8)]
+    alone = torch.cat([adapter(torch.tensor([d])).logits[0] for d in documents])
+    for flash in (False, True):
+        collator = transformers.DataCollatorWithFlattening(
+            return_flash_attn_kwargs=flash, return_position_ids=not flash
+        )
+        batch = collator([{"input_ids": d} for d in documents])
+        labels = batch.pop("labels")
+        torch.testing.assert_close(adapter(**batch).logits[0], alone, atol=1e-4, rtol=1e-4)
+        core = adapter.core(batch["input_ids"], labels, cu_seqlens=torch.tensor([0, 5, 6, 14]))
+        torch.testing.assert_close(adapter(**batch, labels=labels).loss, core.loss, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="start again inside a row of a batch of 2"):
+        adapter(torch.ones(2, 4, dtype=torch.long), position_ids=torch.tensor([[0, 1, 0, 1]] * 2))
 
 
 def _stored_keys(folder):
@@ -115,32 +267,41 @@ def test_the_byte_tokenizers_agree_and_know_their_folder(tmp_path):
     assert theirs("a<|endoftext|>b")["input_ids"] == [97, 0, 98]
 
 
+def type_of_what_is_loaded(code, folder, **env):
+    check = f"import sys\nfolder = {str(folder)!r}\n{code}\nprint(type(model).__name__)"
+    run = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=folder, env=os.environ | env, timeout=200
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
 @pytest.mark.parametrize(
-    "code",
+    ("code", "switch"),
     [
-        "import hybridzoo\nfrom transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM\nimport hybridzoo",
-        "import hybridzoo\nfrom transformers import MambaForCausalLM, AutoModelForCausalLM",
+        # nobody asks for the zoo, and nothing of its modelling is loaded until its folder is opened
+        (
+            "from transformers import AutoConfig, AutoModelForCausalLM, MambaForCausalLM\n"
+            "assert 'hybridzoo.zoo.hf' not in sys.modules\n"
+            "AutoConfig.from_pretrained(folder)\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "1",
+        ),
+        (
+            "from transformers import AutoModelForCausalLM\nimport hybridzoo\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "0",
+        ),
+        (
+            "from transformers import AutoModelForCausalLM\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+            "0",
+        ),
     ],
+    ids=["not-imported", "imported-late", "remote-code"],
 )
-def test_auto_classes_know_the_zoo_whatever_is_imported_first(code, tmp_path):
-    zoo.save(zoo.build("mamba-tiny", ["d_model=16"]), tmp_path)
-    check = f"{code}\nprint(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
-    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path)
-    assert run.stdout.strip().endswith("HybridZooForCausalLM"), run.stderr
-
-
-def test_a_folder_runs_with_remote_code_where_the_package_was_not_imported(tmp_path):
+def test_auto_classes_know_the_zoo(code, switch, tmp_path):
     folder = zoo.save(zoo.build("mamba-tiny", ["d_model=16"]), tmp_path / "m")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "hybridzoo"
-    check = f"from transformers import AutoModelForCausalLM as A\nprint(type(A.from_pretrained({str(folder)!r}, trust_remote_code=True)).__name__)"
-    run = subprocess.run(
-        [sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, env=_environment(tmp_path)
-    )
-    assert run.stdout.strip().endswith("HybridZooForCausalLM"), run.stderr
-
-
-def _environment(tmp_path):
-    import os
-
-    return os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    env = {"TORCH_DEVICE_BACKEND_AUTOLOAD": switch, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    assert type_of_what_is_loaded(code, folder, **env).endswith("HybridZooForCausalLM")

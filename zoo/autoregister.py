@@ -9,7 +9,6 @@ pyproject.toml): programs that know nothing of the zoo, such as ``lm_eval --mode
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -17,7 +16,9 @@ from typing import Any
 
 __all__ = ["register_when_loaded"]
 
-_TABLES = "transformers.models.auto.configuration_auto"
+_AUTO = "transformers.models.auto."
+# the tables, and what is loaded after them, for when they are only half loaded as this is called: they import torch themselves
+_WATCHED = (_AUTO + "auto_mappings", _AUTO + "configuration_auto", _AUTO + "modeling_auto")
 _ADAPTER = __package__ + ".hf"
 # where transformers looks for the class that it found under the name "hybridzoo"
 _ALIAS, _CONFIG = "transformers.models.hybridzoo", "HybridZooConfig"
@@ -32,34 +33,40 @@ class _LoaderThenEnter(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _enter(module)
+        _enter()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != _TABLES:
+        if name not in _WATCHED:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderThenEnter(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _LoaderThenEnter(spec.loader)
+                return spec
+        return None
 
 
 def register_when_loaded() -> None:
     """Enter the adapter into transformers' tables, now or when they are first used. Calling it again changes nothing."""
-    if _TABLES in sys.modules:
-        _enter(sys.modules[_TABLES])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    _enter()
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _enter(tables: ModuleType) -> None:
-    if _ALIAS not in sys.modules:
-        alias = ModuleType(_ALIAS, "The transformers adapter of hybridzoo, under the name that transformers looks for.")
-        alias.__getattr__ = _from_adapter  # type: ignore[method-assign]
-        sys.modules[_ALIAS] = alias
-    tables.CONFIG_MAPPING_NAMES.setdefault("hybridzoo", _CONFIG)
+def _enter() -> None:
+    for name in _WATCHED:
+        names = getattr(sys.modules.get(name), "CONFIG_MAPPING_NAMES", None)
+        if names is None:
+            continue
+        names.setdefault("hybridzoo", _CONFIG)
+        if _ALIAS not in sys.modules:
+            alias = ModuleType(
+                _ALIAS, "The transformers adapter of hybridzoo, under the name that transformers looks for."
+            )
+            alias.__getattr__ = _from_adapter  # type: ignore[method-assign]
+            sys.modules[_ALIAS] = alias
 
 
 def _from_adapter(name: str) -> Any:
