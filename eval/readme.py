@@ -5,12 +5,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from . import parity
 from .bench_show import plot
 
 __all__ = ["performance", "refresh"]
 
 Result = dict[str, Any]
 START, END = "<!-- written by `zoo bench readme` from eval/results -->", "<!-- end of what is written -->"
+PARITY = "<!-- written by `zoo bench readme` from eval/results/parity.json -->"
 _UNMEASURED = (
     "On a GPU the scan runs as vectorised PyTorch, or through mamba-ssm where it is installed. Our own CUDA kernels, compiled "
     'at first use without nvcc, are in the tree and taken only when asked for (`backend="cuda"` or `HYBRIDZOO_BACKEND=cuda`) '
@@ -19,7 +21,7 @@ _UNMEASURED = (
 
 
 def refresh(readme: Path) -> list[Path]:
-    """Write the section between the marks of a README, and the pictures beside the results it shows.
+    """Write the sections between the marks of a README, and the pictures beside the results they show.
 
     Args:
         readme: The README of a checkout, whose results are in ``eval/results``.
@@ -28,16 +30,24 @@ def refresh(readme: Path) -> list[Path]:
         What was written.
 
     Raises:
-        ValueError: The marks are not there.
+        ValueError: The marks of the performance section are not there. Those of the checkpoints may be missing.
     """
     text = readme.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        raise ValueError(f"{readme}: has no section between {START!r} and {END!r}.")
     folder = readme.parent / "eval" / "results"
+    if PARITY in text and (folder / "parity.json").exists():
+        text = _filled(readme, text, PARITY, parity.section(folder))
+    text = _filled(readme, text, START, performance(folder))
     drawn = [plot(result, path.with_suffix(".svg")) for path, result in _results(folder) if _on_gpu(result)]
-    before, after = text.split(START)[0], text.split(END)[1]
-    readme.write_text(f"{before}{START}\n\n{performance(folder)}\n\n{END}{after}", encoding="utf-8")
+    readme.write_text(text, encoding="utf-8")
     return [readme, *drawn]
+
+
+def _filled(readme: Path, text: str, start: str, section: str) -> str:
+    before, found, rest = text.partition(start)
+    _, end, after = rest.partition(END)
+    if not found or not end:
+        raise ValueError(f"{readme}: has no section between {start!r} and {END!r}.")
+    return f"{before}{start}\n\n{section}\n\n{END}{after}"
 
 
 def performance(folder: Path) -> str:

@@ -274,7 +274,9 @@ def lm_eval(ctx: typer.Context) -> None:
 
 @app.command(epilog="Example: [bold]zoo bench scan --vs transformers --vs mambapy[/bold]")
 def bench(
-    what: Annotated[str, typer.Argument(help="scan, ssd or train; plot draws a result, readme writes the README.")],
+    what: Annotated[
+        str, typer.Argument(help="scan, ssd, train or parity; plot draws a result, readme writes the README.")
+    ],
     file: Annotated[
         Path | None, typer.Argument(help="The JSON file to plot, or the README to write.", show_default=False)
     ] = None,
@@ -292,7 +294,7 @@ def bench(
     profile: Annotated[bool, typer.Option("--profile", help="Of train: print the kernels of a step.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Time an op, or a model's training step, against other implementations on the same device."""
+    """Time an op, or a model's training step, against other implementations on the same device; or compare checkpoints with them."""
     if what == "plot":
         from ..eval.bench_show import plot
 
@@ -300,6 +302,11 @@ def bench(
             raise ValueError("bench plot: name the JSON file of results to draw.")
         drawn = plot(json.loads(file.read_text()), out or file.with_suffix(".svg"))
         return _say(f"wrote {drawn}")
+    if what == "parity":
+        from ..eval.parity import parity, table
+
+        measured = parity(out)
+        return _print_json(measured) if as_json else Console(soft_wrap=True, markup=False).print(table(measured))
     if what == "readme":
         from ..eval.readme import refresh
 
