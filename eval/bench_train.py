@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..kernels import dispatch
@@ -60,7 +61,7 @@ def measure(vs: list[str], parts: list[str], tick: Tick, profile: bool = False) 
     chosen = [PARTS[part] for part in parts]
     with tempfile.TemporaryDirectory() as folder:
         for model, peer in itertools.product(dict.fromkeys(model for model, _ in chosen), vs):
-            weights = str(Path(folder) / f"{model}.pt")
+            weights = str(Path(folder) / f"{model}.safetensors")
             theirs: dict[str, Any] = {}
             for variant in [None, *(v for m, v in chosen if m == model)]:
                 tick(f"{model}, {f'ours, {variant}' if variant else peer}")
@@ -161,6 +162,11 @@ def model_rows(model: nn.Module) -> int:
     return model.get_parameter("backbone.embedding.weight").shape[0]
 
 
+def keep_weights(model: nn.Module, path: str) -> None:
+    """Write all weights, tied ones under both names, which the format has no words for."""
+    save_file({name: x.detach().clone().contiguous() for name, x in model.state_dict().items()}, path)
+
+
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     """Next-token loss from the logits of all tokens; they are not copied to be shifted."""
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)
@@ -173,7 +179,7 @@ def _ours(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor]
     for name in dispatch._installed:
         dispatch._installed[name] &= name == "mamba_ssm" and variant == "mamba_ssm-scan"
     model = build(spec["model"], device=device).train()
-    model.load_state_dict(torch.load(spec["weights"], map_location=device, weights_only=True))
+    model.load_state_dict(load_file(spec["weights"], device=device))
     if variant == "compile":
         model.backbone.compile()
     if variant == "logits":
@@ -188,7 +194,7 @@ def _mamba_ssm(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Te
     same = build(spec["model"], device="meta")
     cfg = MambaConfig(d_model=same.cfg.d_model, n_layer=len(same.backbone.layers), vocab_size=same.cfg.vocab_size)
     model = MambaLMHeadModel(cfg, device=device)
-    torch.save(model.state_dict(), spec["weights"])
+    keep_weights(model, spec["weights"])
     return lambda ids: cross_entropy(model(ids).logits, ids), model
 
 

@@ -109,12 +109,12 @@ def ours(what: str, inputs: Inputs) -> Timed:
         return Timed(leaves, lambda: causal_conv1d(x, weight, bias, activation="silu", backend=own), backend=own)
     if what == "decode":
         u, dt, A, B, C, D, z, dt_bias = (inputs[name] for name in _SCAN)
-        state = inputs["state"].clone()
-        return Timed(
-            {},
-            lambda: selective_state_update(state, u, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=True),
-            state=state,
-        )
+        state, own = inputs["state"].clone(), own_backend("update", u)
+
+        def step() -> Tensor:
+            return selective_state_update(state, u, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=True, backend=own)
+
+        return Timed({}, step, backend=own, state=state)
     leaves = _leaves(inputs, *_SCAN)
     *first, bias = leaves.values()
     op, name = (selective_scan, "selective_scan") if what == "scan" else (ssd, "ssd")

@@ -297,14 +297,14 @@ def sides(monkeypatch, tmp_path):
     def peer(spec, device):
         torch.manual_seed(0)
         model = bench_train.build(spec["model"], device=device)
-        torch.save(model.state_dict(), spec["weights"])
+        bench_train.keep_weights(model, spec["weights"])
         return lambda ids: bench_train.cross_entropy(model(ids).logits, ids), model
 
     monkeypatch.setitem(bench_train._MAKERS, "fake", peer)
     monkeypatch.setattr(bench_train, "TIMED", 3)
     monkeypatch.setattr(bench_train, "COMPARED", 4)
     monkeypatch.setattr(bench_train.dispatch, "_installed", dict(bench_train.dispatch._installed))
-    weights = str(tmp_path / "w.pt")
+    weights = str(tmp_path / "w.safetensors")
 
     def run(side, variant="default"):
         spec = {"side": side, "model": "mamba-tiny", "weights": weights, "variant": variant}
