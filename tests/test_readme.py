@@ -1,5 +1,6 @@
 """The README is true: its snippets run, its commands exist, its tables name what ships, its figures are the committed ones."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_the_annotated_tree_names_what_is_there():
     tree = TEXT.split("## Where things are")[1].split("```")[1]
     for line in tree.strip().splitlines():
         assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_the_table_of_checkpoints_is_the_committed_run_and_covers_every_case():
+    from hybridzoo.eval.parity import section
+    from hybridzoo.eval.parity_cases import CASES, PUBLISHED
+    from hybridzoo.eval.readme import END, PARITY
+    from hybridzoo.zoo.checkpoint.family import families
+
+    shown = TEXT.split(PARITY)[1].split(END)[0].strip()
+    assert shown == section(ROOT / "eval/results"), "run: zoo bench readme"
+    rows = json.loads((ROOT / "eval/results/parity.json").read_text())["cases"]
+    assert [row["name"] for row in rows] == list(CASES), "run: zoo bench parity --out eval/results/parity.json"
+    assert {row["family"] for row in rows} == set(PUBLISHED) == set(families()) - {"mamba_ssm"}
+    for row in rows:
+        assert row["logit_error"] < 1e-4 and row["decoding_error"] < 1e-4 and row["gradient_error"] < 1e-3, row
+        assert row["export_is_bitwise"] and row["transformers_reads_it"], row
 
 
 def test_the_figures_are_the_committed_ones():
