@@ -506,22 +506,43 @@ def test_two_ranks_share_the_work_and_give_the_same_result(saved, tmp_path):
 
 
 def test_unmodified_lm_eval_reads_a_saved_folder(saved, expected, questions, prompts, tmp_path):
-    """Nothing of ours is imported before lm-eval has built the model from the folder."""
+    """``--model hf`` and ``--model hybridzoo`` answer alike, sample by sample; nobody has asked for the zoo, or trusted a folder's code."""
     code = """
         import json, sys
+        from lm_eval import evaluator, simple_evaluate
         from lm_eval.api.instance import Instance
-        from lm_eval.models.huggingface import HFLM
-        folder, output, questions, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-        assert not [m for m in sys.modules if m.startswith("hybridzoo")]
-        lm = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", batch_size=4)
+        from lm_eval.tasks import TaskManager
+        folder, output, questions, prompts, where, tasks, sizes = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+        evaluator.add_env_info = lambda results: None  # asks pip and the machine, for seconds
+        assert "hybridzoo.zoo.hf" not in sys.modules
+        manager = TaskManager(include_path=where, include_defaults=False, metadata=sizes)
+        found = simple_evaluate(
+            model="hf", model_args=f"pretrained={folder}", tasks=tasks, task_manager=manager, device="cpu", batch_size=4, limit=3
+        )
+        assert not [m for m in sys.modules if m.startswith("transformers_modules")]
+        lm = sys.modules["lm_eval.models.huggingface"].HFLM(pretrained=folder, device="cpu", batch_size=4)
         ask = lambda kind, rows: getattr(lm, kind)([Instance(kind, {}, tuple(a), i) for i, a in enumerate(rows)])
-        json.dump([ask("loglikelihood", questions), ask("generate_until", prompts)], open(output, "w"))
+        answers = [ask("loglikelihood", questions), ask("generate_until", prompts)]
+        json.dump([answers, found["results"], found["samples"]], open(output, "w"), default=str)
     """
-    output = tmp_path / "answers.json"
-    finish(launch(code, saved, output, json.dumps(questions), json.dumps(prompts), HF_MODULES_CACHE=str(tmp_path)))
-    scores, texts = json.loads(output.read_text())
+    output, tasks, sizes = tmp_path / "answers.json", ["hybridzoo_mqar", "hybridzoo_bpb"], SMALL | {"docs": 3}
+    finish(launch(code, saved, output, *map(json.dumps, (questions, prompts, str(FOLDER), tasks, sizes))))
+    (scores, texts), results, samples = json.loads(output.read_text())
     assert max(abs(a - b) for (a, _), (b, _) in zip(scores, expected[0], strict=True)) < 1e-3
     assert texts == expected[2]
+    ours = evaluate(str(saved), tasks, metadata=sizes, limit=3, log_samples=True, batch_size=4)
+    for task in tasks:
+        assert {k: v for k, v in results[task].items() if isinstance(v, float)} == pytest.approx(
+            {k: v for k, v in ours["results"][task].items() if isinstance(v, float)}, rel=1e-6
+        )
+        theirs = sorted(samples[task], key=lambda sample: sample["doc_id"])
+        for mine, other in zip(ours["samples"][task], theirs, strict=True):
+            assert [mine["doc_id"], mine["prompt_hash"], mine["target"]] == [
+                other["doc_id"],
+                other["prompt_hash"],
+                other["target"],
+            ]
+            assert json.loads(json.dumps(mine["resps"], default=str)) == other["resps"]
 
 
 def test_the_declared_entry_point_is_our_class():
