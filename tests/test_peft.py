@@ -31,7 +31,8 @@ def merged(model, weights):
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if isinstance(layer, ParamWrapper):
             name = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
-            A, B = A.unflatten(0, (-1, RANK)), B.unflatten(1, (RANK, -1)).permute(2, 0, 1)  # (e, r, in), (e, out, r)
+            if weights[name].dim() == 3:  # (e, r, in) and (e, out, r)
+                A, B = A.unflatten(0, (-1, RANK)), B.unflatten(1, (RANK, -1)).permute(2, 0, 1)
         else:
             name = f"{path}.weight"
         out[name] = weights[name] + SCALE * B @ A
@@ -45,6 +46,7 @@ TARGETS = {
     "mlp": {"target_modules": ["fc1", "fc2"]},
     "router": {"target_modules": ["router"]},
     "experts": {"target_modules": [], "target_parameters": EXPERTS},
+    "decay-rates": {"target_modules": [], "target_parameters": ["A_log"]},
     "head": {"target_modules": ["lm_head"]},
     "all": WITH_EXPERTS,
 }
