@@ -188,7 +188,8 @@ def conv_op(
 
 
 def _forward(operands: tuple) -> Tensor:
-    return forward(Call.of(*operands)).to(operands[0].dtype)
+    out, dtype = forward(Call.of(*operands)), operands[0].dtype
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 @conv_op.register_fake

@@ -227,10 +227,12 @@ def _state(
     low: float,
     high: float,
 ) -> Tensor:
-    dtype, shape, kept = _common(x, dt, B, C, z), x.shape, x.dtype
-    x, dt, B, C, z = _in(dtype, x.flatten(1), dt, B, C, None if z is None else z.flatten(1))
-    A, D, dt_bias = _parameter(A), _parameter(D), _parameter(dt_bias)  # type: ignore[assignment]
+    dtype, kept = _common(x, dt, B, C, z), x.dtype
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.dim() == 3:
+        x, z = x.flatten(1), None if z is None else z.flatten(1)
+    x, dt, B, C, z = _in(dtype, x, dt, B, C, z)
+    A, D, dt_bias = _parameter(A), _parameter(D), _parameter(dt_bias)  # type: ignore[assignment]
     if out.numel():
         scan = Scan(
             (dtype, dtype, dtype),
@@ -247,7 +249,7 @@ def _state(
         packed = params.pack(tail, state, x, dt, B, C, z, A, D, dt_bias, rows, None, None, None, None, out)
         nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device)
         _changed(state)
-    return out.view(shape).to(kept)
+    return out if dtype == kept else out.to(kept)
 
 
 def _conv_ssd(
@@ -293,7 +295,7 @@ def _conv_ssd(
         packed = params.pack(tail, *scan_inputs, conv_state, weight, bias, tickets, out)
         nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device)
         _changed(state, conv_state)
-    return out.to(kept)
+    return out if dtype == kept else out.to(kept)
 
 
 class Scan(NamedTuple):
