@@ -1,5 +1,6 @@
 """The transformers adapter: Auto classes, generate, padding, saving; each against the core model."""
 
+import copy
 import json
 import os
 import subprocess
@@ -34,6 +35,21 @@ def test_wrapping_shares_the_weights_and_the_keys(adapter):
     assert adapter.lm_head.weight is core.lm_head.weight
     ids = torch.randint(1, 256, (2, 9))
     assert torch.equal(adapter(ids).logits, core(ids).logits)
+
+
+@torch.no_grad()
+def test_a_replica_computes_with_its_own_parts(adapter):
+    """As nn.DataParallel makes one: a shallow copy, whose parts are then replaced."""
+    ids = torch.randint(1, 256, (2, 9))
+    expected = adapter(ids).logits
+    replica = adapter._replicate_for_data_parallel()
+    for name in ("backbone", "lm_head"):
+        part = copy.deepcopy(replica._modules[name])
+        for p in part.parameters():
+            p.zero_()
+        setattr(replica, name, part)
+    assert torch.equal(replica(ids).logits, torch.zeros_like(expected))
+    assert torch.equal(adapter(ids).logits, expected)
 
 
 def prompts(padded=True):
@@ -287,18 +303,16 @@ def type_of_what_is_loaded(code, folder, **env):
             "model = AutoModelForCausalLM.from_pretrained(folder)",
             "1",
         ),
-        (
-            "from transformers import AutoModelForCausalLM\nimport hybridzoo\n"
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-            "0",
-        ),
+        # by the folder's own code, which imports the zoo, late; from then on without
         (
             "from transformers import AutoModelForCausalLM\n"
-            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+            "assert 'hybridzoo' not in sys.modules\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+            "assert type(model) is type(AutoModelForCausalLM.from_pretrained(folder))",
             "0",
         ),
     ],
-    ids=["not-imported", "imported-late", "remote-code"],
+    ids=["installed", "remote-code"],
 )
 def test_auto_classes_know_the_zoo(code, switch, tmp_path):
     folder = zoo.save(zoo.build("mamba-tiny", ["d_model=16"]), tmp_path / "m")

@@ -4,6 +4,7 @@ The only file that imports transformers for modelling. The adapter owns no weigh
 :class:`~hybridzoo.zoo.lm.CausalLM` in ``core``, so the state-dict keys are the same.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -203,6 +204,13 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = StateCache()
         else:
             _refuse({}, model_kwargs.get("past_key_values"), None)
+
+    def _replicate_for_data_parallel(self) -> "HybridZooForCausalLM":
+        # nn.DataParallel gives a replica a table of parts of its own, on its device; so must its core have it
+        replica = super()._replicate_for_data_parallel()
+        object.__setattr__(replica, "core", copy.copy(self.core))
+        replica.core._modules = replica._modules
+        return replica
 
     def _init_weights(self, module: nn.Module) -> None:
         # the layers have initialised themselves, and loaded weights must stay as they are
