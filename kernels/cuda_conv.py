@@ -19,7 +19,7 @@ from .cuda_backend import RESET, TYPES, UNALIGNED, processors
 from .cuda_shapes import ceil_div
 
 WIDTHS = range(2, 9)
-THREADS = 128
+THREADS, SILU = 128, 8
 # blocks that a multiprocessor should have to choose from, and strips of the length, longest first; see NOTES.md
 BLOCKS, STRIPS = 10, (64, 32, 16, 8)
 
@@ -30,7 +30,7 @@ class Params(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in "x weight bias state doc out gout gx gstate part".split()),
         *((name, c_longlong) for name in "x_b x_l state_b state_k gout_b gout_l".split()),
-        *((name, c_int) for name in "l d columns tiles_d tiles_l strip silu".split()),
+        *((name, c_int) for name in "l d columns tiles_d tiles_l strip".split()),
     ]
 
 
@@ -129,7 +129,7 @@ def plan(signature: tuple, count: int, backward: bool, strip: int | None = None)
     steps = [s for pair in (x, state, gout) for s in pair[:2]] + [d]
     # bytes that one access moves: what rows and addresses allow, and registers have room for
     bytes_ = next((n for n in (16, 8) if n <= aligned and all(s * dtype.itemsize % n == 0 for s in steps)), None)
-    flags = packed * RESET | (bytes_ is None) * UNALIGNED
+    flags = packed * RESET | (bytes_ is None) * UNALIGNED | silu * SILU
     narrow = backward or k > 4 or bytes_ != 16
     lanes = (8 if narrow else 16) // dtype.itemsize
     vectors = ceil_div(d, lanes)
@@ -141,8 +141,8 @@ def plan(signature: tuple, count: int, backward: bool, strip: int | None = None)
         strip = next(enough, STRIPS[-1])
     tiles_l = ceil_div(l, deep * strip)
     strides = params.strides(x=x[:2], gout=gout[:2]) | {"state_b": state[0], "state_k": state[1]}
-    rest = Params(**strides, l=l, d=d, columns=columns, tiles_d=tiles_d, tiles_l=tiles_l, strip=strip, silu=silu)
-    blocks = 2 if k > 4 else 3 if backward and packed else 4
+    rest = Params(**strides, l=l, d=d, columns=columns, tiles_d=tiles_d, tiles_l=tiles_l, strip=strip)
+    blocks = 2 if k > 4 else 3 if backward or packed else 4
     arguments = f"<{TYPES[dtype]}, {TYPES[wide]}, {k}, {lanes}, {flags}, {blocks}>"
     return Plan(params.tail(rest), arguments, b * tiles_l * tiles_d, b * tiles_l)
 

@@ -144,11 +144,11 @@ def test_rows_of_no_tokens():
     ("shape", "arguments", "blocks"),
     [
         # eight channels a thread, four in the backward; strips as long as leaves every multiprocessor its blocks
-        (((8, 2048, 3072), False), "<bf16, bf16, 4, 8, 0, 4>", 8 * 16 * 12),
-        (((8, 2048, 3072), True), "<bf16, bf16, 4, 4, 0, 4>", 8 * 8 * 24),
-        (((1, 2048, 1536), False), "<bf16, bf16, 4, 8, 0, 4>", 64 * 6),
-        (((8, 2048, 3076), False), "<bf16, bf16, 4, 4, 0, 4>", 8 * 8 * 25),
-        (((8, 2048, 3073), False), "<bf16, bf16, 4, 4, 4, 4>", 8 * 8 * 25),
+        (((8, 2048, 3072), False), "<bf16, bf16, 4, 8, 8, 4>", 8 * 16 * 12),
+        (((8, 2048, 3072), True), "<bf16, bf16, 4, 4, 8, 3>", 8 * 8 * 24),
+        (((1, 2048, 1536), False), "<bf16, bf16, 4, 8, 8, 4>", 64 * 6),
+        (((8, 2048, 3076), False), "<bf16, bf16, 4, 4, 8, 4>", 8 * 8 * 25),
+        (((8, 2048, 3073), False), "<bf16, bf16, 4, 4, 12, 4>", 8 * 8 * 25),
     ],
 )
 def test_how_a_call_is_cut(shape, arguments, blocks):

@@ -15,10 +15,11 @@ struct ConvParams {
     void *gx, *gstate;                      // (b, l, d), (b, K - 1, d)
     float* part;                            // (b tiles_l, K + 1, d): sums for the taps, then for the bias
     int64 x_b, x_l, state_b, state_k, gout_b, gout_l;
-    int l, d, columns, tiles_d, tiles_l, strip, silu;
+    int l, d, columns, tiles_d, tiles_l, strip;
 };
 
 constexpr int THREADS = 128, U = 4;
+enum ConvFlags { SILU = 8 };
 
 // what neighbouring code of both directions needs: which channels and steps a thread has, and its documents
 template <class T, class W, int K, int N, int FLAGS>
@@ -45,7 +46,8 @@ struct Strip {
     }
 
     // the inputs before t0, from the row or from the state, and their documents
-    DEVICE void before(const T* x, float (&seen)[K - 1 + U][N], int64 (&ids)[K - 1 + U]) const {
+    DEVICE void before(float (&seen)[K - 1 + U][N], int64 (&ids)[K - 1 + U]) const {
+        const T* x = (const T*)p.x + b * p.x_b + ch;
 #pragma unroll
         for (int j = 0; j < K - 1; ++j) {
             const int t = t0 - (K - 1) + j;
@@ -63,6 +65,12 @@ struct Strip {
     DEVICE int64 document(int t) const {
         if constexpr (!DOCS) return 0;
         return p.doc[b * p.l + (t < 0 ? 0 : t < p.l ? t : p.l - 1)];
+    }
+
+    DEVICE void documents(int t, int64 (&ids)[U]) const {
+        if constexpr (DOCS)
+#pragma unroll
+            for (int i = 0; i < U; ++i) ids[i] = document(t + i);
     }
 
     // sum of weight and bias over the window that ends at seen[i + K - 1]
@@ -85,17 +93,23 @@ DEVICE void sigmoids(const float (&x)[N], float (&s)[N]) {
     for (int c = 0; c < N; c += 2) sigmoid2(x[c], x[c + 1], s[c], s[c + 1]);
 }
 
-template <class V>
-struct Window {
+// what is in flight of a row: the next U steps
+template <class T, int N, bool ALIGNED>
+struct Stream {
+    using V = Vec<T, N>;
+    const T* at;
+    int64 stride;
+    int count;
     V ahead[U];
 
-    // steps t .. t + U of a row, none from `end` on
-    template <bool ALIGNED, class T>
-    DEVICE void fetch(const T* row, int64 stride, int t, int end, int count) {
+    DEVICE Stream(const void* x, int64 offset, int64 stride, int t, int count) : at((const T*)x + offset + t * stride), stride(stride), count(count) {}
+    // of the steps, the first `left` are there; ALL of them, it is known, in the middle of a strip
+    template <bool ALL>
+    DEVICE void fetch(int left) {
 #pragma unroll
         for (int i = 0; i < U; ++i) {
-            const bool there = t + i < end;
-            ahead[i] = V::template load<ALIGNED>(row + (there ? (int64)(t + i) * stride : 0), there ? count : 0);
+            ahead[i] = V::template load<ALIGNED>(at, ALL && ALIGNED ? N : ALL || i < left ? count : 0);
+            at += stride;
         }
     }
 };
@@ -114,42 +128,61 @@ DEVICE void move_on(float (&window)[K - 1 + U][N]) {
         for (int c = 0; c < N; ++c) window[j][c] = window[j + U][c];
 }
 
-template <class T, class W, int K, int N, int FLAGS, int MIN_BLOCKS>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_forward(const ConvParams p) {
+template <class T, class W, int K, int N, int FLAGS>
+struct ConvForward : Strip<T, W, K, N, FLAGS> {
     using S = Strip<T, W, K, N, FLAGS>;
     using V = typename S::V;
-    const S s(p);
-    if (s.t1 <= s.t0) return;
-    const T* x = (const T*)p.x + s.b * p.x_b + s.ch;
-    T* out = (T*)p.out + s.b * p.l * p.d + s.ch;
+    using S::ALIGNED, S::b, S::ch, S::count, S::p, S::t0, S::t1;
+
+    Stream<T, N, ALIGNED> x;
+    T* out;
     float seen[K - 1 + U][N];
-    int64 ids[K - 1 + U];
-    Window<V> next;
-    next.template fetch<S::ALIGNED>(x, p.x_l, s.t0, s.t1, s.count);
-    s.before(x, seen, ids);
-#pragma unroll 1
-    for (int t = s.t0; t < s.t1; t += U) {
+    int64 ids[K - 1 + U], next_ids[U] = {};
+
+    DEVICE ConvForward(const ConvParams& p) : S(p), x(p.x, b * p.x_b + ch, p.x_l, t0, count), out((T*)p.out + (b * p.l + t0) * p.d + ch) {}
+
+    // U steps; ALL: these and the next U are inside the strip
+    template <bool ALL>
+    DEVICE void group(int t) {
 #pragma unroll
         for (int i = 0; i < U; ++i) {
-            next.ahead[i].unpack(seen[K - 1 + i]);
-            ids[K - 1 + i] = s.document(t + i);
+            x.ahead[i].unpack(seen[K - 1 + i]);
+            ids[K - 1 + i] = next_ids[i];
         }
-        next.template fetch<S::ALIGNED>(x, p.x_l, t + U, s.t1, s.count);
+        x.template fetch<ALL>(t1 - t - U);
+        this->documents(t + U, next_ids);
 #pragma unroll
         for (int i = 0; i < U; ++i) {
-            float y[N];
-            s.convolve(seen, ids, i, y);
-            if (p.silu) {
-                float gate[N];
+            float y[N], gate[N];
+            this->convolve(seen, ids, i, y);
+            if constexpr (FLAGS & SILU) {
                 sigmoids(y, gate);
 #pragma unroll
                 for (int c = 0; c < N; ++c) y[c] *= gate[c];
             }
-            if (t + i < s.t1) V::pack(y).template store<S::ALIGNED>(out + (int64)(t + i) * p.d, s.count);
+            V::pack(y).template store<ALIGNED>(out, ALL && ALIGNED ? N : ALL || t + i < t1 ? count : 0);
+            out += p.d;
         }
         move_on<K, N>(seen);
         if constexpr (S::DOCS) move_on<K>(ids);
     }
+
+    DEVICE void walk() {
+        if (t1 <= t0) return;
+        x.template fetch<false>(t1 - t0);
+        this->documents(t0, next_ids);
+        this->before(seen, ids);
+        int t = t0;
+#pragma unroll 1
+        for (; t + 2 * U <= t1; t += U) group<true>(t);
+#pragma unroll 1
+        for (; t < t1; t += U) group<false>(t);
+    }
+};
+
+template <class T, class W, int K, int N, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_forward(const ConvParams p) {
+    ConvForward<T, W, K, N, FLAGS>(p).walk();
 }
 
 template <class T, class W, int K, int N, int FLAGS>
@@ -158,9 +191,20 @@ struct ConvBackward : Strip<T, W, K, N, FLAGS> {
     using V = typename S::V;
     using S::ALIGNED, S::DOCS, S::b, S::ch, S::count, S::p, S::t0, S::t1, S::taps;
 
+    const int last, end;  // of the steps to go through, and of those inside the row
+    Stream<T, N, ALIGNED> x, gout;
+    T* gx;
+    float seen[K - 1 + U][N], gs[K - 1 + U][N];
+    int64 ids[K - 1 + U], next_ids[U] = {};
     float gtaps[K][N], gbias[N];
 
-    DEVICE ConvBackward(const ConvParams& p) : S(p) {
+    DEVICE ConvBackward(const ConvParams& p)
+        : S(p),
+          last(t1 + K - 1),
+          end(last < p.l ? last : p.l),
+          x(p.x, b * p.x_b + ch, p.x_l, t0, count),
+          gout(p.gout, b * p.gout_b + ch, p.gout_l, t0, count),
+          gx((T*)p.gx + (b * p.l + t0 - (K - 1)) * p.d + ch) {
 #pragma unroll
         for (int c = 0; c < N; ++c) {
             gbias[c] = 0.f;
@@ -169,22 +213,18 @@ struct ConvBackward : Strip<T, W, K, N, FLAGS> {
         }
     }
 
-    // the gradient behind the activation, of the step whose window ends at seen[i + K - 1]; none outside the row
-    DEVICE void gradient(const float (&seen)[K - 1 + U][N], const int64 (&ids)[K - 1 + U], int i, bool there, const float (&gout)[N],
-                         float (&g)[N]) const {
-        if (!p.silu) {
+    // the gradient behind the activation, from the one in front of it, of the step whose window ends at seen[i + K - 1]
+    DEVICE void gradient(int i, float (&g)[N]) const {
+        if constexpr (FLAGS & SILU) {
+            float y[N], gate[N];
+            this->convolve(seen, ids, i, y);
+            sigmoids(y, gate);
 #pragma unroll
-            for (int c = 0; c < N; ++c) g[c] = gout[c];
-            return;
+            for (int c = 0; c < N; ++c) g[c] *= gate[c] * fmaf(y[c], 1.f - gate[c], 1.f);
         }
-        float y[N], gate[N];
-        this->convolve(seen, ids, i, y);
-        sigmoids(y, gate);
-#pragma unroll
-        for (int c = 0; c < N; ++c) g[c] = there ? gout[c] * gate[c] * fmaf(y[c], 1.f - gate[c], 1.f) : 0.f;
     }
 
-    DEVICE void add(const float (&seen)[K - 1 + U][N], const int64 (&ids)[K - 1 + U], int i, const float (&g)[N]) {
+    DEVICE void add(int i, const float (&g)[N]) {
 #pragma unroll
         for (int c = 0; c < N; ++c) gbias[c] += g[c];
 #pragma unroll
@@ -195,60 +235,67 @@ struct ConvBackward : Strip<T, W, K, N, FLAGS> {
         }
     }
 
-    // the gradient of the input at `t`, the first of the steps that `gs` holds from index i on
-    DEVICE void finish(const float (&gs)[K - 1 + U][N], const int64 (&ids)[K - 1 + U], int i, int t) const {
-        const bool in_row = t >= t0 && t < t1, in_state = t < 0 && t0 == 0 && p.gstate != nullptr;
-        if (!in_row && !in_state) return;
-        float gx[N];
+    // the gradient of an input, K - 1 steps behind the step of index i
+    DEVICE V finish(int i) const {
+        float sum[N];
 #pragma unroll
-        for (int c = 0; c < N; ++c) gx[c] = 0.f;
+        for (int c = 0; c < N; ++c) sum[c] = 0.f;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
             const bool same = !DOCS || ids[i + j] == ids[i];
 #pragma unroll
-            for (int c = 0; c < N; ++c) gx[c] = fmaf(taps[K - 1 - j][c], same ? gs[i + j][c] : 0.f, gx[c]);
+            for (int c = 0; c < N; ++c) sum[c] = fmaf(taps[K - 1 - j][c], same ? gs[i + j][c] : 0.f, sum[c]);
         }
-        T* to = in_row ? (T*)p.gx + (b * p.l + t) * p.d : (T*)p.gstate + (b * (K - 1) + t + K - 1) * p.d;
-        V::pack(gx).template store<ALIGNED>(to + ch, count);
+        return V::pack(sum);
+    }
+
+    // U steps; ALL: these, the next U and the inputs that they finish are inside the strip
+    template <bool ALL>
+    DEVICE void group(int t) {
+#pragma unroll
+        for (int i = 0; i < U; ++i) {
+            x.ahead[i].unpack(seen[K - 1 + i]);
+            gout.ahead[i].unpack(gs[K - 1 + i]);
+            ids[K - 1 + i] = next_ids[i];
+        }
+        x.template fetch<ALL>(end - t - U);
+        gout.template fetch<ALL>(end - t - U);
+        this->documents(t + U, next_ids);
+#pragma unroll
+        for (int i = 0; i < U; ++i) {
+            float (&g)[N] = gs[K - 1 + i];
+            if (ALL || t + i < end) gradient(i, g);
+            // the steps behind the strip are their own thread's to add
+            if (ALL || t + i < t1) add(i, g);
+            const int at = t + i - (K - 1);
+            const V done = finish(i);
+            if (ALL || (at >= t0 && at < t1)) done.template store<ALIGNED>(gx, ALL && ALIGNED ? N : count);
+            if (!ALL && at < 0 && t0 == 0 && p.gstate != nullptr)
+                done.template store<ALIGNED>((T*)p.gstate + (b * (K - 1) + t + i) * p.d + ch, count);
+            gx += p.d;
+        }
+        move_on<K, N>(seen);
+        move_on<K, N>(gs);
+        if constexpr (DOCS) move_on<K>(ids);
     }
 
     DEVICE void walk() {
         if (t1 <= t0) return;
-        const T* x = (const T*)p.x + b * p.x_b + ch;
-        const T* gout = (const T*)p.gout + b * p.gout_b + ch;
-        const int last = t1 + K - 1, end = last < p.l ? last : p.l;  // of the steps to go through, and of those inside the row
-        float seen[K - 1 + U][N], gs[K - 1 + U][N];
-        int64 ids[K - 1 + U];
-        Window<V> next_x, next_g;
-        next_x.template fetch<ALIGNED>(x, p.x_l, t0, end, count);
-        next_g.template fetch<ALIGNED>(gout, p.gout_l, t0, end, count);
-        this->before(x, seen, ids);
+        x.template fetch<false>(end - t0);
+        gout.template fetch<false>(end - t0);
+        this->documents(t0, next_ids);
+        this->before(seen, ids);
 #pragma unroll
         for (int j = 0; j < K - 1; ++j)
 #pragma unroll
             for (int c = 0; c < N; ++c) gs[j][c] = 0.f;
+        int t = t0;
 #pragma unroll 1
-        for (int t = t0; t < last; t += U) {
-            float go[U][N];
-#pragma unroll
-            for (int i = 0; i < U; ++i) {
-                next_x.ahead[i].unpack(seen[K - 1 + i]);
-                next_g.ahead[i].unpack(go[i]);
-                ids[K - 1 + i] = this->document(t + i);
-            }
-            next_x.template fetch<ALIGNED>(x, p.x_l, t + U, end, count);
-            next_g.template fetch<ALIGNED>(gout, p.gout_l, t + U, end, count);
-#pragma unroll
-            for (int i = 0; i < U; ++i) {
-                gradient(seen, ids, i, t + i < end, go[i], gs[K - 1 + i]);
-                // the steps behind the strip are their own thread's to add
-                if (t + i < t1) add(seen, ids, i, gs[K - 1 + i]);
-                finish(gs, ids, i, t + i - (K - 1));
-            }
-            move_on<K, N>(seen);
-            move_on<K, N>(gs);
-            if constexpr (DOCS) move_on<K>(ids);
-        }
+        for (; t < t0 + K - 1; t += U) group<false>(t);
+#pragma unroll 1
+        for (; t + 2 * U <= t1; t += U) group<true>(t);
+#pragma unroll 1
+        for (; t < last; t += U) group<false>(t);
     }
 
     // over the strips of the block, in their order
