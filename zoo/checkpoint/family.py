@@ -6,7 +6,7 @@ nothing of the library that the family comes from.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +14,7 @@ from ..registry import nearest
 from .files import CheckpointError
 from .keys import Piece, View
 
-__all__ = ["LLAMA3", "Family", "Fields", "families", "register"]
+__all__ = ["LLAMA3", "Family", "Fields", "Table", "families", "register", "written"]
 
 # written by transformers' base class, or about text and not about the network; max_position_embeddings bounds no computation here
 _COMMON = frozenset(
@@ -31,6 +31,8 @@ _REQUIRED = object()
 _MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts"), 10_000)
 # the fields of transformers' rope_type "llama3", in the order of our option
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# our option: the field of theirs, its default, and older names of it
+Table = Mapping[str, tuple[Any, ...]]
 T = TypeVar("T", bound="type[Family]")
 
 
@@ -57,6 +59,10 @@ class Fields:
         if isinstance(value, int) and not -1 <= value <= _MOST.get(name, 2**31):
             raise CheckpointError(f"{self.file}: {name} is {value}, beyond any size. The file is damaged or hostile.")
         return value
+
+    def options(self, table: "Table") -> dict[str, Any]:
+        """Our options, each from the field that a table names for it."""
+        return {option: self.take(*field) for option, field in table.items()}
 
     def floats(self, name: str, default: tuple[float, ...]) -> list[float]:
         """A list of numbers as long as the default; ``{"__float__": "Infinity"}`` is how transformers writes infinity."""
@@ -138,6 +144,11 @@ class Fields:
                 raise CheckpointError(
                     f"{self.file}: unknown field {name!r}.{hint} If it does not change what the model computes, remove it."
                 )
+
+
+def written(options: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """The reverse of :meth:`Fields.options`; nothing if there is no such mixer."""
+    return {field[0]: options[option] for option, field in table.items()} if options else {}
 
 
 def _number(value: Any) -> Any:

@@ -73,9 +73,10 @@ class View:
         """The options of the first mixer of a type; empty if there is none."""
         return next((part.options for block in self.blocks for part in block if part.type == type), {})
 
-    def training(self, type: str) -> Mapping[str, Any]:
-        """The options of the first mixer of a type as the config has them, with those that only matter at initialisation."""
-        return next((spec for spec in self.cfg.mixers.values() if spec.type == type), {})
+    def whole(self, type: str) -> dict[str, Any]:
+        """As :meth:`first`, with the options that only matter at initialisation or for speed."""
+        spec: Any = next((spec for spec in self.cfg.mixers.values() if spec.type == type), {})
+        return {**spec, **self.first(type)}
 
     def norm(self, block: int, theirs: str) -> Iterator[Piece]:
         """The norm in front of a block."""

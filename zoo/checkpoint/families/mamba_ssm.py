@@ -8,7 +8,7 @@ projections: that is ``attention + mlp``, and the projections' rows and columns 
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Family, Fields, register
+from ..family import Family, Fields, register, written
 from ..files import CheckpointError
 from ..keys import Part, Piece, View, same
 
@@ -20,6 +20,11 @@ _SSM = {
         "d_state d_conv expand headdim ngroups d_ssm D_has_hdim rmsnorm norm_before_gate dt_limit bias conv_bias".split()
     ),
 }
+_ATTENTION = {
+    "nheads": ("num_heads", None), "nheads_kv": ("num_heads_kv", None), "headdim": ("head_dim", None), "d_conv": ("d_conv", 0),
+    "rope_interleaved": ("rotary_emb_interleaved", False), "qkv_bias": ("qkv_proj_bias", True), "out_bias": ("out_proj_bias", True),
+    "softmax_scale": ("softmax_scale", None),
+}  # fmt: skip
 _TRAINING = ("dt_min", "dt_max", "dt_init_floor", "dt_scale", "A_init_range", "chunk_size")
 _NO_EFFECT = ("use_fast_path", "use_mem_eff_path", "dt_init", "conv_init", "sequence_parallel", "process_group")
 
@@ -77,26 +82,18 @@ class MambaSSM(Family):
     def _attention(self, fields: Fields, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         left = dict(given)
         if not left.pop("causal", False):
-            raise CheckpointError(
-                f"{fields.file}: attn_cfg.causal is not true; a language model's attention must be causal."
-            )
+            raise CheckpointError(f"{fields.file}: attn_cfg.causal is not true, as a language model's must be.")
         rotary, base = left.pop("rotary_emb_dim", 0), left.pop("rotary_emb_base", 10000.0)
         # upstream rounds the two halves together
         width = -(-left.pop("mlp_dim", 0) // 256) * 128
-        attention = {
-            "type": "attention", "nheads": left.pop("num_heads"), "nheads_kv": left.pop("num_heads_kv", None),
-            "headdim": left.pop("head_dim", None), "rope": float(base) if rotary else None, "rotary_dim": rotary or None,
-            "rope_interleaved": left.pop("rotary_emb_interleaved", False), "qkv_bias": left.pop("qkv_proj_bias", True),
-            "out_bias": left.pop("out_proj_bias", True), "softmax_scale": left.pop("softmax_scale", None), "d_conv": left.pop("d_conv", 0),
-        }  # fmt: skip
+        attention = {"type": "attention", "rope": float(base) if rotary else None, "rotary_dim": rotary or None}
+        attention |= {option: left.pop(name, default) for option, (name, default) in _ATTENTION.items()}
         if left:
             raise CheckpointError(
-                f"{fields.file}: unknown field attn_cfg.{min(left)}. If it does not change what is computed, remove it."
+                f"{fields.file}: unknown field attn_cfg.{min(left)}. If it changes nothing, remove it."
             )
         if width and (attention["qkv_bias"] or attention["out_bias"]):
-            raise CheckpointError(
-                f"{fields.file}: attn_cfg has mlp_dim and biases, which this version cannot read. Set both biases to false."
-            )
+            raise CheckpointError(f"{fields.file}: attn_cfg has mlp_dim and biases, which this version cannot read.")
         return attention, {"type": "mlp", "d_intermediate": width} if width else None
 
     def write(self, view: View) -> dict[str, Any]:
@@ -123,11 +120,9 @@ class MambaSSM(Family):
     def _attn_cfg(self, view: View) -> dict[str, Any]:
         a = view.first("attention")
         beside = [part for block in view.blocks if len(block) == 2 for part in block if part.type == "mlp"]
-        return {
-            "causal": True, "num_heads": a["nheads"], "num_heads_kv": a["nheads_kv"], "head_dim": a["headdim"], "d_conv": a["d_conv"],
-            "qkv_proj_bias": a["qkv_bias"], "out_proj_bias": a["out_bias"], "softmax_scale": a["softmax_scale"],
-            "rotary_emb_dim": a["rotary_dim"] or 0, "rotary_emb_base": a["rope"] or 10000.0,
-            "rotary_emb_interleaved": a["rope_interleaved"], "mlp_dim": 2 * beside[0]["d_intermediate"] if beside else 0,
+        return written(a, _ATTENTION) | {
+            "causal": True, "rotary_emb_dim": a["rotary_dim"] or 0, "rotary_emb_base": a["rope"] or 10000.0,
+            "mlp_dim": 2 * beside[0]["d_intermediate"] if beside else 0,
         }  # fmt: skip
 
     def keys(self, view: View) -> Iterator[Piece]:
@@ -148,10 +143,8 @@ class MambaSSM(Family):
 
     def _attention_and_mlp(self, view: View, block: list[Part], layer: str) -> Iterator[Piece]:
         attention, mlp = block
-        qkv, mixed = (
-            view.shapes[f"{attention.key}.in_proj.weight"][0],
-            view.shapes[f"{attention.key}.out_proj.weight"][1],
-        )
+        qkv = view.shapes[f"{attention.key}.in_proj.weight"][0]
+        mixed = view.shapes[f"{attention.key}.out_proj.weight"][1]
         h, every = mlp["d_intermediate"], slice(None)
         yield Piece(f"{attention.key}.in_proj.weight", f"{layer}.in_proj.weight", of=(slice(0, qkv),))
         yield Piece(f"{mlp.key}.fc1.weight", f"{layer}.in_proj.weight", of=(slice(qkv, qkv + 2 * h),))

@@ -11,7 +11,7 @@ limit. A file with the older field ``time_step_limit`` means what that says (``n
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Family, Fields, register
+from ..family import Family, Fields, register, written
 from ..files import CheckpointError
 from ..keys import Piece, View, attention, halves, same
 
@@ -20,6 +20,11 @@ __all__ = ["Zamba2"]
 # what the class takes where a config lists no layers: m for Mamba-2 alone, h with the shared block
 _LAYERS = "m" + "mmmmmh" * 7 + "mmmmh" + "mmmh" + "mm"
 _HYBRID = {"hybrid": True, "h": True, "mamba": False, "linear_attention": False, "m": False}
+_MAMBA2 = {
+    "d_state": ("mamba_d_state", 64), "d_conv": ("mamba_d_conv", 4), "expand": ("mamba_expand", 2), "ngroups": ("mamba_ngroups", 1),
+    "chunk_size": ("chunk_size", 256), "bias": ("add_bias_linear", False), "dt_min": ("time_step_min", 0.001),
+    "dt_max": ("time_step_max", 0.1), "dt_init_floor": ("time_step_floor", 1e-4),
+}  # fmt: skip
 _DERIVED = (
     "num_hidden_layers hybrid_layer_ids attention_hidden_size attention_head_dim head_dim mamba_headdim kv_channels num_query_groups "
     "use_conv_bias use_mem_eff_path sliding_window ffn_hidden_size"
@@ -42,20 +47,15 @@ class Zamba2(Family):
             layers += [f"attention@a{use}", f"mlp@m{use}", "joined"] if _HYBRID[kind] else ["mamba2"]
         fields.skip(*_DERIVED)
         fields.expect("use_long_context", False)
-        heads, ssm_heads, expand = take("num_attention_heads", 32), take("n_mamba_heads", 8), take("mamba_expand", 2)
-        if 2 * d % heads or expand * d % ssm_heads:
-            raise CheckpointError(
-                f"{fields.file}: hidden_size {d} does not fit num_attention_heads {heads} and n_mamba_heads {ssm_heads}."
-            )
-        size, rank, bias = 2 * d // heads, take("adapter_rank", 128), take("add_bias_linear", False)
-        theta, least = fields.rope()[0], take("time_step_min", 0.001)
-        lowest = 0.0 if "time_step_limit" in fields.data else least
-        mamba2 = {
-            "type": "mamba2", "d_state": take("mamba_d_state", 64), "d_conv": take("mamba_d_conv", 4), "expand": expand,
-            "headdim": expand * d // ssm_heads, "ngroups": take("mamba_ngroups", 1), "chunk_size": take("chunk_size", 256), "bias": bias,
-            "dt_min": least, "dt_max": take("time_step_max", 0.1), "dt_init_floor": take("time_step_floor", 1e-4),
-            "dt_limit": fields.floats("time_step_limit", (lowest, float("inf"))),
-        }  # fmt: skip
+        heads, ssm_heads, ssm = take("num_attention_heads", 32), take("n_mamba_heads", 8), fields.options(_MAMBA2)
+        inner = ssm["expand"] * d
+        if 2 * d % heads or inner % ssm_heads:
+            what = f"num_attention_heads {heads} and n_mamba_heads {ssm_heads}"
+            raise CheckpointError(f"{fields.file}: hidden_size {d} does not fit {what}.")
+        size, rank, theta = 2 * d // heads, take("adapter_rank", 128), fields.rope()[0]
+        lowest = 0.0 if "time_step_limit" in fields.data else ssm["dt_min"]
+        limit = fields.floats("time_step_limit", (lowest, float("inf")))
+        mamba2 = {"type": "mamba2", "headdim": inner // ssm_heads, "dt_limit": limit, **ssm}
         mixers = {
             "mamba2": mamba2, "joined": mamba2 | {"reads": "residual_plus_side"},
             "attention": {
@@ -65,7 +65,7 @@ class Zamba2(Family):
                 "reads": "residual_and_embedding", "writes": "side",
             },
             "mlp": {
-                "type": "mlp", "d_intermediate": take("intermediate_size", 4 * d), "adapter_rank": rank, "bias": bias,
+                "type": "mlp", "d_intermediate": take("intermediate_size", 4 * d), "adapter_rank": rank, "bias": ssm["bias"],
                 "activation": fields.expect("hidden_act", "gelu", "silu", "relu"), "reads": "side", "writes": "side",
             },
         }  # fmt: skip
@@ -79,18 +79,15 @@ class Zamba2(Family):
 
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
-        m, a, mlp, cfg = view.first("mamba2"), view.first("attention"), view.first("mlp"), view.cfg
-        steps = view.training("mamba2")
+        m, a, mlp, cfg = view.whole("mamba2"), view.first("attention"), view.first("mlp"), view.cfg
         ends = [i for i, token in enumerate(view.layout) if token == "mamba2"]
-        limit = {} if m["dt_limit"] == [steps["dt_min"], float("inf")] else {"time_step_limit": m["dt_limit"]}
-        return limit | {
+        limit = {} if m["dt_limit"] == [m["dt_min"], float("inf")] else {"time_step_limit": m["dt_limit"]}
+        return limit | written(m | {"expand": m["d_inner"] // cfg.d_model}, _MAMBA2) | {
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "rms_norm_eps": cfg.norm.eps,
             "tie_word_embeddings": cfg.tie_embeddings, "max_position_embeddings": cfg.max_length, "num_hidden_layers": len(ends),
             "layers_block_type": ["hybrid" if view.layout[i - 1] == "mlp" else "linear_attention" for i in ends],
-            "mamba_d_state": m["d_state"], "mamba_d_conv": m["d_conv"], "mamba_expand": m["d_inner"] // cfg.d_model,
-            "mamba_ngroups": m["ngroups"], "n_mamba_heads": m["d_ssm"] // m["headdim"], "add_bias_linear": m["bias"],
-            "time_step_min": steps["dt_min"], "time_step_max": steps["dt_max"], "time_step_floor": steps["dt_init_floor"],
-            "num_attention_heads": a["nheads"], "num_key_value_heads": a["nheads_kv"], "use_mem_rope": a["rope"] is not None,
+            "n_mamba_heads": m["d_ssm"] // m["headdim"], "num_attention_heads": a["nheads"],
+            "num_key_value_heads": a["nheads_kv"], "use_mem_rope": a["rope"] is not None,
             "rope_parameters": {"rope_type": "default", "rope_theta": a["rope"] or 10000.0}, "hidden_act": mlp["activation"],
             "use_shared_attention_adapter": a["adapter_rank"] > 0, "intermediate_size": mlp["d_intermediate"],
             "adapter_rank": mlp["adapter_rank"],
