@@ -1,13 +1,16 @@
 """Where transformers' classes are wrong, ours are right: one case of every family, and a record of what is wrong with theirs."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
-from hybridzoo.eval.parity import Pair, ratio
+from hybridzoo.eval.parity import Pair, ratio, tensors_of
 from hybridzoo.eval.parity_cases import CASES
 from hybridzoo.eval.parity_cases import VOCAB as V
+from hybridzoo.zoo.checkpoint import convert, export
 
 transformers = pytest.importorskip("transformers")
 FAMILIES = [name for name in CASES if "-" not in name]
@@ -53,6 +56,39 @@ def test_a_second_turn_continues_the_state_of_the_first(pair):
             text, state, logits = torch.cat([text, turn], 1), out.state, out.logits[:, -1]
             got += out.logits.unbind(1)
     assert ratio(torch.stack(got, 1), pair.theirs(text, use_cache=False).logits[:, 8:]) < 1e-4
+
+
+def test_a_half_precision_checkpoint_comes_back_bitwise(pair, tmp_path):
+    half = pair.cls.from_pretrained(pair.folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out")
+    a, b = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
+    assert a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    # what was trained on in float32 keeps its digits
+    ours = zoo.load(tmp_path / "in")
+    pinned = [p for p in ours.parameters() if p.dtype == torch.float32 and p.requires_grad]
+    for p in pinned:
+        p.data.add_(1e-4)
+    export(ours, tmp_path / "trained")
+    again = [p for p in zoo.load(tmp_path / "trained").parameters() if p.dtype == torch.float32 and p.requires_grad]
+    assert bool(pinned) != (pair.family in ATTENTION_ONLY)
+    assert all(torch.equal(p, q) for p, q in zip(pinned, again, strict=True))
+
+
+def test_special_tokens_are_taken_along(pair, tmp_path):
+    config = json.loads((pair.folder / "config.json").read_text()) | {
+        "bos_token_id": 3,
+        "eos_token_id": [4, 5],
+        "pad_token_id": None,
+    }
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/model.safetensors").symlink_to(pair.folder / "model.safetensors")
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "in", tmp_path / "ours", "hybridzoo")
+    convert(tmp_path / "ours", tmp_path / "theirs", "hf")
+    for folder in ("ours", "theirs"):
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (3, [4, 5], None)
 
 
 # ------------------------------------------------------------------------------------- what is wrong with transformers 5.23

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..lm import CausalLM, padded_vocab
 from . import native
 from .family import Family, Fields, families
-from .files import CheckpointError, check_new, new_folder, open_source
+from .files import CheckpointError, check_new, new_folder, open_source, read_json
 from .keys import Piece, View
 from .reading import detect, dump, load, shape_of
 
@@ -22,6 +22,7 @@ __all__ = ["Report", "convert", "export"]
 
 FORMATS = ("hf", "mamba_ssm", "hybridzoo")
 _SHARD = 5 * 10**9
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
     "merges.txt", "generation_config.json", "chat_template.jinja",
@@ -61,7 +62,7 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
     Args:
         source: As for ``zoo.load``.
         folder: A new folder.
-        to: As for :func:`export`. Tokenizer files and generation settings are copied along.
+        to: As for :func:`export`. Tokenizer files, generation settings and the ids of special tokens are copied along.
 
     Raises:
         CheckpointError: As ``zoo.load`` and :func:`export`; no folder is left behind then.
@@ -73,7 +74,7 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
     family = detect(place)
     model = load(source)
     with new_folder(Path(folder)) as new:
-        target = _write(model, new, to)
+        target = _write(model, new, to, _special_ids(place))
         for name in _COMPANIONS:
             if (place / name).is_file() and not (new / name).exists():
                 shutil.copyfile(place / name, new / name)
@@ -100,12 +101,21 @@ def export(model: CausalLM, folder: str | os.PathLike[str], to: str = "hf") -> s
     """
     _check_format(to)
     with new_folder(Path(folder)) as place:
-        return _write(getattr(model, "core", model), place, to)
+        core = getattr(model, "core", model)
+        # other tokenizers bring their own; the byte tokenizer is known to us alone
+        return _write(core, place, to, dict.fromkeys(_SPECIAL, 0) if core.cfg.tokenizer == "byte" else {})
 
 
-def _write(model: CausalLM, place: Path, to: str) -> str:
+def _special_ids(place: Path) -> dict[str, Any]:
+    file = place / "config.json"
+    config = read_json(file) if file.exists() else {}
+    return {name: config[name] for name in _SPECIAL if name in config}
+
+
+def _write(model: CausalLM, place: Path, to: str, special: dict[str, Any]) -> str:
     if to == "hybridzoo":
         native.save(model, place)
+        (place / "config.json").write_text(dump(read_json(place / "config.json") | special), encoding="utf-8")
         return to
     view = View(model)
     family, config = _expressed(view, to)
@@ -117,7 +127,7 @@ def _write(model: CausalLM, place: Path, to: str) -> str:
         torch.save(content, place / "pytorch_model.bin")
     else:
         _write_shards(tensors, place)
-        config |= {
+        config |= special | {
             "model_type": family.model_type, "architectures": [family.architecture],
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         }  # fmt: skip
@@ -167,7 +177,7 @@ def _theirs(view: View, family: Family, model: CausalLM) -> Iterator[tuple[str, 
     groups: dict[str, list[Piece]] = {}
     for piece in family.keys(view):
         groups.setdefault(piece.theirs, []).append(piece)
-    parameters, seen = native.unique_tensors(model), set()
+    parameters, seen = _as_stored(model), set()
     for name, group in groups.items():
         whole = group[0]
         if len(group) == 1 and not whole.of:
@@ -181,6 +191,22 @@ def _theirs(view: View, family: Family, model: CausalLM) -> Iterator[tuple[str, 
         for piece in group:
             tensor[piece.of] = parameters[piece.ours].detach()[piece.at].cpu()
         yield name, tensor
+
+
+def _as_stored(model: CausalLM) -> dict[str, Tensor]:
+    """The parameters; those kept in float32 in a half-precision model are in its precision where that loses nothing.
+
+    So a half-precision checkpoint is written back as it was read, and decay rates that were trained further keep their digits.
+    """
+    parameters, dtype = native.unique_tensors(model), model.lm_head.weight.dtype
+    kinds: dict[str, list[str]] = {}
+    for name in native.fp32_names(model) & parameters.keys():
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    for names in kinds.values():
+        cast = {name: parameters[name].detach().to(dtype) for name in names}
+        if all(torch.equal(t.to(parameters[name].dtype), parameters[name]) for name, t in cast.items()):
+            parameters |= cast
+    return parameters
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
