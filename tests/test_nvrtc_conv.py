@@ -104,5 +104,5 @@ def test_every_instance_of_convolutions_and_steps_compiles(dtype, arch):
             for aligned in ((16, 16), (16, 1))
         ),
     }
-    spilled = {kernel: resources(*kernel, arch) for kernel in sorted(kernels)}
-    assert max(s for _, s in spilled.values()) <= SPILLS, spilled
+    spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
+    assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}

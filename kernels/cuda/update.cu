@@ -89,35 +89,36 @@ struct StateUpdate {
 
     const StateUpdateParams& p;
     int64 b, row;
+    float* states;  // of the row; a row has fewer than 2^31
     int group, ch0, ch_end, q;
     float h[PER][VECS][4], A[PER][ONE_A ? 1 : VECS][ONE_A ? 1 : 4], B[VECS][4], C[VECS][4];
     float dt[PER], bias[PER], x[PER], z[PER], skip[PER];
 
     DEVICE int first_state(int v) const { return (v * LANES + q) * 4; }
-    DEVICE float* states(int ch) const { return p.state + row * p.state_b + (int64)ch * p.n; }
 
     // everything that a channel needs, before anything is stored: loads do not pass stores that they might overlap
     DEVICE void load(int first) {
+        const T *from_dt = (const T*)p.dt + b * p.dt_b, *from_x = (const T*)p.x + b * p.x_b, *from_z = (const T*)p.z + b * p.z_b;
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
             const int ch = first + i * AT_ONCE;
             const bool there = ch < ch_end;
 #pragma unroll
             for (int v = 0; v < VECS; ++v) {
-                const int j = first_state(v), count = there ? p.n - j : 0;
-                const int64 at = count > 0 ? (int64)ch * p.n + j : 0;
-                F4::template load<ALIGNED>(states(0) + at, count).unpack(h[i][v]);
+                const int j = first_state(v), count = there ? p.n - j : 0, at = ch * p.n + j;
+                F4::template load<ALIGNED>(states + at, count).unpack(h[i][v]);
                 if constexpr (!ONE_A) F4::template load<ALIGNED>(p.A + at, count).unpack(A[i][v]);
             }
             dt[i] = bias[i] = x[i] = z[i] = skip[i] = 0.f;
             if (!there) continue;
-            const int head = p.p == 1 ? ch : ch / p.p;
-            dt[i] = read_one((const T*)p.dt + b * p.dt_b + head);
+            // without heads, every channel is its own
+            const int head = ONE_A ? ch / p.p : ch;
+            dt[i] = read_one(from_dt + head);
             if (p.bias != nullptr) bias[i] = p.bias[head];
             if constexpr (ONE_A) A[i][0][0] = p.A[head];
-            if constexpr (K == 0) x[i] = read_one((const T*)p.x + b * p.x_b + ch);
-            if (p.D != nullptr) skip[i] = p.D[head * p.D_head + (ch - head * p.p) * p.D_channel];
-            if (p.z != nullptr) z[i] = read_one((const T*)p.z + b * p.z_b + ch);
+            if constexpr (K == 0) x[i] = read_one(from_x + ch);
+            if (p.D != nullptr) skip[i] = p.D[ONE_A ? head * p.D_head + (ch - head * p.p) * p.D_channel : ch];
+            if (p.z != nullptr) z[i] = read_one(from_z + ch);
         }
     }
 
@@ -163,7 +164,7 @@ struct StateUpdate {
                     y = fmaf(h[i][v][e], C[v][e], y);
                 }
                 const int j = first_state(v);
-                F4::pack(h[i][v]).template store<ALIGNED>(states(there ? ch : ch0) + j, there ? p.n - j : 0);
+                F4::pack(h[i][v]).template store<ALIGNED>(states + ch * p.n + j, there ? p.n - j : 0);
             }
 #pragma unroll
             for (int m = LANES / 2; m > 0; m /= 2) y += __shfl_xor_sync(0xffffffffu, y, m);
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams 
     const int tile = blockIdx.x % p.tiles, rest = blockIdx.x / p.tiles, per_group = p.d / p.groups;
     const int group = rest % p.groups, end = (group + 1) * per_group, ch0 = group * per_group + tile * p.span;
     const int64 b = rest / p.groups, row = state_row(p.rows, p.wide_rows, b, p.total);
-    U u{p, b, row, group, ch0, end - ch0 < p.span ? end : ch0 + p.span, (int)threadIdx.x % LANES};
+    U u{p, b, row, p.state + row * p.state_b, group, ch0, end - ch0 < p.span ? end : ch0 + p.span, (int)threadIdx.x % LANES};
     if (row < 0) {
         for (int ch = ch0 + threadIdx.x; ch < u.ch_end; ch += THREADS) write_one((T*)p.out + b * p.d + ch, 0.f);
         return;
