@@ -135,7 +135,8 @@ def train(
         "start": _digest_weights(model) if given else None,
     }  # fmt: skip
     log = _open_run(out, settings, resume)
-    tokens = steps * batch_size * table.shape[1]
+    per_step = batch_size * table.shape[1] * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun says how many take part
+    tokens = steps * per_step
     if log["finished"]:
         return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=steps)
 
@@ -147,7 +148,7 @@ def train(
         remove_unused_columns=False, disable_tqdm=True, report_to="none",
     )  # fmt: skip
     checkpoint = _last_complete(out / "checkpoints")
-    session = _Session(table.shape[1] * batch_size, log["seconds"], on_step)
+    session = _Session(per_step, log["seconds"], on_step)
     callbacks: list[TrainerCallback] = [session]
     if report_to == "tensorboard":
         callbacks.append(_tensorboard(out / "tensorboard"))
