@@ -195,6 +195,35 @@ def test_published_models_of_other_families_have_their_parameters(name):
     assert sum(t.numel() for t in (*theirs.parameters(), *stored)) == count
 
 
+# fields of published configs, beyond those that transformers' class writes today; none changes what is computed
+BESIDES = {
+    "mamba": {"d_model": 768, "d_inner": 1536, "n_layer": 32, "rms_norm": True, "fused_add_norm": True, "ssm_cfg": {}},
+    "falcon_mamba": {"_name_or_path": "./", "torch_dtype": "bfloat16"},
+    "mamba2": {"intermediate_size": 8192, "norm_before_gate": True, "rms_norm": True, "time_step_init_scheme": "random",
+               "time_step_rank": 256, "time_step_scale": 1.0},
+    "jamba": {"mamba_inner_layernorms": True, "n_ctx": 262144, "sliding_window": None, "calc_logits_for_entire_prompt": False},
+    "bamba": {"attn_rotary_emb": 64, "mamba_dt_rank": 256, "num_logits_to_keep": 1, "rope_scaling": None},
+    "granitemoehybrid": {"init_method": "mup", "logits_to_keep": 1, "normalization_function": "rmsnorm", "rope_scaling": None},
+    "nemotron_h": {"expand": 2, "hidden_dropout": 0.0, "mamba_ssm_cache_dtype": "float32", "moe_shared_expert_overlap": False, "norm_eps": 1e-5,
+                   "num_logits_to_keep": 1, "partial_rotary_factor": 1.0, "rope_theta": 10000, "sliding_window": None, "time_step_rank": 256},
+    "zamba2": {"ffn_hidden_size": 10240, "kv_channels": 80, "num_logits_to_keep": 1, "num_query_groups": 32, "rope_theta": 10000,
+               "sliding_window": None, "time_step_limit": None, "use_mem_eff_path": False},
+    "falcon_h1": {"attn_layer_indices": None, "mamba_use_mlp": True, "mlp_expansion_factor": 8, "rope_scaling": None, "rope_theta": 1e11},
+    "llama": {"pretraining_tp": 1, "rope_scaling": None, "rope_theta": 10000.0},
+    "mixtral": {"rope_theta": 1e6, "sliding_window": None},
+}  # fmt: skip
+
+
+def test_fields_of_published_configs_are_known():
+    transformers = pytest.importorskip("transformers")
+    assert set(BESIDES) == set(families()) - {"mamba_ssm"}
+    for name, besides in BESIDES.items():
+        cls = getattr(transformers, families()[name].architecture).config_class
+        fields = Fields(cls().to_dict() | besides, Path(name))
+        families()[name].read(fields)
+        fields.done()
+
+
 @pytest.mark.parametrize(
     ("name", "config", "at"),
     [

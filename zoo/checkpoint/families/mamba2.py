@@ -29,7 +29,7 @@ class Mamba2(Family):
             "dt_limit": fields.floats("time_step_limit", (0.0, float("inf"))), "chunk_size": take("chunk_size", 256),
             "bias": take("use_bias", False), "conv_bias": take("use_conv_bias", True),
         }  # fmt: skip
-        fields.skip("time_step_rank", "norm_before_gate", "rms_norm", "intermediate_size")
+        fields.skip("time_step_rank", "time_step_scale", "norm_before_gate", "rms_norm", "intermediate_size")
         fields.expect("hidden_act", "silu")
         fields.expect("rms_norm", True)
         if heads * mamba2["headdim"] != expand * d_model:

@@ -23,7 +23,7 @@ _KINDS = {
 _NO_EFFECT = (
     "hybrid_override_pattern num_hidden_layers expand mamba_expand mamba_ssm_cache_dtype moe_shared_expert_overlap n_shared_experts "
     "mtp_layers_block_type mtp_hybrid_override_pattern num_nextn_predict_layers residual_in_fp32 mamba_proj_bias "
-    "tie_word_embeddings time_step_rank"
+    "tie_word_embeddings time_step_rank rope_theta partial_rotary_factor norm_eps"
 ).split()
 _MAMBA2 = {
     "d_state": ("ssm_state_size", 128), "d_conv": ("conv_kernel", 4, "mamba_d_conv"), "headdim": ("mamba_head_dim", 64),
