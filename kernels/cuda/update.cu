@@ -182,7 +182,7 @@ struct StateUpdate {
 #pragma unroll
         for (int j = 0; j < K - 1; ++j) y = fmaf(read_one(weight + j), read_one(state + j * p.conv_k), y);
         y = fmaf(read_one(weight + K - 1), read_one((const T*)p.x + b * p.x_b + c), y);
-        if (p.silu) y *= sigmoid(y);
+        y *= p.silu ? sigmoid(y) : 1.f;
         T rounded;
         write_one(&rounded, y);
         return read_one(&rounded);
@@ -190,26 +190,35 @@ struct StateUpdate {
 
     DEVICE void shift(int c) const {
         S* state = (S*)p.conv_state + row * p.conv_b + c;
+        S kept[K - 1];
 #pragma unroll
-        for (int j = 0; j < K - 2; ++j) state[j * p.conv_k] = state[(j + 1) * p.conv_k];
-        write_one(state + (K - 2) * p.conv_k, read_one((const T*)p.x + b * p.x_b + c));
+        for (int j = 0; j < K - 2; ++j) kept[j] = state[(j + 1) * p.conv_k];
+        write_one(kept + K - 2, read_one((const T*)p.x + b * p.x_b + c));
+#pragma unroll
+        for (int j = 0; j < K - 1; ++j) state[j * p.conv_k] = kept[j];
     }
 
     // of the group's B and C together, entry j's channel
     DEVICE int channel_bc(int j) const { return p.d + (j < p.n ? group * p.n + j : (p.groups - 1 + group) * p.n + j); }
 
-    // x of this block, then B and C of the group; x's state is shifted
+    // x of this block, and B and C of the group; a thread's loads are in flight together
     DEVICE void convolve_all(float* shared) const {
-        const int own = ch_end - ch0;
-        for (int i = threadIdx.x; i < own + 2 * p.n; i += THREADS) {
-            const int j = i - own, c = j < 0 ? ch0 + i : channel_bc(j);
-            shared[j < 0 ? i : SPAN + (j < p.n ? j : N + j - p.n)] = convolve(c);
-            if (j < 0) shift(c);
+        constexpr int R = (2 * N + THREADS - 1) / THREADS;
+        const int own = ch_end - ch0, tid = threadIdx.x;
+        float x = convolve(ch0 + (tid < own ? tid : 0)), bc[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) bc[r] = convolve(channel_bc(tid + r * THREADS < 2 * p.n ? tid + r * THREADS : 0));
+        for (int i = tid; i < own; i += THREADS) shared[i] = i == tid ? x : convolve(ch0 + i);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            const int j = tid + r * THREADS;
+            if (j < 2 * p.n) shared[SPAN + (j < p.n ? j : N + j - p.n)] = bc[r];
         }
     }
 
-    DEVICE void shift_bc() const {
-        for (int j = threadIdx.x; j < 2 * p.n; j += THREADS) shift(channel_bc(j));
+    DEVICE void shift_all(bool bc) const {
+        const int own = ch_end - ch0;
+        for (int i = threadIdx.x; i < own + (bc ? 2 * p.n : 0); i += THREADS) shift(i < own ? ch0 + i : channel_bc(i - own));
     }
 };
 
@@ -229,12 +238,13 @@ __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams 
     // what takes longest first
     const int first = threadIdx.x / LANES;
     u.load(ch0 + first);
+    uint32 ticket = 0;
     if constexpr (K > 0) {
         u.convolve_all(shared);
         __syncthreads();
         if (p.tiles > 1 && threadIdx.x == 0) {
             __threadfence();
-            last[0] = atomicInc(p.tickets + row * p.groups + group, p.tiles - 1) == p.tiles - 1;
+            ticket = atomicInc(p.tickets + row * p.groups + group, p.tiles - 1);
         }
     }
     u.load_bc(shared);
@@ -245,10 +255,9 @@ __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams 
         u.load(base + first);
     }
     if constexpr (K > 0) {
+        if (threadIdx.x == 0) last[0] = p.tiles == 1 || ticket == p.tiles - 1;
         __syncthreads();
-        if (p.tiles == 1 || last[0]) {
-            __threadfence();
-            u.shift_bc();
-        }
+        if (last[0]) __threadfence();
+        u.shift_all(last[0]);
     }
 }
