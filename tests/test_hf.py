@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridzoo as zoo
 
@@ -196,6 +197,34 @@ def test_shards_and_placement_change_nothing(tied, tmp_path):
         assert torch.equal(back(ids).logits, model(ids).logits)
         assert (back.lm_head.weight is back.get_parameter("backbone.embedding.weight")) == tied
     assert placed.num_parameters() == model.core.num_params()
+
+
+class Draws(TorchDispatchMode):
+    """Counts the random numbers that are drawn, and the floating-point ones that are made room for, where there is memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type != "meta" and out.is_floating_point():
+            self.drawn += out.numel() * (torch.Tag.nondeterministic_seeded in func.tags)
+            self.made += out.numel() * func.name().startswith(
+                ("aten::empty", "aten::zeros", "aten::full", "aten::clone", "aten::_to_copy")
+            )
+        return out
+
+
+def test_loading_draws_nothing_and_holds_the_weights_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads would not be counted
+    size = zoo.save(zoo.build("jamba-tiny"), tmp_path) and zoo.load(tmp_path).num_params()
+    with Draws() as count:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert count.drawn == 0 and 0.5 * size < count.made <= 1.1 * size
+    with Draws() as count:
+        zoo.build("jamba-tiny")
+    assert count.drawn > 0.9 * size and count.made > 0.9 * size  # it does count
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
