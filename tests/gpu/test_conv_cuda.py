@@ -24,7 +24,11 @@ SIZES = [
     (1, 4097, 24, 4, F32, F32),
     (1, 40001, 16, 4, BF16, F32),
     (8, 512, 1024, 4, BF16, BF16),
-    *((2, 130, d, k, dtype, dtype) for d in (72, 36, 7) for k in cuda_conv.WIDTHS for dtype in (F32, BF16)),
+    *(
+        (2, 130, d, k, dtype, dtype)
+        for d, dtype in ((72, F32), (72, BF16), (36, BF16), (7, F16))
+        for k in cuda_conv.WIDTHS
+    ),
 ]
 
 
