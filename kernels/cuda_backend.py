@@ -182,22 +182,25 @@ def backward(
     saved: Tensor,
     shape: BackwardShape | None = None,
     chunks: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u, dt (in their type), A, B, C, D, dt_bias (A, D and dt_bias in float32), z, and the initial state."""
     b, l, d, n, g = call.sizes
     count = processors(call.u.device)
     shape, grid = backward_plan(*call.sizes, count, shape, chunks)
     glast = _whole(glast, torch.float32)
-    gout = gout.to(call.u.dtype)
-    gout = gout if gout.stride(-1) == 1 else gout.contiguous()
+    gout = _rows(gout, call.u.dtype)
     if grid.chunks > 1:
         sweep, _ = forward_plan(b * grid.chunks, grid.length, d, n, g, count, chunks=1)
         own = Grid(ceil_div(d // g, sweep.channels), grid.chunks, grid.length)
         glast = chunk_starts(call, sweep, ADJOINT, own, glast, gout)
     gu, gdt = (torch.empty((b, l, d), dtype=call.u.dtype, device=call.u.device) for _ in range(2))
     gz = None if call.z is None else torch.empty_like(gu)
-    new, rows = call.A.new_empty, b * grid.chunks
-    gbc, gA, gskip, ginit = new((grid.tiles, 2, b, l, g, n)), new((rows, d, n)), new((rows, 2, d)), new((b, d, n))
+    one, rows, new = b * l * g * n, b * grid.chunks, call.A.new_empty
+    # one allocation for all that is only passed on to the sums
+    parts = [2 * grid.tiles * one, rows * d * n, 2 * rows * d]
+    gbc, gA, gskip = new(sum(parts)).split(parts)
+    total_A, gD, gbias = new((d, n)), new(d), new(d)
+    ginit = None if call.initial_state is None else new((b, d, n))
     signature = call.signature(call.u, call.dt, call.z, gout, gu, gdt, gz)
     tail, name, blocks, threads, shared = _backward_launch(shape, grid, signature)
     inputs = (
@@ -217,9 +220,7 @@ def backward(
     packed = params.pack(tail, *inputs, call.reset, call.valid, gu, gdt, gz, gbc, gA, gskip, ginit)
     nvrtc.launch("scan_backward.cu", name, packed, blocks, threads, shared, gu.device)
     gB, gC = (torch.empty((b, l, g, n), dtype=gu.dtype, device=gu.device) for _ in range(2))
-    total_A, gD, gbias = new((d, n)), new(d), new(d)
-    one, row = b * l * g * n, 2 * d
-    bc, skip = gbc.data_ptr(), gskip.data_ptr()
+    bc, skip, row = gbc.data_ptr(), gskip.data_ptr(), 2 * d
     jobs = (
         (bc, gB, one, 2 * one, grid.tiles, False),
         (bc + 4 * one, gC, one, 2 * one, grid.tiles, False),

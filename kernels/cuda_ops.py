@@ -50,7 +50,8 @@ def scan_op(
 def _forward(operands: tuple, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     call = cuda_backend.Call.of(*operands)
     out, last, saved = cuda_backend.forward(call, save)
-    return out.to(operands[0].dtype), last, call.A.new_empty(0) if saved is None else saved
+    dtype = operands[0].dtype
+    return out if out.dtype == dtype else out.to(dtype), last, call.A.new_empty(0) if saved is None else saved
 
 
 @scan_op.register_fake
@@ -93,7 +94,9 @@ def _gradients(gout: Tensor, glast: Tensor | None, saved: Tensor, operands: tupl
     call = cuda_backend.Call.of(*operands)
     gu, gdt, gA, gB, gC, gD, gbias, gz, ginit = cuda_backend.backward(call, gout, glast, saved)
     grads = (gu, gdt, gA, gB, gC, gD, gz, gbias, ginit)
-    return [None if x is None or g is None else g.to(x.dtype) for g, x in zip(grads, operands, strict=False)]
+    # strict=False: the operands go on with what has no gradient
+    pairs = zip(grads, operands, strict=False)
+    return [None if x is None or g is None else g if g.dtype == x.dtype else g.to(x.dtype) for g, x in pairs]
 
 
 @scan_backward_op.register_fake

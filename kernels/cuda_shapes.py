@@ -1,13 +1,12 @@
 """Kernel shapes: the template arguments of ``cuda/*.cu``, and which of them a call takes.
 
 A shape says how many lanes share a channel, how many of its states each holds, how many channels a thread has and how many steps make a
-tile. The choice follows a model of the multiprocessor (NOTES.md): cycles per exponential of a scheduler with ``w`` scanning warps, times
-the exponentials of the busiest multiprocessor. Nothing is timed while a program runs.
+tile. The choice follows what was measured once (NOTES.md): the cycles of a step on the busiest multiprocessor. Nothing is timed while a
+program runs.
 """
 
 import functools
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 FULL, STATE, ADJOINT = 0, 1, 2
@@ -18,7 +17,8 @@ MAX_STATE = 256
 class ForwardShape:
     """Template arguments of ``scan_forward``: scanners, states per lane, lanes per channel, channels per thread, steps per tile, helpers.
 
-    ``blocks`` fit a multiprocessor together; ``cycles`` are (warps per scheduler, cycles per exponential) of its scanners.
+    ``blocks`` fit a multiprocessor together. A step takes ``alone`` cycles where a multiprocessor has one block of the launch, and ``each``
+    times their number where it has more.
     """
 
     nc: int
@@ -28,7 +28,8 @@ class ForwardShape:
     tt: int
     nh: int
     blocks: int
-    cycles: Sequence[tuple[float, float]] = field(default=((1, 14.5), (2, 12.0), (3, 11.5), (4, 11.2)), compare=False)
+    alone: float = field(default=80, compare=False)
+    each: float = field(default=66, compare=False)
 
     @property
     def channels(self) -> int:
@@ -38,30 +39,20 @@ class ForwardShape:
     def shared_bytes(self, element: int, mode: int) -> int:
         """``ForwardShape::bytes`` of the source."""
         n, full, wide = self.ns * self.ln, mode == FULL, self.tt * self.channels * element
-        packed = element == 2 and self.ch == 1 and n >= 8
+        packed = element == 2 and self.ch == 1 and n >= 8 and self.ln > 2
         pairs, kinds = self.tt * self.channels * 2, 2 if full else 1
         stage = pairs + (0 if packed else self.tt * n * kinds) + self.tt
         part = self.tt * self.channels * self.ln if full else 0
         raw_bc = self.tt * n // min(n, 16 // element) * 16 * kinds
         return 8 * (stage + part) + wide * ((4 if full else 2) + 4) + (3 if packed else 2) * raw_bc
 
-    def cost(self, blocks: int, processors: int) -> float:
-        """Relative time of a launch: exponentials of the busiest multiprocessor, wave by wave."""
-        total, left = 0.0, blocks
-        while left > 0:
-            here = min(self.blocks, ceil_div(left, processors))
-            total += here * self.channels * self._cycles(here * self.nc / 128)
-            left -= processors * self.blocks
-        return total
-
-    def _cycles(self, warps: float) -> float:
-        points = self.cycles
-        if warps <= points[0][0]:
-            return points[0][1] * points[0][0] / warps
-        for (w0, c0), (w1, c1) in itertools.pairwise(points):
-            if warps <= w1:
-                return c0 + (c1 - c0) * (warps - w0) / (w1 - w0)
-        return points[-1][1]
+    def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
+        """Cycles of a launch, and of the pass before it that a split length needs."""
+        busiest = ceil_div(rows * ceil_div(d, self.channels) * chunks, processors)
+        # two tiles pass before the first result
+        steps = ceil_div(l, chunks) + 2 * self.tt
+        once = steps * (self.alone if busiest == 1 else busiest * self.each)
+        return once if chunks == 1 else 1.8 * once + SPLIT
 
 
 @dataclass(frozen=True)
@@ -84,13 +75,14 @@ class BackwardShape:
     def shared_bytes(self, element: int) -> int:
         """``BackwardShape::bytes`` of the source."""
         n, k, threads, channels = self.ns * self.ln, self.k, self.warps * 32, self.channels
-        bc = k * n // 2 if element == 2 and n >= 8 else k * n
+        bc = k * n // 2 if element == 2 and n > 16 else k * n
         floats = k * channels * 3 + 2 * bc + 2 * k + 2 * channels + (k // self.ts - 1) * self.ns * self.ch * threads
         floats += self.warps * 3 * 4 * self.ch * 32 + self.warps * 4 * 2 * 32 * self.ns
         return floats * 4 + (2 if element == 2 else 1) * 4 * k * channels * element
 
 
-_TWO = ((1, 14.5), (1.5, 12.5), (2, 11.6), (2.5, 11.2), (3, 11.0))
+# cycles of the launches that a split length adds
+SPLIT = 8000
 # by d_state, rounded up to the next one here
 FORWARD = {
     1: (ForwardShape(128, 1, 1, 1, 8, 128, 4),),
@@ -98,11 +90,9 @@ FORWARD = {
     4: (ForwardShape(128, 4, 1, 1, 8, 128, 4),),
     8: (ForwardShape(128, 4, 2, 1, 16, 128, 3),),
     16: (
-        ForwardShape(64, 8, 2, 2, 16, 64, 4, ((1, 13.5), (1.5, 12.0), (2, 11.2))),
-        ForwardShape(128, 4, 4, 1, 16, 64, 4),
-        ForwardShape(64, 4, 4, 2, 16, 64, 5, _TWO),
-        ForwardShape(128, 4, 4, 1, 32, 128, 2, ((1, 14.0), (2, 12.0))),
-        ForwardShape(128, 2, 8, 1, 32, 64, 2, ((1, 18.0), (2, 14.0))),
+        ForwardShape(128, 8, 2, 2, 16, 128, 2, 255, 211),
+        ForwardShape(128, 8, 2, 1, 32, 128, 2, 124, 106),
+        ForwardShape(128, 4, 4, 1, 32, 128, 2, 79, 66),
     ),
     32: (ForwardShape(128, 8, 4, 1, 16, 64, 3),),
     64: (ForwardShape(128, 8, 8, 1, 16, 64, 3),),
@@ -166,20 +156,13 @@ def forward_plan(
     chunks: int | None = None,
 ) -> tuple[ForwardShape, Grid]:
     """The shape and the grid of a forward scan; ``shape`` and ``chunks`` fix what would be chosen."""
-    size = instance(n)
-
-    def blocks(s: ForwardShape) -> int:
-        return b * g * ceil_div(d // g, s.channels)
-
-    if shape is None:
-        shape = min(FORWARD[size], key=lambda s: s.cost(blocks(s), processors))
-    step = max(shape.tt, BACKWARD[size].k)
-    if chunks is None:
-        # a chunk costs a second pass over it, so it pays only where most of the chip would have nothing to do
-        want = processors // max(blocks(shape), 1)
-        chunks = max(1, min(want, l // (4 * step))) if want >= 4 else 1
-    chunks, length = _cut(l, chunks, step)
-    return shape, Grid(blocks(shape) // (b * g), chunks, length)
+    shapes = [shape] if shape else FORWARD[instance(n)]
+    # several chunks cost a second pass over them, so they pay only where much of the chip would have nothing to do
+    splits = [chunks] if chunks else [2**i for i in range(8) if i == 0 or l >> i >= 128]
+    options = itertools.product(shapes, splits)
+    shape, chunks = min(options, key=lambda o: o[0].cost(b * g, l, d // g, o[1], processors))
+    chunks, length = _cut(l, chunks, max(shape.tt, BACKWARD[instance(n)].k))
+    return shape, Grid(ceil_div(d // g, shape.channels), chunks, length)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -228,14 +228,9 @@ def _ops(*backends: Backend) -> dict[str, Backend]:
 
 
 _CUDA = Backend("cuda", "our kernels, compiled at first use", _cuda)
-_CUDA_SCAN = Backend(
-    "cuda",
-    "our kernels, compiled at first use",
-    cuda_ops.refuse,
-    on_request="our kernels' current form is still to be measured on a GPU; ask for it with backend='cuda'",
-)
+_CUDA_SCAN = Backend("cuda", "our kernels, compiled at first use", cuda_ops.refuse)
 # None once the kernels have been run on a GPU: then they are chosen by themselves
-_UNTRIED: str | None = "still to be run on a GPU; ask for it with backend='cuda'"
+_UNTRIED: str | None = None
 _CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse, on_request=_UNTRIED)
 _CUDA_UPDATE = Backend("cuda", "our kernels, compiled at first use", cuda_update.refuse, on_request=_UNTRIED)
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)

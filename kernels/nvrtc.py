@@ -50,10 +50,12 @@ def launch(
     # the driver copies the parameters before it returns
     held = ctypes.create_string_buffer(params, len(params))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
-    stream = torch.cuda.current_stream(index).cuda_stream
-    (status,) = _driver().cuLaunchKernel(
-        kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-    )
+    stream, driver = torch.cuda.current_stream(index).cuda_stream, _driver()
+    arguments = (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+    (status,) = driver.cuLaunchKernel(*arguments)
+    if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        _enter(index)
+        (status,) = driver.cuLaunchKernel(*arguments)
     if status:
         raise RuntimeError(
             f"{name}: launch of {grid} x {block} threads with {shared_bytes} bytes of shared memory failed: {status.name}."
@@ -70,7 +72,15 @@ def _driver() -> Any:
     return driver
 
 
+def _enter(index: int | None) -> None:
+    """Make torch's context current, in a thread whose first act on the device this is, such as autograd's."""
+    driver = _driver()
+    context = _checked(driver.cuDevicePrimaryCtxRetain(index), "cuDevicePrimaryCtxRetain")
+    _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
 def _load(source: str, name: str, index: int | None, shared_bytes: int) -> Any:
+    _enter(index)
     driver = _driver()
     major, minor = torch.cuda.get_device_capability(index)
     lowered, code = machine_code(source, name, f"sm_{major}{minor}")
@@ -103,9 +113,15 @@ def _sources() -> dict[str, bytes]:
     }
 
 
-@functools.cache
+# torch.compile takes the answer and does not look inside
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why nothing can be compiled or launched here, or ``None``; said once as a warning where there is a GPU."""
+    return _unavailable()
+
+
+@functools.cache
+def _unavailable() -> str | None:
     reason = _missing()
     if reason is not None and torch.cuda.is_available():
         warnings.warn(f"hybridzoo: the CUDA kernels are off, PyTorch operations run instead: {reason}.", stacklevel=2)

@@ -22,15 +22,17 @@ DEVICE float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// a barrier of `threads` threads that they may reach from different branches of the code
-template <int ID>
-DEVICE void named_barrier(int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
-}
-// `bytes` of the 16 are there, the rest becomes zero
-DEVICE void copy_async16(void* shared, const void* global, int bytes) {
+// A barrier of `threads` threads between two groups: one arrives, and what it wrote is there for the other, which waits.
+DEVICE void barrier_arrive(int id, int threads) { asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void barrier_wait(int id, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// BYTES (4, 8 or 16) into shared memory, or zeros if they are not there
+template <int BYTES>
+DEVICE void copy_async(void* shared, const void* global, bool there) {
     uint32 to = (uint32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -122,7 +124,7 @@ struct Packed {
     template <bool ALIGNED>
     static DEVICE void fetch(void* shared, const T* at, int count) {
         if constexpr (ALIGNED)
-            copy_async16(shared, at, count > 0 ? 16 : 0);
+            copy_async<16>(shared, at, count > 0);
         else
             scalar_load(at, count).template store<true>(reinterpret_cast<T*>(shared), lanes);
     }
@@ -216,6 +218,9 @@ DEVICE void load_shared(const float* at, float (&x)[N]) {
             float4 v = reinterpret_cast<const float4*>(at)[i];
             x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
         }
+    } else if constexpr (N == 2) {
+        float2 v = *reinterpret_cast<const float2*>(at);
+        x[0] = v.x, x[1] = v.y;
     } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) x[i] = at[i];
@@ -228,25 +233,37 @@ DEVICE void store_shared(float* at, const float (&x)[N]) {
 #pragma unroll
         for (int i = 0; i < N / 4; ++i)
             reinterpret_cast<float4*>(at)[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+    } else if constexpr (N == 2) {
+        *reinterpret_cast<float2*>(at) = make_float2(x[0], x[1]);
     } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) at[i] = x[i];
     }
 }
 
-// max(x, 0) + log1p(exp(-|x|)).  log1p(e) = e p(e) on [0, 1] with p of degree 8 (relative error 3e-8): the special-function unit,
-// busy with the decays, is asked once, and small steps keep their relative accuracy.
+// max(x, 0) + log1p(exp(-|x|)).  log1p(e) = e p(e) on [0, 1]: the special-function unit, busy with the decays, is asked once, and small
+// steps keep their relative accuracy.  p is of degree 8 (relative error 3e-8), or of degree 5 (8e-6) where inputs have 11 bits or fewer.
+template <bool ROUGH>
 DEVICE float softplus(float x) {
-    float e = exp2_fast(fabsf(x) * -LOG2E);
-    float p = 0.005126102361828089f;
-    p = fmaf(p, e, -0.029074065387248993f);
-    p = fmaf(p, e, 0.0775160863995552f);
-    p = fmaf(p, e, -0.13602247834205627f);
-    p = fmaf(p, e, 0.19076880812644958f);
-    p = fmaf(p, e, -0.2483539879322052f);
-    p = fmaf(p, e, 0.3331812024116516f);
-    p = fmaf(p, e, -0.4999944567680359f);
-    p = fmaf(p, e, 0.9999999403953552f);
+    float e = exp2_fast(fabsf(x) * -LOG2E), p;
+    if constexpr (ROUGH) {
+        p = -0.023869112133979797f;
+        p = fmaf(p, e, 0.10122218728065491f);
+        p = fmaf(p, e, -0.2100486010313034f);
+        p = fmaf(p, e, 0.3252066373825073f);
+        p = fmaf(p, e, -0.4993613660335541f);
+        p = fmaf(p, e, 0.9999915957450867f);
+    } else {
+        p = 0.005126102361828089f;
+        p = fmaf(p, e, -0.029074065387248993f);
+        p = fmaf(p, e, 0.0775160863995552f);
+        p = fmaf(p, e, -0.13602247834205627f);
+        p = fmaf(p, e, 0.19076880812644958f);
+        p = fmaf(p, e, -0.2483539879322052f);
+        p = fmaf(p, e, 0.3331812024116516f);
+        p = fmaf(p, e, -0.4999944567680359f);
+        p = fmaf(p, e, 0.9999999403953552f);
+    }
     return fmaf(p, e, fmaxf(x, 0.f));
 }
 

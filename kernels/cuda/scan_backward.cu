@@ -34,7 +34,7 @@ struct BackwardShape {
     static constexpr int BUFFERS = ELEMENT == 2 ? 2 : 1;
     static constexpr int raw_bytes = K * CPB * ELEMENT;
     // 16-bit B and C stay as they came: fewer bytes of shared memory, which is what the adjoint waits for
-    static constexpr bool PACKED = ELEMENT == 2 && N >= 8;
+    static constexpr bool PACKED = ELEMENT == 2 && N > 16;
     static constexpr int bc = PACKED ? K * N / 2 : K * N;  // floats that hold the B of a chunk
     static constexpr int pairs = 0, gy = pairs + K * CPB * 2, Bs = gy + K * CPB, Cs = Bs + bc, keep = Cs + bc, valid = keep + K,
                          skip = valid + K, bias = skip + CPB, states = bias + CPB, npart = states + (SUBS - 1) * NS * CH * THREADS,
@@ -150,7 +150,7 @@ struct Backward {
         float bias[CH];
 #pragma unroll
         for (int k = 0; k < CH; ++k) bias[k] = smem[S::bias + col + k];
-#pragma unroll 4
+#pragma unroll
         for (int t = tid / GROUPS; t < K; t += ROWS) {
             const int i = t * CPB + col;
             float u[CH], dt[CH], g[CH], pair[2 * CH];
@@ -168,7 +168,7 @@ struct Backward {
 #pragma unroll
             for (int k = 0; k < CH; ++k) {
                 float x = dt[k] + bias[k];
-                x = p.softplus ? softplus(x) : x;
+                x = p.softplus ? softplus<sizeof(T) == 2>(x) : x;
                 pair[2 * k] = there ? x : 0.f;
                 pair[2 * k + 1] = pair[2 * k] * u[k];
             }

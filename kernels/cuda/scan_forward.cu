@@ -31,7 +31,7 @@ template <int ELEMENT, int NC, int NS, int LN, int CH, int TT, int MODE>
 struct ForwardShape {
     static constexpr int N = NS * LN, CPB = NC / LN * CH;
     // a scanner of one channel reads 16-bit B and C as they came: fewer bytes of shared memory, which is what it waits for
-    static constexpr bool PACKED = ELEMENT == 2 && CH == 1 && N >= 8;
+    static constexpr bool PACKED = ELEMENT == 2 && CH == 1 && N >= 8 && LN > 2;
     static constexpr int pair_floats = TT * CPB * 2, bc_floats = PACKED ? 0 : TT * N;
     static constexpr int stage_floats = pair_floats + bc_floats * (MODE == FULL ? 2 : 1) + TT;
     static constexpr int part_floats = MODE == FULL ? TT * CPB * LN : 0;
@@ -53,6 +53,8 @@ struct Forward {
     static constexpr int PSLOTS = CPB * LN / 4;  // float4 slots in a row of partial outputs
 
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
+    // barriers, each for even and odd tiles
+    static constexpr int STAGED = 1, SCANNED = 3;
 
     const ForwardParams& p;
     float* smem;
@@ -133,19 +135,23 @@ struct Forward {
         int in_slot[2], out_slot[2][CH];
     };
 
-    DEVICE void read(const View& v, int t, Input (&in)[2]) const {
+    template <int W>
+    DEVICE void read(const View& v, int t, Input (&in)[W]) const {
         if constexpr (CH == 1) {
-            float both[4];
-            load_shared<4>(v.pairs + t / 2 * CPB * 4 + v.in_slot[(t / 2) & 1], both);
-            in[0].pair[0] = both[0], in[0].pair[1] = both[1], in[1].pair[0] = both[2], in[1].pair[1] = both[3];
+#pragma unroll
+            for (int r = 0; r < W; r += 2) {
+                float both[4];
+                load_shared<4>(v.pairs + (t + r) / 2 * CPB * 4 + v.in_slot[((t + r) / 2) & 1], both);
+                in[r].pair[0] = both[0], in[r].pair[1] = both[1], in[r + 1].pair[0] = both[2], in[r + 1].pair[1] = both[3];
+            }
         }
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
+        for (int r = 0; r < W; ++r) {
             if constexpr (CH > 1) {
 #pragma unroll
                 for (int k = 0; k < CH / 2; ++k) {
                     float both[4];
-                    load_shared<4>(v.pairs + (t + r) * (CPB * 2) + (v.in_slot[r] ^ swizzle(0, k) * 4), both);
+                    load_shared<4>(v.pairs + (t + r) * (CPB * 2) + (v.in_slot[r & 1] ^ swizzle(0, k) * 4), both);
 #pragma unroll
                     for (int m = 0; m < 4; ++m) in[r].pair[4 * k + m] = both[m];
                 }
@@ -175,29 +181,30 @@ struct Forward {
             for (int c = 0; c < CH; ++c) v.out_slot[r][c] = swizzle(r, (flat + c * LN) >> 2) * 4 + ((flat + c * LN) & 3);
         }
         // Stores of partial outputs and loads of inputs may not change places (for all the compiler knows they overlap), so the inputs of
-        // the next two steps are loaded before the outputs of these two are stored.
-        Input in[2], next[2];
+        // the next W steps are loaded before the outputs of these are stored.
+        constexpr int W = 2, U = TT < 8 ? TT : 8;
+        Input in[W], next[W];
         read(v, 0, in);
         if constexpr (K >= TT) save_if_boundary(s, t_first, cg, q);
-        constexpr int U = TT < 8 ? TT : 8;
 #pragma unroll 1
         for (int t1 = 0; t1 < TT; t1 += U) {
 #pragma unroll
-            for (int t2 = 0; t2 < U; t2 += 2) {
+            for (int t2 = 0; t2 < U; t2 += W) {
                 if constexpr (K < TT)
                     if (t2 == 0) save_if_boundary(s, t_first + t1, cg, q);
-                // at the end of the tile, a pair that nobody uses
-                read(v, t2 + 2 < U ? t1 + t2 + 2 : t1 + U < TT ? t1 + U : 0, next);
-                float y[2][CH];
-                step(s, in[0], y[0]);
-                step(s, in[1], y[1]);
+                // at the end of the tile, steps that nobody uses
+                read(v, t2 + W < U ? t1 + t2 + W : t1 + U < TT ? t1 + U : 0, next);
+                float y[W][CH];
+#pragma unroll
+                for (int r = 0; r < W; ++r) step(s, in[r], y[r]);
                 if constexpr (MODE == FULL) {
 #pragma unroll
-                    for (int r = 0; r < 2; ++r)
+                    for (int r = 0; r < W; ++r)
 #pragma unroll
-                        for (int c = 0; c < CH; ++c) v.ys[(t1 + t2 + r) * PSLOTS * 4 + v.out_slot[r][c]] = y[r][c];
+                        for (int c = 0; c < CH; ++c) v.ys[(t1 + t2 + r) * PSLOTS * 4 + v.out_slot[r & 1][c]] = y[r][c];
                 }
-                in[0] = next[0], in[1] = next[1];
+#pragma unroll
+                for (int r = 0; r < W; ++r) in[r] = next[r];
             }
         }
     }
@@ -219,11 +226,11 @@ struct Forward {
                 s.h[c][j] = ok && h0 != nullptr && (MODE == FULL || p.chunks == 1) ? h0[at] : 0.f;
             }
         }
-        named_barrier<0>(NC + NH);
 #pragma unroll 1
         for (int tile = 0; tile < tiles; ++tile) {
+            barrier_wait(STAGED + (tile & 1), NC + NH);
             scan_tile(s, tile, cg, q);
-            named_barrier<0>(NC + NH);
+            barrier_arrive(SCANNED + (tile & 1), NC + NH);
         }
         if constexpr (MODE == FULL) {
             if (p.last != nullptr && chunk == p.chunks - 1) store_states(p.last + b * p.d * p.n, s, cg, q);
@@ -246,50 +253,66 @@ struct Forward {
         DEVICE Place(int hid, int it, int channels) {
             int v = hid + it * NH;
             t = v / ROW, col = v % ROW * V;
-            count = v < TT * ROW ? channels - col : 0;
+            count = TT * ROW % NH == 0 || v < TT * ROW ? channels - col : 0;
             count = count < 0 ? 0 : count > V ? V : count;
         }
     };
 
-    // the rows of one block, by tensor: u or gout, dt, z; then B, C
-    struct Rows {
-        Tokens<T> wide[3], bc[2];
+    // Where a helper's vectors of a tensor lie: its first one, and how far it is from one of a tile to the next and from tile to tile.
+    struct Source {
+        const T* at;
+        int64 next, tile;
+    };
+    DEVICE static int direction() { return MODE == ADJOINT ? -1 : 1; }
+    DEVICE Source source(const void* x, int64 offset, int64 stride, int t, int64 col, int rows) const {
+        const int64 down = stride * direction(), first = MODE == ADJOINT ? t0 + len - 1 : t0;
+        if constexpr (FLAGS & WALK) return {(const T*)x + offset + col, stride, 0};
+        return {(const T*)x + offset + first * stride + t * down + col, rows * down, TT * down};
+    }
+    struct Sources {
+        Source wide[3], bc[2];  // u or gout, dt, z; B, C
     };
 
-    DEVICE Rows rows() const {
-        return {{{p.u, b * p.u_b + ch0, p.u_l}, {p.dt, b * p.dt_b + ch0, p.dt_l}, {p.z, b * p.z_b + ch0, p.z_l}},
-                {{p.B, b * p.B_b + group * p.B_g, p.B_l}, {p.C, b * p.C_b + group * p.C_g, p.C_l}}};
+    DEVICE Sources sources(int hid) const {
+        const int t = hid / ROW, col = hid % ROW * V, rows = NH / ROW, tb = hid / BROW, n = hid % BROW * BV, rows_b = NH / BROW;
+        return {{source(p.u, b * p.u_b + ch0, p.u_l, t, col, rows), source(p.dt, b * p.dt_b + ch0, p.dt_l, t, col, rows),
+                 source(p.z, b * p.z_b + ch0, p.z_l, t, col, rows)},
+                {source(p.B, b * p.B_b + group * p.B_g, p.B_l, tb, n, rows_b), source(p.C, b * p.C_b + group * p.C_g, p.C_l, tb, n, rows_b)}};
     }
 
-    DEVICE void fetch_wide(char* to, const Tokens<T>& x, int tile, int hid, int channels) const {
+    DEVICE const T* vector(const Source& x, int tile, int it, int t) const {
+        if constexpr (FLAGS & WALK) return x.at + (int64)token(tile * TT + t) * x.next;
+        return x.at + tile * x.tile + it * x.next;
+    }
+
+    DEVICE void fetch_wide(char* to, const Source& x, int tile, int hid, int channels) const {
 #pragma unroll
         for (int it = 0; it < IT; ++it) {
             Place at(hid, it, channels);
-            const int s = tile * TT + at.t, count = s < len ? at.count : 0;
-            const T* from = count > 0 ? x.at(token(s)) + at.col : x.base;
-            if (at.t < TT) P::template fetch<ALIGNED>(to + (hid + it * NH) * 16, from, count);
+            const int count = tile * TT + at.t < len ? at.count : 0;
+            if (TT * ROW % NH == 0 || at.t < TT)
+                P::template fetch<ALIGNED>(to + (hid + it * NH) * 16, count > 0 ? vector(x, tile, it, at.t) : (const T*)p.u, count);
         }
     }
 
-    DEVICE void fetch_bc(char* to, const Tokens<T>& x, int tile, int hid) const {
+    DEVICE void fetch_bc(char* to, const Source& x, int tile, int hid) const {
 #pragma unroll
         for (int it = 0; it < BIT; ++it) {
-            const int v = hid + it * NH, n = v % BROW * BV, s = tile * TT + v / BROW, count = s < len ? p.n - n : 0;
-            const T* from = count > 0 ? x.at(token(s)) + n : x.base;
-            if (v < TT * BROW) P::template fetch<ALIGNED && BV == V>(to + v * 16, from, count);
+            const int v = hid + it * NH, t = v / BROW, count = tile * TT + t < len ? p.n - v % BROW * BV : 0;
+            if (v < TT * BROW) P::template fetch<ALIGNED && BV == V>(to + v * 16, count > 0 ? vector(x, tile, it, t) : (const T*)p.u, count);
         }
     }
 
-    DEVICE void fetch(int tile, const Rows& rows, int hid, int channels) const {
+    DEVICE void fetch(int tile, const Sources& x, int hid, int channels) const {
         if (tile * TT < len) {
-            fetch_wide(raw_u(tile), rows.wide[0], tile, hid, channels);
-            fetch_wide(raw_dt(tile), rows.wide[1], tile, hid, channels);
-            fetch_bc(raw_bc(tile), rows.bc[MODE == ADJOINT], tile, hid);
-            if (MODE == FULL) fetch_bc(raw_bc(tile) + S::bc_bytes / 2, rows.bc[1], tile, hid);
+            fetch_wide(raw_u(tile), x.wide[0], tile, hid, channels);
+            fetch_wide(raw_dt(tile), x.wide[1], tile, hid, channels);
+            fetch_bc(raw_bc(tile), x.bc[MODE == ADJOINT], tile, hid);
+            if (MODE == FULL) fetch_bc(raw_bc(tile) + S::bc_bytes / 2, x.bc[1], tile, hid);
         }
         // the adjoint takes z when it stages a tile, the forward when it finishes one
         const int gate = MODE == ADJOINT ? tile : tile - 2;
-        if (MODE != STATE && p.z != nullptr && gate >= 0 && gate * TT < len) fetch_wide(raw_z(gate), rows.wide[2], gate, hid, channels);
+        if (MODE != STATE && p.z != nullptr && gate >= 0 && gate * TT < len) fetch_wide(raw_z(gate), x.wide[2], gate, hid, channels);
         copy_async_commit();
     }
 
@@ -308,13 +331,12 @@ struct Forward {
 
     // (dt, dt u), or (dt, dout silu(z)) for the adjoint, as the scanners read them
     DEVICE void stage_pairs(int tile, const Place& at, int v, const float (&bias)[V]) const {
-        if (at.t >= TT) return;
+        if (TT * ROW % NH != 0 && at.t >= TT) return;
         float* pairs = stage(tile);
         float dt[V], x[V];
         P::from(raw_dt(tile) + v * 16).unpack(dt);
         P::from(raw_u(tile) + v * 16).unpack(x);
         const int s = tile * TT + at.t;
-        bool there = s < len && (p.valid == nullptr || p.valid[b * p.l + token(s)] != 0);
         if constexpr (FLAGS & RESET) {
             if (at.col == 0) stage(tile)[S::stage_floats - TT + at.t] = s < len && p.reset[b * p.l + token(s)] ? 0.f : 1.f;
         }
@@ -329,9 +351,16 @@ struct Forward {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             dt[j] += bias[j];
-            if (p.softplus) dt[j] = softplus(dt[j]);
-            dt[j] = there ? dt[j] : 0.f;
-            if constexpr (MODE != ADJOINT) x[j] *= dt[j];
+            if (p.softplus) dt[j] = softplus<sizeof(T) == 2>(dt[j]);
+        }
+        if (p.valid != nullptr || (tile + 1) * TT > len) {
+            const bool there = s < len && (p.valid == nullptr || p.valid[b * p.l + token(s)] != 0);
+#pragma unroll
+            for (int j = 0; j < V; ++j) dt[j] = there ? dt[j] : 0.f;
+        }
+        if constexpr (MODE != ADJOINT) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) x[j] *= dt[j];
         }
         if constexpr (CH == 1) {
             float* row = pairs + at.t / 2 * CPB * 4 + (at.t & 1) * 2;
@@ -349,7 +378,7 @@ struct Forward {
         }
     }
 
-    DEVICE void finish(int tile, const Tokens<T>& out, const Place& at, int v, const float (&skip)[V]) const {
+    DEVICE void finish(int tile, const Source& out, const Place& at, int it, int v, const float (&skip)[V]) const {
         const int s = tile * TT + at.t;
         if (s >= len || at.count == 0) return;
         const float4* row = reinterpret_cast<const float4*>(part(tile)) + at.t * PSLOTS;
@@ -381,7 +410,7 @@ struct Forward {
                 y[j] *= z[j] * g0, y[j + 1] *= z[j + 1] * g1;
             }
         }
-        P::pack(y).template store<ALIGNED>(out.at(token(s)) + at.col, at.count);
+        P::pack(y).template store<ALIGNED>(const_cast<T*>(vector(out, tile, it, at.t)), at.count);
     }
 
     DEVICE void helper(int hid, int tiles) const {
@@ -394,14 +423,20 @@ struct Forward {
             skip[j] = ch < ch_end && p.D != nullptr ? p.D[ch] : 0.f;
             bias[j] = ch < ch_end && p.bias != nullptr ? p.bias[ch] : 0.f;
         }
-        const Rows rows = this->rows();
-        const Tokens<T> out(p.out, b * p.out_b + ch0, p.out_l);
+        static_assert(NH % BROW == 0, "");
+        const Sources rows = sources(hid);
+        const Source out = source(p.out, b * p.out_b + ch0, p.out_l, hid / ROW, hid % ROW * V, NH / ROW);
         fetch(0, rows, hid, channels);
 #pragma unroll 1
         for (int tile = -1; tile <= tiles; ++tile) {
-            // scanners are on `tile`: fetch tile + 2, bring in tile + 1, finish tile - 1
+            // while scanners are on `tile`: fetch tile + 2, finish tile - 1, bring in tile + 1
+            if (tile > 0) barrier_wait(SCANNED + (tile - 1 & 1), NC + NH);
             fetch(tile + 2, rows, hid, channels);
             copy_async_wait<1>();
+            if (MODE == FULL && tile > 0) {
+#pragma unroll
+                for (int it = 0; it < IT; ++it) finish(tile - 1, out, Place(hid, it, channels), it, hid + it * NH, skip);
+            }
             if (tile + 1 < tiles) {
 #pragma unroll
                 for (int it = 0; it < IT; ++it) stage_pairs(tile + 1, Place(hid, it, channels), hid + it * NH, bias);
@@ -410,12 +445,8 @@ struct Forward {
                     stage_bc(to, raw_bc(tile + 1), hid);
                     if constexpr (MODE == FULL) stage_bc(to + S::bc_floats, raw_bc(tile + 1) + S::bc_bytes / 2, hid);
                 }
+                barrier_arrive(STAGED + (tile + 1 & 1), NC + NH);
             }
-            if (MODE == FULL && tile > 0) {
-#pragma unroll
-                for (int it = 0; it < IT; ++it) finish(tile - 1, out, Place(hid, it, channels), hid + it * NH, skip);
-            }
-            if (tile < tiles) named_barrier<0>(NC + NH);
         }
     }
 };

@@ -89,7 +89,7 @@ inline void to_scheduler(Fiber& me) {
     __tsan_switch_to_fiber(watched_scheduler, 1);
     swapcontext(&me.context, &scheduler);
 }
-inline void wait_at(int barrier, int threads) {
+inline void wait_at(int barrier, int threads, bool wait = true) {
     Unwatched here;
     Fiber& me = fibers[threadIdx.x];
     char* order = &orders[turns[barrier] % 2][barrier];
@@ -99,11 +99,11 @@ inline void wait_at(int barrier, int threads) {
         ++turns[barrier];
         for (auto& f : fibers)
             if (f.barrier == barrier) f.barrier = -1;
-    } else {
+    } else if (wait) {
         me.barrier = barrier;
     }
     to_scheduler(me);
-    __tsan_acquire(order);
+    if (wait) __tsan_acquire(order);
 }
 inline void entry() {
     __tsan_acquire(&start);
@@ -161,8 +161,8 @@ inline void run(int grid, int block, int shared_bytes, std::function<void()> ker
 }
 }  // namespace emulated
 
-template <int ID>
-void named_barrier(int threads) { emulated::wait_at(ID, threads); }
+inline void barrier_wait(int id, int threads) { emulated::wait_at(id, threads); }
+inline void barrier_arrive(int id, int threads) { emulated::wait_at(id, threads, false); }
 inline void __syncthreads() { emulated::wait_at(15, blockDim.x); }
 inline void __syncwarp() { emulated::wait_at(16 + threadIdx.x / 32, 32); }
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
@@ -173,9 +173,11 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
     __syncwarp();
     return y;
 }
-inline void copy_async16(void* to, const void* from, int bytes) {
+template <int BYTES>
+void copy_async(void* to, const void* from, bool there) {
     Unwatched here;
-    emulated::fibers[threadIdx.x].groups.back().push_back({to, from, bytes});
+    if ((size_t)to % BYTES || (size_t)from % BYTES) fprintf(stderr, "%d bytes that are not aligned\n", BYTES), abort();
+    emulated::fibers[threadIdx.x].groups.back().push_back({to, there ? from : nullptr, BYTES});
 }
 inline void copy_async_commit() {
     Unwatched here;
@@ -191,8 +193,10 @@ void copy_async_wait() {
             due.insert(due.end(), groups.front().begin(), groups.front().end());
     }
     for (auto& c : due) {
-        memset(c.to, 0, 16);
-        memcpy(c.to, c.from, c.bytes);
+        if (c.from)
+            memcpy(c.to, c.from, c.bytes);
+        else
+            memset(c.to, 0, c.bytes);
     }
 }
 
