@@ -98,6 +98,19 @@ def test_training_copies_casts_and_files_keep_what_is_shared(model, tmp_path):
     assert stats(model, 8).flops == model.flops(8)
 
 
+def test_transformers_saves_it_and_both_read_it(model, tmp_path):
+    hf = pytest.importorskip("hybridzoo.zoo.hf")
+    # Mamba-2's limits of step sizes end in infinity, which transformers writes in a way of its own
+    model = zoo.build("zamba2-tiny").eval()
+    hf.HybridZooForCausalLM.wrap(model).save_pretrained(tmp_path)
+    again, info = hf.HybridZooForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.core.num_params() == model.num_params() == zoo.load(tmp_path).num_params()
+    assert torch.equal(again(IDS).logits, model(IDS).logits) and torch.equal(
+        zoo.load(tmp_path)(IDS).logits, model(IDS).logits
+    )
+
+
 def test_what_shares_weights_is_not_exported_to_a_format_that_cannot():
     shared = zoo.build("transformer-tiny", ["layers=(attention@a mlp) * 2"])
     with pytest.raises(CheckpointError, match="no family of"):

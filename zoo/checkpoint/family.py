@@ -65,7 +65,7 @@ class Fields:
         return {option: self.take(*field) for option, field in table.items()}
 
     def floats(self, name: str, default: tuple[float, ...]) -> list[float]:
-        """A list of numbers as long as the default; ``{"__float__": "Infinity"}`` is how transformers writes infinity."""
+        """A list of numbers as long as the default."""
         self.known.add(name)
         values = self.data.get(name)
         values = list(default) if values is None else values
@@ -152,8 +152,6 @@ def written(options: Mapping[str, Any], table: Table) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("__float__") in ("Infinity", "-Infinity"):
-        return float(value["__float__"])
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

@@ -75,9 +75,9 @@ def open_source(source: Any) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
+    """A JSON file that holds an object; ``{"__float__": "Infinity"}`` is how transformers writes infinity."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_infinite)
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be read ({e.strerror}). The folder is not complete.") from e
     except (ValueError, RecursionError) as e:
@@ -85,6 +85,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected an object. Copy it again.")
     return content
+
+
+def _infinite(value: dict[str, Any]) -> Any:
+    return float(value["__float__"]) if value.get("__float__") in ("Infinity", "-Infinity", "NaN") else value
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
