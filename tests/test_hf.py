@@ -186,6 +186,22 @@ def test_the_folder_is_readable_by_both_sides(adapter, tmp_path):
     assert "lm_head.weight" not in _stored_keys(tmp_path / "theirs")  # tied: written once
 
 
+@pytest.mark.parametrize("name", zoo.list_models("*-tiny"))
+@torch.no_grad()
+def test_every_model_goes_there_and_back(name, tmp_path):
+    model = HybridZooForCausalLM.wrap(zoo.build(name)).eval()
+    ids = torch.randint(1, 256, (2, 9))
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "theirs")
+    zoo.save(model, tmp_path / "ours")
+    for folder in ("ours", "theirs"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(theirs(ids).logits, expected) and torch.equal(
+            zoo.load(tmp_path / folder)(ids).logits, expected
+        )
+        assert theirs.num_parameters() == model.core.num_params()
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_shards_and_placement_change_nothing(tied, tmp_path):
     model = HybridZooForCausalLM.wrap(zoo.build("jamba-tiny", [f"tie_embeddings={str(tied).lower()}"])).eval()

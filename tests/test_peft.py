@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -134,3 +141,18 @@ def test_what_must_be_float32_stays_so_inside_an_adapted_projection():
 def test_a_convolution_is_no_target_and_says_so():
     with pytest.raises(ValueError, match=r"CausalConv1d.* is not supported"):
         get_peft_model(HybridZooForCausalLM.wrap(zoo.build("mamba-tiny")), lora(target_modules=["conv1d"]))
+
+
+def test_prompts_can_be_tuned_and_prefixes_cannot():
+    ids = torch.randint(1, 256, (2, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sizes = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "num_attention_heads": 4}
+    model = get_peft_model(HybridZooForCausalLM.wrap(zoo.build("jamba-tiny")), PromptTuningConfig(**sizes))
+    (prompt,) = (p for p in model.parameters() if p.requires_grad)
+    model(**batch, labels=ids).loss.backward()
+    assert prompt.grad.abs().sum(1).min() > 0
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**batch, **options), model.generate(**batch, use_cache=False, **options))
+    model = get_peft_model(HybridZooForCausalLM.wrap(zoo.build("jamba-tiny")), PrefixTuningConfig(**sizes))
+    with pytest.raises(ValueError, match="no place for recurrent states"):
+        model(**batch, labels=ids)
