@@ -226,12 +226,17 @@ def _last_inputs(x: Tensor, k: int, initial_state: Tensor | None, seq: Seq | Non
     if seq is None:
         # a state must not keep the whole row alive
         return torch.cat([before[:, min(l, k - 1) :], x[:, max(0, l - k + 1) :]], 1)
-    row = torch.cat([before, x], 1)
-    index = seq.lengths[:, None] + torch.arange(k - 1, device=x.device)
-    state = row.gather(1, index[..., None].expand(b, k - 1, d))
+    # places in the row; negative ones stand before it
+    at = seq.lengths[:, None] + torch.arange(1 - k, 0, device=x.device)
+
+    def pick(rows: Tensor, index: Tensor) -> Tensor:
+        return rows.gather(1, index[..., None].expand(b, k - 1, d))
+
+    inside = at.clamp(min=0)
+    state = torch.where((at < 0)[..., None], pick(before, (at + k - 1).clamp(max=k - 2)), pick(x, inside))
     if not seq.packed:
         return state
-    docs = torch.cat([seq.doc[:, :1].expand(b, k - 1), seq.doc], 1).gather(1, index)
+    docs = seq.doc.gather(1, inside)
     return state.masked_fill((docs != docs[:, -1:])[..., None], 0.0)
 
 

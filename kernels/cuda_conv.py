@@ -213,8 +213,9 @@ def conv_backward_op(
 
 
 def _gradients(gout: Tensor, operands: tuple) -> list[Tensor | None]:
-    grads = backward(Call.of(*operands), gout)
-    return [None if m is None or g is None else g.to(m.dtype) for g, m in zip(grads, operands, strict=False)]
+    # strict=False: the operands go on with what has no gradient
+    pairs = zip(backward(Call.of(*operands), gout), operands, strict=False)
+    return [None if m is None or g is None else g if g.dtype == m.dtype else g.to(m.dtype) for g, m in pairs]
 
 
 @conv_backward_op.register_fake
