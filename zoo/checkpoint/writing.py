@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..layout import expand, split_token
 from ..lm import CausalLM, padded_vocab
 from . import native
 from .family import Family, Fields, families
@@ -148,6 +149,8 @@ def _expressed(view: View, to: str) -> tuple[Family, dict[str, Any]]:
         try:
             config = family.write(view)
             cfg = family.read(Fields(config, Path("config.json")))
+            if _types(cfg) != view.layout:
+                continue  # known before a model is built from it
             back = View(CausalLM({"tokenizer": "byte"} | cfg, device="meta"))
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
             # what the family cannot express shows as a part that is not there or a value that nobody may have
@@ -159,6 +162,10 @@ def _expressed(view: View, to: str) -> tuple[Family, dict[str, Any]]:
         f"to={to!r}: {what} {'cannot express' if to == 'mamba_ssm' else 'can express'} the layers {view.cfg.layers!r} with their options. "
         "Use to='hybridzoo', which transformers reads through AutoModelForCausalLM."
     )
+
+
+def _types(cfg: dict[str, Any]) -> list[str]:
+    return ["+".join(cfg["mixers"][name]["type"] for name in split_token(token)[0]) for token in expand(cfg["layers"])]
 
 
 def signature(view: View) -> dict[str, Any]:
