@@ -333,10 +333,11 @@ def _scan_launch(scan: Scan, count: int) -> tuple[bytes, str, int, int]:
     b, d, n, h, g = scan.sizes
     softplus, silu, wide_rows, total = scan.options
     lanes, vectors = next(shape for size, shape in LANES.items() if size >= n)
-    at_once, per = THREADS // lanes, max(1, 4 // vectors)
+    at_once, most = THREADS // lanes, max(1, 4 // vectors)
     # wide blocks read B and C, or convolve them, less often, narrow ones fill the chip
-    spans = [s for s in (512, 256, 128, 64, 32) if at_once < s <= max(128, at_once * per)]
+    spans = [s for s in (512, 256, 128, 64, 32) if at_once < s <= max(128, at_once * most)]
     span = next((s for s in spans if b * g * ceil_div(d // g, s) >= BLOCKS * count), at_once)
+    per = min(most, span // at_once)
     tiles = ceil_div(d // g, span)
     state_b, _, _, B_b, B_g, C_b, C_g, *_ = scan.strides
     whole = n % 4 == 0

@@ -11,7 +11,7 @@ from hybridzoo.kernels import BackendError, causal_conv1d, dispatch, libraries, 
 from hybridzoo.kernels.dispatch import choose, explain
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16}
-OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe")
+OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update")
 
 
 @pytest.fixture(autouse=True)

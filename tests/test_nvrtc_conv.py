@@ -29,8 +29,8 @@ def convolution_step(types, k, aligned=16):
     return "update.cu", cuda_update._conv_launch(types, aligned, (1, 1536, k, True, False, 1), (1536, 4608, 1536))[1]
 
 
-def state_step(types, k, n, one_A, aligned=(16, 16)):
-    sizes = (64, 1536, n, 24 if one_A else 1536, 1)
+def state_step(types, k, n, one_A, aligned=(16, 16), b=64):
+    sizes = (b, 1536, n, 24 if one_A else 1536, 1)
     strides = (1536 * n, 1536, 1536, n, n, n, n, 1536, 0, 0)
     options = (True, True, False, 64)
     scan = cuda_update.Scan(types, k, sizes, strides, aligned, one_A, (1, 0), options, (0.0, 1.0))
@@ -44,7 +44,8 @@ USUAL = [
     convolution(BF16, F32, 8, True, packed=True, aligned=1),
     ("conv.cu", "conv_sum<bf16>"),
     convolution_step((BF16,) * 3, 4),
-    state_step((BF16,) * 3, 0, 16, False),
+    state_step((BF16,) * 3, 0, 16, False, b=256),
+    state_step((BF16,) * 3, 0, 16, False, b=1),
     state_step((BF16,) * 3, 0, 128, True),
     state_step((BF16,) * 3, 4, 128, True),
     state_step((F16, F32, F32), 8, 250, False, aligned=(1, 1)),
