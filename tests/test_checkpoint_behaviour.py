@@ -75,20 +75,18 @@ def test_a_half_precision_checkpoint_comes_back_bitwise(pair, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(pinned, again, strict=True))
 
 
-def test_special_tokens_are_taken_along(pair, tmp_path):
-    config = json.loads((pair.folder / "config.json").read_text()) | {
-        "bos_token_id": 3,
-        "eos_token_id": [4, 5],
-        "pad_token_id": None,
-    }
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/model.safetensors").symlink_to(pair.folder / "model.safetensors")
-    (tmp_path / "in/config.json").write_text(json.dumps(config))
+def test_special_tokens_are_taken_along(tmp_path):
+    Pair("mamba2", tmp_path / "in")
+    file = tmp_path / "in/config.json"
+    ids = {"bos_token_id": 3, "eos_token_id": [4, 5], "pad_token_id": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | ids))
     convert(tmp_path / "in", tmp_path / "ours", "hybridzoo")
     convert(tmp_path / "ours", tmp_path / "theirs", "hf")
     for folder in ("ours", "theirs"):
         written = json.loads((tmp_path / folder / "config.json").read_text())
-        assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (3, [4, 5], None)
+        assert {name: written[name] for name in ids} == ids
+    export(zoo.build("mamba2-tiny"), tmp_path / "bytes")
+    assert json.loads((tmp_path / "bytes/config.json").read_text())["eos_token_id"] == 0  # the byte tokenizer's
 
 
 # ------------------------------------------------------------------------------------- what is wrong with transformers 5.23

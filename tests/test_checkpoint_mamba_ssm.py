@@ -252,10 +252,9 @@ def test_what_a_format_cannot_express_is_said_and_nothing_is_left_behind(tmp_pat
         convert(tmp_path / "a", tmp_path / "a", "mamba_ssm")
 
 
-def test_mamba3_is_recognised(tmp_path):
+@pytest.mark.parametrize("mimo", [{}, {"is_mimo": True, "mimo_rank": 4}])
+def test_mamba3_is_recognised(tmp_path, mimo):
     write(CASES["mamba2"], tmp_path)
-    (tmp_path / "config.json").write_text(
-        json.dumps(NEWER | {"ssm_cfg": {"layer": "Mamba3", "d_state": 128, "is_mimo": True}})
-    )
+    (tmp_path / "config.json").write_text(json.dumps(NEWER | {"ssm_cfg": {"layer": "Mamba3", "d_state": 128, **mimo}}))
     with pytest.raises(CheckpointError, match=r"'Mamba3', whose mixer is not yet part"):
         zoo.load(tmp_path)
