@@ -131,6 +131,11 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
     picture = path.with_suffix(".svg")
     pieces.append(f"![Times of the scan beside mamba-ssm's](eval/results/{picture.name})")
     if more:
+        missed = sum(row["met"] is False for row in more)
+        pieces.append(
+            f"<details><summary>Lengths, state sizes, types, decoding and the convolution: {len(more)} rows, "
+            f"{missed} slower than the peer</summary>"
+        )
         pieces.append(
             _table(
                 ["case", "shape", "type", "pass", "peer", "ours, ms", "peer, ms", "ratio", "goal", "per token, to longest"],
@@ -144,6 +149,7 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
                 ],
             )
         )  # fmt: skip
+        pieces.append("</details>")
     return pieces
 
 
