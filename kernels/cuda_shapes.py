@@ -49,8 +49,8 @@ class ForwardShape:
     def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
         """Cycles of a launch, and of the pass before it that a split length needs."""
         busiest = ceil_div(rows * ceil_div(d, self.channels) * chunks, processors)
-        # two tiles pass before the first result
-        steps = ceil_div(l, chunks) + 2 * self.tt
+        # two tiles pass before the first result, and about one more at the end
+        steps = ceil_div(l, chunks) + 3 * self.tt
         once = steps * (self.alone if busiest == 1 else busiest * self.each)
         return once if chunks == 1 else 1.8 * once + SPLIT
 
