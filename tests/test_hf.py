@@ -86,6 +86,18 @@ def test_generate_of_transformers_equals_itself_without_state(adapter, mode, pad
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
+def test_rows_that_pad_the_table_are_never_produced(mode):
+    model = zoo.build("mamba-tiny", ["vocab_size=250", "pad_vocab_size_multiple=16"]).eval()
+    model.lm_head.weight[250:] *= 40  # and would be, most of the time
+    ids = torch.randint(1, 250, (2, 9))
+    out = HybridZooForCausalLM.wrap(model).generate(ids, max_new_tokens=20, eos_token_id=None, **MODES[mode])
+    assert out.max() < 250
+    if mode == "greedy":
+        assert torch.equal(out, model.generate(ids, max_new_tokens=20))
+
+
+@torch.no_grad()
 def test_beams_are_the_best_continuations(adapter):
     """Three beams, written down without transformers and without any state."""
     prompt, new, beams = torch.randint(1, 256, (1, 9)), 6, 3

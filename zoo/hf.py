@@ -15,9 +15,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    SuppressTokensLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -204,6 +206,14 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = StateCache()
         else:
             _refuse({}, model_kwargs.get("past_key_values"), None)
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        padding = list(range(self.config.vocab_size, self.lm_head.weight.shape[0]))
+        if padding:
+            # rows that only pad the table are never produced; first, so that top-k and top-p choose among the others
+            processors.insert(0, SuppressTokensLogitsProcessor(padding, device=str(self.lm_head.weight.device)))
+        return processors
 
     def _replicate_for_data_parallel(self) -> "HybridZooForCausalLM":
         # nn.DataParallel gives a replica a table of parts of its own, on its device; so must its core have it
