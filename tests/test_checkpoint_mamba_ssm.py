@@ -233,6 +233,7 @@ def test_the_formats_change_into_each_other(tmp_path):
     w = write(CASES["mamba2"], tmp_path / "a")
     report = convert(tmp_path / "a", tmp_path / "b", "hf")
     assert (report.source, report.target, report.tensors) == ("mamba_ssm", "mamba2", len(w) - 1)
+    assert report.left_out == ("lm_head.weight",) and "left out 1" in str(report)  # the format stores the tied head too
     assert "all" in str(report) and "config.json" in report.files
     assert json.loads((tmp_path / "b/config.json").read_text())["vocab_size"] == 64  # padded from 61
     assert convert(tmp_path / "b", tmp_path / "c", "hybridzoo").target == "hybridzoo"

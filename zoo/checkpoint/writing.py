@@ -15,7 +15,7 @@ from ..layout import expand, split_token
 from ..lm import CausalLM, padded_vocab
 from . import native
 from .family import Family, Fields, families
-from .files import CheckpointError, check_new, new_folder, open_source, read_json
+from .files import CheckpointError, check_new, new_folder, open_source, read_json, stored_tensors
 from .keys import Piece, View
 from .reading import detect, dump, load, shape_of
 
@@ -41,6 +41,7 @@ class Report:
         parameters: Numbers in them.
         pattern: The model's layers.
         files: What the new folder holds.
+        left_out: Stored tensors that are not taken: copies of a tied head, tables, layers that nobody loads.
     """
 
     source: str
@@ -49,11 +50,14 @@ class Report:
     parameters: int
     pattern: str
     files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        left_out = f"\nleft out {len(self.left_out)} that the model does not need: {some}" if self.left_out else ""
         return (
             f"{self.source} -> {self.target}: all {self.tensors} tensors matched, {self.parameters:,} parameters, "
-            f"layers {self.pattern}\nwrote {', '.join(self.files)}"
+            f"layers {self.pattern}{left_out}\nwrote {', '.join(self.files)}"
         )
 
 
@@ -80,10 +84,12 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
             if (place / name).is_file() and not (new / name).exists():
                 shutil.copyfile(place / name, new / name)
         files = tuple(sorted(p.name for p in new.iterdir()))
-    count = len(native.unique_tensors(model))
+    names = frozenset(stored_tensors(place))
+    taken = {piece.theirs for piece in family.keys(View(model, names))} if family else names
     return Report(
-        family.model_type if family else "hybridzoo", target, count, model.num_params(), model.cfg.layers, files
-    )
+        source=family.model_type if family else "hybridzoo", target=target, tensors=len(native.unique_tensors(model)),
+        parameters=model.num_params(), pattern=model.cfg.layers, files=files, left_out=tuple(sorted(names - taken)),
+    )  # fmt: skip
 
 
 def export(model: CausalLM, folder: str | os.PathLike[str], to: str = "hf") -> str:
