@@ -219,10 +219,11 @@ def test_causal_conv1d_library(dtype, case):
     assert_close_to_exact(causal_conv1d, made, dtype, 2.0, **options, backend="causal_conv1d")
 
 
-def test_the_default_is_the_library_where_it_can_and_chunked_where_it_cannot():
-    require("mamba_ssm")
+def test_our_kernels_go_before_the_libraries():
     facts = {"device": "cuda", "dtype": torch.bfloat16}
-    assert dispatch.choose("selective_scan", **facts).name == "mamba_ssm"
-    assert dispatch.choose("selective_scan", **facts, packed=True).name == "chunked"
+    for more in ({}, {"packed": True}, {"initial_state": True}):
+        assert dispatch.choose("selective_scan", **facts, **more).name == "cuda"
+        assert dispatch.choose("causal_conv1d", **facts, **more).name == "cuda"
+    require("mamba_ssm")
     rows = dispatch.explain("selective_scan", **facts, initial_state=True)
     assert ("mamba_ssm", False, "mamba_ssm has no initial state in its selective scan") in rows
