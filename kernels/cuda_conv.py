@@ -142,7 +142,8 @@ def plan(signature: tuple, count: int, backward: bool, strip: int | None = None)
     tiles_l = ceil_div(l, deep * strip)
     strides = params.strides(x=x[:2], gout=gout[:2]) | {"state_b": state[0], "state_k": state[1]}
     rest = Params(**strides, l=l, d=d, columns=columns, tiles_d=tiles_d, tiles_l=tiles_l, strip=strip)
-    blocks = 2 if k > 4 else 3 if backward or packed else 4
+    spilling = k > 4 or (backward and packed and bytes_ is None)
+    blocks = 2 if spilling else 3 if backward or packed else 4
     arguments = f"<{TYPES[dtype]}, {TYPES[wide]}, {k}, {lanes}, {flags}, {blocks}>"
     return Plan(params.tail(rest), arguments, b * tiles_l * tiles_d, b * tiles_l)
 

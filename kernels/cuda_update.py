@@ -23,7 +23,7 @@ from .cuda_shapes import MAX_STATE, ceil_div
 HEADS, SPLIT = 8, 16
 THREADS = 128
 # by d_state, rounded up to the next one here: lanes that share a channel, and how many times four states each of them has
-LANES = {4: (1, 1), 8: (2, 1), 16: (4, 1), 32: (8, 1), 64: (8, 2), 128: (8, 4), 256: (16, 4)}
+LANES = {4: (1, 1), 8: (2, 1), 16: (2, 2), 32: (4, 2), 64: (8, 2), 128: (8, 4), 256: (16, 4)}
 # blocks that every multiprocessor should have, for the widest blocks that leave so many
 BLOCKS = 8
 

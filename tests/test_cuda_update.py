@@ -88,6 +88,14 @@ def test_selective_state_update(sizes, indexed):
 
 
 @needs_compiler
+def test_blocks_whose_lanes_all_have_work(monkeypatch):
+    # few multiprocessors: wide blocks, two channels per thread
+    monkeypatch.setattr(cuda_update, "processors", lambda device: 0)
+    state, *rest = scan_operands(b=2, d=256, n=16, dtype=BF16)
+    compare("selective", [state], state, *rest, True, None)
+
+
+@needs_compiler
 @exhaustive
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 8, 24, 32, 64, 128, 200, 256])

@@ -96,16 +96,18 @@ struct StateUpdate {
 
     DEVICE int first_state(int v) const { return (v * LANES + q) * 4; }
 
-    // everything that a channel needs, before anything is stored: loads do not pass stores that they might overlap
+    // everything that a channel needs, before anything is stored: loads do not pass stores that they might overlap.  ALL: every lane has
+    // its channels and its states
+    template <bool ALL>
     DEVICE void load(int first) {
         const T *from_dt = (const T*)p.dt + b * p.dt_b, *from_x = (const T*)p.x + b * p.x_b, *from_z = (const T*)p.z + b * p.z_b;
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
             const int ch = first + i * AT_ONCE;
-            const bool there = ch < ch_end;
+            const bool there = ALL || ch < ch_end;
 #pragma unroll
             for (int v = 0; v < VECS; ++v) {
-                const int j = first_state(v), count = there ? p.n - j : 0, at = ch * p.n + j;
+                const int j = first_state(v), count = ALL ? 4 : there ? p.n - j : 0, at = ch * (ALL ? N : p.n) + j;
                 F4::template load<ALIGNED>(states + at, count).unpack(h[i][v]);
                 if constexpr (!ONE_A) F4::template load<ALIGNED>(p.A + at, count).unpack(A[i][v]);
             }
@@ -142,15 +144,16 @@ struct StateUpdate {
     }
 
     DEVICE float step_size(float dt) const {
-        if (p.softplus) dt = fmaxf(dt, 0.f) + log1pf(exp2_fast(fabsf(dt) * -LOG2E));
+        if (p.softplus) dt = softplus<false>(dt);
         return fminf(fmaxf(dt, p.low), p.high);
     }
 
+    template <bool ALL>
     DEVICE void step(int first, const float* shared) {
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
             const int ch = first + i * AT_ONCE;
-            const bool there = ch < ch_end;
+            const bool there = ALL || ch < ch_end;
             if (K > 0 && there) x[i] = shared[ch - ch0];
             const float step = step_size(dt[i] + bias[i]), step2 = step * LOG2E, add = step * x[i];
             const float decay = ONE_A ? exp2_fast(step2 * A[i][0][0]) : 0.f;
@@ -164,7 +167,7 @@ struct StateUpdate {
                     y = fmaf(h[i][v][e], C[v][e], y);
                 }
                 const int j = first_state(v);
-                F4::pack(h[i][v]).template store<ALIGNED>(states + ch * p.n + j, there ? p.n - j : 0);
+                F4::pack(h[i][v]).template store<ALIGNED>(states + ch * (ALL ? N : p.n) + j, ALL ? 4 : there ? p.n - j : 0);
             }
 #pragma unroll
             for (int m = LANES / 2; m > 0; m /= 2) y += __shfl_xor_sync(0xffffffffu, y, m);
@@ -220,6 +223,29 @@ struct StateUpdate {
         const int own = ch_end - ch0;
         for (int i = threadIdx.x; i < own + (bc ? 2 * p.n : 0); i += THREADS) shift(i < own ? ch0 + i : channel_bc(i - own));
     }
+
+    // all of the block's channels; with a convolution, thread 0 draws a ticket once the block has read what others share
+    template <bool ALL>
+    DEVICE void run(float* shared, uint32& ticket) {
+        const int first = threadIdx.x / LANES;
+        // what takes longest first
+        load<ALL>(ch0 + first);
+        if constexpr (K > 0) {
+            convolve_all(shared);
+            __syncthreads();
+            if (p.tiles > 1 && threadIdx.x == 0) {
+                __threadfence();
+                ticket = atomicInc(p.tickets + row * p.groups + group, p.tiles - 1);
+            }
+        }
+        load_bc(shared);
+        for (int base = ch0;;) {
+            step<ALL>(base + first, shared);
+            base += AT_ONCE * PER;
+            if (base >= ch_end) break;
+            load<ALL>(base + first);
+        }
+    }
 };
 
 template <class T, class S, class W, int K, int LANES, int VECS, int PER, int FLAGS>
@@ -235,25 +261,11 @@ __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams 
         for (int ch = ch0 + threadIdx.x; ch < u.ch_end; ch += THREADS) write_one((T*)p.out + b * p.d + ch, 0.f);
         return;
     }
-    // what takes longest first
-    const int first = threadIdx.x / LANES;
-    u.load(ch0 + first);
     uint32 ticket = 0;
-    if constexpr (K > 0) {
-        u.convolve_all(shared);
-        __syncthreads();
-        if (p.tiles > 1 && threadIdx.x == 0) {
-            __threadfence();
-            ticket = atomicInc(p.tickets + row * p.groups + group, p.tiles - 1);
-        }
-    }
-    u.load_bc(shared);
-    for (int base = ch0;;) {
-        u.step(base + first, shared);
-        base += U::AT_ONCE * PER;
-        if (base >= u.ch_end) break;
-        u.load(base + first);
-    }
+    if (p.n == U::N && (u.ch_end - ch0) % (U::AT_ONCE * PER) == 0)
+        u.template run<true>(shared, ticket);
+    else
+        u.template run<false>(shared, ticket);
     if constexpr (K > 0) {
         if (threadIdx.x == 0) last[0] = p.tiles == 1 || ticket == p.tiles - 1;
         __syncthreads();
