@@ -53,15 +53,16 @@ def test_uses_of_a_shared_block_differ_in_their_adapters_only(model):
     assert first.norm.weight.shape == (32,) and first.mixer.in_proj.weight.shape[1] == 32
 
 
-def test_the_side_stream_is_what_the_formula_says(model):
-    # x1 = x0 + mamba(norm(x0)); t = mlp(norm(attention(norm([x1, x0])))); x2 = x1 + mamba(norm(x1 + W t))
+def test_the_side_stream_is_what_the_formula_says():
+    # x1 = x0 + mamba(norm(x0)); t = mlp(norm(attention(norm([x1, x0])))); x2 = x1 + mamba(norm(x1 + W t)), and half of each addition
+    model = zoo.build(CONFIG | {"residual_multiplier": 0.5})
     mamba, attention, mlp, joined = model.backbone.layers[:4]
     with torch.no_grad():
         x0 = model.backbone.embed(IDS)
-        x1 = x0 + mamba.mixer(mamba.norm(x0))
+        x1 = x0 + 0.5 * mamba.mixer(mamba.norm(x0))
         t = attention.mixer(attention.norm(torch.cat([x1, x0], -1)))
         t = mlp.mixer(mlp.norm(t))
-        x2 = x1 + joined.mixer(joined.norm(x1 + t @ joined.side_proj.weight.T))
+        x2 = x1 + 0.5 * joined.mixer(joined.norm(x1 + t @ joined.side_proj.weight.T))
         model.backbone.layers = model.backbone.layers[:4]
         torch.testing.assert_close(model(IDS).hidden, model.backbone.norm_f(x2))
 

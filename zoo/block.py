@@ -142,8 +142,9 @@ class Block(nn.Module):
         return h.to(self.norm.weight.dtype)
 
     def _written(self, x: Tensor, side: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = y if self.multiplier == 1 else y * self.multiplier
-        return (x, y) if self.writes == "side" else (x + y, side)
+        if self.writes == "side":
+            return x, y
+        return x + (y if self.multiplier == 1 else y * self.multiplier), side
 
 
 def share(twin: nn.Module, first: nn.Module) -> None:
