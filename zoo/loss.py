@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.seq import Seq
-from ..layers.common import upcast
+from ..layers.common import acc_dtype, upcast
 
 __all__ = ["IGNORE", "next_token_loss", "shift_labels"]
 
@@ -51,7 +51,10 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
     size = max(1, _SLICE_ELEMENTS // head.weight.shape[0])
 
     def slice_loss(h: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(upcast(head(h)), t, ignore_index=IGNORE, reduction="sum")
+        logits = head(h)
+        # a GPU reads 16-bit logits once and writes float32: no copy of them in between
+        log_probs = F.log_softmax(logits, -1, dtype=acc_dtype(logits.dtype))
+        return F.nll_loss(log_probs, t, ignore_index=IGNORE, reduction="sum")
 
     total = upcast(hidden.new_zeros(()))
     if hidden.shape[0] <= size:
