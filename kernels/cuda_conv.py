@@ -148,6 +148,11 @@ def plan(signature: tuple, count: int, backward: bool, strip: int | None = None)
     return Plan(params.tail(rest), arguments, b * tiles_l * tiles_d, b * tiles_l)
 
 
+@functools.lru_cache(maxsize=1024)
+def _sum_tail(rows: int, k: int, d: int) -> bytes:
+    return params.tail(SumParams(rows=rows, k=k, d=d))
+
+
 def forward(call: Call, strip: int | None = None) -> Tensor:
     """The outputs (b, l, d), in the type that the inputs are read in."""
     x = call.x
@@ -174,7 +179,7 @@ def backward(call: Call, gout: Tensor, strip: int | None = None) -> tuple[Tensor
     inputs = (x, weight, call.bias, call.state, call.doc)
     packed = params.pack(cut.tail, *inputs, None, gout, gx, gstate, part)
     nvrtc.launch("conv.cu", "conv_backward" + cut.arguments, packed, cut.blocks, THREADS, 0, device)
-    packed = params.pack(params.tail(SumParams(rows=cut.rows, k=k, d=d)), part, gweight, gbias)
+    packed = params.pack(_sum_tail(cut.rows, k, d), part, gweight, gbias)
     blocks = ceil_div((k + 1) * d, 32)
     nvrtc.launch("conv.cu", f"conv_sum<{TYPES[weight.dtype]}>", packed, blocks, 256, 0, device)
     return gx, gweight, gbias, gstate
