@@ -54,7 +54,7 @@ class HybridZooConfig(PreTrainedConfig):
         if self.zoo is not None:
             cfg = validate(self.zoo)
             self.zoo = dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-            self.vocab_size = cfg.vocab_size
+            self.vocab_size = padded_vocab(cfg)  # the width of the logits
             self.hidden_size = cfg.d_model
             self.max_position_embeddings = cfg.max_length
             self.tie_word_embeddings = bool(cfg.tie_embeddings)
@@ -209,7 +209,7 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
-        padding = list(range(self.config.vocab_size, self.lm_head.weight.shape[0]))
+        padding = list(range(self.core.cfg.vocab_size, self.lm_head.weight.shape[0]))
         if padding:
             # rows that only pad the table are never produced; first, so that top-k and top-p choose among the others
             processors.insert(0, SuppressTokensLogitsProcessor(padding, device=str(self.lm_head.weight.device)))
