@@ -5,13 +5,13 @@ The sources (``cuda/scan_forward.cu``, ``cuda/scan_backward.cu``) say what the k
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_params import STRAIGHT
 from .cuda_shapes import (
     ADJOINT,
     BACKWARD,
@@ -25,6 +25,7 @@ from .cuda_shapes import (
     forward_plan,
     instance,
 )
+from .paths import Path
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESET, WALK, UNALIGNED = 1, 2, 4
@@ -46,6 +47,9 @@ class Call:
     reset: Tensor | None
     valid: Tensor | None
     dt_softplus: bool
+    walk: Path | None = None
+    before: Tensor | None = None  # (b, l, d) float32: what the outputs of earlier walks add up to
+    sum: Tensor | None = None  # the same with this walk's, in place of an output
 
     @classmethod
     def of(cls, u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus) -> "Call":
@@ -75,11 +79,25 @@ class Call:
             self.C.stride()[:3],
             off,
             self.reset is not None,
+            self.walk,
             self.dt_softplus,
         )
 
+    def states(self, save: bool, *lead: int) -> tuple[Tensor, Tensor | None]:
+        """Room for the last state and for the states that are saved, with these leading axes."""
+        b, l, d, n, _ = self.sizes
+        saved = self.A.new_empty((*lead, b, ceil_div(l, BACKWARD[instance(n)].k), d, n)) if save else None
+        return self.A.new_empty((*lead, b, d, n)), saved
 
-def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def gradients(self, *lead: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Room for the gradients of u, dt, B, C and z, with these leading axes."""
+        b, l, d, n, g = self.sizes
+        gu, gdt = (self.u.new_empty((*lead, b, l, d)) for _ in range(2))
+        gB, gC = (self.u.new_empty((*lead, b, l, g, n)) for _ in range(2))
+        return gu, gdt, gB, gC, None if self.z is None else torch.empty_like(gu)
+
+
+def _rows(x: Any, dtype: torch.dtype) -> Any:
     if x is None:
         return None
     if x.dtype != dtype:
@@ -100,7 +118,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _flags(dtype, sizes, strides, B, C, off, reset) -> int:
+def _flags(dtype, sizes, strides, B, C, off, reset, walk) -> int:
     """``Flags`` of the sources: 16 bytes are moved at a time if all rows and the borders of groups start at multiples of 16 bytes."""
     b, l, d, n, g = sizes
     lanes = 16 // dtype.itemsize
@@ -109,18 +127,19 @@ def _flags(dtype, sizes, strides, B, C, off, reset) -> int:
     # fewer states than 16 bytes hold are read one by one in any case
     if n >= lanes or n != instance(n):
         borders += [s for three in (B, C) for s, size in zip(three, (b, l, g), strict=True) if size > 1] + [n]
-    return reset * RESET | (off or any(s % lanes for s in borders)) * UNALIGNED
+    return reset * RESET | (walk is not None) * WALK | (off or any(s % lanes for s in borders)) * UNALIGNED
 
 
 def forward(
-    call: Call, save: bool, shape: ForwardShape | None = None, chunks: int | None = None
+    call: Call,
+    save: bool,
+    shape: ForwardShape | None = None,
+    chunks: int | None = None,
+    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The outputs (b, l, d), the last state (b, d, n), and the states before every K-th step, (b, l / K, d, n), if wanted."""
-    b, l, d, n, _ = call.sizes
     shape, grid = forward_plan(*call.sizes, processors(call.u.device), shape, chunks)
-    out = torch.empty((b, l, d), dtype=call.u.dtype, device=call.u.device)
-    last = call.A.new_empty((b, d, n))
-    saved = call.A.new_empty((b, ceil_div(l, BACKWARD[instance(n)].k), d, n)) if save else None
+    out, last, saved = into or (call.u.new_empty(call.u.shape), *call.states(save))
     start = call.initial_state
     if grid.chunks > 1:
         start = chunk_starts(call, shape, STATE, grid, call.initial_state, None)
@@ -143,13 +162,13 @@ def chunk_starts(
 
 @functools.lru_cache(maxsize=4096)
 def _forward_launch(shape: ForwardShape, mode: int, grid: Grid, signature: tuple) -> tuple:
-    dtype, sizes, *strides, B, C, off, reset, softplus = signature
+    dtype, sizes, *strides, B, C, off, reset, walk, softplus = signature
     b, l, d, n, g = sizes
     u, dt, z, out = strides
     tail = params.tail(
         params.Forward(
             **params.strides(u=u, dt=dt, B=B, C=C, z=z, out=out),
-            walk=STRAIGHT,
+            walk=params.walk(walk, l),
             l=l,
             chunk_len=grid.length,
             batch=b,
@@ -161,7 +180,7 @@ def _forward_launch(shape: ForwardShape, mode: int, grid: Grid, signature: tuple
             softplus=softplus,
         )
     )
-    flags = _flags(dtype, sizes, strides, B, C, off, reset)
+    flags = _flags(dtype, sizes, strides, B, C, off, reset, walk)
     lanes = f"{shape.nc}, {shape.ns}, {shape.ln}, {shape.ch}, {shape.tt}, {shape.nh}"
     name = f"scan_forward<{TYPES[dtype]}, {lanes}, {BACKWARD[instance(n)].k}, {mode}, {flags}, {shape.blocks}>"
     return tail, name, b * g * grid.tiles * grid.chunks, shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode)
@@ -171,7 +190,7 @@ def _launch_forward(call, shape, mode, grid, u, out, start, last, saved, local, 
     signature = call.signature(u, call.dt, call.z, out)
     tail, name, blocks, threads, shared = _forward_launch(shape, mode, grid, signature)
     inputs = (u, call.dt, call.B, call.C, call.z, call.A, call.D, call.dt_bias, start, call.reset, call.valid)
-    packed = params.pack(tail, *inputs, out, last, saved, local, decay)
+    packed = params.pack(tail, *inputs, out, last, saved, local, decay, call.before, call.sum)
     nvrtc.launch("scan_forward.cu", name, packed, blocks, threads, shared, call.u.device)
 
 
@@ -182,6 +201,7 @@ def backward(
     saved: Tensor,
     shape: BackwardShape | None = None,
     chunks: int | None = None,
+    into: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u, dt (in their type), A, B, C, D, dt_bias (A, D and dt_bias in float32), z, and the initial state."""
     b, l, d, n, g = call.sizes
@@ -193,8 +213,7 @@ def backward(
         sweep, _ = forward_plan(b * grid.chunks, grid.length, d, n, g, count, chunks=1)
         own = Grid(ceil_div(d // g, sweep.channels), grid.chunks, grid.length)
         glast = chunk_starts(call, sweep, ADJOINT, own, glast, gout)
-    gu, gdt = (torch.empty((b, l, d), dtype=call.u.dtype, device=call.u.device) for _ in range(2))
-    gz = None if call.z is None else torch.empty_like(gu)
+    gu, gdt, gB, gC, gz = into or call.gradients()
     one, rows, new = b * l * g * n, b * grid.chunks, call.A.new_empty
     # one allocation for all that is only passed on to the sums
     parts = [2 * grid.tiles * one, rows * d * n, 2 * rows * d]
@@ -219,7 +238,6 @@ def backward(
     )
     packed = params.pack(tail, *inputs, call.reset, call.valid, gu, gdt, gz, gbc, gA, gskip, ginit)
     nvrtc.launch("scan_backward.cu", name, packed, blocks, threads, shared, gu.device)
-    gB, gC = (torch.empty((b, l, g, n), dtype=gu.dtype, device=gu.device) for _ in range(2))
     bc, skip, row = gbc.data_ptr(), gskip.data_ptr(), 2 * d
     jobs = (
         (bc, gB, one, 2 * one, grid.tiles, False),
@@ -236,13 +254,13 @@ def backward(
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launch(shape: BackwardShape, grid: Grid, signature: tuple) -> tuple:
-    dtype, sizes, *strides, B, C, off, reset, softplus = signature
+    dtype, sizes, *strides, B, C, off, reset, walk, softplus = signature
     b, l, d, n, g = sizes
     u, dt, z, gout, gu, gdt, gz = strides
     tail = params.tail(
         params.Backward(
             **params.strides(u=u, dt=dt, B=B, C=C, z=z, gout=gout, gu=gu, gdt=gdt, gz=gz),
-            walk=STRAIGHT,
+            walk=params.walk(walk, l),
             l=l,
             chunk_len=grid.length,
             batch=b,
@@ -254,7 +272,7 @@ def _backward_launch(shape: BackwardShape, grid: Grid, signature: tuple) -> tupl
             softplus=softplus,
         )
     )
-    flags = _flags(dtype, sizes, strides, B, C, off, reset)
+    flags = _flags(dtype, sizes, strides, B, C, off, reset, walk)
     lanes = f"{shape.ns}, {shape.ln}, {shape.ch}, {shape.warps}, {shape.k}, {shape.ts}"
     name = f"scan_backward<{TYPES[dtype]}, {lanes}, {flags}, {shape.blocks}>"
     return tail, name, b * g * grid.tiles * grid.chunks, shape.warps * 32, shape.shared_bytes(dtype.itemsize)

@@ -229,10 +229,13 @@ def _ops(*backends: Backend) -> dict[str, Backend]:
 
 _CUDA = Backend("cuda", "our kernels, compiled at first use", _cuda)
 _CUDA_SCAN = Backend("cuda", "our kernels, compiled at first use", cuda_ops.refuse)
-# None once the kernels have been run on a GPU: then they are chosen by themselves
-_UNTRIED: str | None = None
-_CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse, on_request=_UNTRIED)
-_CUDA_UPDATE = Backend("cuda", "our kernels, compiled at first use", cuda_update.refuse, on_request=_UNTRIED)
+_CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse)
+_CUDA_UPDATE = Backend(
+    "cuda",
+    "our kernels, compiled at first use",
+    cuda_update.refuse,
+    on_request="the last form of our kernels for steps is still to be run on a GPU; ask for it with backend='cuda'",
+)
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
 _REFERENCE = Backend("reference", "a loop over time, the definition", _never)
 
