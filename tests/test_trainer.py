@@ -158,10 +158,10 @@ SHARDED = """
     assert after == losses
     same(recomputed, whole)
     same(dict(AutoModelForCausalLM.from_pretrained(out + "/a/final").named_parameters()), whole)
-    # and without accelerate, sharded by transformers as it loads
-    sharded = AutoModelForCausalLM.from_pretrained(out + "/a/final", distributed_config=DistributedConfig(fsdp_size=2))
-    assert type(sharded.backbone.layers[0]).__name__ == "FSDPBlock"
-    same({n: p.full_tensor() for n, p in sharded.named_parameters()}, whole)
+    if "fsdp_plan" in DistributedConfig.__dataclass_fields__:  # newer ones also shard a model as they load it, without accelerate
+        sharded = AutoModelForCausalLM.from_pretrained(out + "/a/final", distributed_config=DistributedConfig(fsdp_size=2))
+        assert type(sharded.backbone.layers[0]).__name__ == "FSDPBlock"
+        same({n: p.full_tensor() for n, p in sharded.named_parameters()}, whole)
     if dist.get_rank() == 0:
         torch.save(losses, out + "/losses.pt")
     dist.destroy_process_group()
