@@ -113,11 +113,13 @@ def _sources() -> dict[str, bytes]:
     }
 
 
-# torch.compile takes the answer and does not look inside
-@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why nothing can be compiled or launched here, or ``None``; said once as a warning where there is a GPU."""
     return _unavailable()
+
+
+# torch.compile takes the answer and does not look inside; torch.compiler.assume_constant_result sets this, and imports the compiler
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
