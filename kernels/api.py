@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks, chunked, chunked_ssd, conv, cuda_conv, cuda_ops, libraries, reference
 from .dispatch import choose
-from .paths import over_paths, walks
+from .paths import over_paths, per_path, walks
 from .seq import Seq
 
 _SCANS: dict[str, Callable] = {
@@ -93,8 +93,16 @@ def selective_scan(
 
     if paths is None:
         out, state = scan(u, dt, A, B, C, D, z, dt_bias, initial_state)
+        return (out, state) if return_final_state else out
+    walked = walks(where, paths, l, seq)
+    if chosen.name == "cuda" and choose("paths", backend=backend, **facts).name == "cuda":
+        for dt_k, A_k, B_k, C_k, D_k, bias_k, state_k in per_path(len(walked), dt, A, B, C, D, dt_bias, initial_state):
+            _check_scan(where, u, dt_k, A_k, B_k, C_k, D_k, None, bias_k, state_k)
+        out, state = cuda_ops.selective_scan(
+            u, dt, A, B, C, D, z, dt_bias, initial_state, None, None, dt_softplus, walked
+        )
     else:
-        out, state = over_paths(scan, walks(where, paths, l, seq), u, dt, A, B, C, D, z, dt_bias, initial_state)
+        out, state = over_paths(scan, walked, u, dt, A, B, C, D, z, dt_bias, initial_state)
     return (out, state) if return_final_state else out
 
 

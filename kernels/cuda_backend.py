@@ -25,7 +25,6 @@ from .cuda_shapes import (
     forward_plan,
     instance,
 )
-from .paths import Path
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESET, WALK, UNALIGNED = 1, 2, 4
@@ -47,7 +46,7 @@ class Call:
     reset: Tensor | None
     valid: Tensor | None
     dt_softplus: bool
-    walk: Path | None = None
+    walk: tuple[int, ...] | None = None  # one of :mod:`.paths`
     before: Tensor | None = None  # (b, l, d) float32: what the outputs of earlier walks add up to
     sum: Tensor | None = None  # the same with this walk's, in place of an output
 
@@ -56,7 +55,7 @@ class Call:
         """From the op's arguments; operands of different types meet in float32."""
         same = all(m is None or m.dtype == u.dtype for m in (dt, B, C, z))
         dtype = u.dtype if same and u.dtype in TYPES else torch.float32
-        u, dt, B, C, z = (_rows(m, dtype) for m in (u, dt, B, C, z))
+        u, dt, B, C, z = (in_rows(m, dtype) for m in (u, dt, B, C, z))
         A, D, dt_bias, initial_state = (_whole(m, torch.float32) for m in (A, D, dt_bias, initial_state))
         reset, valid = (_whole(m, torch.bool) for m in (reset, valid))
         return cls(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus)
@@ -97,7 +96,8 @@ class Call:
         return gu, gdt, gB, gC, None if self.z is None else torch.empty_like(gu)
 
 
-def _rows(x: Any, dtype: torch.dtype) -> Any:
+def in_rows(x: Any, dtype: torch.dtype) -> Any:
+    """``x`` in this type with unit stride along channels, as the kernels read it."""
     if x is None:
         return None
     if x.dtype != dtype:
@@ -208,7 +208,7 @@ def backward(
     count = processors(call.u.device)
     shape, grid = backward_plan(*call.sizes, count, shape, chunks)
     glast = _whole(glast, torch.float32)
-    gout = _rows(gout, call.u.dtype)
+    gout = in_rows(gout, call.u.dtype)
     if grid.chunks > 1:
         sweep, _ = forward_plan(b * grid.chunks, grid.length, d, n, g, count, chunks=1)
         own = Grid(ceil_div(d // g, sweep.channels), grid.chunks, grid.length)

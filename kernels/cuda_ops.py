@@ -4,13 +4,15 @@ Autocast: the ops take what they are given. Operands of one 16-bit type run in t
 meet in float32 (:meth:`.cuda_backend.Call.of`). A, D, the bias and the states are float32 whatever the rest is.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cuda_backend, nvrtc
+from . import cuda_backend, cuda_paths, nvrtc
 from .cuda_shapes import BACKWARD, MAX_STATE, instance
+from .paths import Path
 
 NAMES = "float32, float16 and bfloat16"
 
@@ -42,28 +44,35 @@ def scan_op(
     valid: Tensor | None,
     dt_softplus: bool,
     save: bool,
+    paths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan: outputs (b, l, d), the last state (b, d, n), and, to ``save``, the states that the backward starts from."""
-    return _forward((u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus), save)
+    """The scan: outputs (b, l, d), the last state (b, d, n), and, to ``save``, the states that the backward starts from.
+
+    ``paths`` are five integers for each walk; states then have a leading axis of one per walk.
+    """
+    return _forward((u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus), save, paths)
 
 
-def _forward(operands: tuple, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    call = cuda_backend.Call.of(*operands)
-    out, last, saved = cuda_backend.forward(call, save)
+def _forward(operands: tuple, save: bool, paths: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    if paths is None:
+        out, last, saved = cuda_backend.forward(cuda_backend.Call.of(*operands), save)
+    else:
+        out, last, saved = cuda_paths.forward((*operands[:9], operands[-1]), paths, save)
     dtype = operands[0].dtype
-    return out if out.dtype == dtype else out.to(dtype), last, call.A.new_empty(0) if saved is None else saved
+    return out if out.dtype == dtype else out.to(dtype), last, last.new_empty(0) if saved is None else saved
 
 
 @scan_op.register_fake
-def _scan_fake(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, save):
-    (b, l, d), n = u.shape, A.shape[1]
+def _scan_fake(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, save, paths=None):
+    (b, l, d), n = u.shape, A.shape[-1]
+    lead = () if paths is None else (len(paths) // 5,)
 
     def wide(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
     k = BACKWARD[instance(n)].k
-    saved = wide(b, (l + k - 1) // k, d, n) if save else wide(0)
-    return torch.empty(b, l, d, dtype=u.dtype, device=u.device), wide(b, d, n), saved
+    saved = wide(*lead, b, (l + k - 1) // k, d, n) if save else wide(0)
+    return torch.empty(b, l, d, dtype=u.dtype, device=u.device), wide(*lead, b, d, n), saved
 
 
 @torch.library.custom_op("hybridzoo::selective_scan_cuda_backward", mutates_args=())
@@ -83,31 +92,39 @@ def scan_backward_op(
     reset: Tensor | None,
     valid: Tensor | None,
     dt_softplus: bool,
+    paths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    grads = _gradients(gout, glast, saved, (*inputs, reset, valid, dt_softplus))
+    grads = _gradients(gout, glast, saved, (*inputs, reset, valid, dt_softplus), paths)
     return tuple(u.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
-def _gradients(gout: Tensor, glast: Tensor | None, saved: Tensor, operands: tuple) -> list[Tensor | None]:
-    call = cuda_backend.Call.of(*operands)
-    gu, gdt, gA, gB, gC, gD, gbias, gz, ginit = cuda_backend.backward(call, gout, glast, saved)
-    grads = (gu, gdt, gA, gB, gC, gD, gz, gbias, ginit)
+def _gradients(
+    gout: Tensor, glast: Tensor | None, saved: Tensor, operands: tuple, paths: Sequence[int] | None
+) -> list[Tensor | None]:
+    grads: Sequence[Tensor | None]
+    if paths is None:
+        call = cuda_backend.Call.of(*operands)
+        gu, gdt, gA, gB, gC, gD, gbias, gz, ginit = cuda_backend.backward(call, gout, glast, saved)
+        grads = (gu, gdt, gA, gB, gC, gD, gz, gbias, ginit)
+    else:
+        grads = cuda_paths.backward((*operands[:9], operands[-1]), paths, gout, glast, saved)
     # strict=False: the operands go on with what has no gradient
     pairs = zip(grads, operands, strict=False)
     return [None if x is None or g is None else g if g.dtype == x.dtype else g.to(x.dtype) for g, x in pairs]
 
 
 @scan_backward_op.register_fake
-def _scan_backward_fake(gout, glast, saved, u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus):
+def _scan_backward_fake(
+    gout, glast, saved, u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, paths=None
+):
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     return tuple(u.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, softplus, _ = inputs
-    ctx.softplus = softplus
+    *tensors, ctx.softplus, _, ctx.paths = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[2])
 
@@ -116,8 +133,8 @@ def _backward(ctx: Any, gout: Tensor | None, glast: Tensor | None, _: Any) -> tu
     *inputs, saved = ctx.saved_tensors
     if gout is None:
         gout = torch.zeros_like(inputs[0])
-    grads = torch.ops.hybridzoo.selective_scan_cuda_backward(gout, glast, saved, *inputs, ctx.softplus)
-    return (*(None if x is None else g for g, x in zip(grads, inputs, strict=False)), None, None, None, None)
+    grads = torch.ops.hybridzoo.selective_scan_cuda_backward(gout, glast, saved, *inputs, ctx.softplus, ctx.paths)
+    return (*(None if x is None else g for g, x in zip(grads, inputs, strict=False)), None, None, None, None, None)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup)
@@ -127,9 +144,11 @@ class _Eager(torch.autograd.Function):
     """The op without the dispatcher, which costs a small call more time than the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, softplus: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, last, saved = _forward((*tensors, softplus), True)
-        ctx.softplus = softplus
+    def forward(
+        ctx: Any, softplus: bool, paths: Sequence[int] | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, last, saved = _forward((*tensors, softplus), True, paths)
+        ctx.softplus, ctx.paths = softplus, paths
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, saved)
         return out, last
@@ -139,7 +158,7 @@ class _Eager(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         if gout is None:
             gout = torch.zeros_like(tensors[0])
-        return (None, *_gradients(gout, glast, saved, (*tensors, ctx.softplus)), None, None)
+        return (None, None, *_gradients(gout, glast, saved, (*tensors, ctx.softplus), ctx.paths), None, None)
 
 
 def selective_scan(
@@ -155,11 +174,16 @@ def selective_scan(
     reset: Tensor | None,
     valid: Tensor | None,
     dt_softplus: bool,
+    paths: Sequence[Path] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`hybridzoo.kernels.reference.selective_scan` on an NVIDIA GPU; the same arguments and results."""
+    """:func:`hybridzoo.kernels.reference.selective_scan` on an NVIDIA GPU; the same arguments and results.
+
+    With ``paths`` (:mod:`.paths`), what may differ between them may have a leading axis of one per path, and so has the state returned.
+    """
+    flat = None if paths is None else [int(x) for path in paths for x in path]
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid)
     save = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in tensors)
     # what is traced, or is not a plain tensor, needs the registered op
     if torch.compiler.is_compiling() or type(u) not in (Tensor, torch.nn.Parameter):
-        return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save)[:2]
-    return _Eager.apply(dt_softplus, *tensors) if save else _forward((*tensors, dt_softplus), False)[:2]
+        return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save, flat)[:2]
+    return _Eager.apply(dt_softplus, flat, *tensors) if save else _forward((*tensors, dt_softplus), False, flat)[:2]

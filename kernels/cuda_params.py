@@ -20,7 +20,12 @@ class Walk(ctypes.Structure):
     _fields_ = _fields(c_int, "n_inner stride_outer stride_inner reverse_from")
 
 
-STRAIGHT = Walk(1, 1, 0, -1)
+def walk(path: tuple[int, ...] | None, l: int) -> Walk:
+    """A path of :mod:`.paths` over ``l`` tokens; none is 0, 1, 2, ..."""
+    _, inner, far, near, reverse = path or (l, 1, 1, 0, False)
+    return Walk(inner, far, near, l - 1 if reverse else -1)
+
+
 _SIZES = "l chunk_len batch d n groups tiles_per_group chunks softplus"
 
 
@@ -28,7 +33,7 @@ class Forward(ctypes.Structure):
     """``ForwardParams`` of ``scan_forward.cu``."""
 
     _fields_ = [
-        *_fields(c_void_p, "u dt B C z A D bias h0 reset valid out last saved local decay"),
+        *_fields(c_void_p, "u dt B C z A D bias h0 reset valid out last saved local decay before sum"),
         *_fields(c_longlong, "u_b u_l dt_b dt_l B_b B_l B_g C_b C_l C_g z_b z_l out_b out_l"),
         ("walk", Walk),
         *_fields(c_int, _SIZES),

@@ -48,7 +48,8 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
     """The backend for one call of ``op``.
 
     Args:
-        op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``attention`` or ``moe``.
+        op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``attention``, ``moe``, or
+            ``paths`` (how our kernels' ``selective_scan`` follows them).
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d`` and, as booleans,
             ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
@@ -236,6 +237,12 @@ _CUDA_UPDATE = Backend(
     cuda_update.refuse,
     on_request="the last form of our kernels for steps is still to be run on a GPU; ask for it with backend='cuda'",
 )
+_CUDA_WALK = Backend(
+    "cuda",
+    "our kernels walk over the tokens where they are",
+    cuda_ops.refuse,
+    on_request="the walk in our kernels is still to be run on a GPU; ask for it with backend='cuda'",
+)
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
 _REFERENCE = Backend("reference", "a loop over time, the definition", _never)
 
@@ -257,4 +264,6 @@ TABLES: dict[str, dict[str, Backend]] = {
         Backend("megablocks", "megablocks' grouped matmuls", _megablocks),
         Backend("loop", "one matmul per expert", _never),
     ),
+    # of a selective_scan by our kernels; every other backend scans what was gathered
+    "paths": _ops(_CUDA_WALK, Backend("gather", "one scan per path over gathered tokens", _never)),
 }

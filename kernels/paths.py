@@ -15,6 +15,8 @@ from torch import Tensor
 from .seq import Seq
 
 Path = tuple[int, int, int, int, bool]
+# what may be given per path, and its dimensions where it is shared
+PER_PATH = {"dt": 3, "A": 2, "B": 4, "C": 4, "D": 1, "dt_bias": 1, "initial_state": 3}
 
 
 def walks(where: str, paths: Sequence[Sequence[int]], l: int, seq: Seq | None) -> list[Path]:
@@ -59,6 +61,17 @@ def path_index(path: Path, device: torch.device) -> Tensor:
     return (t // inner) * far + (t % inner) * near
 
 
+def per_path(k: int, *operands: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """For each of k paths its ``dt, A, B, C, D, dt_bias, initial_state``, which are shared or have a leading axis of one per path."""
+    each = []
+    for (name, dims), x in zip(PER_PATH.items(), operands, strict=True):
+        own = x is not None and x.dim() == dims + 1
+        if own and x.shape[0] != k:
+            raise ValueError(f"selective_scan: {name} is given for {x.shape[0]} paths, paths has {k}.")
+        each.append(x.unbind(0) if own else [x] * k)
+    return list(zip(*each, strict=True))
+
+
 def over_paths(
     scan: Callable,
     paths: list[Path],
@@ -73,30 +86,11 @@ def over_paths(
     state: Any,
 ) -> tuple[Tensor, Tensor]:
     """One scan per path over gathered tokens, outputs summed where the tokens are."""
-    k, acc = len(paths), torch.promote_types(u.dtype, torch.float32)
-
-    def per_path(name: str, x: Tensor | None, dims: int) -> Sequence[Tensor | None]:
-        if x is None or x.dim() != dims + 1:
-            return [x] * k
-        if x.shape[0] != k:
-            raise ValueError(f"selective_scan: {name} is given for {x.shape[0]} paths, paths has {k}.")
-        return x.unbind(0)
-
-    operands = [
-        per_path(name, x, dims)
-        for name, x, dims in [
-            ("dt", dt, 3),
-            ("A", A, 2),
-            ("B", B, 4),
-            ("C", C, 4),
-            ("D", D, 1),
-            ("dt_bias", dt_bias, 1),
-            ("initial_state", state, 3),
-        ]
-    ]
+    acc = torch.promote_types(u.dtype, torch.float32)
     # float32 until the sum is complete: one rounding, not one per path
     total, last, x = torch.zeros_like(u, dtype=acc), [], u.to(acc)
-    for path, dt_k, A_k, B_k, C_k, D_k, bias_k, state_k in zip(paths, *operands, strict=True):
+    each = per_path(len(paths), dt, A, B, C, D, dt_bias, state)
+    for path, (dt_k, A_k, B_k, C_k, D_k, bias_k, state_k) in zip(paths, each, strict=True):
         order = path_index(path, u.device)
         y, h = scan(x[:, order], dt_k[:, order], A_k, B_k[:, order], C_k[:, order], D_k, None, bias_k, state_k)
         total = total.index_add(1, order, y)

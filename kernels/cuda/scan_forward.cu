@@ -15,6 +15,8 @@ struct ForwardParams {
     float* last;                     // (b, d, n)
     float* saved;                    // (b, l / K, d, n): the state before step c K
     float *local, *decay;            // STATE: (b, chunks, d, n) and (b, chunks, d, 2): what a chunk adds, and its sum of dt
+    const float* before;             // WALK: (b, l, d), what earlier walks add up to, or null
+    float* sum;                      // WALK: the same with this walk, in place of out; null for the last one
     int64 u_b, u_l, dt_b, dt_l, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, out_b, out_l;
     Walk walk;
     int l, chunk_len, batch, d, n, groups, tiles_per_group, chunks, softplus;
@@ -378,7 +380,21 @@ struct Forward {
         }
     }
 
-    DEVICE void finish(int tile, const Source& out, const Place& at, int it, int v, const float (&skip)[V]) const {
+    DEVICE int64 place(int s, const Place& at) const { return (b * p.l + token(s)) * p.d + ch0 + at.col; }
+
+    DEVICE void read_before(int tile, const Place& at, float (&x)[V]) const {
+        const int s = tile * TT + at.t, count = p.before != nullptr && s >= 0 && s < len ? at.count : 0;
+        const float* from = count > 0 ? p.before + place(s, at) : nullptr;
+#pragma unroll
+        for (int j = 0; j < V; j += 4) {
+            float four[4];
+            Packed<float>::load<ALIGNED>(from + j, count - j).unpack(four);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) x[j + k] = four[k];
+        }
+    }
+
+    DEVICE void finish(int tile, const Source& out, const Place& at, int it, int v, const float (&skip)[V], const float (&before)[V]) const {
         const int s = tile * TT + at.t;
         if (s >= len || at.count == 0) return;
         const float4* row = reinterpret_cast<const float4*>(part(tile)) + at.t * PSLOTS;
@@ -400,6 +416,19 @@ struct Forward {
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) y[j] = fmaf(skip[j], u[j], y[j]);
+        if constexpr (FLAGS & WALK) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) y[j] += before[j];
+            if (p.sum != nullptr) {
+                float* to = p.sum + place(s, at);
+#pragma unroll
+                for (int j = 0; j < V; j += 4) {
+                    const float four[4] = {y[j], y[j + 1], y[j + 2], y[j + 3]};
+                    Packed<float>::pack(four).template store<ALIGNED>(to + j, at.count - j);
+                }
+                return;
+            }
+        }
         if (p.z != nullptr) {
             float z[V];
             P::from(raw_z(tile) + v * 16).unpack(z);
@@ -430,12 +459,17 @@ struct Forward {
 #pragma unroll 1
         for (int tile = -1; tile <= tiles; ++tile) {
             // while scanners are on `tile`: fetch tile + 2, finish tile - 1, bring in tile + 1
+            float before[IT][V];
+            if constexpr (MODE == FULL && (FLAGS & WALK)) {
+#pragma unroll
+                for (int it = 0; it < IT; ++it) read_before(tile - 1, Place(hid, it, channels), before[it]);
+            }
             if (tile > 0) barrier_wait(SCANNED + (tile - 1 & 1), NC + NH);
             fetch(tile + 2, rows, hid, channels);
             copy_async_wait<1>();
             if (MODE == FULL && tile > 0) {
 #pragma unroll
-                for (int it = 0; it < IT; ++it) finish(tile - 1, out, Place(hid, it, channels), it, hid + it * NH, skip);
+                for (int it = 0; it < IT; ++it) finish(tile - 1, out, Place(hid, it, channels), it, hid + it * NH, skip, before[it]);
             }
             if (tile + 1 < tiles) {
 #pragma unroll
