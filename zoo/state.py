@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layers.base import copy_state, map_state, nbytes_of
 
-__all__ = ["ModelState"]
+__all__ = ["ModelState", "StateCache"]
 
 
 @dataclasses.dataclass
@@ -49,3 +49,34 @@ class ModelState:
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         return nbytes_of(self.layers)
+
+
+class StateCache:
+    """What ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches.
+
+    A call makes a new one and leaves the one it was given as it is, so a prompt read once can be continued in several ways.
+
+    Args:
+        state: ``None`` before the first token.
+        length: Columns of the input that have been read, padding included.
+    """
+
+    is_compileable = False
+
+    def __init__(self, state: ModelState | None = None, length: int = 0):
+        self.state, self.length = state, length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the input that have been read, padding included."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows, for beam search."""
+        if self.state is not None:
+            self.state = self.state.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, to continue one prompt several times."""
+        if self.state is not None:
+            rows = torch.arange(self.state.tokens.shape[0], device=self.state.tokens.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
