@@ -1,5 +1,7 @@
 """The language model's promises: one path for every way of reading tokens, rows that do not see each other, honest losses."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -325,3 +327,11 @@ def test_broken_folders_are_refused_with_the_file_and_the_reason(tmp_path):
     (folder / "config.json").write_text('{"model_type": "gpt5"}')
     with pytest.raises(ValueError, match=r"model_type is 'gpt5'"):
         zoo.load(folder)
+
+
+def test_saved_files_are_readable_by_whom_the_umask_lets(tmp_path):
+    zoo.save(zoo.build("mamba-tiny"), tmp_path / "m")
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "m").iterdir()}
+    assert len(modes) >= 3 and set(modes.values()) == {0o666 & ~mask}, modes

@@ -7,7 +7,7 @@ on the target device and in the target dtype.
 import contextlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,9 +194,10 @@ def _json(content: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def _beside(folder: Path, content: bytes) -> Iterator[str]:
-    handle, temporary = tempfile.mkstemp(prefix=".saving-", dir=folder)
+    # not of tempfile, whose files are for their owner alone
+    temporary = str(folder / f".saving-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "xb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
