@@ -4,7 +4,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Sequence
-from ctypes import c_int, c_longlong, c_void_p
+from ctypes import c_int, c_longlong, c_uint, c_void_p
 from typing import Any
 
 from torch import Tensor
@@ -17,13 +17,15 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 class Walk(ctypes.Structure):
     """In which order a row's tokens are visited."""
 
-    _fields_ = _fields(c_int, "n_inner stride_outer stride_inner reverse_from")
+    _fields_ = [("magic", c_uint), *_fields(c_int, "shift first turn jump step")]
 
 
 def walk(path: tuple[int, ...] | None, l: int) -> Walk:
     """A path of :mod:`.paths` over ``l`` tokens; none is 0, 1, 2, ..."""
-    _, inner, far, near, reverse = path or (l, 1, 1, 0, False)
-    return Walk(inner, far, near, l - 1 if reverse else -1)
+    _, inner, far, near, reverse = path or (1, l, 0, 1, False)
+    shift = 31 + (inner - 1).bit_length()
+    turn = (l - 1, -1) if reverse else (0, 1)
+    return Walk(2**shift // inner + 1, shift, *turn, far - inner * near, near)
 
 
 _SIZES = "l chunk_len batch d n groups tiles_per_group chunks softplus"

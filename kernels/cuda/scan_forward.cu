@@ -283,7 +283,7 @@ struct Forward {
     }
 
     DEVICE const T* vector(const Source& x, int tile, int it, int t) const {
-        if constexpr (FLAGS & WALK) return x.at + (int64)token(tile * TT + t) * x.next;
+        if constexpr (FLAGS & WALK) return x.at + (int64)token(tile * TT + t) * (int)x.next;
         return x.at + tile * x.tile + it * x.next;
     }
 
