@@ -220,7 +220,7 @@ def convert(
     from .checkpoint import convert as run
 
     with Console(stderr=True).status(f"{source} -> {folder}"):
-        report = run(source, folder, to)
+        report = run(source, folder, to.value)
     if as_json:
         return _print_json(dataclasses.asdict(report))
     Console(soft_wrap=True, highlight=False, markup=False).print(str(report))
