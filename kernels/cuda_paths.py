@@ -5,6 +5,7 @@ paths share are kept per path and then summed in one pass.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,13 +62,11 @@ def backward(
     calls = _calls(operands, paths)
     gout = cuda_backend.in_rows(gout, calls[0].u.dtype)
     gu, gdt, gB, gC, gz = planes = calls[0].gradients(len(calls))
-    small = []
+    each: list[Any] = []
     for k, call in enumerate(calls):
-        into = tuple(None if g is None else g[k] for g in planes)
+        into: Any = tuple(None if g is None else g[k] for g in planes)
         glast_k = None if glast is None else glast[k]
-        _, _, *parameters, _, ginit = cuda_backend.backward(call, gout, glast_k, saved[k], chunks=chunks, into=into)
-        gA, _, _, gD, gbias = parameters
-        small.append((gA, gD, gbias, ginit))
-    gA, gD, gbias, ginit = (None if g[0] is None else torch.stack(g) for g in zip(*small, strict=True))
+        each.append(cuda_backend.backward(call, gout, glast_k, saved[k], chunks=chunks, into=into))
+    gA, gD, gbias, ginit = (None if each[0][i] is None else torch.stack([g[i] for g in each]) for i in (2, 5, 6, 8))
     pairs = zip((gu, gdt, gA, gB, gC, gD, gz, gbias, ginit), operands, strict=False)
     return [None if x is None or g is None else g.sum(0) if g.dim() > x.dim() else g for g, x in pairs]

@@ -61,7 +61,7 @@ def path_index(path: Path, device: torch.device) -> Tensor:
     return (t // inner) * far + (t % inner) * near
 
 
-def per_path(k: int, *operands: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+def per_path(k: int, *operands: Any) -> list[tuple[Any, ...]]:
     """For each of k paths its ``dt, A, B, C, D, dt_bias, initial_state``, which are shared or have a leading axis of one per path."""
     each = []
     for (name, dims), x in zip(PER_PATH.items(), operands, strict=True):

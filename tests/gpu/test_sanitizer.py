@@ -25,6 +25,9 @@ for b, l, d, n, g, dtype in CASES:
         out, last = selective_scan(u, dt, A, B, C, D, z, dt_bias=bias, dt_softplus=True, initial_state=h0, seq=seq,
                                    return_final_state=True, backend="cuda")
         torch.autograd.grad([out, last], leaves, [torch.ones_like(out), torch.ones_like(last)])
+    there_and_back = [(1, l, 0, 1, 0), (1, l, 0, 1, 1)]
+    out = selective_scan(u, dt, A, B, C, D, z, dt_bias=bias, dt_softplus=True, paths=there_and_back, backend="cuda")
+    torch.autograd.grad(out.sum(), leaves[:-1])
     call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, h0, None, None, True)
     out, last, saved = cuda_backend.forward(call, True, chunks=3)
     cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=3)
