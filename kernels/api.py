@@ -91,11 +91,10 @@ def selective_scan(
         _check_scan(where, *operands)
         return _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)
 
-    if paths is None:
+    walked = None if paths is None else walks(where, paths, l, seq)
+    if walked is None:
         out, state = scan(u, dt, A, B, C, D, z, dt_bias, initial_state)
-        return (out, state) if return_final_state else out
-    walked = walks(where, paths, l, seq)
-    if chosen.name == "cuda" and choose("paths", backend=backend, **facts).name == "cuda":
+    elif chosen.name == "cuda" and choose("paths", backend=backend, **facts).name == "cuda":
         for dt_k, A_k, B_k, C_k, D_k, bias_k, state_k in per_path(len(walked), dt, A, B, C, D, dt_bias, initial_state):
             _check_scan(where, u, dt_k, A_k, B_k, C_k, D_k, None, bias_k, state_k)
         out, state = cuda_ops.selective_scan(
