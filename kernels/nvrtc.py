@@ -215,14 +215,15 @@ def compile_source(source: str, name: str, arch: str, *options: str) -> tuple[by
         _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()), name)
         flags = [o.encode() for o in (f"--gpu-architecture={arch}", *OPTIONS, *options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), name)
+        # NVRTC writes into what it is given: not into bytes, of which Python keeps one object for all that are equal and short
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program), name))
         _checked(nvrtc.nvrtcGetProgramLog(program, log), name)
         text = log.decode(errors="replace").strip("\0 \n")
         if status:
             raise CompileError(f"{source}: {name} does not compile for {arch} ({status.name}).\n{text}")
         lowered = _checked(nvrtc.nvrtcGetLoweredName(program, name.encode()), name)
-        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), name)
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program), name))
         _checked(nvrtc.nvrtcGetCUBIN(program, code), name)
-        return lowered, code, text
+        return lowered, bytes(code), text
     finally:
         nvrtc.nvrtcDestroyProgram(program)

@@ -140,3 +140,9 @@ def test_an_error_in_a_source_comes_with_the_log():
         nvrtc.CompileError, match=r"scan_forward.cu: scan_nothing does not compile for sm_90 .*\n(.|\n)*scan_nothing"
     ):
         nvrtc.compile_source("scan_forward.cu", "scan_nothing", "sm_90")
+
+
+def test_the_compiler_writes_into_no_object_that_others_hold():
+    # an empty log is one byte long, and of every such bytes Python has a single object
+    nvrtc.compile_source("scan_forward.cu", "scan_carry", "sm_90")
+    assert list(bytes([32])) == [32]
