@@ -85,9 +85,10 @@ class BackwardShape:
 SPLIT = 8000
 # by d_state, rounded up to the next one here
 FORWARD = {
-    1: (ForwardShape(128, 1, 1, 1, 8, 128, 4),),
-    2: (ForwardShape(128, 2, 1, 1, 8, 128, 4),),
-    4: (ForwardShape(128, 4, 1, 1, 8, 128, 4),),
+    # little to scan, as much to bring in and to finish as ever
+    1: (ForwardShape(32, 1, 1, 1, 32, 96, 4),),
+    2: (ForwardShape(32, 2, 1, 1, 32, 96, 4),),
+    4: (ForwardShape(32, 4, 1, 1, 32, 96, 4),),
     8: (ForwardShape(128, 4, 2, 1, 16, 128, 3),),
     16: (
         ForwardShape(128, 8, 2, 2, 16, 128, 2, 255, 211),
@@ -100,9 +101,9 @@ FORWARD = {
     256: (ForwardShape(128, 16, 16, 1, 8, 64, 2),),
 }
 BACKWARD = {
-    1: BackwardShape(1, 1, 2, 1, 8, 8, 1),
-    2: BackwardShape(2, 1, 2, 1, 8, 8, 1),
-    4: BackwardShape(4, 1, 2, 1, 8, 8, 1),
+    1: BackwardShape(1, 1, 2, 1, 8, 8, 8),
+    2: BackwardShape(2, 1, 2, 1, 8, 8, 8),
+    4: BackwardShape(4, 1, 2, 1, 8, 8, 8),
     8: BackwardShape(4, 2, 2, 2, 16, 8, 2),
     16: BackwardShape(4, 4, 2, 4, 32, 8, 2),
     32: BackwardShape(8, 4, 1, 4, 32, 8, 2),
