@@ -4,6 +4,7 @@ The sources (``cuda/scan_forward.cu``, ``cuda/scan_backward.cu``) say what the k
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,23 @@ def _whole(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype).contiguous()
 
 
+def refuse_tensors(facts: dict[str, Any]) -> str | None:
+    """Why the CUDA kernels cannot read tensors with these facts, or ``None`` if they can; see :class:`.dispatch.Backend`."""
+    device, dtype = facts.get("device", "cpu"), facts.get("dtype", torch.float32)
+    if device != "cuda":
+        return f"the CUDA kernels need CUDA tensors, got {device}"
+    if dtype not in TYPES:
+        return f"the CUDA kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def in_types_of(operands: tuple, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the types of what they belong to, ``None`` where there is no such operand."""
+    # strict=False: the operands go on with what has no gradient
+    pairs = zip(grads, operands, strict=False)
+    return [None if x is None or g is None else g if g.dtype == x.dtype else g.to(x.dtype) for g, x in pairs]
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device."""
@@ -160,24 +178,22 @@ def chunk_starts(
     return local
 
 
+def _sizes(sizes: tuple, grid: Grid, walk: tuple | None, softplus: bool) -> dict[str, Any]:
+    """The parameters behind the strides, which both kernels have."""
+    b, l, d, n, g = sizes
+    cut = {"chunk_len": grid.length, "tiles_per_group": grid.tiles, "chunks": grid.chunks}
+    return {"walk": params.walk(walk, l), "l": l, "batch": b, "d": d, "n": n, "groups": g, "softplus": softplus, **cut}
+
+
 @functools.lru_cache(maxsize=4096)
 def _forward_launch(shape: ForwardShape, mode: int, grid: Grid, signature: tuple) -> tuple:
     dtype, sizes, *strides, B, C, off, reset, walk, softplus = signature
-    b, l, d, n, g = sizes
+    b, _, _, n, g = sizes
     u, dt, z, out = strides
     tail = params.tail(
         params.Forward(
             **params.strides(u=u, dt=dt, B=B, C=C, z=z, out=out),
-            walk=params.walk(walk, l),
-            l=l,
-            chunk_len=grid.length,
-            batch=b,
-            d=d,
-            n=n,
-            groups=g,
-            tiles_per_group=grid.tiles,
-            chunks=grid.chunks,
-            softplus=softplus,
+            **_sizes(sizes, grid, walk, softplus),
         )
     )
     flags = _flags(dtype, sizes, strides, B, C, off, reset, walk)
@@ -202,8 +218,8 @@ def backward(
     shape: BackwardShape | None = None,
     chunks: int | None = None,
     into: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of u, dt (in their type), A, B, C, D, dt_bias (A, D and dt_bias in float32), z, and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of A, D, dt_bias and the state are float32."""
     b, l, d, n, g = call.sizes
     count = processors(call.u.device)
     shape, grid = backward_plan(*call.sizes, count, shape, chunks)
@@ -249,27 +265,18 @@ def backward(
     name = f"sum_partials<{TYPES[gu.dtype]}>"
     packed, blocks = params.pack_sums(jobs)
     nvrtc.launch("scan_backward.cu", name, packed, blocks, 256, 0, gu.device)
-    return gu, gdt, total_A, gB, gC, gD, gbias, gz, ginit
+    return gu, gdt, total_A, gB, gC, gD, gz, gbias, ginit
 
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launch(shape: BackwardShape, grid: Grid, signature: tuple) -> tuple:
     dtype, sizes, *strides, B, C, off, reset, walk, softplus = signature
-    b, l, d, n, g = sizes
+    b, *_, g = sizes
     u, dt, z, gout, gu, gdt, gz = strides
     tail = params.tail(
         params.Backward(
             **params.strides(u=u, dt=dt, B=B, C=C, z=z, gout=gout, gu=gu, gdt=gdt, gz=gz),
-            walk=params.walk(walk, l),
-            l=l,
-            chunk_len=grid.length,
-            batch=b,
-            d=d,
-            n=n,
-            groups=g,
-            tiles_per_group=grid.tiles,
-            chunks=grid.chunks,
-            softplus=softplus,
+            **_sizes(sizes, grid, walk, softplus),
         )
     )
     flags = _flags(dtype, sizes, strides, B, C, off, reset, walk)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_backend import RESET, TYPES, UNALIGNED, processors
+from .cuda_backend import RESET, TYPES, UNALIGNED, in_types_of, processors, refuse_tensors
 from .cuda_shapes import ceil_div
 
 WIDTHS = range(2, 9)
@@ -42,14 +42,13 @@ class SumParams(ctypes.Structure):
 
 def refuse(facts: dict[str, Any]) -> str | None:
     """Why the CUDA convolution cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
-    device, dtype, width = facts.get("device", "cpu"), facts.get("dtype", torch.float32), facts.get("width", 4)
-    if device != "cuda":
-        return f"the CUDA kernels need CUDA tensors, got {device}"
-    if dtype not in TYPES:
-        return f"the CUDA kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
-    if width not in WIDTHS:
-        return f"the CUDA kernels take widths {WIDTHS[0]} to {WIDTHS[-1]}, got {width}"
-    return nvrtc.unavailable()
+    return refuse_tensors(facts) or refuse_width(facts) or nvrtc.unavailable()
+
+
+def refuse_width(facts: dict[str, Any]) -> str | None:
+    """Why there is no kernel for a filter, or ``None`` if there is."""
+    width = facts.get("width", 4)
+    return None if width in WIDTHS else f"the CUDA kernels take widths {WIDTHS[0]} to {WIDTHS[-1]}, got {width}"
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Call:
         """From the op's arguments."""
         dtype = x.dtype if x.dtype in TYPES and (state is None or state.dtype == x.dtype) else torch.float32
         wide = weight.dtype if weight.dtype == dtype else torch.float32
-        weight, bias, doc = _whole(weight, wide), _whole(bias, wide), _whole(doc, torch.int64)
+        weight, bias, doc = whole(weight, wide), whole(bias, wide), whole(doc, torch.int64)
         return cls(_rows(x, dtype), weight, bias, _rows(state, dtype), doc, silu)  # type: ignore[arg-type]
 
     def signature(self, gout: Tensor | None) -> tuple:
@@ -104,8 +103,8 @@ def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _whole(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # a filter that does not lie on a 16-byte border, as slices of a flat parameter may, is copied
+def whole(x: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
+    """A parameter in this type and in one piece; one off the 16-byte borders, as slices of a flat parameter may be, is copied."""
     if x is None or (x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 16 == 0):
         return x
     x = x.to(dtype).contiguous()
@@ -219,9 +218,7 @@ def conv_backward_op(
 
 
 def _gradients(gout: Tensor, operands: tuple) -> list[Tensor | None]:
-    # strict=False: the operands go on with what has no gradient
-    pairs = zip(backward(Call.of(*operands), gout), operands, strict=False)
-    return [None if m is None or g is None else g if g.dtype == m.dtype else g.to(m.dtype) for g, m in pairs]
+    return in_types_of(operands, backward(Call.of(*operands), gout))
 
 
 @conv_backward_op.register_fake

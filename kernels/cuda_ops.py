@@ -14,19 +14,13 @@ from . import cuda_backend, cuda_paths, nvrtc
 from .cuda_shapes import BACKWARD, MAX_STATE, instance
 from .paths import Path
 
-NAMES = "float32, float16 and bfloat16"
-
 
 def refuse(facts: dict[str, Any]) -> str | None:
     """Why the CUDA scan cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
-    device, dtype, n = facts.get("device", "cpu"), facts.get("dtype", torch.float32), facts.get("d_state", 16)
-    if device != "cuda":
-        return f"the CUDA kernels need CUDA tensors, got {device}"
-    if dtype not in cuda_backend.TYPES:
-        return f"the CUDA kernels take {NAMES}, got {str(dtype).removeprefix('torch.')}"
-    if n > MAX_STATE:
+    reason, n = cuda_backend.refuse_tensors(facts), facts.get("d_state", 16)
+    if reason is None and n > MAX_STATE:
         return f"the CUDA kernels scan up to d_state = {MAX_STATE}, got {n}"
-    return nvrtc.unavailable()
+    return reason or nvrtc.unavailable()
 
 
 @torch.library.custom_op("hybridzoo::selective_scan_cuda", mutates_args=())
@@ -105,14 +99,10 @@ def _gradients(
 ) -> list[Tensor | None]:
     grads: Sequence[Tensor | None]
     if paths is None:
-        call = cuda_backend.Call.of(*operands)
-        gu, gdt, gA, gB, gC, gD, gbias, gz, ginit = cuda_backend.backward(call, gout, glast, saved)
-        grads = (gu, gdt, gA, gB, gC, gD, gz, gbias, ginit)
+        grads = cuda_backend.backward(cuda_backend.Call.of(*operands), gout, glast, saved)
     else:
         grads = cuda_paths.backward((*operands[:9], operands[-1]), paths, gout, glast, saved)
-    # strict=False: the operands go on with what has no gradient
-    pairs = zip(grads, operands, strict=False)
-    return [None if x is None or g is None else g if g.dtype == x.dtype else g.to(x.dtype) for g, x in pairs]
+    return cuda_backend.in_types_of(operands, grads)
 
 
 @scan_backward_op.register_fake

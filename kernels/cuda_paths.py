@@ -67,6 +67,6 @@ def backward(
         into: Any = tuple(None if g is None else g[k] for g in planes)
         glast_k = None if glast is None else glast[k]
         each.append(cuda_backend.backward(call, gout, glast_k, saved[k], chunks=chunks, into=into))
-    gA, gD, gbias, ginit = (None if each[0][i] is None else torch.stack([g[i] for g in each]) for i in (2, 5, 6, 8))
+    gA, gD, gbias, ginit = (None if each[0][i] is None else torch.stack([g[i] for g in each]) for i in (2, 5, 7, 8))
     pairs = zip((gu, gdt, gA, gB, gC, gD, gz, gbias, ginit), operands, strict=False)
     return [None if x is None or g is None else g.sum(0) if g.dim() > x.dim() else g for g, x in pairs]

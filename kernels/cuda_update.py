@@ -16,8 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_backend import TYPES, UNALIGNED, processors
-from .cuda_conv import WIDTHS, alignment
+from .cuda_backend import TYPES, UNALIGNED, processors, refuse_tensors
+from .cuda_conv import alignment, refuse_width, whole
 from .cuda_shapes import MAX_STATE, ceil_div
 
 HEADS, SPLIT = 8, 16
@@ -52,11 +52,9 @@ class StateParams(ctypes.Structure):
 
 def refuse(facts: dict[str, Any]) -> str | None:
     """Why the CUDA kernels cannot do a step, or ``None`` if they can; see :class:`.dispatch.Backend`."""
-    device, dtype = facts.get("device", "cpu"), facts.get("dtype", torch.float32)
-    if device != "cuda":
-        return f"the CUDA kernels need CUDA tensors, got {device}"
-    if dtype not in TYPES:
-        return f"the CUDA kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    reason, dtype = refuse_tensors(facts), facts.get("dtype", torch.float32)
+    if reason is not None:
+        return reason
     if facts.get("grad"):
         return "the CUDA kernels have no gradient of a single step"
     if facts.get("state_dtype", torch.float32) != torch.float32:
@@ -67,9 +65,7 @@ def refuse(facts: dict[str, Any]) -> str | None:
         return "the CUDA kernels need rows of the state to lie in one piece"
     if facts.get("d_state", 16) > MAX_STATE:
         return f"the CUDA kernels hold up to d_state = {MAX_STATE}, got {facts['d_state']}"
-    if facts.get("width", 4) not in WIDTHS:
-        return f"the CUDA kernels take widths {WIDTHS[0]} to {WIDTHS[-1]}, got {facts['width']}"
-    return nvrtc.unavailable()
+    return refuse_width(facts) or nvrtc.unavailable()
 
 
 def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
@@ -80,13 +76,6 @@ def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
 
 def _common(first: Tensor, *others: Tensor | None) -> torch.dtype:
     return first.dtype if all(x is None or x.dtype == first.dtype for x in others) else torch.float32
-
-
-def _parameter(x: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    if x is None or (x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 16 == 0):
-        return x
-    x = x.to(dtype).contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _changed(*states: Tensor) -> None:
@@ -120,7 +109,7 @@ def conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bo
 def _conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, silu: bool) -> Tensor:
     (x,) = _in(x.dtype, x)
     wide = weight.dtype if weight.dtype == x.dtype else torch.float32
-    weight, bias = _parameter(weight, wide), _parameter(bias, wide)  # type: ignore[assignment]
+    weight, bias = whole(weight, wide), whole(bias, wide)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
@@ -232,7 +221,7 @@ def _state(
     if x.dim() == 3:
         x, z = x.flatten(1), None if z is None else z.flatten(1)
     x, dt, B, C, z = _in(dtype, x, dt, B, C, z)
-    A, D, dt_bias = _parameter(A), _parameter(D), _parameter(dt_bias)  # type: ignore[assignment]
+    A, D, dt_bias = whole(A), whole(D), whole(dt_bias)
     if out.numel():
         scan = Scan(
             (dtype, dtype, dtype),
@@ -273,8 +262,8 @@ def _conv_ssd(
     dtype, kept = _common(xBC, dt, z), xBC.dtype
     x, dt, z = _in(dtype, xBC, dt, None if z is None else z.flatten(1))
     wide = dtype if weight.dtype == dtype else torch.float32
-    weight, bias = _parameter(weight, wide), _parameter(bias, wide)  # type: ignore[assignment]
-    A, D, dt_bias = _parameter(A), _parameter(D), _parameter(dt_bias)  # type: ignore[assignment]
+    weight, bias = whole(weight, wide), whole(bias, wide)
+    A, D, dt_bias = whole(A), whole(D), whole(dt_bias)
     (_, h, p, n), b = state.shape, x.shape[0]
     out = torch.empty((b, h, p), dtype=dtype, device=x.device)
     if out.numel():

@@ -1,30 +1,20 @@
 """The CUDA convolution, run on the CPU thread by thread (tests/emulator), against the float64 reference: numbers, not speed."""
 
-import importlib.util
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from hybridzoo.kernels import Seq, cuda_conv, nvrtc, reference
+from hybridzoo.kernels import Seq, cuda_conv, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 exhaustive = pytest.mark.skipif(
     "HYBRIDZOO_EXHAUSTIVE" not in os.environ, reason="minutes of g++; HYBRIDZOO_EXHAUSTIVE=1 runs it"
 )
+pytestmark = pytest.mark.usefixtures("emulated")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 TOLERANCE = {F32: 1e-6, BF16: 4e-3, F16: 5e-4}
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    path = Path(__file__).parent / "emulator" / "emulator.py"
-    spec = importlib.util.spec_from_file_location("emulator", path)
-    emulator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(emulator)
-    monkeypatch.setattr(nvrtc, "launch", emulator.launch)
 
 
 def operands(b, l, d, k, dtype=F32, filter_dtype=F32, state=True, bias=True):

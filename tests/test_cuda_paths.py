@@ -1,14 +1,12 @@
 """The CUDA scan over paths, run on the CPU thread by thread (tests/emulator), against the float64 reference over gathered tokens."""
 
 import dataclasses
-import importlib.util
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_ops, cuda_paths, dispatch, nvrtc, reference, selective_scan
+from hybridzoo.kernels import cuda_ops, cuda_paths, dispatch, reference, selective_scan
 from hybridzoo.kernels.cuda_params import walk
 from hybridzoo.kernels.paths import over_paths, path_index, walks
 
@@ -16,15 +14,6 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 ROWS, COLUMNS = (5, 7, 7, 1), (7, 5, 1, 7)
 FOUR = [(*ROWS, 0), (*COLUMNS, 0), (*ROWS, 1), (*COLUMNS, 1)]
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    path = Path(__file__).parent / "emulator" / "emulator.py"
-    spec = importlib.util.spec_from_file_location("emulator", path)
-    emulator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(emulator)
-    monkeypatch.setattr(nvrtc, "launch", emulator.launch)
 
 
 def operands(l, d, n, k, dtype=torch.float32, g=1, gate=True, own=True):

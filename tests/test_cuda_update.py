@@ -1,15 +1,13 @@
 """The CUDA kernels of one token, run on the CPU thread by thread (tests/emulator), against PyTorch's operations in float64."""
 
-import importlib.util
 import math
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_conv, cuda_update, dispatch, nvrtc, update_torch
+from hybridzoo.kernels import cuda_conv, cuda_update, dispatch, update_torch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 exhaustive = pytest.mark.skipif(
@@ -21,12 +19,7 @@ FREE = (0.0, math.inf)
 
 
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    path = Path(__file__).parent / "emulator" / "emulator.py"
-    spec = importlib.util.spec_from_file_location("emulator", path)
-    emulator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(emulator)
-    monkeypatch.setattr(nvrtc, "launch", emulator.launch)
+def one_processor(emulated, monkeypatch):
     monkeypatch.setattr(cuda_update, "processors", lambda device: 1)
 
 
@@ -236,4 +229,4 @@ def test_refusals(facts, reason):
 
 
 def test_both_modules_answer_to_the_same_widths():
-    assert cuda_update.WIDTHS is cuda_conv.WIDTHS
+    assert cuda_update.refuse_width is cuda_conv.refuse_width

@@ -25,14 +25,10 @@ DEVICE float reciprocal(float x) {
 // A barrier of `threads` threads between two groups: one arrives, and what it wrote is there for the other, which waits.
 DEVICE void barrier_arrive(int id, int threads) { asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void barrier_wait(int id, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-// BYTES (4, 8 or 16) into shared memory, or zeros if they are not there
-template <int BYTES>
-DEVICE void copy_async(void* shared, const void* global, bool there) {
+// 16 bytes into shared memory, or zeros if they are not there
+DEVICE void copy_async16(void* shared, const void* global, bool there) {
     uint32 to = (uint32)__cvta_generic_to_shared(shared);
-    if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -124,7 +120,7 @@ struct Packed {
     template <bool ALIGNED>
     static DEVICE void fetch(void* shared, const T* at, int count) {
         if constexpr (ALIGNED)
-            copy_async<16>(shared, at, count > 0);
+            copy_async16(shared, at, count > 0);
         else
             scalar_load(at, count).template store<true>(reinterpret_cast<T*>(shared), lanes);
     }

@@ -3,16 +3,7 @@
 #include "common.cuh"
 
 // shared memory whose size the compiler knows: what is not taken of it stays a cache
-#ifdef HZ_EMULATE
-#define SHARED_ARRAY(T, name, size) static T name[size]
-inline void __threadfence() {}
-inline void __trap() { abort(); }
-inline uint32 atomicInc(uint32* at, uint32 last) {
-    const uint32 old = *at;
-    *at = old >= last ? 0 : old + 1;
-    return old;
-}
-#else
+#ifndef HZ_EMULATE
 #define SHARED_ARRAY(T, name, size) __shared__ T name[size]
 #endif
 

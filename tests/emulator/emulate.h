@@ -32,6 +32,7 @@ inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, 
 #define __launch_bounds__(...)
 #define __restrict__
 #define SHARED_MEMORY(name) char* name = emulated::shared.data()
+#define SHARED_ARRAY(T, name, size) static T name[size]
 
 struct Dim { int x; };
 inline Dim threadIdx, blockIdx, blockDim;
@@ -63,7 +64,7 @@ struct Unwatched { Unwatched() {} };
 #endif
 
 namespace emulated {
-struct Copy { void* to; const void* from; int bytes; };
+struct Copy { void* to; const void* from; };
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
@@ -173,11 +174,17 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
     __syncwarp();
     return y;
 }
-template <int BYTES>
-void copy_async(void* to, const void* from, bool there) {
+inline void __threadfence() {}
+inline void __trap() { abort(); }
+inline uint32 atomicInc(uint32* at, uint32 last) {
+    const uint32 old = *at;
+    *at = old >= last ? 0 : old + 1;
+    return old;
+}
+inline void copy_async16(void* to, const void* from, bool there) {
     Unwatched here;
-    if ((size_t)to % BYTES || (size_t)from % BYTES) fprintf(stderr, "%d bytes that are not aligned\n", BYTES), abort();
-    emulated::fibers[threadIdx.x].groups.back().push_back({to, there ? from : nullptr, BYTES});
+    if ((size_t)to % 16 || (size_t)from % 16) fprintf(stderr, "16 bytes that are not aligned\n"), abort();
+    emulated::fibers[threadIdx.x].groups.back().push_back({to, there ? from : nullptr});
 }
 inline void copy_async_commit() {
     Unwatched here;
@@ -194,9 +201,9 @@ void copy_async_wait() {
     }
     for (auto& c : due) {
         if (c.from)
-            memcpy(c.to, c.from, c.bytes);
+            memcpy(c.to, c.from, 16);
         else
-            memset(c.to, 0, c.bytes);
+            memset(c.to, 0, 16);
     }
 }
 
