@@ -106,18 +106,22 @@ def test_half_precision_keeps_what_must_be_float32(tmp_path):
 
 
 class Evil:
+    def __init__(self, mark):
+        self.mark = str(mark)
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/hybridzoo-evil-ran",)
+        return os.mkdir, (self.mark,)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(folder):
+def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path):
     (folder / "model.safetensors").unlink()
-    for write in (lambda f: pickle.dump({"w": Evil()}, f, protocol=2), lambda f: torch.save({"w": Evil()}, f)):
+    content = {"w": Evil(tmp_path / "evil-ran")}
+    for write in (lambda f: pickle.dump(content, f, protocol=2), lambda f: torch.save(content, f)):
         with open(folder / "pytorch_model.bin", "wb") as f:
             write(f)
         with pytest.raises(CheckpointError, match=r"pytorch_model.bin: is damaged, or wants to run code"):
             zoo.load(folder)
-    assert not os.path.exists("/tmp/hybridzoo-evil-ran")
+    assert not (tmp_path / "evil-ran").exists()
 
 
 def test_every_cut_and_many_flipped_bits_are_refused_or_change_nothing_but_values(folder, whole):
