@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from ..zoo.checkpoint.files import write_whole
 from . import bench_ops, bench_train, timing
 from .bench_show import show
 from .cases import CASES
@@ -119,18 +120,22 @@ def bench(
         timer = timer or timing.timer_for(device)
         rows, failed = bench_ops.measure(what, vs, parts or ["table"], timer, ceilings, tick)
     named = {row["peer"].split(",")[0] for row in rows if row.get("peer")}
-    result = {
+    command = f"zoo bench {what} " + " ".join(f"--vs {name}" for name in vs)
+    result = header(what, command, device, [*vs, *sorted(named)]) | {"ceilings": ceilings, "cases": rows}
+    return result | {"failed": failed} if failed else result
+
+
+def header(what: str, command: str, device: str, libraries: list[str]) -> Result:
+    """What a result says of its run: what was run and when, on which commit, on which device of this type, with which libraries."""
+    return {
         "what": what,
-        "command": f"zoo bench {what} " + " ".join(f"--vs {name}" for name in vs),
+        "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: version(name) for name in dict.fromkeys([*vs, *sorted(named)])},
-        "ceilings": ceilings,
-        "cases": rows,
+        | {name: version(name) for name in dict.fromkeys(libraries)},
     }
-    return result | {"failed": failed} if failed else result
 
 
 def merged(before: Result, after: Result) -> Result:
@@ -163,10 +168,7 @@ def _same_run(path: Path, result: Result) -> Result | None:
 
 def write(result: Result, path: Path) -> None:
     """Write a result as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def _commit() -> str:

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..zoo.checkpoint.files import write_whole
 from ..zoo.data import fingerprint, mix, pack, topics
 from ..zoo.lm import CausalLM
 from ..zoo.stats import stats
@@ -154,9 +155,7 @@ def work(name: str, out: str, fresh: bool) -> None:
         "tokens_per_second": result.tokens_per_second,
         "tokens_per_step": BATCH * LENGTH,
     }
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps({"key": key, "results": speed | scores}, indent=1) + "\n")
-    os.replace(beside, file)
+    write_whole(file, json.dumps({"key": key, "results": speed | scores}, indent=1) + "\n")
 
 
 def score(model: CausalLM, output: Path) -> dict[str, Any]:

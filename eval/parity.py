@@ -4,10 +4,7 @@ The tests hold each case to its limits; ``zoo bench parity`` writes what was mea
 """
 
 import json
-import platform
 import tempfile
-import textwrap
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..zoo.checkpoint import export, load
-from .bench import _commit, _cpu, write
+from . import markdown
+from .bench import header, write
 from .parity_cases import CASES, PUBLISHED, VOCAB
 
 __all__ = ["Pair", "gradients", "parity", "ratio", "redraw", "section", "tensors_of"]
@@ -110,18 +108,11 @@ def parity(out: Path | None = None) -> dict[str, Any]:
         after a prefill, the worst error of any parameter's gradient, and whether what we write is bitwise what we read and is
         loaded by transformers with no key missing or left over.
     """
-    import transformers
-
     rows, console = [], Console(stderr=True)
     for name in track(CASES, "parity", console=console, transient=True, disable=not console.is_terminal):
         with tempfile.TemporaryDirectory() as folder:
             rows.append(_measure(name, Path(folder)))
-    result = {
-        "what": "parity", "command": "zoo bench parity", "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit(),
-        "device": f"{_cpu()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "cases": rows,
-    }  # fmt: skip
+    result = header("parity", "zoo bench parity", "cpu", ["transformers"]) | {"cases": rows}
     if out is not None:
         write(result, out)
     return result
@@ -129,19 +120,14 @@ def parity(out: Path | None = None) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """A result as a Markdown table, one line per family: the worst of its cases."""
-    lines = [
-        "| family | published | read | written back | logits | gradients |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for family, published in PUBLISHED.items():
         rows = [row for row in result["cases"] if row["family"] == family]
         logits = max(max(row["logit_error"], row["decoding_error"]) for row in rows)
         written = all(row["export_is_bitwise"] and row["transformers_reads_it"] for row in rows)
-        lines.append(
-            f"| `{family}` | {published} | {len(rows)} shapes | {'bitwise' if written else 'no'} | {logits:.0e} | "
-            f"{max(row['gradient_error'] for row in rows):.0e} |"
-        )
-    return "\n".join(lines)
+        worst = f"{logits:.0e}", f"{max(row['gradient_error'] for row in rows):.0e}"
+        lines.append([f"`{family}`", published, f"{len(rows)} shapes", "bitwise" if written else "no", *worst])
+    return markdown.table(["family", "published", "read", "written back", "logits", "gradients"], lines)
 
 
 def section(folder: Path) -> str:
@@ -154,7 +140,7 @@ def section(folder: Path) -> str:
         "pass and in 20 decoded steps, and of any parameter's gradient. Written back means the same tensors, bit for bit, which "
         "transformers loads with no key missing or left over."
     )
-    return f"{textwrap.fill(text, 140, break_long_words=False, break_on_hyphens=False)}\n\n{table(result)}"
+    return f"{markdown.paragraph(text)}\n\n{table(result)}"
 
 
 def _measure(name: str, folder: Path) -> dict[str, Any]:

@@ -1,23 +1,18 @@
 """The Performance section of the README, written from the committed results: no figure in it is typed by hand."""
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from . import parity
 from .bench_show import plot
+from .markdown import paragraph, table
 
 __all__ = ["performance", "refresh"]
 
 Result = dict[str, Any]
 START, END = "<!-- written by `zoo bench readme` from eval/results -->", "<!-- end of what is written -->"
 PARITY = "<!-- written by `zoo bench readme` from eval/results/parity.json -->"
-_UNMEASURED = (
-    "On a GPU the scan runs as vectorised PyTorch, or through mamba-ssm where it is installed. Our own CUDA kernels, compiled "
-    'at first use without nvcc, are in the tree and taken only when asked for (`backend="cuda"` or `HYBRIDZOO_BACKEND=cuda`) '
-    "until they are measured."
-)
 
 
 def refresh(readme: Path) -> list[Path]:
@@ -57,19 +52,13 @@ def performance(folder: Path) -> str:
     for path, result in found:
         if result["what"] == "scan" and _on_gpu(result):
             pieces += _gpu_scan(path, result)
-    if not pieces:
-        pieces = [_UNMEASURED]
     for path, result in found:
         if result["what"] == "train":
             pieces += _train(path, result)
     for path, result in found:
         if result["what"] == "scan" and not _on_gpu(result):
             pieces += _cpu_scan(path, result)
-    return "\n\n".join(piece if piece.startswith("|") else _wrapped(piece) for piece in pieces)
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 140, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(piece if piece.startswith("|") else paragraph(piece) for piece in pieces)
 
 
 def _results(folder: Path) -> list[tuple[Path, Result]]:
@@ -78,11 +67,6 @@ def _results(folder: Path) -> list[tuple[Path, Result]]:
 
 def _on_gpu(result: Result) -> bool:
     return "sfu_Gexps" in result.get("ceilings", {}) or result["what"] == "train"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _source(path: Path, result: Result) -> str:
@@ -107,16 +91,16 @@ def _versions(result: Result) -> str:
 
 def _gpu_scan(path: Path, result: Result) -> list[str]:
     rows, top = [row for row in result["cases"] if row.get("peer")], result["ceilings"]
-    table = [row for row in rows if row["part"] == "table"]
+    main = [row for row in rows if row["part"] == "table"]
     more = [row for row in rows if row["part"] != "table"]
-    met = sum(bool(row["met"]) for row in table)
+    met = sum(bool(row["met"]) for row in main)
     pieces = [
         f"The selective scan on one {result['device']} ({_versions(result)}), bf16, n = 16, gate and softplus fused: medians "
         f"of one process in which both sides take turns, the cache overwritten before every call ({_source(path, result)}). "
         f"The floor is the larger of two times: the bytes that must move, at the {top['copy_TBs']:.2f} TB/s of a copy, and the "
         f"exponentials of the decays, at {top['sfu_Gexps']:,.0f}e9 a second, both measured in the same run. "
-        f"{met} of {len(table)} goals are met.",
-        _table(
+        f"{met} of {len(main)} goals are met.",
+        table(
             ["case", "b x l x d", "pass", "ours, ms", "mamba-ssm, ms", "ratio", "goal", "of the floor", "saved, MB (theirs)"],
             [
                 [
@@ -124,7 +108,7 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
                     _goal(row), f"{100 * row['share_of_floor']:.0f} %",
                     f"{row['ours_saved_MB']:.0f} ({row['peer_saved_MB']:.0f})" if "ours_saved_MB" in row else "",
                 ]
-                for row in table
+                for row in main
             ],
         ),
     ]  # fmt: skip
@@ -137,7 +121,7 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
             f"{missed} slower than the peer</summary>"
         )
         pieces.append(
-            _table(
+            table(
                 ["case", "shape", "type", "pass", "peer", "ours, ms", "peer, ms", "ratio", "goal", "per token, to longest"],
                 [
                     [
@@ -159,7 +143,7 @@ def _train(path: Path, result: Result) -> list[str]:
     return [
         f"A training step of whole models on one {result['device']} ({_versions(result)}), b = {shape['b']}, l = {shape['l']}, "
         f"bf16 autocast, fused AdamW, beside mamba-ssm's own `MambaLMHeadModel` from the same weights ({_source(path, result)}).",
-        _table(
+        table(
             ["model", "ours", "tokens/s", "mamba-ssm", "ratio", "goal", "GiB", "mamba-ssm", "ratio", "goal"],
             [
                 [
@@ -182,7 +166,7 @@ def _cpu_scan(path: Path, result: Result) -> list[str]:
         f"in which both sides take turns ({_source(path, result)}). "
         f"transformers' torch path has a backward that is quadratic in the length; ours is linear, in memory too"
         + (f": {', '.join(ends)} (b = 1, d = 512, n = 16)." if ends else "."),
-        _table(
+        table(
             ["b, l, d, n", "pass", "peer", "ours, ms", "peer, ms", "ratio"],
             [
                 [

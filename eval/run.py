@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import tempfile
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tqdm import tqdm
 
+from ..zoo.checkpoint.files import write_whole
 from ..zoo.registry import nearest
 from .harness import HybridZooLM
 from .tasks import FOLDER, names
@@ -242,11 +242,5 @@ def _bar(lm: HybridZooLM, wanted: bool) -> Iterator[None]:
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    temporary = path.parent / f".writing-{uuid.uuid4().hex}"
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text + "\n")

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from .build import build, param_groups
 from .checkpoint import load, save
+from .checkpoint.files import write_whole
 from .data import Rows, rows_from
 from .hf import HybridZooForCausalLM
 from .lm import CausalLM
@@ -294,9 +295,7 @@ def _read(file: Path) -> Any:
 
 
 def _write(file: Path, content: Any) -> None:
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def _last_complete(folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["CheckpointError", "Stored", "check_new", "new_folder", "open_source", "read_json", "stored_tensors"]
+__all__ = [
+    "CheckpointError",
+    "Stored",
+    "check_new",
+    "new_folder",
+    "open_source",
+    "read_json",
+    "stored_tensors",
+    "write_whole",
+]
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -174,6 +184,18 @@ def _damage(file: Path) -> Iterator[None]:
             raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CheckpointError(f"{file}: is damaged ({reason}). Copy it again.") from e
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that no half of it is ever seen, with the rights that the umask leaves; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # not of tempfile, whose files are for their owner alone
+    temporary = path.parent / f".writing-{uuid.uuid4().hex}"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_new(folder: Path) -> None:
