@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kernels.dispatch import choose
 from .adapter import Adapter
 from .base import Mixer, Seq
-from .common import check, check_positive, linear, refuse_packed_state, reset_linear
+from .common import check, check_positive, linear, refuse_packed_state, reset_linear, scaled
 from .conv import CausalConv1d
 from .kv import AttentionState, remember
 from .norm import RMSNorm
@@ -214,19 +214,18 @@ class Attention(Mixer):
         return self._finish(y.squeeze(1))
 
     def _project(self, x: Tensor) -> Tensor:
-        x = x if self.in_multiplier == 1 else x * self.in_multiplier
+        x = scaled(x, self.in_multiplier)
         return self.in_proj(x) if self.adapter is None else self.in_proj(x) + self.adapter(x)
 
     def _finish(self, y: Tensor) -> Tensor:
-        y = self.out_proj(y)
-        return y if self.out_multiplier == 1 else y * self.out_multiplier
+        return scaled(self.out_proj(y), self.out_multiplier)
 
     def _heads(self, qkv: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv.unflatten(-1, (-1, self.headdim))  # (b, l, h + 2 h_kv, p)
         q, k, v = heads.split([self.nheads, self.nheads_kv, self.nheads_kv], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        k = k if self.key_multiplier == 1 else k * self.key_multiplier
+        k = scaled(k, self.key_multiplier)
         if self.rope is not None:
             q, k = (
                 rotate(t, pos, self.rope, self.rotary_dim, self.rope_interleaved, self.rope_scaling) for t in (q, k)

@@ -57,6 +57,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(acc_dtype(x.dtype))
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """``factor * x``; the usual factor of 1 costs nothing."""
+    return x if factor == 1 else x * factor
+
+
 def linear(
     d_in: int, d_out: int, bias: bool, device: Any, dtype: torch.dtype | None, cls: type[nn.Linear] = nn.Linear
 ) -> nn.Linear:

@@ -25,6 +25,7 @@ from .common import (
     refuse_packed_state,
     reset_dt_bias,
     reset_linear,
+    scaled,
     upcast,
 )
 from .conv import CausalConv1d
@@ -237,8 +238,7 @@ class Mamba2(Mixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sizes = [self.d_mlp, self.d_mlp, self.d_ssm, self.d_xBC, self.nheads]
-        x = x if self.in_multiplier == 1 else x * self.in_multiplier
-        gate, value, z, xBC, dt = self.in_proj(x).split(sizes, dim=-1)
+        gate, value, z, xBC, dt = self.in_proj(scaled(x, self.in_multiplier)).split(sizes, dim=-1)
         if set(self.multipliers) != {1.0}:
             for_z, *for_xBC, for_dt = self.multipliers
             bc = self.ngroups * self.d_state
@@ -269,7 +269,7 @@ class Mamba2(Mixer):
         if self.norm is not None:
             y = self.norm(y, z)
         y = self.out_proj(torch.cat([mlp, y], dim=-1) if self.d_mlp else y)
-        return y if self.out_multiplier == 1 else y * self.out_multiplier
+        return scaled(y, self.out_multiplier)
 
     def init_state(
         self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .base import Mixer, Seq
-from .common import check, check_known, check_positive, linear, reset_linear
+from .common import check, check_known, check_positive, linear, reset_linear, scaled
 
 __all__ = ["MLP"]
 
@@ -27,7 +27,7 @@ def activate(h: Tensor, activation: str, gated: bool, gate_multiplier: float = 1
     if not gated:
         return act(h)
     value, gate = h.chunk(2, dim=-1)
-    return value * act(gate if gate_multiplier == 1 else gate * gate_multiplier)
+    return value * act(scaled(gate, gate_multiplier))
 
 
 class MLP(Mixer):
@@ -100,8 +100,7 @@ class MLP(Mixer):
     ) -> Any:
         """Map every token of ``(b, l, d)`` by itself; the state is ``()``."""
         h = self.fc1(x) if self.adapter is None else self.fc1(x) + self.adapter(x)
-        y = self.fc2(activate(h, self.activation, self.gated, self.gate_multiplier))
-        y = y if self.out_multiplier == 1 else y * self.out_multiplier
+        y = scaled(self.fc2(activate(h, self.activation, self.gated, self.gate_multiplier)), self.out_multiplier)
         return (y, ()) if return_state else y
 
     def flops(self, seq_len: int) -> int:

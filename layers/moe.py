@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import dispatch
 from .base import Mixer, Seq
-from .common import acc_dtype, check, check_known, check_positive, linear, reset_linear, reset_weight, upcast
+from .common import acc_dtype, check, check_known, check_positive, linear, reset_linear, reset_weight, scaled, upcast
 from .experts import grouped_linear
 from .mlp import ACTIVATIONS, MLP, activate
 
@@ -231,7 +231,7 @@ class MoE(Mixer):
         else:
             best, expert = logits.topk(self.top_k, dim=-1)
             weight = best.softmax(-1)
-        return logits, prob, self._scaled(weight), expert
+        return logits, prob, scaled(weight, self.routed_scale), expert
 
     def _route_by_sigmoid(self, logits: Tensor, correction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         score = logits.sigmoid()
@@ -246,10 +246,7 @@ class MoE(Mixer):
         if self.renormalize:
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
         # the share of each expert, where losses and statistics expect probabilities
-        return logits, score / (score.sum(-1, keepdim=True) + 1e-20), self._scaled(weight), expert
-
-    def _scaled(self, weight: Tensor) -> Tensor:
-        return weight if self.routed_scale == 1 else weight * self.routed_scale
+        return logits, score / (score.sum(-1, keepdim=True) + 1e-20), scaled(weight, self.routed_scale), expert
 
     def _mix(self, tokens: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
         device = tokens.device.type

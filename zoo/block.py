@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..layers.adapter import Adapter
 from ..layers.base import Mixer, Seq
-from ..layers.common import linear, reset_linear
+from ..layers.common import linear, reset_linear, scaled
 from ..layers.norm import make_norm
 from .layout import BlockSpec
 from .registry import build_mixer
@@ -144,7 +144,7 @@ class Block(nn.Module):
     def _written(self, x: Tensor, side: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.writes == "side":
             return x, y
-        return x + (y if self.multiplier == 1 else y * self.multiplier), side
+        return x + scaled(y, self.multiplier), side
 
 
 def share(twin: nn.Module, first: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers.adapter import Adapter
 from ..layers.base import Seq
+from ..layers.common import scaled
 from ..layers.norm import make_norm
 from .block import Block, share
 from .config import block_specs, validate
@@ -91,8 +92,7 @@ class Backbone(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids to the residual stream's first value, ``(...)`` to ``(..., d)``."""
-        x = self.embedding(input_ids)
-        return x if self.embedding_multiplier == 1 else x * self.embedding_multiplier
+        return scaled(self.embedding(input_ids), self.embedding_multiplier)
 
     def forward(
         self, x: Tensor, seq: Seq | None, state: ModelState | None, return_state: bool
@@ -127,9 +127,8 @@ class Backbone(nn.Module):
         return self._final(x)
 
     def _final(self, x: Tensor) -> Tensor:
-        hidden = self.norm_f(x)
         # the head is linear, so the factor may stand in front of it, where it is d and not v multiplications
-        hidden = hidden if self.logits_multiplier == 1 else hidden * self.logits_multiplier
+        hidden: Any = scaled(self.norm_f(x), self.logits_multiplier)
         return hidden.to(self.norm_f.weight.dtype)
 
 
