@@ -53,7 +53,8 @@ class Experts(nn.Module):
         """Map rows ``(t, d)``, sorted by expert, whose runs end at ``offsets``."""
         w1, w2 = self.w1.to(x.dtype), self.w2.to(x.dtype)
         h = activate(grouped_linear(x, w1, offsets, backend), self.activation, self.gated)
-        return grouped_linear(h, w2, offsets, backend)
+        # autocast squares in float32 on a GPU
+        return grouped_linear(h.to(x.dtype), w2, offsets, backend)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
