@@ -171,8 +171,9 @@ def test_updates_in_a_cuda_graph_equal_the_whole(op, update, make, options, exac
 
 def test_compiled_on_the_gpu_in_one_graph():
     made = scan_inputs(state=False)
-    f = torch.compile(lambda m: selective_scan(**m, dt_softplus=True).sin().sum(), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(f(made), selective_scan(**made, dt_softplus=True, backend="chunked").sin().sum())
+    f = torch.compile(lambda m: selective_scan(**m, dt_softplus=True).sin(), backend="aot_eager", fullgraph=True)
+    # the same kernels on the same numbers
+    assert torch.equal(f(made), selective_scan(**made, dt_softplus=True, backend="cuda").sin())
 
 
 def require(name):
