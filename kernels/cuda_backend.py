@@ -199,7 +199,9 @@ def _forward_launch(shape: ForwardShape, mode: int, grid: Grid, signature: tuple
     flags = _flags(dtype, sizes, strides, B, C, off, reset, walk)
     lanes = f"{shape.nc}, {shape.ns}, {shape.ln}, {shape.ch}, {shape.tt}, {shape.nh}"
     name = f"scan_forward<{TYPES[dtype]}, {lanes}, {BACKWARD[instance(n)].k}, {mode}, {flags}, {shape.blocks}>"
-    return tail, name, b * g * grid.tiles * grid.chunks, shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode)
+    # nothing follows the last chunk, or the first on the way back
+    chunks = grid.chunks - (mode != FULL)
+    return tail, name, b * g * grid.tiles * chunks, shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode)
 
 
 def _launch_forward(call, shape, mode, grid, u, out, start, last, saved, local, decay) -> None:
@@ -226,7 +228,7 @@ def backward(
     glast = _whole(glast, torch.float32)
     gout = in_rows(gout, call.u.dtype)
     if grid.chunks > 1:
-        sweep, _ = forward_plan(b * grid.chunks, grid.length, d, n, g, count, chunks=1)
+        sweep, _ = forward_plan(b * (grid.chunks - 1), grid.length, d, n, g, count, chunks=1)
         own = Grid(ceil_div(d // g, sweep.channels), grid.chunks, grid.length)
         glast = chunk_starts(call, sweep, ADJOINT, own, glast, gout)
     gu, gdt, gB, gC, gz = into or call.gradients()

@@ -7,6 +7,7 @@ program runs.
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass, field
 
 FULL, STATE, ADJOINT = 0, 1, 2
@@ -48,11 +49,13 @@ class ForwardShape:
 
     def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
         """Cycles of a launch, and of the pass before it that a split length needs."""
-        busiest = ceil_div(rows * ceil_div(d, self.channels) * chunks, processors)
+        length = _cut(l, chunks, self.tt)[1]
+        busiest = math.ceil(rows * ceil_div(d, self.channels) * l / length / processors)
         # two tiles pass before the first result, and about one more at the end
-        steps = ceil_div(l, chunks) + 3 * self.tt
+        steps = length + 3 * self.tt
         once = steps * (self.alone if busiest == 1 else busiest * self.each)
-        return once if chunks == 1 else 1.8 * once + SPLIT
+        # the pass before it leaves out outputs, and one of the chunks
+        return once if chunks == 1 else (1 + 0.8 * (chunks - 1) / chunks) * once + SPLIT
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,31 @@ class BackwardShape:
     def shared_bytes(self, element: int) -> int:
         """``BackwardShape::bytes`` of the source."""
         n, k, threads, channels = self.ns * self.ln, self.k, self.warps * 32, self.channels
-        bc = k * n // 2 if element == 2 and n > 16 else k * n
+        lanes = 16 // element
+        bc = k * n if n < lanes or (element == 2 and n <= 16) else 0
         floats = k * channels * 3 + 2 * bc + 2 * k + 2 * channels + (k // self.ts - 1) * self.ns * self.ch * threads
         floats += self.warps * 3 * 4 * self.ch * 32 + self.warps * 4 * 2 * 32 * self.ns
-        return floats * 4 + (2 if element == 2 else 1) * 4 * k * channels * element
+        raw = 4 * k * channels * element + 2 * k * max(16, n * element) + channels * n * 4
+        return floats * 4 + (2 if element == 2 else 1) * raw
+
+    def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
+        """Steps of a full multiprocessor that a launch lasts, and the pass before it that a split length needs."""
+        tiles = ceil_div(d, self.channels)
+        full, rest = divmod(ceil_div(rows * tiles * chunks, processors), self.blocks)
+        # a block alone is faster than one of several, but not as much as there are fewer
+        sets = full + (0.5 + 0.5 * rest / self.blocks if rest else 0)
+        once = sets * (_cut(l, chunks, self.k)[1] + SETTLING)
+        if chunks == 1:
+            return once
+        return once + rows * tiles * l * (chunks - 1) / chunks / processors * ADJOINT_STEP / self.blocks + SPLIT_STEPS
 
 
 # cycles of the launches that a split length adds
-SPLIT = 8000
+SPLIT = 10000
+# into how many chunks a forward may be cut
+SPLITS = (*range(1, 17), 24, 32, 64, 128)
+# of the backward, in steps of about 800 cycles: until a block is at work, a block's step of the pass before a split, and what launches add
+SETTLING, ADJOINT_STEP, SPLIT_STEPS = 24, 0.33, 15
 # by d_state, rounded up to the next one here
 FORWARD = {
     # little to scan, as much to bring in and to finish as ever
@@ -92,7 +112,7 @@ FORWARD = {
     8: (ForwardShape(128, 4, 2, 1, 16, 128, 3),),
     16: (
         ForwardShape(128, 8, 2, 2, 16, 128, 2, 255, 211),
-        ForwardShape(128, 8, 2, 1, 32, 128, 2, 124, 106),
+        ForwardShape(128, 8, 2, 1, 32, 128, 2, 135, 106),
         ForwardShape(128, 4, 4, 1, 32, 128, 2, 79, 66),
     ),
     32: (ForwardShape(128, 8, 4, 1, 16, 64, 3),),
@@ -103,7 +123,7 @@ FORWARD = {
 BACKWARD = {
     1: BackwardShape(1, 1, 2, 1, 8, 8, 8),
     2: BackwardShape(2, 1, 2, 1, 8, 8, 8),
-    4: BackwardShape(4, 1, 2, 1, 8, 8, 8),
+    4: BackwardShape(4, 1, 2, 1, 8, 4, 8),
     8: BackwardShape(4, 2, 2, 2, 16, 8, 2),
     16: BackwardShape(4, 4, 2, 4, 32, 8, 2),
     32: BackwardShape(8, 4, 1, 4, 32, 8, 2),
@@ -159,7 +179,7 @@ def forward_plan(
     """The shape and the grid of a forward scan; ``shape`` and ``chunks`` fix what would be chosen."""
     shapes = [shape] if shape else FORWARD[instance(n)]
     # several chunks cost a second pass over them, so they pay only where much of the chip would have nothing to do
-    splits = [chunks] if chunks else [2**i for i in range(8) if i == 0 or l >> i >= 128]
+    splits = [chunks] if chunks else [c for c in SPLITS if c == 1 or l >= 96 * c]
     options = itertools.product(shapes, splits)
     shape, chunks = min(options, key=lambda o: o[0].cost(b * g, l, d // g, o[1], processors))
     chunks, length = _cut(l, chunks, max(shape.tt, BACKWARD[instance(n)].k))
@@ -179,10 +199,8 @@ def backward_plan(
 ) -> tuple[BackwardShape, Grid]:
     """The shape and the grid of a backward scan."""
     shape = BACKWARD[instance(n)] if shape is None else shape
-    tiles = ceil_div(d // g, shape.channels)
-    slots = shape.blocks * processors
     if chunks is None:
-        want = 2 * slots // (b * g * tiles)
-        chunks = max(1, min(want, l // (4 * shape.k))) if want >= 4 else 1
+        options = range(1, max(1, min(32, l // (4 * shape.k))) + 1)
+        chunks = min(options, key=lambda c: shape.cost(b * g, l, d // g, c, processors))
     chunks, length = _cut(l, chunks, shape.k)
-    return shape, Grid(tiles, chunks, length)
+    return shape, Grid(ceil_div(d // g, shape.channels), chunks, length)

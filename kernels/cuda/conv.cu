@@ -86,13 +86,6 @@ struct Strip {
     }
 };
 
-// the gate of SiLU
-template <int N>
-DEVICE void sigmoids(const float (&x)[N], float (&s)[N]) {
-#pragma unroll
-    for (int c = 0; c < N; c += 2) sigmoid2(x[c], x[c + 1], s[c], s[c + 1]);
-}
-
 // what is in flight of a row: the next U steps
 template <class T, int N, bool ALIGNED>
 struct Stream {

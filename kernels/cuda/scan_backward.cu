@@ -4,7 +4,7 @@
 //     gC_t = sum_d gy_t h_t          gB_t = sum_d G_t dt_t u_t      g(dt_t u_t) = sum_n G_t B_t      g(dt_t A) = G_t g_t
 //
 // A block owns CPB channels of one row and walks its steps from the last to the first in chunks of K, whose first states the forward
-// saved.  A chunk is swept once to leave a state every TS steps; then, from the last TS steps to the first, a and g of TS steps are
+// saved.  A chunk is swept once to leave a state every TS steps; then, from the last TS steps to the first, a and h of TS steps are
 // recomputed into registers and the adjoint runs over them.  Sums over the states of a channel (LN lanes) and over the channels
 // of a warp go through shared memory that only the warp touches; sums over the warps of the block are written as partial results,
 // which `sum_partials` adds up in a fixed order.  Nothing is added atomically.
@@ -32,14 +32,16 @@ struct BackwardShape {
     // where a warp's share of a row of (dt, dt u) has room for its sums of gB and gC, they go there once the row is done with
     static constexpr bool REUSE = NG * CH >= N;
     static constexpr int BUFFERS = ELEMENT == 2 ? 2 : 1;
-    static constexpr int raw_bytes = K * CPB * ELEMENT;
-    // 16-bit B and C stay as they came: fewer bytes of shared memory, which is what the adjoint waits for
-    static constexpr bool PACKED = ELEMENT == 2 && N > 16;
-    static constexpr int bc = PACKED ? K * N / 2 : K * N;  // floats that hold the B of a chunk
+    // B and C are read as they came where that is float32, or where many 16-bit states would make the adjoint wait for shared memory
+    static constexpr int lanes = 16 / ELEMENT, bc_row = (N < lanes ? 16 : N * ELEMENT);  // bytes of a step's B
+    static constexpr bool CONVERT = N < lanes || (ELEMENT == 2 && N <= 16);
+    static constexpr int bc = CONVERT ? K * N : 0;  // floats that hold the B of a chunk
     static constexpr int pairs = 0, gy = pairs + K * CPB * 2, Bs = gy + K * CPB, Cs = Bs + bc, keep = Cs + bc, valid = keep + K,
                          skip = valid + K, bias = skip + CPB, states = bias + CPB, npart = states + (SUBS - 1) * NS * CH * THREADS,
                          cpart = npart + NW * 3 * PT * CH * 32, end = cpart + NW * PT * 2 * 32 * NS;
-    static constexpr int bytes = end * 4 + BUFFERS * 4 * raw_bytes;
+    // what a chunk brings in: u, dt, z and gout, then B and C, then the states before its first step
+    static constexpr int wide_bytes = K * CPB * ELEMENT, bc_at = 4 * wide_bytes, start_at = bc_at + 2 * K * bc_row, raw_bytes = start_at + CPB * N * 4;
+    static constexpr int bytes = end * 4 + BUFFERS * raw_bytes;
 };
 
 template <class T, int NS, int LN, int CH, int NW, int K, int TS, int FLAGS>
@@ -59,10 +61,9 @@ struct Backward {
     int64 b;
     int tid, warp, lane, q, cg;  // cg: the thread's group of CH channels inside the block, q: its share of their states
 
-    DEVICE T* raw(int c, int which) const {
-        int buffer = S::BUFFERS == 2 ? c & 1 : 0;
-        return reinterpret_cast<T*>(reinterpret_cast<char*>(smem + S::end) + (buffer * 4 + which) * S::raw_bytes);
-    }
+    DEVICE char* raw(int c) const { return reinterpret_cast<char*>(smem + S::end) + (S::BUFFERS == 2 ? c & 1 : 0) * S::raw_bytes; }
+    DEVICE T* raw(int c, int which) const { return reinterpret_cast<T*>(raw(c) + which * S::wide_bytes); }
+    DEVICE float* start(int c) const { return reinterpret_cast<float*>(raw(c) + S::start_at); }
 
     DEVICE int token(int t) const {
         if constexpr (FLAGS & WALK) t = p.walk.token(t);
@@ -82,11 +83,42 @@ struct Backward {
         }
     }
 
+    DEVICE void fetch_bc(int c) const {
+#pragma unroll
+        for (int it = 0; it < BIT; ++it) {
+            const int v = tid + it * THREADS, kind = v / (K * BROW), n = v % BROW * BV, t = c * K + v / BROW % K;
+            const int count = kind < 2 && t < p.l ? p.n - n : 0;
+            const Tokens<T> rows = kind ? Tokens<T>(p.C, b * p.C_b + group * p.C_g, p.C_l) : Tokens<T>(p.B, b * p.B_b + group * p.B_g, p.B_l);
+            if (v < 2 * K * BROW)
+                P::template fetch<ALIGNED && BV == V>(raw(c) + S::bc_at + v * 16, count > 0 ? rows.at(token(t)) + n : rows.base, count);
+        }
+    }
+
+    // the states before the chunk: what the forward saved, or where the row starts, which need not lie on a 16-byte border
+    DEVICE void fetch_start(int c) const {
+        const float* from = (c == 0 ? p.h0 + b * p.d * p.n : p.saved + (b * ((p.l + K - 1) / K) + c) * p.d * p.n) + (int64)ch0 * p.n;
+        const int there = (ch_end - ch0) * p.n;
+        if (N % 4 == 0 && p.n == N && c > 0) {
+#pragma unroll
+            for (int it = 0; it < (CPB * N / 4 + THREADS - 1) / THREADS; ++it) {
+                const int i = (tid + it * THREADS) * 4;
+                if (CPB * N / 4 % THREADS == 0 || i < CPB * N) copy_async16(start(c) + i, i < there ? from + i : p.saved, i < there);
+            }
+        } else {
+            for (int i = tid; i < CPB * N; i += THREADS) {
+                const int at = i / N * p.n + i % N;
+                start(c)[i] = (c > 0 || p.h0 != nullptr) && i % N < p.n && at < there ? from[at] : 0.f;
+            }
+        }
+    }
+
     DEVICE void fetch_chunk(int c) const {
         fetch(c, 0, p.u, p.u_b, p.u_l);
         fetch(c, 1, p.dt, p.dt_b, p.dt_l);
         if (p.z != nullptr) fetch(c, 2, p.z, p.z_b, p.z_l);
         fetch(c, 3, p.gout, p.gout_b, p.gout_l);
+        fetch_bc(c);
+        fetch_start(c);
         copy_async_commit();
     }
 
@@ -101,79 +133,78 @@ struct Backward {
         }
     }
 
-    DEVICE void load_bc(int c, P (&w)[BIT]) const {
-#pragma unroll
-        for (int it = 0; it < BIT; ++it) {
-            const int v = tid + it * THREADS, kind = v / (K * BROW), n = v % BROW * BV, t = c * K + v / BROW % K;
-            const int count = kind < 2 && t < p.l ? p.n - n : 0;
-            const Tokens<T> rows = kind ? Tokens<T>(p.C, b * p.C_b + group * p.C_g, p.C_l) : Tokens<T>(p.B, b * p.B_b + group * p.B_g, p.B_l);
-            w[it] = P::template load<ALIGNED && BV == V>(count > 0 ? rows.at(token(t)) + n : rows.base, count);
-        }
-    }
-
-    DEVICE void stage_bc(const P (&w)[BIT]) const {
+    DEVICE void stage_bc(int c) const {
 #pragma unroll
         for (int it = 0; it < BIT; ++it) {
             const int v = tid + it * THREADS;
             if (v >= 2 * K * BROW) continue;
-            // Cs follows Bs
-            if constexpr (S::PACKED) {
-                w[it].template store<true>(reinterpret_cast<T*>(smem + S::Bs) + v * V, V);
-            } else {
-                float x[V], y[BV];
-                w[it].unpack(x);
+            float x[V], y[BV];
+            P::from(raw(c) + S::bc_at + v * 16).unpack(x);
 #pragma unroll
-                for (int j = 0; j < BV; ++j) y[j] = x[j];
-                store_shared<BV>(smem + S::Bs + v * BV, y);
-            }
+            for (int j = 0; j < BV; ++j) y[j] = x[j];
+            // Cs follows Bs
+            store_shared<BV>(smem + S::Bs + v * BV, y);
         }
     }
 
-    DEVICE void read_bc(int from, int t, float (&x)[NS]) const {
-        if constexpr (S::PACKED)
-            read_packed<T, NS>(reinterpret_cast<const T*>(smem + from) + t * N + q * NS, x);
+    DEVICE void read_bc(int c, int kind, int t, float (&x)[NS]) const {
+        if constexpr (S::CONVERT)
+            load_shared<NS>(smem + (kind ? S::Cs : S::Bs) + t * N + q * NS, x);
+        else if constexpr (sizeof(T) == 4)
+            load_shared<NS>(reinterpret_cast<float*>(raw(c) + S::bc_at) + (kind * K + t) * N + q * NS, x);
         else
-            load_shared<NS>(smem + from + t * N + q * NS, x);
+            read_packed<T, NS>(reinterpret_cast<T*>(raw(c) + S::bc_at) + (kind * K + t) * N + q * NS, x);
     }
+
+    DEVICE bool is_there(int s) const { return s < p.l && (p.valid == nullptr || p.valid[b * p.l + token(s)]); }
 
     // (dt, dt u) and gy of a chunk, from the raw tensors
     DEVICE void stage(int c) const {
-        for (int t = tid; t < K; t += THREADS) {
-            const int s = c * K + t;
-            bool there = s < p.l;
-            int64 at = there ? b * p.l + token(s) : 0;
-            if (p.valid != nullptr) smem[S::valid + t] = there && p.valid[at] ? 1.f : 0.f;
-            if constexpr (FLAGS & RESET) smem[S::keep + t] = there && p.reset[at] ? 0.f : 1.f;
+        if (p.valid != nullptr || (FLAGS & RESET)) {
+            for (int t = tid; t < K; t += THREADS) {
+                const int s = c * K + t;
+                smem[S::valid + t] = is_there(s) ? 1.f : 0.f;
+                if constexpr (FLAGS & RESET) smem[S::keep + t] = s < p.l && p.reset[b * p.l + token(s)] ? 0.f : 1.f;
+            }
         }
-        constexpr int GROUPS = CPB / CH, ROWS = THREADS / GROUPS;
-        const int col = tid % GROUPS * CH;
+        // a thread has the same channels of every LN-th step
+        constexpr int ITEMS = K / LN, TOGETHER = ITEMS < 4 ? ITEMS : 4;
+        const int first = tid / (NW * NG), col = tid % (NW * NG) * CH;
         float bias[CH];
+        load_shared<CH>(smem + S::bias + col, bias);
+#pragma unroll 1
+        for (int it = 0; it < ITEMS; it += TOGETHER) {
+            float u[TOGETHER][CH], dt[TOGETHER][CH], z[TOGETHER][CH], g[TOGETHER][CH];
 #pragma unroll
-        for (int k = 0; k < CH; ++k) bias[k] = smem[S::bias + col + k];
-#pragma unroll
-        for (int t = tid / GROUPS; t < K; t += ROWS) {
-            const int i = t * CPB + col;
-            float u[CH], dt[CH], g[CH], pair[2 * CH];
-            read_channels<T, CH>(raw(c, 0) + i, u);
-            read_channels<T, CH>(raw(c, 1) + i, dt);
-            read_channels<T, CH>(raw(c, 3) + i, g);
-            bool there = c * K + t < p.l;
-            if (p.valid != nullptr) there = there && p.valid[b * p.l + token(c * K + t)];
-            if (p.z != nullptr) {
-                float z[CH];
-                read_channels<T, CH>(raw(c, 2) + i, z);
-#pragma unroll
-                for (int k = 0; k < CH; ++k) g[k] *= z[k] * sigmoid(z[k]);
+            for (int m = 0; m < TOGETHER; ++m) {
+                const int i = (first + (it + m) * LN) * CPB + col;
+                read_channels<T, CH>(raw(c, 0) + i, u[m]);
+                read_channels<T, CH>(raw(c, 1) + i, dt[m]);
+                read_channels<T, CH>(raw(c, 2) + i, z[m]);
+                read_channels<T, CH>(raw(c, 3) + i, g[m]);
             }
 #pragma unroll
-            for (int k = 0; k < CH; ++k) {
-                float x = dt[k] + bias[k];
-                x = p.softplus ? softplus<sizeof(T) == 2>(x) : x;
-                pair[2 * k] = there ? x : 0.f;
-                pair[2 * k + 1] = pair[2 * k] * u[k];
+            for (int m = 0; m < TOGETHER; ++m) {
+                const int i = (first + (it + m) * LN) * CPB + col;
+                float s[CH], pair[2 * CH];
+                sigmoids<CH>(z[m], s);
+#pragma unroll
+                for (int k = 0; k < CH; ++k) {
+                    // without a gate, z is whatever lies there
+                    g[m][k] *= p.z != nullptr ? z[m][k] * s[k] : 1.f;
+                    const float x = dt[m][k] + bias[k], soft = softplus<sizeof(T) == 2>(x);
+                    pair[2 * k] = p.softplus ? soft : x;
+                    pair[2 * k + 1] = pair[2 * k] * u[m][k];
+                }
+                store_shared<CH>(smem + S::gy + i, g[m]);
+                store_shared<2 * CH>(smem + S::pairs + i * 2, pair);
             }
-            store_shared<CH>(smem + S::gy + i, g);
-            store_shared<2 * CH>(smem + S::pairs + i * 2, pair);
+        }
+        if (p.valid == nullptr && (c + 1) * K <= p.l) return;
+#pragma unroll 1
+        for (int t = first; t < K; t += LN) {
+            const float none[2 * CH] = {};
+            if (!is_there(c * K + t)) store_shared<2 * CH>(smem + S::pairs + (t * CPB + col) * 2, none);
         }
     }
 
@@ -183,56 +214,53 @@ struct Backward {
     struct Back : Step {
         float C[NS], gy[CH];
     };
-    DEVICE Back read_back(int t) const {
+    DEVICE Back read_back(int c, int t) const {
         Back s;
-        static_cast<Step&>(s) = read_step(t);
-        read_bc(S::Cs, t, s.C);
+        static_cast<Step&>(s) = read_step(c, t);
+        read_bc(c, 1, t, s.C);
         load_shared<CH>(smem + S::gy + t * CPB + cg * CH, s.gy);
         return s;
     }
-    DEVICE Step read_step(int t) const {
+    DEVICE Step read_step(int c, int t) const {
         Step s;
         float pair[2 * CH];
         load_shared<2 * CH>(smem + S::pairs + (t * CPB + cg * CH) * 2, pair);
-        read_bc(S::Bs, t, s.B);
+        read_bc(c, 0, t, s.B);
 #pragma unroll
-        for (int c = 0; c < CH; ++c) s.dt[c] = pair[2 * c], s.x[c] = pair[2 * c + 1];
+        for (int k = 0; k < CH; ++k) s.dt[k] = pair[2 * k], s.x[k] = pair[2 * k + 1];
         return s;
     }
     DEVICE float decay(int t, float dt, float a2) const {
-        float a = exp2_fast(dt * a2);
+        float a = decay_of(dt, a2);
         if constexpr (FLAGS & RESET) a = smem[S::keep + t] == 0.f ? 0.f : a;
         return a;
     }
 
-    DEVICE void load_start(int c, float (&h)[CH][NS]) const {
-        const float* from = c == 0 ? p.h0 : p.saved;
-        const int64 row = c == 0 ? b : b * ((p.l + K - 1) / K) + c;
-#pragma unroll
-        for (int k = 0; k < CH; ++k) {
-            int ch = ch0 + cg * CH + k;
-            const float* at = from + (row * p.d + ch) * p.n + q * NS;
-#pragma unroll
-            for (int j = 0; j < NS; ++j) h[k][j] = from != nullptr && ch < ch_end && q * NS + j < p.n ? at[j] : 0.f;
-        }
-    }
-
     DEVICE float* kept_state(int sub) const { return smem + S::states + ((sub - 1) * THREADS + tid) * NS * CH; }
 
-    DEVICE void sweep(float (&h)[CH][NS], const float (&a2)[CH][NS]) const {
+    // the thread's states before the TS steps of `sub`
+    DEVICE void read_state(int c, int sub, float (&h)[CH][NS]) const {
+#pragma unroll
+        for (int k = 0; k < CH; ++k)
+            load_shared<NS>(sub > 0 ? kept_state(sub) + k * NS : start(c) + (cg * CH + k) * N + q * NS, h[k]);
+    }
+
+    DEVICE void sweep(int c, const float (&a2)[CH][NS]) const {
+        float h[CH][NS];
+        read_state(c, 0, h);
 #pragma unroll 1
         for (int sub = 1; sub < SUBS; ++sub) {
 #pragma unroll
             for (int i = 0; i < TS; ++i) {
                 int t = (sub - 1) * TS + i;
-                Step s = read_step(t);
+                Step s = read_step(c, t);
 #pragma unroll
-                for (int c = 0; c < CH; ++c)
+                for (int k = 0; k < CH; ++k)
 #pragma unroll
-                    for (int j = 0; j < NS; ++j) h[c][j] = fmaf(decay(t, s.dt[c], a2[c][j]), h[c][j], s.x[c] * s.B[j]);
+                    for (int j = 0; j < NS; ++j) h[k][j] = fmaf(decay(t, s.dt[k], a2[k][j]), h[k][j], s.x[k] * s.B[j]);
             }
 #pragma unroll
-            for (int c = 0; c < CH; ++c) store_shared<NS>(kept_state(sub) + c * NS, h[c]);
+            for (int k = 0; k < CH; ++k) store_shared<NS>(kept_state(sub) + k * NS, h[k]);
         }
     }
 
@@ -247,7 +275,7 @@ struct Backward {
     DEVICE Finished finish(int c, int first, int item, float (&gD)[CH], float (&gbias)[CH]) const {
         const float* part = smem + S::npart + warp * 3 * PT * CH * 32;
         const int i = item / NG, g = item % NG, at = finish_at(first, item), col = (warp * NG + g) * CH;
-        float sums[3][CH], u[CH], dt[CH], gy[CH], D[CH], bias[CH], pair[2 * CH];
+        float sums[3][CH], u[CH], dt[CH], z[CH], gout[CH], gy[CH], D[CH], bias[CH], pair[2 * CH];
         Finished f;
 #pragma unroll
         for (int k = 0; k < 3; ++k)
@@ -265,25 +293,22 @@ struct Backward {
         load_shared<CH>(smem + S::gy + at, gy);
         load_shared<CH>(smem + S::skip + col, D);
         load_shared<CH>(smem + S::bias + col, bias);
+        read_channels<T, CH>(raw(c, 2) + at, z);
+        read_channels<T, CH>(raw(c, 3) + at, gout);
         const bool valid = c * K + first + i < p.l && (p.valid == nullptr || smem[S::valid + first + i] != 0.f);
+        // without a gate, z is whatever lies there, and nobody reads its gradient
+        float x[2 * CH], s[2 * CH];
+#pragma unroll
+        for (int ch = 0; ch < CH; ++ch) x[ch] = z[ch], x[CH + ch] = dt[ch] + bias[ch];
+        sigmoids<2 * CH>(x, s);
 #pragma unroll
         for (int ch = 0; ch < CH; ++ch) {
+            const float g = fmaf(u[ch], sums[1][ch], sums[2][ch] * LN2), y = fmaf(D[ch], u[ch], sums[0][ch]);
             f.gu[ch] = fmaf(pair[2 * ch], sums[1][ch], D[ch] * gy[ch]);
-            float x = fmaf(u[ch], sums[1][ch], sums[2][ch] * LN2);
-            if (p.softplus) x *= sigmoid(dt[ch] + bias[ch]);
-            f.gdt[ch] = valid ? x : 0.f;
+            f.gdt[ch] = valid ? g * (p.softplus ? s[CH + ch] : 1.f) : 0.f;
+            f.gz[ch] = gout[ch] * y * s[ch] * fmaf(z[ch], 1.f - s[ch], 1.f);
             gD[ch] = fmaf(gy[ch], u[ch], gD[ch]);
             gbias[ch] += f.gdt[ch];
-        }
-        if (p.z != nullptr) {
-            float z[CH], gout[CH];
-            read_channels<T, CH>(raw(c, 2) + at, z);
-            read_channels<T, CH>(raw(c, 3) + at, gout);
-#pragma unroll
-            for (int ch = 0; ch < CH; ++ch) {
-                float s = sigmoid(z[ch]), y = fmaf(D[ch], u[ch], sums[0][ch]);
-                f.gz[ch] = gout[ch] * y * s * fmaf(z[ch], 1.f - s, 1.f);
-            }
         }
         return f;
     }
@@ -304,15 +329,13 @@ struct Backward {
         const float* from = smem + S::cpart + (((S::REUSE ? warp : 0) * PT + i) * 2 + kind) * 32 * NS + n / NS * NS + n % NS;
         const int swap = NG > 1 ? kind * LN * NS : 0;
 #pragma unroll
-        for (int j = 0; j < W; ++j) total[j] = 0.f;
-#pragma unroll
         for (int w = 0; w < (S::REUSE ? 1 : NW); ++w)
 #pragma unroll
             for (int g = 0; g < NG; ++g) {
                 float x[W];
                 load_shared<W>(from + w * PT * 2 * 32 * NS + g * LN * NS + (g % 2 ? -swap : swap), x);
 #pragma unroll
-                for (int j = 0; j < W; ++j) total[j] += x[j];
+                for (int j = 0; j < W; ++j) total[j] = w + g == 0 ? x[j] : total[j] + x[j];
             }
     }
 
@@ -387,31 +410,33 @@ struct Backward {
         float r[CH][NS], gA[CH][NS], gD[CH], gbias[CH];
     };
 
-    DEVICE void adjoint(int c, int sub, float (&h)[CH][NS], const float (&a2)[CH][NS], Sums& s) const {
-        float a[TS][CH][NS], g[TS][CH][NS];
+    DEVICE void adjoint(int c, int sub, const float (&a2)[CH][NS], Sums& s) const {
+        float a[TS][CH][NS], h[TS][CH][NS], before[CH][NS];
+        read_state(c, sub, before);
 #pragma unroll
         for (int i = 0; i < TS; ++i) {
-            Step in = read_step(sub * TS + i);
+            Step in = read_step(c, sub * TS + i);
 #pragma unroll
             for (int ch = 0; ch < CH; ++ch)
 #pragma unroll
                 for (int j = 0; j < NS; ++j) {
                     a[i][ch][j] = decay(sub * TS + i, in.dt[ch], a2[ch][j]);
-                    g[i][ch][j] = a[i][ch][j] * h[ch][j];
-                    h[ch][j] = fmaf(in.x[ch], in.B[j], g[i][ch][j]);
+                    h[i][ch][j] = fmaf(in.x[ch], in.B[j], a[i][ch][j] * (i > 0 ? h[i > 0 ? i - 1 : 0][ch][j] : before[ch][j]));
                 }
         }
         float* npart = smem + S::npart + warp * 3 * PT * CH * 32 + lane;
         float* cpart = smem + S::cpart + (warp * PT * 2 * 32 + lane) * NS;
         // the next step's inputs are read before this step's results are stored: the compiler may not exchange the two
-        Back in = read_back(sub * TS + TS - 1);
+        Back in = read_back(c, sub * TS + TS - 1);
 #pragma unroll
         for (int half = TS / PT - 1; half >= 0; --half) {
 #pragma unroll
             for (int k = PT - 1; k >= 0; --k) {
                 const int i = half * PT + k, t = sub * TS + i;
                 Back next;
-                if (i > 0) next = read_back(t - 1);
+                if (i > 0) next = read_back(c, t - 1);
+                // read again: there is no room for it among the registers
+                if (i == 0) read_state(c, sub, before);
                 float gB[NS], gC[NS];
 #pragma unroll
                 for (int j = 0; j < NS; ++j) gB[j] = gC[j] = 0.f;
@@ -420,15 +445,15 @@ struct Backward {
                     float y = 0.f, s1 = 0.f, s2 = 0.f;
 #pragma unroll
                     for (int j = 0; j < NS; ++j) {
-                        const float G = fmaf(in.C[j], in.gy[ch], s.r[ch][j]), now = fmaf(in.x[ch], in.B[j], g[i][ch][j]);
-                        const float w = G * g[i][ch][j];
-                        gC[j] = fmaf(now, in.gy[ch], gC[j]);
+                        const float G = fmaf(in.C[j], in.gy[ch], s.r[ch][j]);
+                        s.r[ch][j] = a[i][ch][j] * G;
+                        const float w = s.r[ch][j] * (i > 0 ? h[i > 0 ? i - 1 : 0][ch][j] : before[ch][j]);
+                        gC[j] = fmaf(h[i][ch][j], in.gy[ch], gC[j]);
                         gB[j] = fmaf(G, in.x[ch], gB[j]);
-                        y = fmaf(now, in.C[j], y);
+                        y = fmaf(h[i][ch][j], in.C[j], y);
                         s1 = fmaf(G, in.B[j], s1);
                         s2 = fmaf(w, a2[ch][j], s2);
                         s.gA[ch][j] = fmaf(w, in.dt[ch], s.gA[ch][j]);
-                        s.r[ch][j] = a[i][ch][j] * G;
                     }
                     npart[((0 * PT + k) * CH + ch) * 32] = y;
                     npart[((1 * PT + k) * CH + ch) * 32] = s1;
@@ -467,38 +492,19 @@ struct Backward {
         if (S::BUFFERS == 2) fetch_chunk(last);
 #pragma unroll 1
         for (int c = last; c >= first; --c) {
-            P w[BIT];
-            float h[CH][NS], start[CH][NS];
             if (S::BUFFERS == 1) {
                 __syncthreads();
                 fetch_chunk(c);
             }
-            load_bc(c, w);
-            load_start(c, start);
             copy_async_wait<0>();
             __syncthreads();
             if (S::BUFFERS == 2 && c > first) fetch_chunk(c - 1);
-            stage_bc(w);
+            if constexpr (S::CONVERT) stage_bc(c);
             stage(c);
             __syncthreads();
-#pragma unroll
-            for (int k = 0; k < CH; ++k)
-#pragma unroll
-                for (int j = 0; j < NS; ++j) h[k][j] = start[k][j];
-            sweep(h, a2);
+            sweep(c, a2);
 #pragma unroll 1
-            for (int sub = SUBS - 1; sub >= 0; --sub) {
-#pragma unroll
-                for (int k = 0; k < CH; ++k) {
-                    if (sub > 0) {
-                        load_shared<NS>(kept_state(sub) + k * NS, h[k]);
-                    } else {
-#pragma unroll
-                        for (int j = 0; j < NS; ++j) h[k][j] = start[k][j];
-                    }
-                }
-                adjoint(c, sub, h, a2, s);
-            }
+            for (int sub = SUBS - 1; sub >= 0; --sub) adjoint(c, sub, a2, s);
             __syncthreads();
             if constexpr (S::REUSE) sum_warps(c);
             store_chunk(c, 0, p.gu, p.gu_b, p.gu_l);
@@ -541,9 +547,9 @@ __global__ void __launch_bounds__(NW * 32, MIN_BLOCKS) scan_backward(const Backw
     SHARED_MEMORY(memory);
     using F = Backward<T, NS, LN, CH, NW, K, TS, FLAGS>;
     const int tiles_d = p.tiles_per_group * p.groups, tile_d = blockIdx.x % tiles_d;
-    const int64 rest = blockIdx.x / tiles_d;
+    const int rest = blockIdx.x / tiles_d;
     const int group = tile_d / p.tiles_per_group, per_group = p.d / p.groups, in_group = tile_d % p.tiles_per_group;
-    const int chunk = (int)(rest / p.batch), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int chunk = rest / p.batch, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     F f{p, reinterpret_cast<float*>(memory), group * per_group + in_group * F::CPB, (group + 1) * per_group, group, in_group, chunk,
         rest % p.batch, tid, warp, lane, lane % LN, warp * F::NG + lane / LN};
     const int from = chunk * p.chunk_len, to = p.l < from + p.chunk_len ? p.l : from + p.chunk_len;

@@ -93,7 +93,7 @@ struct Forward {
             y[c] = 0.f;
 #pragma unroll
             for (int j = 0; j < NS; ++j) {
-                float a = exp2_fast(dt * s.a2[c][j]);
+                float a = decay_of(dt, s.a2[c][j]);
                 if constexpr (FLAGS & RESET) a = in.keep == 0.f ? 0.f : a;
                 if constexpr (MODE == ADJOINT)
                     s.h[c][j] = a * fmaf(in.B[j], x, s.h[c][j]);
@@ -215,7 +215,7 @@ struct Forward {
         const int q = tid % LN, cg = tid / LN;
         Carry s;
         s.keep = 1.f;
-        const float* h0 = p.h0 == nullptr ? nullptr : p.h0 + (b * (MODE == FULL ? p.chunks : 1) + (MODE == FULL ? chunk : 0)) * p.d * p.n;
+        const float* h0 = MODE != FULL || p.h0 == nullptr ? nullptr : p.h0 + (b * p.chunks + chunk) * p.d * p.n;
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
             s.sum[c] = 0.f;
@@ -225,7 +225,7 @@ struct Forward {
                 bool ok = ch < ch_end && q * NS + j < p.n;
                 int64 at = (int64)ch * p.n + q * NS + j;
                 s.a2[c][j] = ok ? p.A[at] * LOG2E : 0.f;
-                s.h[c][j] = ok && h0 != nullptr && (MODE == FULL || p.chunks == 1) ? h0[at] : 0.f;
+                s.h[c][j] = ok && h0 != nullptr ? h0[at] : 0.f;
             }
         }
 #pragma unroll 1
@@ -260,16 +260,18 @@ struct Forward {
         }
     };
 
-    // Where a helper's vectors of a tensor lie: its first one, and how far it is from one of a tile to the next and from tile to tile.
+    // Where a helper's vectors of a tensor lie: its first one of a tile, how far it is from one to the next, and from tile to tile.  Tiles
+    // are visited in order, and `at` goes along.
     struct Source {
-        const T* at;
-        int64 next, tile;
+        const char* at;
+        int64 next, tile;  // bytes, or, on a walk, the stride of a token
     };
     DEVICE static int direction() { return MODE == ADJOINT ? -1 : 1; }
     DEVICE Source source(const void* x, int64 offset, int64 stride, int t, int64 col, int rows) const {
         const int64 down = stride * direction(), first = MODE == ADJOINT ? t0 + len - 1 : t0;
-        if constexpr (FLAGS & WALK) return {(const T*)x + offset + col, stride, 0};
-        return {(const T*)x + offset + first * stride + t * down + col, rows * down, TT * down};
+        constexpr int64 size = sizeof(T);
+        if constexpr (FLAGS & WALK) return {(const char*)x + (offset + col) * size, stride * size, 0};
+        return {(const char*)x + (offset + first * stride + t * down + col) * size, rows * down * size, TT * down * size};
     }
     struct Sources {
         Source wide[3], bc[2];  // u or gout, dt, z; B, C
@@ -283,38 +285,56 @@ struct Forward {
     }
 
     DEVICE const T* vector(const Source& x, int tile, int it, int t) const {
-        if constexpr (FLAGS & WALK) return x.at + (int64)token(tile * TT + t) * (int)x.next;
-        return x.at + tile * x.tile + it * x.next;
+        if constexpr (FLAGS & WALK) return (const T*)(x.at + (int64)token(tile * TT + t) * x.next);
+        return (const T*)(x.at + it * x.next);
     }
 
-    DEVICE void fetch_wide(char* to, const Source& x, int tile, int hid, int channels) const {
+    // WHOLE: every step and every channel of the tile is there, as in all tiles but a few
+    template <bool WHOLE>
+    DEVICE void fetch_wide(char* to, Source& x, int tile, int hid, int channels) const {
 #pragma unroll
         for (int it = 0; it < IT; ++it) {
-            Place at(hid, it, channels);
-            const int count = tile * TT + at.t < len ? at.count : 0;
-            if (TT * ROW % NH == 0 || at.t < TT)
-                P::template fetch<ALIGNED>(to + (hid + it * NH) * 16, count > 0 ? vector(x, tile, it, at.t) : (const T*)p.u, count);
+            const Place at(hid, it, channels);
+            if (TT * ROW % NH != 0 && at.t >= TT) continue;
+            const int count = WHOLE ? V : tile * TT + at.t < len ? at.count : 0;
+            P::template fetch<ALIGNED>(to + (hid + it * NH) * 16, count > 0 ? vector(x, tile, it, at.t) : (const T*)p.u, count);
         }
+        x.at += x.tile;
     }
 
-    DEVICE void fetch_bc(char* to, const Source& x, int tile, int hid) const {
+    template <bool WHOLE>
+    DEVICE void fetch_bc(char* to, Source& x, int tile, int hid) const {
 #pragma unroll
         for (int it = 0; it < BIT; ++it) {
-            const int v = hid + it * NH, t = v / BROW, count = tile * TT + t < len ? p.n - v % BROW * BV : 0;
-            if (v < TT * BROW) P::template fetch<ALIGNED && BV == V>(to + v * 16, count > 0 ? vector(x, tile, it, t) : (const T*)p.u, count);
+            const int v = hid + it * NH, t = v / BROW, count = WHOLE ? BV : tile * TT + t < len ? p.n - v % BROW * BV : 0;
+            if (TT * BROW % NH != 0 && v >= TT * BROW) continue;
+            P::template fetch<ALIGNED && BV == V>(to + v * 16, count > 0 ? vector(x, tile, it, t) : (const T*)p.u, count);
         }
+        x.at += x.tile;
     }
 
-    DEVICE void fetch(int tile, const Sources& x, int hid, int channels) const {
-        if (tile * TT < len) {
-            fetch_wide(raw_u(tile), x.wide[0], tile, hid, channels);
-            fetch_wide(raw_dt(tile), x.wide[1], tile, hid, channels);
-            fetch_bc(raw_bc(tile), x.bc[MODE == ADJOINT], tile, hid);
-            if (MODE == FULL) fetch_bc(raw_bc(tile) + S::bc_bytes / 2, x.bc[1], tile, hid);
-        }
+    template <bool WHOLE>
+    DEVICE void fetch_tile(int tile, Sources& x, int hid, int channels) const {
+        fetch_wide<WHOLE>(raw_u(tile), x.wide[0], tile, hid, channels);
+        fetch_wide<WHOLE>(raw_dt(tile), x.wide[1], tile, hid, channels);
+        fetch_bc<WHOLE>(raw_bc(tile), x.bc[MODE == ADJOINT], tile, hid);
+        if (MODE == FULL) fetch_bc<WHOLE>(raw_bc(tile) + S::bc_bytes / 2, x.bc[1], tile, hid);
+    }
+
+    DEVICE void fetch(int tile, Sources& x, int hid, int channels) const {
+        const bool wide = ALIGNED && channels >= CPB;
+        if ((tile + 1) * TT <= len && wide && p.n == N)
+            fetch_tile<true>(tile, x, hid, channels);
+        else if (tile * TT < len)
+            fetch_tile<false>(tile, x, hid, channels);
         // the adjoint takes z when it stages a tile, the forward when it finishes one
         const int gate = MODE == ADJOINT ? tile : tile - 2;
-        if (MODE != STATE && p.z != nullptr && gate >= 0 && gate * TT < len) fetch_wide(raw_z(gate), x.wide[2], gate, hid, channels);
+        if (MODE != STATE && p.z != nullptr && gate >= 0) {
+            if ((gate + 1) * TT <= len && wide)
+                fetch_wide<true>(raw_z(gate), x.wide[2], gate, hid, channels);
+            else if (gate * TT < len)
+                fetch_wide<false>(raw_z(gate), x.wide[2], gate, hid, channels);
+        }
         copy_async_commit();
     }
 
@@ -352,8 +372,9 @@ struct Forward {
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            dt[j] += bias[j];
-            if (p.softplus) dt[j] = softplus<sizeof(T) == 2>(dt[j]);
+            // chosen afterwards: a branch would keep one channel from going on while another waits
+            const float biased = dt[j] + bias[j], soft = softplus<sizeof(T) == 2>(biased);
+            dt[j] = p.softplus ? soft : biased;
         }
         if (p.valid != nullptr || (tile + 1) * TT > len) {
             const bool there = s < len && (p.valid == nullptr || p.valid[b * p.l + token(s)] != 0);
@@ -453,8 +474,8 @@ struct Forward {
             bias[j] = ch < ch_end && p.bias != nullptr ? p.bias[ch] : 0.f;
         }
         static_assert(NH % BROW == 0, "");
-        const Sources rows = sources(hid);
-        const Source out = source(p.out, b * p.out_b + ch0, p.out_l, hid / ROW, hid % ROW * V, NH / ROW);
+        Sources rows = sources(hid);
+        Source out = source(p.out, b * p.out_b + ch0, p.out_l, hid / ROW, hid % ROW * V, NH / ROW);
         fetch(0, rows, hid, channels);
 #pragma unroll 1
         for (int tile = -1; tile <= tiles; ++tile) {
@@ -470,6 +491,7 @@ struct Forward {
             if (MODE == FULL && tile > 0) {
 #pragma unroll
                 for (int it = 0; it < IT; ++it) finish(tile - 1, out, Place(hid, it, channels), it, hid + it * NH, skip, before[it]);
+                out.at += out.tile;
             }
             if (tile + 1 < tiles) {
 #pragma unroll
@@ -490,9 +512,9 @@ __global__ void __launch_bounds__(NC + NH, MIN_BLOCKS) scan_forward(const Forwar
     SHARED_MEMORY(memory);
     using F = Forward<T, NC, NS, LN, CH, TT, NH, K, MODE, FLAGS>;
     const int tiles_d = p.tiles_per_group * p.groups, tile_d = blockIdx.x % tiles_d;
-    const int64 rest = blockIdx.x / tiles_d;
-    const int group = tile_d / p.tiles_per_group, per_group = p.d / p.groups;
-    const int chunk = (int)(rest / p.batch);
+    const int rest = blockIdx.x / tiles_d, group = tile_d / p.tiles_per_group, per_group = p.d / p.groups;
+    // on the way back there is nothing before the first chunk that asks for its sums
+    const int chunk = rest / p.batch + (MODE == ADJOINT);
     const int t0 = chunk * p.chunk_len;
     F f{p, reinterpret_cast<float*>(memory), group * per_group + tile_d % p.tiles_per_group * F::CPB, (group + 1) * per_group, group,
         t0, p.l - t0 < p.chunk_len ? p.l - t0 : p.chunk_len, chunk, rest % p.batch};
@@ -521,7 +543,7 @@ __global__ void __launch_bounds__(256) scan_carry(const CarryParams p) {
         const int64 c = b * p.chunks + (p.reverse ? p.chunks - 1 - k : k);
         float* to = p.local + c * dn + at;
         const float* s = p.decay + (c * p.d + at / p.n) * 2;
-        float next = s[1] == 0.f ? 0.f : exp2_fast(s[0] * a2) * h;
+        float next = s[1] == 0.f ? 0.f : decay_of(s[0], a2) * h;
         next += *to;
         *to = h;
         h = next;
