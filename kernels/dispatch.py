@@ -35,13 +35,11 @@ class Backend:
         name: What ``backend=`` and ``HYBRIDZOO_BACKEND`` call it.
         summary: What it is, in a few words.
         refuse: Why it cannot do a call with these facts, or ``None`` if it can.
-        on_request: Why it is taken only when asked for by name, or ``None`` if it is chosen by itself.
     """
 
     name: str
     summary: str
     refuse: Callable[[Facts], str | None]
-    on_request: str | None = None
 
 
 def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
@@ -68,7 +66,7 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
         if not any(wish in other for other in TABLES.values()):
             raise BackendError(f"{ENV}={wish}: {_unknown(wish, sorted({n for t in TABLES.values() for n in t}))}")
     for candidate in table.values():
-        if candidate.on_request is None and candidate.refuse(facts) is None:
+        if candidate.refuse(facts) is None:
             return candidate
     reasons = "; ".join(f"{name}: {reason}" for name, _, reason in explain(op, **facts))
     raise BackendError(f"{op}: no backend can do this call. {reasons}.")
@@ -81,7 +79,7 @@ def explain(op: str, **facts: Any) -> list[tuple[str, bool, str]]:
     forced = wish if wish in table else None
     rows, taken = [], False
     for name, backend in table.items():
-        reason = backend.refuse(facts) or (backend.on_request if forced != name else None)
+        reason = backend.refuse(facts)
         if reason is None and forced not in (None, name):
             reason = f"{ENV}={forced} asks for another"
         elif reason is None and taken:
@@ -231,18 +229,8 @@ def _ops(*backends: Backend) -> dict[str, Backend]:
 _CUDA = Backend("cuda", "our kernels, compiled at first use", _cuda)
 _CUDA_SCAN = Backend("cuda", "our kernels, compiled at first use", cuda_ops.refuse)
 _CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse)
-_CUDA_UPDATE = Backend(
-    "cuda",
-    "our kernels, compiled at first use",
-    cuda_update.refuse,
-    on_request="the last form of our kernels for steps is still to be run on a GPU; ask for it with backend='cuda'",
-)
-_CUDA_WALK = Backend(
-    "cuda",
-    "our kernels walk over the tokens where they are",
-    cuda_ops.refuse,
-    on_request="the walk in our kernels is still to be run on a GPU; ask for it with backend='cuda'",
-)
+_CUDA_UPDATE = Backend("cuda", "our kernels, compiled at first use", cuda_update.refuse)
+_CUDA_WALK = Backend("cuda", "our kernels walk over the tokens where they are", cuda_ops.refuse)
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
 _REFERENCE = Backend("reference", "a loop over time, the definition", _never)
 

@@ -249,13 +249,3 @@ def test_kernels_import_no_optional_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     for name in ("mamba_ssm", "causal_conv1d", "flash_attn", "megablocks", "triton", "transformers"):
         assert f"'{name}'" not in done.stdout
-
-
-def test_a_backend_on_request_is_taken_only_by_name(monkeypatch):
-    tried = dispatch.Backend("tried", "new", lambda facts: None, on_request="not measured yet")
-    sure = dispatch.Backend("sure", "old", lambda facts: None)
-    monkeypatch.setitem(dispatch.TABLES, "moe", {"tried": tried, "sure": sure})
-    assert dispatch.choose("moe") is sure and dispatch.choose("moe", backend="tried") is tried
-    assert dispatch.explain("moe")[0] == ("tried", False, "not measured yet")
-    monkeypatch.setenv(dispatch.ENV, "tried")
-    assert dispatch.choose("moe") is tried and dispatch.explain("moe")[0] == ("tried", True, "new")
