@@ -2,15 +2,18 @@
 
 from .api import causal_conv1d, selective_scan, ssd
 from .dispatch import BackendError
+from .norm import branch_rms_norm, rms_norm
 from .seq import Seq
 from .update import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
 
 __all__ = [
     "BackendError",
     "Seq",
+    "branch_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "conv_ssd_update",
+    "rms_norm",
     "selective_scan",
     "selective_state_update",
     "ssd",

@@ -178,10 +178,16 @@ def backward(call: Call, gout: Tensor, strip: int | None = None) -> tuple[Tensor
     inputs = (x, weight, call.bias, call.state, call.doc)
     packed = params.pack(cut.tail, *inputs, None, gout, gx, gstate, part)
     nvrtc.launch("conv.cu", "conv_backward" + cut.arguments, packed, cut.blocks, THREADS, 0, device)
-    packed = params.pack(_sum_tail(cut.rows, k, d), part, gweight, gbias)
-    blocks = ceil_div((k + 1) * d, 32)
-    nvrtc.launch("conv.cu", f"conv_sum<{TYPES[weight.dtype]}>", packed, blocks, 256, 0, device)
+    add_up(part, gweight, gbias)
     return gx, gweight, gbias, gstate
+
+
+def add_up(part: Tensor, gweight: Tensor | None, gbias: Tensor) -> None:
+    """Sum (rows, k + 1, d) float32 over the rows, always in the same order, into (d, k) and (d), of one type."""
+    rows, k, d = part.shape[0], part.shape[1] - 1, part.shape[2]
+    packed = params.pack(_sum_tail(rows, k, d), part, gweight, gbias)
+    name = f"conv_sum<{TYPES[gbias.dtype]}>"
+    nvrtc.launch("conv.cu", name, packed, ceil_div((k + 1) * d, 32), 256, 0, part.device)
 
 
 @torch.library.custom_op("hybridzoo::causal_conv1d_cuda", mutates_args=())

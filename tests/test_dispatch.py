@@ -11,7 +11,7 @@ from hybridzoo.kernels import BackendError, causal_conv1d, dispatch, libraries, 
 from hybridzoo.kernels.dispatch import choose, explain
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16}
-OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update")
+OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update", "rms_norm")
 
 
 @pytest.fixture(autouse=True)

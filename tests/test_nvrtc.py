@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_conv, cuda_update, nvrtc
+from hybridzoo.kernels import cuda_conv, cuda_norm, cuda_update, nvrtc
 from hybridzoo.kernels.cuda_shapes import ADJOINT, BACKWARD, FORWARD, FULL, STATE
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'hybridzoo[cuda]'")
@@ -54,6 +54,11 @@ def state_step(types, k, n, one_A, aligned=(16, 16), b=64):
     return "update.cu", cuda_update._scan_launch(scan, 132)[1]
 
 
+def norm(types, d, backward, aligned=True):
+    name = "norm_backward" if backward else "norm_forward"
+    return "norm.cu", name + cuda_norm.plan(types, 16384, d, (d, d, d), aligned, 1e-5, 132, backward).arguments
+
+
 USUAL = [
     *(forward("bf16", 16, FULL, 0, i) for i in range(len(FORWARD[16]))),
     *(forward("bf16", 16, mode, 0) for mode in (STATE, ADJOINT)),
@@ -69,6 +74,9 @@ USUAL = [
     convolution(BF16, F32, 4, True, packed=True),
     convolution(BF16, F32, 8, True, packed=True, aligned=1),
     ("conv.cu", "conv_sum<bf16>"),
+    *(norm((F32, BF16, F32), d, backward) for d in (64, 768, 1024, 2560, 5120, 8192) for backward in (False, True)),
+    *(norm(types, 768, backward) for types in ((F32,) * 3, (BF16,) * 3, (F16,) * 3) for backward in (False, True)),
+    *(norm((F32,) * 3, d, True, aligned=False) for d in (767, 6144)),
     convolution_step((BF16,) * 3, 4),
     state_step((BF16,) * 3, 0, 16, False, b=256),
     state_step((BF16,) * 3, 0, 16, False, b=1),
@@ -95,6 +103,7 @@ def resources(source, name, arch):
         forward("bf16", 16, FULL, 0),
         backward("bf16", 16, 7),
         convolution(BF16, BF16, 4, False),
+        norm((F32, BF16, F32), 768, True),
         state_step((BF16,) * 3, 4, 128, True),
     ],
     ids=lambda k: k[1],
@@ -157,6 +166,25 @@ def test_every_instance_of_convolutions_and_steps_compiles(dtype, arch):
             for k, one_A in ((0, False), (0, True), *((k, True) for k in cuda_conv.WIDTHS))
             for aligned in ((16, 16), (16, 1))
         ),
+    }
+    spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
+    assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}
+
+
+@exhaustive
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_every_instance_of_the_norm_compiles(dtype, arch):
+    # one width for every number of threads in a row and of accesses in a thread
+    widths = {cuda_norm.plan((F32,) * 3, 1, d, (d,) * 3, True, 0.0, 1, True).arguments: d for d in range(4, 8193, 4)}
+    kernels = {
+        norm((dtype, out, wide), d, backward, aligned)
+        for out in (F32, BF16, F16)
+        for wide in (F32, dtype)
+        for d in widths.values()
+        for backward in (False, True)
+        for aligned in (False, True)
     }
     spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
     assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}

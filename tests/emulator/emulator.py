@@ -17,6 +17,8 @@ PARAMS = {
     "conv_forward": "ConvParams",
     "conv_backward": "ConvParams",
     "conv_sum": "ConvSumParams",
+    "norm_forward": "NormParams",
+    "norm_backward": "NormParams",
     "conv_update": "ConvUpdateParams",
     "state_update": "StateUpdateParams",
 }

@@ -1,0 +1,186 @@
+// RMSNorm in front of a residual branch, h = x / rms(x) * weight, and in the backward the addition of the gradient that goes past it.
+//
+// Memory-bound: a row is read once, kept in registers until its sum is known, and written once.  LANES threads share a row, thread t has
+// vectors t, t + LANES, ... of N elements.  Up to 32 of them meet by shuffles and no warp waits for another; more meet at a barrier of
+// their own.  Blocks stay and take row after row, so that the weight is read once (forward) and its gradient is summed in registers
+// (backward): one row of partial sums per block, added up by `conv_sum` in a fixed order.  The backward forms the sum of squares again:
+// it comes with the one that it needs anyway, and so nothing but x is kept for it.
+#include "vector.cuh"
+
+struct NormParams {
+    const void *x, *weight;        // (m, d); (d) or null
+    void* h;                       // (m, d)
+    const void *gh, *past;         // backward: gradients of h and of x as it goes past, (m, d); the latter may be null
+    void* gx;                      // (m, d)
+    float* part;                   // (blocks, d), or null where nobody asks for the gradient of the weight
+    int64 x_row, gh_row, past_row, m;
+    float eps;
+    int d, blocks;
+};
+
+constexpr int N = 4;
+template <int LANES>
+constexpr int threads = LANES > 256 ? LANES : 256;
+
+template <class X, class H, class W, int LANES, int V, int FLAGS>
+struct Rows {
+    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
+    static constexpr int THREADS = threads<LANES>, GROUPS = THREADS / LANES, WARPS = LANES > 32 ? LANES / 32 : 1;
+    using VX = Vec<X, N>;
+    using VH = Vec<H, N>;
+
+    const NormParams& p;
+    float* slots;  // two times, for rows in turns, two sums of each warp
+    const int lane, group;
+    int turn = 0;
+
+    DEVICE Rows(const NormParams& p, float* slots)
+        : p(p), slots(slots), lane(threadIdx.x % LANES), group(threadIdx.x / LANES) {}
+
+    DEVICE int channel(int v) const { return (v * LANES + lane) * N; }
+
+    template <class T>
+    DEVICE void load(const void* from, int64 stride, int64 row, Vec<T, N> (&to)[V]) const {
+        const bool there = from != nullptr && row < p.m;
+        const T* at = (const T*)from + (there ? row * stride : 0);
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            to[v] = Vec<T, N>::template load<ALIGNED>(at + channel(v), there ? p.d - channel(v) : 0);
+    }
+    template <class T>
+    DEVICE void store(void* to, int64 row, int v, const float (&x)[N]) const {
+        T* at = (T*)to + row * p.d + channel(v);
+        Vec<T, N>::pack(x).template store<ALIGNED>(at, row < p.m ? p.d - channel(v) : 0);
+    }
+    DEVICE void weight(int v, float (&w)[N]) const {
+        if (p.weight == nullptr) {
+#pragma unroll
+            for (int c = 0; c < N; ++c) w[c] = 1.f;
+            return;
+        }
+        Vec<W, N>::template load<ALIGNED>((const W*)p.weight + channel(v), p.d - channel(v)).unpack(w);
+    }
+
+    // over the threads of a row, in the same order for all of them; slots of this turn are free again when the next turn's are full
+    template <int K>
+    DEVICE void add_up(float (&sums)[K]) {
+#pragma unroll
+        for (int mask = 1; mask < (LANES < 32 ? LANES : 32); mask *= 2)
+#pragma unroll
+            for (int k = 0; k < K; ++k) sums[k] += __shfl_xor_sync(~0u, sums[k], mask);
+        if constexpr (WARPS > 1) {
+            float* own = slots + (turn * GROUPS + group) * WARPS * K;
+            turn ^= 1;
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                if (lane % 32 == 0) own[lane / 32 * K + k] = sums[k];
+            barrier_wait(1 + group, LANES);
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                sums[k] = 0.f;
+#pragma unroll
+                for (int i = 0; i < WARPS; ++i) sums[k] += own[i * K + k];
+            }
+        }
+    }
+
+    // 1 / rms, of a row that is there
+    DEVICE float reciprocal_rms(float squares, int64 row) const {
+        return row < p.m ? 1.f / sqrtf(squares / (float)p.d + p.eps) : 0.f;
+    }
+};
+
+template <class X, class H, class W, int LANES, int V, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_forward(const NormParams p) {
+    using R = Rows<X, H, W, LANES, V, FLAGS>;
+    SHARED_ARRAY(float, slots, 2 * R::GROUPS * R::WARPS);
+    R f(p, slots);
+    float w[V][N];
+#pragma unroll
+    for (int v = 0; v < V; ++v) f.weight(v, w[v]);
+#pragma unroll 1
+    for (int64 first = blockIdx.x * (int64)R::GROUPS; first < p.m; first += p.blocks * (int64)R::GROUPS) {
+        const int64 row = first + f.group;
+        typename R::VX xs[V];
+        f.load(p.x, p.x_row, row, xs);
+        float sums[1] = {0.f};
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            float x[N];
+            xs[v].unpack(x);
+#pragma unroll
+            for (int c = 0; c < N; ++c) sums[0] = fmaf(x[c], x[c], sums[0]);
+        }
+        f.add_up(sums);
+        const float r = f.reciprocal_rms(sums[0], row);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            float x[N];
+            xs[v].unpack(x);
+#pragma unroll
+            for (int c = 0; c < N; ++c) x[c] = x[c] * r * w[v][c];
+            f.template store<H>(p.h, row, v, x);
+        }
+    }
+}
+
+template <class X, class H, class W, int LANES, int V, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_backward(const NormParams p) {
+    using R = Rows<X, H, W, LANES, V, FLAGS>;
+    SHARED_ARRAY(float, slots, 4 * R::GROUPS * R::WARPS);
+    SHARED_ARRAY(float, shared, R::GROUPS > 1 ? R::THREADS * V * N : 1);
+    R f(p, slots);
+    float gw[V][N] = {};
+#pragma unroll 1
+    for (int64 first = blockIdx.x * (int64)R::GROUPS; first < p.m; first += p.blocks * (int64)R::GROUPS) {
+        const int64 row = first + f.group;
+        typename R::VX xs[V], past[V];
+        typename R::VH gs[V];
+        f.load(p.x, p.x_row, row, xs);
+        f.load(p.gh, p.gh_row, row, gs);
+        f.load(p.past, p.past_row, row, past);
+        float sums[2] = {0.f, 0.f};  // of x^2, and of x times the gradient of x / rms(x)
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            float x[N], g[N], w[N];
+            xs[v].unpack(x), gs[v].unpack(g), f.weight(v, w);
+#pragma unroll
+            for (int c = 0; c < N; ++c) {
+                sums[0] = fmaf(x[c], x[c], sums[0]);
+                sums[1] = fmaf(x[c], g[c] * w[c], sums[1]);
+            }
+        }
+        f.add_up(sums);
+        const float r = f.reciprocal_rms(sums[0], row), along = sums[1] / (float)p.d * r * r;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            float x[N], g[N], w[N], gx[N];
+            xs[v].unpack(x), gs[v].unpack(g), past[v].unpack(gx), f.weight(v, w);
+#pragma unroll
+            for (int c = 0; c < N; ++c) {
+                gx[c] = fmaf(r, fmaf(-along, x[c], g[c] * w[c]), gx[c]);
+                gw[v][c] = fmaf(g[c], x[c] * r, gw[v][c]);
+            }
+            f.template store<X>(p.gx, row, v, gx);
+        }
+    }
+    if (p.part == nullptr) return;
+    float* part = p.part + blockIdx.x * (int64)p.d;
+    if constexpr (R::GROUPS > 1) {
+        constexpr int wide = LANES * V * N;
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+#pragma unroll
+            for (int c = 0; c < N; ++c) shared[f.group * wide + f.channel(v) + c] = gw[v][c];
+        __syncthreads();
+        for (int at = threadIdx.x; at < p.d; at += R::THREADS) {
+            float sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < R::GROUPS; ++i) sum += shared[i * wide + at];
+            part[at] = sum;
+        }
+    } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) Vec<float, N>::pack(gw[v]).template store<R::ALIGNED>(part + f.channel(v), p.d - f.channel(v));
+    }
+}

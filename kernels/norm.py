@@ -1,0 +1,66 @@
+"""The norm in front of a residual branch: ``h = x / rms(x) * weight`` goes into the branch, x goes past it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, cuda_norm
+from .dispatch import choose
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | None = None, *, backend: str | None = None
+) -> Tensor:
+    """The first result of :func:`branch_rms_norm`; the same arguments."""
+    return branch_rms_norm(x, weight, eps, dtype, backend=backend)[0]
+
+
+def branch_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension (arXiv:1910.07467), and the input to go on with.
+
+    Whoever adds the branch's output to the x that is returned, instead of to the x that was given, saves a pass over its
+    gradient: the backward of the norm adds what comes past the branch to what comes through it.
+
+    Args:
+        x: ``(..., d)``. Statistics are in float32 at least, whatever its dtype.
+        weight: ``(d,)``, a factor of each channel, or ``None``.
+        eps: Added to the mean square.
+        dtype: Of the first result; x's by default.
+        backend: ``"cuda"`` or ``"torch"``; chosen automatically if absent (:mod:`hybridzoo.kernels.dispatch`).
+
+    Returns:
+        The norm ``(..., d)`` in ``dtype``, and x, not copied.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+        BackendError: The backend asked for cannot do this call.
+    """
+    dtype = dtype or x.dtype
+    _check(x, weight)
+    # of the weight's dtype only that it can be read
+    dtypes = (dtype,) if weight is None else (dtype, weight.dtype)
+    facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "dtypes": dtypes, "d": x.shape[-1]}
+    return _NORMS[choose("rms_norm", backend=backend, **facts).name](x, weight, eps, dtype)
+
+
+def _check(x: Tensor, weight: Tensor | None) -> None:
+    where = "rms_norm"
+    if x.dim() == 0:
+        raise ValueError(f"{where}: x has no dimensions, expected (..., d).")
+    checks.floating(where, "x", x, x.dim(), "(..., d)")
+    checks.shape(where, "weight", weight, (x.shape[-1],), "(d,)")
+    checks.same_device(where, "x", x, weight=weight)
+
+
+def _torch(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # torch computes this in float32 for half inputs, but wants one dtype
+    weight = None if weight is None else weight.to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype), x
+
+
+_NORMS: dict[str, Callable] = {"cuda": cuda_norm.branch_rms_norm, "torch": _torch}

@@ -1,0 +1,205 @@
+"""The CUDA RMSNorm, run on the CPU thread by thread (tests/emulator), against float64: numbers, not speed."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybridzoo.kernels import cuda_norm
+from hybridzoo.kernels.cuda_norm import backward, branch_rms_norm, forward, plan
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (F32, BF16, F16)
+EPS = 1e-5
+pytestmark = [
+    pytest.mark.usefixtures("emulated"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+]
+
+
+def operands(shape, x=F32, h=F32, weight=F32, past=True):
+    """Input, weight, and the gradients of the output and of what goes past it."""
+    gains = None if weight is None else torch.randn(shape[-1]).to(weight)
+    return torch.randn(shape).to(x), gains, torch.randn(shape).to(h), torch.randn(shape).to(x) if past else None
+
+
+def exact(x, weight, gh, past):
+    """Output and gradients in float64."""
+    leaves = [m.double().requires_grad_() for m in (x, weight) if m is not None]
+    h = F.rms_norm(leaves[0], x.shape[-1:], leaves[1] if weight is not None else None, EPS)
+    gx, *gweight = torch.autograd.grad(h, leaves, gh.double())
+    return h, gx if past is None else gx + past.double(), *gweight
+
+
+def poisoned():
+    # what the allocator hands out next, in the sizes of these tests
+    for size in (1 << n for n in range(6, 20)):
+        torch.full((size,), float("nan"))
+
+
+def compare(x, weight, gh, past):
+    poisoned()
+    got = forward(x, weight, EPS, gh.dtype), *backward(x, weight, EPS, gh, past, True)
+    wants = exact(x, weight, gh, past)
+    assert [m.dtype for m in got if m is not None] == [m.dtype for m in (gh, x, weight) if m is not None]
+    for a, b in zip(got, wants, strict=False):
+        # half a unit in the last place, and what float32 adds
+        largest = {F32: 0.0, BF16: 2**-8, F16: 2**-11}[a.dtype]
+        assert a.shape == b.shape
+        assert (a.double() - b).norm() <= (largest + 1e-6) * b.norm() + 1e-7, (
+            a.dtype,
+            (a.double() - b).norm() / b.norm(),
+        )
+
+
+@pytest.mark.parametrize("d", [1, 3, 8, 24, 768, 1000, 1024, 2560, 5120, 8192])
+def test_every_width_of_a_row(d):
+    compare(*operands((7, d)))
+
+
+@pytest.mark.parametrize("types", list(itertools.product(DTYPES, DTYPES, (*DTYPES, None))), ids=str)
+def test_every_combination_of_types(types):
+    compare(*operands((2, 5, 24), *types))
+    compare(*operands((2, 19), *types, past=False))
+
+
+@pytest.mark.parametrize("d", [768, 1000, 2560])
+def test_half_precision_is_no_further_from_the_truth_than_twice_torchs_own(d):
+    x, weight, gh, past = operands((9, d), BF16, BF16, BF16)
+    got = forward(x, weight, EPS, BF16), *backward(x, weight, EPS, gh, past, True)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    own = F.rms_norm(leaves[0], (d,), leaves[1], EPS)
+    gx, gweight = torch.autograd.grad(own, leaves, gh)
+    for a, b, want in zip(got, (own, gx + past, gweight), exact(x, weight, gh, past), strict=True):
+        error, theirs = ((m.double() - want).norm() / want.norm() for m in (a, b))
+        assert error <= 2 * theirs, (error.item(), theirs.item())
+
+
+@pytest.mark.parametrize(("d", "m"), [(20, 300), (768, 30), (2048, 19), (2049, 5), (4096, 5), (6148, 4)])
+def test_blocks_go_on_to_further_rows(d, m, monkeypatch):
+    # one multiprocessor: two blocks or three take all the rows, and the last turn is not full
+    monkeypatch.setattr(cuda_norm, "processors", lambda device: 1)
+    inputs = operands((m, d), F32, BF16)
+    compare(*inputs)
+    first, again = (backward(*inputs[:2], EPS, *inputs[2:], True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_rows_are_read_where_they_lie():
+    x, weight, gh, past = operands((2, 5, 24))
+    wide = torch.randn(2, 5, 60)
+    for first in (8, 10):  # 16- and 8-byte borders
+        x = wide[..., first : first + 24]
+        rows, stride = cuda_norm._rows(x, F32, 10, 24)
+        assert rows.data_ptr() == x.data_ptr() and stride == 60
+        compare(x, weight, gh, past)
+    compare(x, torch.randn(48)[::2], gh, past)
+    # heads cut from a projection, channels that are not neighbours, gradients of stride zero
+    heads = torch.randn(2, 5, 6, 24)
+    gh, past = torch.randn(()).expand(2, 5, 24), torch.randn(24).expand(2, 5, 24)
+    compare(heads[:, :, 2], weight, gh, past)
+    compare(torch.randn(24, 5, 2).transpose(0, 2), weight, gh, past)
+    compare(torch.randn(3, 2)[:, 1:], torch.ones(1), torch.randn(3, 1), torch.randn(3, 1))
+
+
+def test_large_small_and_broken_rows():
+    x = torch.stack(
+        [torch.full((40,), 3e15), torch.full((40,), 1e-3), torch.zeros(40), torch.full((40,), float("nan"))]
+    )
+    h = forward(x, None, EPS, F32)
+    torch.testing.assert_close(h, F.rms_norm(x, (40,), None, EPS), equal_nan=True)
+    gx, _ = backward(x, None, EPS, torch.ones_like(x), None, False)
+    assert gx[:3].isfinite().all() and gx[3].isnan().all()
+
+
+def test_no_rows():
+    x, weight, gh, past = operands((2, 0, 24), BF16)
+    assert forward(x, weight, EPS, F32).shape == (2, 0, 24)
+    gx, gweight = backward(x, weight, EPS, gh, past, True)
+    assert gx.shape == x.shape and not gweight.any()
+
+
+def test_both_gradients_of_the_input_meet_in_the_norm():
+    x, weight, gh, past = operands((3, 4, 24), F32, BF16)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    h, same = branch_rms_norm(x, weight, EPS, BF16)
+    assert same.data_ptr() == x.data_ptr() and h.dtype == BF16
+    assert h.grad_fn is same.grad_fn
+    got = torch.autograd.grad((h, same), leaves, (gh, past), retain_graph=True)
+    for a, b in zip(got, exact(x.detach(), weight.detach(), gh, past)[1:], strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    # one of the two alone
+    torch.testing.assert_close(torch.autograd.grad(same, x, past, retain_graph=True)[0], past)
+    (alone,) = torch.autograd.grad(h, x, gh, retain_graph=True)
+    torch.testing.assert_close(alone.double(), exact(x.detach(), weight.detach(), gh, None)[1], atol=1e-5, rtol=1e-5)
+    # a derivative of the backward is an error and not a zero
+    (once,) = torch.autograd.grad(h.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+
+
+def test_what_needs_no_gradient_gets_none():
+    x, weight, gh, past = operands((3, 24))
+    h, same = branch_rms_norm(x, weight.requires_grad_(), EPS, F32)
+    assert same is x and h.requires_grad
+    (gweight,) = torch.autograd.grad(h, weight, gh)
+    torch.testing.assert_close(gweight.double(), exact(x, weight.detach(), gh, None)[2], atol=1e-5, rtol=1e-5)
+    h, same = branch_rms_norm(x.requires_grad_(), weight.detach(), EPS, F32)
+    (gx,) = torch.autograd.grad((h, same), x, (gh, past))
+    torch.testing.assert_close(gx.double(), exact(x.detach(), weight.detach(), gh, past)[1], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert branch_rms_norm(x, weight, EPS, F32)[1] is x
+
+
+def test_only_the_input_and_the_weight_are_kept():
+    x, weight, _, _ = operands((3, 24))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda m: kept.append(m) or m, lambda m: m):
+        branch_rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS, BF16)
+    assert [m.data_ptr() for m in kept] == [x.data_ptr(), weight.data_ptr()]
+
+
+def test_ops_are_registered_as_torch_wants_them():
+    x, weight, gh, _ = operands((2, 5, 24), F32, BF16)
+    x.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(torch.ops.hybridzoo.rms_norm_cuda, (x, weight, EPS, BF16))
+    torch.library.opcheck(torch.ops.hybridzoo.rms_norm_cuda, (x, None, EPS, F32))
+    h = torch.ops.hybridzoo.rms_norm_cuda(x, weight, EPS, BF16)
+    got = torch.autograd.grad(h, (x, weight), gh)
+    for a, b in zip(got, exact(x.detach(), weight.detach(), gh, None)[1:], strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_compiles_without_graph_breaks():
+    x, weight, gh, past = operands((2, 5, 24), F32, BF16)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+
+    def both(x):
+        h, same = branch_rms_norm(x, weight, EPS, BF16)
+        return (h * gh).sum() + (same * past).sum()
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(x), leaves) for f in (both, compiled)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("d", "backward", "lanes", "vectors", "blocks"),
+    [
+        (1, False, 8, 1, 396),
+        (64, False, 8, 2, 396),
+        (768, False, 32, 6, 396),
+        (768, True, 32, 6, 264),
+        (1024, True, 64, 4, 264),
+        (2560, True, 128, 5, 264),
+        (5120, True, 256, 5, 264),
+        (8192, False, 512, 4, 264),
+        (8192, True, 512, 4, 132),
+    ],
+)
+def test_how_rows_are_cut(d, backward, lanes, vectors, blocks):
+    cut = plan((F32, BF16, F32), 1 << 15, d, (d, d, d), True, EPS, 132, backward)
+    assert cut.arguments.startswith(f"<float, bf16, float, {lanes}, {vectors}, {0 if d % 4 == 0 else 4}, ")
+    assert cut.blocks == blocks and lanes * vectors * 4 >= d
