@@ -116,6 +116,7 @@ class Attention(Mixer):
         self.rotary_dim = self.headdim if rotary_dim is None else rotary_dim
         self.window, self.softmax_scale, self.d_conv = window, softmax_scale, d_conv
         self.in_multiplier, self.key_multiplier, self.out_multiplier = in_multiplier, key_multiplier, out_multiplier
+        self.rounds_input = in_multiplier == 1
 
         heads = (nheads, self.nheads_kv, self.nheads_kv)
         d_qkv, d_in = sum(heads) * self.headdim, d_in or d_model

@@ -86,11 +86,14 @@ class Mixer(nn.Module):
         fp32_parameters: Dotted names, inside the mixer, of parameters that stay float32 when it is cast to half precision (decay
             rates, step biases). By name and not by a mark on the tensor: loaders and wrappers replace tensors.
         no_decay_parameters: Dotted names of parameters that weight decay must not touch; ``zoo.param_groups`` honours them.
+        rounds_input: Whether nothing but linear layers reads the input. Under autocast they round it, so whoever makes it may hand it
+            over rounded; a mixer that scales or routes by it first gets it in its parameters' dtype.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"state", "packing", "padding"})
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
     no_decay_parameters: ClassVar[tuple[str, ...]] = ()
+    rounds_input: bool = False
 
     def forward(
         self,

@@ -57,6 +57,15 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(acc_dtype(x.dtype))
 
 
+def dtype_read(weight: Tensor) -> torch.dtype:
+    """The dtype in which linear layers read their inputs where a parameter like ``weight`` is: autocast's, or the parameter's."""
+    device = weight.device.type
+    # as autocast itself, which leaves float64 alone
+    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def scaled(x: Tensor, factor: float) -> Tensor:
     """``factor * x``; the usual factor of 1 costs nothing."""
     return x if factor == 1 else x * factor

@@ -82,6 +82,7 @@ class Mamba(Mixer):
 
     fp32_parameters = ("A_log", "D", "dt_proj.bias")
     no_decay_parameters = ("A_log", "D", "dt_proj.bias")
+    rounds_input = True
 
     def __init__(
         self,

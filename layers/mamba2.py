@@ -136,6 +136,7 @@ class Mamba2(Mixer):
         self.A_init_range, self.dt_range = tuple(A_init_range), (dt_min, dt_max, dt_init_floor)
         self.dt_limit, self.chunk_size, self.D_has_hdim = tuple(dt_limit), chunk_size, D_has_hdim
         self.in_multiplier, self.multipliers, self.out_multiplier = in_multiplier, tuple(multipliers), out_multiplier
+        self.rounds_input = in_multiplier == 1
         check(
             len(self.multipliers) == 5, "multipliers", f"{len(self.multipliers)} numbers. Give 5, for z, x, B, C, dt."
         )

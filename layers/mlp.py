@@ -52,6 +52,8 @@ class MLP(Mixer):
         OptionError: An option cannot work.
     """
 
+    rounds_input = True
+
     def __init__(
         self,
         d_model: int,

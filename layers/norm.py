@@ -1,6 +1,7 @@
 """Normalisation by the root mean square (RMSNorm, arXiv:1910.07467), plain and gated (Mamba-2, arXiv:2405.21060 §6.2).
 
-Statistics are in float32 at least, whatever the input; the output has the input's dtype, also under autocast.
+Statistics are in float32 at least, whatever the input; the output has the input's dtype, also under autocast, unless another is asked
+for.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import branch_rms_norm
 from .common import upcast
 
 __all__ = ["GatedRMSNorm", "RMSNorm", "make_norm"]
@@ -39,11 +41,16 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(..., d)``."""
-        # torch computes this in float32 for half inputs, but wants one dtype
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, (self.d,), weight, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, *, branch: bool = False) -> Any:
+        """Normalise ``(..., d)``.
+
+        Args:
+            x: ``(..., d)``.
+            dtype: Of the output; x's by default.
+            branch: Also return x, to go on with past whatever the output goes into (:func:`hybridzoo.kernels.branch_rms_norm`).
+        """
+        h, x = branch_rms_norm(x, self.weight, self.eps, dtype)
+        return (h, x) if branch else h
 
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""
@@ -103,9 +110,11 @@ class GatedRMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm, for inputs of another precision than the weights: a float32 residual stream in a half-precision model."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(..., d)``, in ``x``'s dtype."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, *, branch: bool = False) -> Any:
+        """As :meth:`RMSNorm.forward`."""
+        h = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        h = h.to(dtype or x.dtype)
+        return (h, x) if branch else h
 
 
 def make_norm(type: str, d: int, eps: float, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:

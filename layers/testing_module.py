@@ -186,7 +186,7 @@ def _rounded(value: Any) -> Any:
 
 @promise
 def autocast(case: Case) -> None:
-    """Under autocast, forward, backward, prefill and steps work and are near the float32 results."""
+    """Under autocast, forward, backward, prefill and steps work and are near the float32 results; ``rounds_input`` is true."""
     mixer, x = case.build(torch.float32), case.x(2, 9, dtype=torch.float32)
     want = mixer(x)
     with torch.autocast(case.device, dtype=torch.bfloat16):
@@ -196,6 +196,8 @@ def autocast(case: Case) -> None:
             ys.append(("steps", decode(mixer, x, mixer.init_state(2, 9))))
             state = state_at(mixer, x[:, :4])
             ys.append(("steps after a prefill", torch.cat([y[:, :4], decode(mixer, x[:, 4:], state)], 1)))
+        if mixer.rounds_input:
+            ensure(torch.equal(mixer(x.bfloat16()), y), "rounds_input: a rounded input gives another output")
     y.float().square().sum().backward()
     for what, got in ys:
         error = ((got.float() - want).norm() / want.norm()).item()

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybridzoo.kernels import cuda_norm
+import hybridzoo as zoo
+from hybridzoo.kernels import cuda_norm, dispatch
 from hybridzoo.kernels.cuda_norm import backward, branch_rms_norm, forward, plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -183,6 +184,33 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(*(torch.autograd.grad(f(x), leaves) for f in (both, compiled)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_is_what_it_is_on_torchs_operations(autocast, checkpointed, monkeypatch):
+    mixers = {"mamba": {"d_state": 4}, "mlp": {"d_intermediate": 24}, "moe": {"d_intermediate": 24, "num_experts": 4}}
+    model = zoo.build({"vocab_size": 64, "d_model": 16, "layers": "mamba mlp moe", "mixers": mixers}).train()
+    model.gradient_checkpointing_enable(checkpointed)
+    ids = torch.randint(0, 64, (2, 9))
+
+    def run():
+        model.zero_grad()
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    want, launched = run(), []
+    monkeypatch.setitem(dispatch.TABLES["rms_norm"], "cuda", dispatch.Backend("cuda", "emulated", lambda facts: None))
+    for name in ("forward", "backward"):
+        real = getattr(cuda_norm, name)
+        monkeypatch.setattr(cuda_norm, name, lambda *a, name=name, real=real: launched.append(name) or real(*a))
+    got = run()
+    assert launched.count("backward") == 4 and launched.count("forward") == (7 if checkpointed else 4)
+    for a, b in zip(got, want, strict=True):
+        error = (a - b).norm() / b.norm().clamp_min(1e-30)
+        assert error <= (0.03 if autocast else 1e-5), error.item()
 
 
 @pytest.mark.parametrize(

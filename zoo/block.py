@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..layers.adapter import Adapter
 from ..layers.base import Mixer, Seq
-from ..layers.common import linear, reset_linear, scaled
+from ..layers.common import dtype_read, linear, reset_linear, scaled
 from ..layers.norm import make_norm
 from .layout import BlockSpec
 from .registry import build_mixer
@@ -22,6 +22,7 @@ class Parallel(Mixer):
         super().__init__()
         self.branches = nn.ModuleList(branches)
         self.capabilities = frozenset.intersection(*(m.capabilities for m in branches))  # type: ignore[misc]
+        self.rounds_input = all(m.rounds_input for m in branches)
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -87,6 +88,8 @@ class Block(nn.Module):
             for _, part, where in spec.parts
         ]
         self.mixer = mixers[0] if len(mixers) == 1 else Parallel(mixers)
+        # kept here, because an adapter (PEFT) may stand in the mixer's place
+        self.rounds_input = self.mixer.rounds_input
 
     def forward(
         self,
@@ -112,7 +115,7 @@ class Block(nn.Module):
             dict is made here and not handed in, so that recomputing a checkpointed block does not fill it twice.
         """
         aux: dict[str, list] = {}
-        h = self._normed(x, embedding, side)
+        h, x = self._normed(x, embedding, side)
         if return_state:
             y, state = self.mixer(h, state, seq, aux, return_state=True)
         else:
@@ -124,22 +127,26 @@ class Block(nn.Module):
         self, x: Tensor, state: Any, embedding: Tensor, side: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """One token per row, ``(b, d)``, to the new residual and side streams; ``state`` is updated in place."""
-        return self._written(x, side, self.mixer.step(self._normed(x, embedding, side), state))
+        h, x = self._normed(x, embedding, side)
+        return self._written(x, side, self.mixer.step(h, state))
 
     def flops(self, seq_len: int) -> int:
         """As :meth:`Mixer.flops`, for the mixer and what leads to it."""
         return self.mixer.flops(seq_len) + (0 if self.side_proj is None else 2 * self.side_proj.weight.numel())
 
-    def _normed(self, x: Tensor, embedding: Tensor, side: Any) -> Tensor:
+    def _normed(self, x: Tensor, embedding: Tensor, side: Any) -> tuple[Tensor, Tensor]:
+        """What the mixer reads, and the residual stream to go on with."""
+        read = x
         if self.reads == "residual_and_embedding":
-            x = torch.cat([x, embedding], dim=-1)
+            read = torch.cat([x, embedding], dim=-1)
         elif self.reads == "side":
-            x = side
+            read = side
         elif self.side_proj is not None:
-            x = x + self.side_proj(side)
-        # a float32 residual stream meets half-precision weights here; under autocast both are float32
-        h = self.norm(x)
-        return h.to(self.norm.weight.dtype)
+            read = x + self.side_proj(side)
+        # a float32 residual stream meets half-precision weights, or autocast, here
+        weight: Any = self.norm.weight
+        h, past = self.norm(read, dtype_read(weight) if self.rounds_input else weight.dtype, branch=True)
+        return h, past if read is x else x
 
     def _written(self, x: Tensor, side: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.writes == "side":

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers.adapter import Adapter
 from ..layers.base import Seq
-from ..layers.common import scaled
+from ..layers.common import dtype_read, scaled
 from ..layers.norm import make_norm
 from .block import Block, share
 from .config import block_specs, validate
@@ -127,9 +127,11 @@ class Backbone(nn.Module):
         return self._final(x)
 
     def _final(self, x: Tensor) -> Tensor:
+        weight: Any = self.norm_f.weight
+        if self.logits_multiplier == 1:
+            return self.norm_f(x, dtype_read(weight))
         # the head is linear, so the factor may stand in front of it, where it is d and not v multiplications
-        hidden: Any = scaled(self.norm_f(x), self.logits_multiplier)
-        return hidden.to(self.norm_f.weight.dtype)
+        return (self.norm_f(x) * self.logits_multiplier).to(weight.dtype)
 
 
 class CausalLM(nn.Module):
