@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels import causal_conv1d, causal_conv1d_update
 from .base import Seq
+from .recompute import repeatable
 
 __all__ = ["CausalConv1d"]
 
@@ -53,16 +54,10 @@ class CausalConv1d(nn.Module):
         self, x: Tensor, state: Tensor | None = None, seq: Seq | None = None, return_state: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Filter ``(b, l, d)``; also give the state after the last real token, or ``None`` unless ``return_state``."""
-        out = causal_conv1d(
-            x,
-            self.weight.squeeze(1),
-            self.bias,
-            activation=self.activation,
-            initial_state=state,
-            seq=seq,
-            return_final_state=return_state,
-        )
-        return out if return_state else (out, None)
+        operands = x, self.weight.squeeze(1), self.bias, self.activation, state, seq
+        out = _filter(*operands, return_state)
+        y, after = out if return_state else (out, None)
+        return repeatable(y, _filter, *operands), after
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """Filter one token per row, ``(b, d)``, and shift ``state`` in place."""
@@ -76,3 +71,9 @@ class CausalConv1d(nn.Module):
         """Sizes, for ``print(model)``."""
         d, _, k = self.weight.shape
         return f"{d}, k={k}, bias={self.bias is not None}, activation={self.activation!r}"
+
+
+def _filter(x, weight, bias, activation, state, seq, return_state=False):
+    return causal_conv1d(
+        x, weight, bias, activation=activation, initial_state=state, seq=seq, return_final_state=return_state
+    )

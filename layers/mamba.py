@@ -28,6 +28,7 @@ from .common import (
 )
 from .conv import CausalConv1d
 from .norm import RMSNorm
+from .recompute import recomputing, repeatable
 
 __all__ = ["Mamba", "MambaState"]
 
@@ -50,7 +51,14 @@ class StepProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., dt_rank)`` to ``(..., d_inner)``."""
-        return F.linear(x, self.weight)
+        out = F.linear(x, self.weight)
+        return repeatable(out, _project, x, self.weight, out.dtype)
+
+
+def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    # what autocast made of the operands, wherever the backward runs
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))
 
 
 class Mamba(Mixer):
@@ -162,17 +170,22 @@ class Mamba(Mixer):
         refuse_packed_state(self, state, seq)
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
-        out = selective_scan(
-            u,
-            *self._scan_inputs(u),
-            D=self.D,
-            z=z,
-            dt_bias=upcast(self.dt_proj.bias),
-            dt_softplus=True,
-            initial_state=None if state is None else state.ssm,
-            seq=seq,
-            return_final_state=return_state,
-        )
+        with recomputing() as spared:
+            dt, A, B, C = self._scan_inputs(spared(u))
+            out = selective_scan(
+                u,
+                spared(dt),
+                A,
+                B,
+                C,
+                D=self.D,
+                z=z,
+                dt_bias=upcast(self.dt_proj.bias),
+                dt_softplus=True,
+                initial_state=None if state is None else state.ssm,
+                seq=seq,
+                return_final_state=return_state,
+            )
         if not return_state:
             return self.out_proj(out)
         y, ssm = out

@@ -1,0 +1,125 @@
+"""Tensors that the backward forms again instead of keeping them.
+
+An op that is cheap to repeat says how its output came about (:func:`repeatable`). Of such a tensor, what runs inside :func:`recomputing`
+keeps the recipe: the first node of the backward that asks forms the tensor, and the last that needs it lets it go. The graph, and so
+every module's call, hook and parameter, is that of the one forward; only values are formed twice, from the very tensors that the forward
+read. What became of a tensor in a hook, an adapter or an in-place operation has no recipe, and is kept.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+__all__ = ["recomputing", "repeatable"]
+
+
+class Recipe:
+    """How to form a tensor again: a function without a random part, and the operands that it had."""
+
+    __slots__ = ("form", "made", "operands", "value", "versions")
+
+    def __init__(self, out: Tensor, form: Callable[..., Tensor], operands: tuple):
+        self.form, self.operands = form, operands
+        self.versions = [x._version for x in self._tensors()]
+        self.made = out._version
+        self.value: Tensor | None = None
+
+    def _tensors(self) -> list[Tensor]:
+        return [x for x in self.operands if isinstance(x, Tensor)]
+
+    def there(self) -> bool:
+        """Whether the operands still have memory: a module that FSDP shards by itself gives up its weights when it returns."""
+        return all(x.untyped_storage().size() for x in self._tensors())
+
+    def tensor(self) -> Tensor:
+        """The tensor; kept from the first call on, until the graph lets go of this recipe."""
+        if self.value is None:
+            if [x._version for x in self._tensors()] != self.versions:
+                raise RuntimeError(_CHANGED)
+            if not self.there():
+                raise RuntimeError(
+                    "backward: the memory of a parameter was given up after the forward. Shard the whole layer, not parts of it."
+                )
+            with torch.no_grad():
+                self.value = self.form(*self.operands)
+        return self.value
+
+
+_CHANGED = (
+    "backward: a tensor that the gradient depends on was modified by an inplace operation after the forward. "
+    "Change parameters and inputs after the backward, or change a copy."
+)
+
+
+def repeatable(out: Tensor, form: Callable[..., Tensor], *operands: Any) -> Tensor:
+    """Give ``out`` back, with the recipe ``form(*operands)`` that yields the same bits again.
+
+    Args:
+        out: What the op has just made, in one piece; it has a recipe only if it is part of a graph.
+        form: The op, or what computes the same from the same operands whatever autocast says.
+        operands: Its arguments.
+    """
+    if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor and out.is_contiguous():
+        out._recipe = Recipe(out, form, operands)  # type: ignore[attr-defined]
+    return out
+
+
+class _Recomputing(saved_tensors_hooks):
+    def __init__(self) -> None:
+        super().__init__(self._keep, _kept)
+        self.known: dict[int, tuple[Recipe, Tensor]] = {}
+
+    def __enter__(self) -> Callable[[Tensor], Tensor]:  # type: ignore[override]
+        super().__enter__()
+        return self._drop
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        # what is kept refers to this object; it must not hold what was to be dropped
+        self.known.clear()
+
+    def _drop(self, x: Tensor) -> Tensor:
+        recipe, address = getattr(x, "_recipe", None), x.untyped_storage().data_ptr()
+        # nothing on the meta device has an address
+        if recipe is not None and address and x._version == recipe.made and recipe.there():
+            # the tensor is held, so that nothing else gets its address meanwhile
+            self.known[address] = recipe, x
+        return x
+
+    def _keep(self, x: Tensor) -> tuple:
+        recipe, whole = self.known.get(x.untyped_storage().data_ptr(), (None, x))
+        if recipe is None or x.dtype != whole.dtype:
+            return x, x._version
+        return recipe, x.shape, x.stride(), x.storage_offset() - whole.storage_offset()
+
+
+def _kept(what: tuple) -> Tensor:
+    source, *rest = what
+    if isinstance(source, Recipe):
+        return source.tensor().as_strided(*rest)
+    # hooks replace autograd's own check
+    if source._version != rest[0]:
+        raise RuntimeError(_CHANGED)
+    return source
+
+
+def recomputing() -> Any:
+    """A context whose value, called with a tensor, gives it back; autograd then keeps its recipe, if it has one, not the tensor.
+
+    It does nothing where autograd keeps nothing, where a compiler decides itself what to recompute, and under somebody else's hooks on
+    saved tensors, such as those of activation checkpointing and offloading, which take care of all of them.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return contextlib.nullcontext(_same)
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled() or autograd._top_saved_tensors_default_hooks(True) is not None:
+        return contextlib.nullcontext(_same)
+    return _Recomputing()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
