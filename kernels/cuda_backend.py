@@ -89,12 +89,12 @@ class Call:
         saved = self.A.new_empty((*lead, b, ceil_div(l, BACKWARD[instance(n)].k), d, n)) if save else None
         return self.A.new_empty((*lead, b, d, n)), saved
 
-    def gradients(self, *lead: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Room for the gradients of u, dt, B, C and z, with these leading axes."""
+    def gradients(self, *lead: int, gz: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Room for the gradients of u, dt, B, C and z, with these leading axes; that of z may be there."""
         b, l, d, n, g = self.sizes
         gu, gdt = (self.u.new_empty((*lead, b, l, d)) for _ in range(2))
         gB, gC = (self.u.new_empty((*lead, b, l, g, n)) for _ in range(2))
-        return gu, gdt, gB, gC, None if self.z is None else torch.empty_like(gu)
+        return gu, gdt, gB, gC, torch.empty_like(gu) if gz is None and self.z is not None else gz
 
 
 def in_rows(x: Any, dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from . import cuda_params as params
 from . import nvrtc
 from .cuda_backend import RESET, TYPES, UNALIGNED, in_types_of, processors, refuse_tensors
 from .cuda_shapes import ceil_div
+from .halves import room
 
 WIDTHS = range(2, 9)
 THREADS, SILU = 128, 8
@@ -29,7 +30,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in "x weight bias state doc out gout gx gstate part".split()),
-        *((name, c_longlong) for name in "x_b x_l state_b state_k gout_b gout_l".split()),
+        *((name, c_longlong) for name in "x_b x_l state_b state_k gout_b gout_l gx_b gx_l".split()),
         *((name, c_int) for name in "l d columns tiles_d tiles_l strip".split()),
     ]
 
@@ -70,18 +71,17 @@ class Call:
         weight, bias, doc = whole(weight, wide), whole(bias, wide), whole(doc, torch.int64)
         return cls(_rows(x, dtype), weight, bias, _rows(state, dtype), doc, silu)  # type: ignore[arg-type]
 
-    def signature(self, gout: Tensor | None) -> tuple:
+    def signature(self, gout: Tensor | None, gx: Tensor | None) -> tuple:
         """What the launch depends on besides addresses."""
-        x, state = self.x, self.state
+        x, others = self.x, (self.state, gout, gx)
         return (
             x.dtype,
             self.weight.dtype,
             x.shape,
             self.weight.shape[1],
             x.stride(),
-            (0, 0) if state is None else state.stride(),
-            (0, 0) if gout is None else gout.stride(),
-            min(alignment(x), alignment(state), alignment(gout)),
+            *((0, 0) if m is None else m.stride() for m in others),
+            min(map(alignment, (x, *others))),
             self.doc is not None,
             self.silu,
         )
@@ -124,8 +124,8 @@ class Plan:
 @functools.lru_cache(maxsize=4096)
 def plan(signature: tuple, count: int, backward: bool, strip: int | None = None) -> Plan:
     """How a convolution is cut into blocks; ``count`` multiprocessors, ``strip`` fixes what would be chosen."""
-    dtype, wide, (b, l, d), k, x, state, gout, aligned, packed, silu = signature
-    steps = [s for pair in (x, state, gout) for s in pair[:2]] + [d]
+    dtype, wide, (b, l, d), k, x, state, gout, gx, aligned, packed, silu = signature
+    steps = [s for pair in (x, state, gout, gx) for s in pair[:2]] + [d]
     # bytes that one access moves: what rows and addresses allow, and registers have room for
     bytes_ = next((n for n in (16, 8) if n <= aligned and all(s * dtype.itemsize % n == 0 for s in steps)), None)
     flags = packed * RESET | (bytes_ is None) * UNALIGNED | silu * SILU
@@ -139,7 +139,7 @@ def plan(signature: tuple, count: int, backward: bool, strip: int | None = None)
         enough = (s for s in STRIPS if b * ceil_div(l, deep * s) * tiles_d >= BLOCKS * count)
         strip = next(enough, STRIPS[-1])
     tiles_l = ceil_div(l, deep * strip)
-    strides = params.strides(x=x[:2], gout=gout[:2]) | {"state_b": state[0], "state_k": state[1]}
+    strides = params.strides(x=x[:2], gout=gout[:2], gx=gx[:2]) | {"state_b": state[0], "state_k": state[1]}
     rest = Params(**strides, l=l, d=d, columns=columns, tiles_d=tiles_d, tiles_l=tiles_l, strip=strip)
     spilling = k > 4 or (backward and packed and bytes_ is None)
     blocks = 2 if spilling else 3 if backward or packed else 4
@@ -157,23 +157,25 @@ def forward(call: Call, strip: int | None = None) -> Tensor:
     x = call.x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        cut = plan(call.signature(None), processors(x.device), False, strip)
+        cut = plan(call.signature(None, None), processors(x.device), False, strip)
         packed = params.pack(cut.tail, x, call.weight, call.bias, call.state, call.doc, out, None, None, None, None)
         nvrtc.launch("conv.cu", "conv_forward" + cut.arguments, packed, cut.blocks, THREADS, 0, x.device)
     return out
 
 
-def backward(call: Call, gout: Tensor, strip: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight, bias and the initial state, in the types that those are read in."""
+def backward(
+    call: Call, gout: Tensor, strip: int | None = None, gx: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x, written into ``gx`` if given, weight, bias and the initial state, in the types that those are read in."""
     x, weight, device = call.x, call.weight, call.x.device
     d, k = weight.shape
-    gx = torch.empty(x.shape, dtype=x.dtype, device=device)
+    gx = torch.empty(x.shape, dtype=x.dtype, device=device) if gx is None else gx
     gweight, gbias = weight.new_empty((d, k)), weight.new_empty(d)
     gstate = None if call.state is None else torch.empty(call.state.shape, dtype=x.dtype, device=device)
     if not gx.numel():
         return gx, gweight.zero_(), gbias.zero_(), None if gstate is None else gstate.zero_()
     gout = _rows(gout, x.dtype)  # type: ignore[assignment]
-    cut = plan(call.signature(gout), processors(device), True, strip)
+    cut = plan(call.signature(gout, gx), processors(device), True, strip)
     part = torch.empty((cut.rows, k + 1, d), dtype=torch.float32, device=device)
     inputs = (x, weight, call.bias, call.state, call.doc)
     packed = params.pack(cut.tail, *inputs, None, gout, gx, gstate, part)
@@ -223,8 +225,9 @@ def conv_backward_op(
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
-def _gradients(gout: Tensor, operands: tuple) -> list[Tensor | None]:
-    return in_types_of(operands, backward(Call.of(*operands), gout))
+def _gradients(gout: Tensor, operands: tuple, edge: Any = (None, 0)) -> list[Tensor | None]:
+    call = Call.of(*operands)
+    return in_types_of(operands, backward(call, gout, gx=room(edge, call.x.dtype)))
 
 
 @conv_backward_op.register_fake
@@ -259,7 +262,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gout: Tensor) -> tuple:
-        return (None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu)), None)
+        return (None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu), ctx.next_functions[0]), None)
 
 
 def causal_conv1d(

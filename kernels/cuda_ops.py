@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import cuda_backend, cuda_paths, nvrtc
 from .cuda_shapes import BACKWARD, MAX_STATE, instance
+from .halves import room
 from .paths import Path
 
 
@@ -95,11 +96,19 @@ def scan_backward_op(
 
 
 def _gradients(
-    gout: Tensor, glast: Tensor | None, saved: Tensor, operands: tuple, paths: Sequence[int] | None
+    gout: Tensor,
+    glast: Tensor | None,
+    saved: Tensor,
+    operands: tuple,
+    paths: Sequence[int] | None,
+    edge: Any = (None, 0),
 ) -> list[Tensor | None]:
+    # the edge says where the gradient of z goes
     grads: Sequence[Tensor | None]
     if paths is None:
-        grads = cuda_backend.backward(cuda_backend.Call.of(*operands), gout, glast, saved)
+        call = cuda_backend.Call.of(*operands)
+        into = call.gradients(gz=room(edge, call.u.dtype))
+        grads = cuda_backend.backward(call, gout, glast, saved, into=into)
     else:
         grads = cuda_paths.backward((*operands[:9], operands[-1]), paths, gout, glast, saved)
     return cuda_backend.in_types_of(operands, grads)
@@ -148,7 +157,10 @@ class _Eager(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         if gout is None:
             gout = torch.zeros_like(tensors[0])
-        return (None, None, *_gradients(gout, glast, saved, (*tensors, ctx.softplus), ctx.paths), None, None)
+        D, z = tensors[5:7]
+        # there is an edge for every operand that is a tensor
+        edge = (None, 0) if z is None else ctx.next_functions[5 if D is None else 6]
+        return (None, None, *_gradients(gout, glast, saved, (*tensors, ctx.softplus), ctx.paths, edge), None, None)
 
 
 def selective_scan(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import selective_scan, selective_state_update
+from ..kernels.halves import halves
 from .base import Mixer, Seq, State
 from .common import (
     acc_dtype,
@@ -168,7 +169,7 @@ class Mamba(Mixer):
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         refuse_packed_state(self, state, seq)
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, d_inner)
+        u, z = halves(self.in_proj(x))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
             dt, A, B, C = self._scan_inputs(spared(u))

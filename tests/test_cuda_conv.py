@@ -143,6 +143,7 @@ def test_rows_of_no_tokens():
 )
 def test_how_a_call_is_cut(shape, arguments, blocks):
     (b, l, d), backward = shape
-    signature = (BF16, BF16, (b, l, d), 4, (l * d, d, 1), (0, 0), (l * d, d, 1), 16, False, True)
+    strides = (l * d, d, 1)
+    signature = (BF16, BF16, (b, l, d), 4, strides, (0, 0), strides, strides, 16, False, True)
     cut = cuda_conv.plan(signature, 132, backward)
     assert (cut.arguments, cut.blocks) == (arguments, blocks)

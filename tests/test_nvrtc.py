@@ -37,7 +37,7 @@ def backward(element, n, flags):
 
 def convolution(dtype, wide, k, backward, packed=False, aligned=16):
     strides = (2048 * 3072, 3072, 1)
-    signature = (dtype, wide, (8, 2048, 3072), k, strides, (0, 0), strides, aligned, packed, True)
+    signature = (dtype, wide, (8, 2048, 3072), k, strides, (0, 0), strides, strides, aligned, packed, True)
     name = "conv_backward" if backward else "conv_forward"
     return "conv.cu", name + cuda_conv.plan(signature, 132, backward).arguments
 
@@ -104,6 +104,7 @@ def resources(source, name, arch):
         backward("bf16", 16, 7),
         convolution(BF16, BF16, 4, False),
         norm((F32, BF16, F32), 768, True),
+        convolution(BF16, BF16, 4, True),
         state_step((BF16,) * 3, 4, 128, True),
     ],
     ids=lambda k: k[1],

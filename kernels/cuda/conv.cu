@@ -14,7 +14,7 @@ struct ConvParams {
     const void* gout;                       // backward: (b, l, d)
     void *gx, *gstate;                      // (b, l, d), (b, K - 1, d)
     float* part;                            // (b tiles_l, K + 1, d): sums for the taps, then for the bias
-    int64 x_b, x_l, state_b, state_k, gout_b, gout_l;
+    int64 x_b, x_l, state_b, state_k, gout_b, gout_l, gx_b, gx_l;
     int l, d, columns, tiles_d, tiles_l, strip;
 };
 
@@ -197,7 +197,7 @@ struct ConvBackward : Strip<T, W, K, N, FLAGS> {
           end(last < p.l ? last : p.l),
           x(p.x, b * p.x_b + ch, p.x_l, t0, count),
           gout(p.gout, b * p.gout_b + ch, p.gout_l, t0, count),
-          gx((T*)p.gx + (b * p.l + t0 - (K - 1)) * p.d + ch) {
+          gx((T*)p.gx + b * p.gx_b + (t0 - (K - 1)) * p.gx_l + ch) {
 #pragma unroll
         for (int c = 0; c < N; ++c) {
             gbias[c] = 0.f;
@@ -265,7 +265,7 @@ struct ConvBackward : Strip<T, W, K, N, FLAGS> {
             if (ALL || (at >= t0 && at < t1)) done.template store<ALIGNED>(gx, ALL && ALIGNED ? N : count);
             if (!ALL && at < 0 && t0 == 0 && p.gstate != nullptr)
                 done.template store<ALIGNED>((T*)p.gstate + (b * (K - 1) + t + i) * p.d + ch, count);
-            gx += p.d;
+            gx += p.gx_l;
         }
         move_on<K, N>(seen);
         move_on<K, N>(gs);
