@@ -2,6 +2,7 @@
 
 from .api import causal_conv1d, selective_scan, ssd
 from .dispatch import BackendError
+from .loss import cross_entropy
 from .norm import branch_rms_norm, rms_norm
 from .seq import Seq
 from .update import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
@@ -13,6 +14,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "conv_ssd_update",
+    "cross_entropy",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

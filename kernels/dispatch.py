@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import cuda_conv, cuda_norm, cuda_ops, cuda_update
+from . import cuda_conv, cuda_loss, cuda_norm, cuda_ops, cuda_update
 
 Facts = dict[str, Any]
 ENV = "HYBRIDZOO_BACKEND"
@@ -46,12 +46,13 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
     """The backend for one call of ``op``.
 
     Args:
-        op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``rms_norm``,
+        op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``rms_norm``, ``cross_entropy``,
             ``attention``, ``moe``, or ``paths`` (how our kernels' ``selective_scan`` follows them).
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d`` and, as booleans,
             ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
-            ``dtypes`` of a norm's other tensors; what :func:`.cuda_update.refuse` asks about the states of an ``update``.
+            ``dtypes`` of a norm's other tensors; ``subclass``, the type of the tensors if it is not torch's own;
+            what :func:`.cuda_update.refuse` asks about the states of an ``update``.
 
     Raises:
         BackendError: The name is unknown, or the backend asked for refuses.
@@ -229,6 +230,7 @@ def _ops(*backends: Backend) -> dict[str, Backend]:
 _CUDA = Backend("cuda", "our kernels, compiled at first use", _cuda)
 _CUDA_SCAN = Backend("cuda", "our kernels, compiled at first use", cuda_ops.refuse)
 _CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse)
+_CUDA_LOSS = Backend("cuda", "our kernel, compiled at first use", cuda_loss.refuse)
 _CUDA_NORM = Backend("cuda", "our kernels, compiled at first use", cuda_norm.refuse)
 _CUDA_UPDATE = Backend("cuda", "our kernels, compiled at first use", cuda_update.refuse)
 _CUDA_WALK = Backend("cuda", "our kernels walk over the tokens where they are", cuda_ops.refuse)
@@ -243,6 +245,7 @@ TABLES: dict[str, dict[str, Backend]] = {
     "causal_conv1d": _ops(
         _CUDA_CONV, Backend("causal_conv1d", "causal_conv1d's CUDA kernel", _causal_conv1d), _CHUNKED, _REFERENCE
     ),
+    "cross_entropy": _ops(_CUDA_LOSS, Backend("torch", "PyTorch operations", _never)),
     "update": _ops(_CUDA_UPDATE, Backend("chunked", "PyTorch operations", _never)),
     "rms_norm": _ops(_CUDA_NORM, Backend("torch", "PyTorch operations", _never)),
     "attention": _ops(

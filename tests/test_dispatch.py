@@ -11,7 +11,7 @@ from hybridzoo.kernels import BackendError, causal_conv1d, dispatch, libraries, 
 from hybridzoo.kernels.dispatch import choose, explain
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16}
-OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update", "rms_norm")
+OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update", "rms_norm", "cross_entropy")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_chunked_is_the_default(op, device, missing):
     assert choose(op, device=device).name == "chunked"
 
 
-@pytest.mark.parametrize(("op", "name"), [("attention", "sdpa"), ("moe", "grouped_mm")])
+@pytest.mark.parametrize(("op", "name"), [("attention", "sdpa"), ("moe", "grouped_mm"), ("cross_entropy", "torch")])
 def test_torch_is_the_default_of_layers(op, name, missing):
     assert choose(op).name == name
 
@@ -124,6 +124,8 @@ REFUSALS = [
         GPU | {"packed": True, "initial_state": True},
         "an initial state or packed documents, not both",
     ),
+    ("cross_entropy", "cuda", {"device": "cpu"}, "the CUDA kernels need CUDA tensors, got cpu"),
+    ("cross_entropy", "cuda", GPU | {"subclass": "DTensor"}, "the CUDA kernels read plain tensors, got DTensor"),
     ("causal_conv1d", "cuda", GPU | {"width": 9}, "the CUDA kernels take widths 2 to 8, got 9"),
     ("causal_conv1d", "cuda", GPU | {"dtype": torch.float64}, "take float32, float16 and bfloat16, got float64"),
     ("causal_conv1d", "causal_conv1d", GPU | {"width": 5}, "causal_conv1d takes widths 2 to 4, got 5"),

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_conv, cuda_norm, cuda_update, nvrtc
+from hybridzoo.kernels import cuda_conv, cuda_loss, cuda_norm, cuda_update, nvrtc
 from hybridzoo.kernels.cuda_shapes import ADJOINT, BACKWARD, FORWARD, FULL, STATE
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'hybridzoo[cuda]'")
@@ -59,6 +59,10 @@ def norm(types, d, backward, aligned=True):
     return "norm.cu", name + cuda_norm.plan(types, 16384, d, (d, d, d), aligned, 1e-5, 132, backward).arguments
 
 
+def loss(v, dtype, want_gradient=True):
+    return "cross_entropy.cu", cuda_loss.plan(v, dtype, want_gradient, 228 << 10)[0]
+
+
 USUAL = [
     *(forward("bf16", 16, FULL, 0, i) for i in range(len(FORWARD[16]))),
     *(forward("bf16", 16, mode, 0) for mode in (STATE, ADJOINT)),
@@ -83,6 +87,8 @@ USUAL = [
     state_step((BF16,) * 3, 0, 128, True),
     state_step((BF16,) * 3, 4, 128, True),
     state_step((F16, F32, F32), 8, 250, False, aligned=(1, 1)),
+    *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
+    *(loss(v, BF16) for v in (256, 4096, 128256)),
 ]
 
 
@@ -106,6 +112,7 @@ def resources(source, name, arch):
         norm((F32, BF16, F32), 768, True),
         convolution(BF16, BF16, 4, True),
         state_step((BF16,) * 3, 4, 128, True),
+        loss(50280, BF16),
     ],
     ids=lambda k: k[1],
 )

@@ -21,6 +21,7 @@ PARAMS = {
     "norm_backward": "NormParams",
     "conv_update": "ConvUpdateParams",
     "state_update": "StateUpdateParams",
+    "cross_entropy": "CrossEntropyParams",
 }
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
 CACHE = Path(tempfile.gettempdir()) / "hybridzoo-emulated"

@@ -1,4 +1,4 @@
-"""compute-sanitizer finds nothing in the scan's kernels: no access out of bounds (memcheck), no race in shared memory (racecheck)."""
+"""compute-sanitizer finds nothing in the kernels of scan and loss: no access out of bounds (memcheck), no race in shared memory (racecheck)."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # small, odd, and between them every kernel: one block and several, a split length, documents, groups, few and many states
 PROGRAM = """
 import torch
-from hybridzoo.kernels import Seq, cuda_backend, selective_scan
+from hybridzoo.kernels import Seq, cross_entropy, cuda_backend, selective_scan
 torch.manual_seed(0)
 CASES = [(2, 65, 33, 16, 1, torch.float32), (1, 130, 72, 16, 3, torch.bfloat16), (2, 7, 8, 3, 1, torch.float16), (1, 70, 40, 100, 1, torch.bfloat16)]
 for b, l, d, n, g, dtype in CASES:
@@ -31,6 +31,10 @@ for b, l, d, n, g, dtype in CASES:
     call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, h0, None, None, True)
     out, last, saved = cuda_backend.forward(call, True, chunks=3)
     cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=3)
+for v, dtype in ((1, torch.float32), (257, torch.bfloat16), (9001, torch.float16), (60001, torch.float32)):
+    logits, targets = torch.randn(5, v).to(dtype).cuda(), torch.tensor([0, v - 1, -100, v, v // 2]).cuda()
+    for want_gradient in (True, False):
+        cross_entropy(logits, targets, want_gradient=want_gradient, backend="cuda")
 torch.cuda.synchronize()
 print("done")
 """
