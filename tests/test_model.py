@@ -207,7 +207,7 @@ def test_the_sliced_loss_equals_the_whole_one_and_holds_only_slices(monkeypatch)
     targets[0, :7] = IGNORE
     whole = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     expected = torch.autograd.grad(whole, [hidden, head.weight])
-    monkeypatch.setattr(loss_module, "_SLICE_ELEMENTS", 50 * 10)
+    monkeypatch.setattr(loss_module, "_SLICE_BYTES", 50 * 10 * 4)
     sizes = []
     head.register_forward_hook(lambda m, args, out: sizes.append(out.shape[0]))
     sliced = next_token_loss(hidden, head, targets)

@@ -1,21 +1,28 @@
-"""Next-token cross-entropy that never holds more than a slice of the logits.
+"""Next-token cross-entropy that never holds more than a slice of the logits, and forms them once.
 
-The logits of a language model are its largest tensor: 8 x 2048 tokens over 50 280 words are 3.3 GB in fp32. They are formed, reduced
-and differentiated one slice of tokens at a time.
+The logits of a language model are its largest tensor: 8 x 2048 tokens over 50 280 words are 1.6 GB in bfloat16. They are formed, reduced
+and differentiated one slice of tokens at a time, in their own dtype and while the loss is formed: its backward only multiplies.
 """
 
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import cross_entropy
 from ..kernels.seq import Seq
 from ..layers.common import acc_dtype, upcast
 
 __all__ = ["IGNORE", "next_token_loss", "shift_labels"]
 
 IGNORE = -100
-# Logits per slice: 256 MB in fp32. Every slice also reads and writes the gradient of the whole head, so few large ones move fewer bytes.
-_SLICE_ELEMENTS = 1 << 26
+# Logits per slice. Every slice also reads and writes the gradient of the whole head, so few large ones move fewer bytes.
+_SLICE_BYTES = 1 << 28
 
 
 def shift_labels(labels: Tensor, seq: Seq | None) -> Tensor:
@@ -45,23 +52,157 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
         num_items: Divide by this instead of by the number of targets: the targets of a whole accumulated batch.
 
     Returns:
-        A scalar in at least float32; 0 when there is no target.
+        A scalar in at least float32; 0 when there is no target. Its gradient is known with it, so there is no second derivative.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    size = max(1, _SLICE_ELEMENTS // head.weight.shape[0])
-
-    def slice_loss(h: Tensor, t: Tensor) -> Tensor:
-        logits = head(h)
-        # a GPU reads 16-bit logits once and writes float32: no copy of them in between
-        log_probs = F.log_softmax(logits, -1, dtype=acc_dtype(logits.dtype))
-        return F.nll_loss(log_probs, t, ignore_index=IGNORE, reduction="sum")
-
-    total = upcast(hidden.new_zeros(()))
-    if hidden.shape[0] <= size:
-        total = total + slice_loss(hidden, targets)
-    else:
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-            # the logits of a slice are dropped after its loss and formed again in the backward
-            total = total + checkpoint(slice_loss, h, t, use_reentrant=False)
+    run = _differentiated if _can_differentiate(hidden, head) else _recomputed
+    total = run(hidden, head, targets, _slice_tokens(hidden, head.weight.shape[0]))
     items = (targets != IGNORE).sum().clamp(min=1) if num_items is None else num_items
     return total / items
+
+
+def _slice_tokens(hidden: Tensor, v: int) -> int:
+    """How many tokens make a slice: as many as the budget allows, in slices of about one size, whole tiles of a matmul where possible."""
+    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
+    most = max(1, _SLICE_BYTES // (v * dtype.itemsize))
+    tile = 128 if most >= 128 else 1
+    most -= most % tile
+    slices = max(1, -(-hidden.shape[0] // most))
+    even = -(-hidden.shape[0] // slices)
+    return max(1, even + -even % tile)
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _can_differentiate(hidden: Tensor, head: nn.Module) -> bool:
+    """Whether the head may be differentiated inside a forward.
+
+    Not while a graph is traced or transformed, not where a sharded head gathers its weights and scatters their gradients by itself, and
+    not where a hook waits for the gradient of a weight, which is to see it once.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
+    if fsdp and any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in head.modules()):
+        return False
+    tensors = (hidden, *head.parameters())
+    return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and not any(x._backward_hooks for x in tensors[1:])
+
+
+def _recomputed(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> Tensor:
+    """The summed loss as autograd sees it; the logits of a slice are dropped after its loss and formed again in the backward."""
+
+    def slice_loss(h: Tensor, t: Tensor) -> Tensor:
+        return cross_entropy(head(h), t, ignore_index=IGNORE)[0].sum()
+
+    if hidden.shape[0] <= size:
+        return slice_loss(hidden, targets)
+    total = upcast(hidden.new_zeros(()))
+    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+        total = total + checkpoint(slice_loss, h, t, use_reentrant=False)
+    return total
+
+
+def _differentiated(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> Tensor:
+    """The summed loss with its gradients, which are formed slice by slice and kept."""
+    total: Any = 0
+    ghidden, leaves, gradients, scale = None, [], [], 1.0
+    for i, t in enumerate(targets.split(size)):
+        h = hidden.detach()[i * size : (i + 1) * size].requires_grad_(hidden.requires_grad)
+        # what others do to saved tensors (offloading, recomputation) is not for a graph that ends here
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            logits = head(h)
+        wanted, scale = logits.requires_grad, _scale(logits.dtype, size)
+        with torch.autocast(hidden.device.type, enabled=False) if _autocasts(hidden) else nullcontext():
+            losses, g = cross_entropy(logits, t, ignore_index=IGNORE, want_gradient=wanted, scale=scale)
+            total = total + losses.sum()
+            if not wanted:
+                continue
+            if i == 0:
+                leaves = _leaves(logits, h, head)
+            edge, logits = get_gradient_edge(logits), None
+            found = list(torch.autograd.grad([edge], [h, *leaves] if h.requires_grad else leaves, [g]))
+        del g, edge
+        if h.requires_grad:
+            if ghidden is None:
+                ghidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            ghidden[i * size : (i + 1) * size] = found.pop(0)
+        if i == 0:
+            gradients = found if size >= hidden.shape[0] else _addable(found)
+        else:
+            for x, y in zip(gradients, found, strict=True):
+                x += y
+    if ghidden is not None:
+        leaves, gradients = [hidden, *leaves], [ghidden, *gradients]
+    return _Known.apply(total, scale, gradients, *leaves) if leaves else total
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+def _scale(dtype: torch.dtype, tokens: int) -> float:
+    """A power of two for the logits' gradient, taken out again in the backward.
+
+    The gradient of the *sum* of the losses has entries up to 1, and every token of a slice may add one to the gradient of a weight. With
+    float16, which ends at 65504, they are made to add up to 1024 at most, times an activation; nothing smaller, because probabilities of
+    1e-5 have few bits left as it is. bfloat16 has float32's range.
+    """
+    return 0.5 ** max(0, (tokens - 1).bit_length() - 10) if dtype == torch.float16 else 1.0
+
+
+def _leaves(logits: Tensor, h: Tensor, head: nn.Module) -> list[Tensor]:
+    """What the logits depend on besides ``h``: trained parameters of the head, and what its hooks brought in."""
+    made: dict[Any, list[Tensor]] = {}
+    for p in head.parameters():
+        if p.grad_fn is not None:  # parameters that a caller has replaced by functions of others
+            made.setdefault(p.grad_fn, []).append(p)
+    found: list[Tensor] = []
+    todo, seen = [logits.grad_fn], set()
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            found += made[node]
+        elif hasattr(node, "variable"):
+            found += [node.variable] if node.variable is not h else []
+        else:
+            todo += [n for n, _ in node.next_functions]
+    return found
+
+
+def _addable(gradients: list[Tensor]) -> list[Tensor]:
+    """The same in at least float32, to be added to in place: two weights may share a gradient, and one may be a number expanded."""
+    at = [g.untyped_storage().data_ptr() for g in gradients]
+    return [
+        g.to(acc_dtype(g.dtype), copy=at.count(x) > 1 or not g.is_contiguous())
+        for g, x in zip(gradients, at, strict=True)
+    ]
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.scale, ctx.dtypes = scale, [x.dtype for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gout: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "next_token_loss: its gradient has no gradient (create_graph=True). Form the loss from out.logits instead."
+            )
+        results = []
+        for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            # of one dimension more than none, or the factor would be rounded to g's dtype first
+            factor = (gout / ctx.scale).reshape((1,) * g.dim())
+            results.append(torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype)))
+        return None, None, None, *results
