@@ -103,7 +103,9 @@ def _load(source: str, name: str, index: int | None, shared_bytes: int) -> Any:
     attribute = driver.CUfunction_attribute
     if shared_bytes:
         limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes), name)
+        _checked(
+            driver.cuFuncSetAttribute(function, limit, shared_bytes), f"{name}: {shared_bytes} bytes of shared memory"
+        )
         _checked(
             driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100), name
         )

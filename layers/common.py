@@ -59,11 +59,17 @@ def upcast(x: Tensor) -> Tensor:
 
 def dtype_read(weight: Tensor) -> torch.dtype:
     """The dtype in which linear layers read their inputs where a parameter like ``weight`` is: autocast's, or the parameter's."""
-    device = weight.device.type
-    # as autocast itself, which leaves float64 alone
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return weight.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    # autocast leaves float64 alone
+    return (
+        torch.get_autocast_dtype(weight.device.type)
+        if weight.dtype != torch.float64 and autocasts(weight)
+        else weight.dtype
+    )
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

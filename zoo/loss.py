@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import cross_entropy
 from ..kernels.seq import Seq
-from ..layers.common import acc_dtype, upcast
+from ..layers.common import acc_dtype, autocasts, upcast
 
 __all__ = ["IGNORE", "next_token_loss", "shift_labels"]
 
@@ -63,18 +63,13 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
 
 def _slice_tokens(hidden: Tensor, v: int) -> int:
     """How many tokens make a slice: as many as the budget allows, in slices of about one size, whole tiles of a matmul where possible."""
-    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocasts(hidden) else hidden.dtype
     most = max(1, _SLICE_BYTES // (v * dtype.itemsize))
     tile = 128 if most >= 128 else 1
     most -= most % tile
     slices = max(1, -(-hidden.shape[0] // most))
     even = -(-hidden.shape[0] // slices)
     return max(1, even + -even % tile)
-
-
-def _autocasts(x: Tensor) -> bool:
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _can_differentiate(hidden: Tensor, head: nn.Module) -> bool:
@@ -116,7 +111,7 @@ def _differentiated(hidden: Tensor, head: nn.Module, targets: Tensor, size: int)
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             logits = head(h)
         wanted, scale = logits.requires_grad, _scale(logits.dtype, size)
-        with torch.autocast(hidden.device.type, enabled=False) if _autocasts(hidden) else nullcontext():
+        with torch.autocast(hidden.device.type, enabled=False) if autocasts(hidden) else nullcontext():
             losses, g = cross_entropy(logits, t, ignore_index=IGNORE, want_gradient=wanted, scale=scale)
             total = total + losses.sum()
             if not wanted:
@@ -124,7 +119,9 @@ def _differentiated(hidden: Tensor, head: nn.Module, targets: Tensor, size: int)
             if i == 0:
                 leaves = _leaves(logits, h, head)
             edge, logits = get_gradient_edge(logits), None
-            found = list(torch.autograd.grad([edge], [h, *leaves] if h.requires_grad else leaves, [g]))
+            # in this thread: another would have to be waited for, and may not have a CUDA context yet
+            with torch.autograd.set_multithreading_enabled(False):
+                found = list(torch.autograd.grad([edge], [h, *leaves] if h.requires_grad else leaves, [g]))
         del g, edge
         if h.requires_grad:
             if ghidden is None:
@@ -133,8 +130,8 @@ def _differentiated(hidden: Tensor, head: nn.Module, targets: Tensor, size: int)
         if i == 0:
             gradients = found if size >= hidden.shape[0] else _addable(found)
         else:
-            for x, y in zip(gradients, found, strict=True):
-                x += y
+            for x in gradients:
+                x += found.pop(0)
     if ghidden is not None:
         leaves, gradients = [hidden, *leaves], [ghidden, *gradients]
     return _Known.apply(total, scale, gradients, *leaves) if leaves else total

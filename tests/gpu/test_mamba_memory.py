@@ -30,9 +30,10 @@ def chunked_apart():
         yield
 
 
-def bytes_now():
+def bytes_now(when="current"):
     torch.cuda.synchronize()
-    return torch.cuda.memory_allocated()
+    # what was asked for: blocks of the allocator may be larger
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
 
 def warm_up(layer):
@@ -78,8 +79,7 @@ def peak(layers, l, way):
     with way(), torch.autocast("cuda", BF16):
         y = layers(x)
     y.sum().backward()
-    torch.cuda.synchronize()
-    highest = torch.cuda.max_memory_allocated() - before
+    highest = bytes_now("peak") - before
     layers.zero_grad()
     return highest
 

@@ -77,19 +77,8 @@ def check(inputs, reset=None, valid=None, softplus=True):
         assert error <= 2 * allowed + floor, (name, error.item(), allowed.item())
 
 
-# The gradient of A misses the bound: 1.70e-6 where PyTorch has 3.3e-7, and 2.58e-6 where it has 7.7e-7. The special function unit's
-# exponential is 2e-8 low on average (H100), and the gradient adds that up over the steps.
-LOW_EXPONENTIALS = [(2, 257, 64, 16, 2, F32), (1, 4097, 24, 16, 1, F32)]
-
-
-@pytest.mark.parametrize("sizes", [s for s in SIZES if s not in LOW_EXPONENTIALS], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_outputs_states_and_gradients(sizes):
-    check(operands(*sizes))
-
-
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="gA in float32 is up to 5.2 times PyTorch's error")
-@pytest.mark.parametrize("sizes", LOW_EXPONENTIALS, ids=str)
-def test_gradient_of_A_in_float32(sizes):
     check(operands(*sizes))
 
 
@@ -212,5 +201,5 @@ def test_first_call_compiles_quickly_and_later_processes_do_not(tmp_path):
 
 
 def test_a_launch_that_cannot_be_says_so():
-    with pytest.raises(RuntimeError, match="shared memory failed"):
+    with pytest.raises(RuntimeError, match=r"scan_carry: .*1048576 bytes of shared memory"):
         nvrtc.launch("scan_forward.cu", "scan_carry", bytes(64), 1, 256, 1 << 20, torch.device("cuda", 0))

@@ -190,23 +190,24 @@ def test_documents_and_padding_through_the_public_op(kind, n):
 
 def test_more_than_two_to_the_31_elements():
     b, l, d = 3, 350_000, 2048
-    if torch.cuda.mem_get_info()[0] < 45 << 30:
-        pytest.skip("needs 45 GiB of free GPU memory")
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of free GPU memory")
     assert b * l * d > 2**31
-    u = torch.empty(b, l, d, device="cuda", dtype=BF16).uniform_(-1, 1).requires_grad_()
+    u = torch.empty(b, l, d, device="cuda", dtype=BF16).uniform_(-1, 1)
     B = torch.randn(b, l, 1, 16, device="cuda").to(BF16)
     A, bias = -torch.rand(d, 16, device="cuda"), torch.full((d,), -4.0, device="cuda")
 
     def run(u, B):
-        return selective_scan(u, u, A, B, B, z=u, dt_bias=bias, dt_softplus=True, backend="cuda")
+        # one tensor in three places, with a gradient for each: their sum would be rounded where they cancel
+        u, dt, z = leaves = [u.detach().requires_grad_() for _ in range(3)]
+        out = selective_scan(u, dt, A, B, B, z=z, dt_bias=bias, dt_softplus=True, backend="cuda")
+        return out.detach(), torch.autograd.grad(out, leaves, out.detach())
 
-    out = run(u, B)
-    (grad,) = torch.autograd.grad(out, u, out.detach())
-    alone = u[2:].detach().clone().requires_grad_()
-    want = run(alone, B[2:])
-    (want_grad,) = torch.autograd.grad(want, alone, want.detach())
+    out, grads = run(u, B)
+    want, want_grads = run(u[2:].clone(), B[2:])
     # the same row alone may be split into other chunks
     for at in (0, 1000, l - 1):
         torch.testing.assert_close(out[2, at], want[0, at], rtol=2e-2, atol=1e-3)
-        torch.testing.assert_close(grad[2, at], want_grad[0, at], rtol=2e-2, atol=2e-2)
-    assert out[2, -5000:].isfinite().all() and grad[2, -5000:].isfinite().all()
+        for grad, want_grad in zip(grads, want_grads, strict=True):
+            torch.testing.assert_close(grad[2, at], want_grad[0, at], rtol=2e-2, atol=1e-3)
+    assert all(x[2, -5000:].isfinite().all() for x in (out, *grads))
