@@ -21,12 +21,14 @@ from .zoo.autoregister import register_when_loaded
 if TYPE_CHECKING:
     from .layers import Mixer
     from .zoo.build import build, param_groups
+    from .zoo.captured import CapturedStep
     from .zoo.checkpoint import load, save
     from .zoo.config import load_config as config
     from .zoo.registry import ConfigError, list_mixers, register_mixer
     from .zoo.shipped import list_models
 
 __all__ = [
+    "CapturedStep",
     "ConfigError",
     "Mixer",
     "build",
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 # name: where it is, and what it is called there; loaded when first asked for, so that `zoo --help` does not wait for torch
 _PUBLIC = {
+    "CapturedStep": (".zoo.captured", "CapturedStep"),
     "ConfigError": (".zoo.registry", "ConfigError"),
     "Mixer": (".layers", "Mixer"),
     "build": (".zoo.build", "build"),

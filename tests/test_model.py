@@ -335,3 +335,11 @@ def test_saved_files_are_readable_by_whom_the_umask_lets(tmp_path):
     os.umask(mask)
     modes = {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "m").iterdir()}
     assert len(modes) >= 3 and set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def test_a_step_is_captured_on_a_gpu_only():
+    model = zoo.build("mamba-tiny")
+    with pytest.raises(ValueError, match="CapturedStep: the model is on cpu, and only a GPU has CUDA graphs"):
+        zoo.CapturedStep(model, torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        zoo.CapturedStep(model.requires_grad_(False), torch.zeros(1, 4, dtype=torch.long))
