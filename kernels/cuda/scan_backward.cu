@@ -231,7 +231,7 @@ struct Backward {
         return s;
     }
     DEVICE float decay(int t, float dt, float a2) const {
-        float a = decay_of(dt, a2);
+        float a = decay_of<T>(dt, a2);
         if constexpr (FLAGS & RESET) a = smem[S::keep + t] == 0.f ? 0.f : a;
         return a;
     }

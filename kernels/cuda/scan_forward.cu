@@ -93,7 +93,7 @@ struct Forward {
             y[c] = 0.f;
 #pragma unroll
             for (int j = 0; j < NS; ++j) {
-                float a = decay_of(dt, s.a2[c][j]);
+                float a = decay_of<T>(dt, s.a2[c][j]);
                 if constexpr (FLAGS & RESET) a = in.keep == 0.f ? 0.f : a;
                 if constexpr (MODE == ADJOINT)
                     s.h[c][j] = a * fmaf(in.B[j], x, s.h[c][j]);
@@ -539,13 +539,24 @@ __global__ void __launch_bounds__(256) scan_carry(const CarryParams p) {
     const int64 dn = (int64)p.d * p.n, b = i / dn, at = i - b * dn;
     const float a2 = p.A[at] * LOG2E;
     float h = p.first == nullptr ? 0.f : p.first[i];
-    for (int k = 0; k < p.chunks; ++k) {
-        const int64 c = b * p.chunks + (p.reverse ? p.chunks - 1 - k : k);
-        float* to = p.local + c * dn + at;
-        const float* s = p.decay + (c * p.d + at / p.n) * 2;
-        float next = s[1] == 0.f ? 0.f : decay_of(s[0], a2) * h;
-        next += *to;
-        *to = h;
-        h = next;
+    // four chunks are read before any of them is written, or each would wait for the one before
+    constexpr int TOGETHER = 4;
+    for (int k = 0; k < p.chunks; k += TOGETHER) {
+        float* to[TOGETHER];
+        float local[TOGETHER], sum[TOGETHER], keep[TOGETHER];
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m) {
+            const bool there = k + m < p.chunks;
+            const int64 c = b * p.chunks + (!there ? 0 : p.reverse ? p.chunks - 1 - k - m : k + m);
+            const float* s = p.decay + (c * p.d + at / p.n) * 2;
+            to[m] = there ? p.local + c * dn + at : nullptr;
+            local[m] = there ? *to[m] : 0.f, sum[m] = s[0], keep[m] = s[1];
+        }
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m) {
+            if (to[m] == nullptr) continue;
+            *to[m] = h;
+            h = (keep[m] == 0.f ? 0.f : decay_of<float>(sum[m], a2) * h) + local[m];
+        }
     }
 }
