@@ -179,9 +179,13 @@ def _mamba_ssm_scan(facts: Facts) -> str | None:
 
 def _mamba_ssm_ssd(facts: Facts) -> str | None:
     reason = _needs("mamba_ssm", facts, _FLOAT)
-    if reason is None and facts.get("initial_state") and facts.get("packed"):
+    if reason is not None:
+        return reason
+    if facts.get("initial_state") and facts.get("packed"):
         return "mamba_ssm takes an initial state or packed documents, not both"
-    return reason
+    if facts.get("dtype", torch.float32) == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "mamba_ssm rounds float32 matrices to TF32, which torch.backends.cuda.matmul.allow_tf32 rules out"
+    return None
 
 
 def _causal_conv1d(facts: Facts) -> str | None:

@@ -124,6 +124,7 @@ REFUSALS = [
         GPU | {"packed": True, "initial_state": True},
         "an initial state or packed documents, not both",
     ),
+    ("ssd", "mamba_ssm", {"device": "cuda", "dtype": torch.float32}, "mamba_ssm rounds float32 matrices to TF32"),
     ("cross_entropy", "cuda", {"device": "cpu"}, "the CUDA kernels need CUDA tensors, got cpu"),
     ("cross_entropy", "cuda", GPU | {"subclass": "DTensor"}, "the CUDA kernels read plain tensors, got DTensor"),
     ("causal_conv1d", "cuda", GPU | {"width": 9}, "the CUDA kernels take widths 2 to 8, got 9"),
