@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hybridzoo as zoo
 
 transformers = pytest.importorskip("transformers")
-from hybridzoo.zoo.hf import HybridZooConfig, HybridZooForCausalLM, byte_tokenizer  # noqa: E402
+from hybridzoo.zoo.hf import HybridZooConfig, HybridZooForCausalLM, StateCache, byte_tokenizer  # noqa: E402
 from hybridzoo.zoo.tokenizer import ByteTokenizer  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 NAMES = ["mamba-tiny", "jamba-tiny"]
+CACHE = list(transformers.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__)[
+    2
+]  # the installed version's name
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -115,20 +120,68 @@ def test_beams_are_the_best_continuations(adapter):
 
 
 @torch.no_grad()
-def test_a_state_is_continued_by_the_next_turn_and_by_several(adapter):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_state_is_continued_by_the_next_turn_and_by_several(adapter, name):
     ids, mask = prompts()
     options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-    first = adapter.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
-    asked = torch.cat([first.sequences, torch.randint(1, 256, (2, 4))], 1)
+    first = adapter.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)[CACHE]
+    asked = torch.cat([adapter.generate(ids, attention_mask=mask, **options), torch.randint(1, 256, (2, 4))], 1)
     mask = torch.cat([mask, torch.ones(2, 9, dtype=torch.long)], 1)
     fresh = adapter.generate(asked, attention_mask=mask, **options)
-    for _ in range(2):  # the state that was handed in is left as it is
-        again = adapter.generate(asked, attention_mask=mask, past_key_values=first.past_key_values, **options)
-        assert torch.equal(again, fresh)
-    read = adapter(ids[1:], use_cache=True).past_key_values
+    for columns in (slice(None), slice(13, None)):  # the state that was handed in is left as it is
+        again = adapter.generate(asked[:, columns], attention_mask=mask, **{name: first}, **options)
+        assert torch.equal(again, fresh[:, columns])
+    chunks = options | {"attention_mask": mask, "prefill_chunk_size": 3, name: first}
+    if CACHE == "cache":
+        assert torch.equal(adapter.generate(asked, **chunks), fresh)
+    else:
+        with pytest.raises(ValueError, match="read again, in chunks"):
+            adapter.generate(asked, **chunks)
+    read = adapter(ids[1:], use_cache=True)[CACHE]
     read.batch_repeat_interleave(3)
     ways = torch.cat([ids[1:].expand(3, -1), torch.randint(1, 256, (3, 2))], 1)
-    assert torch.equal(adapter.generate(ways, past_key_values=read, **options), adapter.generate(ways, **options))
+    assert torch.equal(adapter.generate(ways, **{name: read}, **options), adapter.generate(ways, **options))
+    with pytest.raises(ValueError, match="input_ids: 2 columns, but the cache has read 9"):
+        adapter.generate(ways[:, -2:], **{name: read}, **options)
+    torch.testing.assert_close(
+        adapter(ways[:, 9:], **{name: read}).logits, adapter(ways).logits[:, 9:], atol=1e-4, rtol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_an_output_has_the_names_and_the_order_of_transformers(adapter):
+    ids, _ = prompts()
+    out = adapter(ids, labels=ids, use_cache=True)
+    assert list(out) == ["loss", "logits", CACHE] and out.past_key_values is out[CACHE]
+    loss, logits, cache = adapter(ids, labels=ids, use_cache=True, return_dict=False)
+    assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits) and cache.get_seq_length() == 9
+    third = adapter(ids, None, cache, use_cache=True, return_dict=False)[1]
+    assert third.get_seq_length() == 18 and cache.get_seq_length() == 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [False, True], ids=["text", "text-and-state"])
+def test_stopping_a_step_late_changes_nothing(adapter, kept, monkeypatch):
+    """As transformers does on Apple's devices: one token too many is read, and dropped."""
+    check = getattr(transformers.generation.utils, "DeferredStopCheck", None) or pytest.skip("not in this version")
+    ids, mask = prompts()
+    options = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False, "attention_mask": mask}
+    options["eos_token_id"] = adapter.generate(ids, eos_token_id=None, **options)[:, 12].tolist()
+    read = adapter(ids[:, :5], mask[:, :5], use_cache=True)[CACHE]
+    before = read.state.clone()
+    expected = adapter.generate(ids, return_dict_in_generate=True, **options)
+    supported, answers = check.is_supported, []
+    monkeypatch.setattr(torch, "Event", lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    monkeypatch.setattr(
+        check,
+        "is_supported",
+        lambda _, *a, **kw: answers.append(supported(torch.device("mps"), *a, **kw)) or answers[-1],
+    )
+    got = adapter.generate(ids, return_dict_in_generate=kept, **{CACHE: read}, **options)
+    assert answers == [not kept]  # a state that is handed out cannot be taken back, and so is never a token ahead
+    assert torch.equal(got.sequences if kept else got, expected.sequences)
+    assert not kept or got[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
+    assert torch.equal(read.state.tokens, before.tokens) and read.get_seq_length() == 5
 
 
 @torch.no_grad()
@@ -145,7 +198,14 @@ def test_embeddings_can_stand_for_the_prompt(adapter):
         ({"prompt_lookup_num_tokens": 3}, "assisted generation is not supported with stateful models"),
         ({"assistant_model": "itself"}, "assisted generation is not supported with stateful models"),
         ({"cache_implementation": "static"}, "'static' is a cache for keys and values alone"),
-        ({"past_key_values": transformers.DynamicCache()}, "got DynamicCache, which has no place for recurrent states"),
+        ({"cache_implementation": "paged"}, "continuous batching keeps keys and values in pages"),
+        (
+            {"past_key_values": transformers.DynamicCache()},
+            "^past_key_values: .*got DynamicCache, which has no place for",
+        ),
+        ({"cache": transformers.DynamicCache()}, "^cache: .*got DynamicCache, which has no place for recurrent states"),
+        ({"cache": StateCache(), "past_key_values": StateCache()}, "^cache: and past_key_values are two names of one"),
+        ({"cache": StateCache(), "use_cache": False}, "use_cache: False reads everything again"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "does not hand these out"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search requires"),
     ],

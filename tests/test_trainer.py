@@ -15,6 +15,9 @@ from hybridzoo.zoo.hf import HybridZooForCausalLM
 
 # Mamba, attention, MLP and experts; their loss depends on who shares a batch, so it is off where batches are cut differently
 MODEL, BALANCED = "jamba-tiny", ["mixers.moe.aux_loss_coef=0"]
+CHECKPOINTING = next(
+    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in TrainingArguments.__dataclass_fields__
+)
 
 
 class Texts(Dataset):
@@ -58,7 +61,7 @@ def test_resuming_and_checkpointing_change_no_bit(tmp_path):
     resumed, after = fit(tmp_path, resume=str(tmp_path / "checkpoint-2"))
     assert after == losses
     same(resumed, whole)
-    recomputed, after = fit(tmp_path / "b", gradient_checkpointing=True)
+    recomputed, after = fit(tmp_path / "b", **{CHECKPOINTING: True})
     assert after == losses
     same(recomputed, whole)
     for folder in (tmp_path / "checkpoint-4", tmp_path / "b" / "checkpoint-4"):
@@ -119,7 +122,7 @@ SHARDED = """
     import hybridzoo as zoo
     from hybridzoo.zoo.hf import HybridZooForCausalLM
     sys.path.insert(0, os.path.dirname(sys.argv[1]))
-    from test_trainer import BALANCED, MODEL, Texts
+    from test_trainer import BALANCED, CHECKPOINTING, MODEL, Texts
     out = sys.argv[2]
 
 
@@ -154,7 +157,7 @@ SHARDED = """
     resumed, after = fit(out + "/a", out + "/a/checkpoint-2")
     assert after == losses
     same(resumed, whole)
-    recomputed, after = fit(out + "/b", gradient_checkpointing=True)
+    recomputed, after = fit(out + "/b", **{CHECKPOINTING: True})
     assert after == losses
     same(recomputed, whole)
     same(dict(AutoModelForCausalLM.from_pretrained(out + "/a/final").named_parameters()), whole)

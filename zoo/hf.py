@@ -34,6 +34,10 @@ from .tokenizer import EOS_TOKEN, tokenizer_files
 
 __all__ = ["HybridZooConfig", "HybridZooForCausalLM", "StateCache", "byte_tokenizer"]
 
+# what the installed transformers calls the cache, in its outputs and from step to step; callers may say either, whatever it is
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE_NAMES = ("cache", "past_key_values")
+
 
 class HybridZooConfig(PreTrainedConfig):
     """transformers' view of a zoo config.
@@ -43,7 +47,7 @@ class HybridZooConfig(PreTrainedConfig):
     """
 
     model_type = "hybridzoo"
-    keys_to_ignore_at_inference = ["past_key_values", "router"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "router"]  # noqa: RUF012
 
     zoo: dict | None = None
     bos_token_id: int | None = None
@@ -87,7 +91,7 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         "lm_head": "keep_full_weight",
     }
     _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012
 
     def __init__(self, config: HybridZooConfig, core: CausalLM | None = None):
         super().__init__(config)
@@ -117,7 +121,7 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -125,21 +129,23 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        past_key_values: StateCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """As :meth:`CausalLM.forward`, in transformers' words.
 
-        ``attention_mask`` may cover what ``past_key_values`` has seen. Packed rows may also come as transformers' collators describe
-        them, by ``cu_seq_lens_q`` or by ``position_ids`` that start again at every document.
+        ``past_key_values`` is another name of ``cache``, and ``attention_mask`` may cover what that has seen. Packed rows may also come
+        as transformers' collators describe them, by ``cu_seq_lens_q`` or by ``position_ids`` that start again at every document.
 
         Raises:
             ValueError: As :meth:`CausalLM.forward`, and for what the model cannot give: attentions, hidden states, another cache.
         """
-        _refuse(kwargs, past_key_values, attention_mask)
+        cache = _one_cache(cache, past_key_values)
+        _refuse(kwargs, attention_mask)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and tokens is not None:
             attention_mask = attention_mask[:, -tokens.shape[1] :]
-        state = None if past_key_values is None else past_key_values.state
+        state = None if cache is None else cache.state
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is None and attention_mask is None and state is None:
@@ -150,13 +156,47 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, labels, attention_mask, cu_seqlens, state,
             return_state=bool(use_cache), inputs_embeds=inputs_embeds, num_items=num_items_in_batch,
         )  # fmt: skip
-        cache = None
+        left = None
         if use_cache and out.state is not None and tokens is not None:
-            cache = StateCache(out.state, tokens.shape[1] + (past_key_values.length if past_key_values else 0))
+            left = StateCache(out.state, tokens.shape[1] + (0 if cache is None else cache.length))
         # the Trainer in training wants the loss alone; forming all logits would undo the sliced cross-entropy
         logits = None if self.training and labels is not None else _keep(out.logits, logits_to_keep)
-        output = CausalLMOutputWithPast(loss=out.loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=out.loss, logits=logits, **{CACHE: left})
         return output.to_tuple() if return_dict is False else output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers; the state that an earlier call left comes as ``cache`` or as ``past_key_values``, with every version."""
+        cache = _one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers, but a state before the first token is left out, from which PEFT sees that its prompt is still to be read."""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            seen = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            raise ValueError(
+                f"input_ids: {seen} columns, but the cache has read {seen - next_sequence_length}, and nothing is new. Pass the text from "
+                "its beginning, or the new columns alone with an attention_mask of all."
+            )
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+        cache = inputs.pop(CACHE, None)
+        # under both names: a version of PEFT knows one of them, and not always that of the transformers beside it
+        return inputs | (dict.fromkeys(CACHE_NAMES, cache) if cache is not None and cache.state is not None else {})
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: every way of continuous batching starts here."""
+        raise ValueError(
+            f"{type(self).__name__}: continuous batching keeps keys and values in pages, and a recurrent state has none. Use generate "
+            "without cache_implementation, with the prompts padded on the left."
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         # what every way of generating asks for before it starts, and so the place to say what cannot be had
@@ -171,10 +211,18 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation: {kind!r} is a cache for keys and values alone; the model keeps states of its own, which are "
                 "small. Leave it unset."
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = StateCache()
-        else:
-            _refuse({}, model_kwargs.get("past_key_values"), None)
+        given = model_kwargs.get(CACHE)
+        if given is not None and generation_config.use_cache is False:
+            raise ValueError(
+                "use_cache: False reads everything again at every step, which cannot follow on a cache. Leave one of them out."
+            )
+        if given is not None and generation_config.prefill_chunk_size and CACHE == "past_key_values":
+            raise ValueError(
+                "prefill_chunk_size: versions of transformers before 5.24 may read again, in chunks, what the cache has read. Leave one of "
+                "them out, or upgrade."
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs[CACHE] = StateCache() if given is None else given
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -238,17 +286,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _refuse(kwargs: dict[str, Any], cache: Any, attention_mask: Tensor | None) -> None:
+def _one_cache(cache: Any, past_key_values: Any) -> StateCache | None:
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache: and past_key_values are two names of one argument. Pass one of them.")
+    name, given = ("past_key_values", past_key_values) if cache is None else ("cache", cache)
+    if given is not None and not isinstance(given, StateCache):
+        raise ValueError(
+            f"{name}: expected the StateCache of an earlier call, got {type(given).__name__}, which has no place for recurrent states. "
+            "Leave it out, and take the one that comes back (use_cache=True)."
+        )
+    return given
+
+
+def _refuse(kwargs: dict[str, Any], attention_mask: Tensor | None) -> None:
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name):
             raise ValueError(
                 f"{name}: the model does not hand these out. Read them with forward hooks on model.backbone.layers."
             )
-    if cache is not None and not isinstance(cache, StateCache):
-        raise ValueError(
-            f"past_key_values: expected the StateCache of an earlier call, got {type(cache).__name__}, which has no place for recurrent "
-            "states. Leave it out, and take the one that comes back (use_cache=True)."
-        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask: expected shape (b, l), got {tuple(attention_mask.shape)}. What a token sees is the layers' to say; pass one "

@@ -62,6 +62,8 @@ class StateCache:
     """
 
     is_compileable = False
+    is_croppable = False  # tokens cannot be taken out of a state again
+    is_linear = (False,)  # its length counts: generate passes on the columns alone that have not been read
 
     def __init__(self, state: ModelState | None = None, length: int = 0):
         self.state, self.length = state, length
