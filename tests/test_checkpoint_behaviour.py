@@ -21,7 +21,8 @@ LIMITED = ["bamba-biases-tied-limits", "mamba2-biases-tied", "zamba2-one-block-b
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request, tmp_path_factory):
+def pair(request, tmp_path_factory, judged):
+    judged(CASES[request.param][0])
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -159,7 +160,8 @@ def test_the_defects_of_transformers_are_those_on_record(pair):
 
 @pytest.mark.parametrize("name", LIMITED)
 @torch.no_grad()
-def test_step_size_limits_hold_in_decoding_too(name, tmp_path):
+def test_step_size_limits_hold_in_decoding_too(name, tmp_path, judged):
+    judged(CASES[name][0])
     pair, ids = Pair(name, tmp_path), torch.randint(1, V, (2, 12))
     expected = pair.theirs(ids, use_cache=False).logits[:, 9:]
     state = pair.ours(ids[:, :9]).state
@@ -184,8 +186,9 @@ CONSTANT_STEP_SIZE = {"jamba": 0.693, "bamba": 1.313, "granite": 1.313, "falcon_
 
 
 @pytest.mark.parametrize("name", MANY_STEP_SIZES)
-def test_training_from_scratch_starts_as_the_papers_do(name, tmp_path):
+def test_training_from_scratch_starts_as_the_papers_do(name, tmp_path, judged):
     kind, options = CASES[name]
+    judged(kind)
     config = getattr(transformers, f"{kind}Config")(**({"vocab_size": V} | options | MANY_STEP_SIZES[name]))
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config)
     theirs.save_pretrained(tmp_path)

@@ -16,7 +16,8 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory):
+def pair(request, tmp_path_factory, judged):
+    judged(CASES[request.param][0])
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -110,6 +111,8 @@ def test_names_in_memory_and_older_names_in_configs_are_read_too(pair, tmp_path)
     )
     config = json.loads((pair.folder / "config.json").read_text())
     older = {"linear_attention": "mamba", "full_attention": "attention"}
+    if config["model_type"] in ("bamba", "granitemoehybrid", "falcon_h1"):
+        config |= {"time_step_min": 0.001, "time_step_max": 0.1}
     if config["model_type"] == "granitemoehybrid":
         config["layers_block_type"] = [older[kind] for kind in config.pop("layer_types")]
     if config["model_type"] == "zamba2":
@@ -125,7 +128,8 @@ def test_names_in_memory_and_older_names_in_configs_are_read_too(pair, tmp_path)
     assert all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
 
 
-def test_zamba2_shares_its_blocks_where_transformers_does_not(tmp_path):
+def test_zamba2_shares_its_blocks_where_transformers_does_not(tmp_path, judged):
+    judged("Zamba2")
     # their class shares nothing unless it ties the head: it stores every copy, and would draw the ones that are missing
     config = transformers.Zamba2Config(vocab_size=V, **ZAMBA2, tie_word_embeddings=False)
     theirs = redraw(transformers.Zamba2ForCausalLM._from_config(config, attn_implementation="eager"))
@@ -148,7 +152,8 @@ def test_zamba2_shares_its_blocks_where_transformers_does_not(tmp_path):
     assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_zamba2_of_before_transformers_5_has_no_limit_on_step_sizes(tmp_path):
+def test_zamba2_of_before_transformers_5_has_no_limit_on_step_sizes(tmp_path, judged):
+    judged("Zamba2")
     config = transformers.Zamba2Config(vocab_size=V, **ZAMBA2)
     transformers.Zamba2ForCausalLM(config).save_pretrained(tmp_path / "new")
     (tmp_path / "old").mkdir()

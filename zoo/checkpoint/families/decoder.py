@@ -91,7 +91,8 @@ class Decoder(Family):
         heads, expand = take("mamba_n_heads", 128), take("mamba_expand", 2)
         inner = d_ssm or expand * d_model
         size = inner // heads if fields.data.get("mamba_d_head", "auto") in ("auto", None) else take("mamba_d_head")
-        fields.skip("mamba_d_head")
+        # transformers 5.13 writes the latter two, and computes nothing with them
+        fields.skip("mamba_d_head", "time_step_min", "time_step_max")
         if heads * size != inner:
             raise CheckpointError(
                 f"{fields.file}: mamba_n_heads * mamba_d_head = {heads * size} differs from the inner width {inner}."
