@@ -81,17 +81,15 @@ class CapturedStep:
                     "batch of an epoch, or record a second step."
                 )
             kept.copy_(given, non_blocking=True)
+        pairs = [(p, g) for p, g in zip(self.parameters, self.gradients, strict=True) if g is not None]
         # as backward does, add to what is there; a replay writes over it where it is the graph's own
-        earlier = [(p, p.grad.clone() if p.grad is g else p.grad) for p, g in self._pairs() if p.grad is not None]
+        earlier = [(g, p.grad.clone() if p.grad is g else p.grad) for p, g in pairs if p.grad is not None]
         self.graph.replay()
-        for p, g in self._pairs():
+        for p, g in pairs:
             p.grad = g
         if earlier:
-            torch._foreach_add_([p.grad for p, _ in earlier], [grad for _, grad in earlier])
+            torch._foreach_add_(*map(list, zip(*earlier, strict=True)))
         return self.loss.clone()
-
-    def _pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
-        return [(p, g) for p, g in zip(self.parameters, self.gradients, strict=True) if g is not None]
 
     def _forget(self) -> None:
         for p in self.parameters:
