@@ -1,6 +1,7 @@
 """The transformers adapter: Auto classes, generate, padding, saving; each against the core model."""
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -436,3 +437,20 @@ def test_auto_classes_know_the_zoo(code, switch, tmp_path):
     assert json.loads((folder / "config.json").read_text())["model_type"] == "hybridzoo"
     env = {"TORCH_DEVICE_BACKEND_AUTOLOAD": switch, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     assert type_of_what_is_loaded(code, folder, **env).endswith("HybridZooForCausalLM")
+
+
+def test_what_transformers_says_of_activation_checkpointing_is_done():
+    model = HybridZooForCausalLM.wrap(zoo.build("mamba-tiny")).train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    if "every_n_layers" not in inspect.signature(enable).parameters:
+        pytest.skip("this transformers checkpoints every layer or none")
+    every, ids = 3, torch.randint(0, 256, (2, 9))
+    want = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    enable(every_n_layers=every)
+    ran, real = [], model.backbone._gradient_checkpointing_func
+    model.backbone._gradient_checkpointing_func = lambda block, *args, **kwargs: (
+        ran.append(block) or real(block, *args, **kwargs)
+    )
+    got = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    assert ran == list(model.backbone.layers)[::every]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

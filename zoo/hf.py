@@ -232,6 +232,11 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             processors.insert(0, SuppressTokensLogitsProcessor(padding, device=str(self.lm_head.weight.device)))
         return processors
 
+    def _set_gradient_checkpointing(self, *args, every_n_layers: int = 1, **kwargs) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        # transformers counts layers of its own kind alone
+        self.backbone.checkpoint_every = every_n_layers
+
     def _replicate_for_data_parallel(self) -> "HybridZooForCausalLM":
         # nn.DataParallel gives a replica a table of parts of its own, on its device; so must its core have it
         replica = super()._replicate_for_data_parallel()

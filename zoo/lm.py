@@ -83,7 +83,9 @@ class Backbone(nn.Module):
         self.norm_f = make_norm(norm["type"], cfg.d_model, norm["eps"], device=device, dtype=dtype)
         self.residual_in_fp32 = bool(cfg.residual_in_fp32)
         self.embedding_multiplier, self.logits_multiplier = cfg.embedding_multiplier, cfg.logits_multiplier
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpoint_every = False, 1
+        # under the name that transformers gives it, whose options (offloading, say) come with it
+        self._gradient_checkpointing_func: Any = checkpoint
 
     @property
     def blocks(self) -> list[Block]:
@@ -103,11 +105,12 @@ class Backbone(nn.Module):
         after: list[Any] = []
         aux: dict[str, list] = {}
         embedding, side = x, None
-        for block, s in zip(self.blocks, before, strict=True):
-            if self.gradient_checkpointing and self.training:
-                x, s, extra, side = checkpoint(block, x, s, seq, return_state, embedding, side, use_reentrant=False)
+        for i, (block, s) in enumerate(zip(self.blocks, before, strict=True)):
+            inputs = x, s, seq, return_state, embedding, side
+            if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
+                x, s, extra, side = self._gradient_checkpointing_func(block, *inputs, use_reentrant=False)
             else:
-                x, s, extra, side = block(x, s, seq, return_state, embedding, side)
+                x, s, extra, side = block(*inputs)
             after.append(s)
             for key, values in extra.items():
                 aux.setdefault(key, []).extend(values)
