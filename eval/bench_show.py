@@ -171,6 +171,7 @@ def _bars(ax: Any, title: str, unit: str, rows: list[tuple[str, float, float, fl
             ax.plot([i - 0.42, i + 0.02], [floor] * 2, color=_FLOOR, linewidth=2, label="floor" if label else None)
         ax.annotate(ratio, (i - 0.2, mine), xytext=(0, 2), textcoords="offset points", ha="center", fontweight="bold")
     ax.set_xticks(range(len(rows)), [row[0] for row in rows])
+    ax.margins(y=0.1)  # room for what is written above the highest bar
     if unit == "ms":
         ax.set_yscale("log")
     ax.set_ylabel(unit)
