@@ -41,39 +41,25 @@ def launch(
         device: Where the tensors are; made current for the launch.
     """
     index = device.index
-    if torch._C._cuda_getDevice() != index:
+    kernel = _loaded.get((source, name, index))
+    if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
             return launch(source, name, params, grid, block, shared_bytes, device)
-    kernel = _loaded.get((source, name, index))
     if kernel is None:
         kernel = _loaded[source, name, index] = _load(source, name, index, shared_bytes)
-    # torch.cuda.current_stream makes an object of it, and cuda-bindings makes objects of every argument: each takes longer than the launch
-    stream = torch._C._cuda_getCurrentRawStream(index)
     # the driver copies the parameters before it returns
-    arguments = (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, _Pointer(params), None)
-    status = _launcher()(*arguments)
-    if status == INVALID_CONTEXT:
+    held = ctypes.create_string_buffer(params, len(params))
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
+    stream, driver = torch.cuda.current_stream(index).cuda_stream, _driver()
+    arguments = (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+    (status,) = driver.cuLaunchKernel(*arguments)
+    if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
         _enter(index)
-        status = _launcher()(*arguments)
+        (status,) = driver.cuLaunchKernel(*arguments)
     if status:
-        reason = _driver().CUresult(status).name
         raise RuntimeError(
-            f"{name}: launch of {grid} x {block} threads with {shared_bytes} bytes of shared memory failed: {reason}."
+            f"{name}: launch of {grid} x {block} threads with {shared_bytes} bytes of shared memory failed: {status.name}."
         )
-
-
-INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
-_Pointer = ctypes.c_char_p * 1  # the addresses of a kernel's parameters, of which ours have one
-
-
-@functools.cache
-def _launcher() -> Any:
-    """The driver's ``cuLaunchKernel``, which torch has loaded."""
-    call = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuLaunchKernel
-    size, pointer = ctypes.c_uint, ctypes.c_void_p
-    call.argtypes = [pointer, *[size] * 7, pointer, ctypes.POINTER(ctypes.c_char_p), pointer]
-    call.restype = ctypes.c_int
-    return call
 
 
 _loaded: dict[tuple[str, str, int | None], Any] = {}
@@ -109,7 +95,7 @@ def _load(source: str, name: str, index: int | None, shared_bytes: int) -> Any:
         _checked(
             driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100), name
         )
-    return int(function)
+    return function
 
 
 def _checked(result: tuple, what: str) -> Any:
