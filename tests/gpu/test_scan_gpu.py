@@ -205,9 +205,9 @@ def test_more_than_two_to_the_31_elements():
 
     out, grads = run(u, B)
     want, want_grads = run(u[2:].clone(), B[2:])
-    # the same row alone may be split into other chunks
+    # the same row alone may be split into other chunks: sums in another order, then rounded to 8 bits
     for at in (0, 1000, l - 1):
-        torch.testing.assert_close(out[2, at], want[0, at], rtol=2e-2, atol=1e-3)
-        for grad, want_grad in zip(grads, want_grads, strict=True):
-            torch.testing.assert_close(grad[2, at], want_grad[0, at], rtol=2e-2, atol=1e-3)
+        for name, x, y in zip(("out", "u", "dt", "z"), (out, *grads), (want, *want_grads), strict=True):
+            error = (x[2, at].double() - y[0, at].double()).norm() / y[0, at].double().norm()
+            assert error < 5e-3, (name, at, error.item())
     assert all(x[2, -5000:].isfinite().all() for x in (out, *grads))
