@@ -115,10 +115,19 @@ def recomputing() -> Any:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return contextlib.nullcontext(_same)
+    return contextlib.nullcontext(_same) if _others_hooks() else _Recomputing()
+
+
+def _others_hooks() -> bool:
     autograd: Any = torch._C._autograd
-    if not autograd._saved_tensors_hooks_is_enabled() or autograd._top_saved_tensors_default_hooks(True) is not None:
-        return contextlib.nullcontext(_same)
-    return _Recomputing()
+    try:
+        return (
+            not autograd._saved_tensors_hooks_is_enabled()
+            or autograd._top_saved_tensors_default_hooks(True) is not None
+        )
+    except AttributeError:
+        # torch's own names for it, 2.11 to 2.13 at least; not knowing is a reason to keep out of the way
+        return True
 
 
 def _same(x: Tensor) -> Tensor:

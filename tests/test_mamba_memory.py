@@ -291,3 +291,9 @@ def test_without_gradients_nothing_is_remembered():
         layer(x)
     layer.requires_grad_(False)(x)
     assert len(seen) == 2 and not any(hasattr(u, "_recipe") for u in seen)
+
+
+def test_a_torch_without_the_names_keeps_everything(formed, monkeypatch):
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    squares(Mamba(16), torch.randn(2, 9, 16)).backward()
+    assert formed == []
