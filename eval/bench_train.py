@@ -32,6 +32,7 @@ PEERS = ["mamba_ssm"]
 VARIANTS = {
     "default": "as shipped",
     "graph": "forward and backward recorded as one CUDA graph (CapturedStep)",
+    "one-thread": "backward in the caller's thread (torch.autograd.set_multithreading_enabled)",
     "compile": "the backbone through torch.compile, block by block",
     "logits": "the logits of all tokens at once in place of the chunked cross-entropy",
     "mamba_ssm-scan": "mamba-ssm's scan inside our layers",
@@ -41,6 +42,7 @@ PARTS = {
     "mamba-130m:graph": ("mamba-130m", "graph"),
     "mamba-370m": ("mamba-370m", "default"),
     "mamba-370m:graph": ("mamba-370m", "graph"),
+    "mamba-130m:one-thread": ("mamba-130m", "one-thread"),
     "mamba-130m:compile": ("mamba-130m", "compile"),
     "mamba-130m:logits": ("mamba-130m", "logits"),
     "mamba-130m:mamba_ssm-scan": ("mamba-130m", "mamba_ssm-scan"),
@@ -136,7 +138,8 @@ def side(spec: dict[str, Any], device: str, shape: dict[str, int] | None = None)
     def differentiated() -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             value = loss(ids)
-        value.backward()
+        with torch.autograd.set_multithreading_enabled(spec.get("variant") != "one-thread"):
+            value.backward()
         return value.detach()
 
     def step() -> Tensor:
@@ -237,7 +240,7 @@ def _row(model: str, variant: str, mine: dict[str, Any], peer: str, theirs: dict
     a, b = (statistics.median(s["times_ms"]) for s in (mine, theirs))
     off = [abs(x - y) / y for x, y in zip(mine["losses"], theirs["losses"], strict=True)]
     memory = mine["peak_GiB"] / theirs["peak_GiB"]
-    judged = variant in ("default", "graph", "compile")
+    judged = variant in ("default", "graph", "one-thread", "compile")
     return {
         "name": model,
         "part": variant,

@@ -347,8 +347,16 @@ def test_parts_of_training_are_run_in_turn_and_survive_a_failure(monkeypatch):
     monkeypatch.setattr(bench_train, "_run", run)
     rows, failed = bench_train.measure(["mamba_ssm"], list(bench_train.PARTS), lambda text: None)
     assert ran[0] == ("mamba_ssm", "mamba-130m", None) and ran.count(("mamba_ssm", "mamba-370m", None)) == 1
-    assert [row["variant"] for row in rows] == ["default", "graph", "logits", "mamba_ssm-scan", "default", "graph"]
-    assert failed == ["no compiler", "no compiler"] and [row["goal_ratio"] for row in rows[:3]] == [2.0, 2.0, None]
+    assert [row["variant"] for row in rows] == [
+        "default",
+        "graph",
+        "one-thread",
+        "logits",
+        "mamba_ssm-scan",
+        "default",
+        "graph",
+    ]
+    assert failed == ["no compiler", "no compiler"] and [row["goal_ratio"] for row in rows[:4]] == [2.0, 2.0, 2.0, None]
     assert bench_train.measure(["mamba_ssm"], ["mamba-130m"], lambda text: None, profile=True) == ([], [])
 
 
