@@ -131,6 +131,8 @@ def plan(signature: tuple, count: int, backward: bool, strip: int | None = None)
     flags = packed * RESET | (bytes_ is None) * UNALIGNED | silu * SILU
     narrow = backward or k > 4 or bytes_ != 16
     lanes = (8 if narrow else 16) // dtype.itemsize
+    if backward and packed and bytes_ is None and k == WIDTHS[-1]:
+        lanes = 2  # the widest filter, its sums, documents and single elements: no registers for more
     vectors = ceil_div(d, lanes)
     # a warp stands side by side where that leaves few of its threads without channels
     columns = next((c for c in (32, 16, 8) if ceil_div(vectors, c) * c <= 1.15 * vectors), 4)

@@ -265,7 +265,7 @@ struct ConvBackward : Strip<T, W, K, N, FLAGS> {
             if (ALL || (at >= t0 && at < t1)) done.template store<ALIGNED>(gx, ALL && ALIGNED ? N : count);
             if (!ALL && at < 0 && t0 == 0 && p.gstate != nullptr)
                 done.template store<ALIGNED>((T*)p.gstate + (b * (K - 1) + t + i) * p.d + ch, count);
-            gx += p.gx_l;
+            gx += (int)p.gx_l;  // of memory that we lay out
         }
         move_on<K, N>(seen);
         move_on<K, N>(gs);
