@@ -57,14 +57,10 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(acc_dtype(x.dtype))
 
 
-def dtype_read(weight: Tensor) -> torch.dtype:
-    """The dtype in which linear layers read their inputs where a parameter like ``weight`` is: autocast's, or the parameter's."""
+def dtype_read(x: Tensor) -> torch.dtype:
+    """The dtype in which linear layers read a tensor, or one of its dtype and device: autocast's, or its own."""
     # autocast leaves float64 alone
-    return (
-        torch.get_autocast_dtype(weight.device.type)
-        if weight.dtype != torch.float64 and autocasts(weight)
-        else weight.dtype
-    )
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) and x.dtype != torch.float64 else x.dtype
 
 
 def autocasts(x: Tensor) -> bool:

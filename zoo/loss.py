@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import cross_entropy
 from ..kernels.seq import Seq
-from ..layers.common import acc_dtype, autocasts, upcast
+from ..layers.common import acc_dtype, autocasts, dtype_read, upcast
 
 __all__ = ["IGNORE", "next_token_loss", "shift_labels"]
 
@@ -63,8 +63,7 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
 
 def _slice_tokens(hidden: Tensor, v: int) -> int:
     """How many tokens make a slice: as many as the budget allows, in slices of about one size, whole tiles of a matmul where possible."""
-    dtype = torch.get_autocast_dtype(hidden.device.type) if autocasts(hidden) else hidden.dtype
-    most = max(1, _SLICE_BYTES // (v * dtype.itemsize))
+    most = max(1, _SLICE_BYTES // (v * dtype_read(hidden).itemsize))
     tile = 128 if most >= 128 else 1
     most -= most % tile
     slices = max(1, -(-hidden.shape[0] // most))
