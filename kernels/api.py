@@ -83,9 +83,10 @@ def selective_scan(
     checks.shape(where, "z", z, (b, l, d), "(b, l, d) like u")
     checks.same_device(where, "u", u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     checks.fits(where, seq, b, l)
-    B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
     facts = _facts(u, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=A.shape[-1])
     chosen = choose(where, backend=backend, **facts)
+    if chosen.name != "cuda" or paths is not None:
+        B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
 
     def scan(*operands: Any) -> tuple[Tensor, Tensor]:
         _check_scan(where, *operands)
@@ -280,13 +281,17 @@ def _check_scan(
 ) -> None:
     b, l, d = u.shape
     checks.floating(where, "A", A, 2, "(d, n)")
-    checks.floating(where, "B", B, 4, "(b, l, g, n) or (b, l, n)")
-    n, g = A.shape[1], B.shape[2]
+    checks.floating(where, "B", B, 3 if B.dim() == 3 else 4, "(b, l, g, n) or (b, l, n)")
+    n, g = A.shape[1], B.shape[2] if B.dim() == 4 else 1
+
+    def rows(m: Tensor) -> tuple[int, ...]:
+        return (b, l, n) if m.dim() == 3 and g == 1 else (b, l, g, n)
+
     checks.groups(where, d, g, "d")
     checks.shape(where, "dt", dt, (b, l, d), "(b, l, d) like u")
     checks.shape(where, "A", A, (d, n), "(d, n)")
-    checks.shape(where, "B", B, (b, l, g, n), "(b, l, g, n)")
-    checks.shape(where, "C", C, (b, l, g, n), "(b, l, g, n) like B")
+    checks.shape(where, "B", B, rows(B), "(b, l, g, n)")
+    checks.shape(where, "C", C, rows(C), "(b, l, g, n) like B")
     checks.shape(where, "D", D, (d,), "(d,)")
     checks.shape(where, "dt_bias", dt_bias, (d,), "(d,)")
     checks.shape(where, "initial_state", initial_state, (b, d, n), "(b, d, n)")

@@ -5,7 +5,7 @@ The sources (``cuda/scan_forward.cu``, ``cuda/scan_backward.cu``) say what the k
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .cuda_shapes import (
     FULL,
     STATE,
     BackwardShape,
+    Cut,
     ForwardShape,
     Grid,
     backward_plan,
@@ -28,12 +29,15 @@ from .cuda_shapes import (
 )
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
-RESET, WALK, UNALIGNED = 1, 2, 4
+RESET, WALK, UNALIGNED, CUT = 1, 2, 4, 8
 
 
 @dataclass
 class Call:
-    """One scan's operands in the form that the kernels read: one element type, unit strides along channels and states."""
+    """One scan's operands in the form that the kernels read: one element type, unit strides along channels and states.
+
+    B and C may be without an axis for groups.
+    """
 
     u: Tensor
     dt: Tensor
@@ -65,23 +69,28 @@ class Call:
     def sizes(self) -> tuple[int, int, int, int, int]:
         """b, l, d, n, g."""
         b, l, d = self.u.shape
-        return b, l, d, self.A.shape[1], self.B.shape[2]
+        return b, l, d, self.A.shape[1], self.B.shape[2] if self.B.dim() == 4 else 1
 
     def signature(self, *wide: Tensor | None) -> tuple:
-        """What the non-pointer parameters of a launch depend on, ``wide`` being the (b, l, d) tensors that it moves."""
-        strides = [(0, 0) if x is None else x.stride()[:2] for x in wide]
-        off = any(x is not None and x.data_ptr() % 16 for x in (*wide, self.B, self.C))
+        """What the non-pointer parameters of the launches depend on, ``wide`` being the (b, l, d) tensors that they move besides these."""
+        u, dt, z, B, C = self.u, self.dt, self.z, self.B, self.C
+        moved = (u, dt, B, C) if z is None else (u, dt, z, B, C)
+        off = any([x.data_ptr() % 16 for x in moved]) or any([x is not None and x.data_ptr() % 16 for x in wide])
         return (
-            self.u.dtype,
+            u.dtype,
             self.sizes,
-            *strides,
-            self.B.stride()[:3],
-            self.C.stride()[:3],
+            *[x.stride()[:3] if x.dim() == 4 else (*x.stride()[:2], 0) for x in (B, C)],
             off,
             self.reset is not None,
             self.walk,
             self.dt_softplus,
+            *[(0, 0) if x is None else x.stride()[:2] for x in (u, dt, z, *wide)],
         )
+
+    @property
+    def scanned(self) -> tuple:
+        """What a scan reads besides its wide input, in the order of its parameters."""
+        return self.dt, self.B, self.C, self.z, self.A, self.D, self.dt_bias
 
     def states(self, save: bool, *lead: int) -> tuple[Tensor, Tensor | None]:
         """Room for the last state and for the states that are saved, with these leading axes."""
@@ -91,9 +100,7 @@ class Call:
 
     def gradients(self, *lead: int, gz: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Room for the gradients of u, dt, B, C and z, with these leading axes; that of z may be there."""
-        b, l, d, n, g = self.sizes
-        gu, gdt = (self.u.new_empty((*lead, b, l, d)) for _ in range(2))
-        gB, gC = (self.u.new_empty((*lead, b, l, g, n)) for _ in range(2))
+        gu, gdt, gB, gC = (self.u.new_empty((*lead, *x.shape)) for x in (self.u, self.u, self.B, self.C))
         return gu, gdt, gB, gC, torch.empty_like(gu) if gz is None and self.z is not None else gz
 
 
@@ -136,9 +143,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _flags(dtype, sizes, strides, B, C, off, reset, walk) -> int:
+def _flags(signature: tuple) -> int:
     """``Flags`` of the sources: 16 bytes are moved at a time if all rows and the borders of groups start at multiples of 16 bytes."""
-    b, l, d, n, g = sizes
+    dtype, (b, l, d, n, g), B, C, off, reset, walk, _, *strides = signature
     lanes = 16 // dtype.itemsize
     borders = [s for pair in strides for s, size in zip(pair, (b, l), strict=True) if size > 1]
     borders += [d] + ([d // g] if g > 1 else [])
@@ -146,6 +153,66 @@ def _flags(dtype, sizes, strides, B, C, off, reset, walk) -> int:
     if n >= lanes or n != instance(n):
         borders += [s for three in (B, C) for s, size in zip(three, (b, l, g), strict=True) if size > 1] + [n]
     return reset * RESET | (walk is not None) * WALK | (off or any(s % lanes for s in borders)) * UNALIGNED
+
+
+def _tail(kind: Any, signature: tuple, grid: Grid, names: str) -> bytes:
+    """The parameters behind the pointers; ``names`` are those of the tensors whose strides the signature ends with."""
+    _, (b, l, d, n, g), B, C, _, _, walk, softplus, *strides = signature
+    named = params.strides(B=B, C=C, **dict(zip(names.split(), strides, strict=True)))
+    own = {"walk": params.walk(walk, l), "cut": params.Cut(*astuple(grid.cut)), "tiles_per_group": grid.tiles}
+    return params.tail(kind(**named, **own, l=l, batch=b, d=d, n=n, groups=g, softplus=softplus))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and its parameters behind the pointers."""
+
+    source: str
+    name: str
+    tail: bytes
+    blocks: int
+    threads: int
+    shared: int
+
+    def __call__(self, device: torch.device, *tensors: Tensor | None) -> None:
+        """Run it over these, in the order of its parameters."""
+        packed = params.pack(self.tail, *tensors)
+        nvrtc.launch(self.source, self.name, packed, self.blocks, self.threads, self.shared, device)
+
+
+def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launch:
+    dtype, (b, _, _, n, g) = signature[:2]
+    lanes = f"{shape.nc}, {shape.ns}, {shape.ln}, {shape.ch}, {shape.tt}, {shape.nh}"
+    k, flags = BACKWARD[instance(n)].k, _flags(signature) | (mode == FULL and grid.cut.chunks > 1) * CUT
+    name = f"scan_forward<{TYPES[dtype]}, {lanes}, {k}, {mode}, {flags}, {shape.blocks}>"
+    pieces = grid.cut.pieces(b)
+    if mode != FULL:
+        # nothing follows the last piece of a row, or the first on the way back
+        pieces = (b - grid.cut.whole) * (grid.cut.chunks - 1)
+    tail = _tail(params.Forward, signature, grid, "u dt z out")
+    threads, shared = shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode)
+    return Launch("scan_forward.cu", name, tail, pieces * g * grid.tiles, threads, shared)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_launches(
+    signature: tuple, count: int, shape: ForwardShape | None, chunks: int | None
+) -> tuple[Launch, Launch | None, int]:
+    """The scan, the sweep before it where rows are cut, and into how many pieces."""
+    shape, grid = forward_plan(*signature[1], count, shape, chunks)
+    sweep = _scan(signature, shape, STATE, grid) if grid.cut.chunks > 1 else None
+    return _scan(signature, shape, FULL, grid), sweep, signature[1][0] * grid.cut.chunks
+
+
+def _sweep(call: Call, sweep: Launch, pieces: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    """What each piece of the rows that are cut adds to the state, (pieces, d, n), and its sum of dt, (pieces, d, 2).
+
+    On the way back ``u`` is the gradient of the outputs, and what is added is the gradient of the state, from the right.
+    """
+    _, _, d, n, _ = call.sizes
+    local, decay = call.A.new_empty((pieces, d, n)), call.A.new_empty((pieces, d, 2))
+    sweep(u.device, u, *call.scanned, None, call.reset, call.valid, None, None, None, local, decay, None, None)
+    return local, decay
 
 
 def forward(
@@ -156,60 +223,34 @@ def forward(
     into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The outputs (b, l, d), the last state (b, d, n), and the states before every K-th step, (b, l / K, d, n), if wanted."""
-    shape, grid = forward_plan(*call.sizes, processors(call.u.device), shape, chunks)
     out, last, saved = into or (call.u.new_empty(call.u.shape), *call.states(save))
-    start = call.initial_state
-    if grid.chunks > 1:
-        start = chunk_starts(call, shape, STATE, grid, call.initial_state, None)
-    _launch_forward(call, shape, FULL, grid, call.u, out, start, last, saved, None, None)
+    scan, sweep, pieces = _forward_launches(call.signature(out), processors(out.device), shape, chunks)
+    local, decay = _sweep(call, sweep, pieces, call.u) if sweep else (None, None)
+    inputs = (call.u, *call.scanned, call.initial_state, call.reset, call.valid)
+    scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum)
     return out, last, saved
 
 
-def chunk_starts(
-    call: Call, shape: ForwardShape, mode: int, grid: Grid, first: Tensor | None, gout: Tensor | None
-) -> Tensor:
-    """What enters every chunk, (b, chunks, d, n): the state from the left, or, in ADJOINT mode, its gradient from the right."""
-    b, _, d, n, _ = call.sizes
-    local, decay = call.A.new_empty((b, grid.chunks, d, n)), call.A.new_empty((b, grid.chunks, d, 2))
-    _launch_forward(call, shape, mode, grid, call.u if gout is None else gout, None, None, None, None, local, decay)
-    tail = params.tail(params.Carry(total=b * d * n, d=d, n=n, chunks=grid.chunks, reverse=mode == ADJOINT))
-    packed = params.pack(tail, call.A, decay, first, local)
-    nvrtc.launch("scan_forward.cu", "scan_carry", packed, ceil_div(b * d * n, 256), 256, 0, call.u.device)
-    return local
-
-
-def _sizes(sizes: tuple, grid: Grid, walk: tuple | None, softplus: bool) -> dict[str, Any]:
-    """The parameters behind the strides, which both kernels have."""
-    b, l, d, n, g = sizes
-    cut = {"chunk_len": grid.length, "tiles_per_group": grid.tiles, "chunks": grid.chunks}
-    return {"walk": params.walk(walk, l), "l": l, "batch": b, "d": d, "n": n, "groups": g, "softplus": softplus, **cut}
-
-
 @functools.lru_cache(maxsize=4096)
-def _forward_launch(shape: ForwardShape, mode: int, grid: Grid, signature: tuple) -> tuple:
-    dtype, sizes, *strides, B, C, off, reset, walk, softplus = signature
-    b, _, _, n, g = sizes
-    u, dt, z, out = strides
-    tail = params.tail(
-        params.Forward(
-            **params.strides(u=u, dt=dt, B=B, C=C, z=z, out=out),
-            **_sizes(sizes, grid, walk, softplus),
-        )
-    )
-    flags = _flags(dtype, sizes, strides, B, C, off, reset, walk)
-    lanes = f"{shape.nc}, {shape.ns}, {shape.ln}, {shape.ch}, {shape.tt}, {shape.nh}"
-    name = f"scan_forward<{TYPES[dtype]}, {lanes}, {BACKWARD[instance(n)].k}, {mode}, {flags}, {shape.blocks}>"
-    # nothing follows the last chunk, or the first on the way back
-    chunks = grid.chunks - (mode != FULL)
-    return tail, name, b * g * grid.tiles * chunks, shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode)
-
-
-def _launch_forward(call, shape, mode, grid, u, out, start, last, saved, local, decay) -> None:
-    signature = call.signature(u, call.dt, call.z, out)
-    tail, name, blocks, threads, shared = _forward_launch(shape, mode, grid, signature)
-    inputs = (u, call.dt, call.B, call.C, call.z, call.A, call.D, call.dt_bias, start, call.reset, call.valid)
-    packed = params.pack(tail, *inputs, out, last, saved, local, decay, call.before, call.sum)
-    nvrtc.launch("scan_forward.cu", name, packed, blocks, threads, shared, call.u.device)
+def _backward_launches(
+    signature: tuple, count: int, shape: BackwardShape | None, chunks: int | Cut | None
+) -> tuple[Launch, Launch | None, int, Grid]:
+    """The backward, the sweep before it where rows are cut, into how many pieces, and the grid."""
+    dtype, (b, l, d, n, g), *facts = signature
+    shape, grid = backward_plan(b, l, d, n, g, count, shape, chunks)
+    cut, sweep, pieces = grid.cut, None, 0
+    if cut.chunks > 1:
+        pieces = (b - cut.whole) * cut.chunks
+        forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, chunks=1)
+        (_, dt, z, gout, *_), nowhere = facts[6:], (0, 0)
+        swept = (dtype, signature[1], *facts[:6], gout, dt, z, nowhere)
+        sweep = _scan(swept, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))
+    lanes = f"{shape.ns}, {shape.ln}, {shape.ch}, {shape.warps}, {shape.k}, {shape.ts}"
+    flags = _flags(signature) | (cut.chunks > 1) * CUT
+    name = f"scan_backward<{TYPES[dtype]}, {lanes}, {flags}, {shape.blocks}>"
+    tail = _tail(params.Backward, signature, grid, "u dt z gout gu gdt gz")
+    blocks, shared = cut.pieces(b) * g * grid.tiles, shape.shared_bytes(dtype.itemsize)
+    return Launch("scan_backward.cu", name, tail, blocks, shape.warps * 32, shared), sweep, pieces, grid
 
 
 def backward(
@@ -218,44 +259,23 @@ def backward(
     glast: Tensor | None,
     saved: Tensor,
     shape: BackwardShape | None = None,
-    chunks: int | None = None,
+    chunks: int | Cut | None = None,
     into: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of A, D, dt_bias and the state are float32."""
-    b, l, d, n, g = call.sizes
-    count = processors(call.u.device)
-    shape, grid = backward_plan(*call.sizes, count, shape, chunks)
-    glast = _whole(glast, torch.float32)
-    gout = in_rows(gout, call.u.dtype)
-    if grid.chunks > 1:
-        sweep, _ = forward_plan(b * (grid.chunks - 1), grid.length, d, n, g, count, chunks=1)
-        own = Grid(ceil_div(d // g, sweep.channels), grid.chunks, grid.length)
-        glast = chunk_starts(call, sweep, ADJOINT, own, glast, gout)
-    gu, gdt, gB, gC, gz = into or call.gradients()
-    one, rows, new = b * l * g * n, b * grid.chunks, call.A.new_empty
-    # one allocation for all that is only passed on to the sums
-    parts = [2 * grid.tiles * one, rows * d * n, 2 * rows * d]
-    gbc, gA, gskip = new(sum(parts)).split(parts)
+    c, new, device = call, call.A.new_empty, gout.device
+    b, l, d, n, g = c.sizes
+    glast, gout = _whole(glast, torch.float32), in_rows(gout, c.u.dtype)
+    gu, gdt, gB, gC, gz = into or c.gradients()
+    signature = c.signature(gout, gu, gdt, gz)
+    scan, sweep, pieces, grid = _backward_launches(signature, processors(device), shape, chunks)
+    local, decay = _sweep(c, sweep, pieces, gout) if sweep else (None, None)
+    one, rows = b * l * g * n, grid.cut.pieces(b)
+    gbc, gA, gskip = new(2 * grid.tiles * one), new(rows * d * n), new(2 * rows * d)
     total_A, gD, gbias = new((d, n)), new(d), new(d)
-    ginit = None if call.initial_state is None else new((b, d, n))
-    signature = call.signature(call.u, call.dt, call.z, gout, gu, gdt, gz)
-    tail, name, blocks, threads, shared = _backward_launch(shape, grid, signature)
-    inputs = (
-        call.u,
-        call.dt,
-        call.B,
-        call.C,
-        call.z,
-        gout,
-        call.A,
-        call.D,
-        call.dt_bias,
-        saved,
-        call.initial_state,
-        glast,
-    )
-    packed = params.pack(tail, *inputs, call.reset, call.valid, gu, gdt, gz, gbc, gA, gskip, ginit)
-    nvrtc.launch("scan_backward.cu", name, packed, blocks, threads, shared, gu.device)
+    ginit = None if c.initial_state is None else new((b, d, n))
+    inputs = (c.u, c.dt, c.B, c.C, c.z, gout, c.A, c.D, c.dt_bias, saved, c.initial_state, glast, local, decay)
+    scan(device, *inputs, c.reset, c.valid, gu, gdt, gz, gbc, gA, gskip, ginit)
     bc, skip, row = gbc.data_ptr(), gskip.data_ptr(), 2 * d
     jobs = (
         (bc, gB, one, 2 * one, grid.tiles, False),
@@ -264,24 +284,6 @@ def backward(
         (skip, gD, d, row, rows, True),
         (skip + 4 * d, gbias, d, row, rows, True),
     )
-    name = f"sum_partials<{TYPES[gu.dtype]}>"
     packed, blocks = params.pack_sums(jobs)
-    nvrtc.launch("scan_backward.cu", name, packed, blocks, 256, 0, gu.device)
+    nvrtc.launch("scan_backward.cu", f"sum_partials<{TYPES[gu.dtype]}>", packed, blocks, 256, 0, device)
     return gu, gdt, total_A, gB, gC, gD, gz, gbias, ginit
-
-
-@functools.lru_cache(maxsize=4096)
-def _backward_launch(shape: BackwardShape, grid: Grid, signature: tuple) -> tuple:
-    dtype, sizes, *strides, B, C, off, reset, walk, softplus = signature
-    b, *_, g = sizes
-    u, dt, z, gout, gu, gdt, gz = strides
-    tail = params.tail(
-        params.Backward(
-            **params.strides(u=u, dt=dt, B=B, C=C, z=z, gout=gout, gu=gu, gdt=gdt, gz=gz),
-            **_sizes(sizes, grid, walk, softplus),
-        )
-    )
-    flags = _flags(dtype, sizes, strides, B, C, off, reset, walk)
-    lanes = f"{shape.ns}, {shape.ln}, {shape.ch}, {shape.warps}, {shape.k}, {shape.ts}"
-    name = f"scan_backward<{TYPES[dtype]}, {lanes}, {flags}, {shape.blocks}>"
-    return tail, name, b * g * grid.tiles * grid.chunks, shape.warps * 32, shape.shared_bytes(dtype.itemsize)

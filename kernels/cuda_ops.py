@@ -180,6 +180,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """:func:`hybridzoo.kernels.reference.selective_scan` on an NVIDIA GPU; the same arguments and results.
 
+    B and C may come without groups, ``(b, l, n)``, which spares autograd two nodes.
     With ``paths`` (:mod:`.paths`), what may differ between them may have a leading axis of one per path, and so has the state returned.
     """
     flat = None if paths is None else [int(x) for path in paths for x in path]
@@ -187,5 +188,7 @@ def selective_scan(
     save = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in tensors)
     # what is traced, or is not a plain tensor, needs the registered op
     if torch.compiler.is_compiling() or type(u) not in (Tensor, torch.nn.Parameter):
+        B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
+        tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid)
         return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save, flat)[:2]
     return _Eager.apply(dt_softplus, flat, *tensors) if save else _forward((*tensors, dt_softplus), False, flat)[:2]

@@ -20,6 +20,12 @@ class Walk(ctypes.Structure):
     _fields_ = [("magic", c_uint), *_fields(c_int, "shift first turn jump step")]
 
 
+class Cut(ctypes.Structure):
+    """How rows are cut along the length."""
+
+    _fields_ = _fields(c_int, "whole chunks first length")
+
+
 def walk(path: tuple[int, ...] | None, l: int) -> Walk:
     """A path of :mod:`.paths` over ``l`` tokens; none is 0, 1, 2, ..."""
     _, inner, far, near, reverse = path or (1, l, 0, 1, False)
@@ -28,7 +34,7 @@ def walk(path: tuple[int, ...] | None, l: int) -> Walk:
     return Walk(2**shift // inner + 1, shift, *turn, far - inner * near, near)
 
 
-_SIZES = "l chunk_len batch d n groups tiles_per_group chunks softplus"
+_SIZES = "l batch d n groups tiles_per_group softplus"
 
 
 class Forward(ctypes.Structure):
@@ -38,24 +44,22 @@ class Forward(ctypes.Structure):
         *_fields(c_void_p, "u dt B C z A D bias h0 reset valid out last saved local decay before sum"),
         *_fields(c_longlong, "u_b u_l dt_b dt_l B_b B_l B_g C_b C_l C_g z_b z_l out_b out_l"),
         ("walk", Walk),
+        ("cut", Cut),
         *_fields(c_int, _SIZES),
     ]
-
-
-class Carry(ctypes.Structure):
-    """``CarryParams`` of ``scan_forward.cu``."""
-
-    _fields_ = [*_fields(c_void_p, "A decay first local"), ("total", c_longlong), *_fields(c_int, "d n chunks reverse")]
 
 
 class Backward(ctypes.Structure):
     """``BackwardParams`` of ``scan_backward.cu``."""
 
     _fields_ = [
-        *_fields(c_void_p, "u dt B C z gout A D bias saved h0 glast reset valid gu gdt gz gbc gA gskip ginit"),
+        *_fields(
+            c_void_p, "u dt B C z gout A D bias saved h0 glast local decay reset valid gu gdt gz gbc gA gskip ginit"
+        ),
         *_fields(c_longlong, "u_b u_l dt_b dt_l B_b B_l B_g C_b C_l C_g z_b z_l"),
         *_fields(c_longlong, "gout_b gout_l gu_b gu_l gdt_b gdt_l gz_b gz_l"),
         ("walk", Walk),
+        ("cut", Cut),
         *_fields(c_int, _SIZES),
     ]
 
@@ -78,7 +82,7 @@ def _head(count: int) -> struct.Struct:
 
 def pack(rest: bytes, *tensors: Tensor | None) -> bytes:
     """The struct with these pointers, then ``rest`` as :func:`tail` made it."""
-    return _head(len(tensors)).pack(*(0 if x is None else x.data_ptr() for x in tensors)) + rest
+    return _head(len(tensors)).pack(*[0 if x is None else x.data_ptr() for x in tensors]) + rest
 
 
 # SumParams of scan_backward.cu: per array two pointers, size, stride, count, wide, first block; then the number of arrays

@@ -6,8 +6,10 @@ program runs.
 """
 
 import functools
+import heapq
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 FULL, STATE, ADJOINT = 0, 1, 2
@@ -40,16 +42,15 @@ class ForwardShape:
     def shared_bytes(self, element: int, mode: int) -> int:
         """``ForwardShape::bytes`` of the source."""
         n, full, wide = self.ns * self.ln, mode == FULL, self.tt * self.channels * element
-        packed = element == 2 and self.ch == 1 and n >= 8 and self.ln > 2
-        pairs, kinds = self.tt * self.channels * 2, 2 if full else 1
-        stage = pairs + (0 if packed else self.tt * n * kinds) + self.tt
-        part = self.tt * self.channels * self.ln if full else 0
+        pairs, kinds = self.tt // 2 * _padded(self.channels) * 4, 2 if full else 1
+        stage = pairs + self.tt * n * kinds + self.tt
+        part = self.tt * _padded(self.channels * self.ln // 4) * 4 if full else 0
         raw_bc = self.tt * n // min(n, 16 // element) * 16 * kinds
-        return 8 * (stage + part) + wide * ((4 if full else 2) + 4) + (3 if packed else 2) * raw_bc
+        return 8 * (stage + part) + wide * ((4 if full else 2) + 4) + 2 * raw_bc
 
     def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
         """Cycles of a launch, and of the pass before it that a split length needs."""
-        length = _cut(l, chunks, self.tt)[1]
+        length = Cut.even(l, chunks, self.tt).length
         busiest = math.ceil(rows * ceil_div(d, self.channels) * l / length / processors)
         # two tiles pass before the first result, and about one more at the end
         steps = length + 3 * self.tt
@@ -85,40 +86,63 @@ class BackwardShape:
         raw = 4 * k * channels * element + 2 * k * max(16, n * element) + channels * n * 4
         return floats * 4 + (2 if element == 2 else 1) * raw
 
-    def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
-        """Steps of a full multiprocessor that a launch lasts, and the pass before it that a split length needs."""
-        tiles = ceil_div(d, self.channels)
-        full, rest = divmod(ceil_div(rows * tiles * chunks, processors), self.blocks)
+    def cost(self, b: int, l: int, tiles: int, cut: "Cut", processors: int) -> float:
+        """Steps of a full multiprocessor that a launch lasts, and the pass before it where rows are cut; ``tiles`` of a row."""
+        rows = b - cut.whole
+        work = (cut.whole * tiles, l), (rows * tiles, cut.first), (rows * tiles * (cut.chunks - 1), cut.length)
+        time = self._makespan(work, processors)
+        if cut.chunks == 1:
+            return time
+        before = max(1.3, ceil_div(work[2][0], processors)) * cut.length
+        return time + before * ADJOINT_STEP / self.blocks + SPLIT_STEPS
+
+    def _makespan(self, work: tuple[tuple[int, int], ...], processors: int) -> float:
+        """Until these numbers of blocks, of these steps each, launched in this order, have all ended."""
+        ends, steps = [(0, processors * self.blocks)], 0
+        for count, steps in work:
+            while count > 0:
+                time, places = heapq.heappop(ends)
+                taken = min(places, count)
+                count -= taken
+                heapq.heappush(ends, (time + steps + SETTLING, taken))
+                if taken < places:
+                    heapq.heappush(ends, (time, places - taken))
+        last = max(time for time, _ in ends)
+        busy = sum(places for time, places in ends if time == last)
+        others = max((time for time, _ in ends if time < last), default=0)
         # a block alone is faster than one of several, but not as much as there are fewer
-        sets = full + (0.5 + 0.5 * rest / self.blocks if rest else 0)
-        once = sets * (_cut(l, chunks, self.k)[1] + SETTLING)
-        if chunks == 1:
-            return once
-        return once + rows * tiles * l * (chunks - 1) / chunks / processors * ADJOINT_STEP / self.blocks + SPLIT_STEPS
+        share = 0.5 + 0.5 * min(ceil_div(busy, processors) / self.blocks, 1)
+        return max(others, last - steps * (1 - share))
+
+
+def _padded(slots: int) -> int:
+    return slots + slots // 8
 
 
 # cycles of the launches that a split length adds
 SPLIT = 10000
 # into how many chunks a forward may be cut
 SPLITS = (*range(1, 17), 24, 32, 64, 128)
-# of the backward, in steps of about 800 cycles: until a block is at work, a block's step of the pass before a split, and what launches add
-SETTLING, ADJOINT_STEP, SPLIT_STEPS = 24, 0.33, 15
+# of the backward, in steps of about 750 cycles: until a block is at work, a block's step of the pass before a cut, and what launches add
+SETTLING, ADJOINT_STEP, SPLIT_STEPS = 24, 0.25, 15
 # by d_state, rounded up to the next one here
 FORWARD = {
     # little to scan, as much to bring in and to finish as ever
-    1: (ForwardShape(32, 1, 1, 1, 32, 96, 4),),
-    2: (ForwardShape(32, 2, 1, 1, 32, 96, 4),),
-    4: (ForwardShape(32, 4, 1, 1, 32, 96, 4),),
-    8: (ForwardShape(128, 4, 2, 1, 16, 128, 3),),
+    1: (ForwardShape(32, 1, 1, 1, 32, 128, 4),),
+    2: (ForwardShape(32, 2, 1, 1, 32, 128, 4),),
+    4: (ForwardShape(32, 4, 1, 1, 32, 128, 4),),
+    8: (ForwardShape(128, 4, 2, 2, 16, 128, 2),),
     16: (
-        ForwardShape(128, 8, 2, 2, 16, 128, 2, 255, 211),
-        ForwardShape(128, 8, 2, 1, 32, 128, 2, 135, 106),
-        ForwardShape(128, 4, 4, 1, 32, 128, 2, 79, 66),
+        ForwardShape(128, 8, 2, 2, 16, 128, 2, 255, 205),
+        ForwardShape(128, 8, 2, 1, 16, 128, 3, 135, 104),
+        ForwardShape(128, 4, 4, 1, 32, 128, 2, 69, 61),
+        # 128 blocks of the 2.8b model's scan, one for each multiprocessor of an H100, where others leave half a round
+        ForwardShape(320, 8, 2, 1, 16, 160, 1, 271, 271),
     ),
     32: (ForwardShape(128, 8, 4, 1, 16, 64, 3),),
-    64: (ForwardShape(128, 8, 8, 1, 16, 64, 3),),
-    128: (ForwardShape(128, 16, 8, 1, 16, 64, 2),),
-    256: (ForwardShape(128, 16, 16, 1, 8, 64, 2),),
+    64: (ForwardShape(128, 16, 4, 1, 16, 128, 2),),
+    128: (ForwardShape(128, 16, 8, 1, 16, 128, 2),),
+    256: (ForwardShape(256, 16, 16, 1, 8, 128, 1),),
 }
 BACKWARD = {
     1: BackwardShape(1, 1, 2, 1, 8, 8, 8),
@@ -147,22 +171,36 @@ def instance(n: int) -> int:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How rows are cut along the length: ``whole`` of them not at all, the others into ``first`` steps and pieces of ``length``."""
+
+    whole: int
+    chunks: int
+    first: int
+    length: int
+
+    def pieces(self, rows: int) -> int:
+        """Of a batch of so many rows."""
+        return self.whole + (rows - self.whole) * self.chunks
+
+    @classmethod
+    def even(cls, l: int, chunks: int, step: int, whole: int = 0) -> "Cut":
+        """About ``chunks`` pieces of as many steps each, a multiple of ``step``."""
+        length = ceil_div(ceil_div(l, chunks), step) * step
+        return cls(whole, ceil_div(l, length), length, length)
+
+
+@dataclass(frozen=True)
 class Grid:
-    """How a scan is cut into blocks: tiles of channels in each group, and chunks of ``length`` steps."""
+    """How a scan is cut into blocks: tiles of channels in each group, and pieces of rows."""
 
     tiles: int
-    chunks: int
-    length: int
+    cut: Cut
 
 
 def ceil_div(a: int, b: int) -> int:
     """``a / b``, rounded up."""
     return (a + b - 1) // b
-
-
-def _cut(l: int, chunks: int, step: int) -> tuple[int, int]:
-    length = ceil_div(ceil_div(l, chunks), step) * step
-    return ceil_div(l, length), length
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,8 +220,8 @@ def forward_plan(
     splits = [chunks] if chunks else [c for c in SPLITS if c == 1 or l >= 96 * c]
     options = itertools.product(shapes, splits)
     shape, chunks = min(options, key=lambda o: o[0].cost(b * g, l, d // g, o[1], processors))
-    chunks, length = _cut(l, chunks, max(shape.tt, BACKWARD[instance(n)].k))
-    return shape, Grid(ceil_div(d // g, shape.channels), chunks, length)
+    cut = Cut.even(l, chunks, max(shape.tt, BACKWARD[instance(n)].k))
+    return shape, Grid(ceil_div(d // g, shape.channels), cut)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -195,12 +233,34 @@ def backward_plan(
     g: int,
     processors: int,
     shape: BackwardShape | None = None,
-    chunks: int | None = None,
+    chunks: int | Cut | None = None,
 ) -> tuple[BackwardShape, Grid]:
-    """The shape and the grid of a backward scan."""
+    """The shape and the grid of a backward scan; ``shape`` and ``chunks`` fix what would be chosen."""
     shape = BACKWARD[instance(n)] if shape is None else shape
-    if chunks is None:
-        options = range(1, max(1, min(32, l // (4 * shape.k))) + 1)
-        chunks = min(options, key=lambda c: shape.cost(b * g, l, d // g, c, processors))
-    chunks, length = _cut(l, chunks, shape.k)
-    return shape, Grid(ceil_div(d // g, shape.channels), chunks, length)
+    tiles = ceil_div(d // g, shape.channels)
+    if isinstance(chunks, int):
+        cut = Cut.even(l, chunks, shape.k)
+    else:
+        options = [chunks] if chunks else _cuts(b, l, tiles * g, shape.k, processors * shape.blocks)
+        cut = min(options, key=lambda c: shape.cost(b, l, tiles * g, c, processors))
+    return shape, Grid(tiles, cut)
+
+
+def _cuts(b: int, l: int, tiles: int, step: int, places: int) -> Iterator[Cut]:
+    """What a backward may choose from: a cut costs a pass over all that is behind the first pieces."""
+    yield Cut.even(l, 1, step)
+    if b * tiles > 16 * places:
+        # the last round of so many is all there is to gain
+        return
+    most = max(1, min(32, l // (4 * step)))
+    # all rows evenly; or only those that do not fit into full rounds of blocks
+    full = b * tiles // places * places // tiles
+    for whole in {0, full, max(full - 1, 0)} - {b}:
+        for chunks in range(2, most + 1):
+            yield Cut.even(l, chunks, step, whole)
+    # or a long piece first, for blocks that come too few for a round, and short ones for the places that are left
+    for part, chunks in itertools.product(range(2, 16), range(2, min(most, 5) + 1)):
+        first = ceil_div(l * part // 16, step) * step
+        length = ceil_div(ceil_div(l - first, chunks - 1), step) * step
+        if length < first and first + (chunks - 2) * length < l:
+            yield Cut(0, chunks, first, length)

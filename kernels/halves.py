@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .nvrtc import current_stream
+
 
 class _Halves(torch.autograd.Function):
     @staticmethod
@@ -57,7 +59,7 @@ def room(edge: tuple[Any, int], dtype: torch.dtype) -> Tensor | None:
         return None
     shape, device = node.like
     # memory belongs to the stream that it was allocated on
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    stream = current_stream(device.index) if device.type == "cuda" else None
     free = node.free.pop((half, dtype, stream), None)
     if free is None:
         node.whole = torch.empty(shape, dtype=dtype, device=device)

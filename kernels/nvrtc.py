@@ -47,10 +47,9 @@ def launch(
             return launch(source, name, params, grid, block, shared_bytes, device)
     if kernel is None:
         kernel = _loaded[source, name, index] = _load(source, name, index, shared_bytes)
-    # the driver copies the parameters before it returns
-    held = ctypes.create_string_buffer(params, len(params))
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
-    stream, driver = torch.cuda.current_stream(index).cuda_stream, _driver()
+    # an array of one pointer to the bytes, which the driver copies before it returns
+    pointers = _ONE_POINTER(params)
+    stream, driver = current_stream(index), _driver()
     arguments = (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
     (status,) = driver.cuLaunchKernel(*arguments)
     if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
@@ -60,6 +59,15 @@ def launch(
         raise RuntimeError(
             f"{name}: launch of {grid} x {block} threads with {shared_bytes} bytes of shared memory failed: {status.name}."
         )
+
+
+_ONE_POINTER = ctypes.c_char_p * 1
+
+
+def current_stream(index: int | None) -> int:
+    """The handle of torch's current stream; without the object round it where torch offers that, which takes longer to make than to use."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index)
 
 
 _loaded: dict[tuple[str, str, int | None], Any] = {}

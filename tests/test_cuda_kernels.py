@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels import cuda_backend, cuda_ops, reference
-from hybridzoo.kernels.cuda_shapes import FORWARD
+from hybridzoo.kernels.cuda_shapes import FORWARD, Cut
 
 exhaustive = pytest.mark.skipif(
     "HYBRIDZOO_EXHAUSTIVE" not in os.environ, reason="minutes of g++; HYBRIDZOO_EXHAUSTIVE=1 runs it"
@@ -41,7 +41,7 @@ def errors(got, want):
     return [((x.double() - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in zip(got, want, strict=True)]
 
 
-def compare(inputs, reset, valid, shape=None, chunks=None):
+def compare(inputs, reset, valid, shape=None, chunks=None, cut=None):
     u = inputs[0]
     call = cuda_backend.Call.of(*inputs, reset, valid, True)
     out, last, saved = cuda_backend.forward(call, True, shape, chunks)
@@ -51,7 +51,7 @@ def compare(inputs, reset, valid, shape=None, chunks=None):
     gout, glast = torch.randn(u.shape).to(u.dtype) * real.to(u.dtype), torch.randn(last.shape)
     loss = (want * gout.double()).sum() + (state * glast.double()).sum()
     grads = torch.autograd.grad(loss, [x for x in exact if x is not None])
-    gradients = cuda_backend.backward(call, gout, glast, saved, chunks=chunks)
+    gradients = cuda_backend.backward(call, gout, glast, saved, chunks=cut or chunks)
     got = [g for g, x in zip(gradients, inputs, strict=True) if x is not None]
     worst = max(errors([out * real, last, *got], [want * real, state, *grads]))
     assert worst < TOLERANCE[u.dtype], worst
@@ -60,6 +60,8 @@ def compare(inputs, reset, valid, shape=None, chunks=None):
 CASES = {
     "plain": dict(sizes=(2, 65, 40, 16)),
     "packed, padded and split": dict(sizes=(2, 130, 40, 16, 2, torch.bfloat16), marked=True, chunks=2),
+    "rows cut and not cut": dict(sizes=(3, 130, 40, 16, 1, torch.bfloat16), marked=True, cut=Cut(1, 3, 64, 32)),
+    "a long first piece": dict(sizes=(1, 100, 40, 16), cut=Cut(0, 2, 96, 32)),
     "slices of a projection": dict(sizes=(1, 35, 21, 16, 1, torch.float16, True, True)),
     "three states, no gate": dict(sizes=(1, 33, 40, 3, 1, torch.float32, False)),
     "forty states": dict(sizes=(1, 34, 16, 40, 1, torch.bfloat16)),
@@ -70,7 +72,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_outputs_states_and_gradients(case):
     inputs = operands(*case["sizes"])
-    compare(inputs, *(marks(*inputs[0].shape[:2]) if case.get("marked") else (None, None)), chunks=case.get("chunks"))
+    marked = marks(*inputs[0].shape[:2]) if case.get("marked") else (None, None)
+    compare(inputs, *marked, chunks=case.get("chunks"), cut=case.get("cut"))
 
 
 @needs_compiler
@@ -98,3 +101,8 @@ def test_ops_are_registered_as_torch_wants_them():
     grads = [torch.autograd.grad(o.sum() + s.square().sum(), inputs) for o, s in ((out, last), (want, state))]
     for x, y in zip((out, last, *grads[0]), (want, state, *grads[1]), strict=True):
         torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-5)
+    # without groups, and without the nodes that an axis for them would be
+    without = [x.detach().squeeze(2).requires_grad_() if i in (3, 4) else x for i, x in enumerate(inputs)]
+    out, last = cuda_ops.selective_scan(*without, None, None, True)
+    again = torch.autograd.grad(out.sum() + last.square().sum(), without)
+    assert all(torch.equal(x, y.view(x.shape)) for x, y in zip(again, grads[0], strict=True))

@@ -22,9 +22,16 @@ DEVICE float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// A barrier of `threads` threads between two groups: one arrives, and what it wrote is there for the other, which waits.
-DEVICE void barrier_arrive(int id, int threads) { asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEVICE void barrier_wait(int id, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// A barrier of `threads` threads between two groups: one arrives, and what it wrote is there for the other, which waits.  Warps go there
+// as a whole.
+DEVICE void barrier_arrive(int id, int threads) {
+    __syncwarp();
+    asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+DEVICE void barrier_wait(int id, int threads) {
+    __syncwarp();
+    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 // 16 bytes into shared memory, or zeros if they are not there
 DEVICE void copy_async16(void* shared, const void* global, bool there) {
     uint32 to = (uint32)__cvta_generic_to_shared(shared);
@@ -34,6 +41,11 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int PENDING>
 DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// A number that the compiler shall keep, and not form again wherever it is used
+DEVICE int keep_in_register(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 DEVICE float half_bits_to_float(uint16 x) {
     float y;
@@ -307,9 +319,60 @@ struct Walk {
     }
 };
 
+// How the lanes of a warp are shared out: LN of them to each of the groups of channels.  Shared memory serves a load of 16 (or 8) bytes per
+// lane in half the time if the four lanes of a quad do not ask for four different places; so neither the lanes of a group, who read
+// different states, nor the groups, who read different channels, fill a quad.
+template <int LN>
+struct Lanes {
+    static constexpr int groups = 32 / LN, near = LN > 1 ? 2 : 1;  // near: lanes of a group beside each other
+    DEVICE static int group(int lane) { return lane / near % groups; }
+    DEVICE static int share(int lane) { return lane % near + lane / (near * groups) * near; }
+    DEVICE static int lane(int group, int share) { return share % near + group * near + share / near * (near * groups); }
+};
+
+// How a scan is cut along its length: the first `whole` rows of the batch not at all, the others into `first` steps and pieces of `length`.
+struct LengthCut {
+    int whole, chunks, first, length;
+
+    DEVICE int begin(int chunk) const { return chunk == 0 ? 0 : first + (chunk - 1) * length; }
+    DEVICE int end(int64 b, int chunk, int l) const { return b < whole || chunk == chunks - 1 ? l : begin(chunk + 1); }
+    // among the pieces of the rows that are cut, and among all
+    DEVICE int64 cut_piece(int64 b, int chunk) const { return (b - whole) * chunks + chunk; }
+    DEVICE int64 piece(int64 b, int chunk) const { return b < whole ? b : whole + cut_piece(b, chunk); }
+    // the i-th block of a tile of channels: the first pieces of all rows, then the second ones, ...
+    DEVICE void place(int i, int batch, int64& b, int& chunk) const {
+        const int behind = i - batch, rest = batch - whole;
+        chunk = behind < 0 ? 0 : 1 + behind / rest;
+        b = behind < 0 ? i : whole + behind % rest;
+    }
+};
+
+// What a channel's NS states (or their gradients) have become behind `count` pieces of its row, one after the other:
+// h <- exp(A sum dt) h + local.  `there` of the states exist; the first piece's lie at local and decay, the next ones' so far on.
+template <int NS>
+DEVICE void pass_pieces(float (&h)[NS], const float (&a2)[NS], int there, int count, const float* local, int64 next, const float* decay, int64 next_decay) {
+    // several are read before any is used, or each would wait for the one before
+    constexpr int TOGETHER = 4;
+#pragma unroll 1
+    for (int k = 0; k < count; k += TOGETHER) {
+        float add[TOGETHER][NS], sum[TOGETHER], keep[TOGETHER];
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m) {
+            const bool ok = k + m < count && there > 0;
+            sum[m] = ok ? decay[(k + m) * next_decay] : 0.f, keep[m] = ok ? decay[(k + m) * next_decay + 1] : 1.f;
+#pragma unroll
+            for (int j = 0; j < NS; ++j) add[m][j] = ok && j < there ? local[(k + m) * next + j] : 0.f;
+        }
+#pragma unroll
+        for (int m = 0; m < TOGETHER; ++m)
+#pragma unroll
+            for (int j = 0; j < NS; ++j) h[j] = (keep[m] == 0.f ? 0.f : decay_of<float>(sum[m], a2[j]) * h[j]) + add[m][j];
+    }
+}
+
 // What a kernel is compiled for beyond types and sizes: documents that start inside a row, a walk that is not 0, 1, 2, ..., rows that do
-// not lie on 16-byte borders
-enum Flags { RESET = 1, WALK = 2, UNALIGNED = 4 };
+// not lie on 16-byte borders, rows that are cut
+enum Flags { RESET = 1, WALK = 2, UNALIGNED = 4, CUT = 8 };
 
 // The tokens of one row of the batch: an address per token.  Strides along the length fit 31 bits, offsets are 64 bits wide.
 template <class T>

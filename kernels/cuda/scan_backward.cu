@@ -14,16 +14,18 @@ struct BackwardParams {
     const void *u, *dt, *B, *C, *z, *gout;
     const float *A, *D, *bias;
     const float *saved, *h0;  // (b, l / K, d, n): states before steps c K; the first is h0 (b, d, n), or zero
-    const float* glast;       // (b, chunks, d, n): r behind each chunk of the length
+    const float* glast;       // (b, d, n): r behind each row
+    const float *local, *decay;  // (cut pieces, d, n) and (cut pieces, d, 2): what a piece adds to r, and its sum of dt
     const uint8 *reset, *valid;
     void *gu, *gdt, *gz;
     float* gbc;    // (tiles_per_group, 2, b, l, g, n): gB and gC, summed over a block's channels
-    float* gA;     // (b chunks, d, n), times dt
-    float* gskip;  // (b chunks, 2, d): gD and gbias
+    float* gA;     // (pieces, d, n), times dt
+    float* gskip;  // (pieces, 2, d): gD and gbias
     float* ginit;  // (b, d, n)
     int64 u_b, u_l, dt_b, dt_l, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, gout_b, gout_l, gu_b, gu_l, gdt_b, gdt_l, gz_b, gz_l;
     Walk walk;
-    int l, chunk_len, batch, d, n, groups, tiles_per_group, chunks, softplus;
+    LengthCut cut;
+    int l, batch, d, n, groups, tiles_per_group, softplus;
 };
 
 template <int ELEMENT, int NS, int LN, int CH, int NW, int K, int TS>
@@ -48,6 +50,7 @@ template <class T, int NS, int LN, int CH, int NW, int K, int TS, int FLAGS>
 struct Backward {
     using S = BackwardShape<sizeof(T), NS, LN, CH, NW, K, TS>;
     using P = Packed<T>;
+    using L = Lanes<LN>;
     static constexpr int N = S::N, NG = S::NG, CPB = S::CPB, THREADS = S::THREADS, SUBS = S::SUBS, PT = S::PT;
     static constexpr int V = P::lanes, ROW = CPB / V, IT = (K * ROW + THREADS - 1) / THREADS, STRIDE = THREADS / ROW;
     static_assert(STRIDE * ROW == THREADS, "a thread moves the same channels of every STRIDE-th step");
@@ -60,6 +63,18 @@ struct Backward {
     int ch0, ch_end, group, tile_in_group, chunk;
     int64 b;
     int tid, warp, lane, q, cg;  // cg: the thread's group of CH channels inside the block, q: its share of their states
+    int finished;
+
+    // Where an element of a chunk of u, dt, z or gout lies.  The sums' four steps read the same few channels each: 16-byte slots change
+    // places with the step, or all four would be in the same banks.
+    static constexpr int SWAP = NG * CH < V ? 1 : NG * CH / V;
+    DEVICE static int wide_at(int t, int col) { return t * CPB + (((col / V) ^ (t % 4 * SWAP % ROW)) * V | col % V); }
+    // k times STEP steps behind t
+    template <int STEP>
+    DEVICE static int wide_at(int t, int k, int col) {
+        if constexpr (STEP % 4 == 0) return wide_at(t, col) + k * STEP * CPB;
+        return wide_at(t + k * STEP, col);
+    }
 
     DEVICE char* raw(int c) const { return reinterpret_cast<char*>(smem + S::end) + (S::BUFFERS == 2 ? c & 1 : 0) * S::raw_bytes; }
     DEVICE T* raw(int c, int which) const { return reinterpret_cast<T*>(raw(c) + which * S::wide_bytes); }
@@ -73,13 +88,13 @@ struct Backward {
     DEVICE void fetch(int c, int which, const void* x, int64 sb, int64 sl) const {
         const int col = tid % ROW * V, first = tid / ROW, count = ch_end - ch0 - col;
         const Tokens<T> rows(x, b * sb + ch0 + (count > 0 ? col : 0), sl);
-        T* to = raw(c, which) + tid * V;
+        T* to = raw(c, which);
 #pragma unroll
         for (int it = 0; it < IT; ++it) {
             const int t = c * K + first + it * STRIDE;
             if (tid + it * THREADS >= K * ROW) continue;
             const bool there = t < p.l && count > 0;
-            P::template fetch<ALIGNED>(to + it * THREADS * V, there ? rows.at(token(t)) : rows.base, there ? count : 0);
+            P::template fetch<ALIGNED>(to + wide_at<STRIDE>(first, it, col), there ? rows.at(token(t)) : rows.base, there ? count : 0);
         }
     }
 
@@ -94,6 +109,12 @@ struct Backward {
         }
     }
 
+    // where the i-th state of the block (channel by channel) lies, so that threads find theirs side by side
+    DEVICE static int state_at(int i) {
+        const int ch = i / N, n = i % N, group = ch / CH;
+        return (ch % CH * THREADS + group / NG * 32 + L::lane(group % NG, n / NS)) * NS + n % NS;
+    }
+
     // the states before the chunk: what the forward saved, or where the row starts, which need not lie on a 16-byte border
     DEVICE void fetch_start(int c) const {
         const float* from = (c == 0 ? p.h0 + b * p.d * p.n : p.saved + (b * ((p.l + K - 1) / K) + c) * p.d * p.n) + (int64)ch0 * p.n;
@@ -102,12 +123,12 @@ struct Backward {
 #pragma unroll
             for (int it = 0; it < (CPB * N / 4 + THREADS - 1) / THREADS; ++it) {
                 const int i = (tid + it * THREADS) * 4;
-                if (CPB * N / 4 % THREADS == 0 || i < CPB * N) copy_async16(start(c) + i, i < there ? from + i : p.saved, i < there);
+                if (CPB * N / 4 % THREADS == 0 || i < CPB * N) copy_async16(start(c) + state_at(i), i < there ? from + i : p.saved, i < there);
             }
         } else {
             for (int i = tid; i < CPB * N; i += THREADS) {
                 const int at = i / N * p.n + i % N;
-                start(c)[i] = (c > 0 || p.h0 != nullptr) && i % N < p.n && at < there ? from[at] : 0.f;
+                start(c)[state_at(i)] = (c > 0 || p.h0 != nullptr) && i % N < p.n && at < there ? from[at] : 0.f;
             }
         }
     }
@@ -125,11 +146,11 @@ struct Backward {
     DEVICE void store_chunk(int c, int which, void* x, int64 sb, int64 sl) const {
         const int col = tid % ROW * V, first = tid / ROW, count = ch_end - ch0 - col;
         const Tokens<T> rows(x, b * sb + ch0 + col, sl);
-        const T* from = raw(c, which) + tid * V;
+        const T* from = raw(c, which);
 #pragma unroll
         for (int it = 0; it < IT; ++it) {
             const int t = c * K + first + it * STRIDE;
-            if (tid + it * THREADS < K * ROW && t < p.l && count > 0) P::from(from + it * THREADS * V).template store<ALIGNED>(rows.at(token(t)), count);
+            if (tid + it * THREADS < K * ROW && t < p.l && count > 0) P::from(from + wide_at<STRIDE>(first, it, col)).template store<ALIGNED>(rows.at(token(t)), count);
         }
     }
 
@@ -177,7 +198,7 @@ struct Backward {
             float u[TOGETHER][CH], dt[TOGETHER][CH], z[TOGETHER][CH], g[TOGETHER][CH];
 #pragma unroll
             for (int m = 0; m < TOGETHER; ++m) {
-                const int i = (first + (it + m) * LN) * CPB + col;
+                const int i = wide_at<LN>(first, it + m, col);
                 read_channels<T, CH>(raw(c, 0) + i, u[m]);
                 read_channels<T, CH>(raw(c, 1) + i, dt[m]);
                 read_channels<T, CH>(raw(c, 2) + i, z[m]);
@@ -236,13 +257,14 @@ struct Backward {
         return a;
     }
 
-    DEVICE float* kept_state(int sub) const { return smem + S::states + ((sub - 1) * THREADS + tid) * NS * CH; }
+    DEVICE float* kept_state(int sub, int k) const { return smem + S::states + (((sub - 1) * CH + k) * THREADS + tid) * NS; }
+    DEVICE float* first_state(int c, int k) const { return start(c) + (k * THREADS + tid) * NS; }
 
     // the thread's states before the TS steps of `sub`
     DEVICE void read_state(int c, int sub, float (&h)[CH][NS]) const {
 #pragma unroll
         for (int k = 0; k < CH; ++k)
-            load_shared<NS>(sub > 0 ? kept_state(sub) + k * NS : start(c) + (cg * CH + k) * N + q * NS, h[k]);
+            load_shared<NS>(sub > 0 ? kept_state(sub, k) : first_state(c, k), h[k]);
     }
 
     DEVICE void sweep(int c, const float (&a2)[CH][NS]) const {
@@ -260,7 +282,7 @@ struct Backward {
                     for (int j = 0; j < NS; ++j) h[k][j] = fmaf(decay(t, s.dt[k], a2[k][j]), h[k][j], s.x[k] * s.B[j]);
             }
 #pragma unroll
-            for (int k = 0; k < CH; ++k) store_shared<NS>(kept_state(sub) + k * NS, h[k]);
+            for (int k = 0; k < CH; ++k) store_shared<NS>(kept_state(sub, k), h[k]);
         }
     }
 
@@ -270,11 +292,11 @@ struct Backward {
     };
     static constexpr int FINISH = (PT * NG + 31) / 32;
 
-    DEVICE int finish_at(int first, int item) const { return (first + item / NG) * CPB + (warp * NG + item % NG) * CH; }
+    DEVICE int finish_at(int first, int item) const { return first * CPB + (FINISH == 1 ? finished : wide_at(item / NG, (warp * NG + item % NG) * CH)); }
 
     DEVICE Finished finish(int c, int first, int item, float (&gD)[CH], float (&gbias)[CH]) const {
         const float* part = smem + S::npart + warp * 3 * PT * CH * 32;
-        const int i = item / NG, g = item % NG, at = finish_at(first, item), col = (warp * NG + g) * CH;
+        const int i = item / NG, g = item % NG, at = finish_at(first, item), col = (warp * NG + g) * CH, flat = (first + i) * CPB + col;
         float sums[3][CH], u[CH], dt[CH], z[CH], gout[CH], gy[CH], D[CH], bias[CH], pair[2 * CH];
         Finished f;
 #pragma unroll
@@ -289,8 +311,8 @@ struct Backward {
             }
         read_channels<T, CH>(raw(c, 0) + at, u);
         read_channels<T, CH>(raw(c, 1) + at, dt);
-        load_shared<2 * CH>(smem + S::pairs + at * 2, pair);
-        load_shared<CH>(smem + S::gy + at, gy);
+        load_shared<2 * CH>(smem + S::pairs + flat * 2, pair);
+        load_shared<CH>(smem + S::gy + flat, gy);
         load_shared<CH>(smem + S::skip + col, D);
         load_shared<CH>(smem + S::bias + col, bias);
         read_channels<T, CH>(raw(c, 2) + at, z);
@@ -324,16 +346,17 @@ struct Backward {
     static constexpr int W = NS < 4 ? NS : 4, ITEMS = PT * 2 * (N / W), SUMMERS = S::REUSE ? 32 : THREADS, SUM = (ITEMS + SUMMERS - 1) / SUMMERS;
 
     DEVICE void sum_channels(int item, float (&total)[W]) const {
-        const int n = item % (N / W) * W, kind = item / (N / W) % 2, i = item / (N / W) / 2;
-        // gB starts with the first of two neighbouring groups and gC with the second, to be in different banks
-        const float* from = smem + S::cpart + (((S::REUSE ? warp : 0) * PT + i) * 2 + kind) * 32 * NS + n / NS * NS + n % NS;
-        const int swap = NG > 1 ? kind * LN * NS : 0;
+        const int n = item % (N / W) * W, row = item / (N / W);
+        const float* from = smem + S::cpart + ((S::REUSE ? warp : 0) * PT * 2 + row) * 32 * NS + L::lane(0, n / NS) * NS + n % NS;
+        // lanes who would read the same bank start with different groups
+        constexpr int GAP = L::near * NS, ORDERS = NG < 4 ? NG : 4;
+        const int order = item / (GAP / W) % ORDERS;
 #pragma unroll
         for (int w = 0; w < (S::REUSE ? 1 : NW); ++w)
 #pragma unroll
             for (int g = 0; g < NG; ++g) {
                 float x[W];
-                load_shared<W>(from + w * PT * 2 * 32 * NS + g * LN * NS + (g % 2 ? -swap : swap), x);
+                load_shared<W>(from + w * PT * 2 * 32 * NS + (g ^ order) * GAP, x);
 #pragma unroll
                 for (int j = 0; j < W; ++j) total[j] = w + g == 0 ? x[j] : total[j] + x[j];
             }
@@ -424,7 +447,7 @@ struct Backward {
                     h[i][ch][j] = fmaf(in.x[ch], in.B[j], a[i][ch][j] * (i > 0 ? h[i > 0 ? i - 1 : 0][ch][j] : before[ch][j]));
                 }
         }
-        float* npart = smem + S::npart + warp * 3 * PT * CH * 32 + lane;
+        float* npart = smem + S::npart + warp * 3 * PT * CH * 32 + L::group(lane) * LN + q;
         float* cpart = smem + S::cpart + (warp * PT * 2 * 32 + lane) * NS;
         // the next step's inputs are read before this step's results are stored: the compiler may not exchange the two
         Back in = read_back(c, sub * TS + TS - 1);
@@ -470,7 +493,7 @@ struct Backward {
     DEVICE void run(int first, int last) {
         float a2[CH][NS];
         Sums s;
-        const float* glast = p.glast == nullptr ? nullptr : p.glast + (b * p.chunks + chunk) * p.d * p.n;
+        const float* glast = p.glast == nullptr ? nullptr : p.glast + b * p.d * p.n;
 #pragma unroll
         for (int k = 0; k < CH; ++k) {
             int ch = ch0 + cg * CH + k;
@@ -482,6 +505,11 @@ struct Backward {
                 a2[k][j] = ok ? p.A[at] * LOG2E : 0.f;
                 s.r[k][j] = ok && glast != nullptr ? glast[at] : 0.f;
                 s.gA[k][j] = 0.f;
+            }
+            if ((FLAGS & CUT) && b >= p.cut.whole) {
+                const int64 last = p.cut.cut_piece(b, p.cut.chunks - 1) * p.d + ch, next = -p.d;
+                pass_pieces<NS>(s.r[k], a2[k], ch < ch_end ? p.n - q * NS : 0, p.cut.chunks - 1 - chunk, p.local + last * p.n + q * NS, next * p.n,
+                                p.decay + last * 2, next * 2);
             }
         }
         for (int k = tid; k < CPB; k += THREADS) {
@@ -515,7 +543,7 @@ struct Backward {
     }
 
     DEVICE void write_totals(const Sums& s) const {
-        const int64 row = b * p.chunks + chunk;
+        const int64 row = p.cut.piece(b, chunk);
 #pragma unroll
         for (int k = 0; k < CH; ++k) {
             int ch = ch0 + cg * CH + k;
@@ -549,11 +577,13 @@ __global__ void __launch_bounds__(NW * 32, MIN_BLOCKS) scan_backward(const Backw
     const int tiles_d = p.tiles_per_group * p.groups, tile_d = blockIdx.x % tiles_d;
     const int rest = blockIdx.x / tiles_d;
     const int group = tile_d / p.tiles_per_group, per_group = p.d / p.groups, in_group = tile_d % p.tiles_per_group;
-    const int chunk = rest / p.batch, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    int chunk;
+    int64 b;
+    p.cut.place(rest, p.batch, b, chunk);
     F f{p, reinterpret_cast<float*>(memory), group * per_group + in_group * F::CPB, (group + 1) * per_group, group, in_group, chunk,
-        rest % p.batch, tid, warp, lane, lane % LN, warp * F::NG + lane / LN};
-    const int from = chunk * p.chunk_len, to = p.l < from + p.chunk_len ? p.l : from + p.chunk_len;
-    f.run(from / K, (to - 1) / K);
+        b, tid, warp, lane, F::L::share(lane), warp * F::NG + F::L::group(lane), keep_in_register(F::wide_at(lane / F::NG, (warp * F::NG + lane % F::NG) * CH))};
+    f.run(p.cut.begin(chunk) / K, (p.cut.end(b, chunk, p.l) - 1) / K);
 }
 
 // out[i] = sum_k in[k * stride + i], for several arrays in one launch, each in a fixed order

@@ -42,6 +42,7 @@ inline Dim threadIdx, blockIdx, blockDim;
 extern "C" {
 void* __tsan_create_fiber(unsigned);
 void* __tsan_get_current_fiber();
+void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
 void __tsan_acquire(void*);
 void __tsan_release(void*);
@@ -57,6 +58,7 @@ struct Unwatched {
 #else
 inline void* __tsan_create_fiber(unsigned) { return nullptr; }
 inline void* __tsan_get_current_fiber() { return nullptr; }
+inline void __tsan_destroy_fiber(void*) {}
 inline void __tsan_switch_to_fiber(void*, unsigned) {}
 inline void __tsan_acquire(void*) {}
 inline void __tsan_release(void*) {}
@@ -110,9 +112,12 @@ inline void entry() {
     __tsan_acquire(&start);
     body();
     __tsan_release(&end);
-    Unwatched here;
-    fibers[threadIdx.x].done = true;
-    to_scheduler(fibers[threadIdx.x]);
+    Fiber* me;
+    {
+        Unwatched here;
+        me = &fibers[threadIdx.x], me->done = true;
+    }
+    to_scheduler(*me);
 }
 inline void run(int grid, int block, int shared_bytes, std::function<void()> kernel) {
     Unwatched here;
@@ -152,6 +157,7 @@ inline void run(int grid, int block, int shared_bytes, std::function<void()> ker
                 left -= fibers[t].done;
             }
         }
+        for (auto& f : fibers) __tsan_destroy_fiber(f.watched);
         for (int i = 0; i < GUARD; ++i)
             if (shared[shared_bytes + i] != (char)0xff) {
                 fprintf(stderr, "block %d wrote %d bytes behind its %d bytes of shared memory\n", b, i + 1, shared_bytes);
@@ -162,7 +168,11 @@ inline void run(int grid, int block, int shared_bytes, std::function<void()> ker
 }
 }  // namespace emulated
 
-inline void barrier_wait(int id, int threads) { emulated::wait_at(id, threads); }
+inline void barrier_wait(int id, int threads) {
+#ifndef HZ_WITHOUT_WAITS
+    emulated::wait_at(id, threads);
+#endif
+}
 inline void barrier_arrive(int id, int threads) { emulated::wait_at(id, threads, false); }
 inline void __syncthreads() { emulated::wait_at(15, blockDim.x); }
 inline void __syncwarp() { emulated::wait_at(16 + threadIdx.x / 32, 32); }
@@ -207,6 +217,7 @@ void copy_async_wait() {
     }
 }
 
+inline int keep_in_register(int x) { return x; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float __uint_as_float(uint32 x) { float y; memcpy(&y, &x, 4); return y; }

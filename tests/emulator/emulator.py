@@ -11,7 +11,6 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "kernels" / "cuda"
 PARAMS = {
     "scan_forward": "ForwardParams",
-    "scan_carry": "CarryParams",
     "scan_backward": "BackwardParams",
     "sum_partials": "SumParams",
     "conv_forward": "ConvParams",
@@ -40,7 +39,7 @@ def _run(target: Path, *arguments: str, text: str | None = None) -> None:
 def _precompiled() -> Path:
     """emulate.h as the compiler keeps it: half of every build would be the standard library's headers."""
     header = HERE / "emulate.h"
-    folder = CACHE / hashlib.sha256(header.read_bytes()).hexdigest()[:24]
+    folder = CACHE / hashlib.sha256(header.read_bytes() + repr(FLAGS).encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "emulate.h.gch"
     if not kept.exists():
@@ -56,7 +55,7 @@ extern "C" void launch(const {struct}* p, int grid, int block, int bytes) {{
     emulated::run(grid, block, bytes, [=] {{ {name}(*p); }});
 }}
 """
-    stamp = hashlib.sha256(text.encode())
+    stamp = hashlib.sha256((text + repr(FLAGS)).encode())
     for f in sorted([*SOURCES.glob("*.cu*"), HERE / "emulate.h"]):
         stamp.update(f.read_bytes())
     includes = ["-include", str(_precompiled()), f"-I{HERE}", f"-I{SOURCES}"]

@@ -201,5 +201,5 @@ def test_first_call_compiles_quickly_and_later_processes_do_not(tmp_path):
 
 
 def test_a_launch_that_cannot_be_says_so():
-    with pytest.raises(RuntimeError, match=r"scan_carry: .*1048576 bytes of shared memory"):
-        nvrtc.launch("scan_forward.cu", "scan_carry", bytes(64), 1, 256, 1 << 20, torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match=r"sum_partials.*: .*1048576 bytes of shared memory"):
+        nvrtc.launch("scan_backward.cu", "sum_partials<float>", bytes(256), 1, 256, 1 << 20, torch.device("cuda", 0))

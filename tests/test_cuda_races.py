@@ -1,0 +1,59 @@
+"""No race in the scan's kernels: the thread sanitizer watches them on the CPU (tests/emulator), every thread of a block for one of its own.
+
+compute-sanitizer's racecheck, which watches the other kernels on a GPU (tests/gpu/test_sanitizer.py), takes two groups of warps that hand
+tiles to and fro, one arriving at a barrier that the other waits at, for a race.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import importlib.util, sys
+import torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("emulator", sys.argv[1])
+emulator = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(emulator)
+emulator.FLAGS += sys.argv[2:]
+from hybridzoo.kernels import cuda_backend, nvrtc
+from hybridzoo.kernels.cuda_shapes import FORWARD, Cut
+nvrtc.launch = emulator.launch
+def operands(l, d, n):
+    wide, narrow = ([torch.randn(1, l, w).bfloat16() for _ in range(k)] for w, k in ((d, 3), (n, 2)))
+    u, dt, z, (B, C) = *wide, (x.view(1, l, 1, n) for x in narrow)
+    return u, dt, -torch.rand(d, n), B, C, torch.randn(d), z, torch.randn(d), torch.randn(1, d, n)
+reset = (torch.arange(70) % 7 == 3)[None]
+broken = "-DHZ_WITHOUT_WAITS" in sys.argv
+for shape in FORWARD[16][-2:-1] if broken else FORWARD[16]:
+    call = cuda_backend.Call.of(*operands(70, 32, 16), reset, None, True)
+    out, last, saved = cuda_backend.forward(call, True, shape, 1)
+if not broken:
+    cuda_backend.forward(call, True, shape, 2)
+    cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32))
+print("done")
+"""
+HERE = Path(__file__).parent
+
+
+def sanitized(*flags):
+    library = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("g++ has no thread sanitizer")
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, HERE / "emulator" / "emulator.py", "-fsanitize=thread", *flags],
+        env={"PATH": "/usr/bin:/bin", "LD_PRELOAD": library, "TSAN_OPTIONS": "exitcode=66"},
+        capture_output=True, text=True, timeout=280, cwd="/",
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.parametrize("flags", [(), ("-DHZ_WITHOUT_WAITS",)], ids=["as they are", "without waiting"])
+def test_the_sanitizer_finds_a_race_where_nobody_waits_and_nowhere_else(flags):
+    done = sanitized(*flags)
+    said = (done.stdout + done.stderr)[-3000:]
+    assert "done" in done.stdout, said
+    assert ("ThreadSanitizer: data race" in done.stderr) == bool(flags), said
