@@ -169,7 +169,8 @@ class Mamba(Mixer):
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         refuse_packed_state(self, state, seq)
-        u, z = halves(self.in_proj(x))  # (b, l, d_inner)
+        with recomputing() as spared:
+            u, z = halves(self.in_proj(spared(x)))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
             dt, A, B, C = self._scan_inputs(spared(u))
@@ -196,10 +197,14 @@ class Mamba(Mixer):
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv1d.step(u, state.conv)
+        dt, A, B, C = self._scan_inputs(u)
         y = selective_state_update(
             state.ssm,
             u,
-            *self._scan_inputs(u),
+            dt,
+            A,
+            B.unsqueeze(1),
+            C.unsqueeze(1),
             D=self.D,
             z=z,
             dt_bias=upcast(self.dt_proj.bias),
@@ -208,11 +213,11 @@ class Mamba(Mixer):
         return self.out_proj(y)
 
     def _scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # dt (..., d_inner), A (d_inner, n), B and C (..., 1, n)
+        # dt (..., d_inner), A (d_inner, n), B and C (..., n)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
             dt, B, C = self.dt_norm(dt), self.b_norm(B), self.c_norm(C)
-        return self.dt_proj(dt), -upcast(self.A_log).exp(), B.unsqueeze(-2), C.unsqueeze(-2)
+        return self.dt_proj(dt), -upcast(self.A_log).exp(), B, C
 
     def init_state(
         self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None

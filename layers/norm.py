@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import branch_rms_norm
-from .common import upcast
+from .common import autocasts, upcast
+from .recompute import repeatable
 
 __all__ = ["GatedRMSNorm", "RMSNorm", "make_norm"]
 
@@ -49,12 +50,21 @@ class RMSNorm(nn.Module):
             dtype: Of the output; x's by default.
             branch: Also return x, to go on with past whatever the output goes into (:func:`hybridzoo.kernels.branch_rms_norm`).
         """
-        h, x = branch_rms_norm(x, self.weight, self.eps, dtype)
-        return (h, x) if branch else h
+        h, past = branch_rms_norm(x, self.weight, self.eps, dtype)
+        if not branch:
+            return h
+        # a linear layer behind it need not keep what is a pass over x to form again
+        return repeatable(h, _normed, x, self.weight, self.eps, dtype, autocasts(x)), past
 
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""
         return f"{self.d}, eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | None, autocast: bool) -> Tensor:
+    # autocast decides where PyTorch's own norm rounds
+    with torch.autocast(x.device.type, enabled=autocast):
+        return branch_rms_norm(x, weight, eps, dtype)[0]
 
 
 class GatedRMSNorm(nn.Module):

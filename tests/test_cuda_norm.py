@@ -207,7 +207,8 @@ def test_a_model_is_what_it_is_on_torchs_operations(autocast, checkpointed, monk
         real = getattr(cuda_norm, name)
         monkeypatch.setattr(cuda_norm, name, lambda *a, name=name, real=real: launched.append(name) or real(*a))
     got = run()
-    assert launched.count("backward") == 4 and launched.count("forward") == (7 if checkpointed else 4)
+    # that in front of the Mamba layer is formed again, or all but the last where activations are checkpointed
+    assert launched.count("backward") == 4 and launched.count("forward") == (7 if checkpointed else 5)
     for a, b in zip(got, want, strict=True):
         error = (a - b).norm() / b.norm().clamp_min(1e-30)
         assert error <= (0.03 if autocast else 1e-5), error.item()

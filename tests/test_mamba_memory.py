@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from hybridzoo.kernels import api, dispatch
-from hybridzoo.layers import Mamba, Seq, mamba, recompute
+from hybridzoo.layers import Mamba, RMSNorm, Seq, mamba, recompute
 
 BF16 = torch.bfloat16
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -167,6 +167,48 @@ def test_bytes_kept_per_token(backend):
     for way, more in ((contextlib.nullcontext, 0), (keeping, 8)):
         each = (kept(layer, 128, way) - kept(layer, 64, way)) / (64 * d)
         assert each == expected + more
+
+
+class Branch(torch.nn.Module):
+    """A norm, a layer, and the residual stream past both."""
+
+    def __init__(self, d, **options):
+        super().__init__()
+        self.norm, self.mixer = RMSNorm(d), Mamba(d, d_state=16, dt_rank=4, **options)
+        self.in_proj = self.mixer.in_proj
+
+    def forward(self, x):
+        h, past = self.norm(x, BF16 if torch.is_autocast_enabled("cpu") else None, branch=True)
+        return past + self.mixer(h)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[::2], indirect=True)
+@pytest.mark.parametrize("run", [squares, under_autocast])
+def test_the_norm_in_front_is_formed_again(run, backend, formed):
+    branch, x = Branch(16), torch.randn(2, 40, 16, requires_grad=True)
+    torch.nn.init.uniform_(branch.norm.weight)
+    assert_same_bits(both_ways(branch, run, x))
+    assert sorted(formed) == ["_filter", "_normed", "_project"]
+
+
+def test_the_norm_of_a_changed_residual_stream_is_refused():
+    branch, x = Branch(16), torch.randn(2, 9, 16, requires_grad=True)
+    stream = x * 1
+    y = branch(stream)
+    with torch.no_grad():
+        stream.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[::2], indirect=True)
+def test_bytes_kept_per_token_behind_a_norm(backend):
+    d, branch = 64, Branch(64)
+    # what the norm itself keeps is the same either way; the input of in_proj is 2, convolution and step sizes 8
+    each, more = (
+        (kept(branch, 128, way) - kept(branch, 64, way)) / (64 * d) for way in (contextlib.nullcontext, keeping)
+    )
+    assert more - each == 10
 
 
 def test_the_graph_may_be_used_again(formed):

@@ -188,7 +188,8 @@ def test_a_model_is_what_it_is_on_torchs_operations(autocast, checkpointed, monk
     monkeypatch.setattr(cuda_norm, "forward", lambda *a: launched.append("forward") or forward(*a))
     monkeypatch.setattr(cuda_norm, "backward", lambda *a: launched.append("backward") or backward(*a))
     got = run()
-    assert launched.count("backward") == 7 and launched.count("forward") == (13 if checkpointed else 7)
+    # those in front of the two Mamba layers are formed again, all but the last where activations are checkpointed
+    assert launched.count("backward") == 7 and launched.count("forward") == (13 if checkpointed else 9)
     monkeypatch.setitem(
         dispatch.TABLES["rms_norm"], "cuda", dispatch.Backend("cuda", "", lambda facts: "not this time")
     )
