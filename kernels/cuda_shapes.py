@@ -148,7 +148,7 @@ BACKWARD = {
     1: BackwardShape(1, 1, 2, 1, 8, 8, 8),
     2: BackwardShape(2, 1, 2, 1, 8, 8, 8),
     4: BackwardShape(4, 1, 2, 1, 8, 4, 8),
-    8: BackwardShape(4, 2, 2, 2, 16, 8, 2),
+    8: BackwardShape(4, 2, 2, 2, 16, 8, 4),
     16: BackwardShape(4, 4, 2, 4, 32, 8, 2),
     32: BackwardShape(8, 4, 1, 4, 32, 8, 2),
     64: BackwardShape(8, 8, 1, 4, 32, 8, 2),
