@@ -17,6 +17,7 @@ from .cuda_shapes import (
     ADJOINT,
     BACKWARD,
     FULL,
+    ROOM,
     STATE,
     BackwardShape,
     Cut,
@@ -143,6 +144,15 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def room(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have: 227 K on an H100, 99 K on many a laptop."""
+    if device.type != "cuda":
+        return ROOM
+    # all that a multiprocessor has but what the driver takes of every block
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+
+
 def _flags(signature: tuple) -> int:
     """``Flags`` of the sources: 16 bytes are moved at a time if all rows and the borders of groups start at multiples of 16 bytes."""
     dtype, (b, l, d, n, g), B, C, off, reset, walk, _, *strides = signature
@@ -196,10 +206,10 @@ def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launc
 
 @functools.lru_cache(maxsize=4096)
 def _forward_launches(
-    signature: tuple, count: int, shape: ForwardShape | None, chunks: int | None
+    signature: tuple, count: int, space: int, shape: ForwardShape | None, chunks: int | None
 ) -> tuple[Launch, Launch | None, int]:
     """The scan, the sweep before it where rows are cut, and into how many pieces."""
-    shape, grid = forward_plan(*signature[1], count, shape, chunks)
+    shape, grid = forward_plan(*signature[1], count, shape, chunks, signature[0].itemsize, space)
     sweep = _scan(signature, shape, STATE, grid) if grid.cut.chunks > 1 else None
     return _scan(signature, shape, FULL, grid), sweep, signature[1][0] * grid.cut.chunks
 
@@ -224,7 +234,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The outputs (b, l, d), the last state (b, d, n), and the states before every K-th step, (b, l / K, d, n), if wanted."""
     out, last, saved = into or (call.u.new_empty(call.u.shape), *call.states(save))
-    scan, sweep, pieces = _forward_launches(call.signature(out), processors(out.device), shape, chunks)
+    scan, sweep, pieces = _forward_launches(
+        call.signature(out), processors(out.device), room(out.device), shape, chunks
+    )
     local, decay = _sweep(call, sweep, pieces, call.u) if sweep else (None, None)
     inputs = (call.u, *call.scanned, call.initial_state, call.reset, call.valid)
     scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum)
@@ -233,15 +245,16 @@ def forward(
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launches(
-    signature: tuple, count: int, shape: BackwardShape | None, chunks: int | Cut | None
+    signature: tuple, count: int, space: int, shape: BackwardShape | None, chunks: int | Cut | None
 ) -> tuple[Launch, Launch | None, int, Grid]:
     """The backward, the sweep before it where rows are cut, into how many pieces, and the grid."""
     dtype, (b, l, d, n, g), *facts = signature
-    shape, grid = backward_plan(b, l, d, n, g, count, shape, chunks)
+    space_for = {"element": dtype.itemsize, "room": space}
+    shape, grid = backward_plan(b, l, d, n, g, count, shape, chunks, **space_for)
     cut, sweep, pieces = grid.cut, None, 0
     if cut.chunks > 1:
         pieces = (b - cut.whole) * cut.chunks
-        forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, chunks=1)
+        forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, chunks=1, **space_for)
         (_, dt, z, gout, *_), nowhere = facts[6:], (0, 0)
         swept = (dtype, signature[1], *facts[:6], gout, dt, z, nowhere)
         sweep = _scan(swept, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))
@@ -268,7 +281,7 @@ def backward(
     glast, gout = _whole(glast, torch.float32), in_rows(gout, c.u.dtype)
     gu, gdt, gB, gC, gz = into or c.gradients()
     signature = c.signature(gout, gu, gdt, gz)
-    scan, sweep, pieces, grid = _backward_launches(signature, processors(device), shape, chunks)
+    scan, sweep, pieces, grid = _backward_launches(signature, processors(device), room(device), shape, chunks)
     local, decay = _sweep(c, sweep, pieces, gout) if sweep else (None, None)
     one, rows = b * l * g * n, grid.cut.pieces(b)
     gbc, gA, gskip = new(2 * grid.tiles * one), new(rows * d * n), new(2 * rows * d)

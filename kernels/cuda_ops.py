@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_backend, cuda_paths, nvrtc
-from .cuda_shapes import BACKWARD, MAX_STATE, instance
+from .cuda_shapes import BACKWARD, MAX_STATE, backward_shape, forward_shapes, instance
 from .halves import room
 from .paths import Path
 
@@ -21,7 +21,20 @@ def refuse(facts: dict[str, Any]) -> str | None:
     reason, n = cuda_backend.refuse_tensors(facts), facts.get("d_state", 16)
     if reason is None and n > MAX_STATE:
         return f"the CUDA kernels scan up to d_state = {MAX_STATE}, got {n}"
-    return reason or nvrtc.unavailable()
+    return reason or nvrtc.unavailable() or _too_big(n, facts.get("dtype", torch.float32).itemsize)
+
+
+def _too_big(n: int, element: int) -> str | None:
+    if n <= MAX_STATE // 2:
+        # fits any GPU that the kernels run on
+        return None
+    space = cuda_backend.room(torch.device("cuda", torch.cuda.current_device()))
+    if forward_shapes(MAX_STATE, element, space) and backward_shape(MAX_STATE, element, space):
+        return None
+    return (
+        f"the CUDA kernels of more than {MAX_STATE // 2} states need more shared memory than the {space >> 10} KiB that a "
+        f"block has here, got d_state = {n}"
+    )
 
 
 @torch.library.custom_op("hybridzoo::selective_scan_cuda", mutates_args=())

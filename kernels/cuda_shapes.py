@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 FULL, STATE, ADJOINT = 0, 1, 2
 MAX_STATE = 256
@@ -131,7 +131,7 @@ FORWARD = {
     1: (ForwardShape(32, 1, 1, 1, 32, 128, 4),),
     2: (ForwardShape(32, 2, 1, 1, 32, 128, 4),),
     4: (ForwardShape(32, 4, 1, 1, 32, 128, 4),),
-    8: (ForwardShape(128, 4, 2, 2, 16, 128, 2),),
+    8: (ForwardShape(128, 4, 2, 2, 16, 128, 2, 155, 125), ForwardShape(128, 4, 2, 1, 16, 128, 3, 95, 80)),
     16: (
         ForwardShape(128, 8, 2, 2, 16, 128, 2, 255, 205),
         ForwardShape(128, 8, 2, 1, 16, 128, 3, 135, 104),
@@ -168,6 +168,26 @@ def instance(n: int) -> int:
             f"selective_scan: d_state is {n}, the CUDA kernels hold at most {MAX_STATE}. Use backend='chunked'."
         )
     return next(m for m in FORWARD if m >= n)
+
+
+# bytes of shared memory that a block may have on an H100
+ROOM = 227 << 10
+
+
+def forward_shapes(n: int, element: int, room: int) -> list[ForwardShape]:
+    """Those of ``n`` states, an instance, that fit into ``room`` bytes of shared memory with elements of so many bytes."""
+    return [s for s in FORWARD[n] if s.shared_bytes(element, FULL) <= room]
+
+
+def backward_shape(n: int, element: int, room: int) -> BackwardShape | None:
+    """The one of ``n`` states, an instance, with fewer warps where there is less room; ``None`` where it does not fit at all."""
+    shape = BACKWARD[n]
+    while shape.shared_bytes(element) > room:
+        # a thread moves 16 bytes of neighbouring channels
+        if shape.warps == 1 or shape.channels // 2 * element < 16:
+            return None
+        shape = replace(shape, warps=shape.warps // 2)
+    return shape
 
 
 @dataclass(frozen=True)
@@ -213,9 +233,11 @@ def forward_plan(
     processors: int,
     shape: ForwardShape | None = None,
     chunks: int | None = None,
+    element: int = 2,
+    room: int = ROOM,
 ) -> tuple[ForwardShape, Grid]:
     """The shape and the grid of a forward scan; ``shape`` and ``chunks`` fix what would be chosen."""
-    shapes = [shape] if shape else FORWARD[instance(n)]
+    shapes = [shape] if shape else forward_shapes(instance(n), element, room)
     # several chunks cost a second pass over them, so they pay only where much of the chip would have nothing to do
     splits = [chunks] if chunks else [c for c in SPLITS if c == 1 or l >= 96 * c]
     options = itertools.product(shapes, splits)
@@ -234,9 +256,15 @@ def backward_plan(
     processors: int,
     shape: BackwardShape | None = None,
     chunks: int | Cut | None = None,
+    element: int = 2,
+    room: int = ROOM,
 ) -> tuple[BackwardShape, Grid]:
     """The shape and the grid of a backward scan; ``shape`` and ``chunks`` fix what would be chosen."""
-    shape = BACKWARD[instance(n)] if shape is None else shape
+    shape = shape or backward_shape(instance(n), element, room)
+    if shape is None:
+        raise ValueError(
+            f"selective_scan: a backward with d_state = {n} needs more shared memory than this GPU's {room} bytes."
+        )
     tiles = ceil_div(d // g, shape.channels)
     if isinstance(chunks, int):
         cut = Cut.even(l, chunks, shape.k)

@@ -6,8 +6,17 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_backend, cuda_ops, reference
-from hybridzoo.kernels.cuda_shapes import FORWARD, Cut
+from hybridzoo.kernels import cuda_backend, cuda_ops, nvrtc, reference
+from hybridzoo.kernels.cuda_shapes import (
+    BACKWARD,
+    FORWARD,
+    FULL,
+    ROOM,
+    Cut,
+    backward_shape,
+    forward_plan,
+    forward_shapes,
+)
 
 exhaustive = pytest.mark.skipif(
     "HYBRIDZOO_EXHAUSTIVE" not in os.environ, reason="minutes of g++; HYBRIDZOO_EXHAUSTIVE=1 runs it"
@@ -41,7 +50,7 @@ def errors(got, want):
     return [((x.double() - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in zip(got, want, strict=True)]
 
 
-def compare(inputs, reset, valid, shape=None, chunks=None, cut=None):
+def compare(inputs, reset, valid, shape=None, chunks=None, cut=None, backward=None):
     u = inputs[0]
     call = cuda_backend.Call.of(*inputs, reset, valid, True)
     out, last, saved = cuda_backend.forward(call, True, shape, chunks)
@@ -51,7 +60,7 @@ def compare(inputs, reset, valid, shape=None, chunks=None, cut=None):
     gout, glast = torch.randn(u.shape).to(u.dtype) * real.to(u.dtype), torch.randn(last.shape)
     loss = (want * gout.double()).sum() + (state * glast.double()).sum()
     grads = torch.autograd.grad(loss, [x for x in exact if x is not None])
-    gradients = cuda_backend.backward(call, gout, glast, saved, chunks=cut or chunks)
+    gradients = cuda_backend.backward(call, gout, glast, saved, backward, cut or chunks)
     got = [g for g, x in zip(gradients, inputs, strict=True) if x is not None]
     worst = max(errors([out * real, last, *got], [want * real, state, *grads]))
     assert worst < TOLERANCE[u.dtype], worst
@@ -90,6 +99,41 @@ def test_every_state_size(n, dtype):
 @pytest.mark.parametrize("shape", FORWARD[16], ids=str)
 def test_every_shape_of_the_usual_state_size(shape):
     compare(operands(1, 100, 72, 16, 1, torch.bfloat16), None, None, shape=shape)
+
+
+A100, LAPTOP = 163 << 10, 99 << 10
+
+
+@pytest.mark.parametrize("n", FORWARD)
+@pytest.mark.parametrize("element", [2, 4])
+def test_what_fits_where_there_is_less_shared_memory(n, element):
+    for space in (A100, LAPTOP):
+        forward, backward = forward_shapes(n, element, space), backward_shape(n, element, space)
+        assert forward and max(s.shared_bytes(element, FULL) for s in forward) <= space
+        if n == 256 and (space == LAPTOP or element == 2):
+            assert backward is None
+            continue
+        assert backward.shared_bytes(element) <= space and backward.k == BACKWARD[n].k
+        shape, _ = forward_plan(4, 2048, 5120, n, 1, 108, None, None, element, space)
+        assert shape in forward
+    assert forward_shapes(n, element, ROOM) == list(FORWARD[n]) and backward_shape(n, element, ROOM) == BACKWARD[n]
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [16, pytest.param(128, marks=exhaustive)])
+def test_a_backward_of_fewer_warps(n):
+    shape = backward_shape(n, 2, LAPTOP)
+    assert shape.warps < BACKWARD[n].warps
+    compare(operands(1, 70, 40, n, 1, torch.bfloat16), None, None, backward=shape)
+
+
+def test_too_many_states_for_a_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_backend, "room", lambda device: LAPTOP)
+    facts = {"device": "cuda", "dtype": torch.bfloat16}
+    assert cuda_ops.refuse(facts | {"d_state": 128}) is None
+    assert "the 99 KiB that a block has here, got d_state = 200" in cuda_ops.refuse(facts | {"d_state": 200})
 
 
 @needs_compiler
