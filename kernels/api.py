@@ -284,14 +284,15 @@ def _check_scan(
     checks.floating(where, "B", B, 3 if B.dim() == 3 else 4, "(b, l, g, n) or (b, l, n)")
     n, g = A.shape[1], B.shape[2] if B.dim() == 4 else 1
 
-    def rows(m: Tensor) -> tuple[int, ...]:
-        return (b, l, n) if m.dim() == 3 and g == 1 else (b, l, g, n)
+    def rows(m: Tensor) -> tuple[tuple[int, ...], str]:
+        return ((b, l, n), "(b, l, n)") if m.dim() == 3 and g == 1 else ((b, l, g, n), "(b, l, g, n)")
 
     checks.groups(where, d, g, "d")
     checks.shape(where, "dt", dt, (b, l, d), "(b, l, d) like u")
     checks.shape(where, "A", A, (d, n), "(d, n)")
-    checks.shape(where, "B", B, rows(B), "(b, l, g, n)")
-    checks.shape(where, "C", C, rows(C), "(b, l, g, n) like B")
+    checks.shape(where, "B", B, *rows(B))
+    want, letters = rows(C)
+    checks.shape(where, "C", C, want, f"{letters} like B")
     checks.shape(where, "D", D, (d,), "(d,)")
     checks.shape(where, "dt_bias", dt_bias, (d,), "(d,)")
     checks.shape(where, "initial_state", initial_state, (b, d, n), "(b, d, n)")

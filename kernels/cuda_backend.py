@@ -17,7 +17,6 @@ from .cuda_shapes import (
     ADJOINT,
     BACKWARD,
     FULL,
-    ROOM,
     STATE,
     BackwardShape,
     Cut,
@@ -29,6 +28,8 @@ from .cuda_shapes import (
     instance,
 )
 
+# bytes of shared memory that the driver takes of every block
+DRIVERS = 1024
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESET, WALK, UNALIGNED, CUT = 1, 2, 4, 8
 
@@ -145,12 +146,13 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def room(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have: 227 K on an H100, 99 K on many a laptop."""
-    if device.type != "cuda":
-        return ROOM
-    # all that a multiprocessor has but what the driver takes of every block
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a multiprocessor has: 228 K on an H100, 100 K on many a laptop; a block may have all but ``DRIVERS``."""
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+        if device.type == "cuda"
+        else 228 << 10
+    )
 
 
 def _flags(signature: tuple) -> int:
@@ -206,10 +208,10 @@ def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launc
 
 @functools.lru_cache(maxsize=4096)
 def _forward_launches(
-    signature: tuple, count: int, space: int, shape: ForwardShape | None, chunks: int | None
+    signature: tuple, count: int, room: int, shape: ForwardShape | None, chunks: int | None
 ) -> tuple[Launch, Launch | None, int]:
     """The scan, the sweep before it where rows are cut, and into how many pieces."""
-    shape, grid = forward_plan(*signature[1], count, shape, chunks, signature[0].itemsize, space)
+    shape, grid = forward_plan(*signature[1], count, shape, chunks, signature[0].itemsize, room)
     sweep = _scan(signature, shape, STATE, grid) if grid.cut.chunks > 1 else None
     return _scan(signature, shape, FULL, grid), sweep, signature[1][0] * grid.cut.chunks
 
@@ -234,9 +236,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The outputs (b, l, d), the last state (b, d, n), and the states before every K-th step, (b, l / K, d, n), if wanted."""
     out, last, saved = into or (call.u.new_empty(call.u.shape), *call.states(save))
-    scan, sweep, pieces = _forward_launches(
-        call.signature(out), processors(out.device), room(out.device), shape, chunks
-    )
+    room = shared_memory(out.device) - DRIVERS
+    scan, sweep, pieces = _forward_launches(call.signature(out), processors(out.device), room, shape, chunks)
     local, decay = _sweep(call, sweep, pieces, call.u) if sweep else (None, None)
     inputs = (call.u, *call.scanned, call.initial_state, call.reset, call.valid)
     scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum)
@@ -245,16 +246,16 @@ def forward(
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launches(
-    signature: tuple, count: int, space: int, shape: BackwardShape | None, chunks: int | Cut | None
+    signature: tuple, count: int, room: int, shape: BackwardShape | None, chunks: int | Cut | None
 ) -> tuple[Launch, Launch | None, int, Grid]:
     """The backward, the sweep before it where rows are cut, into how many pieces, and the grid."""
     dtype, (b, l, d, n, g), *facts = signature
-    space_for = {"element": dtype.itemsize, "room": space}
-    shape, grid = backward_plan(b, l, d, n, g, count, shape, chunks, **space_for)
+    size = dtype.itemsize
+    shape, grid = backward_plan(b, l, d, n, g, count, shape, chunks, size, room)
     cut, sweep, pieces = grid.cut, None, 0
     if cut.chunks > 1:
         pieces = (b - cut.whole) * cut.chunks
-        forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, chunks=1, **space_for)
+        forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, None, 1, size, room)
         (_, dt, z, gout, *_), nowhere = facts[6:], (0, 0)
         swept = (dtype, signature[1], *facts[:6], gout, dt, z, nowhere)
         sweep = _scan(swept, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))
@@ -281,7 +282,8 @@ def backward(
     glast, gout = _whole(glast, torch.float32), in_rows(gout, c.u.dtype)
     gu, gdt, gB, gC, gz = into or c.gradients()
     signature = c.signature(gout, gu, gdt, gz)
-    scan, sweep, pieces, grid = _backward_launches(signature, processors(device), room(device), shape, chunks)
+    room = shared_memory(device) - DRIVERS
+    scan, sweep, pieces, grid = _backward_launches(signature, processors(device), room, shape, chunks)
     local, decay = _sweep(c, sweep, pieces, gout) if sweep else (None, None)
     one, rows = b * l * g * n, grid.cut.pieces(b)
     gbc, gA, gskip = new(2 * grid.tiles * one), new(rows * d * n), new(2 * rows * d)

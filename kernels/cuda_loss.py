@@ -10,14 +10,14 @@ from torch import Tensor
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_backend import TYPES, refuse_tensors
+from .cuda_backend import DRIVERS, TYPES, refuse_tensors, shared_memory
 from .cuda_conv import whole
 from .cuda_shapes import ceil_div
 
 # threads of a block, and up to how many 16-byte vectors a row gets them; more for longer ones
 THREADS, MOST = ((32, 64), (128, 1024)), 512
 # shared memory of a block besides what it keeps: the driver's share and the sums
-_BESIDE = 1024 + 128
+_BESIDE = DRIVERS + 128
 
 
 class Params(ctypes.Structure):
@@ -39,17 +39,12 @@ def refuse(facts: dict[str, Any]) -> str | None:
     return reason or nvrtc.unavailable()
 
 
-@functools.cache
-def _room(device: torch.device) -> int:
-    """The bytes of shared memory that a multiprocessor has; a block may have half of them anywhere."""
-    if device.type != "cuda":
-        return 228 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-
-
 @functools.lru_cache(maxsize=1024)
 def plan(v: int, dtype: torch.dtype, want_gradient: bool, room: int) -> tuple[str, int, int]:
-    """The kernel for rows of ``v`` logits, its threads, and the bytes of shared memory that keep a row, or what fits of it twice."""
+    """The kernel for rows of ``v`` logits, its threads, and the bytes of shared memory that keep a row, or what fits of it twice.
+
+    ``room`` is what a multiprocessor has; a block may have half of it anywhere.
+    """
     vectors = ceil_div(v * dtype.itemsize, 16)
     threads = next((t for t, most in THREADS if vectors <= most), MOST)
     fits = (room // 2 - _BESIDE) // (16 * threads)
@@ -72,7 +67,7 @@ def forward(
     losses = torch.empty(m, dtype=torch.float32, device=logits.device)
     gradient = torch.empty((m, v), dtype=logits.dtype, device=logits.device) if want_gradient else None
     if m:
-        name, threads, shared = plan(v, logits.dtype, want_gradient, _room(logits.device))
+        name, threads, shared = plan(v, logits.dtype, want_gradient, shared_memory(logits.device))
         packed = params.pack(_tail(ignore_index, v, scale), logits, targets, losses, gradient)
         nvrtc.launch("cross_entropy.cu", name, packed, m, threads, shared, logits.device)
     return losses, gradient

@@ -28,7 +28,7 @@ def _too_big(n: int, element: int) -> str | None:
     if n <= MAX_STATE // 2:
         # fits any GPU that the kernels run on
         return None
-    space = cuda_backend.room(torch.device("cuda", torch.cuda.current_device()))
+    space = cuda_backend.shared_memory(torch.device("cuda", torch.cuda.current_device())) - cuda_backend.DRIVERS
     if forward_shapes(MAX_STATE, element, space) and backward_shape(MAX_STATE, element, space):
         return None
     return (
@@ -193,7 +193,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """:func:`hybridzoo.kernels.reference.selective_scan` on an NVIDIA GPU; the same arguments and results.
 
-    B and C may come without groups, ``(b, l, n)``, which spares autograd two nodes.
+    B and C may come without groups, ``(b, l, n)``, which spares autograd two nodes; not with ``paths``.
     With ``paths`` (:mod:`.paths`), what may differ between them may have a leading axis of one per path, and so has the state returned.
     """
     flat = None if paths is None else [int(x) for path in paths for x in path]
@@ -201,7 +201,5 @@ def selective_scan(
     save = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in tensors)
     # what is traced, or is not a plain tensor, needs the registered op
     if torch.compiler.is_compiling() or type(u) not in (Tensor, torch.nn.Parameter):
-        B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
-        tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid)
         return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save, flat)[:2]
     return _Eager.apply(dt_softplus, flat, *tensors) if save else _forward((*tensors, dt_softplus), False, flat)[:2]

@@ -266,12 +266,10 @@ def backward_plan(
             f"selective_scan: a backward with d_state = {n} needs more shared memory than this GPU's {room} bytes."
         )
     tiles = ceil_div(d // g, shape.channels)
-    if isinstance(chunks, int):
-        cut = Cut.even(l, chunks, shape.k)
-    else:
-        options = [chunks] if chunks else _cuts(b, l, tiles * g, shape.k, processors * shape.blocks)
-        cut = min(options, key=lambda c: shape.cost(b, l, tiles * g, c, processors))
-    return shape, Grid(tiles, cut)
+    if chunks is None:
+        options = _cuts(b, l, tiles * g, shape.k, processors * shape.blocks)
+        chunks = min(options, key=lambda c: shape.cost(b, l, tiles * g, c, processors))
+    return shape, Grid(tiles, Cut.even(l, chunks, shape.k) if isinstance(chunks, int) else chunks)
 
 
 def _cuts(b: int, l: int, tiles: int, step: int, places: int) -> Iterator[Cut]:

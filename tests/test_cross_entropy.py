@@ -88,7 +88,7 @@ def test_long_rows(run, v, dtype):
 def test_what_does_not_fit_shared_memory_is_read_again(emulated, monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    monkeypatch.setattr(cuda_loss, "_room", lambda device: 20 << 10)
+    monkeypatch.setattr(cuda_loss, "shared_memory", lambda device: 20 << 10)
     name, threads, shared = cuda_loss.plan(9001, BF16, True, 20 << 10)
     assert (name, threads, shared) == ("cross_entropy<bf16, 512, 1, true>", 512, 8192)
     compare(cuda_loss.cross_entropy, *drawn(4, 9001, BF16))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_backend, cuda_ops, nvrtc, reference
+from hybridzoo.kernels import api, cuda_backend, cuda_ops, dispatch, nvrtc, reference
 from hybridzoo.kernels.cuda_shapes import (
     BACKWARD,
     FORWARD,
@@ -127,10 +127,19 @@ def test_a_backward_of_fewer_warps(n):
     compare(operands(1, 70, 40, n, 1, torch.bfloat16), None, None, backward=shape)
 
 
+def test_a_wrong_shape_is_named_as_it_was_given(monkeypatch):
+    monkeypatch.setattr(api, "choose", lambda op, **facts: dispatch.TABLES[op]["cuda"])
+    u, dt, A, B, C, *_ = operands(1, 5, 8, 3)
+    with pytest.raises(ValueError, match=r"C has shape \(1, 5, 2\), expected \(1, 5, 3\) \(b, l, n\) like B"):
+        api.selective_scan(u, dt, A, B, C[:, :, 0, :2])
+    with pytest.raises(ValueError, match=r"C has shape \(1, 5, 3\), expected \(1, 5, 2, 3\) \(b, l, g, n\) like B"):
+        api.selective_scan(u, dt, A, B.repeat(1, 1, 2, 1), C[:, :, 0])
+
+
 def test_too_many_states_for_a_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda_backend, "room", lambda device: LAPTOP)
+    monkeypatch.setattr(cuda_backend, "shared_memory", lambda device: 100 << 10)
     facts = {"device": "cuda", "dtype": torch.bfloat16}
     assert cuda_ops.refuse(facts | {"d_state": 128}) is None
     assert "the 99 KiB that a block has here, got d_state = 200" in cuda_ops.refuse(facts | {"d_state": 200})
@@ -147,6 +156,7 @@ def test_ops_are_registered_as_torch_wants_them():
         torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-5)
     # without groups, and without the nodes that an axis for them would be
     without = [x.detach().squeeze(2).requires_grad_() if i in (3, 4) else x for i, x in enumerate(inputs)]
+    torch.library.opcheck(torch.ops.hybridzoo.selective_scan_cuda, (*without, None, None, True, True))
     out, last = cuda_ops.selective_scan(*without, None, None, True)
     again = torch.autograd.grad(out.sum() + last.square().sum(), without)
     assert all(torch.equal(x, y.view(x.shape)) for x, y in zip(again, grads[0], strict=True))

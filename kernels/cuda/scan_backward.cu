@@ -63,7 +63,7 @@ struct Backward {
     int ch0, ch_end, group, tile_in_group, chunk;
     int64 b;
     int tid, warp, lane, q, cg;  // cg: the thread's group of CH channels inside the block, q: its share of their states
-    int finished;
+    int finished;  // where the element lies that the lane finishes, of the first steps of a chunk, if it finishes one at a time
 
     // Where an element of a chunk of u, dt, z or gout lies.  The sums' four steps read the same few channels each: 16-byte slots change
     // places with the step, or all four would be in the same banks.
