@@ -76,8 +76,7 @@ class Call:
     def signature(self, *wide: Tensor | None) -> tuple:
         """What the non-pointer parameters of the launches depend on, ``wide`` being the (b, l, d) tensors that they move besides these."""
         u, dt, z, B, C = self.u, self.dt, self.z, self.B, self.C
-        moved = (u, dt, B, C) if z is None else (u, dt, z, B, C)
-        off = any([x.data_ptr() % 16 for x in moved]) or any([x is not None and x.data_ptr() % 16 for x in wide])
+        off = any([x is not None and x.data_ptr() % 16 for x in (u, dt, z, B, C, *wide)])
         return (
             u.dtype,
             self.sizes,
@@ -94,11 +93,15 @@ class Call:
         """What a scan reads besides its wide input, in the order of its parameters."""
         return self.dt, self.B, self.C, self.z, self.A, self.D, self.dt_bias
 
-    def states(self, save: bool, *lead: int) -> tuple[Tensor, Tensor | None]:
-        """Room for the last state and for the states that are saved, with these leading axes."""
+    def last_state(self, *lead: int) -> Tensor:
+        """Room for the last state, with these leading axes."""
+        b, _, d, n, _ = self.sizes
+        return self.A.new_empty((*lead, b, d, n))
+
+    def saved_states(self, *lead: int) -> Tensor:
+        """Room for the states that the backward starts from, with these leading axes."""
         b, l, d, n, _ = self.sizes
-        saved = self.A.new_empty((*lead, b, ceil_div(l, BACKWARD[instance(n)].k), d, n)) if save else None
-        return self.A.new_empty((*lead, b, d, n)), saved
+        return self.A.new_empty((*lead, b, ceil_div(l, BACKWARD[instance(n)].k), d, n))
 
     def gradients(self, *lead: int, gz: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Room for the gradients of u, dt, B, C and z, with these leading axes; that of z may be there."""
@@ -186,10 +189,14 @@ class Launch:
     threads: int
     shared: int
 
-    def __call__(self, device: torch.device, *tensors: Tensor | None) -> None:
-        """Run it over these, in the order of its parameters."""
+    def __call__(self, device: torch.device, *tensors: Tensor | int | None) -> None:
+        """Run it over these, or what lies at these addresses, in the order of its parameters."""
         packed = params.pack(self.tail, *tensors)
         nvrtc.launch(self.source, self.name, packed, self.blocks, self.threads, self.shared, device)
+
+
+# the scan, the sweep before it where rows are cut, and into how many pieces
+Launches = tuple[Launch, Launch | None, int]
 
 
 def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launch:
@@ -209,8 +216,7 @@ def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launc
 @functools.lru_cache(maxsize=4096)
 def _forward_launches(
     signature: tuple, count: int, room: int, shape: ForwardShape | None, chunks: int | None
-) -> tuple[Launch, Launch | None, int]:
-    """The scan, the sweep before it where rows are cut, and into how many pieces."""
+) -> Launches:
     shape, grid = forward_plan(*signature[1], count, shape, chunks, signature[0].itemsize, room)
     sweep = _scan(signature, shape, STATE, grid) if grid.cut.chunks > 1 else None
     return _scan(signature, shape, FULL, grid), sweep, signature[1][0] * grid.cut.chunks
@@ -227,17 +233,31 @@ def _sweep(call: Call, sweep: Launch, pieces: int, u: Tensor) -> tuple[Tensor, T
     return local, decay
 
 
+def planned(call: Call, out: Tensor, shape: ForwardShape | None = None, chunks: int | None = None) -> Launches:
+    """The launches of a forward that writes ``out``; ``shape`` and ``chunks`` fix what would be chosen."""
+    room = shared_memory(out.device) - DRIVERS
+    return _forward_launches(call.signature(out), processors(out.device), room, shape, chunks)
+
+
 def forward(
     call: Call,
     save: bool,
     shape: ForwardShape | None = None,
     chunks: int | None = None,
-    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The outputs (b, l, d), the last state (b, d, n), and the states before every K-th step, (b, l / K, d, n), if wanted."""
-    out, last, saved = into or (call.u.new_empty(call.u.shape), *call.states(save))
-    room = shared_memory(out.device) - DRIVERS
-    scan, sweep, pieces = _forward_launches(call.signature(out), processors(out.device), room, shape, chunks)
+    into: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+    *,
+    final: bool = True,
+    launches: Launches | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The outputs (b, l, d), the ``final`` state (b, d, n) and the states before every K-th step, (b, l / K, d, n), to ``save``.
+
+    ``launches`` are those :func:`planned` for another call with the same signature.
+    """
+    if into is None:
+        saved = call.saved_states() if save else None
+        into = call.u.new_empty(call.u.shape), call.last_state() if final else None, saved
+    out, last, saved = into
+    scan, sweep, pieces = launches or planned(call, out, shape, chunks)
     local, decay = _sweep(call, sweep, pieces, call.u) if sweep else (None, None)
     inputs = (call.u, *call.scanned, call.initial_state, call.reset, call.valid)
     scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum)
@@ -247,8 +267,8 @@ def forward(
 @functools.lru_cache(maxsize=4096)
 def _backward_launches(
     signature: tuple, count: int, room: int, shape: BackwardShape | None, chunks: int | Cut | None
-) -> tuple[Launch, Launch | None, int, Grid]:
-    """The backward, the sweep before it where rows are cut, into how many pieces, and the grid."""
+) -> tuple[Launch, Launch | None, int, Grid, Launch]:
+    """The backward, the sweep before it where rows are cut, into how many pieces, the grid, and the launch that adds up partial sums."""
     dtype, (b, l, d, n, g), *facts = signature
     size = dtype.itemsize
     shape, grid = backward_plan(b, l, d, n, g, count, shape, chunks, size, room)
@@ -264,41 +284,47 @@ def _backward_launches(
     name = f"scan_backward<{TYPES[dtype]}, {lanes}, {flags}, {shape.blocks}>"
     tail = _tail(params.Backward, signature, grid, "u dt z gout gu gdt gz")
     blocks, shared = cut.pieces(b) * g * grid.tiles, shape.shared_bytes(dtype.itemsize)
-    return Launch("scan_backward.cu", name, tail, blocks, shape.warps * 32, shared), sweep, pieces, grid
+    scan = Launch("scan_backward.cu", name, tail, blocks, shape.warps * 32, shared)
+    # gB, gC, gA, gD, gbias: elements, elements from one partial sum to the next, how many, and whether the result is float32
+    one, rows = b * l * g * n, cut.pieces(b)
+    parts = [(one, 2 * one, grid.tiles, False)] * 2 + [(d * n, d * n, rows, True)] + [(d, 2 * d, rows, True)] * 2
+    tail, blocks = params.sums(parts)
+    return scan, sweep, pieces, grid, Launch("scan_backward.cu", f"sum_partials<{TYPES[dtype]}>", tail, blocks, 256, 0)
 
 
 def backward(
     call: Call,
     gout: Tensor,
     glast: Tensor | None,
-    saved: Tensor,
+    saved: Tensor | None,
     shape: BackwardShape | None = None,
     chunks: int | Cut | None = None,
     into: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of A, D, dt_bias and the state are float32."""
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of A, D, dt_bias and the state are float32.
+
+    Without the states that a forward ``saved``, they are formed again first.
+    """
     c, new, device = call, call.A.new_empty, gout.device
     b, l, d, n, g = c.sizes
     glast, gout = _whole(glast, torch.float32), in_rows(gout, c.u.dtype)
     gu, gdt, gB, gC, gz = into or c.gradients()
+    if saved is None:
+        # the outputs are not asked for: they go where a gradient will be
+        _, _, saved = forward(c, True, into=(gu, None, c.saved_states()))
     signature = c.signature(gout, gu, gdt, gz)
     room = shared_memory(device) - DRIVERS
-    scan, sweep, pieces, grid = _backward_launches(signature, processors(device), room, shape, chunks)
+    scan, sweep, pieces, grid, add_up = _backward_launches(signature, processors(device), room, shape, chunks)
     local, decay = _sweep(c, sweep, pieces, gout) if sweep else (None, None)
+    # one piece of memory for all partial sums, since asking for it takes a small call longer than the kernel
     one, rows = b * l * g * n, grid.cut.pieces(b)
-    gbc, gA, gskip = new(2 * grid.tiles * one), new(rows * d * n), new(2 * rows * d)
+    partial = new(2 * grid.tiles * one + rows * d * (n + 2))
+    gbc = partial.data_ptr()
+    gA = gbc + 8 * grid.tiles * one
+    gskip = gA + 4 * rows * d * n
     total_A, gD, gbias = new((d, n)), new(d), new(d)
     ginit = None if c.initial_state is None else new((b, d, n))
     inputs = (c.u, c.dt, c.B, c.C, c.z, gout, c.A, c.D, c.dt_bias, saved, c.initial_state, glast, local, decay)
     scan(device, *inputs, c.reset, c.valid, gu, gdt, gz, gbc, gA, gskip, ginit)
-    bc, skip, row = gbc.data_ptr(), gskip.data_ptr(), 2 * d
-    jobs = (
-        (bc, gB, one, 2 * one, grid.tiles, False),
-        (bc + 4 * one, gC, one, 2 * one, grid.tiles, False),
-        (gA.data_ptr(), total_A, d * n, d * n, rows, True),
-        (skip, gD, d, row, rows, True),
-        (skip + 4 * d, gbias, d, row, rows, True),
-    )
-    packed, blocks = params.pack_sums(jobs)
-    nvrtc.launch("scan_backward.cu", f"sum_partials<{TYPES[gu.dtype]}>", packed, blocks, 256, 0, device)
+    add_up(device, gbc, gbc + 4 * one, gA, gskip, gskip + 4 * d, gB, gC, total_A, gD, gbias)
     return gu, gdt, total_A, gB, gC, gD, gz, gbias, ginit

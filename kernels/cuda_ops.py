@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import cuda_backend, cuda_paths, nvrtc
-from .cuda_shapes import BACKWARD, MAX_STATE, backward_shape, forward_shapes, instance
+from .cuda_backend import Call, Launches
+from .cuda_shapes import BACKWARD, MAX_STATE, backward_shape, forward_shapes, instance, keeps_states
 from .halves import room
 from .paths import Path
 
@@ -58,16 +59,23 @@ def scan_op(
 
     ``paths`` are five integers for each walk; states then have a leading axis of one per walk.
     """
-    return _forward((u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus), save, paths)
+    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus)
+    out, last, saved = _forward(operands, save, paths)
+    return out, last, last.new_empty(0) if saved is None else saved
 
 
-def _forward(operands: tuple, save: bool, paths: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    operands: tuple, save: bool, paths: Sequence[int] | None, final: bool = True, launches: Launches | None = None
+) -> tuple[Tensor, Any, Tensor | None]:
+    save = save and keeps_states(operands[2].shape[-1])
+    if launches is not None:
+        return cuda_backend.forward(Call(*operands), save, final=final, launches=launches)
     if paths is None:
-        out, last, saved = cuda_backend.forward(cuda_backend.Call.of(*operands), save)
+        out, last, saved = cuda_backend.forward(Call.of(*operands), save, final=final)
     else:
         out, last, saved = cuda_paths.forward((*operands[:9], operands[-1]), paths, save)
     dtype = operands[0].dtype
-    return out if out.dtype == dtype else out.to(dtype), last, last.new_empty(0) if saved is None else saved
+    return out if out.dtype == dtype else out.to(dtype), last, saved
 
 
 @scan_op.register_fake
@@ -79,7 +87,7 @@ def _scan_fake(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_so
         return torch.empty(shape, dtype=torch.float32, device=u.device)
 
     k = BACKWARD[instance(n)].k
-    saved = wide(*lead, b, (l + k - 1) // k, d, n) if save else wide(0)
+    saved = wide(*lead, b, (l + k - 1) // k, d, n) if save and keeps_states(n) else wide(0)
     return torch.empty(b, l, d, dtype=u.dtype, device=u.device), wide(*lead, b, d, n), saved
 
 
@@ -104,14 +112,15 @@ def scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    grads = _gradients(gout, glast, saved, (*inputs, reset, valid, dt_softplus), paths)
+    states = saved if keeps_states(A.shape[-1]) else None
+    grads = _gradients(gout, glast, states, (*inputs, reset, valid, dt_softplus), paths)
     return tuple(u.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 def _gradients(
     gout: Tensor,
     glast: Tensor | None,
-    saved: Tensor,
+    saved: Tensor | None,
     operands: tuple,
     paths: Sequence[int] | None,
     edge: Any = (None, 0),
@@ -119,7 +128,7 @@ def _gradients(
     # the edge says where the gradient of z goes
     grads: Sequence[Tensor | None]
     if paths is None:
-        call = cuda_backend.Call.of(*operands)
+        call = Call.of(*operands)
         into = call.gradients(gz=room(edge, call.u.dtype))
         grads = cuda_backend.backward(call, gout, glast, saved, into=into)
     else:
@@ -157,9 +166,14 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, softplus: bool, paths: Sequence[int] | None, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        out, last, saved = _forward((*tensors, softplus), True, paths)
+        ctx: Any,
+        softplus: bool,
+        paths: Sequence[int] | None,
+        final: bool,
+        launches: Launches | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, last, saved = _forward((*tensors, softplus), True, paths, final, launches)
         ctx.softplus, ctx.paths = softplus, paths
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, saved)
@@ -173,7 +187,8 @@ class _Eager(torch.autograd.Function):
         D, z = tensors[5:7]
         # there is an edge for every operand that is a tensor
         edge = (None, 0) if z is None else ctx.next_functions[5 if D is None else 6]
-        return (None, None, *_gradients(gout, glast, saved, (*tensors, ctx.softplus), ctx.paths, edge), None, None)
+        grads = _gradients(gout, glast, saved, (*tensors, ctx.softplus), ctx.paths, edge)
+        return (None, None, None, None, *grads, None, None)
 
 
 def selective_scan(
@@ -190,16 +205,21 @@ def selective_scan(
     valid: Tensor | None,
     dt_softplus: bool,
     paths: Sequence[Path] | None = None,
-) -> tuple[Tensor, Tensor]:
+    final: bool = True,
+    launches: Launches | None = None,
+) -> tuple[Tensor, Any]:
     """:func:`hybridzoo.kernels.reference.selective_scan` on an NVIDIA GPU; the same arguments and results.
 
     B and C may come without groups, ``(b, l, n)``, which spares autograd two nodes; not with ``paths``.
     With ``paths`` (:mod:`.paths`), what may differ between them may have a leading axis of one per path, and so has the state returned.
+    There may be no state where it is not asked for (``final``). ``launches`` are those of a call like this (:mod:`.cuda_again`).
     """
     flat = None if paths is None else [int(x) for path in paths for x in path]
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid)
-    save = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in tensors)
+    save = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in tensors])
     # what is traced, or is not a plain tensor, needs the registered op
     if torch.compiler.is_compiling() or type(u) not in (Tensor, torch.nn.Parameter):
         return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save, flat)[:2]
-    return _Eager.apply(dt_softplus, flat, *tensors) if save else _forward((*tensors, dt_softplus), False, flat)[:2]
+    if save:
+        return _Eager.apply(dt_softplus, flat, final, launches, *tensors)
+    return _forward((*tensors, dt_softplus), False, flat, final, launches)[:2]

@@ -80,19 +80,20 @@ def _head(count: int) -> struct.Struct:
     return struct.Struct(f"{count}Q")
 
 
-def pack(rest: bytes, *tensors: Tensor | None) -> bytes:
+def pack(rest: bytes, *tensors: Tensor | int | None) -> bytes:
     """The struct with these pointers, then ``rest`` as :func:`tail` made it."""
-    return _head(len(tensors)).pack(*[0 if x is None else x.data_ptr() for x in tensors]) + rest
+    pointers = [0 if x is None else x if type(x) is int else x.data_ptr() for x in tensors]  # type: ignore[union-attr]
+    return _head(len(tensors)).pack(*pointers) + rest
 
 
-# SumParams of scan_backward.cu: per array two pointers, size, stride, count, wide, first block; then the number of arrays
-_SUMS = struct.Struct("QQqqiii4x" * 5 + "i4x")
+# SumParams of scan_backward.cu behind its pointers: of each array the size, stride, count, wide, first block
+_SUMS = struct.Struct("qqiii4x" * 5)
 
 
-def pack_sums(jobs: Sequence[tuple[int, Tensor, int, int, int, bool]]) -> tuple[bytes, int]:
-    """Five arrays to add up, each (address, result, elements, stride, how many, whether the result is float32), and the blocks for it."""
+def sums(parts: Sequence[tuple[int, int, int, bool]]) -> tuple[bytes, int]:
+    """Five arrays to add up, each (elements, stride, how many, whether the result is float32), and the blocks for it."""
     values, block = [], 0
-    for source, out, size, stride, count, wide in jobs:
-        values += [source, out.data_ptr(), size, stride, count, wide, block]
-        block += (size + 255) // 256
-    return _SUMS.pack(*values, len(jobs)), block
+    for part in parts:
+        values += [*part, block]
+        block += (part[0] + 255) // 256
+    return _SUMS.pack(*values), block

@@ -41,7 +41,8 @@ def forward(
     first = calls[0]
     out = first.u.new_empty(first.u.shape)
     total = out if out.dtype == torch.float32 or len(calls) == 1 else first.A.new_empty(out.shape)
-    last, saved = first.states(save, len(calls))
+    last = first.last_state(len(calls))
+    saved = first.saved_states(len(calls)) if save else None
     for k, call in enumerate(calls):
         call.before = total if k else None
         if k + 1 < len(calls):
@@ -55,7 +56,7 @@ def backward(
     paths: Sequence[int],
     gout: Tensor,
     glast: Tensor | None,
-    saved: Tensor,
+    saved: Tensor | None,
     chunks: int | None = None,
 ) -> list[Tensor | None]:
     """Gradients of the tensors among ``operands``, in their order and shapes."""
@@ -65,8 +66,8 @@ def backward(
     each: list[Any] = []
     for k, call in enumerate(calls):
         into: Any = tuple(None if g is None else g[k] for g in planes)
-        glast_k = None if glast is None else glast[k]
-        each.append(cuda_backend.backward(call, gout, glast_k, saved[k], chunks=chunks, into=into))
+        glast_k, saved_k = (None if x is None else x[k] for x in (glast, saved))
+        each.append(cuda_backend.backward(call, gout, glast_k, saved_k, chunks=chunks, into=into))
     gA, gD, gbias, ginit = (None if each[0][i] is None else torch.stack([g[i] for g in each]) for i in (2, 5, 7, 8))
     pairs = zip((gu, gdt, gA, gB, gC, gD, gz, gbias, ginit), operands, strict=False)
     return [None if x is None or g is None else g.sum(0) if g.dim() > x.dim() else g for g, x in pairs]

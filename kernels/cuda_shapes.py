@@ -170,6 +170,14 @@ def instance(n: int) -> int:
     return next(m for m in FORWARD if m >= n)
 
 
+def keeps_states(n: int) -> bool:
+    """Whether a forward leaves the float32 states that its backward starts from, one every K steps.
+
+    Not where they would be more than the 16-bit output, which is what mamba-ssm keeps: there the backward scans once more.
+    """
+    return 4 * instance(n) <= 2 * BACKWARD[instance(n)].k
+
+
 # bytes of shared memory that a block may have on an H100
 ROOM = 227 << 10
 

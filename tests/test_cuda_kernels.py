@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import api, cuda_backend, cuda_ops, dispatch, nvrtc, reference
+from hybridzoo.kernels import api, cuda_again, cuda_backend, cuda_ops, dispatch, nvrtc, reference
 from hybridzoo.kernels.cuda_shapes import (
     BACKWARD,
     FORWARD,
@@ -16,6 +16,7 @@ from hybridzoo.kernels.cuda_shapes import (
     backward_shape,
     forward_plan,
     forward_shapes,
+    keeps_states,
 )
 
 exhaustive = pytest.mark.skipif(
@@ -62,6 +63,10 @@ def compare(inputs, reset, valid, shape=None, chunks=None, cut=None, backward=No
     grads = torch.autograd.grad(loss, [x for x in exact if x is not None])
     gradients = cuda_backend.backward(call, gout, glast, saved, backward, cut or chunks)
     got = [g for g, x in zip(gradients, inputs, strict=True) if x is not None]
+    if not keeps_states(inputs[2].shape[1]):
+        # a backward of so many states has none to start from
+        again = cuda_backend.backward(call, gout, glast, None, backward, cut or chunks)
+        assert all(x is y or torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
     worst = max(errors([out * real, last, *got], [want * real, state, *grads]))
     assert worst < TOLERANCE[u.dtype], worst
 
@@ -146,8 +151,9 @@ def test_too_many_states_for_a_gpu_are_refused(monkeypatch):
 
 
 @needs_compiler
-def test_ops_are_registered_as_torch_wants_them():
-    inputs = [None if x is None else x.requires_grad_() for x in operands(1, 9, 8, 16)]
+@pytest.mark.parametrize("n", [16, 40])
+def test_ops_are_registered_as_torch_wants_them(n):
+    inputs = [None if x is None else x.requires_grad_() for x in operands(1, 9, 8, n)]
     torch.library.opcheck(torch.ops.hybridzoo.selective_scan_cuda, (*inputs, None, None, True, True))
     out, last = cuda_ops.selective_scan(*inputs, None, None, True)
     want, state = reference.selective_scan(*inputs, None, None, True)
@@ -160,3 +166,64 @@ def test_ops_are_registered_as_torch_wants_them():
     out, last = cuda_ops.selective_scan(*without, None, None, True)
     again = torch.autograd.grad(out.sum() + last.square().sum(), without)
     assert all(torch.equal(x, y.view(x.shape)) for x, y in zip(again, grads[0], strict=True))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """CPU tensors are taken for those of a GPU, and no scan has been before."""
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_backend, "refuse_tensors", lambda facts: None)
+    monkeypatch.setattr(cuda_again, "_known", {})
+
+
+@needs_compiler
+def test_a_scan_like_one_before_is_not_looked_at_again(on_cpu, monkeypatch):
+    *first, bias, state = (None if x is None else x.requires_grad_() for x in operands(1, 35, 24, 16))
+
+    def run(last=True, gate=True, **options):
+        u, dt, A, B, C, D, z = first
+        out = api.selective_scan(
+            u, dt, A, B, C, D, z if gate else None, dt_bias=bias, dt_softplus=True, initial_state=state,
+            return_final_state=last, **options,
+        )  # fmt: skip
+        out = out if last else (out,)
+        return (*out, *torch.autograd.grad(sum(x.square().sum() for x in out), (u, dt, A, B, C, D, bias, state)))
+
+    want = run()
+    chosen, looked = api.choose, []
+    monkeypatch.setattr(api, "choose", lambda op, **facts: looked.append(op) or chosen(op, **facts))
+    got = run()
+    assert not looked and all(map(torch.equal, got, want))
+    # the state is not among the results, nor its gradient among what comes in
+    assert torch.equal(run(last=False)[0], want[0]) and not looked
+    with torch.no_grad():
+        u, dt, A, B, C, D, z = first
+        again = api.selective_scan(u, dt, A, B, C, D, z, dt_bias=bias, dt_softplus=True, initial_state=state)
+    assert torch.equal(again, want[0]) and not looked
+    # whatever differs is looked at: an operand less, a backend, an address
+    run(gate=False)
+    assert looked == ["selective_scan"]
+    assert torch.allclose(run(backend="chunked")[0], want[0], atol=1e-5) and len(looked) == 2
+    monkeypatch.setenv("HYBRIDZOO_BACKEND", "chunked")
+    assert torch.allclose(run()[0], want[0], atol=1e-5) and len(looked) == 3
+    monkeypatch.delenv("HYBRIDZOO_BACKEND")
+    first[0] = torch.cat([torch.zeros(1), first[0].detach().flatten()])[1:].view(1, 35, 24).requires_grad_()
+    assert torch.equal(run()[0], want[0]) and len(looked) == 4
+    with pytest.raises(ValueError, match=r"dt has shape \(1, 34, 24\), expected \(1, 35, 24\)"):
+        first[1] = first[1][:, 1:]
+        run()
+
+
+def test_no_more_looks_are_kept_than_fit(on_cpu, monkeypatch):
+    monkeypatch.setattr(nvrtc, "launch", lambda *_: None)
+    monkeypatch.setattr(cuda_again, "MOST", 3)
+    for l in range(1, 9):
+        u, dt, A, B, C, *_ = operands(1, l, 8, 4)
+        for _ in range(2):
+            api.selective_scan(u, dt, A, B, C)
+        assert len(cuda_again._known) <= 3
+    # what has to be converted is converted, and not remembered
+    cuda_again._known.clear()
+    api.selective_scan(u, dt.double(), A, B, C)
+    api.selective_scan(u, dt, A.mT.contiguous().mT, B, C)
+    assert not cuda_again._known

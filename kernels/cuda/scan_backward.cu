@@ -588,23 +588,23 @@ __global__ void __launch_bounds__(NW * 32, MIN_BLOCKS) scan_backward(const Backw
 
 // out[i] = sum_k in[k * stride + i], for several arrays in one launch, each in a fixed order
 struct SumParams {
+    static constexpr int PARTS = 5;
+    const float* in[PARTS];
+    void* out[PARTS];
     struct Part {
-        const float* in;
-        void* out;
         int64 size, stride;
         int count, wide, block0;  // wide: the result is float32, else T; block0: the first block of this part
-    } part[5];
-    int parts;
+    } part[PARTS];
 };
 
 template <class T>
 __global__ void __launch_bounds__(256) sum_partials(const SumParams p) {
     int k = 0;
-    while (k + 1 < p.parts && (int)blockIdx.x >= p.part[k + 1].block0) ++k;
+    while (k + 1 < SumParams::PARTS && (int)blockIdx.x >= p.part[k + 1].block0) ++k;
     const SumParams::Part& a = p.part[k];
     const int64 i = (int64)(blockIdx.x - a.block0) * 256 + threadIdx.x;
     if (i >= a.size) return;
-    const float* in = a.in + i;
+    const float* in = p.in[k] + i;
     float total[4] = {0.f, 0.f, 0.f, 0.f};
     int j = 0;
     for (; j + 4 <= a.count; j += 4)
@@ -613,7 +613,7 @@ __global__ void __launch_bounds__(256) sum_partials(const SumParams p) {
     for (; j < a.count; ++j) total[0] += in[j * a.stride];
     const float sum[1] = {(total[0] + total[1]) + (total[2] + total[3])};
     if (a.wide)
-        reinterpret_cast<float*>(a.out)[i] = sum[0];
+        reinterpret_cast<float*>(p.out[k])[i] = sum[0];
     else
-        write_channels<T, 1>(reinterpret_cast<T*>(a.out) + i, sum);
+        write_channels<T, 1>(reinterpret_cast<T*>(p.out[k]) + i, sum);
 }
