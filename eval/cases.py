@@ -15,7 +15,7 @@ class Case:
 
     Attributes:
         name: What it stands for.
-        op: ``"scan"``, ``"ssd"``, ``"conv"`` or ``"decode"``.
+        op: ``"scan"``, ``"paths"`` (the scan of an image along four walks), ``"ssd"``, ``"conv"`` or ``"decode"``.
         shape: By the glossary's letters.
         dtype: Of the activations; parameters and states are float32.
         device: Where it is worth measuring.
@@ -40,7 +40,7 @@ class Case:
         """Random inputs such as a freshly initialised layer would see: step sizes of 0.001 to 0.1, decay rates of 1 to 16."""
         torch.manual_seed(0)
         with torch.device(self.device):
-            return {"scan": self._scan, "ssd": self._ssd, "conv": self._conv, "decode": self._decode}[self.op]()
+            return getattr(self, f"_{self.op}")()
 
     def _scan(self) -> Inputs:
         b, l, d, n = (self.shape[k] for k in "bldn")
@@ -48,6 +48,17 @@ class Case:
         made |= {name: torch.randn(b, l, self.shape.get("g", 1), n, dtype=self.dtype) for name in ("B", "C")}
         made |= {"A": -torch.arange(1.0, n + 1).repeat(d, 1), "D": torch.ones(d), "dt_bias": _bias(d)}
         return made
+
+    def _paths(self) -> Inputs:
+        b, l, d, n, k, r = (self.shape[key] for key in "bldnkr")
+        # as one projection leaves them: per token and walk the low-rank step sizes, B and C
+        made = {"u": torch.randn(b, l, d, dtype=self.dtype), "low": torch.randn(b, l, k, r + 2 * n, dtype=self.dtype)}
+        made |= {
+            "A": -torch.arange(1.0, n + 1).repeat(k, d, 1),
+            "D": torch.ones(k, d),
+            "dt_bias": _bias(k * d).view(k, d),
+        }
+        return made | {"dt_weight": (torch.randn(k, d, r) / r**0.5).to(self.dtype)}
 
     def _ssd(self) -> Inputs:
         b, l, h, p, n = (self.shape[k] for k in "blhpn")
@@ -83,6 +94,10 @@ def counts(case: Case, what: str) -> tuple[int, int]:
     if case.op == "decode":
         return s["b"] * (2 * 4 * s["d"] * s["n"] + size * (4 * s["d"] + 2 * s["n"])), s["b"] * s["d"] * s["n"]
     tokens = s["b"] * s["l"]
+    if case.op == "paths":
+        walks = s["k"] * (s["r"] + 2 * s["n"])
+        passes = (2 * s["d"] + walks, 1) if what == "forward" else (5 * s["d"] + 3 * walks, 2)
+        return tokens * size * passes[0], passes[1] * tokens * s["k"] * s["d"] * s["n"]
     # forward: inputs and the output; backward: inputs, the gradient of the output, and a gradient for every input
     if case.op == "conv":
         return tokens * s["d"] * size * (2 if what == "forward" else 5), 0
@@ -120,6 +135,7 @@ def _scan_case(
 
 def _gpu_scans() -> list[Case]:
     goals = {("mamba_ssm", "step"): 1.0, ("mamba_ssm", "step in a CUDA graph"): 1.0}
+    both = {("mamba_ssm", what): 1.0 for what in ("forward", "forward+backward")}
     beside = {(peer, p): 1.0 for peer in _CONV_PEERS for p in ("forward", "forward+backward")}
     table = [
         _scan_case("train-1.4b", 8, 2048, 4096, part="table", goals=(3, 3)),
@@ -130,6 +146,19 @@ def _gpu_scans() -> list[Case]:
         # four directions, each with its own B and C
         _scan_case("vision-stage1", 64, 3136, 768, g=4, part="table", goals=(6, 5)),
         _scan_case("vision-stage3", 64, 196, 3072, g=4, part="table", goals=(6, 4)),
+    ]
+    # VMamba's first and third stage: 56 x 56 and 14 x 14, published with 16 states (vanilla) and with one
+    paths = [
+        Case(
+            f"vmamba-{h}x{h}-n{n}",
+            "paths",
+            {"b": b, "l": h * h, "d": d, "n": n, "k": 4, "r": r},
+            BF16,
+            "cuda",
+            both,
+            "paths",
+        )
+        for b, h, d, n, r in ((64, 56, 192, 16, 6), (64, 14, 768, 16, 24), (128, 56, 96, 1, 6), (128, 14, 384, 1, 24))
     ]
     length = [_scan_case(f"length-{k}k", 1, k << 10, 1536, part="length") for k in (1, 4, 16, 64, 256, 1024)]
     state = [_scan_case(f"state-{n}", 8, 2048, 1536, n, part="state") for n in (1, 8, 64, 128, 256)]
@@ -146,7 +175,7 @@ def _gpu_scans() -> list[Case]:
         Case(f"conv-w{k}", "conv", {"b": 8, "l": 2048, "d": 4096, "k": k}, BF16, "cuda", beside, "conv")
         for k in (2, 3, 4)
     ]
-    return [*table, *length, *state, *dtypes, *steps, *convs]
+    return [*table, *paths, *length, *state, *dtypes, *steps, *convs]
 
 
 _CONV_PEERS = ("causal_conv1d", "causal_conv1d, channels last")

@@ -1,5 +1,6 @@
 """Both sides of the benchmarks: our calls, and other people's functions, called as published and in the layouts they ask for."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
@@ -115,11 +116,56 @@ def ours(what: str, inputs: Inputs) -> Timed:
             return selective_state_update(state, u, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=True, backend=own)
 
         return Timed({}, step, backend=own, state=state)
+    if what == "paths":
+        leaves, own = _leaves(inputs, *_PATHS), own_backend("selective_scan", inputs["u"])
+        return Timed(leaves, lambda: _along_walks(*leaves.values(), backend=own), backend=own)
     leaves = _leaves(inputs, *_SCAN)
     *first, bias = leaves.values()
     op, name = (selective_scan, "selective_scan") if what == "scan" else (ssd, "ssd")
     own = own_backend(name, first[0])
     return Timed(leaves, lambda: op(*first, dt_bias=bias, dt_softplus=True, backend=own), backend=own)
+
+
+_PATHS = ("u", "low", "A", "D", "dt_bias", "dt_weight")
+
+
+def _along_walks(
+    u: Tensor, low: Tensor, A: Tensor, D: Tensor, bias: Tensor, weight: Tensor, *, backend: str | None
+) -> Tensor:
+    """Our scan along the rows and columns of a square image, there and back."""
+    h, r, n = math.isqrt(u.shape[1]), weight.shape[-1], A.shape[-1]
+    paths = [(h, h, *strides, back) for back in (0, 1) for strides in ((h, 1), (1, h))]
+    dt, B, C = low.movedim(2, 0).split([r, n, n], -1)
+    B, C = B.unsqueeze(-2), C.unsqueeze(-2)
+    return selective_scan(
+        u, dt, A, B, C, D, dt_bias=bias, dt_weight=weight, dt_softplus=True, paths=paths, backend=backend
+    )
+
+
+def _paths_mamba_ssm(i: Inputs) -> Timed:
+    """mamba-ssm's CUDA kernel on four copies of the image, walked in turn, as VMamba calls it; a product makes the step sizes."""
+    scan = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    leaves = _leaves(i, *_PATHS)
+    h, r, n = math.isqrt(i["u"].shape[1]), i["dt_weight"].shape[-1], i["A"].shape[-1]
+
+    def turned(x: Tensor) -> Tensor:
+        # (..., l), rows to columns or back
+        return x.unflatten(-1, (h, h)).mT.flatten(-2)
+
+    def call() -> Tensor:
+        u, low, A, D, bias, weight = leaves.values()
+        u, (a, b, c, d) = u.mT, low.permute(2, 0, 3, 1)
+        xs = torch.stack([u, turned(u)], 1)
+        xs = torch.cat([xs, xs.flip(-1)], 1)
+        lows = torch.stack([a, turned(b), c.flip(-1), turned(d).flip(-1)], 1)
+        dt, B, C = lows.split([r, n, n], 2)
+        dt = torch.einsum("bkrl,kdr->bkdl", dt, weight).flatten(1, 2)
+        y = scan(xs.flatten(1, 2), dt, A.flatten(0, 1), B, C, D.flatten(), None, bias.flatten(), True)
+        y = y.unflatten(1, (4, -1))
+        y = y[:, :2] + y[:, 2:].flip(-1)
+        return (y[:, 0] + turned(y[:, 1])).mT
+
+    return Timed(leaves, call)
 
 
 def _first(inputs: Inputs, *names: str) -> dict[str, Tensor]:
@@ -206,6 +252,7 @@ Make = Callable[[Inputs], Timed]
 # by op; the convolution's peers stand in for mamba_ssm, which calls that library
 PEERS: dict[str, dict[str, Make]] = {
     "scan": {"transformers": _scan_transformers, "mambapy": _scan_mambapy, "mamba_ssm": _scan_mamba_ssm},
+    "paths": {"mamba_ssm": _paths_mamba_ssm},
     "ssd": {"transformers": _ssd_transformers, "mamba_ssm": _ssd_mamba_ssm},
     "conv": {"causal_conv1d": _conv_library, "causal_conv1d, channels last": _conv_library_last},
     "decode": {"mamba_ssm": _decode_mamba_ssm},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked, chunked_ssd, conv, cuda_again, cuda_conv, cuda_ops, libraries, reference
+from . import checks, chunked, chunked_ssd, conv, cuda_again, cuda_conv, cuda_ops, libraries, low_rank, reference
 from .dispatch import choose
 from .paths import over_paths, per_path, walks
 from .seq import Seq
@@ -41,6 +41,7 @@ def selective_scan(
     z: Tensor | None = None,
     *,
     dt_bias: Tensor | None = None,
+    dt_weight: Tensor | None = None,
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     seq: Seq | None = None,
@@ -61,12 +62,14 @@ def selective_scan(
         D: ``(d,)``, the skip.
         z: ``(b, l, d)``, the gate.
         dt_bias: ``(d,)``, added to ``dt``.
+        dt_weight: ``(d, r)``: ``dt`` is ``(b, l, r)``, and its product with this weight, read in its type, are the step sizes. Our
+            CUDA kernels form them as they scan (16 bits, d_state up to 16, r up to 16); other calls, in a product in front.
         dt_softplus: Pass the biased ``dt`` through softplus.
         initial_state: ``(b, d, n)``, what an earlier call left; zeros if absent. Differentiable.
         seq: Documents and padding: the state is dropped where a document starts, and padding leaves it alone.
         paths: Walks ``(n_outer, n_inner, stride_outer, stride_inner, reverse)`` over the same ``l`` tokens: step t visits token
             ``(t // n_inner) * stride_outer + (t % n_inner) * stride_inner``, from the end if reversed. One scan per path, outputs
-            summed at the tokens. ``dt, A, B, C, D, dt_bias, initial_state`` are shared, or have a leading axis of one per path.
+            summed at the tokens. ``dt, A, B, C, D, dt_bias, dt_weight, initial_state`` are shared, or have a leading axis of one per path.
         return_final_state: Also return the state after each row's last real token. Differentiable.
         backend: ``"chunked"``, ``"reference"``, ...; chosen automatically if absent (:mod:`hybridzoo.kernels.dispatch`).
 
@@ -79,37 +82,39 @@ def selective_scan(
     """
     where, operands = "selective_scan", (u, dt, A, B, C, D, z, dt_bias, initial_state)
     plain = seq is None and paths is None
-    launches = cuda_again.find(operands, dt_softplus, backend) if plain else None
+    launches = cuda_again.find((*operands, dt_weight), dt_softplus, backend) if plain else None
     if launches is not None:
-        out, state = cuda_ops.selective_scan(*operands, None, None, dt_softplus, None, return_final_state, launches)
+        out, state = cuda_ops.selective_scan(
+            *operands, None, None, dt_softplus, None, return_final_state, launches, dt_weight
+        )
         return (out, state) if return_final_state else out
     checks.floating(where, "u", u, 3, "(b, l, d)")
     b, l, d = u.shape
     checks.shape(where, "z", z, (b, l, d), "(b, l, d) like u")
-    checks.same_device(where, "u", u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    others = {"dt_bias": dt_bias, "dt_weight": dt_weight, "initial_state": initial_state}
+    checks.same_device(where, "u", u, dt=dt, A=A, B=B, C=C, D=D, z=z, **others)
     checks.fits(where, seq, b, l)
-    facts = _facts(u, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=A.shape[-1])
+    leaves = (dt, A, B, C, dt_bias, initial_state, dt_weight)
+    facts = _facts(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])
     chosen = choose(where, backend=backend, **facts)
     if chosen.name != "cuda" or paths is not None:
         B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
-
-    def scan(*operands: Any) -> tuple[Tensor, Tensor]:
-        _check_scan(where, *operands)
-        return _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)
-
     walked = None if paths is None else walks(where, paths, l, seq)
-    if walked is None:
-        out, state = scan(u, dt, A, B, C, D, z, dt_bias, initial_state)
-        if chosen.name == "cuda" and plain:
-            cuda_again.learn(operands, out, dt_softplus, backend)
-    elif chosen.name == "cuda" and choose("paths", backend=backend, **facts).name == "cuda":
-        for dt_k, A_k, B_k, C_k, D_k, bias_k, state_k in per_path(len(walked), dt, A, B, C, D, dt_bias, initial_state):
-            _check_scan(where, u, dt_k, A_k, B_k, C_k, D_k, None, bias_k, state_k)
-        out, state = cuda_ops.selective_scan(
-            u, dt, A, B, C, D, z, dt_bias, initial_state, None, None, dt_softplus, walked
-        )
+    own = chosen.name == "cuda" and (walked is None or choose("paths", backend=backend, **facts).name == "cuda")
+    varied = (dt, A, B, C, D, dt_bias, initial_state, dt_weight)
+    for each in [varied] if walked is None else per_path(len(walked), *varied):
+        _check_scan(where, u, *each)
+    if dt_weight is not None and not own:
+        dt, dt_weight = low_rank.step_sizes(dt, dt_weight), None
+    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    if own:
+        out, state = cuda_ops.selective_scan(*operands, *_marks(seq), dt_softplus, walked, dt_weight=dt_weight)
+        if plain:
+            cuda_again.learn((*operands, dt_weight), out, dt_softplus, backend)
+    elif walked is None:
+        out, state = _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)
     else:
-        out, state = over_paths(scan, walked, u, dt, A, B, C, D, z, dt_bias, initial_state)
+        out, state = over_paths(lambda *x: _SCANS[chosen.name](*x, None, None, dt_softplus), walked, *operands)
     return (out, state) if return_final_state else out
 
 
@@ -284,7 +289,7 @@ def _marks(seq: Seq | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _check_scan(
-    where: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, dt_bias: Any, initial_state: Any
+    where: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, dt_bias: Any, state: Any, dt_weight: Any
 ) -> None:
     b, l, d = u.shape
     checks.floating(where, "A", A, 2, "(d, n)")
@@ -295,11 +300,16 @@ def _check_scan(
         return ((b, l, n), "(b, l, n)") if m.dim() == 3 and g == 1 else ((b, l, g, n), "(b, l, g, n)")
 
     checks.groups(where, d, g, "d")
-    checks.shape(where, "dt", dt, (b, l, d), "(b, l, d) like u")
+    if dt_weight is None:
+        checks.shape(where, "dt", dt, (b, l, d), "(b, l, d) like u")
+    else:
+        r = dt.shape[-1]
+        checks.shape(where, "dt", dt, (b, l, r), "(b, l, r), beside a dt_weight")
+        checks.shape(where, "dt_weight", dt_weight, (d, r), "(d, r), dt being (b, l, r)")
     checks.shape(where, "A", A, (d, n), "(d, n)")
     checks.shape(where, "B", B, *rows(B))
     want, letters = rows(C)
     checks.shape(where, "C", C, want, f"{letters} like B")
     checks.shape(where, "D", D, (d,), "(d,)")
     checks.shape(where, "dt_bias", dt_bias, (d,), "(d,)")
-    checks.shape(where, "initial_state", initial_state, (b, d, n), "(b, d, n)")
+    checks.shape(where, "initial_state", state, (b, d, n), "(b, d, n)")

@@ -17,7 +17,7 @@ MOST = 4096
 _known: dict[tuple, Launches] = {}
 
 
-def _look(operands: tuple[Tensor | None, ...], *rest: object) -> tuple:
+def _look(operands: tuple, *rest: object) -> tuple:
     """All that a scan depends on besides values, addresses up to their alignment."""
     each = [
         x if x is None else (x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16 == 0) for x in operands
@@ -34,19 +34,23 @@ def _plain(u: Tensor) -> bool:
     )
 
 
-def find(operands: tuple[Tensor | None, ...], softplus: bool, backend: str | None) -> Launches | None:
-    """The launches of a forward like one that has been learned; ``operands`` are u, dt, A, B, C, D, z, dt_bias and the initial state."""
-    if not _known or not _plain(operands[0]):  # type: ignore[arg-type]
+def find(operands: tuple, softplus: bool, backend: str | None) -> Launches | None:
+    """The launches of a forward like one that has been learned.
+
+    ``operands`` are u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight.
+    """
+    if not _known or not _plain(operands[0]):
         return None
     return _known.get(_look(operands, softplus, backend))
 
 
-def learn(operands: tuple[Tensor | None, ...], out: Tensor, softplus: bool, backend: str | None) -> None:
+def learn(operands: tuple, out: Tensor, softplus: bool, backend: str | None) -> None:
     """Remember a scan, without documents and padding, that the CUDA kernels have done as it was given to them."""
-    if not _plain(operands[0]):  # type: ignore[arg-type]
+    if not _plain(operands[0]):
         return
-    call = Call.of(*operands, None, None, softplus)
-    used = (call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state)
+    u, dt, A, B, C, D, z, dt_bias, state, weight = operands
+    call = Call.of(u, dt, A, B, C, D, z, dt_bias, state, None, None, softplus, weight)
+    used = call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state, call.dt_weight
     if any(a is not b for a, b in zip(used, operands, strict=True)):
         # every call converts its operands anew
         return

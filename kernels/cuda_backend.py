@@ -5,14 +5,14 @@ The sources (``cuda/scan_forward.cu``, ``cuda/scan_backward.cu``) say what the k
 
 import functools
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cuda_params as params
-from . import nvrtc
+from . import low_rank, nvrtc
 from .cuda_shapes import (
     ADJOINT,
     BACKWARD,
@@ -31,14 +31,14 @@ from .cuda_shapes import (
 # bytes of shared memory that the driver takes of every block
 DRIVERS = 1024
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
-RESET, WALK, UNALIGNED, CUT = 1, 2, 4, 8
+RESET, WALK, UNALIGNED, CUT, NARROW, LOW_RANK = 1, 2, 4, 8, 16, 32
 
 
 @dataclass
 class Call:
     """One scan's operands in the form that the kernels read: one element type, unit strides along channels and states.
 
-    B and C may be without an axis for groups.
+    B and C may be without an axis for groups. With a ``dt_weight`` (d, r), dt is (b, l, r).
     """
 
     u: Tensor
@@ -53,19 +53,35 @@ class Call:
     reset: Tensor | None
     valid: Tensor | None
     dt_softplus: bool
+    dt_weight: Tensor | None = None
     walk: tuple[int, ...] | None = None  # one of :mod:`.paths`
     before: Tensor | None = None  # (b, l, d) float32: what the outputs of earlier walks add up to
     sum: Tensor | None = None  # the same with this walk's, in place of an output
 
     @classmethod
-    def of(cls, u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus) -> "Call":
-        """From the op's arguments; operands of different types meet in float32."""
+    def of(
+        cls, u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, dt_weight=None, walk=None
+    ) -> "Call":
+        """From the op's arguments; operands of different types meet in float32, and ``dt_weight`` is read in their type.
+
+        Step sizes that the kernels cannot form are formed here, and the call has no ``dt_weight``.
+        """
         same = all(m is None or m.dtype == u.dtype for m in (dt, B, C, z))
         dtype = u.dtype if same and u.dtype in TYPES else torch.float32
         u, dt, B, C, z = (in_rows(m, dtype) for m in (u, dt, B, C, z))
         A, D, dt_bias, initial_state = (_whole(m, torch.float32) for m in (A, D, dt_bias, initial_state))
         reset, valid = (_whole(m, torch.bool) for m in (reset, valid))
-        return cls(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus)
+        if dt_weight is not None:
+            dt_weight = _whole(dt_weight, dtype)
+            if low_rank.refuse({"dtype": dtype, "rank": dt_weight.shape[1], "d_state": A.shape[1]}):
+                dt, dt_weight = low_rank.step_sizes(dt, dt_weight), None
+        return cls(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, dt_weight, walk)
+
+    def with_step_sizes(self) -> "Call":
+        """The same with dt (b, l, d), whether or not the scan can form it."""
+        if self.dt_weight is None:
+            return self
+        return replace(self, dt=low_rank.step_sizes(self.dt, self.dt_weight), dt_weight=None)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -75,8 +91,12 @@ class Call:
 
     def signature(self, *wide: Tensor | None) -> tuple:
         """What the non-pointer parameters of the launches depend on, ``wide`` being the (b, l, d) tensors that they move besides these."""
-        u, dt, z, B, C = self.u, self.dt, self.z, self.B, self.C
-        off = any([x is not None and x.data_ptr() % 16 for x in (u, dt, z, B, C, *wide)])
+        u, dt, z, B, C, weight = self.u, self.dt, self.z, self.B, self.C, self.dt_weight
+        others, narrow = ((u, dt, z, *wide), (B, C)) if weight is None else ((u, z, *wide), (B, C, dt))
+        off = any([x is not None and x.data_ptr() % 16 for x in others]) * UNALIGNED
+        off |= any([x.data_ptr() % 16 for x in narrow]) * NARROW
+        if weight is not None and not low_rank.whole_vectors(dt):
+            off |= NARROW
         return (
             u.dtype,
             self.sizes,
@@ -85,6 +105,7 @@ class Call:
             self.reset is not None,
             self.walk,
             self.dt_softplus,
+            0 if weight is None else weight.shape[1],
             *[(0, 0) if x is None else x.stride()[:2] for x in (u, dt, z, *wide)],
         )
 
@@ -103,9 +124,12 @@ class Call:
         b, l, d, n, _ = self.sizes
         return self.A.new_empty((*lead, b, ceil_div(l, BACKWARD[instance(n)].k), d, n))
 
-    def gradients(self, *lead: int, gz: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Room for the gradients of u, dt, B, C and z, with these leading axes; that of z may be there."""
-        gu, gdt, gB, gC = (self.u.new_empty((*lead, *x.shape)) for x in (self.u, self.u, self.B, self.C))
+    def gradients(
+        self, *lead: int, gdt: Tensor | None = None, gz: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Room for the gradients of u, (b, l, d) step sizes, B, C and z, with these leading axes; those of dt and z may be there."""
+        gu, gB, gC = (self.u.new_empty((*lead, *x.shape)) for x in (self.u, self.B, self.C))
+        gdt = torch.empty_like(gu) if gdt is None else gdt
         return gu, gdt, gB, gC, torch.empty_like(gu) if gz is None and self.z is not None else gz
 
 
@@ -160,21 +184,27 @@ def shared_memory(device: torch.device) -> int:
 
 def _flags(signature: tuple) -> int:
     """``Flags`` of the sources: 16 bytes are moved at a time if all rows and the borders of groups start at multiples of 16 bytes."""
-    dtype, (b, l, d, n, g), B, C, off, reset, walk, _, *strides = signature
+    dtype, (b, l, d, n, g), B, C, off, reset, walk, _, rank, *strides = signature
     lanes = 16 // dtype.itemsize
-    borders = [s for pair in strides for s, size in zip(pair, (b, l), strict=True) if size > 1]
-    borders += [d] + ([d // g] if g > 1 else [])
+    wide: list[int] = [d] + ([d // g] if g > 1 else [])
+    narrow: list[int] = []
+    for i, pair in enumerate(strides):
+        # of u, dt, z, ...
+        rows = narrow if rank and i == 1 else wide
+        rows += [s for s, size in zip(pair, (b, l), strict=True) if size > 1]
     # fewer states than 16 bytes hold are read one by one in any case
     if n >= lanes or n != instance(n):
-        borders += [s for three in (B, C) for s, size in zip(three, (b, l, g), strict=True) if size > 1] + [n]
-    return reset * RESET | (walk is not None) * WALK | (off or any(s % lanes for s in borders)) * UNALIGNED
+        narrow += [s for three in (B, C) for s, size in zip(three, (b, l, g), strict=True) if size > 1] + [n]
+    flags = off | any(s % lanes for s in wide) * UNALIGNED | any(s % lanes for s in narrow) * NARROW
+    return flags | reset * RESET | (walk is not None) * WALK | (rank > 0) * LOW_RANK
 
 
 def _tail(kind: Any, signature: tuple, grid: Grid, names: str) -> bytes:
     """The parameters behind the pointers; ``names`` are those of the tensors whose strides the signature ends with."""
-    _, (b, l, d, n, g), B, C, _, _, walk, softplus, *strides = signature
+    _, (b, l, d, n, g), B, C, _, _, walk, softplus, rank, *strides = signature
     named = params.strides(B=B, C=C, **dict(zip(names.split(), strides, strict=True)))
     own = {"walk": params.walk(walk, l), "cut": params.Cut(*astuple(grid.cut)), "tiles_per_group": grid.tiles}
+    own |= {"rank": rank} if rank else {}
     return params.tail(kind(**named, **own, l=l, batch=b, d=d, n=n, groups=g, softplus=softplus))
 
 
@@ -209,7 +239,7 @@ def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launc
         # nothing follows the last piece of a row, or the first on the way back
         pieces = (b - grid.cut.whole) * (grid.cut.chunks - 1)
     tail = _tail(params.Forward, signature, grid, "u dt z out")
-    threads, shared = shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode)
+    threads, shared = shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode, flags & LOW_RANK > 0)
     return Launch("scan_forward.cu", name, tail, pieces * g * grid.tiles, threads, shared)
 
 
@@ -217,7 +247,8 @@ def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launc
 def _forward_launches(
     signature: tuple, count: int, room: int, shape: ForwardShape | None, chunks: int | None
 ) -> Launches:
-    shape, grid = forward_plan(*signature[1], count, shape, chunks, signature[0].itemsize, room)
+    dtype, sizes, *_ = signature
+    shape, grid = forward_plan(*sizes, count, shape, chunks, dtype.itemsize, room, _flags(signature) & LOW_RANK > 0)
     sweep = _scan(signature, shape, STATE, grid) if grid.cut.chunks > 1 else None
     return _scan(signature, shape, FULL, grid), sweep, signature[1][0] * grid.cut.chunks
 
@@ -229,7 +260,8 @@ def _sweep(call: Call, sweep: Launch, pieces: int, u: Tensor) -> tuple[Tensor, T
     """
     _, _, d, n, _ = call.sizes
     local, decay = call.A.new_empty((pieces, d, n)), call.A.new_empty((pieces, d, 2))
-    sweep(u.device, u, *call.scanned, None, call.reset, call.valid, None, None, None, local, decay, None, None)
+    marks = None, call.reset, call.valid
+    sweep(u.device, u, *call.scanned, *marks, None, None, None, local, decay, None, None, call.dt_weight)
     return local, decay
 
 
@@ -260,7 +292,7 @@ def forward(
     scan, sweep, pieces = launches or planned(call, out, shape, chunks)
     local, decay = _sweep(call, sweep, pieces, call.u) if sweep else (None, None)
     inputs = (call.u, *call.scanned, call.initial_state, call.reset, call.valid)
-    scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum)
+    scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum, call.dt_weight)
     return out, last, saved
 
 
@@ -276,8 +308,8 @@ def _backward_launches(
     if cut.chunks > 1:
         pieces = (b - cut.whole) * cut.chunks
         forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, None, 1, size, room)
-        (_, dt, z, gout, *_), nowhere = facts[6:], (0, 0)
-        swept = (dtype, signature[1], *facts[:6], gout, dt, z, nowhere)
+        (_, dt, z, gout, *_), nowhere = facts[7:], (0, 0)
+        swept = (dtype, signature[1], *facts[:7], gout, dt, z, nowhere)
         sweep = _scan(swept, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))
     lanes = f"{shape.ns}, {shape.ln}, {shape.ch}, {shape.warps}, {shape.k}, {shape.ts}"
     flags = _flags(signature) | (cut.chunks > 1) * CUT
@@ -303,9 +335,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of A, D, dt_bias and the state are float32.
 
-    Without the states that a forward ``saved``, they are formed again first.
+    Without the states that a forward ``saved``, they are formed again first. Step sizes are in memory while it runs, whole, and so is
+    their gradient.
     """
-    c, new, device = call, call.A.new_empty, gout.device
+    c, new, device = call.with_step_sizes(), call.A.new_empty, gout.device
     b, l, d, n, g = c.sizes
     glast, gout = _whole(glast, torch.float32), in_rows(gout, c.u.dtype)
     gu, gdt, gB, gC, gz = into or c.gradients()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda_backend, cuda_paths, nvrtc
+from . import cuda_backend, cuda_paths, low_rank, nvrtc
 from .cuda_backend import Call, Launches
 from .cuda_shapes import BACKWARD, MAX_STATE, backward_shape, forward_shapes, instance, keeps_states
 from .halves import room
@@ -54,12 +54,13 @@ def scan_op(
     dt_softplus: bool,
     save: bool,
     paths: Sequence[int] | None = None,
+    dt_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan: outputs (b, l, d), the last state (b, d, n), and, to ``save``, the states that the backward starts from.
 
     ``paths`` are five integers for each walk; states then have a leading axis of one per walk.
     """
-    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus)
+    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, dt_weight)
     out, last, saved = _forward(operands, save, paths)
     return out, last, last.new_empty(0) if saved is None else saved
 
@@ -73,13 +74,15 @@ def _forward(
     if paths is None:
         out, last, saved = cuda_backend.forward(Call.of(*operands), save, final=final)
     else:
-        out, last, saved = cuda_paths.forward((*operands[:9], operands[-1]), paths, save)
+        out, last, saved = cuda_paths.forward((*operands[:9], operands[11]), paths, save, dt_weight=operands[12])
     dtype = operands[0].dtype
     return out if out.dtype == dtype else out.to(dtype), last, saved
 
 
 @scan_op.register_fake
-def _scan_fake(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, save, paths=None):
+def _scan_fake(
+    u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, save, paths=None, dt_weight=None
+):
     (b, l, d), n = u.shape, A.shape[-1]
     lead = () if paths is None else (len(paths) // 5,)
 
@@ -109,11 +112,12 @@ def scan_backward_op(
     valid: Tensor | None,
     dt_softplus: bool,
     paths: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
+    dt_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight; empty where there is no such input."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     states = saved if keeps_states(A.shape[-1]) else None
-    grads = _gradients(gout, glast, states, (*inputs, reset, valid, dt_softplus), paths)
+    grads = _gradients(gout, glast, states, (*inputs, reset, valid, dt_softplus, dt_weight), paths)
     return tuple(u.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
@@ -125,37 +129,58 @@ def _gradients(
     paths: Sequence[int] | None,
     edge: Any = (None, 0),
 ) -> list[Tensor | None]:
-    # the edge says where the gradient of z goes
+    # of u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight; the edge says where the gradient of z goes
+    inputs, softplus, weight = operands[:9], operands[11], operands[12]
     grads: Sequence[Tensor | None]
     if paths is None:
         call = Call.of(*operands)
         into = call.gradients(gz=room(edge, call.u.dtype))
-        grads = cuda_backend.backward(call, gout, glast, saved, into=into)
+        gu, gdt, *others = cuda_backend.backward(call, gout, glast, saved, into=into)
+        gdt, gweight = (gdt, None) if weight is None else low_rank.gradients(gdt, inputs[1], weight)
+        grads = (gu, gdt, *others, gweight)
     else:
-        grads = cuda_paths.backward((*operands[:9], operands[-1]), paths, gout, glast, saved)
-    return cuda_backend.in_types_of(operands, grads)
+        grads = cuda_paths.backward((*inputs, softplus), paths, gout, glast, saved, dt_weight=weight)
+    return cuda_backend.in_types_of((*inputs, weight), grads)
 
 
 @scan_backward_op.register_fake
 def _scan_backward_fake(
-    gout, glast, saved, u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, paths=None
+    gout,
+    glast,
+    saved,
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    reset,
+    valid,
+    dt_softplus,
+    paths=None,
+    dt_weight=None,
 ):
-    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_weight)
     return tuple(u.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.softplus, _, ctx.paths = inputs
+    *tensors, ctx.softplus, _, ctx.paths, weight = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, weight, output[2])
 
 
 def _backward(ctx: Any, gout: Tensor | None, glast: Tensor | None, _: Any) -> tuple:
-    *inputs, saved = ctx.saved_tensors
+    *inputs, weight, saved = ctx.saved_tensors
     if gout is None:
         gout = torch.zeros_like(inputs[0])
-    grads = torch.ops.hybridzoo.selective_scan_cuda_backward(gout, glast, saved, *inputs, ctx.softplus, ctx.paths)
-    return (*(None if x is None else g for g, x in zip(grads, inputs, strict=False)), None, None, None, None, None)
+    options = (ctx.softplus, ctx.paths, weight)
+    *grads, gweight = torch.ops.hybridzoo.selective_scan_cuda_backward(gout, glast, saved, *inputs, *options)
+    found = [None if x is None else g for g, x in zip(grads, inputs, strict=False)]
+    return (*found, None, None, None, None, None, None if weight is None else gweight)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup)
@@ -173,7 +198,7 @@ class _Eager(torch.autograd.Function):
         launches: Launches | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        out, last, saved = _forward((*tensors, softplus), True, paths, final, launches)
+        out, last, saved = _forward((*tensors[:11], softplus, tensors[11]), True, paths, final, launches)
         ctx.softplus, ctx.paths = softplus, paths
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, saved)
@@ -187,8 +212,9 @@ class _Eager(torch.autograd.Function):
         D, z = tensors[5:7]
         # there is an edge for every operand that is a tensor
         edge = (None, 0) if z is None else ctx.next_functions[5 if D is None else 6]
-        grads = _gradients(gout, glast, saved, (*tensors, ctx.softplus), ctx.paths, edge)
-        return (None, None, None, None, *grads, None, None)
+        operands = (*tensors[:11], ctx.softplus, tensors[11])
+        *grads, gweight = _gradients(gout, glast, saved, operands, ctx.paths, edge)
+        return (None, None, None, None, *grads, None, None, gweight)
 
 
 def selective_scan(
@@ -207,19 +233,21 @@ def selective_scan(
     paths: Sequence[Path] | None = None,
     final: bool = True,
     launches: Launches | None = None,
+    dt_weight: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
     """:func:`hybridzoo.kernels.reference.selective_scan` on an NVIDIA GPU; the same arguments and results.
 
     B and C may come without groups, ``(b, l, n)``, which spares autograd two nodes; not with ``paths``.
     With ``paths`` (:mod:`.paths`), what may differ between them may have a leading axis of one per path, and so has the state returned.
-    There may be no state where it is not asked for (``final``). ``launches`` are those of a call like this (:mod:`.cuda_again`).
+    With ``dt_weight`` dt is in low-rank form (:mod:`.low_rank`). There may be no state where it is not asked for (``final``).
+    ``launches`` are those of a call like this (:mod:`.cuda_again`).
     """
     flat = None if paths is None else [int(x) for path in paths for x in path]
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid)
-    save = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in tensors])
+    save = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in (*tensors, dt_weight)])
     # what is traced, or is not a plain tensor, needs the registered op
     if torch.compiler.is_compiling() or type(u) not in (Tensor, torch.nn.Parameter):
-        return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save, flat)[:2]
+        return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save, flat, dt_weight)[:2]
     if save:
-        return _Eager.apply(dt_softplus, flat, final, launches, *tensors)
-    return _forward((*tensors, dt_softplus), False, flat, final, launches)[:2]
+        return _Eager.apply(dt_softplus, flat, final, launches, *tensors, dt_weight)
+    return _forward((*tensors, dt_softplus, dt_weight), False, flat, final, launches)[:2]

@@ -41,11 +41,12 @@ class Forward(ctypes.Structure):
     """``ForwardParams`` of ``scan_forward.cu``."""
 
     _fields_ = [
-        *_fields(c_void_p, "u dt B C z A D bias h0 reset valid out last saved local decay before sum"),
+        *_fields(c_void_p, "u dt B C z A D bias h0 reset valid out last saved local decay before sum weight"),
         *_fields(c_longlong, "u_b u_l dt_b dt_l B_b B_l B_g C_b C_l C_g z_b z_l out_b out_l"),
         ("walk", Walk),
         ("cut", Cut),
         *_fields(c_int, _SIZES),
+        ("rank", c_int),
     ]
 
 
@@ -54,7 +55,8 @@ class Backward(ctypes.Structure):
 
     _fields_ = [
         *_fields(
-            c_void_p, "u dt B C z gout A D bias saved h0 glast local decay reset valid gu gdt gz gbc gA gskip ginit"
+            c_void_p,
+            "u dt B C z gout A D bias saved h0 glast local decay reset valid gu gdt gz gbc gA gskip ginit",
         ),
         *_fields(c_longlong, "u_b u_l dt_b dt_l B_b B_l B_g C_b C_l C_g z_b z_l"),
         *_fields(c_longlong, "gout_b gout_l gu_b gu_l gdt_b gdt_l gz_b gz_l"),

@@ -39,14 +39,16 @@ class ForwardShape:
         """Channels of a block."""
         return self.nc // self.ln * self.ch
 
-    def shared_bytes(self, element: int, mode: int) -> int:
-        """``ForwardShape::bytes`` of the source."""
+    def shared_bytes(self, element: int, mode: int, low_rank: bool = False) -> int:
+        """``ForwardShape::bytes`` of the source; ``low_rank``: of a scan that forms its step sizes."""
         n, full, wide = self.ns * self.ln, mode == FULL, self.tt * self.channels * element
         pairs, kinds = self.tt // 2 * _padded(self.channels) * 4, 2 if full else 1
         stage = pairs + self.tt * n * kinds + self.tt
         part = self.tt * _padded(self.channels * self.ln // 4) * 4 if full else 0
         raw_bc = self.tt * n // min(n, 16 // element) * 16 * kinds
-        return 8 * (stage + part) + wide * ((4 if full else 2) + 4) + 2 * raw_bc
+        return (
+            8 * (stage + part) + wide * ((4 if full else 2) + 3) + (self.tt * 3 * 48 if low_rank else wide) + 2 * raw_bc
+        )
 
     def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
         """Cycles of a launch, and of the pass before it that a split length needs."""
@@ -182,9 +184,9 @@ def keeps_states(n: int) -> bool:
 ROOM = 227 << 10
 
 
-def forward_shapes(n: int, element: int, room: int) -> list[ForwardShape]:
+def forward_shapes(n: int, element: int, room: int, low_rank: bool = False) -> list[ForwardShape]:
     """Those of ``n`` states, an instance, that fit into ``room`` bytes of shared memory with elements of so many bytes."""
-    return [s for s in FORWARD[n] if s.shared_bytes(element, FULL) <= room]
+    return [s for s in FORWARD[n] if s.shared_bytes(element, FULL, low_rank) <= room]
 
 
 def backward_shape(n: int, element: int, room: int) -> BackwardShape | None:
@@ -243,9 +245,10 @@ def forward_plan(
     chunks: int | None = None,
     element: int = 2,
     room: int = ROOM,
+    low_rank: bool = False,
 ) -> tuple[ForwardShape, Grid]:
     """The shape and the grid of a forward scan; ``shape`` and ``chunks`` fix what would be chosen."""
-    shapes = [shape] if shape else forward_shapes(instance(n), element, room)
+    shapes = [shape] if shape else forward_shapes(instance(n), element, room, low_rank)
     # several chunks cost a second pass over them, so they pay only where much of the chip would have nothing to do
     splits = [chunks] if chunks else [c for c in SPLITS if c == 1 or l >= 96 * c]
     options = itertools.product(shapes, splits)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import cuda_conv, cuda_loss, cuda_norm, cuda_ops, cuda_update
+from . import cuda_conv, cuda_loss, cuda_norm, cuda_ops, cuda_update, low_rank
 
 Facts = dict[str, Any]
 ENV = "HYBRIDZOO_BACKEND"
@@ -47,10 +47,10 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
 
     Args:
         op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``rms_norm``, ``cross_entropy``,
-            ``attention``, ``moe``, or ``paths`` (how our kernels' ``selective_scan`` follows them).
+            ``attention``, ``moe``; or, of our kernels' ``selective_scan``, ``paths`` and ``dt_weight``: how it takes these arguments.
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
-        facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d`` and, as booleans,
-            ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
+        facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d``, ``rank`` and, as
+            booleans, ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
             ``dtypes`` of a norm's other tensors; ``subclass``, the type of the tensors if it is not torch's own;
             what :func:`.cuda_update.refuse` asks about the states of an ``update``.
 
@@ -238,6 +238,9 @@ _CUDA_LOSS = Backend("cuda", "our kernel, compiled at first use", cuda_loss.refu
 _CUDA_NORM = Backend("cuda", "our kernels, compiled at first use", cuda_norm.refuse)
 _CUDA_UPDATE = Backend("cuda", "our kernels, compiled at first use", cuda_update.refuse)
 _CUDA_WALK = Backend("cuda", "our kernels walk over the tokens where they are", cuda_ops.refuse)
+_CUDA_RANK = Backend(
+    "cuda", "our scan forms the step sizes itself", lambda facts: cuda_ops.refuse(facts) or low_rank.refuse(facts)
+)
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
 _REFERENCE = Backend("reference", "a loop over time, the definition", _never)
 
@@ -261,6 +264,7 @@ TABLES: dict[str, dict[str, Backend]] = {
         Backend("megablocks", "megablocks' grouped matmuls", _megablocks),
         Backend("loop", "one matmul per expert", _never),
     ),
-    # of a selective_scan by our kernels; every other backend scans what was gathered
+    # of a selective_scan by our kernels; every other backend scans what was gathered, and what was multiplied before
     "paths": _ops(_CUDA_WALK, Backend("gather", "one scan per path over gathered tokens", _never)),
+    "dt_weight": _ops(_CUDA_RANK, Backend("product", "a matrix product in front of the scan", _never)),
 }

@@ -16,7 +16,7 @@ from .seq import Seq
 
 Path = tuple[int, int, int, int, bool]
 # what may be given per path, and its dimensions where it is shared
-PER_PATH = {"dt": 3, "A": 2, "B": 4, "C": 4, "D": 1, "dt_bias": 1, "initial_state": 3}
+PER_PATH = {"dt": 3, "A": 2, "B": 4, "C": 4, "D": 1, "dt_bias": 1, "initial_state": 3, "dt_weight": 2}
 
 
 def walks(where: str, paths: Sequence[Sequence[int]], l: int, seq: Seq | None) -> list[Path]:
@@ -62,7 +62,7 @@ def path_index(path: Path, device: torch.device) -> Tensor:
 
 
 def per_path(k: int, *operands: Any) -> list[tuple[Any, ...]]:
-    """For each of k paths its ``dt, A, B, C, D, dt_bias, initial_state``, which are shared or have a leading axis of one per path."""
+    """For each of k paths its share of ``PER_PATH``, in that order; what is not shared has a leading axis of one per path."""
     each = []
     for (name, dims), x in zip(PER_PATH.items(), operands, strict=True):
         own = x is not None and x.dim() == dims + 1
@@ -89,8 +89,8 @@ def over_paths(
     acc = torch.promote_types(u.dtype, torch.float32)
     # float32 until the sum is complete: one rounding, not one per path
     total, last, x = torch.zeros_like(u, dtype=acc), [], u.to(acc)
-    each = per_path(len(paths), dt, A, B, C, D, dt_bias, state)
-    for path, (dt_k, A_k, B_k, C_k, D_k, bias_k, state_k) in zip(paths, each, strict=True):
+    each = per_path(len(paths), dt, A, B, C, D, dt_bias, state, None)
+    for path, (dt_k, A_k, B_k, C_k, D_k, bias_k, state_k, _) in zip(paths, each, strict=True):
         order = path_index(path, u.device)
         y, h = scan(x[:, order], dt_k[:, order], A_k, B_k[:, order], C_k[:, order], D_k, None, bias_k, state_k)
         total = total.index_add(1, order, y)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
 from rich.console import Console
 
 from hybridzoo.eval import bench, bench_ops, bench_show, bench_train, cases, peers, readme, timing
-from hybridzoo.kernels import nvrtc
+from hybridzoo.kernels import nvrtc, selective_scan
 
 ROW = {
     "name", "op", "shape", "dtype", "ours_ms", "ours_iqr_ms", "peer", "peer_ms", "ratio", "goal_ratio", "met", "floor_ms",
@@ -151,6 +152,23 @@ def test_layouts_with_channels_first_are_compared_in_ours(op, shape):
     assert len(errors) == 1 + len(inputs) and max(errors.values()) < 1e-5
 
 
+def test_walks_are_compared_with_four_copies(monkeypatch):
+    def channels_first(u, dt, A, B, C, D, z, bias, softplus):
+        assert z is None
+        u, dt, B, C = (x.movedim(-1, 1) for x in (u, dt, B, C))
+        out = selective_scan(u, dt, A, B, C, D, dt_bias=bias, dt_softplus=softplus, backend="reference")
+        return out.movedim(1, -1)
+
+    library = types.SimpleNamespace(selective_scan_fn=channels_first)
+    monkeypatch.setattr(peers, "import_module", lambda name: library)
+    case = cases.Case("x", "paths", {"b": 2, "l": 9, "d": 4, "n": 3, "k": 4, "r": 2})
+    inputs = case.inputs()
+    errors = bench_ops.agreement(peers.ours("paths", inputs), peers.PEERS["paths"]["mamba_ssm"](inputs), gradients=True)
+    assert len(errors) == 1 + len(inputs) and max(errors.values()) < 1e-5
+    # by hand: u and the output, and four times what the projection leaves
+    assert cases.counts(case, "forward") == (18 * 4 * (2 * 4 + 4 * 8), 18 * 4 * 4 * 3)
+
+
 def test_a_wrong_gradient_is_found():
     inputs = cases.Case("x", "conv", {"b": 2, "l": 9, "d": 6, "k": 3}).inputs()
     mine, theirs = (peers.ours("conv", inputs) for _ in range(2))
@@ -180,7 +198,7 @@ def test_every_case_of_the_issue_is_there_with_its_goals():
         (64, 3136, 768, 6, 5), (64, 196, 3072, 6, 4),
     ]  # fmt: skip
     parts = {c.part for c in cases.CASES["scan"] if c.device == "cuda"}
-    assert parts == {"table", "length", "state", "dtype", "decode", "conv"}
+    assert parts == {"table", "paths", "length", "state", "dtype", "decode", "conv"}
     # by hand: the floors that the issue gives for its first shape
     assert cases.floor_ms(table[0], "forward", CEILINGS) == (pytest.approx(0.290, abs=1e-3), "exponentials")
     assert cases.counts(table[0], "forward")[0] / 3e9 == pytest.approx(0.180, abs=1e-3)

@@ -33,6 +33,10 @@ for shape in FORWARD[16][-2:-1] if broken else FORWARD[16]:
     out, last, saved = cuda_backend.forward(call, True, shape, 1)
 if not broken:
     cuda_backend.forward(call, True, shape, 2)
+    u, dt, *rest = operands(70, 32, 16)
+    formed = cuda_backend.Call.of(u, dt[..., :12], *rest, reset, None, True, torch.randn(32, 12).bfloat16())
+    for shape in FORWARD[16][1:3]:
+        cuda_backend.forward(formed, True, shape, 2)
     cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32))
 print("done")
 """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels import cuda_conv, cuda_loss, cuda_norm, cuda_update, nvrtc
-from hybridzoo.kernels.cuda_backend import CUT
+from hybridzoo.kernels.cuda_backend import CUT, LOW_RANK, NARROW, WALK
 from hybridzoo.kernels.cuda_shapes import ADJOINT, BACKWARD, FORWARD, FULL, STATE
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'hybridzoo[cuda]'")
@@ -68,11 +68,13 @@ USUAL = [
     *(forward("bf16", 16, FULL, 0, i) for i in range(len(FORWARD[16]))),
     *(forward("bf16", 16, mode, 0) for mode in (STATE, ADJOINT)),
     *(f(element, 16, *rest) for element in ("float", "fp16") for f, rest in ((forward, (FULL, 0)), (backward, (0,)))),
-    *(forward("bf16", 16, FULL, flags) for flags in (2, 7, 8)),
+    *(forward("bf16", 16, FULL, flags) for flags in (2, 23, 8)),
     backward("bf16", 16, 0),
     backward("bf16", 16, 8),
     backward("bf16", 16, 2),
-    backward("bf16", 16, 7),
+    backward("bf16", 16, 23),
+    *(forward("bf16", 16, FULL, LOW_RANK, i) for i in range(len(FORWARD[16]))),
+    *(forward("fp16", n, FULL, WALK + NARROW + LOW_RANK) for n in (1, 4, 8, 16)),
     ("scan_backward.cu", "sum_partials<bf16>"),
     *(convolution(BF16, wide, 4, backward) for wide in (BF16, F32) for backward in (False, True)),
     *(convolution(F32, F32, k, backward, k > 4) for k in (4, 8) for backward in (False, True)),
@@ -108,7 +110,8 @@ def resources(source, name, arch):
     "kernel",
     [
         forward("bf16", 16, FULL, 0),
-        backward("bf16", 16, 7),
+        backward("bf16", 16, 23),
+        forward("bf16", 16, FULL, LOW_RANK),
         convolution(BF16, BF16, 4, False),
         norm((F32, BF16, F32), 768, True),
         convolution(BF16, BF16, 4, True),
@@ -137,12 +140,18 @@ def test_every_instance_compiles(element, arch):
     kernels = [
         kernel
         for n in FORWARD
-        for flags in range(16)
+        for flags in range(32)
         for kernel in (
             *(
                 forward(element, n, mode, flags, i)
                 for i in range(len(FORWARD[n]))
-                for mode in ((FULL, STATE, ADJOINT) if flags < CUT else (FULL,))
+                for mode in ((FULL, STATE, ADJOINT) if not flags & CUT else (FULL,))
+            ),
+            *(
+                forward(element, n, mode, flags + LOW_RANK, i)
+                for i in range(len(FORWARD[n]))
+                for mode in (FULL, STATE)
+                if n <= 16 and element != "float" and not (mode and flags & CUT)
             ),
             backward(element, n, flags),
         )

@@ -284,7 +284,7 @@ def bench(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to measure: table, length, state, dtype, decode, conv or all of a scan on a GPU;"
+            help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU;"
             " a model, or model:variant, of train. May be repeated."
         ),
     ] = None,

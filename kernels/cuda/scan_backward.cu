@@ -56,7 +56,7 @@ struct Backward {
     static_assert(STRIDE * ROW == THREADS, "a thread moves the same channels of every STRIDE-th step");
     static constexpr int BV = N < V ? N : V, BROW = N / BV, BIT = (2 * K * BROW + THREADS - 1) / THREADS;
 
-    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
+    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), NARROW_ALIGNED = !(FLAGS & NARROW);
 
     const BackwardParams& p;
     float* smem;
@@ -105,7 +105,7 @@ struct Backward {
             const int count = kind < 2 && t < p.l ? p.n - n : 0;
             const Tokens<T> rows = kind ? Tokens<T>(p.C, b * p.C_b + group * p.C_g, p.C_l) : Tokens<T>(p.B, b * p.B_b + group * p.B_g, p.B_l);
             if (v < 2 * K * BROW)
-                P::template fetch<ALIGNED && BV == V>(raw(c) + S::bc_at + v * 16, count > 0 ? rows.at(token(t)) + n : rows.base, count);
+                P::template fetch<NARROW_ALIGNED && BV == V>(raw(c) + S::bc_at + v * 16, count > 0 ? rows.at(token(t)) + n : rows.base, count);
         }
     }
 

@@ -4,7 +4,7 @@
 // LN lanes share a channel, each has NS of its states in registers, for CH channels.  The other NH threads ("helpers") bring in the
 // next tile (conversion, bias, softplus) and finish the last one (sum over the lanes, skip, gate, store) while the scanners work on
 // the current one; shared memory holds two of each, and one barrier per tile keeps them in step.
-#include "common.cuh"
+#include "low_rank.cuh"
 
 struct ForwardParams {
     const void *u, *dt, *B, *C, *z;  // (b, l, d) and (b, l, g, n), contiguous in d and in n
@@ -17,10 +17,11 @@ struct ForwardParams {
     float *local, *decay;            // (cut pieces, d, n) and (cut pieces, d, 2): what a piece adds, and its sum of dt; STATE, ADJOINT write it
     const float* before;             // WALK: (b, l, d), what earlier walks add up to, or null
     float* sum;                      // WALK: the same with this walk, in place of out; null for the last one
+    const void* weight;              // LOW_RANK: (d, rank), of which dt, here (b, l, rank), is formed
     int64 u_b, u_l, dt_b, dt_l, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, out_b, out_l;
     Walk walk;
     LengthCut cut;
-    int l, batch, d, n, groups, tiles_per_group, softplus;
+    int l, batch, d, n, groups, tiles_per_group, softplus, rank;
 };
 
 enum Mode { FULL = 0, STATE = 1, ADJOINT = 2 };  // ADJOINT: r_t = a_t (r_{t+1} + C_t dout_t silu(z_t)), backwards in time
@@ -30,7 +31,7 @@ enum Mode { FULL = 0, STATE = 1, ADJOINT = 2 };  // ADJOINT: r_t = a_t (r_{t+1} 
 DEVICE constexpr int padded(int i) { return i + i / 8; }
 
 // Shared memory: two stages of what scanners read, two of what they leave, and, in flight or waiting for their use, the raw tiles.
-template <int ELEMENT, int NC, int NS, int LN, int CH, int TT, int MODE>
+template <int ELEMENT, int NC, int NS, int LN, int CH, int TT, int MODE, bool LOW>
 struct ForwardShape {
     static constexpr int N = NS * LN, CPB = NC / LN * CH;
     // slots of a row: (dt, x) of two steps for every channel, and a step's partial outputs
@@ -43,20 +44,24 @@ struct ForwardShape {
     static constexpr int wide_bytes = TT * CPB * ELEMENT, bc_bytes = TT * N / bc_lanes * 16 * (MODE == FULL ? 2 : 1);
     // u lives from two tiles before its use to one tile after it, dt until it is staged, z while its tile is finished
     static constexpr int U_SLOTS = MODE == FULL ? 4 : 2;
-    static constexpr int dt_at = U_SLOTS * wide_bytes, z_at = dt_at + 2 * wide_bytes, bc_at = z_at + 2 * wide_bytes;
+    // one tile of dt, formed out of its low-rank form, which is brought in two tiles before, takes the place of two that are brought in;
+    // rows of that form start in different banks
+    static constexpr int low_row = MAX_RANK + 8, low_bytes = TT * low_row * 2, dt_at = U_SLOTS * wide_bytes, low_at = dt_at + wide_bytes;
+    static constexpr int z_at = low_at + (LOW ? 3 * low_bytes : wide_bytes), bc_at = z_at + 2 * wide_bytes;
     static constexpr int bytes = floats * 4 + bc_at + 2 * bc_bytes;
 };
 
 template <class T, int NC, int NS, int LN, int CH, int TT, int NH, int K, int MODE, int FLAGS>
 struct Forward {
-    using S = ForwardShape<sizeof(T), NC, NS, LN, CH, TT, MODE>;
+    static constexpr bool LOW = FLAGS & LOW_RANK;
+    using S = ForwardShape<sizeof(T), NC, NS, LN, CH, TT, MODE, LOW>;
     using P = Packed<T>;
     static constexpr int N = S::N, CPB = S::CPB, V = P::lanes, ROW = CPB / V, IT = (TT * ROW + NH - 1) / NH;
     static constexpr int BV = S::bc_lanes, BROW = N / BV, BIT = (TT * BROW + NH - 1) / NH;
 
-    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
-    // barriers, each for even and odd tiles
-    static constexpr int STAGED = 1, SCANNED = 3;
+    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), NARROW_ALIGNED = !(FLAGS & NARROW);
+    // barriers, those between scanners and helpers for even and for odd tiles
+    static constexpr int STAGED = 1, SCANNED = 3, HELPERS = 5;
 
     const ForwardParams& p;
     float* smem;
@@ -67,7 +72,10 @@ struct Forward {
     DEVICE float* part(int tile) const { return smem + 2 * S::stage_floats + (tile & 1) * S::part_floats; }
     DEVICE char* raw() const { return reinterpret_cast<char*>(smem + S::floats); }
     DEVICE char* raw_u(int tile) const { return raw() + tile % S::U_SLOTS * S::wide_bytes; }
-    DEVICE char* raw_dt(int tile) const { return raw() + S::dt_at + tile % 2 * S::wide_bytes; }
+    DEVICE char* raw_dt(int tile) const { return raw() + S::dt_at + (LOW ? 0 : tile % 2 * S::wide_bytes); }
+    DEVICE T* raw_low(int tile, int t, int k) const {
+        return reinterpret_cast<T*>(raw() + S::low_at + tile % 3 * S::low_bytes) + t * S::low_row + k;
+    }
     DEVICE char* raw_z(int tile) const { return raw() + S::z_at + tile % 2 * S::wide_bytes; }
     DEVICE char* raw_bc(int tile) const { return raw() + S::bc_at + tile % 2 * S::bc_bytes; }
     DEVICE int token(int s) const {
@@ -266,6 +274,15 @@ struct Forward {
         return TT * ROW % NH == 0 ? hid + it * NH : (first_step(hid) + steps_on(it)) * ROW + hid % ROW;
     }
 
+    // the same, of step t and a slot of the row
+    DEVICE static int raw_slot_at(int t, int slot) {
+        if constexpr (TT * ROW % NH != 0 || !TWO) return t * ROW + slot;
+        return t % (2 * ROWS) / 2 * ROW + slot + (t / (2 * ROWS) * 2 + t % 2) * NH;
+    }
+
+    // where in a tile of dt that is formed: lanes who store neighbouring steps do so in different banks
+    DEVICE static int formed(int slot, int t) { return slot ^ t % (ROW % 8 == 0 ? 8 : ROW % 4 == 0 ? 4 : 1); }
+
     struct Place {
         int t, col, count;  // step inside the tile, channel inside the block, channels there
         DEVICE Place(int hid, int it, int channels) {
@@ -327,7 +344,7 @@ struct Forward {
         for (int it = 0; it < BIT; ++it) {
             const int v = hid + it * NH, t = v / BROW, count = WHOLE ? BV : tile * TT + t < len ? p.n - v % BROW * BV : 0;
             if (TT * BROW % NH != 0 && v >= TT * BROW) continue;
-            P::template fetch<ALIGNED && BV == V>(to + v * 16, count > 0 ? vector(x, tile, t, it * (NH / BROW)) : (const T*)p.u, count);
+            P::template fetch<NARROW_ALIGNED && BV == V>(to + v * 16, count > 0 ? vector(x, tile, t, it * (NH / BROW)) : (const T*)p.B, count);
         }
         x.next_tile();
     }
@@ -335,7 +352,10 @@ struct Forward {
     template <bool WHOLE>
     DEVICE void fetch_tile(int tile, Sources& x, int hid, int channels) const {
         fetch_wide<WHOLE>(raw_u(tile), x.wide[0], tile, hid, channels);
-        fetch_wide<WHOLE>(raw_dt(tile), x.wide[1], tile, hid, channels);
+        if constexpr (LOW)
+            fetch_low(tile + 1, hid);
+        else
+            fetch_wide<WHOLE>(raw_dt(tile), x.wide[1], tile, hid, channels);
         fetch_bc<WHOLE>(raw_bc(tile), x.bc[MODE == ADJOINT], tile, hid);
         if (MODE == FULL) fetch_bc<WHOLE>(raw_bc(tile) + S::bc_bytes / 2, x.bc[1], tile, hid);
     }
@@ -357,6 +377,30 @@ struct Forward {
         copy_async_commit();
     }
 
+    // the low-rank form of a tile's dt
+    DEVICE void fetch_low(int tile, int hid) const {
+        constexpr int VECTORS = MAX_RANK / V;
+        const T* low = (const T*)p.dt + b * p.dt_b;
+#pragma unroll
+        for (int v = hid; v < TT * VECTORS; v += NH) {
+            const int t = v / VECTORS, k = v % VECTORS * V, s = tile * TT + t, count = s < len ? p.rank - k : 0;
+            P::template fetch<NARROW_ALIGNED>(raw_low(tile, t, k), count > 0 ? low + token(s) * p.dt_l + k : low, count < V ? count : V);
+        }
+    }
+
+    // dt of a tile, where it would have been brought in; a barrier of helpers stands behind the last use of what lies there
+    using Low = LowRank<T, LOW ? TT : 16, CPB, NH>;
+    DEVICE void form_tile(int tile, int hid, const Low& low) const {
+        low.form(
+            hid,
+            [&](int t, int k) {
+                // what follows the last numbers may have come with them
+                const uint32 two = *reinterpret_cast<const uint32*>(raw_low(tile, t, k));
+                return k + 1 < p.rank ? two : k < p.rank ? two & 0xffffu : 0;
+            },
+            [&](int t, int col, uint32 two) { *reinterpret_cast<uint32*>(raw_dt(tile) + formed(raw_slot_at(t, col / V), t) * 16 + col % V * 2) = two; });
+    }
+
     DEVICE void stage_bc(float* to, const char* from, int hid) const {
 #pragma unroll
         for (int it = 0; it < BIT; ++it) {
@@ -376,7 +420,7 @@ struct Forward {
 
     // (dt, dt u), or (dt, dout silu(z)) for the adjoint
     DEVICE void pairs_of(int tile, const Place& at, int v, const float (&bias)[V], float (&dt)[V], float (&x)[V]) const {
-        P::from(raw_dt(tile) + v * 16).unpack(dt);
+        P::from(raw_dt(tile) + (LOW ? formed(v, at.t) : v) * 16).unpack(dt);
         P::from(raw_u(tile) + v * 16).unpack(x);
         const int s = tile * TT + at.t;
         if constexpr (FLAGS & RESET) {
@@ -500,7 +544,10 @@ struct Forward {
         }
         Sources rows = sources(hid);
         Source out = source(p.out, b * p.out_b + ch0, p.out_l, first_step(hid), hid % ROW * V);
+        if constexpr (LOW) fetch_low(0, hid);
         fetch(0, rows, hid, channels);
+        Low low;
+        if constexpr (LOW) low.load((const T*)p.weight + (int64)ch0 * p.rank, p.rank, channels, hid);
 #pragma unroll 1
         for (int tile = -1; tile <= tiles; ++tile) {
             // while scanners are on `tile`: fetch tile + 2, finish tile - 1, bring in tile + 1
@@ -512,12 +559,18 @@ struct Forward {
             if (tile > 0) barrier_wait(SCANNED + (tile - 1 & 1), NC + NH);
             fetch(tile + 2, rows, hid, channels);
             copy_async_wait<1>();
+            if constexpr (LOW) {
+                // later, scanners and helpers have met since the low-rank form came and dt was used
+                if (tile <= 0) barrier_wait(HELPERS, NH);
+                if (tile + 1 < tiles) form_tile(tile + 1, hid, low);
+            }
             if (MODE == FULL && tile > 0) {
 #pragma unroll
                 for (int it = 0; it < IT; ++it) finish(tile - 1, out, Place(hid, it, channels), it, raw_slot(hid, it), skip, before[it]);
                 out.next_tile();
             }
             if (tile + 1 < tiles) {
+                if constexpr (LOW) barrier_wait(HELPERS, NH);
                 stage_pairs(tile + 1, hid, channels, bias);
                 float* to = stage(tile + 1) + S::pair_floats;
                 stage_bc(to, raw_bc(tile + 1), hid);

@@ -34,6 +34,10 @@ for b, l, d, n, g, dtype in CASES:
     there_and_back = [(1, l, 0, 1, 0), (1, l, 0, 1, 1)]
     out = selective_scan(u, dt, A, B, C, D, z, dt_bias=bias, dt_softplus=True, paths=there_and_back, backend="cuda")
     torch.autograd.grad(out.sum(), leaves[:-1])
+    for paths in (None, there_and_back):
+        weight = torch.randn(d, 5).to(dtype).cuda().requires_grad_()
+        out = selective_scan(u, dt[..., :5], A, B, C, D, z, dt_bias=bias, dt_weight=weight, dt_softplus=True, paths=paths, backend="cuda")
+        torch.autograd.grad(out.sum(), (u, dt, weight))
     call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, h0, None, None, True)
     out, last, saved = cuda_backend.forward(call, True, chunks=3)
     for cut in (3, Cut(b - 1, 1 + (l - 33) // 32, 64, 32) if l > 64 else 1):
