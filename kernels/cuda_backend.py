@@ -20,6 +20,7 @@ from .cuda_shapes import (
     STATE,
     BackwardShape,
     Cut,
+    ForwardPair,
     ForwardShape,
     Grid,
     backward_plan,
@@ -73,7 +74,8 @@ class Call:
         reset, valid = (_whole(m, torch.bool) for m in (reset, valid))
         if dt_weight is not None:
             dt_weight = _whole(dt_weight, dtype)
-            if low_rank.refuse({"dtype": dtype, "rank": dt_weight.shape[1], "d_state": A.shape[1]}):
+            facts = {"dtype": dtype, "rank": dt_weight.shape[1], "d_state": A.shape[1]}
+            if low_rank.refuse(facts | {"in_vectors": low_rank.in_vectors(dt)}):
                 dt, dt_weight = low_rank.step_sizes(dt, dt_weight), None
         return cls(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, dt_weight, walk)
 
@@ -81,6 +83,8 @@ class Call:
         """The same with dt (b, l, d), whether or not the scan can form it."""
         if self.dt_weight is None:
             return self
+        # in autograd's thread this may be what comes first, and cuBLAS warns where there is no context
+        nvrtc.enter(self.dt.device)
         return replace(self, dt=low_rank.step_sizes(self.dt, self.dt_weight), dt_weight=None)
 
     @property
@@ -92,11 +96,8 @@ class Call:
     def signature(self, *wide: Tensor | None) -> tuple:
         """What the non-pointer parameters of the launches depend on, ``wide`` being the (b, l, d) tensors that they move besides these."""
         u, dt, z, B, C, weight = self.u, self.dt, self.z, self.B, self.C, self.dt_weight
-        others, narrow = ((u, dt, z, *wide), (B, C)) if weight is None else ((u, z, *wide), (B, C, dt))
-        off = any([x is not None and x.data_ptr() % 16 for x in others]) * UNALIGNED
-        off |= any([x.data_ptr() % 16 for x in narrow]) * NARROW
-        if weight is not None and not low_rank.whole_vectors(dt):
-            off |= NARROW
+        off = any([x is not None and x.data_ptr() % 16 for x in (u, dt, z, *wide)]) * UNALIGNED
+        off |= any([x.data_ptr() % 16 for x in (B, C)]) * NARROW
         return (
             u.dtype,
             self.sizes,
@@ -188,10 +189,8 @@ def _flags(signature: tuple) -> int:
     lanes = 16 // dtype.itemsize
     wide: list[int] = [d] + ([d // g] if g > 1 else [])
     narrow: list[int] = []
-    for i, pair in enumerate(strides):
-        # of u, dt, z, ...
-        rows = narrow if rank and i == 1 else wide
-        rows += [s for s, size in zip(pair, (b, l), strict=True) if size > 1]
+    for pair in strides:
+        wide += [s for s, size in zip(pair, (b, l), strict=True) if size > 1]
     # fewer states than 16 bytes hold are read one by one in any case
     if n >= lanes or n != instance(n):
         narrow += [s for three in (B, C) for s, size in zip(three, (b, l, g), strict=True) if size > 1] + [n]
@@ -204,7 +203,7 @@ def _tail(kind: Any, signature: tuple, grid: Grid, names: str) -> bytes:
     _, (b, l, d, n, g), B, C, _, _, walk, softplus, rank, *strides = signature
     named = params.strides(B=B, C=C, **dict(zip(names.split(), strides, strict=True)))
     own = {"walk": params.walk(walk, l), "cut": params.Cut(*astuple(grid.cut)), "tiles_per_group": grid.tiles}
-    own |= {"rank": rank} if rank else {}
+    own |= {"rank": rank, "first_tiles": grid.first} if kind is params.Forward else {}
     return params.tail(kind(**named, **own, l=l, batch=b, d=d, n=n, groups=g, softplus=softplus))
 
 
@@ -229,23 +228,28 @@ class Launch:
 Launches = tuple[Launch, Launch | None, int]
 
 
-def _scan(signature: tuple, shape: ForwardShape, mode: int, grid: Grid) -> Launch:
+def _scan(signature: tuple, shape: ForwardShape | ForwardPair, mode: int, grid: Grid) -> Launch:
     dtype, (b, _, _, n, g) = signature[:2]
-    lanes = f"{shape.nc}, {shape.ns}, {shape.ln}, {shape.ch}, {shape.tt}, {shape.nh}"
+    one = shape.first if isinstance(shape, ForwardPair) else shape
     k, flags = BACKWARD[instance(n)].k, _flags(signature) | (mode == FULL and grid.cut.chunks > 1) * CUT
-    name = f"scan_forward<{TYPES[dtype]}, {lanes}, {k}, {mode}, {flags}, {shape.blocks}>"
+    if isinstance(shape, ForwardPair):
+        lanes = ", ".join(f"{s.ns}, {s.ln}, {s.ch}, {s.tt}" for s in (shape.first, shape.second))
+        name = f"scan_forward_two<{TYPES[dtype]}, {one.nc}, {one.nh}, {lanes}, {k}, {flags}>"
+    else:
+        lanes = f"{one.nc}, {one.ns}, {one.ln}, {one.ch}, {one.tt}, {one.nh}"
+        name = f"scan_forward<{TYPES[dtype]}, {lanes}, {k}, {mode}, {flags}, {one.blocks}>"
     pieces = grid.cut.pieces(b)
     if mode != FULL:
         # nothing follows the last piece of a row, or the first on the way back
         pieces = (b - grid.cut.whole) * (grid.cut.chunks - 1)
     tail = _tail(params.Forward, signature, grid, "u dt z out")
-    threads, shared = shape.nc + shape.nh, shape.shared_bytes(dtype.itemsize, mode, flags & LOW_RANK > 0)
+    threads, shared = one.nc + one.nh, shape.shared_bytes(dtype.itemsize, mode, flags & LOW_RANK > 0)
     return Launch("scan_forward.cu", name, tail, pieces * g * grid.tiles, threads, shared)
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward_launches(
-    signature: tuple, count: int, room: int, shape: ForwardShape | None, chunks: int | None
+    signature: tuple, count: int, room: int, shape: ForwardShape | ForwardPair | None, chunks: int | None
 ) -> Launches:
     dtype, sizes, *_ = signature
     shape, grid = forward_plan(*sizes, count, shape, chunks, dtype.itemsize, room, _flags(signature) & LOW_RANK > 0)
@@ -265,7 +269,9 @@ def _sweep(call: Call, sweep: Launch, pieces: int, u: Tensor) -> tuple[Tensor, T
     return local, decay
 
 
-def planned(call: Call, out: Tensor, shape: ForwardShape | None = None, chunks: int | None = None) -> Launches:
+def planned(
+    call: Call, out: Tensor, shape: ForwardShape | ForwardPair | None = None, chunks: int | None = None
+) -> Launches:
     """The launches of a forward that writes ``out``; ``shape`` and ``chunks`` fix what would be chosen."""
     room = shared_memory(out.device) - DRIVERS
     return _forward_launches(call.signature(out), processors(out.device), room, shape, chunks)
@@ -274,7 +280,7 @@ def planned(call: Call, out: Tensor, shape: ForwardShape | None = None, chunks: 
 def forward(
     call: Call,
     save: bool,
-    shape: ForwardShape | None = None,
+    shape: ForwardShape | ForwardPair | None = None,
     chunks: int | None = None,
     into: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
     *,
@@ -308,6 +314,8 @@ def _backward_launches(
     if cut.chunks > 1:
         pieces = (b - cut.whole) * cut.chunks
         forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, None, 1, size, room)
+        # pairs are for rows that are not cut
+        assert isinstance(forward_shape, ForwardShape)
         (_, dt, z, gout, *_), nowhere = facts[7:], (0, 0)
         swept = (dtype, signature[1], *facts[:7], gout, dt, z, nowhere)
         sweep = _scan(swept, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))

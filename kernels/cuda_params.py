@@ -46,7 +46,7 @@ class Forward(ctypes.Structure):
         ("walk", Walk),
         ("cut", Cut),
         *_fields(c_int, _SIZES),
-        ("rank", c_int),
+        *_fields(c_int, "rank first_tiles"),
     ]
 
 

@@ -62,6 +62,35 @@ class ForwardShape:
 
 
 @dataclass(frozen=True)
+class ForwardPair:
+    """Two shapes of blocks in one launch (``scan_forward_two``), a multiprocessor having one of each at a time, or two of one."""
+
+    first: ForwardShape
+    second: ForwardShape
+
+    def shared_bytes(self, element: int, mode: int, low_rank: bool = False) -> int:
+        """As of one shape; every block of a launch has as much."""
+        return max(s.shared_bytes(element, mode, low_rank) for s in (self.first, self.second))
+
+    def tiles(self, rows: int, d: int, processors: int) -> tuple[int, int, float]:
+        """Into how many tiles of each shape to cut the channels of a group, and the cycles of a step on the busiest multiprocessor."""
+        first, second = self.first, self.second
+
+        def cut(count: int) -> tuple[int, int, float]:
+            rest = ceil_div(d - count * first.channels, second.channels)
+            busy = ceil_div(rows * count, processors) * first.each + ceil_div(rows * rest, processors) * second.each
+            return count, rest, busy
+
+        return min(
+            (cut(i) for i in range(1, (d - 1) // first.channels + 1)), key=lambda c: c[2], default=(0, 0, math.inf)
+        )
+
+    def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
+        """As of one shape; rows are not cut."""
+        return math.inf if chunks > 1 else (l + 3 * self.second.tt) * self.tiles(rows, d, processors)[2]
+
+
+@dataclass(frozen=True)
 class BackwardShape:
     """Template arguments of ``scan_backward``: states per lane, lanes per channel, channels per thread, warps, steps per chunk and pass."""
 
@@ -138,14 +167,15 @@ FORWARD = {
         ForwardShape(128, 8, 2, 2, 16, 128, 2, 255, 205),
         ForwardShape(128, 8, 2, 1, 16, 128, 3, 135, 104),
         ForwardShape(128, 4, 4, 1, 32, 128, 2, 69, 61),
-        # 128 blocks of the 2.8b model's scan, one for each multiprocessor of an H100, where others leave half a round
-        ForwardShape(320, 8, 2, 1, 16, 160, 1, 271, 271),
     ),
     32: (ForwardShape(128, 8, 4, 1, 16, 64, 3),),
     64: (ForwardShape(128, 16, 4, 1, 16, 128, 2),),
     128: (ForwardShape(128, 16, 8, 1, 16, 128, 2),),
     256: (ForwardShape(256, 16, 16, 1, 8, 128, 1),),
 }
+# blocks of 64 and 32 channels: one of each, or two and one, where blocks of one shape leave half a round (those of 1536 channels in 8 rows,
+# and of 5120 in 4, on an H100); of 128 and 64 it was slower than of 64
+PAIRS = {16: (ForwardPair(FORWARD[16][1], FORWARD[16][2]),)}
 BACKWARD = {
     1: BackwardShape(1, 1, 2, 1, 8, 8, 8),
     2: BackwardShape(2, 1, 2, 1, 8, 8, 8),
@@ -184,9 +214,12 @@ def keeps_states(n: int) -> bool:
 ROOM = 227 << 10
 
 
-def forward_shapes(n: int, element: int, room: int, low_rank: bool = False) -> list[ForwardShape]:
+def forward_shapes(
+    n: int, element: int, room: int, low_rank: bool = False, pairs: bool = True
+) -> list[ForwardShape | ForwardPair]:
     """Those of ``n`` states, an instance, that fit into ``room`` bytes of shared memory with elements of so many bytes."""
-    return [s for s in FORWARD[n] if s.shared_bytes(element, FULL, low_rank) <= room]
+    alone = [s for s in FORWARD[n] if s.shared_bytes(element, FULL, low_rank) <= room]
+    return alone + [p for p in PAIRS.get(n, ()) if pairs and 2 * p.shared_bytes(element, FULL, low_rank) <= room]
 
 
 def backward_shape(n: int, element: int, room: int) -> BackwardShape | None:
@@ -222,10 +255,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a scan is cut into blocks: tiles of channels in each group, and pieces of rows."""
+    """How a scan is cut into blocks: tiles of channels in each group, the ``first`` of them of a pair's first shape, and pieces of rows."""
 
     tiles: int
     cut: Cut
+    first: int = 0
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -241,18 +275,21 @@ def forward_plan(
     n: int,
     g: int,
     processors: int,
-    shape: ForwardShape | None = None,
+    shape: ForwardShape | ForwardPair | None = None,
     chunks: int | None = None,
     element: int = 2,
     room: int = ROOM,
     low_rank: bool = False,
-) -> tuple[ForwardShape, Grid]:
+) -> tuple[ForwardShape | ForwardPair, Grid]:
     """The shape and the grid of a forward scan; ``shape`` and ``chunks`` fix what would be chosen."""
-    shapes = [shape] if shape else forward_shapes(instance(n), element, room, low_rank)
+    shapes = [shape] if shape else forward_shapes(instance(n), element, room, low_rank, pairs=chunks is None)
     # several chunks cost a second pass over them, so they pay only where much of the chip would have nothing to do
     splits = [chunks] if chunks else [c for c in SPLITS if c == 1 or l >= 96 * c]
     options = itertools.product(shapes, splits)
     shape, chunks = min(options, key=lambda o: o[0].cost(b * g, l, d // g, o[1], processors))
+    if isinstance(shape, ForwardPair):
+        first, second, _ = shape.tiles(b * g, d // g, processors)
+        return shape, Grid(first + second, Cut.even(l, 1, l), first)
     cut = Cut.even(l, chunks, max(shape.tt, BACKWARD[instance(n)].k))
     return shape, Grid(ceil_div(d // g, shape.channels), cut)
 

@@ -33,11 +33,12 @@ def gradients(gdt: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return glow.view(dt.shape).to(dt.dtype), gweight.to(weight.dtype)
 
 
-def whole_vectors(dt: Tensor) -> bool:
-    """Whether rows of the low-rank form can be read 16 bytes at a time: whatever follows the last numbers, it is there."""
-    (b, l, r), (row, step, _), lanes = dt.shape, dt.stride(), 16 // dt.element_size()
+def in_vectors(dt: Tensor) -> bool:
+    """Whether rows of the low-rank form can be read 16 bytes at a time: they start at such borders, and what is behind the last exists."""
+    (b, l, r), (row, step, one), lanes = dt.shape, dt.stride(), 16 // dt.element_size()
     end = dt.storage_offset() + (b - 1) * row + (l - 1) * step + (r + lanes - 1) // lanes * lanes
-    return r % lanes == 0 or end * dt.element_size() <= dt.untyped_storage().nbytes()
+    starts = one == 1 and dt.data_ptr() % 16 == 0 and (l == 1 or step % lanes == 0) and (b == 1 or row % lanes == 0)
+    return starts and end * dt.element_size() <= dt.untyped_storage().nbytes()
 
 
 def refuse(facts: dict[str, Any]) -> str | None:
@@ -47,4 +48,6 @@ def refuse(facts: dict[str, Any]) -> str | None:
         return f"the CUDA scan forms step sizes in bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
     if n > MAX_STATE:
         return f"the CUDA scan forms step sizes for d_state up to {MAX_STATE}, got {n}"
-    return None if 1 <= rank <= MAX_RANK else f"the CUDA scan forms step sizes of ranks up to {MAX_RANK}, got {rank}"
+    if not 1 <= rank <= MAX_RANK:
+        return f"the CUDA scan forms step sizes of ranks up to {MAX_RANK}, got {rank}"
+    return None if facts.get("in_vectors", True) else "rows of the step sizes' low-rank form are off 16-byte borders"

@@ -80,8 +80,13 @@ def _driver() -> Any:
     return driver
 
 
+def enter(device: torch.device) -> None:
+    """Make torch's context on a GPU current, in a thread whose first act there this may be, such as autograd's."""
+    if device.type == "cuda":
+        _enter(device.index)
+
+
 def _enter(index: int | None) -> None:
-    """Make torch's context current, in a thread whose first act on the device this is, such as autograd's."""
     driver = _driver()
     context = _checked(driver.cuDevicePrimaryCtxRetain(index), "cuDevicePrimaryCtxRetain")
     _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")

@@ -11,6 +11,7 @@ from hybridzoo.kernels.cuda_shapes import (
     BACKWARD,
     FORWARD,
     FULL,
+    PAIRS,
     ROOM,
     Cut,
     backward_shape,
@@ -106,6 +107,30 @@ def test_every_shape_of_the_usual_state_size(shape):
     compare(operands(1, 100, 72, 16, 1, torch.bfloat16), None, None, shape=shape)
 
 
+@needs_compiler
+@pytest.mark.parametrize(("d", "g"), [(120, 1), (2 * 192, 2)])
+def test_blocks_of_two_shapes(d, g):
+    (shape,) = PAIRS[16]
+    inputs = operands(2, 70, d, 16, g, torch.bfloat16)
+    _, grid = forward_plan(2, 70, d, 16, g, 132, shape)
+    assert 0 < grid.first < grid.tiles
+    compare(inputs, *marks(2, 70), shape=shape)
+
+
+def test_blocks_of_two_shapes_are_taken_where_one_leaves_gaps():
+    # 1536 channels of 8 rows: a block of 64 and one of 32 for each of 128 multiprocessors
+    shape, grid = forward_plan(8, 2048, 1536, 16, 1, 132)
+    assert shape is PAIRS[16][0] and (grid.first, grid.tiles) == (16, 32)
+    # 5120 of 4 rows: two and one for each of 128
+    shape, grid = forward_plan(4, 2048, 5120, 16, 1, 132)
+    assert shape is PAIRS[16][0] and (grid.first, grid.tiles) == (64, 96)
+    # not where blocks of one shape fill them, where there is no room for two, or where rows are cut
+    for sizes in ((8, 2048, 4096), (1, 2048, 1536)):
+        assert forward_plan(*sizes, 16, 1, 132)[0] in FORWARD[16]
+    assert forward_plan(8, 2048, 1536, 16, 1, 132, room=LAPTOP)[0] in FORWARD[16]
+    assert forward_plan(8, 2048, 1536, 16, 1, 132, chunks=1)[0] in FORWARD[16]
+
+
 A100, LAPTOP = 163 << 10, 99 << 10
 
 
@@ -121,7 +146,10 @@ def test_what_fits_where_there_is_less_shared_memory(n, element):
         assert backward.shared_bytes(element) <= space and backward.k == BACKWARD[n].k
         shape, _ = forward_plan(4, 2048, 5120, n, 1, 108, None, None, element, space)
         assert shape in forward
-    assert forward_shapes(n, element, ROOM) == list(FORWARD[n]) and backward_shape(n, element, ROOM) == BACKWARD[n]
+    assert (
+        forward_shapes(n, element, ROOM) == [*FORWARD[n], *PAIRS.get(n, ())]
+        and backward_shape(n, element, ROOM) == BACKWARD[n]
+    )
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ import torch
 
 from hybridzoo.kernels import cuda_conv, cuda_loss, cuda_norm, cuda_update, nvrtc
 from hybridzoo.kernels.cuda_backend import CUT, LOW_RANK, NARROW, WALK
-from hybridzoo.kernels.cuda_shapes import ADJOINT, BACKWARD, FORWARD, FULL, STATE
+from hybridzoo.kernels.cuda_shapes import ADJOINT, BACKWARD, FORWARD, FULL, PAIRS, STATE
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'hybridzoo[cuda]'")
 
@@ -26,6 +26,13 @@ def forward(element, n, mode, flags, which=0):
     s = FORWARD[n][which]
     sizes = f"{s.nc}, {s.ns}, {s.ln}, {s.ch}, {s.tt}, {s.nh}, {BACKWARD[n].k}, {mode}, {flags}, {s.blocks}"
     return "scan_forward.cu", f"scan_forward<{element}, {sizes}>"
+
+
+def pair(element, flags):
+    (p,) = PAIRS[16]
+    lanes = ", ".join(f"{s.ns}, {s.ln}, {s.ch}, {s.tt}" for s in (p.first, p.second))
+    sizes = f"{p.first.nc}, {p.first.nh}, {lanes}, {BACKWARD[16].k}, {flags}"
+    return "scan_forward.cu", f"scan_forward_two<{element}, {sizes}>"
 
 
 def backward(element, n, flags):
@@ -73,6 +80,8 @@ USUAL = [
     backward("bf16", 16, 8),
     backward("bf16", 16, 2),
     backward("bf16", 16, 23),
+    *(pair("bf16", flags) for flags in (0, 23, WALK + LOW_RANK)),
+    pair("float", 0),
     *(forward("bf16", 16, FULL, LOW_RANK, i) for i in range(len(FORWARD[16]))),
     *(forward("fp16", n, FULL, WALK + NARROW + LOW_RANK) for n in (1, 4, 8, 16)),
     ("scan_backward.cu", "sum_partials<bf16>"),
@@ -155,6 +164,10 @@ def test_every_instance_compiles(element, arch):
             ),
             backward(element, n, flags),
         )
+    ]
+    low = (0,) if element == "float" else (0, LOW_RANK)
+    kernels += [
+        pair(element, flags + more, i) for flags in range(32) if not flags & CUT for more in low for i in (0, 1)
     ]
     spilled = {kernel: resources(*kernel, arch) for kernel in kernels}
     assert max(s for _, s in spilled.values()) <= 4 * SPILLS, spilled

@@ -21,7 +21,7 @@ struct ForwardParams {
     int64 u_b, u_l, dt_b, dt_l, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, out_b, out_l;
     Walk walk;
     LengthCut cut;
-    int l, batch, d, n, groups, tiles_per_group, softplus, rank;
+    int l, batch, d, n, groups, tiles_per_group, softplus, rank, first_tiles;
 };
 
 enum Mode { FULL = 0, STATE = 1, ADJOINT = 2 };  // ADJOINT: r_t = a_t (r_{t+1} + C_t dout_t silu(z_t)), backwards in time
@@ -59,6 +59,7 @@ struct Forward {
     static constexpr int N = S::N, CPB = S::CPB, V = P::lanes, ROW = CPB / V, IT = (TT * ROW + NH - 1) / NH;
     static constexpr int BV = S::bc_lanes, BROW = N / BV, BIT = (TT * BROW + NH - 1) / NH;
 
+    static constexpr int SCANNERS = NC, STEPS = TT;
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), NARROW_ALIGNED = !(FLAGS & NARROW);
     // barriers, those between scanners and helpers for even and for odd tiles
     static constexpr int STAGED = 1, SCANNED = 3, HELPERS = 5;
@@ -384,7 +385,7 @@ struct Forward {
 #pragma unroll
         for (int v = hid; v < TT * VECTORS; v += NH) {
             const int t = v / VECTORS, k = v % VECTORS * V, s = tile * TT + t, count = s < len ? p.rank - k : 0;
-            P::template fetch<NARROW_ALIGNED>(raw_low(tile, t, k), count > 0 ? low + token(s) * p.dt_l + k : low, count < V ? count : V);
+            P::template fetch<true>(raw_low(tile, t, k), count > 0 ? low + token(s) * p.dt_l + k : low, count);
         }
     }
 
@@ -581,27 +582,46 @@ struct Forward {
     }
 };
 
-template <class T, int NC, int NS, int LN, int CH, int TT, int NH, int K, int MODE, int FLAGS, int MIN_BLOCKS>
-__global__ void __launch_bounds__(NC + NH, MIN_BLOCKS) scan_forward(const ForwardParams p) {
-    SHARED_MEMORY(memory);
-    using F = Forward<T, NC, NS, LN, CH, TT, NH, K, MODE, FLAGS>;
-    const int tiles_d = p.tiles_per_group * p.groups, tile_d = blockIdx.x % tiles_d;
-    const int rest = blockIdx.x / tiles_d, group = tile_d / p.tiles_per_group, per_group = p.d / p.groups;
+// Block `block` of those of one kind, which take `tiles` of a group's tiles of channels, behind its first `skipped` channels.
+template <class F>
+DEVICE void run_block(const ForwardParams& p, char* memory, int mode, int block, int tiles, int skipped) {
+    const int tiles_d = tiles * p.groups, tile_d = block % tiles_d, rest = block / tiles_d;
+    const int group = tile_d / tiles, per_group = p.d / p.groups;
     int chunk;
     int64 b;
-    if (MODE == FULL) {
+    if (mode == FULL) {
         p.cut.place(rest, p.batch, b, chunk);
     } else {
         // nobody asks for the sums of the last piece, or, on the way back, of the first
         const int cut_rows = p.batch - p.cut.whole;
-        chunk = rest / cut_rows + (MODE == ADJOINT), b = p.cut.whole + rest % cut_rows;
+        chunk = rest / cut_rows + (mode == ADJOINT), b = p.cut.whole + rest % cut_rows;
     }
     const int t0 = p.cut.begin(chunk);
-    F f{p, reinterpret_cast<float*>(memory), group * per_group + tile_d % p.tiles_per_group * F::CPB, (group + 1) * per_group, group,
+    F f{p, reinterpret_cast<float*>(memory), group * per_group + skipped + tile_d % tiles * F::CPB, (group + 1) * per_group, group,
         t0, p.cut.end(b, chunk, p.l) - t0, chunk, b};
-    const int tiles = (f.len + TT - 1) / TT;
-    if (threadIdx.x < NC)
-        f.scanner(threadIdx.x, tiles);
+    const int steps = (f.len + F::STEPS - 1) / F::STEPS;
+    if (threadIdx.x < F::SCANNERS)
+        f.scanner(threadIdx.x, steps);
     else
-        f.helper(threadIdx.x - NC, tiles);
+        f.helper(threadIdx.x - F::SCANNERS, steps);
+}
+
+template <class T, int NC, int NS, int LN, int CH, int TT, int NH, int K, int MODE, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(NC + NH, MIN_BLOCKS) scan_forward(const ForwardParams p) {
+    SHARED_MEMORY(memory);
+    run_block<Forward<T, NC, NS, LN, CH, TT, NH, K, MODE, FLAGS>>(p, memory, MODE, blockIdx.x, p.tiles_per_group, 0);
+}
+
+// Blocks of two shapes, for channels that do not fill the multiprocessors with blocks of one: those of the first shape come first, and so
+// each has a multiprocessor of its own to share with one of the second, as long as there are no more of either than multiprocessors.
+template <class T, int NC, int NH, int NS1, int LN1, int CH1, int TT1, int NS2, int LN2, int CH2, int TT2, int K, int FLAGS>
+__global__ void __launch_bounds__(NC + NH, 2) scan_forward_two(const ForwardParams p) {
+    SHARED_MEMORY(memory);
+    using First = Forward<T, NC, NS1, LN1, CH1, TT1, NH, K, FULL, FLAGS>;
+    const int first = p.first_tiles * p.groups * p.batch, block = blockIdx.x;
+    if (block < first)
+        run_block<First>(p, memory, FULL, block, p.first_tiles, 0);
+    else
+        run_block<Forward<T, NC, NS2, LN2, CH2, TT2, NH, K, FULL, FLAGS>>(p, memory, FULL, block - first, p.tiles_per_group - p.first_tiles,
+                                                                         p.first_tiles * First::CPB);
 }

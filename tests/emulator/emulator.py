@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "kernels" / "cuda"
 PARAMS = {
     "scan_forward": "ForwardParams",
+    "scan_forward_two": "ForwardParams",
     "scan_backward": "BackwardParams",
     "sum_partials": "SumParams",
     "conv_forward": "ConvParams",

@@ -20,8 +20,10 @@ def operands(b, l, d, n, r, dtype, lead=(), sliced=False, gate=True):
         return torch.randn(*shape, device="cuda").to(dtype)
 
     u, z = wide(b, l, d), wide(b, l, d) if gate else None
-    sizes = [r, n, n]
-    dt, B, C = wide(*lead, b, l, sum(sizes)).split(sizes, -1) if sliced else (wide(*lead, b, l, m) for m in sizes)
+    # rows a whole number of 16 bytes apart
+    sizes = [r, n, n, -(r + 2 * n) % 8] if sliced else [r, -r % 8]
+    dt, *narrow = wide(*lead, b, l, sum(sizes)).split(sizes, -1)
+    B, C = narrow[:2] if sliced else (wide(*lead, b, l, n) for _ in range(2))
     A, D = -8 * torch.rand(*lead, d, n, device="cuda") - 0.01, torch.randn(*lead, d, device="cuda")
     bias, state = torch.randn(*lead, d, device="cuda") - 2, torch.randn(*lead, b, d, n, device="cuda")
     return [u, dt, A, B.unsqueeze(-2), C.unsqueeze(-2), D, z, bias, state, wide(*lead, d, r) / r**0.5]
