@@ -80,13 +80,14 @@ def selective_scan(
         ValueError: Shapes, dtypes or devices do not fit together.
         BackendError: The backend asked for cannot do this call.
     """
-    where, operands = "selective_scan", (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    plain = seq is None and paths is None
-    launches = cuda_again.find((*operands, dt_weight), dt_softplus, backend) if plain else None
+    where, plain = "selective_scan", seq is None and paths is None
+    seen = (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_weight)
+    launches = cuda_again.find(where, seen, dt_softplus, backend) if plain else None
     if launches is not None:
         out, state = cuda_ops.selective_scan(
-            *operands, None, None, dt_softplus, None, return_final_state, launches, dt_weight
-        )
+            u, dt, A, B, C, D, z, dt_bias, initial_state, None, None, dt_softplus,
+            final=return_final_state, launches=launches, dt_weight=dt_weight,
+        )  # fmt: skip
         return (out, state) if return_final_state else out
     checks.floating(where, "u", u, 3, "(b, l, d)")
     b, l, d = u.shape
@@ -110,7 +111,7 @@ def selective_scan(
     if own:
         out, state = cuda_ops.selective_scan(*operands, *_marks(seq), dt_softplus, walked, dt_weight=dt_weight)
         if plain:
-            cuda_again.learn((*operands, dt_weight), out, dt_softplus, backend)
+            cuda_again.learn(where, seen, lambda: cuda_ops.plan_of(seen, out, dt_softplus), dt_softplus, backend)
     elif walked is None:
         out, state = _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)
     else:
@@ -223,7 +224,11 @@ def causal_conv1d(
         ValueError: Shapes, dtypes, devices or the activation do not fit.
         BackendError: The backend asked for cannot do this call.
     """
-    where = "causal_conv1d"
+    where, operands = "causal_conv1d", (x, weight, bias, initial_state)
+    plain = seq is None and not return_final_state
+    plan = cuda_again.find(where, operands, activation, backend) if plain else None
+    if plan is not None:
+        return cuda_conv.causal_conv1d(*operands, None, activation == "silu", plan)
     checks.floating(where, "x", x, 3, "(b, l, d)")
     checks.floating(where, "weight", weight, 2, "(d, k)")
     (b, l, d), k = x.shape, weight.shape[1]
@@ -236,7 +241,9 @@ def causal_conv1d(
     chosen = choose(where, backend=backend, **_facts(x, initial_state, seq, False, width=k, d=d))
     # rows of one document read nothing behind padding, which stands at their end
     doc = seq.doc if seq is not None and seq.packed else None
-    out = _CONVS[chosen.name](x, weight, bias, initial_state, doc, silu)
+    out = _CONVS[chosen.name](*operands, doc, silu)
+    if chosen.name == "cuda" and plain:
+        cuda_again.learn(where, operands, lambda: cuda_conv.plan_of(*operands, silu), activation, backend)
     return (out, _last_inputs(x, k, initial_state, seq)) if return_final_state else out
 
 

@@ -1,59 +1,53 @@
-"""Scans like one before: what was checked, chosen and planned for it holds for all calls that differ in nothing but addresses.
+"""Calls like one before: what was checked, chosen and planned for it holds for all that differ in nothing but values and addresses.
 
-Working it out takes the host longer than a short scan takes the GPU (NOTES.md). What is known is how calls look, and for each the
-launches; nothing of the tensors is kept.
+Working it out takes the host longer than a short scan takes the GPU (NOTES.md). What is kept is how operands look, and for each look
+the launch or launches; nothing of the tensors.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cuda_backend import Call, Launches, planned
 from .dispatch import ENV
 
 # more looks than a program has, unless every call has its own
 MOST = 4096
-_known: dict[tuple, Launches] = {}
+_known: dict[tuple, Any] = {}
 
 
-def _look(operands: tuple, *rest: object) -> tuple:
-    """All that a scan depends on besides values, addresses up to their alignment."""
+def _look(op: str, operands: tuple, options: tuple) -> tuple:
+    """All that a call depends on besides values, addresses up to their alignment."""
     each = [
         x if x is None else (x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16 == 0) for x in operands
     ]
-    return (*each, *rest, os.environ.get(ENV))
+    return (op, *each, *options, os.environ.get(ENV))
 
 
-def _plain(u: Tensor) -> bool:
+def _plain(x: Tensor) -> bool:
     # what is traced or transformed has no addresses
     return not (
         torch.compiler.is_compiling()
-        or type(u) not in (Tensor, torch.nn.Parameter)
+        or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._are_functorch_transforms_active()
     )
 
 
-def find(operands: tuple, softplus: bool, backend: str | None) -> Launches | None:
-    """The launches of a forward like one that has been learned.
-
-    ``operands`` are u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight.
-    """
-    if not _known or not _plain(operands[0]):
-        return None
-    return _known.get(_look(operands, softplus, backend))
+def find(op: str, operands: tuple, *options: object) -> Any:
+    """What was learned of a call like this one, or ``None``; the first operand says whether it is one of plain tensors."""
+    return _known.get(_look(op, operands, options)) if _known and _plain(operands[0]) else None
 
 
-def learn(operands: tuple, out: Tensor, softplus: bool, backend: str | None) -> None:
-    """Remember a scan, without documents and padding, that the CUDA kernels have done as it was given to them."""
+def learn(op: str, operands: tuple, plan_of: Callable[[], tuple[tuple, Any]], *options: object) -> None:
+    """Remember a call that the CUDA kernels have done: ``plan_of`` tells what they used in place of the operands, and the plan."""
     if not _plain(operands[0]):
         return
-    u, dt, A, B, C, D, z, dt_bias, state, weight = operands
-    call = Call.of(u, dt, A, B, C, D, z, dt_bias, state, None, None, softplus, weight)
-    used = call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state, call.dt_weight
+    used, plan = plan_of()
     if any(a is not b for a, b in zip(used, operands, strict=True)):
         # every call converts its operands anew
         return
     if len(_known) >= MOST:
         _known.clear()
-    _known[_look(operands, softplus, backend)] = planned(call, out)
+    _known[_look(op, operands, options)] = plan

@@ -154,12 +154,18 @@ def _sum_tail(rows: int, k: int, d: int) -> bytes:
     return params.tail(SumParams(rows=rows, k=k, d=d))
 
 
-def forward(call: Call, strip: int | None = None) -> Tensor:
-    """The outputs (b, l, d), in the type that the inputs are read in."""
+def plan_of(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool) -> tuple[tuple, Plan]:
+    """What a convolution of one document per row uses in place of its operands, and its launch; see :mod:`.cuda_again`."""
+    call = Call.of(x, weight, bias, state, None, silu)
+    return (call.x, call.weight, call.bias, call.state), plan(call.signature(None, None), processors(x.device), False)
+
+
+def forward(call: Call, strip: int | None = None, cut: Plan | None = None) -> Tensor:
+    """The outputs (b, l, d), in the type that the inputs are read in; ``cut`` is the plan of another call that looks like this one."""
     x = call.x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        cut = plan(call.signature(None, None), processors(x.device), False, strip)
+        cut = cut or plan(call.signature(None, None), processors(x.device), False, strip)
         packed = params.pack(cut.tail, x, call.weight, call.bias, call.state, call.doc, out, None, None, None, None)
         nvrtc.launch("conv.cu", "conv_forward" + cut.arguments, packed, cut.blocks, THREADS, 0, x.device)
     return out
@@ -202,7 +208,9 @@ def conv_op(
     return _forward((x, weight, bias, initial_state, doc, silu))
 
 
-def _forward(operands: tuple) -> Tensor:
+def _forward(operands: tuple, cut: Plan | None = None) -> Tensor:
+    if cut is not None:
+        return forward(Call(*operands), cut=cut)
     out, dtype = forward(Call.of(*operands)), operands[0].dtype
     return out if out.dtype == dtype else out.to(dtype)
 
@@ -257,24 +265,33 @@ class _Eager(torch.autograd.Function):
     """The op without the dispatcher, which costs a small call more time than the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, silu: bool, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, silu: bool, cut: Plan | None, *tensors: Tensor | None) -> Tensor:
         ctx.silu = silu
         ctx.save_for_backward(*tensors)
-        return _forward((*tensors, silu))
+        return _forward((*tensors, silu), cut)
 
     @staticmethod
     def backward(ctx: Any, gout: Tensor) -> tuple:
-        return (None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu), ctx.next_functions[0]), None)
+        return (None, None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu), ctx.next_functions[0]), None)
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, doc: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    doc: Tensor | None,
+    silu: bool,
+    cut: Plan | None = None,
 ) -> Tensor:
-    """:func:`hybridzoo.kernels.reference.causal_conv1d` on an NVIDIA GPU; the same arguments and result."""
+    """:func:`hybridzoo.kernels.reference.causal_conv1d` on an NVIDIA GPU; the same arguments and result.
+
+    ``cut`` is the plan of a call like this (:mod:`.cuda_again`).
+    """
     tensors = (x, weight, bias, initial_state, doc)
     # what is traced, or is not a plain tensor, needs the registered op
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return torch.ops.hybridzoo.causal_conv1d_cuda(*tensors, silu)
-    if torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in tensors):
-        return _Eager.apply(silu, *tensors)
-    return _forward((*tensors, silu))
+    if torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in tensors]):
+        return _Eager.apply(silu, cut, *tensors)
+    return _forward((*tensors, silu), cut)

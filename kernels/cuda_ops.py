@@ -217,6 +217,17 @@ class _Eager(torch.autograd.Function):
         return (None, None, None, None, *grads, None, None, gweight)
 
 
+def plan_of(operands: tuple, out: Tensor, softplus: bool) -> tuple[tuple, Launches]:
+    """Of a scan without documents and padding, for :mod:`.cuda_again`.
+
+    The operands are u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight.
+    """
+    u, dt, A, B, C, D, z, dt_bias, state, weight = operands
+    call = Call.of(u, dt, A, B, C, D, z, dt_bias, state, None, None, softplus, weight)
+    used = call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state, call.dt_weight
+    return used, cuda_backend.planned(call, out)
+
+
 def selective_scan(
     u: Tensor,
     dt: Tensor,

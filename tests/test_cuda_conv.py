@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import Seq, cuda_conv, reference
+from hybridzoo.kernels import Seq, api, causal_conv1d, cuda_conv, nvrtc, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 exhaustive = pytest.mark.skipif(
@@ -147,3 +147,27 @@ def test_how_a_call_is_cut(shape, arguments, blocks):
     signature = (BF16, BF16, (b, l, d), 4, strides, (0, 0), strides, strides, 16, False, True)
     cut = cuda_conv.plan(signature, 132, backward)
     assert (cut.arguments, cut.blocks) == (arguments, blocks)
+
+
+@needs_compiler
+def test_a_convolution_like_one_before_is_not_looked_at_again(monkeypatch):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_conv, "refuse_tensors", lambda facts: None)
+    x, weight, bias, state = (m.requires_grad_() for m in operands(2, 40, 24, 4))
+
+    def run(x=x, bias=bias, **options):
+        y = causal_conv1d(x, weight, bias, initial_state=state, **{"activation": "silu"} | options)
+        return (y, *torch.autograd.grad(y.square().sum(), (x, weight, state)))
+
+    want = run()
+    chosen, looked = api.choose, []
+    monkeypatch.setattr(api, "choose", lambda op, **facts: looked.append(op) or chosen(op, **facts))
+    assert all(map(torch.equal, run(), want)) and not looked
+    with torch.no_grad():
+        y = causal_conv1d(x, weight, bias, initial_state=state, activation="silu")
+    assert torch.equal(y, want[0]) and not looked
+    run(activation=None), run(bias=None), run(x[:, 1:].detach().requires_grad_())
+    assert len(looked) == 3
+    assert torch.allclose(run(backend="chunked")[0], want[0], atol=1e-5) and len(looked) == 4
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        run(activation="relu")
