@@ -244,27 +244,7 @@ def causal_conv1d(
     out = _CONVS[chosen.name](*operands, doc, silu)
     if chosen.name == "cuda" and plain:
         cuda_again.learn(where, operands, lambda: cuda_conv.plan_of(*operands, silu), activation, backend)
-    return (out, _last_inputs(x, k, initial_state, seq)) if return_final_state else out
-
-
-def _last_inputs(x: Tensor, k: int, initial_state: Tensor | None, seq: Seq | None) -> Tensor:
-    b, l, d = x.shape
-    before = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state.to(x.dtype)
-    if seq is None:
-        # a state must not keep the whole row alive
-        return torch.cat([before[:, min(l, k - 1) :], x[:, max(0, l - k + 1) :]], 1)
-    # places in the row; negative ones stand before it
-    at = seq.lengths[:, None] + torch.arange(1 - k, 0, device=x.device)
-
-    def pick(rows: Tensor, index: Tensor) -> Tensor:
-        return rows.gather(1, index[..., None].expand(b, k - 1, d))
-
-    inside = at.clamp(min=0)
-    state = torch.where((at < 0)[..., None], pick(before, (at + k - 1).clamp(max=k - 2)), pick(x, inside))
-    if not seq.packed:
-        return state
-    docs = seq.doc.gather(1, inside)
-    return state.masked_fill((docs != docs[:, -1:])[..., None], 0.0)
+    return (out, conv.last_inputs(x, k, initial_state, seq)) if return_final_state else out
 
 
 def _is_silu(where: str, activation: str | None) -> bool:

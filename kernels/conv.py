@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .seq import Seq
+
 # elements of a group of rows that the taps pass over while it is in the cache
 _GROUP = {"cpu": 1 << 17, "cuda": 1 << 26}
 
@@ -140,3 +142,24 @@ def causal_conv1d(
 ) -> Tensor:
     """:func:`hybridzoo.kernels.reference.causal_conv1d`, fast; the same arguments and result."""
     return torch.ops.hybridzoo.causal_conv1d(x, weight, bias, initial_state, doc, silu)
+
+
+def last_inputs(x: Tensor, k: int, initial_state: Tensor | None, seq: Seq | None) -> Tensor:
+    """The last k-1 real inputs of each row's last document, ``(b, k-1, d)``, zeros before its start; those before the row come first."""
+    b, l, d = x.shape
+    before = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state.to(x.dtype)
+    if seq is None:
+        # a state must not keep the whole row alive
+        return torch.cat([before[:, min(l, k - 1) :], x[:, max(0, l - k + 1) :]], 1)
+    # places in the row; negative ones stand before it
+    at = seq.lengths[:, None] + torch.arange(1 - k, 0, device=x.device)
+
+    def pick(rows: Tensor, index: Tensor) -> Tensor:
+        return rows.gather(1, index[..., None].expand(b, k - 1, d))
+
+    inside = at.clamp(min=0)
+    state = torch.where((at < 0)[..., None], pick(before, (at + k - 1).clamp(max=k - 2)), pick(x, inside))
+    if not seq.packed:
+        return state
+    docs = seq.doc.gather(1, inside)
+    return state.masked_fill((docs != docs[:, -1:])[..., None], 0.0)

@@ -177,9 +177,10 @@ FORWARD = {
 # and of 5120 in 4, on an H100); of 128 and 64 it was slower than of 64
 PAIRS = {16: (ForwardPair(FORWARD[16][1], FORWARD[16][2]),)}
 BACKWARD = {
-    1: BackwardShape(1, 1, 2, 1, 8, 8, 8),
-    2: BackwardShape(2, 1, 2, 1, 8, 8, 8),
-    4: BackwardShape(4, 1, 2, 1, 8, 4, 8),
+    # few states are little work between loads: many blocks of few registers
+    1: BackwardShape(1, 1, 1, 1, 8, 4, 19),
+    2: BackwardShape(2, 1, 2, 1, 8, 4, 10),
+    4: BackwardShape(4, 1, 1, 1, 8, 4, 12),
     8: BackwardShape(4, 2, 2, 2, 16, 8, 4),
     16: BackwardShape(4, 4, 2, 4, 32, 8, 2),
     32: BackwardShape(8, 4, 1, 4, 32, 8, 2),
