@@ -215,3 +215,22 @@ def test_what_follows_the_last_numbers_does_not_count(behind, emulated):
     assert (call.dt_weight is weight) == low_rank.in_vectors(first[1]) == (behind == "other numbers")
     got, want = (cuda_ops.selective_scan(*x, None, None, True, dt_weight=weight) for x in (first, inputs[:-1]))
     torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("paths", [None, FOUR], ids=["straight", "four paths"])
+def test_traced_whole(paths, emulated, monkeypatch):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_backend, "refuse_tensors", lambda facts: None)
+    u, dt, A, B, C, D, z, bias, _, weight = (x.requires_grad_() for x in operands(1, 35, 16, 16, 8, BF16, paths and 4))
+
+    def scan(u, dt, weight):
+        out = selective_scan(u, dt, A, B, C, D, z, dt_bias=bias, dt_weight=weight, dt_softplus=True, paths=paths)
+        return out.float().sin()
+
+    # twice: what was learned of the first call must not keep the second from being traced
+    want = [scan(u, dt, weight) for _ in range(2)]
+    got = torch.compile(scan, fullgraph=True, backend="eager")(u, dt, weight)
+    assert torch.equal(got, want[0]) and torch.equal(*want)
+    grads = [torch.autograd.grad(x.sum(), (u, dt, weight)) for x in (got, want[0])]
+    assert all(map(torch.equal, *grads))

@@ -318,10 +318,10 @@ struct Backward {
         read_channels<T, CH>(raw(c, 2) + at, z);
         read_channels<T, CH>(raw(c, 3) + at, gout);
         const bool valid = c * K + first + i < p.l && (p.valid == nullptr || smem[S::valid + first + i] != 0.f);
-        // without a gate, z is whatever lies there, and nobody reads its gradient
+        // without a gate, z is whatever lies there, and nobody reads its gradient; but two sigmoids share a reciprocal, and one is dt's
         float x[2 * CH], s[2 * CH];
 #pragma unroll
-        for (int ch = 0; ch < CH; ++ch) x[ch] = z[ch], x[CH + ch] = dt[ch] + bias[ch];
+        for (int ch = 0; ch < CH; ++ch) x[ch] = CH % 2 == 0 || p.z != nullptr ? z[ch] : 0.f, x[CH + ch] = dt[ch] + bias[ch];
         sigmoids<2 * CH>(x, s);
 #pragma unroll
         for (int ch = 0; ch < CH; ++ch) {

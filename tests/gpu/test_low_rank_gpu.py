@@ -59,7 +59,7 @@ GRID = [
     (1, 16384, 512, 16, 8, BF16, False, {}),
     (1, 4097, 64, 1, 6, F16, True, {"gate": False}),
     (2, 300, 96, 8, 16, BF16, False, {"sliced": True}),
-    (1, 127, 40, 64, 24, BF16, True, {}),
+    (1, 127, 40, 64, 24, BF16, True, {"gate": False}),
     (1, 63, 24, 256, 10, F16, False, {}),
     (2, (5, 13), 33, 16, 6, BF16, False, {}),
     (2, (56, 55), 96, 1, 6, BF16, False, {"gate": False, "sliced": True}),
