@@ -117,7 +117,7 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
     if more:
         missed = sum(row["met"] is False for row in more)
         pieces.append(
-            f"<details><summary>Lengths, state sizes, types, decoding and the convolution: {len(more)} rows, "
+            f"<details><summary>Walks over images, lengths, state sizes, types, decoding and the convolution: {len(more)} rows, "
             f"{missed} slower than the peer</summary>"
         )
         pieces.append(
