@@ -294,6 +294,7 @@ def _check_scan(
     else:
         r = dt.shape[-1]
         checks.shape(where, "dt", dt, (b, l, r), "(b, l, r), beside a dt_weight")
+        checks.floating(where, "dt_weight", dt_weight, 2, "(d, r)")
         checks.shape(where, "dt_weight", dt_weight, (d, r), "(d, r), dt being (b, l, r)")
     checks.shape(where, "A", A, (d, n), "(d, n)")
     checks.shape(where, "B", B, *rows(B))

@@ -20,9 +20,7 @@ _known: dict[tuple, Any] = {}
 
 def _look(op: str, operands: tuple, options: tuple) -> tuple:
     """All that a call depends on besides values, addresses up to their alignment."""
-    each = [
-        x if x is None else (x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16 == 0) for x in operands
-    ]
+    each = [x if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0) for x in operands]
     return (op, *each, *options, os.environ.get(ENV))
 
 
