@@ -173,8 +173,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The outputs (b, l, d), the ``final`` state (b, d, n) and the states before every K-th step, (b, l / K, d, n), to ``save``.
 
-    ``launches`` are those :func:`planned` for another call with the same signature.
+    ``launches`` are those :func:`planned` for another call with the same signature, and ready as this one is.
     """
+    if launches is None:
+        call = call.ready()
     if into is None:
         saved = call.saved_states() if save else None
         into = call.u.new_empty(call.u.shape), call.last_state() if final else None, saved

@@ -13,6 +13,11 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESET, WALK, UNALIGNED, CUT, NARROW, LOW_RANK = 1, 2, 4, 8, 16, 32
 
 
+def eager(x: Tensor) -> bool:
+    """Whether a call on ``x`` can do without its registered op: nothing is traced, and ``x`` is a tensor of torch's own."""
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
 @dataclass
 class Call:
     """One scan's operands in the form that the kernels read: one element type, unit strides along channels and states.
@@ -41,21 +46,22 @@ class Call:
     def of(
         cls, u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, dt_weight=None, walk=None
     ) -> "Call":
-        """From the op's arguments; operands of different types meet in float32, and ``dt_weight`` is read in their type.
-
-        Step sizes that the kernels cannot form are formed here, and the call has no ``dt_weight``.
-        """
+        """From the op's arguments; operands of different types meet in float32, and ``dt_weight`` is read in their type."""
         same = all(m is None or m.dtype == u.dtype for m in (dt, B, C, z))
         dtype = u.dtype if same and u.dtype in TYPES else torch.float32
         u, dt, B, C, z = (in_rows(m, dtype) for m in (u, dt, B, C, z))
         A, D, dt_bias, initial_state = (in_one_piece(m, torch.float32) for m in (A, D, dt_bias, initial_state))
         reset, valid = (in_one_piece(m, torch.bool) for m in (reset, valid))
-        if dt_weight is not None:
-            dt_weight = in_one_piece(dt_weight, dtype)
-            facts = {"dtype": dtype, "rank": dt_weight.shape[1], "d_state": A.shape[1]}
-            if low_rank.refuse(facts | {"in_vectors": low_rank.in_vectors(dt)}):
-                dt, dt_weight = low_rank.step_sizes(dt, dt_weight), None
+        dt_weight = in_one_piece(dt_weight, dtype)
         return cls(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, dt_weight, walk)
+
+    def ready(self) -> "Call":
+        """What a forward scans: this call, or, where the scan cannot form the step sizes, :meth:`with_step_sizes`."""
+        if self.dt_weight is None:
+            return self
+        facts = {"dtype": self.u.dtype, "rank": self.dt_weight.shape[1], "d_state": self.A.shape[1]}
+        refused = low_rank.refuse(facts | {"in_vectors": low_rank.in_vectors(self.dt)})
+        return self.with_step_sizes() if refused else self
 
     def with_step_sizes(self) -> "Call":
         """The same with dt (b, l, d), whether or not the scan can form it."""

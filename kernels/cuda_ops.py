@@ -1,7 +1,7 @@
 """The CUDA scan as ``torch.library`` ops: autograd, fake tensors for ``torch.compile``, and why a call may be refused.
 
 Autocast: the ops take what they are given. Operands of one 16-bit type run in that type with a float32 state; operands of different types
-meet in float32 (:meth:`.cuda_backend.Call.of`). A, D, the bias and the states are float32 whatever the rest is.
+meet in float32 (:meth:`.cuda_call.Call.of`). A, D, the bias and the states are float32 whatever the rest is.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import cuda_backend, cuda_paths, low_rank, nvrtc
-from .cuda_backend import Call, Launches
+from .cuda_backend import Launches
+from .cuda_call import Call, eager
 from .cuda_shapes import BACKWARD, MAX_STATE, backward_shape, forward_shapes, instance, keeps_states
 from .halves import room
 from .paths import Path
@@ -223,7 +224,7 @@ def plan_of(operands: tuple, out: Tensor, softplus: bool) -> tuple[tuple, Launch
     The operands are u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight.
     """
     u, dt, A, B, C, D, z, dt_bias, state, weight = operands
-    call = Call.of(u, dt, A, B, C, D, z, dt_bias, state, None, None, softplus, weight)
+    call = Call.of(u, dt, A, B, C, D, z, dt_bias, state, None, None, softplus, weight).ready()
     used = call.u, call.dt, call.A, call.B, call.C, call.D, call.z, call.dt_bias, call.initial_state, call.dt_weight
     return used, cuda_backend.planned(call, out)
 
@@ -257,7 +258,7 @@ def selective_scan(
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid)
     save = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in (*tensors, dt_weight)])
     # what is traced, or is not a plain tensor, needs the registered op
-    if torch.compiler.is_compiling() or type(u) not in (Tensor, torch.nn.Parameter):
+    if not eager(u):
         return torch.ops.hybridzoo.selective_scan_cuda(*tensors, dt_softplus, save, flat, dt_weight)[:2]
     if save:
         return _Eager.apply(dt_softplus, flat, final, launches, *tensors, dt_weight)

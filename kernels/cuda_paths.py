@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from . import cuda_backend, low_rank
-from .cuda_backend import Call
+from .cuda_call import Call, in_rows
 from .paths import per_path
 
 
-def _calls(operands: tuple, paths: Sequence[int], weight: Tensor | None) -> list[Call]:
-    u, dt, A, B, C, D, z, dt_bias, state, softplus = operands
+def _varied(operands: tuple, paths: Sequence[int], weight: Tensor | None) -> list[tuple[Any, ...]]:
+    _, dt, A, B, C, D, _, dt_bias, state, _ = operands
+    return per_path(len(paths) // 5, dt, A, B, C, D, dt_bias, state, weight)
+
+
+def _calls(operands: tuple, paths: Sequence[int], varied: list[tuple[Any, ...]]) -> list[Call]:
+    u, *_, z, _, _, softplus = operands
     calls: list[Call] = []
-    each = per_path(len(paths) // 5, dt, A, B, C, D, dt_bias, state, weight)
-    for k, (dt_k, A_k, B_k, C_k, D_k, bias_k, state_k, weight_k) in enumerate(each):
+    for k, (dt_k, A_k, B_k, C_k, D_k, bias_k, state_k, weight_k) in enumerate(varied):
         walk = tuple(paths[5 * k : 5 * k + 5])
         call = Call.of(u, dt_k, A_k, B_k, C_k, D_k, z, bias_k, state_k, None, None, softplus, weight_k, walk)
         # a conversion is made once for all paths
@@ -36,7 +40,7 @@ def forward(
     ``operands`` are u, dt, A, B, C, D, z, dt_bias, the initial state and whether dt goes through softplus; ``paths`` five integers
     for each. With a ``dt_weight``, dt is in low-rank form (:mod:`.low_rank`).
     """
-    calls = _calls(operands, paths, dt_weight)
+    calls = _calls(operands, paths, _varied(operands, paths, dt_weight))
     first = calls[0]
     out = first.u.new_empty(first.u.shape)
     total = out if out.dtype == torch.float32 or len(calls) == 1 else first.A.new_empty(out.shape)
@@ -60,8 +64,9 @@ def backward(
     dt_weight: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of the tensors among ``operands`` and of ``dt_weight``, in their order and shapes."""
-    calls = _calls(operands, paths, dt_weight)
-    gout = cuda_backend.in_rows(gout, calls[0].u.dtype)
+    varied = _varied(operands, paths, dt_weight)
+    calls = _calls(operands, paths, varied)
+    gout = in_rows(gout, calls[0].u.dtype)
     # of step sizes in low-rank form, the gradient of one path at a time is in memory
     one = None if dt_weight is None else gout.new_empty(calls[0].u.shape)
     gu, gdt, gB, gC, gz = planes = calls[0].gradients(len(calls), gdt=one)
@@ -71,15 +76,11 @@ def backward(
         into: Any = tuple(g if g is None or g is one else g[k] for g in planes)
         glast_k, saved_k = (None if x is None else x[k] for x in (glast, saved))
         each.append(cuda_backend.backward(call, gout, glast_k, saved_k, chunks=chunks, into=into))
-        if one is not None and dt_weight is not None:
-            forms.append(low_rank.gradients(one, _of_path(k, operands[1], 3), _of_path(k, dt_weight, 2)))
+        if one is not None:
+            forms.append(low_rank.gradients(one, varied[k][0], varied[k][-1]))
     gA, gD, gbias, ginit = (None if each[0][i] is None else torch.stack([g[i] for g in each]) for i in (2, 5, 7, 8))
     gweight = None
     if forms:
         gdt, gweight = (torch.stack(x) for x in zip(*forms, strict=True))
     pairs = zip((gu, gdt, gA, gB, gC, gD, gz, gbias, ginit, gweight), (*operands[:9], dt_weight), strict=True)
     return [None if x is None or g is None else g.sum(0) if g.dim() > x.dim() else g for g, x in pairs]
-
-
-def _of_path(k: int, x: Tensor, dims: int) -> Tensor:
-    return x[k] if x.dim() > dims else x

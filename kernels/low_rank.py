@@ -26,11 +26,10 @@ def step_sizes(dt: Tensor, weight: Tensor) -> Tensor:
 
 
 def gradients(gdt: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the low-rank form and the weight, in their types, out of the gradient ``(b, l, d)`` of the step sizes."""
+    """Of the low-rank form and the weight, out of the gradient ``(b, l, d)`` of the step sizes, and in its type."""
     rows, low = gdt.flatten(0, 1), dt.to(gdt.dtype).flatten(0, 1)
     with torch.autocast(gdt.device.type, enabled=False):
-        glow, gweight = rows @ weight.to(gdt.dtype), rows.mT @ low
-    return glow.view(dt.shape).to(dt.dtype), gweight.to(weight.dtype)
+        return (rows @ weight.to(gdt.dtype)).view(dt.shape), rows.mT @ low
 
 
 def in_vectors(dt: Tensor) -> bool:

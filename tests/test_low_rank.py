@@ -1,6 +1,7 @@
 """Step sizes in low-rank form: against those of a product in front, in every backend, and formed by the CUDA scan (tests/emulator)."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -102,7 +103,9 @@ def test_the_cuda_scan_forms_them(case, marked, emulated):
     inputs = operands(*sizes, **options)
     u, dt, *rest, weight = inputs
     marks = (torch.rand(u.shape[:2]) < 0.15, torch.arange(u.shape[1]) < u.shape[1] - 3) if marked else (None, None)
-    call = cuda_backend.Call.of(u, dt, *rest, *(m if m is None else m.expand(u.shape[:2]) for m in marks), True, weight)
+    call = cuda_backend.Call.of(
+        u, dt, *rest, *(m if m is None else m.expand(u.shape[:2]) for m in marks), True, weight
+    ).ready()
     assert call.dt_weight is weight and call.dt is dt
     out, last, saved = cuda_backend.forward(call, True, chunks=chunks)
     real = torch.ones(()) if not marked else marks[1][..., None]
@@ -124,6 +127,24 @@ def test_along_paths(own, emulated):
     gout, glast = torch.randn_like(inputs[0]), torch.randn_like(last)
     grads = cuda_paths.backward((*first, True), flat, gout, glast, saved, dt_weight=weight)
     assert worst([out, last, *grads], exact(inputs, gout, glast, paths)) < TOLERANCE[BF16]
+
+
+@needs_compiler
+def test_step_sizes_are_there_for_one_path_at_a_time(emulated, monkeypatch):
+    # a rank that the scan does not form
+    *first, weight = operands(2, 35, 40, 16, 24, BF16, 4)
+    flat, made, form = [int(x) for path in FOUR for x in path], [], low_rank.step_sizes
+
+    def step_sizes(dt, weight):
+        assert not any(ref() is not None for ref in made)
+        formed = form(dt, weight)
+        made.append(weakref.ref(formed))
+        return formed
+
+    monkeypatch.setattr(low_rank, "step_sizes", step_sizes)
+    out, last, saved = cuda_paths.forward((*first, True), flat, True, dt_weight=weight)
+    cuda_paths.backward((*first, True), flat, torch.ones_like(out), torch.ones_like(last), saved, dt_weight=weight)
+    assert len(made) == 8
 
 
 @needs_compiler
@@ -166,7 +187,7 @@ def test_what_the_cuda_scan_does_not_read_as_it_is(what, emulated):
         first[1] = F.pad(first[1], (0, 1))[..., :-1]
     if what.endswith("weight"):
         weight = weight.float() if what == "float32 weight" else weight.mT.contiguous().mT
-    call = cuda_backend.Call.of(*first, None, None, True, weight)
+    call = cuda_backend.Call.of(*first, None, None, True, weight).ready()
     assert (call.dt_weight is None) == (not what.endswith("weight"))
     assert call.dt_weight is None or (call.dt_weight.dtype == BF16 and call.dt_weight.is_contiguous())
     inputs = [x.requires_grad_() for x in (*first, weight)]
@@ -211,7 +232,7 @@ def test_what_follows_the_last_numbers_does_not_count(behind, emulated):
     first[1] = (
         rows[..., :6] if behind == "other numbers" else rows.flatten()[:-2].clone().as_strided((1, 40, 6), (320, 8, 1))
     )
-    call = cuda_backend.Call.of(*first, None, None, True, weight)
+    call = cuda_backend.Call.of(*first, None, None, True, weight).ready()
     assert (call.dt_weight is weight) == low_rank.in_vectors(first[1]) == (behind == "other numbers")
     got, want = (cuda_ops.selective_scan(*x, None, None, True, dt_weight=weight) for x in (first, inputs[:-1]))
     torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
