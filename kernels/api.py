@@ -80,9 +80,7 @@ def selective_scan(
         ValueError: Shapes, dtypes or devices do not fit together.
         BackendError: The backend asked for cannot do this call.
     """
-    where = "selective_scan"
-    # whether a low-rank form of another rank can be read as it is depends on what lies behind its last row
-    plain = seq is None and paths is None and (dt_weight is None or dt_weight.shape[-1] % 8 == 0)
+    where, plain = "selective_scan", seq is None and paths is None
     seen = (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_weight)
     launches = cuda_again.find(where, seen, dt_softplus, backend) if plain else None
     if launches is not None:
@@ -112,7 +110,8 @@ def selective_scan(
     operands = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     if own:
         out, state = cuda_ops.selective_scan(*operands, *_marks(seq), dt_softplus, walked, dt_weight=dt_weight)
-        if plain:
+        # whether a low-rank form of another rank can be read as it is depends on what lies behind its last row
+        if plain and (dt_weight is None or dt_weight.shape[-1] % 8 == 0):
             cuda_again.learn(where, seen, lambda: cuda_ops.plan_of(seen, out, dt_softplus), dt_softplus, backend)
     elif walked is None:
         out, state = _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)

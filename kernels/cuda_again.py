@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cuda_call import eager
 from .dispatch import ENV
 
 # more looks than a program has, unless every call has its own
@@ -26,11 +27,7 @@ def _look(op: str, operands: tuple, options: tuple) -> tuple:
 
 def _plain(x: Tensor) -> bool:
     # what is traced or transformed has no addresses
-    return not (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-    )
+    return eager(x) and not torch._C._are_functorch_transforms_active()
 
 
 def find(op: str, operands: tuple, *options: object) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_backend import RESET, TYPES, UNALIGNED, in_types_of, processors, refuse_tensors
+from .cuda_backend import in_types_of, processors, refuse_tensors
+from .cuda_call import RESET, TYPES, UNALIGNED, eager
 from .cuda_shapes import ceil_div
 from .halves import room
 
@@ -290,7 +291,7 @@ def causal_conv1d(
     """
     tensors = (x, weight, bias, initial_state, doc)
     # what is traced, or is not a plain tensor, needs the registered op
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if not eager(x):
         return torch.ops.hybridzoo.causal_conv1d_cuda(*tensors, silu)
     if torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in tensors]):
         return _Eager.apply(silu, cut, *tensors)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_backend import DRIVERS, TYPES, refuse_tensors, shared_memory
+from .cuda_backend import DRIVERS, refuse_tensors, shared_memory
+from .cuda_call import TYPES
 from .cuda_conv import whole
 from .cuda_shapes import ceil_div
 

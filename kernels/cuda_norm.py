@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_backend import TYPES, UNALIGNED, processors, refuse_tensors
+from .cuda_backend import processors, refuse_tensors
+from .cuda_call import TYPES, UNALIGNED, eager
 from .cuda_conv import add_up, whole
 from .cuda_shapes import ceil_div
 
@@ -207,7 +208,7 @@ class _Eager(torch.autograd.Function):
 def branch_rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """:func:`hybridzoo.kernels.norm.branch_rms_norm` on an NVIDIA GPU; the same arguments and results."""
     # what is traced, or is not a plain tensor, needs the registered op
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if not eager(x):
         return torch.ops.hybridzoo.rms_norm_cuda(x, weight, eps, dtype), x
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         h, past = _Eager.apply(x, weight, eps, dtype)

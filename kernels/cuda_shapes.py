@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from .low_rank import MAX_RANK
+
 FULL, STATE, ADJOINT = 0, 1, 2
 MAX_STATE = 256
 
@@ -46,9 +48,9 @@ class ForwardShape:
         stage = pairs + self.tt * n * kinds + self.tt
         part = self.tt * _padded(self.channels * self.ln // 4) * 4 if full else 0
         raw_bc = self.tt * n // min(n, 16 // element) * 16 * kinds
-        return (
-            8 * (stage + part) + wide * ((4 if full else 2) + 3) + (self.tt * 3 * 48 if low_rank else wide) + 2 * raw_bc
-        )
+        # a tile of dt, and another one, or three of the low-rank form
+        steps = wide + (3 * self.tt * (MAX_RANK + 8) * element if low_rank else wide)
+        return 8 * (stage + part) + wide * ((4 if full else 2) + 2) + steps + 2 * raw_bc
 
     def cost(self, rows: int, l: int, d: int, chunks: int, processors: int) -> float:
         """Cycles of a launch, and of the pass before it that a split length needs."""

@@ -16,7 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_backend import TYPES, UNALIGNED, processors, refuse_tensors
+from .cuda_backend import processors, refuse_tensors
+from .cuda_call import TYPES, UNALIGNED
 from .cuda_conv import alignment, refuse_width, whole
 from .cuda_shapes import MAX_STATE, ceil_div
 

@@ -166,9 +166,7 @@ def test_every_instance_compiles(element, arch):
         )
     ]
     low = (0,) if element == "float" else (0, LOW_RANK)
-    kernels += [
-        pair(element, flags + more, i) for flags in range(32) if not flags & CUT for more in low for i in (0, 1)
-    ]
+    kernels += [pair(element, flags + more) for flags in range(32) if not flags & CUT for more in low]
     spilled = {kernel: resources(*kernel, arch) for kernel in kernels}
     assert max(s for _, s in spilled.values()) <= 4 * SPILLS, spilled
 

@@ -1,5 +1,6 @@
 // CUDA on one CPU thread, for tests: each thread of a block is a fiber, switched at barriers and shuffles, in an order drawn at random.
-// Shared memory starts as NaN, or, every other time, as 0.75, and asynchronous copies happen only when they are waited for, so that a missing barrier or wait shows.
+// Shared memory starts as NaN, or, every other time, as 0.75, and asynchronous copies happen only when they are waited for, so that a missing
+// barrier or wait shows.
 #pragma once
 #include <ucontext.h>
 
