@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import cuda_params as params
 from . import nvrtc
@@ -272,6 +273,7 @@ class _Eager(torch.autograd.Function):
         return _forward((*tensors, silu), cut)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gout: Tensor) -> tuple:
         return (None, None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu), ctx.next_functions[0]), None)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import cuda_backend, cuda_paths, low_rank, nvrtc
 from .cuda_backend import Launches
@@ -206,6 +207,7 @@ class _Eager(torch.autograd.Function):
         return out, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gout: Tensor | None, glast: Tensor | None) -> tuple:
         *tensors, saved = ctx.saved_tensors
         if gout is None:

@@ -171,3 +171,13 @@ def test_a_convolution_like_one_before_is_not_looked_at_again(monkeypatch):
     assert torch.allclose(run(backend="chunked")[0], want[0], atol=1e-5) and len(looked) == 4
     with pytest.raises(ValueError, match="activation is 'relu'"):
         run(activation="relu")
+
+
+@needs_compiler
+def test_a_second_derivative_is_an_error(monkeypatch):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_conv, "refuse_tensors", lambda facts: None)
+    x, weight, *_ = (m.requires_grad_() for m in operands(1, 9, 8, 4))
+    (gx,) = torch.autograd.grad(causal_conv1d(x, weight, activation="silu").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gx.sum().backward()
