@@ -83,6 +83,32 @@ def linear(
     return nn.utils.skip_init(cls, d_in, d_out, bias=bias, device=device, dtype=dtype)
 
 
+def why_called(module: nn.Module | None, kind: type[nn.Module]) -> str | None:
+    """Why a module has to be called as such, or ``None`` if a ``kind`` of its parameters is all that it is: no adapter, no hook.
+
+    Hooks on all modules (:func:`hooked_everywhere`) are another matter.
+    """
+    if type(module) is not kind:
+        return f"is of type {type(module).__name__}, not {kind.__name__}"
+    m = module
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    if hooks or "forward" in m.__dict__ or m._compiled_call_impl is not None:
+        return "has hooks, or a forward of its own"
+    return None
+
+
+def hooked_everywhere() -> bool:
+    """Whether there are hooks on all modules."""
+    # torch's own names for what it calls around every module
+    every: Any = nn.modules.module
+    return bool(
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
+
+
 @torch.no_grad()
 def reset_linear(layer: nn.Linear, shrink: float = 1.0) -> None:
     """Draw a linear layer as torch does, divided by ``shrink``; its bias is zero, as in mamba-ssm."""

@@ -48,11 +48,15 @@ def gradients(loss, inputs):
     return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["products", "called"])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(300)])
 @pytest.mark.parametrize("tokens", SLICES)
-def test_the_loss_and_all_gradients(slices, tokens, num_items):
+def test_the_loss_and_all_gradients(slices, tokens, num_items, called):
     slices(tokens)
     hidden, head, targets = problem()
+    if called:
+        head.register_forward_hook(lambda *_: None)
+    assert loss_module._is_linear(hidden, head) != called
     inputs = [hidden, *head.parameters()]
     close(*(gradients(f(hidden, head, targets, num_items), inputs) for f in (next_token_loss, plain)))
 

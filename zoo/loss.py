@@ -4,6 +4,7 @@ The logits of a language model are its largest tensor: 8 x 2048 tokens over 50 2
 and differentiated one slice of tokens at a time, in their own dtype and while the loss is formed: its backward only multiplies.
 """
 
+import itertools
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -15,8 +16,9 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import cross_entropy
+from ..kernels.products import add_product, product
 from ..kernels.seq import Seq
-from ..layers.common import acc_dtype, autocasts, dtype_read, upcast
+from ..layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere, upcast, why_called
 
 __all__ = ["IGNORE", "next_token_loss", "shift_labels"]
 
@@ -100,40 +102,112 @@ def _recomputed(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> 
     return total
 
 
-def _differentiated(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> Tensor:
+def _differentiated(hidden: Tensor, head: nn.Linear, targets: Tensor, size: int) -> Tensor:
     """The summed loss with its gradients, which are formed slice by slice and kept."""
-    total: Any = 0
-    ghidden, leaves, gradients, scale = None, [], [], 1.0
-    for i, t in enumerate(targets.split(size)):
-        h = hidden.detach()[i * size : (i + 1) * size].requires_grad_(hidden.requires_grad)
-        # what others do to saved tensors (offloading, recomputation) is not for a graph that ends here
-        with saved_tensors_hooks(_as_it_is, _as_it_is):
-            logits = head(h)
-        wanted, scale = logits.requires_grad, _scale(logits.dtype, size)
+    total, ghidden, scale = hidden.new_zeros(()), None, 1.0
+    parts: Any = (_Products if _is_linear(hidden, head) else _Calls)(hidden, head, hidden.shape[0] > size)
+    for h, t, at in zip(hidden.detach().split(size), targets.split(size), itertools.count(0, size), strict=False):
+        logits = parts.logits(h)
+        wanted, scale = parts.wanted(logits), _scale(logits.dtype, size)
         with torch.autocast(hidden.device.type, enabled=False) if autocasts(hidden) else nullcontext():
             losses, g = cross_entropy(logits, t, ignore_index=IGNORE, want_gradient=wanted, scale=scale)
+            del logits
             total = total + losses.sum()
             if not wanted:
                 continue
-            if i == 0:
-                leaves = _leaves(logits, h, head)
-            edge, logits = get_gradient_edge(logits), None
-            # in this thread: another would have to be waited for, and may not have a CUDA context yet
-            with torch.autograd.set_multithreading_enabled(False):
-                found = list(torch.autograd.grad([edge], [h, *leaves] if h.requires_grad else leaves, [g]))
-        del g, edge
-        if h.requires_grad:
-            if ghidden is None:
-                ghidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            ghidden[i * size : (i + 1) * size] = found.pop(0)
-        if i == 0:
-            gradients = found if size >= hidden.shape[0] else _addable(found)
-        else:
-            for x in gradients:
-                x += found.pop(0)
+            gh = parts.differentiated(g)
+            del g
+            if gh is not None:
+                if ghidden is None:
+                    ghidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+                ghidden[at : at + size] = gh
+    leaves, gradients = parts.leaves, parts.gradients
     if ghidden is not None:
         leaves, gradients = [hidden, *leaves], [ghidden, *gradients]
     return _Known.apply(total, scale, gradients, *leaves) if leaves else total
+
+
+def _is_linear(hidden: Tensor, head: nn.Module) -> bool:
+    """Whether two products are all there is to a head: no adapter, no hook, no mixture of types that ``F.linear`` would refuse."""
+    if hooked_everywhere() or why_called(head, nn.Linear):
+        return False
+    return all(dtype_read(p) == dtype_read(hidden) for p in head.parameters())
+
+
+class _Products:
+    """Slices of a linear head. The gradients of its weight and bias add up in float32 as they come out of the products."""
+
+    def __init__(self, hidden: Tensor, head: nn.Linear, several: bool):
+        trained = torch.is_grad_enabled()
+        self.dtype, self.to_hidden = dtype_read(hidden), trained and hidden.requires_grad
+        self.weight, self.bias = (None if p is None else p.detach().to(self.dtype) for p in (head.weight, head.bias))
+        self.leaves = [p for p in (head.weight, head.bias) if p is not None and trained and p.requires_grad]
+        self.gradients: list[Tensor] = []
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Those of a slice (m, d)."""
+        self.h = h.to(self.dtype)
+        return F.linear(self.h, self.weight, self.bias)
+
+    def wanted(self, logits: Tensor) -> bool:
+        """Whether the logits need a gradient."""
+        return self.to_hidden or bool(self.leaves)
+
+    def differentiated(self, g: Tensor) -> Tensor | None:
+        """Add to the leaves' gradients, from that of the slice's logits; that of the slice, where it is wanted."""
+        acc, first = acc_dtype(self.dtype), not self.gradients
+        for i, p in enumerate(self.leaves):
+            if p.dim() == 1:
+                part = g.sum(0, dtype=acc)
+            elif first:
+                part = product(g.t(), self.h, acc)
+            else:
+                add_product(self.gradients[i], g.t(), self.h)
+                continue
+            if first:
+                self.gradients.append(part)
+            else:
+                self.gradients[i] += part
+        return g @ self.weight if self.to_hidden else None
+
+
+class _Calls:
+    """Slices of whatever the head is, called as a module and differentiated by autograd."""
+
+    def __init__(self, hidden: Tensor, head: nn.Module, several: bool):
+        self.head, self.several, self.to_hidden = head, several, hidden.requires_grad
+        self.leaves: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.edge: Any = None
+
+    def logits(self, h: Tensor) -> Tensor:
+        """As of :class:`_Products`."""
+        self.h, first = h.requires_grad_(self.to_hidden), self.edge is None
+        # what others do to saved tensors (offloading, recomputation) is not for a graph that ends here
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            logits = self.head(self.h)
+        if logits.requires_grad:
+            self.edge = get_gradient_edge(logits)
+            self.leaves = _leaves(logits, self.h, self.head) if first else self.leaves
+        return logits
+
+    def wanted(self, logits: Tensor) -> bool:
+        """As of :class:`_Products`."""
+        return logits.requires_grad
+
+    def differentiated(self, g: Tensor) -> Tensor | None:
+        """As of :class:`_Products`."""
+        inputs = [self.h, *self.leaves] if self.to_hidden else self.leaves
+        # in this thread: another would have to be waited for, and may not have a CUDA context yet
+        with torch.autograd.set_multithreading_enabled(False):
+            found = list(torch.autograd.grad([self.edge], inputs, [g]))
+        gh = found.pop(0) if self.to_hidden else None
+        if not self.gradients:
+            self.gradients = _addable(found) if self.several else found
+        else:
+            for x, part in zip(self.gradients, found, strict=True):
+                x += part
+        return gh
 
 
 def _as_it_is(x: Any) -> Any:
