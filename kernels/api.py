@@ -270,10 +270,7 @@ def _facts(
 
 
 def _marks(seq: Seq | None) -> tuple[Tensor | None, Tensor | None]:
-    """Where the state is dropped, and which tokens are real."""
-    if seq is None:
-        return None, None
-    return seq.resets if seq.packed else None, seq.valid if seq.padded else None
+    return (None, None) if seq is None else seq.marks()
 
 
 def _check_scan(

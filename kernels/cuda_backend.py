@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cuda_params as params
 from . import nvrtc
-from .cuda_call import CUT, LOW_RANK, NARROW, RESET, TYPES, UNALIGNED, WALK, Call, in_one_piece, in_rows
+from .cuda_call import CUT, LOW_RANK, NARROW, OUTPUTS, RESET, TYPES, UNALIGNED, WALK, Call, in_one_piece, in_rows
 from .cuda_shapes import (
     ADJOINT,
     BACKWARD,
@@ -104,6 +104,8 @@ class Launch:
 
     def __call__(self, device: torch.device, *tensors: Tensor | int | None) -> None:
         """Run it over these, or what lies at these addresses, in the order of its parameters."""
+        if not self.blocks:
+            return  # a batch of no rows
         packed = params.pack(self.tail, *tensors)
         nvrtc.launch(self.source, self.name, packed, self.blocks, self.threads, self.shared, device)
 
@@ -190,7 +192,7 @@ def forward(
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launches(
-    signature: tuple, count: int, room: int, shape: BackwardShape | None, chunks: int | Cut | None
+    signature: tuple, count: int, room: int, shape: BackwardShape | None, chunks: int | Cut | None, outputs: bool
 ) -> tuple[Launch, Launch | None, int, Grid, Launch]:
     """The backward, the sweep before it where rows are cut, into how many pieces, the grid, and the launch that adds up partial sums."""
     dtype, (b, l, d, n, g), *facts = signature
@@ -206,7 +208,7 @@ def _backward_launches(
         swept = (dtype, signature[1], *facts[:7], gout, dt, z, nowhere)
         sweep = _scan(swept, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))
     lanes = f"{shape.ns}, {shape.ln}, {shape.ch}, {shape.warps}, {shape.k}, {shape.ts}"
-    flags = _flags(signature) | (cut.chunks > 1) * CUT
+    flags = _flags(signature) | (cut.chunks > 1) * CUT | outputs * OUTPUTS
     name = f"scan_backward<{TYPES[dtype]}, {lanes}, {flags}, {shape.blocks}>"
     tail = _tail(params.Backward, signature, grid, "u dt z gout gu gdt gz")
     blocks, shared = cut.pieces(b) * g * grid.tiles, shape.shared_bytes(dtype.itemsize)
@@ -226,11 +228,12 @@ def backward(
     shape: BackwardShape | None = None,
     chunks: int | Cut | None = None,
     into: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of A, D, dt_bias and the state are float32.
 
     Without the states that a forward ``saved``, they are formed again first. Step sizes are in memory while it runs, whole, and so is
-    their gradient.
+    their gradient. The outputs of a scan with a gate are formed again into ``out``, (b, l, d) in one piece, if given.
     """
     c, new, device = call.with_step_sizes(), call.A.new_empty, gout.device
     b, l, d, n, g = c.sizes
@@ -241,7 +244,9 @@ def backward(
         _, _, saved = forward(c, True, into=(gu, None, c.saved_states()))
     signature = c.signature(gout, gu, gdt, gz)
     room = shared_memory(device) - DRIVERS
-    scan, sweep, pieces, grid, add_up = _backward_launches(signature, processors(device), room, shape, chunks)
+    scan, sweep, pieces, grid, add_up = _backward_launches(
+        signature, processors(device), room, shape, chunks, out is not None
+    )
     local, decay = _sweep(c, sweep, pieces, gout) if sweep else (None, None)
     # one piece of memory for all partial sums, since asking for it takes a small call longer than the kernel
     one, rows = b * l * g * n, grid.cut.pieces(b)
@@ -252,6 +257,6 @@ def backward(
     total_A, gD, gbias = new((d, n)), new(d), new(d)
     ginit = None if c.initial_state is None else new((b, d, n))
     inputs = (c.u, c.dt, c.B, c.C, c.z, gout, c.A, c.D, c.dt_bias, saved, c.initial_state, glast, local, decay)
-    scan(device, *inputs, c.reset, c.valid, gu, gdt, gz, gbc, gA, gskip, ginit)
+    scan(device, *inputs, c.reset, c.valid, gu, gdt, gz, gbc, gA, gskip, ginit, out)
     add_up(device, gbc, gbc + 4 * one, gA, gskip, gskip + 4 * d, gB, gC, total_A, gD, gbias)
     return gu, gdt, total_A, gB, gC, gD, gz, gbias, ginit

@@ -10,7 +10,7 @@ from . import low_rank, nvrtc
 from .cuda_shapes import BACKWARD, ceil_div, instance
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
-RESET, WALK, UNALIGNED, CUT, NARROW, LOW_RANK = 1, 2, 4, 8, 16, 32
+RESET, WALK, UNALIGNED, CUT, NARROW, LOW_RANK, OUTPUTS = 1, 2, 4, 8, 16, 32, 64
 
 
 def eager(x: Tensor) -> bool:

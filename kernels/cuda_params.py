@@ -56,7 +56,7 @@ class Backward(ctypes.Structure):
     _fields_ = [
         *_fields(
             c_void_p,
-            "u dt B C z gout A D bias saved h0 glast local decay reset valid gu gdt gz gbc gA gskip ginit",
+            "u dt B C z gout A D bias saved h0 glast local decay reset valid gu gdt gz gbc gA gskip ginit out",
         ),
         *_fields(c_longlong, "u_b u_l dt_b dt_l B_b B_l B_g C_b C_l C_g z_b z_l"),
         *_fields(c_longlong, "gout_b gout_l gu_b gu_l gdt_b gdt_l gz_b gz_l"),

@@ -47,12 +47,14 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
 
     Args:
         op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``rms_norm``, ``cross_entropy``,
-            ``attention``, ``moe``; or, of our kernels' ``selective_scan``, ``paths`` and ``dt_weight``: how it takes these arguments.
+            ``attention``, ``moe``, ``mamba_layer`` (how autograd sees one); or, of our kernels' ``selective_scan``, ``paths`` and
+            ``dt_weight``: how it takes these arguments.
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d``, ``rank`` and, as
             booleans, ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
             ``dtypes`` of a norm's other tensors; ``subclass``, the type of the tensors if it is not torch's own;
-            what :func:`.cuda_update.refuse` asks about the states of an ``update``.
+            ``normed``, whether a Mamba layer normalises dt, B and C; what :func:`.cuda_update.refuse` asks about the states of an
+            ``update``.
 
     Raises:
         BackendError: The name is unknown, or the backend asked for refuses.
@@ -227,6 +229,17 @@ def _grouped_mm(facts: Facts) -> str | None:
     return None
 
 
+def _mamba_layer(facts: Facts) -> str | None:
+    for op in ("selective_scan", "causal_conv1d", *(["rms_norm"] if facts.get("normed") else [])):
+        try:
+            name = choose(op, **facts).name
+        except BackendError as e:
+            return str(e)
+        if name != "cuda":
+            return f"{op} is not by our kernels (backend: {name})"
+    return None
+
+
 def _ops(*backends: Backend) -> dict[str, Backend]:
     return {backend.name: backend for backend in backends}
 
@@ -263,6 +276,10 @@ TABLES: dict[str, dict[str, Backend]] = {
         Backend("grouped_mm", "torch's grouped matmul", _grouped_mm),
         Backend("megablocks", "megablocks' grouped matmuls", _megablocks),
         Backend("loop", "one matmul per expert", _never),
+    ),
+    "mamba_layer": _ops(
+        Backend("cuda", "forward and backward of the layer as one node of autograd", _mamba_layer),
+        Backend("modules", "a call for each of its parts", _never),
     ),
     # of a selective_scan by our kernels; every other backend scans what was gathered, and what was multiplied before
     "paths": _ops(_CUDA_WALK, Backend("gather", "one scan per path over gathered tokens", _never)),

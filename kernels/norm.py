@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, cuda_norm
+from . import checks, cuda_again, cuda_norm
 from .dispatch import choose
 
 
@@ -40,12 +40,17 @@ def branch_rms_norm(
         ValueError: Shapes, dtypes or devices do not fit together.
         BackendError: The backend asked for cannot do this call.
     """
-    dtype = dtype or x.dtype
+    where, dtype = "rms_norm", dtype or x.dtype
+    if cuda_again.find(where, (x, weight), eps, dtype, backend):
+        return cuda_norm.branch_rms_norm(x, weight, eps, dtype)
     _check(x, weight)
     # of the weight's dtype only that it can be read
     dtypes = (dtype,) if weight is None else (dtype, weight.dtype)
     facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "dtypes": dtypes, "d": x.shape[-1]}
-    return _NORMS[choose("rms_norm", backend=backend, **facts).name](x, weight, eps, dtype)
+    chosen = choose(where, backend=backend, **facts).name
+    if chosen == "cuda":
+        cuda_again.learn(where, (x, weight), lambda: ((x, weight), True), eps, dtype, backend)
+    return _NORMS[chosen](x, weight, eps, dtype)
 
 
 def _check(x: Tensor, weight: Tensor | None) -> None:

@@ -110,6 +110,10 @@ class Seq:
         out[:, 1:] = (self.doc[:, 1:] != self.doc[:, :-1]) & (self.doc[:, 1:] >= 0)
         return out
 
+    def marks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where the state is dropped, and which tokens are real; ``None`` where nothing is, and where all are."""
+        return self.resets if self.packed else None, self.valid if self.padded else None
+
     def align(self, x: Tensor) -> Tensor:
         """Bring the caller's ``(b, l, ...)`` tokens into the order described here: real tokens first."""
         return x if self.order is None else _gather(x, self.order)

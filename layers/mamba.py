@@ -2,10 +2,12 @@
 
 Same parameters, names and initialisation as mamba-ssm's ``Mamba``. Different from it: the state is float32 whatever
 the model's precision, it can be carried in and out of ``forward`` with gradients, rows may be padded or packed, and
-the projections are called as modules, so that adapters such as LoRA take effect.
+projections with hooks or adapters such as LoRA are called as modules. Without any, a GPU trains the layer as one node of autograd.
 """
 
+import functools
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import selective_scan, selective_state_update
+from ..kernels.cuda_call import eager
+from ..kernels.cuda_mamba import Weights, mamba_layer
+from ..kernels.dispatch import ENV, choose
 from ..kernels.halves import halves
 from .base import Mixer, Seq, State
 from .common import (
@@ -21,15 +26,18 @@ from .common import (
     check,
     check_dt,
     check_positive,
+    dtype_read,
+    hooked_everywhere,
     linear,
     refuse_packed_state,
     reset_dt_bias,
     reset_linear,
     upcast,
+    why_called,
 )
 from .conv import CausalConv1d
 from .norm import RMSNorm
-from .recompute import recomputing, repeatable
+from .recompute import left_alone, others_hooks, recipe, recomputing, repeatable
 
 __all__ = ["Mamba", "MambaState"]
 
@@ -60,6 +68,24 @@ def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     # what autocast made of the operands, wherever the backward runs
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype))
+
+
+# what a layer consists of, where nothing has been put around it or in its place
+_PARTS: dict[str, type[nn.Module]] = {
+    "in_proj": nn.Linear,
+    "conv1d": CausalConv1d,
+    "x_proj": nn.Linear,
+    "dt_proj": StepProjection,
+    "out_proj": nn.Linear,
+}
+_NORMS: dict[str, type[nn.Module]] = dict.fromkeys(("dt_norm", "b_norm", "c_norm"), RMSNorm)
+
+
+@functools.lru_cache(maxsize=256)
+def _ours(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool, wish: str | None) -> bool:
+    # ``wish`` is what dispatch reads in the environment; asking it takes as long as a product
+    facts: dict[str, Any] = {"d_state": d_state, "width": width, "normed": normed}
+    return choose("mamba_layer", device=device.type, dtype=dtype, **facts).name == "cuda"
 
 
 class Mamba(Mixer):
@@ -131,6 +157,7 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, device=device, dtype=pinned))
         self.D = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=pinned))
         self.dt_norm = self.b_norm = self.c_norm = None
+        self.norm_eps = bcdt_norm_eps if bcdt_norm else None
         if bcdt_norm:
             norm = {"eps": bcdt_norm_eps, "affine": bcdt_norm_affine, "device": device, "dtype": dtype}
             self.dt_norm = RMSNorm(self.dt_rank, **norm)
@@ -169,6 +196,10 @@ class Mamba(Mixer):
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         refuse_packed_state(self, state, seq)
+        weights = None if return_state or state is not None else self._as_one(x)
+        if weights is not None:
+            again = None if others_hooks() else recipe(x)
+            return mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), self.norm_eps)
         with recomputing() as spared:
             u, z = halves(self.in_proj(spared(x)))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
@@ -192,6 +223,38 @@ class Mamba(Mixer):
             return self.out_proj(out)
         y, ssm = out
         return self.out_proj(y), MambaState(conv, ssm)
+
+    def _as_one(self, x: Tensor) -> Weights | None:
+        """The weights, where forward and backward may be one node of autograd: plain tensors, to be differentiated, on a GPU of ours."""
+        if not (x.is_cuda and x.dim() == 3 and x.numel()) or left_alone() or self._why_called():
+            return None
+        inner, conv, outer = self.in_proj, self.conv1d, self.out_proj
+        steps = self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias
+        norms = [None if m is None else m.weight for m in (self.dt_norm, self.b_norm, self.c_norm)]
+        states = self.A_log, self.D
+        w = Weights(inner.weight, inner.bias, conv.weight, conv.bias, *steps, *states, outer.weight, outer.bias, *norms)
+        device, wanted = x.device, x.requires_grad
+        for p in w:
+            if p is not None:
+                if not eager(p) or p.device != device:
+                    return None
+                wanted |= p.requires_grad
+        each = {m.dtype: m for m in (x, w.in_proj, w.x_proj, w.dt_proj, w.out_proj)}
+        dtype, *others = {dtype_read(m) for m in each.values()}
+        if not wanted or not eager(x) or others:
+            return None
+        ours = _ours(device, dtype, self.d_state, w.conv.shape[-1], self.norm_eps is not None, os.environ.get(ENV))
+        return w if ours else None
+
+    def _why_called(self) -> str | None:
+        """Why the parts have to be called one by one, or ``None``."""
+        if hooked_everywhere():
+            return "there are hooks on all modules"
+        for name, kind in (_PARTS if self.norm_eps is None else _PARTS | _NORMS).items():
+            why = why_called(self._modules[name], kind)
+            if why is not None:
+                return f"{name} {why}"
+        return None
 
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""

@@ -7,14 +7,14 @@ read. What became of a tensor in a hook, an adapter or an in-place operation has
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["recomputing", "repeatable"]
+__all__ = ["left_alone", "others_hooks", "recipe", "recomputing", "repeatable"]
 
 
 class Recipe:
@@ -40,15 +40,27 @@ class Recipe:
         if self.value is None:
             if [x._version for x in self._tensors()] != self.versions:
                 raise RuntimeError(_CHANGED)
-            if not self.there():
-                raise RuntimeError(
-                    "backward: the memory of a parameter was given up after the forward. Shard the whole layer, not parts of it."
-                )
-            with torch.no_grad():
-                self.value = self.form(*self.operands)
+            form, tensors = self.parts()
+            self.value = form(tensors)
         return self.value
 
+    def parts(self) -> tuple[Callable[[Sequence[Tensor]], Tensor], list[Tensor]]:
+        """What forms the tensor, and from which ones: for a node of autograd that saves these itself."""
+        form, rest = self.form, [None if isinstance(x, Tensor) else (x,) for x in self.operands]
 
+        def from_tensors(tensors: Sequence[Tensor]) -> Tensor:
+            if not all(x.untyped_storage().size() for x in tensors):
+                raise RuntimeError(_GIVEN_UP)
+            others = iter(tensors)
+            with torch.no_grad():
+                return form(*(next(others) if x is None else x[0] for x in rest))
+
+        return from_tensors, self._tensors()
+
+
+_GIVEN_UP = (
+    "backward: the memory of a parameter was given up after the forward. Shard the whole layer, not parts of it."
+)
 _CHANGED = (
     "backward: a tensor that the gradient depends on was modified by an inplace operation after the forward. "
     "Change parameters and inputs after the backward, or change a copy."
@@ -68,6 +80,14 @@ def repeatable(out: Tensor, form: Callable[..., Tensor], *operands: Any) -> Tens
     return out
 
 
+def recipe(x: Tensor) -> Recipe | None:
+    """How to form ``x`` again, for a node that is to keep no tensor that can be; ``None`` where it has to."""
+    found = getattr(x, "_recipe", None)
+    # nothing on the meta device has an address
+    usable = found is not None and x.untyped_storage().data_ptr() and x._version == found.made and found.there()
+    return found if usable else None
+
+
 class _Recomputing(saved_tensors_hooks):
     def __init__(self) -> None:
         super().__init__(self._keep, _kept)
@@ -83,18 +103,17 @@ class _Recomputing(saved_tensors_hooks):
         self.known.clear()
 
     def _drop(self, x: Tensor) -> Tensor:
-        recipe, address = getattr(x, "_recipe", None), x.untyped_storage().data_ptr()
-        # nothing on the meta device has an address
-        if recipe is not None and address and x._version == recipe.made and recipe.there():
+        found = recipe(x)
+        if found is not None:
             # the tensor is held, so that nothing else gets its address meanwhile
-            self.known[address] = recipe, x
+            self.known[x.untyped_storage().data_ptr()] = found, x
         return x
 
     def _keep(self, x: Tensor) -> tuple:
-        recipe, whole = self.known.get(x.untyped_storage().data_ptr(), (None, x))
-        if recipe is None or x.dtype != whole.dtype:
+        known, whole = self.known.get(x.untyped_storage().data_ptr(), (None, x))
+        if known is None or x.dtype != whole.dtype:
             return x, x._version
-        return recipe, x.shape, x.stride(), x.storage_offset() - whole.storage_offset()
+        return known, x.shape, x.stride(), x.storage_offset() - whole.storage_offset()
 
 
 def _kept(what: tuple) -> Tensor:
@@ -113,12 +132,16 @@ def recomputing() -> Any:
     It does nothing where autograd keeps nothing, where a compiler decides itself what to recompute, and under somebody else's hooks on
     saved tensors, such as those of activation checkpointing and offloading, which take care of all of them.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return contextlib.nullcontext(_same)
-    return contextlib.nullcontext(_same) if _others_hooks() else _Recomputing()
+    return contextlib.nullcontext(_same) if left_alone() or others_hooks() else _Recomputing()
 
 
-def _others_hooks() -> bool:
+def left_alone() -> bool:
+    """Whether autograd keeps nothing, or a compiler or a transform decides what is kept."""
+    return torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def others_hooks() -> bool:
+    """Whether somebody else's hooks take care of saved tensors."""
     autograd: Any = torch._C._autograd
     try:
         return (

@@ -92,6 +92,22 @@ def test_outputs_states_and_gradients(case):
 
 
 @needs_compiler
+@pytest.mark.parametrize("case", [case for case in CASES.values() if all(case["sizes"][6:7])], ids=str)
+def test_outputs_are_formed_again_in_the_backward(case):
+    inputs, cut = operands(*case["sizes"]), case.get("cut") or case.get("chunks")
+    u = inputs[0]
+    reset, valid = marks(*u.shape[:2]) if case.get("marked") else (None, None)
+    call = cuda_backend.Call.of(*inputs, reset, valid, True)
+    want, last, saved = cuda_backend.forward(call, True, chunks=case.get("chunks"))
+    gout, out = torch.randn(u.shape).to(u.dtype), torch.full(u.shape, float("nan"), dtype=u.dtype)
+    grads = cuda_backend.backward(call, gout, last, saved, chunks=cut, out=out)
+    without = cuda_backend.backward(call, gout, last, saved, chunks=cut)
+    assert all(torch.equal(x, y) for x, y in zip(grads, without, strict=True))
+    # sums over states in another order
+    assert errors([out], [want.double()])[0] < TOLERANCE[u.dtype]
+
+
+@needs_compiler
 @exhaustive
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -268,3 +284,27 @@ def test_no_more_looks_are_kept_than_fit(on_cpu, monkeypatch):
     api.selective_scan(u, dt.double(), A, B, C)
     api.selective_scan(u, dt, A.mT.contiguous().mT, B, C)
     assert not cuda_again._known
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 16, 40])
+def test_a_batch_of_no_rows(n):
+    inputs = operands(2, 40, 40, n, 1, torch.bfloat16)
+    u, dt, A, B, C, D, z, bias, state = (x[:0] if x.dim() > 2 or x is inputs[8] else x for x in inputs)
+    call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, state, None, None, True)
+    out, last, saved = cuda_backend.forward(call, keeps_states(n))
+    assert out.shape == u.shape and last.shape == state.shape
+    grads = cuda_backend.backward(call, torch.empty_like(out), torch.empty_like(last), saved)
+    wanted = (u, dt, A, B, C, D, z, bias, state)
+    assert [g.shape for g in grads] == [x.shape for x in wanted]
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@needs_compiler
+def test_a_second_derivative_is_an_error(monkeypatch):
+    monkeypatch.setattr(api, "choose", lambda op, **facts: dispatch.TABLES[op]["cuda"])
+    u, dt, A, B, C, *_ = operands(1, 9, 8, 16)
+    u.requires_grad_()
+    (gu,) = torch.autograd.grad(api.selective_scan(u, dt, A, B, C).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gu.sum().backward()

@@ -37,7 +37,8 @@ if not broken:
     formed = cuda_backend.Call.of(u, dt[..., :12], *rest, reset, None, True, torch.randn(32, 12).bfloat16())
     for shape in FORWARD[16][1:3]:
         cuda_backend.forward(formed, True, shape, 2)
-    cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32))
+    into = torch.empty_like(out)
+    cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32), out=into)
 print("done")
 """
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels import cuda_conv, cuda_loss, cuda_norm, cuda_update, nvrtc
-from hybridzoo.kernels.cuda_backend import CUT, LOW_RANK, NARROW, WALK
+from hybridzoo.kernels.cuda_backend import CUT, LOW_RANK, NARROW, OUTPUTS, WALK
 from hybridzoo.kernels.cuda_shapes import ADJOINT, BACKWARD, FORWARD, FULL, PAIRS, STATE
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'hybridzoo[cuda]'")
@@ -80,6 +80,8 @@ USUAL = [
     backward("bf16", 16, 8),
     backward("bf16", 16, 2),
     backward("bf16", 16, 23),
+    *(backward("bf16", n, OUTPUTS) for n in (1, 4, 16)),
+    backward("bf16", 16, OUTPUTS + 8),
     *(pair("bf16", flags) for flags in (0, 23, WALK + LOW_RANK)),
     pair("float", 0),
     *(forward("bf16", 16, FULL, LOW_RANK, i) for i in range(len(FORWARD[16]))),
@@ -162,7 +164,7 @@ def test_every_instance_compiles(element, arch):
                 for mode in (FULL, STATE)
                 if n <= 16 and element != "float" and not (mode and flags & CUT)
             ),
-            backward(element, n, flags),
+            *(backward(element, n, flags + more) for more in ((0, OUTPUTS) if not flags & WALK else (0,))),
         )
     ]
     low = (0,) if element == "float" else (0, LOW_RANK)

@@ -22,6 +22,7 @@ struct BackwardParams {
     float* gA;     // (pieces, d, n), times dt
     float* gskip;  // (pieces, 2, d): gD and gbias
     float* ginit;  // (b, d, n)
+    void* out;     // OUTPUTS: (b, l, d) in one piece, the gated outputs, which come with the gradient of the gate
     int64 u_b, u_l, dt_b, dt_l, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, gout_b, gout_l, gu_b, gu_l, gdt_b, gdt_l, gz_b, gz_l;
     Walk walk;
     LengthCut cut;
@@ -329,9 +330,12 @@ struct Backward {
             f.gu[ch] = fmaf(pair[2 * ch], sums[1][ch], D[ch] * gy[ch]);
             f.gdt[ch] = valid ? g * (p.softplus ? s[CH + ch] : 1.f) : 0.f;
             f.gz[ch] = gout[ch] * y * s[ch] * fmaf(z[ch], 1.f - s[ch], 1.f);
+            gout[ch] = y * (z[ch] * s[ch]);
             gD[ch] = fmaf(gy[ch], u[ch], gD[ch]);
             gbias[ch] += f.gdt[ch];
         }
+        // in place of gout, which nobody reads again
+        if constexpr (FLAGS & OUTPUTS) write_channels<T, CH>(raw(c, 3) + at, gout);
         return f;
     }
 
@@ -538,6 +542,7 @@ struct Backward {
             store_chunk(c, 0, p.gu, p.gu_b, p.gu_l);
             store_chunk(c, 1, p.gdt, p.gdt_b, p.gdt_l);
             if (p.z != nullptr) store_chunk(c, 2, p.gz, p.gz_b, p.gz_l);
+            if constexpr (FLAGS & OUTPUTS) store_chunk(c, 3, p.out, (int64)p.l * p.d, p.d);
         }
         write_totals(s);
     }

@@ -1,4 +1,7 @@
-"""What Mamba layers keep for their backward on a GPU, by the allocator's count, and that it changes no bit of a gradient."""
+"""What Mamba layers keep for their backward on a GPU, by the allocator's count, and that it changes no bit of a gradient.
+
+Layers whose parts are called one by one; what keeps the same as one node of autograd is in ``test_mamba_layer.py``.
+"""
 
 import contextlib
 
@@ -12,6 +15,11 @@ from hybridzoo.layers import Mamba, Seq, mamba
 pytestmark = pytest.mark.gpu
 
 BF16, D, B = torch.bfloat16, 768, 4
+
+
+@pytest.fixture(autouse=True)
+def _parts(monkeypatch):
+    monkeypatch.setattr(Mamba, "_as_one", lambda self, x: None)
 
 
 @contextlib.contextmanager
