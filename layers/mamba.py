@@ -157,7 +157,6 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, device=device, dtype=pinned))
         self.D = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=pinned))
         self.dt_norm = self.b_norm = self.c_norm = None
-        self.norm_eps = bcdt_norm_eps if bcdt_norm else None
         if bcdt_norm:
             norm = {"eps": bcdt_norm_eps, "affine": bcdt_norm_affine, "device": device, "dtype": dtype}
             self.dt_norm = RMSNorm(self.dt_rank, **norm)
@@ -199,7 +198,8 @@ class Mamba(Mixer):
         weights = None if return_state or state is not None else self._as_one(x)
         if weights is not None:
             again = None if others_hooks() else recipe(x)
-            return mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), self.norm_eps)
+            eps = None if self.dt_norm is None else self.dt_norm.eps
+            return mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
         with recomputing() as spared:
             u, z = halves(self.in_proj(spared(x)))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
@@ -226,7 +226,7 @@ class Mamba(Mixer):
 
     def _as_one(self, x: Tensor) -> Weights | None:
         """The weights, where forward and backward may be one node of autograd: plain tensors, to be differentiated, on a GPU of ours."""
-        if not (x.is_cuda and x.dim() == 3 and x.numel()) or left_alone() or self._why_called():
+        if left_alone() or x.dim() != 3 or not x.numel() or self._why_called():
             return None
         inner, conv, outer = self.in_proj, self.conv1d, self.out_proj
         steps = self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias
@@ -243,17 +243,20 @@ class Mamba(Mixer):
         dtype, *others = {dtype_read(m) for m in each.values()}
         if not wanted or not eager(x) or others:
             return None
-        ours = _ours(device, dtype, self.d_state, w.conv.shape[-1], self.norm_eps is not None, os.environ.get(ENV))
+        ours = _ours(device, dtype, self.d_state, w.conv.shape[-1], self.dt_norm is not None, os.environ.get(ENV))
         return w if ours else None
 
     def _why_called(self) -> str | None:
         """Why the parts have to be called one by one, or ``None``."""
         if hooked_everywhere():
             return "there are hooks on all modules"
-        for name, kind in (_PARTS if self.norm_eps is None else _PARTS | _NORMS).items():
-            why = why_called(self._modules[name], kind)
+        norms = self.dt_norm, self.b_norm, self.c_norm
+        for name, kind in (_PARTS if norms == (None,) * 3 else _PARTS | _NORMS).items():
+            why = why_called(getattr(self, name), kind)
             if why is not None:
                 return f"{name} {why}"
+        if len({None if m is None else m.eps for m in norms}) > 1:
+            return "the norms of dt, B and C have different eps"
         return None
 
     def step(self, x: Tensor, state: MambaState) -> Tensor:

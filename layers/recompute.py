@@ -31,6 +31,10 @@ class Recipe:
     def _tensors(self) -> list[Tensor]:
         return [x for x in self.operands if isinstance(x, Tensor)]
 
+    def changed(self) -> bool:
+        """Whether an operand was modified since."""
+        return [x._version for x in self._tensors()] != self.versions
+
     def there(self) -> bool:
         """Whether the operands still have memory: a module that FSDP shards by itself gives up its weights when it returns."""
         return all(x.untyped_storage().size() for x in self._tensors())
@@ -38,7 +42,7 @@ class Recipe:
     def tensor(self) -> Tensor:
         """The tensor; kept from the first call on, until the graph lets go of this recipe."""
         if self.value is None:
-            if [x._version for x in self._tensors()] != self.versions:
+            if self.changed():
                 raise RuntimeError(_CHANGED)
             form, tensors = self.parts()
             self.value = form(tensors)
@@ -84,8 +88,9 @@ def recipe(x: Tensor) -> Recipe | None:
     """How to form ``x`` again, for a node that is to keep no tensor that can be; ``None`` where it has to."""
     found = getattr(x, "_recipe", None)
     # nothing on the meta device has an address
-    usable = found is not None and x.untyped_storage().data_ptr() and x._version == found.made and found.there()
-    return found if usable else None
+    if found is None or not x.untyped_storage().data_ptr() or x._version != found.made or found.changed():
+        return None
+    return found if found.there() else None
 
 
 class _Recomputing(saved_tensors_hooks):

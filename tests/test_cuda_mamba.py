@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from hybridzoo.kernels import api, dispatch
 from hybridzoo.kernels import norm as kernels_norm
-from hybridzoo.kernels.cuda_mamba import Weights
 from hybridzoo.layers import Mamba, RMSNorm, Seq, mamba, norm
 
 BF16 = torch.bfloat16
@@ -32,17 +32,10 @@ def ways(emulated, monkeypatch):
 
     def choose(as_one):
         nodes.clear()
-        monkeypatch.setattr(Mamba, "_as_one", lambda self, x: weights_of(self) if as_one else None)
+        monkeypatch.setattr(mamba, "_ours", lambda *_: as_one)
         return nodes
 
     return choose
-
-
-def weights_of(layer):
-    named = dict(layer.named_parameters())
-    names = "in_proj.weight in_proj.bias conv1d.weight conv1d.bias x_proj.weight dt_proj.weight dt_proj.bias A_log D"
-    names += " out_proj.weight out_proj.bias dt_norm.weight b_norm.weight c_norm.weight"
-    return Weights(*(named.get(name) for name in names.split()))
 
 
 def seq_of(kind, b, l):
@@ -184,7 +177,8 @@ def test_the_norm_of_a_changed_residual_stream_is_refused(ways):
     branch, x = Branch(16), torch.randn(2, 9, 16, requires_grad=True)
     ways(True)
     stream = x * 1
-    y = branch(stream)
+    with torch.autocast("cpu", BF16):
+        y = branch(stream)
     with torch.no_grad():
         stream.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -274,6 +268,50 @@ def test_what_has_to_be_called_is_called(change, why):
     assert layer._why_called() is None
     change(layer)
     assert layer._why_called().startswith(why)
+
+
+def test_when_it_is_taken(ways):
+    layer, x = Mamba(16, bcdt_norm=True), torch.randn(2, 9, 16)
+    nodes = ways(True)
+
+    def taken(run=lambda layer, x: layer(x)):
+        nodes.clear()
+        run(layer, x)
+        return len(nodes)
+
+    assert taken() == 1 and taken(lambda layer, x: layer(x, return_state=True)) == 0
+    assert taken(lambda layer, x: layer(x, layer.init_state(2))) == 0
+    assert taken(lambda layer, x: checkpoint(layer, x, use_reentrant=False)) == 1
+    with torch.no_grad():
+        assert taken() == 0
+    layer.b_norm.eps = 0.1
+    assert taken() == 0
+    for norm_ in (layer.dt_norm, layer.c_norm):
+        norm_.eps = 0.1
+    assert taken() == 1 and nodes[0][-1] == 0.1
+    layer.requires_grad_(False)
+    assert taken() == 0 and taken(lambda layer, x: layer(x.requires_grad_())) == 1
+    # F.linear refuses what is of different types, as it does without
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(x.bfloat16())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_bit(reentrant, ways):
+    branch, x = Branch(16), torch.randn(2, 40, 16, requires_grad=True)
+    ways(True)
+
+    def run(x):
+        with torch.autocast("cpu", BF16):
+            return branch(x)
+
+    results = []
+    for y in (run(x), checkpoint(run, x, use_reentrant=reentrant)):
+        results.append([y, *torch.autograd.grad(y.square().sum(), x, retain_graph=True)] if not reentrant else [y])
+        y.square().sum().backward()
+        results[-1] += [p.grad for p in branch.parameters()]
+        branch.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_hooks_on_all_modules_are_called():
