@@ -98,9 +98,9 @@ def scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
     i = Inputs(u, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus)
-    rates, (b, _, d) = i.rates(), u.shape
+    rates, (b, l, d) = i.rates(), u.shape
     g, n, e = rates.shape
-    saved = saved.view(b, -1, g, n, e)
+    saved = saved.view(b, -(-l // blocks.CHUNK), g, n, e)
     gu, gdt, gB, gC = (torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in (u, dt, B, C))
     gz = torch.empty(z.shape if z is not None else 0, dtype=u.dtype if z is None else z.dtype, device=u.device)
     grates = torch.zeros_like(rates)

@@ -97,7 +97,7 @@ def ssd_backward_op(
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
     i = Inputs(x, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus, dt_min, dt_max, chunk)
     b, g, r, n, p = i.sizes
-    skip, saved = i.skip(), saved.view(b, -1, g, n, r, p)
+    skip, saved = i.skip(), saved.view(b, -(-x.shape[1] // chunk), g, n, r, p)
     gx, gdt, gB, gC = (_like(m) for m in (x, dt, B, C))
     gz = x.new_empty(0) if z is None else _like(z)
     gA, gbias = x.new_zeros(g * r, dtype=torch.float64), x.new_zeros(g * r if dt_bias is not None else 0, dtype=i.acc)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import selective_scan, selective_state_update
+from ..kernels import BackendError, selective_scan, selective_state_update
 from ..kernels.cuda_call import eager
 from ..kernels.cuda_mamba import Weights, mamba_layer
 from ..kernels.dispatch import ENV, choose
@@ -85,7 +85,11 @@ _NORMS: dict[str, type[nn.Module]] = dict.fromkeys(("dt_norm", "b_norm", "c_norm
 def _ours(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool, wish: str | None) -> bool:
     # ``wish`` is what dispatch reads in the environment; asking it takes as long as a product
     facts: dict[str, Any] = {"d_state": d_state, "width": width, "normed": normed}
-    return choose("mamba_layer", device=device.type, dtype=dtype, **facts).name == "cuda"
+    try:
+        return choose("mamba_layer", device=device.type, dtype=dtype, **facts).name == "cuda"
+    except BackendError:
+        # what was asked for cannot be: the parts say which of them, and why
+        return False
 
 
 class Mamba(Mixer):

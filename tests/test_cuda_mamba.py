@@ -327,6 +327,20 @@ def test_hooks_on_all_modules_are_called():
     assert normed._why_called().startswith("b_norm has hooks")
 
 
+@pytest.mark.parametrize("wish", ["cuda", "modules", "chunked"])
+def test_a_backend_that_is_asked_for(wish, monkeypatch):
+    layer, x = Mamba(16), torch.randn(2, 9, 16)
+    want = layer(x)
+    monkeypatch.setenv(dispatch.ENV, wish)
+    if wish == "cuda":
+        with pytest.raises(
+            dispatch.BackendError, match=r"^causal_conv1d \(HYBRIDZOO_BACKEND=cuda\): the CUDA kernels need"
+        ):
+            layer(x)
+    else:
+        assert torch.equal(layer(x), want)
+
+
 def test_the_choice_and_its_reason(monkeypatch):
     def verdict(**facts):
         return next((name, why) for name, chosen, why in dispatch.explain("mamba_layer", **facts) if chosen)

@@ -99,6 +99,15 @@ def test_mixer_keeps_its_promise(name, options, promise):
     PROMISES[promise](Case(functools.partial(make, name), options=options, name=name))
 
 
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, each in VARIANTS.items() for o in each.values()], ids=str)
+def test_a_batch_of_no_rows(name, options):
+    mixer, x = make(name, 32, **options), torch.randn(0, 5, 32, requires_grad=True)
+    y = mixer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert not any(p.grad.any() for p in mixer.parameters() if p.grad is not None)
+
+
 # ------------------------------------------------------------------------------------------------ the checker itself
 
 
