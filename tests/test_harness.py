@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -491,7 +492,9 @@ def test_two_ranks_share_the_work_and_give_the_same_result(saved, tmp_path):
         folder, output, tasks, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
         evaluate(folder, tasks, metadata=sizes, limit=3, log_samples=True, output=output)
     """
-    port = str(29500 + os.getpid() % 1000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     args = (saved, tmp_path / "shared.json", json.dumps(tasks), json.dumps(sizes))
     finish(*(launch(code, *args, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)))
