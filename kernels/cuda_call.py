@@ -128,7 +128,7 @@ def in_rows(x: Any, dtype: torch.dtype) -> Any:
     return x if strides[-1] == 1 and strides[1] < 2**31 else x.contiguous()
 
 
-def in_one_piece(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def in_one_piece(x: Any, dtype: torch.dtype) -> Any:
     """``x`` in this type and contiguous."""
     if x is None or (x.dtype == dtype and x.is_contiguous()):
         return x

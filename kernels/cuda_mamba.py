@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, cuda_backend, cuda_conv, cuda_norm, nvrtc
-from .cuda_call import Call
+from .cuda_call import Call, in_one_piece
 from .cuda_shapes import keeps_states
 from .products import add_product, product
 from .seq import Seq
@@ -82,8 +82,8 @@ class _Layer(torch.autograd.Function):
         u, z = xz.chunk(2, dim=-1)
         u = cuda_conv.forward(_filter(u, w.conv, w.conv_bias, marks))
         given = F.linear(u, w_x)
-        A = _in(w.A_log, torch.float32).contiguous().exp().neg_()
-        D, bias = (_in(m, torch.float32).contiguous() for m in (w.D, w.dt_bias))
+        A_log, D, bias = (in_one_piece(m, torch.float32) for m in (w.A_log, w.D, w.dt_bias))
+        A = A_log.exp().neg_()
         norms = w.dt_norm, w.B_norm, w.C_norm
         low, B, C = _normed(given, A.shape[1], norms, eps)
         call = Call(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid, True)

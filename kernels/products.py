@@ -18,11 +18,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``out += a @ b`` in place; see :func:`product`."""
     if _keeps_sums(a, out.dtype):
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    elif a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out += torch.mm(a, b)
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b)
+    return out.add_(torch.mm(a, b))

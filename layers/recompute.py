@@ -37,7 +37,7 @@ class Recipe:
 
     def there(self) -> bool:
         """Whether the operands still have memory: a module that FSDP shards by itself gives up its weights when it returns."""
-        return all(x.untyped_storage().size() for x in self._tensors())
+        return _have_memory(self._tensors())
 
     def tensor(self) -> Tensor:
         """The tensor; kept from the first call on, until the graph lets go of this recipe."""
@@ -53,13 +53,17 @@ class Recipe:
         form, rest = self.form, [None if isinstance(x, Tensor) else (x,) for x in self.operands]
 
         def from_tensors(tensors: Sequence[Tensor]) -> Tensor:
-            if not all(x.untyped_storage().size() for x in tensors):
+            if not _have_memory(tensors):
                 raise RuntimeError(_GIVEN_UP)
             others = iter(tensors)
             with torch.no_grad():
                 return form(*(next(others) if x is None else x[0] for x in rest))
 
         return from_tensors, self._tensors()
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    return all(x.untyped_storage().size() for x in tensors)
 
 
 _GIVEN_UP = (

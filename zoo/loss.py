@@ -6,6 +6,7 @@ and differentiated one slice of tokens at a time, in their own dtype and while t
 
 import itertools
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -105,15 +106,15 @@ def _recomputed(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> 
 def _differentiated(hidden: Tensor, head: nn.Linear, targets: Tensor, size: int) -> Tensor:
     """The summed loss with its gradients, which are formed slice by slice and kept."""
     total, ghidden, scale = hidden.new_zeros(()), None, 1.0
-    parts: Any = (_Products if _is_linear(hidden, head) else _Calls)(hidden, head, hidden.shape[0] > size)
+    parts = _Products(hidden, head) if _is_linear(hidden, head) else _Calls(hidden, head)
     for h, t, at in zip(hidden.detach().split(size), targets.split(size), itertools.count(0, size), strict=False):
         logits = parts.logits(h)
-        wanted, scale = parts.wanted(logits), _scale(logits.dtype, size)
+        scale = _scale(logits.dtype, size)
         with torch.autocast(hidden.device.type, enabled=False) if autocasts(hidden) else nullcontext():
-            losses, g = cross_entropy(logits, t, ignore_index=IGNORE, want_gradient=wanted, scale=scale)
+            losses, g = cross_entropy(logits, t, ignore_index=IGNORE, want_gradient=parts.wanted, scale=scale)
             del logits
             total = total + losses.sum()
-            if not wanted:
+            if g is None:
                 continue
             gh = parts.differentiated(g)
             del g
@@ -137,11 +138,12 @@ def _is_linear(hidden: Tensor, head: nn.Module) -> bool:
 class _Products:
     """Slices of a linear head. The gradients of its weight and bias add up in float32 as they come out of the products."""
 
-    def __init__(self, hidden: Tensor, head: nn.Linear, several: bool):
+    def __init__(self, hidden: Tensor, head: nn.Linear):
         trained = torch.is_grad_enabled()
         self.dtype, self.to_hidden = dtype_read(hidden), trained and hidden.requires_grad
         self.weight, self.bias = (None if p is None else p.detach().to(self.dtype) for p in (head.weight, head.bias))
         self.leaves = [p for p in (head.weight, head.bias) if p is not None and trained and p.requires_grad]
+        self.wanted = self.to_hidden or bool(self.leaves)
         self.gradients: list[Tensor] = []
 
     def logits(self, h: Tensor) -> Tensor:
@@ -149,33 +151,25 @@ class _Products:
         self.h = h.to(self.dtype)
         return F.linear(self.h, self.weight, self.bias)
 
-    def wanted(self, logits: Tensor) -> bool:
-        """Whether the logits need a gradient."""
-        return self.to_hidden or bool(self.leaves)
-
     def differentiated(self, g: Tensor) -> Tensor | None:
         """Add to the leaves' gradients, from that of the slice's logits; that of the slice, where it is wanted."""
-        acc, first = acc_dtype(self.dtype), not self.gradients
-        for i, p in enumerate(self.leaves):
-            if p.dim() == 1:
-                part = g.sum(0, dtype=acc)
-            elif first:
-                part = product(g.t(), self.h, acc)
-            else:
-                add_product(self.gradients[i], g.t(), self.h)
-                continue
-            if first:
-                self.gradients.append(part)
-            else:
-                self.gradients[i] += part
+        before: Sequence[Tensor | None] = self.gradients or [None] * len(self.leaves)
+        self.gradients = [self._sum(p, g, x) for p, x in zip(self.leaves, before, strict=True)]
         return g @ self.weight if self.to_hidden else None
+
+    def _sum(self, p: Tensor, g: Tensor, before: Tensor | None) -> Tensor:
+        acc = acc_dtype(self.dtype)
+        if p.dim() == 1:
+            part = g.sum(0, dtype=acc)
+            return part if before is None else before.add_(part)
+        return product(g.t(), self.h, acc) if before is None else add_product(before, g.t(), self.h)
 
 
 class _Calls:
     """Slices of whatever the head is, called as a module and differentiated by autograd."""
 
-    def __init__(self, hidden: Tensor, head: nn.Module, several: bool):
-        self.head, self.several, self.to_hidden = head, several, hidden.requires_grad
+    def __init__(self, hidden: Tensor, head: nn.Module):
+        self.head, self.to_hidden, self.wanted = head, hidden.requires_grad, False
         self.leaves: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self.edge: Any = None
@@ -186,14 +180,11 @@ class _Calls:
         # what others do to saved tensors (offloading, recomputation) is not for a graph that ends here
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             logits = self.head(self.h)
-        if logits.requires_grad:
+        self.wanted = logits.requires_grad
+        if self.wanted:
             self.edge = get_gradient_edge(logits)
             self.leaves = _leaves(logits, self.h, self.head) if first else self.leaves
         return logits
-
-    def wanted(self, logits: Tensor) -> bool:
-        """As of :class:`_Products`."""
-        return logits.requires_grad
 
     def differentiated(self, g: Tensor) -> Tensor | None:
         """As of :class:`_Products`."""
@@ -203,10 +194,9 @@ class _Calls:
             found = list(torch.autograd.grad([self.edge], inputs, [g]))
         gh = found.pop(0) if self.to_hidden else None
         if not self.gradients:
-            self.gradients = _addable(found) if self.several else found
+            self.gradients = found
         else:
-            for x, part in zip(self.gradients, found, strict=True):
-                x += part
+            self.gradients = [x.add_(part) for x, part in zip(_addable(self.gradients), found, strict=True)]
         return gh
 
 
