@@ -41,7 +41,8 @@ for b, l, d, n, g, dtype in CASES:
     call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, h0, None, None, True)
     out, last, saved = cuda_backend.forward(call, True, chunks=3)
     for cut in (3, Cut(b - 1, 1 + (l - 33) // 32, 64, 32) if l > 64 else 1):
-        cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=cut)
+        for into in (None, torch.empty_like(out)):
+            cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=cut, out=into)
     for k in (2, 4, 7):
         weight, start = (torch.randn(*size).to(dtype).cuda() for size in ((d, k), (b, k - 1, d)))
         x = u.detach().requires_grad_()
@@ -56,6 +57,9 @@ for layer in (Mamba(64).cuda(), Mamba2(64, headdim=16).cuda()):
         state = layer.init_state(3)
         for _ in range(2):
             layer.step(torch.randn(3, 64).cuda(), state)
+# forward and backward of a layer as one node of autograd
+with torch.autocast("cuda", torch.bfloat16):
+    Mamba(33, bcdt_norm=True).cuda()(torch.randn(2, 65, 33).cuda()).sum().backward()
 for v, dtype in ((1, torch.float32), (257, torch.bfloat16), (9001, torch.float16), (60001, torch.float32)):
     logits, targets = torch.randn(5, v).to(dtype).cuda(), torch.tensor([0, v - 1, -100, v, v // 2]).cuda()
     for want_gradient in (True, False):
