@@ -61,7 +61,7 @@ def _normed(given: Tensor, n: int, norms: Sequence[Tensor | None], eps: float | 
     parts = _split(given, n)
     if eps is None:
         return parts
-    return [cuda_norm.forward(x, w, eps, x.dtype) for x, w in zip(parts, norms, strict=True)]
+    return [cuda_norm.forward(x, w, eps, x.dtype)[0] for x, w in zip(parts, norms, strict=True)]
 
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, marks: Marks) -> cuda_conv.Call:
@@ -139,7 +139,7 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     del gdt
     if ctx.eps is not None:
         for i, (name, x) in enumerate(zip(_NORMS, _split(given, n), strict=True)):
-            each[i], grads[name] = cuda_norm.backward(x, norms[i], ctx.eps, each[i], None, wanted[name])
+            each[i], grads[name], _ = cuda_norm.backward(x, norms[i], ctx.eps, each[i], None, wanted[name])
     ggiven = torch.cat(each, dim=-1)
     weight("x_proj", ggiven, u)
     add_product(_flat(gu), _flat(ggiven), w_x)

@@ -1,7 +1,7 @@
 """The CUDA RMSNorm: launches of ``cuda/norm.cu``, and the ``torch.library`` ops around them.
 
-Types are free: the input, the weight and the output may each be float32, bfloat16 or float16; sums are float32, and what is written is
-rounded once.
+Types are free: the input, what is added to it, the weight and the output may each be float32, bfloat16 or float16; sums are float32,
+and what is written is rounded once.
 """
 
 import ctypes
@@ -24,14 +24,16 @@ from .cuda_shapes import ceil_div
 MAX_D = 8192
 # elements of one access, and accesses that a thread's registers have room for
 N, VECTORS = 4, 6
+# a flag of norm.cu
+ADD = 8
 
 
 class Params(ctypes.Structure):
     """``NormParams`` of ``norm.cu``."""
 
     _fields_ = [
-        *((name, c_void_p) for name in "x weight h gh past gx part".split()),
-        *((name, c_longlong) for name in "x_row gh_row past_row m".split()),
+        *((name, c_void_p) for name in "x add weight h sum gh past gx gadd part".split()),
+        *((name, c_longlong) for name in "x_row add_row gh_row past_row m".split()),
         ("eps", c_float),
         *((name, c_int) for name in "d blocks".split()),
     ]
@@ -62,10 +64,10 @@ def plan(types: tuple, m: int, d: int, strides: tuple, aligned: bool, eps: float
     """How m rows of d channels are cut into blocks.
 
     Args:
-        types: Of the input, the output and the weight.
+        types: Of the input, what is added to it (``None``: nothing is, or its gradient has no type of its own), the output and the weight.
         m: Rows.
         d: Channels.
-        strides: Elements from row to row of the input, and of the two gradients that come in.
+        strides: Elements from row to row of the input, what is added to it, and the two gradients that come in.
         aligned: Whether addresses are multiples of the bytes of an access.
         eps: Added to the mean square.
         count: Multiprocessors.
@@ -74,24 +76,22 @@ def plan(types: tuple, m: int, d: int, strides: tuple, aligned: bool, eps: float
     vectors = ceil_div(d, N)
     lanes = next(n for n in (8, 16, 32, 64, 128, 256, 512) if n * VECTORS >= vectors)
     threads = max(lanes, 256)
-    # blocks of 256 threads whose registers fit beside each other: 128 for a thread in the backward, 85 in the forward
-    resident = ceil_div((2 if backward else 3) * 256, threads)
-    blocks = min(ceil_div(m, threads // lanes), resident * count)
     flags = 0 if aligned and not any(s % N for s in (d, *strides)) else UNALIGNED
-    x_row, gh_row, past_row = strides
-    rest = Params(x_row=x_row, gh_row=gh_row, past_row=past_row, m=m, eps=eps, d=d, blocks=blocks)
-    names = ", ".join(TYPES[dtype] for dtype in types)
+    if types[1] is not None:
+        flags |= ADD
+    # blocks of 256 threads whose registers fit beside each other: 128 for a thread in the backward, 85 in the forward
+    resident = ceil_div((2 if backward or flags == ADD | UNALIGNED else 3) * 256, threads)
+    blocks = min(ceil_div(m, threads // lanes), resident * count)
+    x_row, add_row, gh_row, past_row = strides
+    rest = Params(x_row=x_row, add_row=add_row, gh_row=gh_row, past_row=past_row, m=m, eps=eps, d=d, blocks=blocks)
+    names = ", ".join(TYPES[dtype or types[0]] for dtype in types)
     arguments = f"<{names}, {lanes}, {ceil_div(vectors, lanes)}, {flags}, {resident}>"
     return Plan(params.tail(rest), arguments, blocks, threads)
 
 
-def _rows(x: Tensor | None, dtype: torch.dtype, m: int, d: int) -> tuple[Tensor | None, int]:
+def _rows(x: Tensor | None, m: int, d: int) -> tuple[Tensor | None, int]:
     """A tensor as rows with unit strides along the channels, in place where that can be, and the elements from one to the next."""
-    if x is None:
-        return None, d
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    if x.is_contiguous():
+    if x is None or x.is_contiguous():
         return x, d
     x = x.reshape(m, d)
     if x.stride(1) != 1:
@@ -103,51 +103,63 @@ def _aligned(*tensors: Tensor | None) -> bool:
     return all(x is None or x.data_ptr() % (N * x.element_size()) == 0 for x in tensors)
 
 
-def forward(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """The outputs (..., d), in ``dtype``."""
+def forward(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The outputs (..., d), in ``dtype``, and x, or the sum of x and ``add`` in x's type, whose norm it is."""
     d, device = x.shape[-1], x.device
     h = torch.empty(x.shape, dtype=dtype, device=device)
+    past = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=device)
     m = h.numel() // d
     if m:
-        rows, x_row = _rows(x, x.dtype, m, d)
+        (rows, x_row), (more, add_row) = _rows(x, m, d), _rows(add, m, d)
         weight = whole(weight, weight.dtype) if weight is not None else None
-        types = (x.dtype, dtype, torch.float32 if weight is None else weight.dtype)
-        cut = plan(types, m, d, (x_row, d, d), _aligned(rows), eps, processors(device), False)
-        packed = params.pack(cut.tail, rows, weight, h, None, None, None, None)
+        added, total = (None, None) if add is None else (add.dtype, past)
+        types = (x.dtype, added, dtype, torch.float32 if weight is None else weight.dtype)
+        strides, aligned = (x_row, add_row, d, d), _aligned(rows, more)
+        cut = plan(types, m, d, strides, aligned, eps, processors(device), False)
+        packed = params.pack(cut.tail, rows, more, weight, h, total, None, None, None, None, None)
         nvrtc.launch("norm.cu", "norm_forward" + cut.arguments, packed, cut.blocks, cut.threads, 0, device)
-    return h
+    return h, past
 
 
 def backward(
-    x: Tensor, weight: Tensor | None, eps: float, gh: Tensor, past: Tensor | None, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the input, ``past`` added, and of the weight, where that is ``wanted``; in their types."""
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gh: Tensor,
+    past: Tensor | None,
+    wanted: bool,
+    add: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, ``past`` added; of the weight, where that is ``wanted``; and of what was added to x, of the type ``add``."""
     d, device = x.shape[-1], x.device
     gx = torch.empty(x.shape, dtype=x.dtype, device=device)
+    gadd = gx if add == x.dtype else None if add is None else torch.empty(x.shape, dtype=add, device=device)
     gweight = torch.empty(d, dtype=weight.dtype, device=device) if wanted and weight is not None else None
     m = gx.numel() // d
     if not m:
-        return gx, None if gweight is None else gweight.zero_()
-    (rows, x_row), (gh, gh_row) = _rows(x, x.dtype, m, d), _rows(gh, gh.dtype, m, d)  # type: ignore[assignment]
-    past, past_row = _rows(past, x.dtype, m, d)
+        return gx, None if gweight is None else gweight.zero_(), gadd
+    (rows, x_row), (gh, gh_row), (past, past_row) = (_rows(each, m, d) for each in (x, gh, past))  # type: ignore[assignment]
     weight = whole(weight, weight.dtype) if weight is not None else None
-    types = (x.dtype, gh.dtype, torch.float32 if weight is None else weight.dtype)
-    strides, aligned = (x_row, gh_row, past_row), _aligned(rows, gh, past)
+    added, converted = (None, None) if gadd is gx else (add, gadd)
+    types = (x.dtype, added, gh.dtype, torch.float32 if weight is None else weight.dtype)
+    strides, aligned = (x_row, d, gh_row, past_row), _aligned(rows, gh, past)
     cut = plan(types, m, d, strides, aligned, eps, processors(device), True)
     part = None
     if gweight is not None:
         part = torch.empty((cut.blocks, 1, d), dtype=torch.float32, device=device)
-    packed = params.pack(cut.tail, rows, weight, None, gh, past, gx, part)
+    packed = params.pack(cut.tail, rows, None, weight, None, None, gh, past, gx, converted, part)
     nvrtc.launch("norm.cu", "norm_backward" + cut.arguments, packed, cut.blocks, cut.threads, 0, device)
     if part is not None and gweight is not None:
         add_up(part, None, gweight)
-    return gx, gweight
+    return gx, gweight, gadd
 
 
 @torch.library.custom_op("hybridzoo::rms_norm_cuda", mutates_args=())
 def norm_op(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """The norm, (..., d) in ``dtype``."""
-    return forward(x, weight, eps, dtype)
+    return forward(x, weight, eps, dtype)[0]
 
 
 @norm_op.register_fake
@@ -158,7 +170,7 @@ def _norm_fake(x, weight, eps, dtype):
 @torch.library.custom_op("hybridzoo::rms_norm_cuda_backward", mutates_args=())
 def norm_backward_op(gh: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and the weight; the latter is empty where there is none."""
-    gx, gweight = backward(x, weight, eps, gh, None, True)
+    gx, gweight, _ = backward(x, weight, eps, gh, None, True)
     return gx, x.new_empty(0) if gweight is None else gweight
 
 
@@ -190,27 +202,36 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.eps = eps
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, add: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.eps, ctx.add = eps, None if add is None else add.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
-        return forward(x, weight, eps, dtype), x
+        h, past = forward(x, weight, eps, dtype, add)
+        ctx.save_for_backward(past, weight)
+        return h, past
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gh: Tensor | None, past: Tensor | None) -> tuple:
         x, weight = ctx.saved_tensors
+        add = ctx.add if ctx.needs_input_grad[2] else None
         if gh is None:
-            return past, None, None, None
-        return (*backward(x, weight, ctx.eps, gh, past, ctx.needs_input_grad[1]), None, None)
+            return past, None, None if add is None or past is None else past.to(add), None, None
+        gx, gweight, gadd = backward(x, weight, ctx.eps, gh, past, ctx.needs_input_grad[1], add)
+        return gx, gweight, gadd, None, None
 
 
-def branch_rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def branch_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`hybridzoo.kernels.norm.branch_rms_norm` on an NVIDIA GPU; the same arguments and results."""
-    # what is traced, or is not a plain tensor, needs the registered op
-    if not eager(x):
+    # what is traced, or is not a plain tensor, needs the registered op; a compiler puts the sum where it likes
+    if not eager(x) or (add is not None and not eager(add)):
+        x = x if add is None else x + add
         return torch.ops.hybridzoo.rms_norm_cuda(x, weight, eps, dtype), x
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        h, past = _Eager.apply(x, weight, eps, dtype)
-        return h, past if x.requires_grad else x
-    return forward(x, weight, eps, dtype), x
+    passed = x.requires_grad or (add is not None and add.requires_grad)
+    if torch.is_grad_enabled() and (passed or (weight is not None and weight.requires_grad)):
+        h, past = _Eager.apply(x, weight, add, eps, dtype)
+        return h, past if passed else x if add is None else past.detach()
+    return forward(x, weight, eps, dtype, add)

@@ -1,4 +1,7 @@
-"""The norm in front of a residual branch: ``h = x / rms(x) * weight`` goes into the branch, x goes past it."""
+"""The norm in front of a residual branch: ``h = x / rms(x) * weight`` goes into the branch, x goes past it.
+
+What the branch before adds to x may come in with it, so that the sum and its norm are one pass.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +22,13 @@ def rms_norm(
 
 
 def branch_rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | None = None, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    add: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension (arXiv:1910.07467), and the input to go on with.
 
@@ -31,38 +40,48 @@ def branch_rms_norm(
         weight: ``(d,)``, a factor of each channel, or ``None``.
         eps: Added to the mean square.
         dtype: Of the first result; x's by default.
+        add: ``(..., d)``, added to x first. The sum has the type that PyTorch gives it.
         backend: ``"cuda"`` or ``"torch"``; chosen automatically if absent (:mod:`hybridzoo.kernels.dispatch`).
 
     Returns:
-        The norm ``(..., d)`` in ``dtype``, and x, not copied.
+        The norm ``(..., d)`` in ``dtype``, and x, not copied, or the sum of x and ``add``.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together.
         BackendError: The backend asked for cannot do this call.
     """
-    where, dtype = "rms_norm", dtype or x.dtype
-    if cuda_again.find(where, (x, weight), eps, dtype, backend):
-        return cuda_norm.branch_rms_norm(x, weight, eps, dtype)
-    _check(x, weight)
-    # of the weight's dtype only that it can be read
-    dtypes = (dtype,) if weight is None else (dtype, weight.dtype)
+    where, given = "rms_norm", (x, weight, add)
+    if cuda_again.find(where, given, eps, dtype, backend):
+        return cuda_norm.branch_rms_norm(x, weight, eps, dtype or x.dtype, add)
+    _check(x, weight, add)
+    if add is not None and torch.promote_types(x.dtype, add.dtype) != x.dtype:
+        x, add = x + add, None
+    out = dtype or x.dtype
+    # of the weight's and the addend's dtype only that it can be read
+    dtypes = (out, *(m.dtype for m in (weight, add) if m is not None))
     facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "dtypes": dtypes, "d": x.shape[-1]}
     chosen = choose(where, backend=backend, **facts).name
     if chosen == "cuda":
-        cuda_again.learn(where, (x, weight), lambda: ((x, weight), True), eps, dtype, backend)
-    return _NORMS[chosen](x, weight, eps, dtype)
+        cuda_again.learn(where, given, lambda: ((x, weight, add), True), eps, dtype, backend)
+    return _NORMS[chosen](x, weight, eps, out, add)
 
 
-def _check(x: Tensor, weight: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor | None, add: Tensor | None) -> None:
     where = "rms_norm"
     if x.dim() == 0:
         raise ValueError(f"{where}: x has no dimensions, expected (..., d).")
     checks.floating(where, "x", x, x.dim(), "(..., d)")
     checks.shape(where, "weight", weight, (x.shape[-1],), "(d,)")
-    checks.same_device(where, "x", x, weight=weight)
+    checks.same_device(where, "x", x, weight=weight, add=add)
+    if add is not None:
+        checks.floating(where, "add", add, x.dim(), "(..., d)")
+        checks.shape(where, "add", add, tuple(x.shape), "(..., d)")
 
 
-def _torch(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _torch(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x = x if add is None else x + add
     # torch computes this in float32 for half inputs, but wants one dtype
     weight = None if weight is None else weight.to(x.dtype)
     return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype), x

@@ -42,19 +42,23 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None, *, branch: bool = False) -> Any:
+    def forward(
+        self, x: Tensor, dtype: torch.dtype | None = None, *, branch: bool = False, add: Tensor | None = None
+    ) -> Any:
         """Normalise ``(..., d)``.
 
         Args:
             x: ``(..., d)``.
             dtype: Of the output; x's by default.
             branch: Also return x, to go on with past whatever the output goes into (:func:`hybridzoo.kernels.branch_rms_norm`).
+            add: ``(..., d)``, added to x first.
         """
-        h, past = branch_rms_norm(x, self.weight, self.eps, dtype)
+        h, past = branch_rms_norm(x, self.weight, self.eps, dtype, add=add)
         if not branch:
             return h
         # a linear layer behind it need not keep what is a pass over x to form again
-        return repeatable(h, _normed, x, self.weight, self.eps, dtype, autocasts(x)), past
+        read = x if add is None else past
+        return repeatable(h, _normed, read, self.weight, self.eps, dtype, autocasts(x)), past
 
     def extra_repr(self) -> str:
         """Size and eps, for ``print(model)``."""
@@ -120,8 +124,11 @@ class GatedRMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm, for inputs of another precision than the weights: a float32 residual stream in a half-precision model."""
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None, *, branch: bool = False) -> Any:
+    def forward(
+        self, x: Tensor, dtype: torch.dtype | None = None, *, branch: bool = False, add: Tensor | None = None
+    ) -> Any:
         """As :meth:`RMSNorm.forward`."""
+        x = x if add is None else x + add
         h = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         h = h.to(dtype or x.dtype)
         return (h, x) if branch else h

@@ -164,7 +164,7 @@ class Branch(nn.Module):
 
 def test_the_norm_in_front_is_formed_again(ways, monkeypatch):
     branch, x, norms, forward = Branch(16), torch.randn(2, 40, 16), [], norm.branch_rms_norm
-    monkeypatch.setattr(norm, "branch_rms_norm", lambda *args: norms.append(1) or forward(*args))
+    monkeypatch.setattr(norm, "branch_rms_norm", lambda *a, **kw: norms.append(1) or forward(*a, **kw))
     nodes = ways(True)
     _, got = run(branch, x, autocast=BF16)
     assert len(nodes) == 1 and len(norms) == 2

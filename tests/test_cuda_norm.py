@@ -26,6 +26,11 @@ def operands(shape, x=F32, h=F32, weight=F32, past=True):
     return torch.randn(shape).to(x), gains, torch.randn(shape).to(h), torch.randn(shape).to(x) if past else None
 
 
+def addends(x):
+    """What may be added to x without changing its type."""
+    return [torch.randn(x.shape).to(m) for m in DTYPES if torch.promote_types(m, x.dtype) == x.dtype]
+
+
 def exact(x, weight, gh, past):
     """Output and gradients in float64."""
     leaves = [m.double().requires_grad_() for m in (x, weight) if m is not None]
@@ -42,7 +47,19 @@ def poisoned():
 
 def compare(x, weight, gh, past):
     poisoned()
-    got = forward(x, weight, EPS, gh.dtype), *backward(x, weight, EPS, gh, past, True)
+    h, same = forward(x, weight, EPS, gh.dtype)
+    got = h, *backward(x, weight, EPS, gh, past, True)[:2]
+    assert same is x
+    for add in addends(x):
+        # the sum is PyTorch's, and all that comes of it has the bits that the norm of the sum has
+        total = x + add
+        poisoned()
+        h, same = forward(x, weight, EPS, gh.dtype, add)
+        assert torch.equal(same, total) and torch.equal(h, forward(total, weight, EPS, gh.dtype)[0])
+        gx, gweight, gadd = backward(total, weight, EPS, gh, past, True, add.dtype)
+        for a, b in zip((gx, gweight), backward(total, weight, EPS, gh, past, True)[:2], strict=True):
+            assert (a is b is None) or torch.equal(a, b)
+        assert torch.equal(gadd, gx.to(add.dtype)) and gadd.shape == x.shape
     wants = exact(x, weight, gh, past)
     assert [m.dtype for m in got if m is not None] == [m.dtype for m in (gh, x, weight) if m is not None]
     for a, b in zip(got, wants, strict=False):
@@ -69,7 +86,7 @@ def test_every_combination_of_types(types):
 @pytest.mark.parametrize("d", [768, 1000, 2560])
 def test_half_precision_is_no_further_from_the_truth_than_twice_torchs_own(d):
     x, weight, gh, past = operands((9, d), BF16, BF16, BF16)
-    got = forward(x, weight, EPS, BF16), *backward(x, weight, EPS, gh, past, True)
+    got = forward(x, weight, EPS, BF16)[0], *backward(x, weight, EPS, gh, past, True)[:2]
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     own = F.rms_norm(leaves[0], (d,), leaves[1], EPS)
     gx, gweight = torch.autograd.grad(own, leaves, gh)
@@ -84,7 +101,7 @@ def test_blocks_go_on_to_further_rows(d, m, monkeypatch):
     monkeypatch.setattr(cuda_norm, "processors", lambda device: 1)
     inputs = operands((m, d), F32, BF16)
     compare(*inputs)
-    first, again = (backward(*inputs[:2], EPS, *inputs[2:], True) for _ in range(2))
+    first, again = (backward(*inputs[:2], EPS, *inputs[2:], True)[:2] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -93,7 +110,7 @@ def test_rows_are_read_where_they_lie():
     wide = torch.randn(2, 5, 60)
     for first in (8, 10):  # 16- and 8-byte borders
         x = wide[..., first : first + 24]
-        rows, stride = cuda_norm._rows(x, F32, 10, 24)
+        rows, stride = cuda_norm._rows(x, 10, 24)
         assert rows.data_ptr() == x.data_ptr() and stride == 60
         compare(x, weight, gh, past)
     compare(x, torch.randn(48)[::2], gh, past)
@@ -109,17 +126,17 @@ def test_large_small_and_broken_rows():
     x = torch.stack(
         [torch.full((40,), 3e15), torch.full((40,), 1e-3), torch.zeros(40), torch.full((40,), float("nan"))]
     )
-    h = forward(x, None, EPS, F32)
+    h, _ = forward(x, None, EPS, F32)
     torch.testing.assert_close(h, F.rms_norm(x, (40,), None, EPS), equal_nan=True)
-    gx, _ = backward(x, None, EPS, torch.ones_like(x), None, False)
+    gx, *_ = backward(x, None, EPS, torch.ones_like(x), None, False)
     assert gx[:3].isfinite().all() and gx[3].isnan().all()
 
 
 def test_no_rows():
     x, weight, gh, past = operands((2, 0, 24), BF16)
-    assert forward(x, weight, EPS, F32).shape == (2, 0, 24)
-    gx, gweight = backward(x, weight, EPS, gh, past, True)
-    assert gx.shape == x.shape and not gweight.any()
+    assert forward(x, weight, EPS, F32)[0].shape == forward(x, weight, EPS, F32, x)[1].shape == (2, 0, 24)
+    gx, gweight, gadd = backward(x, weight, EPS, gh, past, True, F32)
+    assert gx.shape == gadd.shape == x.shape and not gweight.any()
 
 
 def test_both_gradients_of_the_input_meet_in_the_norm():
@@ -141,6 +158,44 @@ def test_both_gradients_of_the_input_meet_in_the_norm():
         once.sum().backward()
 
 
+@pytest.mark.parametrize("type_added", [F32, BF16], ids=str)
+def test_all_gradients_meet_where_something_is_added_first(type_added):
+    x, weight, gh, past = operands((3, 4, 24), F32, BF16)
+    add = torch.randn(3, 4, 24).to(type_added)
+    leaves = x.requires_grad_(), weight.requires_grad_(), add.requires_grad_()
+    h, total = branch_rms_norm(x, weight, EPS, BF16, add)
+    assert torch.equal(total, x + add) and total.dtype == F32 and h.grad_fn is total.grad_fn
+    gx, gweight, gadd = torch.autograd.grad((h, total), leaves, (gh, past), retain_graph=True)
+    _, want, gains = exact(total.detach(), weight.detach(), gh, past)
+    for a, b in ((gx, want), (gweight, gains)):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    assert gadd.dtype == type_added and torch.equal(gadd, gx.to(type_added))
+    # one of the two alone
+    alone = torch.autograd.grad(total, (x, add), past, retain_graph=True)
+    assert torch.equal(alone[0], past) and torch.equal(alone[1], past.to(type_added))
+    gx, gadd = torch.autograd.grad(h, (x, add), gh)
+    want = exact(total.detach(), weight.detach(), gh, None)[1]
+    torch.testing.assert_close(gx.double(), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(gadd, gx.to(type_added))
+    # one of the two wanted
+    for wanted in (x, add):
+        values = (wanted if m is wanted else m.detach() for m in (x, add))
+        h, total = branch_rms_norm(next(values), weight, EPS, BF16, next(values))
+        (g,) = torch.autograd.grad((h, total), wanted, (gh, past))
+        want = exact(total.detach(), weight.detach(), gh, past)[1]
+        torch.testing.assert_close(g.double(), want, atol=1e-5, rtol=0.01 if g.dtype == BF16 else 1e-5)
+
+
+def test_a_sum_of_what_needs_no_gradient_needs_none():
+    x, weight, gh, _ = operands((3, 24))
+    h, total = branch_rms_norm(x, weight.requires_grad_(), EPS, F32, x)
+    assert h.requires_grad and not total.requires_grad and torch.equal(total, 2 * x)
+    (gweight,) = torch.autograd.grad(h, weight, gh)
+    torch.testing.assert_close(gweight.double(), exact(2 * x, weight.detach(), gh, None)[2], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(branch_rms_norm(x, weight, EPS, F32, x)[1], 2 * x)
+
+
 def test_what_needs_no_gradient_gets_none():
     x, weight, gh, past = operands((3, 24))
     h, same = branch_rms_norm(x, weight.requires_grad_(), EPS, F32)
@@ -159,7 +214,8 @@ def test_only_the_input_and_the_weight_are_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda m: kept.append(m) or m, lambda m: m):
         branch_rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS, BF16)
-    assert [m.data_ptr() for m in kept] == [x.data_ptr(), weight.data_ptr()]
+        _, total = branch_rms_norm(x, weight, EPS, BF16, x.detach().bfloat16().requires_grad_())
+    assert [m.data_ptr() for m in kept] == [m.data_ptr() for m in (x, weight, total, weight)]
 
 
 def test_ops_are_registered_as_torch_wants_them():
@@ -179,6 +235,7 @@ def test_compiles_without_graph_breaks():
 
     def both(x):
         h, same = branch_rms_norm(x, weight, EPS, BF16)
+        h, same = branch_rms_norm(same, weight, EPS, BF16, h)
         return (h * gh).sum() + (same * past).sum()
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
@@ -190,7 +247,7 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_model_is_what_it_is_on_torchs_operations(autocast, checkpointed, monkeypatch):
     mixers = {"mamba": {"d_state": 4}, "mlp": {"d_intermediate": 24}, "moe": {"d_intermediate": 24, "num_experts": 4}}
-    model = zoo.build({"vocab_size": 64, "d_model": 16, "layers": "mamba mlp moe", "mixers": mixers}).train()
+    model = zoo.build({"vocab_size": 64, "d_model": 16, "layers": "mlp mamba moe", "mixers": mixers}).train()
     model.gradient_checkpointing_enable(checkpointed)
     ids = torch.randint(0, 64, (2, 9))
 
@@ -229,6 +286,9 @@ def test_a_model_is_what_it_is_on_torchs_operations(autocast, checkpointed, monk
     ],
 )
 def test_how_rows_are_cut(d, backward, lanes, vectors, blocks):
-    cut = plan((F32, BF16, F32), 1 << 15, d, (d, d, d), True, EPS, 132, backward)
-    assert cut.arguments.startswith(f"<float, bf16, float, {lanes}, {vectors}, {0 if d % 4 == 0 else 4}, ")
-    assert cut.blocks == blocks and lanes * vectors * 4 >= d
+    cut = plan((F32, None, BF16, F32), 1 << 15, d, (d, d, d, d), True, EPS, 132, backward)
+    assert cut.arguments.startswith(f"<float, float, bf16, float, {lanes}, {vectors}, {0 if d % 4 == 0 else 4}, ")
+    added = plan((F32, BF16, BF16, F32), 1 << 15, d, (d, d, d, d), True, EPS, 132, backward)
+    assert added.arguments.startswith(f"<float, bf16, bf16, float, {lanes}, {vectors}, {8 if d % 4 == 0 else 12}, ")
+    # reading and adding elements one by one takes more registers
+    assert cut.blocks == blocks and added.blocks == (blocks if d % 4 == 0 else 264) and lanes * vectors * 4 >= d

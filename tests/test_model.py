@@ -171,7 +171,7 @@ def test_the_residual_stream_stays_in_fp32_when_asked(norm):
     model = build("mamba attention mlp", residual_in_fp32=True, norm={"type": norm, "eps": 1e-5}).to(torch.bfloat16)
     seen = []
     for block in model.backbone.layers:
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].sum().dtype))
     out = model(tokens(1, 5))
     assert seen == [torch.float32] * 3 and out.logits.dtype == torch.bfloat16
 

@@ -11,6 +11,7 @@ from hybridzoo.kernels import BackendError, branch_rms_norm, rms_norm
 from hybridzoo.kernels.dispatch import TABLES, explain
 from hybridzoo.layers import RMSNorm, make_norm
 from hybridzoo.layers.common import dtype_read, scaled
+from hybridzoo.zoo.block import Stream
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 MIXERS = {
@@ -46,6 +47,25 @@ def test_gradients_of_both_results():
     x, weight = torch.randn(2, 3, 7, dtype=F64, requires_grad=True), torch.randn(7, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: branch_rms_norm(x * 1, w, 1e-5, backend="torch"), (x, weight))
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, None, 0.0, backend="torch"), x)
+    add = torch.randn_like(x).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, w, add: branch_rms_norm(x, w, 1e-5, add=add, backend="torch"), (x, weight, add)
+    )
+
+
+@pytest.mark.parametrize("types", list(itertools.product((F64, F32, BF16, F16), repeat=2)), ids=str)
+def test_what_is_added_first_has_the_type_that_pytorch_gives_a_sum(types):
+    x, add = (torch.randn(3, 5, 8).to(m) for m in types)
+    weight = torch.randn(8)
+    for out in (None, BF16):
+        h, past = branch_rms_norm(x, weight, 1e-5, out, add=add)
+        assert past.dtype == (x + add).dtype and torch.equal(past, x + add)
+        assert torch.equal(h, rms_norm(x + add, weight, 1e-5, out))
+    for kind in ("rmsnorm", "layernorm"):
+        norm = make_norm(kind, 8, 1e-5)
+        assert torch.equal(norm(x, F32, add=add), norm(x + add, F32))
+        h, past = norm(x, F32, branch=True, add=add)
+        assert torch.equal(h, norm(x + add, F32)) and torch.equal(past, x + add)
 
 
 def test_mistakes_are_named():
@@ -58,6 +78,12 @@ def test_mistakes_are_named():
         rms_norm(torch.ones(()), None, 1e-5)
     with pytest.raises(ValueError, match="rms_norm: weight is on meta, x on cpu"):
         rms_norm(x, torch.ones(3, device="meta"), 1e-5)
+    with pytest.raises(ValueError, match=r"rms_norm: add has shape \(2, 4\), expected \(2, 3\) \(..., d\)"):
+        branch_rms_norm(x, None, 1e-5, add=torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"rms_norm: add has dtype torch.bool"):
+        branch_rms_norm(x, None, 1e-5, add=x > 0)
+    with pytest.raises(ValueError, match="rms_norm: add is on meta, x on cpu"):
+        branch_rms_norm(x, None, 1e-5, add=x.to("meta"))
     with pytest.raises(BackendError, match=r"rms_norm\(backend='cuda'\): the CUDA kernels need CUDA tensors, got cpu"):
         rms_norm(x, None, 1e-5, backend="cuda")
 
@@ -94,9 +120,10 @@ def test_the_dtype_that_linear_layers_read():
         assert dtype_read(weight.to("meta")) == F32
 
 
-def previously(block, x, state, seq, return_state, embedding, side=None):
-    """A block as a sum of modules, its input in the norm's dtype."""
-    read = x
+def previously(block, stream, state, seq, return_state, embedding, side=None):
+    """A block as a sum of modules, its input in the norm's dtype, which adds up at its end."""
+    assert stream.add is None
+    read = x = stream.x
     if block.reads == "residual_and_embedding":
         read = torch.cat([x, embedding], -1)
     elif block.reads == "side":
@@ -107,7 +134,9 @@ def previously(block, x, state, seq, return_state, embedding, side=None):
     h = F.rms_norm(read, weight.shape, weight, block.norm.eps).to(read.dtype).to(block.norm.weight.dtype)
     aux: dict = {}
     y = block.mixer(h, state, seq, aux)
-    return (x, None, aux, y) if block.writes == "side" else (x + scaled(y, block.multiplier), None, aux, side)
+    if block.writes == "side":
+        return stream, None, aux, y
+    return Stream(x + scaled(y, block.multiplier)), None, aux, side
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -139,11 +168,11 @@ def test_the_head_reads_what_autocast_reads():
     model = zoo.build({"vocab_size": 64, "d_model": 16, "layers": "mlp", "mixers": MIXERS})
     x = torch.randn(2, 5, 16)
     with torch.autocast("cpu", BF16):
-        h = model.backbone._final(x)
+        h = model.backbone._final(Stream(x))
     assert h.dtype == BF16 and torch.equal(h, model.backbone.norm_f(x).bfloat16())
     model.backbone.logits_multiplier = 0.3
     with torch.autocast("cpu", BF16):
-        assert torch.equal(model.backbone._final(x), model.backbone.norm_f(x) * 0.3)
+        assert torch.equal(model.backbone._final(Stream(x)), model.backbone.norm_f(x) * 0.3)
 
 
 @pytest.mark.parametrize("name", ["mamba", "attention", "mlp", "moe", "scaled"])
@@ -153,10 +182,10 @@ def test_mixers_that_only_project_their_input_get_it_rounded(name):
     block.mixer.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     x = torch.randn(1, 4, 16)
     with torch.autocast("cpu", BF16):
-        block(x, None, None, False, x)
+        block(Stream(x), None, None, False, x)
     # a router compares scores, a factor would be applied to rounded numbers
     assert seen == [F32 if name in ("moe", "scaled") else BF16]
-    block(x, None, None, False, x)
+    block(Stream(x), None, None, False, x)
     assert seen[1] == F32
 
 
@@ -166,7 +195,7 @@ def test_compiled_blocks_have_no_graph_breaks():
 
     def run(f):
         with torch.autocast("cpu", BF16):
-            y = f(x, None, None, False, x)[0]
+            y = f(Stream(x, 2 * x), None, None, False, x)[0].sum()
         return y, torch.autograd.grad(y.sum(), x)[0]
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")

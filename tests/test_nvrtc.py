@@ -64,7 +64,7 @@ def state_step(types, k, n, one_A, aligned=(16, 16), b=64):
 
 def norm(types, d, backward, aligned=True):
     name = "norm_backward" if backward else "norm_forward"
-    return "norm.cu", name + cuda_norm.plan(types, 16384, d, (d, d, d), aligned, 1e-5, 132, backward).arguments
+    return "norm.cu", name + cuda_norm.plan(types, 16384, d, (d,) * 4, aligned, 1e-5, 132, backward).arguments
 
 
 def loss(v, dtype, want_gradient=True):
@@ -92,9 +92,15 @@ USUAL = [
     convolution(BF16, F32, 4, True, packed=True),
     convolution(BF16, F32, 8, True, packed=True, aligned=1),
     ("conv.cu", "conv_sum<bf16>"),
-    *(norm((F32, BF16, F32), d, backward) for d in (64, 768, 1024, 2560, 5120, 8192) for backward in (False, True)),
-    *(norm(types, 768, backward) for types in ((F32,) * 3, (BF16,) * 3, (F16,) * 3) for backward in (False, True)),
-    *(norm((F32,) * 3, d, True, aligned=False) for d in (767, 6144)),
+    *(
+        norm((F32, add, BF16, F32), d, backward)
+        for add in (None, BF16)
+        for d in (64, 768, 1024, 2560, 5120, 8192)
+        for backward in (False, True)
+    ),
+    *(norm((m, None, m, m), 768, backward) for m in (F32, BF16, F16) for backward in (False, True)),
+    *(norm((m,) * 4, 768, False) for m in (F32, BF16, F16)),
+    *(norm((F32, add, F32, F32), d, True, aligned=False) for add in (None, F16) for d in (767, 6144)),
     convolution_step((BF16,) * 3, 4),
     state_step((BF16,) * 3, 0, 16, False, b=256),
     state_step((BF16,) * 3, 0, 16, False, b=1),
@@ -124,7 +130,7 @@ def resources(source, name, arch):
         backward("bf16", 16, 23),
         forward("bf16", 16, FULL, LOW_RANK),
         convolution(BF16, BF16, 4, False),
-        norm((F32, BF16, F32), 768, True),
+        norm((F32, BF16, BF16, F32), 768, True),
         convolution(BF16, BF16, 4, True),
         state_step((BF16,) * 3, 4, 128, True),
         loss(50280, BF16),
@@ -212,9 +218,12 @@ def test_every_instance_of_convolutions_and_steps_compiles(dtype, arch):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_instance_of_the_norm_compiles(dtype, arch):
     # one width for every number of threads in a row and of accesses in a thread
-    widths = {cuda_norm.plan((F32,) * 3, 1, d, (d,) * 3, True, 0.0, 1, True).arguments: d for d in range(4, 8193, 4)}
+    plain = F32, None, F32, F32
+    widths = {cuda_norm.plan(plain, 1, d, (d,) * 4, True, 0.0, 1, True).arguments: d for d in range(4, 8193, 4)}
     kernels = {
-        norm((dtype, out, wide), d, backward, aligned)
+        norm((dtype, add, out, wide), d, backward, aligned)
+        for add in (None, dtype, BF16)
+        if add is None or torch.promote_types(dtype, add) == dtype
         for out in (F32, BF16, F16)
         for wide in (F32, dtype)
         for d in widths.values()

@@ -1,6 +1,6 @@
 """The residual block, ``x + mixer(norm(x))``: the one place where parts meet the trunk."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,23 @@ from ..layers.norm import make_norm
 from .layout import BlockSpec
 from .registry import build_mixer
 
-__all__ = ["Block", "Parallel", "share"]
+__all__ = ["Block", "Parallel", "Stream", "share"]
+
+
+class Stream(NamedTuple):
+    """The residual stream between two blocks; the next norm adds up what the last one left, in one pass on a GPU.
+
+    Attributes:
+        x: ``(b, l, d)``, or ``(b, d)`` for one token.
+        add: What is still to be added to it, of the same shape, if anything.
+    """
+
+    x: Tensor
+    add: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """The residual stream as one tensor."""
+        return self.x if self.add is None else self.x + self.add
 
 
 class Parallel(Mixer):
@@ -93,17 +109,17 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         state: Any,
         seq: Seq | None,
         return_state: bool,
         embedding: Tensor,
         side: Tensor | None = None,
-    ) -> tuple[Tensor, Any, dict[str, list], Tensor | None]:
+    ) -> tuple[Stream, Any, dict[str, list], Tensor | None]:
         """One residual block over ``(b, l, d)``.
 
         Args:
-            x: The residual stream.
+            stream: The residual stream.
             state: What the rows left behind here, if anything.
             seq: Padding or packing of the rows.
             return_state: Whether to return the new state.
@@ -111,47 +127,51 @@ class Block(nn.Module):
             side: The side stream, if an earlier block has written one.
 
         Returns:
-            The new residual stream, the state (``None`` unless asked for), what the mixer put into ``aux``, and the side stream. The
-            dict is made here and not handed in, so that recomputing a checkpointed block does not fill it twice.
+            The new residual stream, whose value is ``stream.sum()``; the state (``None`` unless asked for); what the mixer put into
+            ``aux``, in a dict made here and not handed in, so that recomputing a checkpointed block does not fill it twice; and the
+            side stream.
         """
         aux: dict[str, list] = {}
-        h, x = self._normed(x, embedding, side)
+        h, stream = self._normed(stream, embedding, side)
         if return_state:
             y, state = self.mixer(h, state, seq, aux, return_state=True)
         else:
             y, state = self.mixer(h, state, seq, aux), None
-        x, side = self._written(x, side, y)
-        return x, state, aux, side
+        stream, side = self._written(stream, side, y)
+        return stream, state, aux, side
 
     def step(
-        self, x: Tensor, state: Any, embedding: Tensor, side: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, stream: Stream, state: Any, embedding: Tensor, side: Tensor | None = None
+    ) -> tuple[Stream, Tensor | None]:
         """One token per row, ``(b, d)``, to the new residual and side streams; ``state`` is updated in place."""
-        h, x = self._normed(x, embedding, side)
-        return self._written(x, side, self.mixer.step(h, state))
+        h, stream = self._normed(stream, embedding, side)
+        return self._written(stream, side, self.mixer.step(h, state))
 
     def flops(self, seq_len: int) -> int:
         """As :meth:`Mixer.flops`, for the mixer and what leads to it."""
         return self.mixer.flops(seq_len) + (0 if self.side_proj is None else 2 * self.side_proj.weight.numel())
 
-    def _normed(self, x: Tensor, embedding: Tensor, side: Any) -> tuple[Tensor, Tensor]:
-        """What the mixer reads, and the residual stream to go on with."""
-        read = x
+    def _normed(self, stream: Stream, embedding: Tensor, side: Any) -> tuple[Tensor, Stream]:
+        """What the mixer reads, and the residual stream to go on with, in one tensor."""
+        # a float32 residual stream meets half-precision weights, or autocast, here
+        weight: Any = self.norm.weight
+        dtype = dtype_read(weight) if self.rounds_input else weight.dtype
+        if self.reads == "residual":
+            h, x = self.norm(stream.x, dtype, branch=True, add=stream.add)
+            return h, Stream(x)
+        x = read = stream.sum()
         if self.reads == "residual_and_embedding":
             read = torch.cat([x, embedding], dim=-1)
         elif self.reads == "side":
             read = side
         elif self.side_proj is not None:
             read = x + self.side_proj(side)
-        # a float32 residual stream meets half-precision weights, or autocast, here
-        weight: Any = self.norm.weight
-        h, past = self.norm(read, dtype_read(weight) if self.rounds_input else weight.dtype, branch=True)
-        return h, past if read is x else x
+        return self.norm(read, dtype, branch=True)[0], Stream(x)
 
-    def _written(self, x: Tensor, side: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _written(self, stream: Stream, side: Tensor | None, y: Tensor) -> tuple[Stream, Tensor | None]:
         if self.writes == "side":
-            return x, y
-        return x + scaled(y, self.multiplier), side
+            return stream, y
+        return Stream(stream.x, scaled(y, self.multiplier)), side
 
 
 def share(twin: nn.Module, first: nn.Module) -> None:

@@ -16,7 +16,7 @@ from ..layers.adapter import Adapter
 from ..layers.base import Seq
 from ..layers.common import dtype_read, scaled
 from ..layers.norm import make_norm
-from .block import Block, share
+from .block import Block, Stream, share
 from .config import block_specs, validate
 from .generate import generate
 from .loss import IGNORE, next_token_loss, shift_labels
@@ -104,13 +104,17 @@ class Backbone(nn.Module):
         before = (None,) * len(self.layers) if state is None else state.layers
         after: list[Any] = []
         aux: dict[str, list] = {}
-        embedding, side = x, None
+        stream, embedding, side = Stream(x), x, None
         for i, (block, s) in enumerate(zip(self.blocks, before, strict=True)):
-            inputs = x, s, seq, return_state, embedding, side
-            if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
-                x, s, extra, side = self._gradient_checkpointing_func(block, *inputs, use_reentrant=False)
+            checkpointed = self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0
+            if checkpointed:
+                # one tensor to keep, not two
+                stream = Stream(stream.sum())
+            inputs = stream, s, seq, return_state, embedding, side
+            if checkpointed:
+                stream, s, extra, side = self._gradient_checkpointing_func(block, *inputs, use_reentrant=False)
             else:
-                x, s, extra, side = block(*inputs)
+                stream, s, extra, side = block(*inputs)
             after.append(s)
             for key, values in extra.items():
                 aux.setdefault(key, []).extend(values)
@@ -118,23 +122,23 @@ class Backbone(nn.Module):
         if return_state:
             seen = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long) if seq is None else seq.lengths
             new = ModelState(tuple(after), seen if state is None else state.tokens + seen)
-        return self._final(x), new, aux
+        return self._final(stream), new, aux
 
     def step(self, x: Tensor, state: ModelState) -> Tensor:
         """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
         x = x.float() if self.residual_in_fp32 else x
-        embedding, side = x, None
+        stream, embedding, side = Stream(x), x, None
         for block, s in zip(self.blocks, state.layers, strict=True):
-            x, side = block.step(x, s, embedding, side)
+            stream, side = block.step(stream, s, embedding, side)
         state.tokens += 1
-        return self._final(x)
+        return self._final(stream)
 
-    def _final(self, x: Tensor) -> Tensor:
+    def _final(self, stream: Stream) -> Tensor:
         weight: Any = self.norm_f.weight
         if self.logits_multiplier == 1:
-            return self.norm_f(x, dtype_read(weight))
+            return self.norm_f(stream.x, dtype_read(weight), add=stream.add)
         # the head is linear, so the factor may stand in front of it, where it is d and not v multiplications
-        return (self.norm_f(x) * self.logits_multiplier).to(weight.dtype)
+        return (self.norm_f(stream.x, add=stream.add) * self.logits_multiplier).to(weight.dtype)
 
 
 class CausalLM(nn.Module):

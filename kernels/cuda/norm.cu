@@ -1,4 +1,5 @@
 // RMSNorm in front of a residual branch, h = x / rms(x) * weight, and in the backward the addition of the gradient that goes past it.
+// What the branch before has to add to x may come along (ADD): then x is the sum, rounded to x's type, and is written too.
 //
 // Memory-bound: a row is read once, kept in registers until its sum is known, and written once.  LANES threads share a row, thread t has
 // vectors t, t + LANES, ... of N elements.  Up to 32 of them meet by shuffles and no warp waits for another; more meet at a barrier of
@@ -8,25 +9,27 @@
 #include "vector.cuh"
 
 struct NormParams {
-    const void *x, *weight;        // (m, d); (d) or null
-    void* h;                       // (m, d)
+    const void *x, *add, *weight;  // (m, d); (m, d) with ADD, in the forward; (d) or null
+    void *h, *sum;                 // (m, d); the latter with ADD
     const void *gh, *past;         // backward: gradients of h and of x as it goes past, (m, d); the latter may be null
-    void* gx;                      // (m, d)
+    void *gx, *gadd;               // (m, d), the same numbers; the latter with ADD
     float* part;                   // (blocks, d), or null where nobody asks for the gradient of the weight
-    int64 x_row, gh_row, past_row, m;
+    int64 x_row, add_row, gh_row, past_row, m;
     float eps;
     int d, blocks;
 };
 
 constexpr int N = 4;
+enum NormFlags { ADD = 8 };  // what is added to x comes in, or its gradient goes out
 template <int LANES>
 constexpr int threads = LANES > 256 ? LANES : 256;
 
-template <class X, class H, class W, int LANES, int V, int FLAGS>
+template <class X, class A, class H, class W, int LANES, int V, int FLAGS>
 struct Rows {
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
     static constexpr int THREADS = threads<LANES>, GROUPS = THREADS / LANES, WARPS = LANES > 32 ? LANES / 32 : 1;
     using VX = Vec<X, N>;
+    using VA = Vec<A, N>;
     using VH = Vec<H, N>;
 
     const NormParams& p;
@@ -46,6 +49,20 @@ struct Rows {
 #pragma unroll
         for (int v = 0; v < V; ++v)
             to[v] = Vec<T, N>::template load<ALIGNED>(at + channel(v), there ? p.d - channel(v) : 0);
+    }
+    // x and what is added to it, once they are there
+    DEVICE void add(VX (&xs)[V], int64 row) const {
+        VA more[V];
+        load(p.add, p.add_row, row, more);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            float x[N], a[N];
+            xs[v].unpack(x), more[v].unpack(a);
+#pragma unroll
+            for (int c = 0; c < N; ++c) x[c] += a[c];
+            xs[v] = VX::pack(x);
+            store<X>(p.sum, row, v, x);
+        }
     }
     template <class T>
     DEVICE void store(void* to, int64 row, int v, const float (&x)[N]) const {
@@ -90,9 +107,9 @@ struct Rows {
     }
 };
 
-template <class X, class H, class W, int LANES, int V, int FLAGS, int MIN_BLOCKS>
+template <class X, class A, class H, class W, int LANES, int V, int FLAGS, int MIN_BLOCKS>
 __global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_forward(const NormParams p) {
-    using R = Rows<X, H, W, LANES, V, FLAGS>;
+    using R = Rows<X, A, H, W, LANES, V, FLAGS>;
     SHARED_ARRAY(float, slots, 2 * R::GROUPS * R::WARPS);
     R f(p, slots);
     float w[V][N];
@@ -103,6 +120,7 @@ __global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_forward(const
         const int64 row = first + f.group;
         typename R::VX xs[V];
         f.load(p.x, p.x_row, row, xs);
+        if constexpr (FLAGS & ADD) f.add(xs, row);
         float sums[1] = {0.f};
 #pragma unroll
         for (int v = 0; v < V; ++v) {
@@ -124,9 +142,9 @@ __global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_forward(const
     }
 }
 
-template <class X, class H, class W, int LANES, int V, int FLAGS, int MIN_BLOCKS>
+template <class X, class A, class H, class W, int LANES, int V, int FLAGS, int MIN_BLOCKS>
 __global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_backward(const NormParams p) {
-    using R = Rows<X, H, W, LANES, V, FLAGS>;
+    using R = Rows<X, A, H, W, LANES, V, FLAGS>;
     SHARED_ARRAY(float, slots, 4 * R::GROUPS * R::WARPS);
     SHARED_ARRAY(float, shared, R::GROUPS > 1 ? R::THREADS * V * N : 1);
     R f(p, slots);
@@ -162,6 +180,7 @@ __global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_backward(cons
                 gw[v][c] = fmaf(g[c], x[c] * r, gw[v][c]);
             }
             f.template store<X>(p.gx, row, v, gx);
+            if constexpr (FLAGS & ADD) f.template store<A>(p.gadd, row, v, gx);
         }
     }
     if (p.part == nullptr) return;

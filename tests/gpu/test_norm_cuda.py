@@ -38,10 +38,10 @@ def plain(x, weight, gh, past):
     return h, gx if past is None else gx + past, *gweight
 
 
-def ours(x, weight, gh, past):
-    leaves = [None if m is None else m.detach().requires_grad_() for m in (x, weight)]
+def ours(x, weight, gh, past, add=None):
+    leaves = [None if m is None else m.detach().requires_grad_() for m in (x, weight, add)]
     h, same = _Eager.apply(*leaves, EPS, gh.dtype)
-    assert same.data_ptr() == x.data_ptr()
+    assert same.data_ptr() == x.data_ptr() if add is None else torch.equal(same, x + add)
     outs, gouts = ((h,), (gh,)) if past is None else ((h, same), (gh, past))
     return h, *torch.autograd.grad(outs, [m for m in leaves if m is not None], gouts)
 
@@ -52,6 +52,13 @@ def check(x, weight, gh, past):
     del del_me
     got, again = (ours(x, weight, gh, past) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    for dtype in DTYPES:
+        add = torch.randn(x.shape, device="cuda").to(dtype)
+        if torch.promote_types(dtype, x.dtype) == x.dtype:
+            # the bits of PyTorch's sum, and then those of its norm
+            *outs, gadd = ours(x, weight, gh, past, add)
+            assert all(torch.equal(a, b) for a, b in zip(outs, ours(x + add, weight, gh, past), strict=True))
+            assert gadd.dtype == dtype and torch.equal(gadd, outs[1].to(dtype))
     exact = [None if m is None else m.double() for m in (x, weight, gh, past)]
     wants = plain(*exact)
     # what comes through the norm cancels to almost nothing in a row of one channel: rounding is relative to its terms
@@ -109,8 +116,12 @@ def test_offsets_beyond_two_to_the_31():
         h, _ = branch_rms_norm(x, None, EPS, BF16, backend="cuda")
         assert torch.equal(h[-3:], branch_rms_norm(x[-3:], None, EPS, BF16, backend="cuda")[0])
         past = h
-        gx, _ = cuda_norm.backward(x, None, EPS, h, past, False)
+        gx, *_ = cuda_norm.backward(x, None, EPS, h, past, False)
         assert torch.equal(gx[-3:], cuda_norm.backward(x[-3:], None, EPS, h[-3:], past[-3:], False)[0])
+        del gx
+        h, past = branch_rms_norm(x, None, EPS, BF16, add=h, backend="cuda")
+        want = branch_rms_norm(x[-3:], None, EPS, BF16, add=branch_rms_norm(x[-3:], None, EPS)[0])
+        assert torch.equal(h[-3:], want[0]) and torch.equal(past[-3:], want[1])
 
 
 def test_graph_capture_and_other_streams():
@@ -120,7 +131,7 @@ def test_graph_capture_and_other_streams():
         want = branch_rms_norm(x, weight, EPS, BF16, backend="cuda")[0].clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out, _ = branch_rms_norm(x, weight, EPS, BF16, backend="cuda")
+            out, _ = branch_rms_norm(x / 2, weight, EPS, BF16, add=x / 2, backend="cuda")
         out.zero_()
         graph.replay()
     side.synchronize()
@@ -133,6 +144,7 @@ def test_compiles_without_graph_breaks():
 
     def loss(x):
         h, same = branch_rms_norm(x, weight, EPS, BF16, backend="cuda")
+        h, same = branch_rms_norm(same, weight, EPS, BF16, add=h, backend="cuda")
         return (h * gh).float().sum() + (same * past).sum()
 
     want = torch.autograd.grad(loss(x), leaves)
@@ -148,7 +160,7 @@ def test_checkpointing_recomputes_it():
     x.requires_grad_()
 
     def layer(x):
-        h, same = branch_rms_norm(x, weight, EPS, BF16, backend="cuda")
+        h, same = branch_rms_norm(x, weight, EPS, BF16, add=x.sin(), backend="cuda")
         return same + h.sigmoid()
 
     (want,) = torch.autograd.grad(layer(x).square().sum(), x)

@@ -51,6 +51,7 @@ for b, l, d, n, g, dtype in CASES:
             torch.autograd.grad(y.sum(), x)
     wide = torch.randn(b, l, d).cuda().requires_grad_()
     h, same = branch_rms_norm(wide, torch.randn(d).cuda(), 1e-5, dtype, backend="cuda")
+    h, same = branch_rms_norm(same, None, 1e-5, dtype, add=h, backend="cuda")
     torch.autograd.grad(h.sum() + same.sum(), wide)
 for layer in (Mamba(64).cuda(), Mamba2(64, headdim=16).cuda()):
     with torch.no_grad():
