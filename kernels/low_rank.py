@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .products import product
+
 # of higher ranks, and beside more states, a product in front is as fast (NOTES.md)
 MAX_RANK, MAX_STATE = 16, 16
 
@@ -26,10 +28,10 @@ def step_sizes(dt: Tensor, weight: Tensor) -> Tensor:
 
 
 def gradients(gdt: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the low-rank form and the weight, out of the gradient ``(b, l, d)`` of the step sizes, and in its type."""
+    """Of the low-rank form, in the type of the step sizes' gradient ``(b, l, d)``, and of the weight, in its own."""
     rows, low = gdt.flatten(0, 1), dt.to(gdt.dtype).flatten(0, 1)
     with torch.autocast(gdt.device.type, enabled=False):
-        return (rows @ weight.to(gdt.dtype)).view(dt.shape), rows.mT @ low
+        return (rows @ weight.to(gdt.dtype)).view(dt.shape), product(rows.mT, low, weight.dtype)
 
 
 def in_vectors(dt: Tensor) -> bool:

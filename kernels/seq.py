@@ -19,6 +19,8 @@ class Seq:
         doc: ``(b, l)`` int64, the document a token belongs to; contiguous in a row, ``-1`` for padding, which stands at the end.
         pos: ``(b, l)`` int64, the token's position inside its document, counted from 0 in this call.
         lengths: ``(b,)`` int64, real tokens per row.
+        valid: ``(b, l)`` bool: a real token, not padding.
+        resets: ``(b, l)`` bool: a document starts here and another one stood before it in the row. Never true at index 0.
         order: ``(b, l)`` int64, the gather index that brings the caller's tokens into this order; ``None`` if they already are.
         packed: Whether a row may hold more than one document.
         padded: Whether a row may end in padding.
@@ -27,6 +29,8 @@ class Seq:
     doc: Tensor
     pos: Tensor
     lengths: Tensor
+    valid: Tensor
+    resets: Tensor
     order: Tensor | None
     packed: bool
     padded: bool
@@ -55,8 +59,9 @@ class Seq:
         order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
         lengths = real.sum(1)
         pos = torch.arange(real.shape[1], device=real.device).expand_as(order)
-        doc = torch.where(pos < lengths[:, None], 0, -1)
-        return cls(doc, pos, lengths, order, packed=False, padded=True)
+        valid = pos < lengths[:, None]
+        doc = torch.where(valid, 0, -1)
+        return cls(doc, pos, lengths, valid, torch.zeros_like(valid), order, packed=False, padded=True)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, batch: int, length: int) -> "Seq":
@@ -77,10 +82,11 @@ class Seq:
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
             raise ValueError(f"cu_seqlens: expected shape (n + 1,) with n >= 1, got {tuple(cu_seqlens.shape)}.")
         if not torch.compiler.is_compiling():
-            first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-            if first != 0 or last != length or bool((cu_seqlens.diff() < 0).any()):
+            offsets = cu_seqlens.tolist()
+            if offsets[0] != 0 or offsets[-1] != length or offsets != sorted(offsets):
                 raise ValueError(
-                    f"cu_seqlens: runs from {first} to {last}, the row has {length} tokens. Start at 0, never fall, end at {length}."
+                    f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}, the row has {length} tokens. "
+                    f"Start at 0, never fall, end at {length}."
                 )
         at = torch.arange(length, device=cu_seqlens.device)
         doc = torch.searchsorted(cu_seqlens, at, right=True) - 1
@@ -95,20 +101,9 @@ class Seq:
         first = torch.ones_like(doc, dtype=torch.bool)
         first[:, 1:] = doc[:, 1:] != doc[:, :-1]
         pos = at - torch.where(first, at, 0).cummax(1).values
-        lengths = (doc >= 0).sum(1)
-        return cls(doc, pos, lengths, None, packed=True, padded=True)
-
-    @property
-    def valid(self) -> Tensor:
-        """``(b, l)`` bool: a real token, not padding."""
-        return self.doc >= 0
-
-    @property
-    def resets(self) -> Tensor:
-        """``(b, l)`` bool: a document starts here and another one stood before it in the row. Never true at index 0."""
-        out = torch.zeros_like(self.doc, dtype=torch.bool)
-        out[:, 1:] = (self.doc[:, 1:] != self.doc[:, :-1]) & (self.doc[:, 1:] >= 0)
-        return out
+        valid = doc >= 0
+        resets = first & valid & (at > 0)
+        return cls(doc, pos, valid.sum(1), valid, resets, None, packed=True, padded=True)
 
     def marks(self) -> tuple[Tensor | None, Tensor | None]:
         """Where the state is dropped, and which tokens are real; ``None`` where nothing is, and where all are."""

@@ -125,3 +125,12 @@ def test_compiled_whole():
     torch.testing.assert_close(got, want)
     grads = [torch.autograd.grad(x.sum(), (u, dt, weight)) for x in (got, want)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("paths", [None, directions(8, 16)], ids=["row", "paths"])
+def test_the_gradient_of_a_float32_weight_is_not_rounded_to_16_bits(paths):
+    u, dt, A, B, C, D, z, bias, _, weight = operands(2, 128, 64, 16, 8, BF16)
+    weight = weight.float().requires_grad_()
+    out = selective_scan(u, dt, A, B, C, D, z, dt_bias=bias, dt_weight=weight, paths=paths, backend="cuda")
+    (g,) = torch.autograd.grad(out, weight, torch.randn_like(out))
+    assert g.dtype == torch.float32 and (g != g.to(BF16)).float().mean() > 0.9
