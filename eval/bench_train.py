@@ -30,9 +30,9 @@ Tick = Callable[[str], None]
 
 PEERS = ["mamba_ssm"]
 VARIANTS = {
-    "default": "as shipped",
+    "default": "a plain loop: forward, loss.backward(), step",
     "graph": "forward and backward recorded as one CUDA graph (CapturedStep)",
-    "one-thread": "backward in the caller's thread (torch.autograd.set_multithreading_enabled)",
+    "one-thread": "as zoo train does it: backward in the caller's thread (torch.autograd.set_multithreading_enabled)",
     "compile": "the backbone through torch.compile, block by block",
     "logits": "the logits of all tokens at once in place of the chunked cross-entropy",
     "mamba_ssm-scan": "mamba-ssm's scan inside our layers",
@@ -40,9 +40,10 @@ VARIANTS = {
 PARTS = {
     "mamba-130m": ("mamba-130m", "default"),
     "mamba-130m:graph": ("mamba-130m", "graph"),
+    "mamba-130m:one-thread": ("mamba-130m", "one-thread"),
     "mamba-370m": ("mamba-370m", "default"),
     "mamba-370m:graph": ("mamba-370m", "graph"),
-    "mamba-130m:one-thread": ("mamba-130m", "one-thread"),
+    "mamba-370m:one-thread": ("mamba-370m", "one-thread"),
     "mamba-130m:compile": ("mamba-130m", "compile"),
     "mamba-130m:logits": ("mamba-130m", "logits"),
     "mamba-130m:mamba_ssm-scan": ("mamba-130m", "mamba_ssm-scan"),

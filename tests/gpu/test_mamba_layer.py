@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import hybridzoo as zoo
 from hybridzoo.kernels import api, cuda_backend, cuda_mamba, dispatch
 from hybridzoo.layers import Mamba, RMSNorm, Seq
+from hybridzoo.zoo.block import Stream
 
 pytestmark = pytest.mark.gpu
 
@@ -248,7 +249,7 @@ def test_checkpointing_changes_no_bit(name, reentrant):
 
     def run(x):
         with torch.autocast("cuda", BF16):
-            return branch(x, None, None, False, x)[0]
+            return branch(Stream(x, 2 * x), None, None, False, x)[0].sum()
 
     results = []
     for way in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
