@@ -83,18 +83,24 @@ def _timed(rows: list[dict[str, Any]], title: str) -> Table:
 
 def _steps(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    numbers = ("tokens/s", "peer", "ratio", "goal", "GiB", "peer", "ratio", "goal", "losses differ")
+    numbers = ("tokens/s", "spread", "peer", "spread", "ratio", "goal", "GiB", "peer", "ratio", "goal", "losses differ")
     _columns(table, ("model", "ours"), numbers)
     for row in rows:
-        cells = [f"{row['ours_tokens_s']:,.0f}"]
+        cells = [f"{row['ours_tokens_s']:,.0f}", spread(row, "ours")]
         if row.get("peer"):
             met = "[green]" if row["memory_ratio"] <= row["goal_memory_ratio"] else "[red]"
-            cells += [f"{row['peer_tokens_s']:,.0f}", *_ratio(row), f"{row['ours_GiB']:.2f}", f"{row['peer_GiB']:.2f}"]
+            cells += [f"{row['peer_tokens_s']:,.0f}", spread(row, "peer"), *_ratio(row)]
+            cells += [f"{row['ours_GiB']:.2f}", f"{row['peer_GiB']:.2f}"]
             cells += [f"{met}{row['memory_ratio']:.2f}x", f"{row['goal_memory_ratio']:g}x", f"{row['error']:.1e}"]
         else:
-            cells += ["", "", "", f"{row['ours_GiB']:.2f}"]
+            cells += ["", "", "", "", f"{row['ours_GiB']:.2f}"]
         table.add_row(row["name"], row["variant"], *cells)
     return table
+
+
+def spread(row: dict[str, Any], side: str) -> str:
+    """The middle half of a side's times, in per cent of their median; a busy host shows here."""
+    return f"{100 * row[f'{side}_iqr_ms'] / row[f'{side}_ms']:.1f} %"
 
 
 def _memory(rows: list[dict[str, Any]]) -> Table:

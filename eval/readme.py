@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import parity
-from .bench_show import plot
+from .bench_show import plot, spread
 from .markdown import paragraph, table
 
 __all__ = ["performance", "refresh"]
@@ -142,12 +142,14 @@ def _train(path: Path, result: Result) -> list[str]:
     shape = rows[0]["shape"]
     return [
         f"A training step of whole models on one {result['device']} ({_versions(result)}), b = {shape['b']}, l = {shape['l']}, "
-        f"bf16 autocast, fused AdamW, beside mamba-ssm's own `MambaLMHeadModel` from the same weights ({_source(path, result)}).",
+        f"bf16 autocast, fused AdamW, beside mamba-ssm's own `MambaLMHeadModel` from the same weights ({_source(path, result)}). "
+        "Spread: the middle half of the steps' times over their median; what is wide waits for its host.",
         table(
-            ["model", "ours", "tokens/s", "mamba-ssm", "ratio", "goal", "GiB", "mamba-ssm", "ratio", "goal"],
+            ["model", "ours", "tokens/s", "spread", "mamba-ssm", "spread", "ratio", "goal", "GiB", "mamba-ssm", "ratio", "goal"],
             [
                 [
-                    row["name"], row["about"], f"{row['ours_tokens_s']:,}", f"{row['peer_tokens_s']:,}", f"{row['ratio']:.2f}x", _goal(row),
+                    row["name"], row["about"], f"{row['ours_tokens_s']:,}", spread(row, "ours"), f"{row['peer_tokens_s']:,}",
+                    spread(row, "peer"), f"{row['ratio']:.2f}x", _goal(row),
                     f"{row['ours_GiB']:.1f}", f"{row['peer_GiB']:.1f}", f"{row['memory_ratio']:.2f}x",
                     f"{row['goal_memory_ratio']:g}x" + ("" if row["memory_met"] else ", missed"),
                 ]

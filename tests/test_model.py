@@ -176,6 +176,26 @@ def test_the_residual_stream_stays_in_fp32_when_asked(norm):
     assert seen == [torch.float32] * 3 and out.logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_checkpointed_block_gets_one_tensor_to_keep(every):
+    model, ids = build("mamba mlp attention mlp").train(), tokens(2, 6)
+    added = []
+    for block in model.backbone.layers:
+        block.register_forward_pre_hook(lambda _, args: added.append(args[0].add is not None))
+    want = model(ids, labels=ids).loss
+    want.backward()
+    grads = [p.grad for p in model.parameters()]
+    assert added == [False, True, True, True]
+    model.zero_grad()
+    added.clear()
+    model.gradient_checkpointing_enable()
+    model.backbone.checkpoint_every = every
+    got = model(ids, labels=ids).loss
+    assert added == ([False] * 4 if every == 1 else [False, True] * 2)
+    got.backward()
+    assert torch.equal(got, want) and all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
+
+
 def test_half_precision_keeps_what_must_be_float32():
     for model in (
         build("mamba mamba2 attention").float().to(torch.bfloat16),
