@@ -5,6 +5,7 @@ masks with holes, is brought into that form once per forward by :meth:`Seq.align
 has two things to honour: *reset at document boundaries* and *ignore the tail*.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +84,10 @@ class Seq:
             raise ValueError(f"cu_seqlens: expected shape (n + 1,) with n >= 1, got {tuple(cu_seqlens.shape)}.")
         if not torch.compiler.is_compiling():
             offsets = cu_seqlens.tolist()
-            if offsets[0] != 0 or offsets[-1] != length or offsets != sorted(offsets):
+            falls = next((f", falls from {a} to {b}" for a, b in itertools.pairwise(offsets) if b < a), "")
+            if offsets[0] != 0 or offsets[-1] != length or falls:
                 raise ValueError(
-                    f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}, the row has {length} tokens. "
+                    f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}{falls}, the row has {length} tokens. "
                     f"Start at 0, never fall, end at {length}."
                 )
         at = torch.arange(length, device=cu_seqlens.device)

@@ -193,7 +193,9 @@ def test_a_checkpointed_block_gets_one_tensor_to_keep(every):
     got = model(ids, labels=ids).loss
     assert added == ([False] * 4 if every == 1 else [False, True] * 2)
     got.backward()
-    assert torch.equal(got, want) and all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
+    assert torch.equal(got, want) and all(
+        torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True)
+    )
 
 
 def test_half_precision_keeps_what_must_be_float32():
@@ -272,8 +274,8 @@ def test_arguments_that_disagree_are_named_with_both_numbers(kwargs, words):
 
 def test_packed_offsets_that_do_not_cover_the_row_are_refused():
     model = build("mamba")
-    for cu in ([0, 4], [1, 5], [0, 3, 2, 5]):
-        with pytest.raises(ValueError, match="cu_seqlens"):
+    for cu, what in (([0, 4], "0 to 4,"), ([1, 5], "1 to 5,"), ([0, 3, 2, 5], "0 to 5, falls from 3 to 2,")):
+        with pytest.raises(ValueError, match=f"cu_seqlens: runs from {what} the row has 5 tokens"):
             model(tokens(1, 5), cu_seqlens=torch.tensor(cu))
     with pytest.raises(ValueError, match="state, cu_seqlens"):
         model(tokens(1, 5), cu_seqlens=torch.tensor([0, 5]), state=model.init_state(1))
