@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["plot", "shape_text", "show"]
+__all__ = ["plot", "shape_text", "show", "spread"]
 
 
 def show(result: dict[str, Any], console: Console) -> None:

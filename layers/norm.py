@@ -56,7 +56,8 @@ class RMSNorm(nn.Module):
         h, past = branch_rms_norm(x, self.weight, self.eps, dtype, add=add)
         if not branch:
             return h
-        # a linear layer behind it need not keep what is a pass over x to form again
+        # a linear layer behind it need not keep what is a pass over x to form again; the x that went past may be a view, and with it
+        # autograd would complain of an in-place operation before the recipe can say what to do
         read = x if add is None else past
         return repeatable(h, _normed, read, self.weight, self.eps, dtype, autocasts(x)), past
 

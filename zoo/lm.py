@@ -106,15 +106,13 @@ class Backbone(nn.Module):
         aux: dict[str, list] = {}
         stream, embedding, side = Stream(x), x, None
         for i, (block, s) in enumerate(zip(self.blocks, before, strict=True)):
-            checkpointed = self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0
-            if checkpointed:
+            rest = s, seq, return_state, embedding, side
+            if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
                 # one tensor to keep, not two
-                stream = Stream(stream.sum())
-            inputs = stream, s, seq, return_state, embedding, side
-            if checkpointed:
+                inputs = Stream(stream.sum()), *rest
                 stream, s, extra, side = self._gradient_checkpointing_func(block, *inputs, use_reentrant=False)
             else:
-                stream, s, extra, side = block(*inputs)
+                stream, s, extra, side = block(stream, *rest)
             after.append(s)
             for key, values in extra.items():
                 aux.setdefault(key, []).extend(values)

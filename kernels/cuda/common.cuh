@@ -371,7 +371,7 @@ DEVICE void pass_pieces(float (&h)[NS], const float (&a2)[NS], int there, int co
 }
 
 // What a kernel is compiled for beyond types and sizes: documents that start inside a row, a walk that is not 0, 1, 2, ..., rows that do
-// not lie on 16-byte borders, rows that are cut, rows of B and C off those borders, dt in low-rank form
+// not lie on 16-byte borders, rows that are cut, rows of B and C off those borders, dt in low-rank form, outputs formed in the backward
 enum Flags { RESET = 1, WALK = 2, UNALIGNED = 4, CUT = 8, NARROW = 16, LOW_RANK = 32, OUTPUTS = 64 };
 
 // The tokens of one row of the batch: an address per token.  Strides along the length fit 31 bits, offsets are 64 bits wide.

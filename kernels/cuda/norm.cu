@@ -50,7 +50,7 @@ struct Rows {
         for (int v = 0; v < V; ++v)
             to[v] = Vec<T, N>::template load<ALIGNED>(at + channel(v), there ? p.d - channel(v) : 0);
     }
-    // x and what is added to it, once they are there
+    // to x what comes with it; the sum is kept, rounded, in its place, and written
     DEVICE void add(VX (&xs)[V], int64 row) const {
         VA more[V];
         load(p.add, p.add_row, row, more);
