@@ -58,8 +58,7 @@ class HybridZooLM(HFLM):
             models for which HFLM's arguments for loading (``peft``, ``revision``, ...) are given.
         tokenizer: A folder or hub id, ``"byte"``, or an object; by default what belongs to the model.
         dtype: Of the weights, such as ``"bfloat16"``; ``"auto"`` takes them as they are stored.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; without a GPU always the CPU. An object stays where it is by
-            default.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; a GPU by default, if there is one. An object stays where it is by default.
         batch_size: Requests per forward; ``"auto"`` finds what fits on a GPU (``"auto:N"``: N times, as requests get
             shorter) and takes a small fixed number on a CPU.
         max_batch_size: Where the search of ``"auto"`` starts.

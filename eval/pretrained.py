@@ -18,6 +18,7 @@ from ..zoo.checkpoint import CheckpointError, load
 from ..zoo.checkpoint.files import open_source
 from ..zoo.checkpoint.reading import detect
 from ..zoo.config import list_models
+from ..zoo.device import pick_device
 from ..zoo.hf import HybridZooForCausalLM, byte_tokenizer
 from ..zoo.lm import CausalLM
 
@@ -25,19 +26,25 @@ __all__ = ["fingerprint", "open_model", "open_tokenizer", "usable_device", "wind
 
 
 def usable_device(device: str | None, named: bool) -> str | None:
-    """A device that exists: the CPU where there is no GPU, and this rank's own GPU where none was chosen.
+    """A device that exists, and this rank's own GPU where none was chosen.
 
     Args:
-        device: What was asked for; lm-eval's command line says ``"cuda:0"`` where the user said nothing.
+        device: What was asked for. lm-eval's command line says ``"cuda:0"`` where the user said nothing, so that this one becomes the CPU
+            where there is no GPU, with a warning.
         named: Whether the model is to be loaded; one given as an object stays where it is, unless asked for.
+
+    Raises:
+        ValueError: No such device.
     """
     if device is None and not named:
         return None
-    if not torch.cuda.is_available():
-        return "cpu" if device is None or device.startswith("cuda") else device
-    if device in (None, "cuda", "cuda:0"):
+    if device == "cuda:0" and not torch.cuda.is_available():
+        warnings.warn("device='cuda:0': torch sees no GPU, so the model is evaluated on the CPU.", stacklevel=3)
+        return "cpu"
+    chosen = pick_device(device)
+    if chosen.type == "cuda" and device in (None, "cuda", "cuda:0"):
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    return device
+    return str(chosen)
 
 
 def open_model(

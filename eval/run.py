@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tqdm import tqdm
 
 from ..zoo.checkpoint.files import write_whole
+from ..zoo.device import pick_device
 from ..zoo.registry import nearest
 from .harness import HybridZooLM
 from .tasks import FOLDER, names
@@ -83,8 +84,10 @@ def evaluate(
         lm-eval's results; ``None`` on all ranks but the first.
 
     Raises:
-        ValueError: A task, or a model, that does not exist.
+        ValueError: A task, a model or a device that does not exist.
     """
+    if device is not None:
+        pick_device(device)
     mode = model.training if isinstance(model, torch.nn.Module) else None
     shared = {"tokenizer": None} | (metadata or {})
     manager, chosen, foreign = _find(tasks, shared)
@@ -168,8 +171,18 @@ def lm_eval_main(argv: Sequence[str]) -> None:
     named = any(arg.split("=")[0] in ("--tasks", "-t", "ls", "validate") for arg in argv)
     if named and not any(arg.split("=")[0] == "--include_path" for arg in argv):
         argv += ["--include_path", str(FOLDER)]
+    if device := next((value for key, value in _options(argv) if key == "--device"), None):
+        pick_device(device)  # the adapter cannot tell cuda:0 from lm-eval's default
     with mock.patch.object(sys, "argv", ["lm-eval", *argv]):
         cli_evaluate()
+
+
+def _options(argv: list[str]) -> list[tuple[str, str]]:
+    """Options and their values, written ``--a b`` or ``--a=b``."""
+    split = [arg.partition("=") for arg in argv]
+    return [
+        (key, value if equals else after) for (key, equals, value), after in zip(split, [*argv[1:], ""], strict=True)
+    ]
 
 
 def _find(tasks: Sequence[str], metadata: dict[str, Any] | None) -> tuple[TaskManager, list[str], bool]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..layers.base import Mixer
 from .config import load_config
+from .device import pick_device
 from .lm import CausalLM
 
 __all__ = ["build", "param_groups"]
@@ -24,7 +25,7 @@ def build(
     Args:
         config: A name from ``zoo.list_models()``, a path to a YAML file, or a config (``zoo.config(...)``, a dict, a ``DictConfig``).
         overrides: Dotlist changes, such as ``["d_model=256", "mixers.mamba.d_state=8"]``.
-        device: Where the weights are created; ``"meta"`` allocates nothing.
+        device: Where the weights are created, the CPU by default; ``"meta"`` allocates nothing.
         dtype: Of the weights; parameters that must stay float32 do.
 
     Returns:
@@ -32,7 +33,9 @@ def build(
 
     Raises:
         ConfigError: The config is not valid; nothing has been allocated then.
+        ValueError: The device is not there.
     """
+    device = None if device is None else pick_device(device, meta=True)
     return CausalLM(load_config(config, overrides), device=device, dtype=dtype)
 
 

@@ -185,21 +185,22 @@ def generate(
 
     from .build import build
     from .checkpoint import load
+    from .device import pick_device
     from .tokenizer import load_tokenizer
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    at = pick_device(device)
     torch.manual_seed(seed)
     if Path(model).is_dir():
-        built = load(model, device=device)
+        built = load(model, device=at)
     else:
-        built = build(model, device=device).eval()
+        built = build(model, device=at).eval()
         _say(f"{model} is a config: the model is untrained, and babbles")
     tokenizer = load_tokenizer(built.cfg.tokenizer)
     # a text starts where the one before it ended
-    ids = torch.tensor([[tokenizer.eos_token_id or 0, *tokenizer.encode(prompt)]], device=device)
+    ids = torch.tensor([[tokenizer.eos_token_id or 0, *tokenizer.encode(prompt)]], device=at)
     new = built.generate(
         ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-        eos_token_id=tokenizer.eos_token_id, generator=torch.Generator(device).manual_seed(seed),
+        eos_token_id=tokenizer.eos_token_id, generator=torch.Generator(at).manual_seed(seed),
     )[0, ids.shape[1] :].tolist()  # fmt: skip
     text = tokenizer.decode(new)
     if as_json:
@@ -322,11 +323,18 @@ def bench(
 @app.command(epilog="Example: [bold]zoo doctor[/bold]")
 def doctor(device: Device = None, as_json: Json = False) -> None:
     """Say what is installed, and which backend every op takes here, and why."""
+    from .device import pick_device
     from .doctor import examine
 
     report = examine(device)
     if as_json:
-        return _print_json(report)
+        _print_json(report)
+    else:
+        _print_doctor(report)
+    pick_device(device)  # the report says what is wrong with a device, and the exit status that something is
+
+
+def _print_doctor(report: dict[str, Any]) -> None:
     console = Console()
     for title in (t for t in ("system", "gpu", "packages") if t in report):
         table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold")

@@ -12,6 +12,7 @@ import torch
 
 from ..kernels import nvrtc
 from ..kernels.dispatch import TABLES, explain
+from .device import pick_device
 
 __all__ = ["examine"]
 
@@ -32,13 +33,17 @@ def examine(device: str | None = None) -> dict[str, Any]:
     """Look at the machine.
 
     Args:
-        device: Type of the device that the ops are asked about; a GPU by default, if there is one.
+        device: Type of the device that the ops are asked about; a GPU by default, if there is one. ``cuda`` is answered for without a
+            GPU too: why there is none, and what would be taken, is what one wants to know then.
 
     Returns:
         ``{"system": {...}, "packages": {name: version}, "ops": {op: [{"backend", "chosen", "reason"}]}, "verdicts": {op: text}}``, and
         for a GPU ``"gpu"``: the device, the driver, the compiler of the kernels, and where they are kept.
+
+    Raises:
+        ValueError: Any other device that is not there.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    device = "cuda" if (device or "").partition(":")[0] == "cuda" else pick_device(device).type
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     asked = {op: explain(op, device=device, dtype=dtype, **_TYPICAL.get(op, {})) for op in TABLES}
     report = {

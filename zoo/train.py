@@ -34,6 +34,7 @@ from .build import build, param_groups
 from .checkpoint import load, save
 from .checkpoint.files import write_whole
 from .data import Rows, rows_from
+from .device import pick_device
 from .hf import HybridZooForCausalLM
 from .lm import CausalLM
 from .tokenizer import load_tokenizer
@@ -112,19 +113,20 @@ def train(
         save_every: Steps between checkpoints; by default a tenth of all. The last two are kept.
         resume: Continue what is in ``out``; otherwise start again.
         report_to: ``tensorboard`` or ``none``.
-        device: ``cpu``, or the accelerator that is there by default.
+        device: ``cpu`` or ``cuda``; by default the accelerator that is there.
         on_step: Called with the number of steps done and the last logged loss, after every step.
 
     Raises:
         ConfigError: The config is not valid.
         FileNotFoundError: No data.
         DifferentRun: ``out`` holds a run with other settings.
-        ValueError: Data that cannot be read, or ids outside the vocabulary.
+        ValueError: Data that cannot be read, ids outside the vocabulary, or a device that is not there.
         KeyboardInterrupt: After Ctrl-C, when the state has been saved.
     """
     out = Path(out)
     if steps < 1 or batch_size < 1:
         raise ValueError(f"train(steps={steps}, batch_size={batch_size}): both must be at least 1.")
+    use_cpu = device is not None and pick_device(device, numbered=False).type == "cpu"
     torch.manual_seed(seed)
     given = isinstance(model, CausalLM)
     if not given:
@@ -145,7 +147,7 @@ def train(
         output_dir=str(out / "checkpoints"), max_steps=steps, per_device_train_batch_size=batch_size, seed=seed,
         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=warmup, weight_decay=weight_decay,
         save_steps=save_every or max(1, steps // 10), save_total_limit=2, logging_steps=max(1, steps // 200),
-        use_cpu=device == "cpu", dataloader_pin_memory=device != "cpu" and torch.cuda.is_available(),
+        use_cpu=use_cpu, dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
         remove_unused_columns=False, disable_tqdm=True, report_to="none",
     )  # fmt: skip
     checkpoint = _last_complete(out / "checkpoints")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import pick_device
 from ..lm import CausalLM
 from ..registry import ConfigError, nearest
 from . import native
@@ -41,7 +42,9 @@ def load(
     Raises:
         CheckpointError: A file is missing, damaged or hostile, its tensors do not fit the config, or the family is unknown.
         ConfigError: The config of one of our own folders is not valid.
+        ValueError: The device is not there; nothing has been read or downloaded then.
     """
+    device = pick_device("cpu" if device is None else device, meta=True)
     folder = open_source(source)
     family = detect(folder)
     if family is None:
@@ -54,7 +57,7 @@ def load(
         raise CheckpointError(f"{folder / 'config.json'}: describes no model that works: {e}") from e
     view = View(model, frozenset(stored))
     pieces = _checked(view, family, stored, folder)
-    _fill(model, pieces, stored, torch.device("cpu" if device is None else device), dtype)
+    _fill(model, pieces, stored, device, dtype)
     return model.eval()
 
 
