@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,10 +31,11 @@ from ..zoo.stats import stats
 from ..zoo.tokenizer import ByteTokenizer
 from .drills import induction_drills, mqar_drills, selective_copying_drills
 from .report import write_report
+from .tasks import sizes as sizes_of
 from .tasks.generators import training_rng
 from .workers import message, run_side_by_side
 
-__all__ = ["run", "score", "training_rows", "work"]
+__all__ = ["command", "run", "score", "training_rows", "work"]
 
 LENGTH, BATCH, STEPS, SEED = 64, 16, 900, 0
 TEXT_SHARE = 0.3
@@ -45,7 +47,7 @@ _SCORES = "scores.json"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A recall task as the demo sizes it.
+    """A recall task as the demo trains for it; where the sizes are the task's own, ``zoo eval`` needs to be told nothing.
 
     Attributes:
         name: In lm-eval.
@@ -62,26 +64,31 @@ class Task:
     share: float
 
 
+def _sized(name: str, *keys: str) -> dict[str, int]:
+    found = sizes_of(name)
+    return {key: found[key] for key in keys}
+
+
 TASKS = (
     Task(
         "hybridzoo_mqar",
         "MQAR",
         "Multi-query associative recall: four pairs of a key and a value, then the keys in another order: which value belongs to this key?",
-        {"docs": 64, "length": 16, "pairs": 4, "vocab": 18},
+        _sized("hybridzoo_mqar", "docs", "length", "pairs", "vocab"),
         share=1.4,
     ),
     Task(
         "hybridzoo_induction",
         "induction",
         "Induction heads: random letters, a marker somewhere among them and again at the end: what followed it the first time?",
-        {"docs": 256, "length": 48, "vocab": 16},
+        _sized("hybridzoo_induction", "docs", "length", "vocab"),
         share=0.5,
     ),
     Task(
         "hybridzoo_selective_copying",
         "copying",
         "Selective copying: four letters scattered among dots, to be repeated in order.",
-        {"docs": 64, "length": 12, "tokens": 4, "vocab": 10},
+        _sized("hybridzoo_selective_copying", "docs", "length", "tokens", "vocab"),
         share=2.0,
     ),
 )
@@ -113,10 +120,14 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
     models = []
     for name, b in budgets.items():
         facts = {"name": name, "pattern": b.layers, "params": b.params, "active_params": b.active_params}
+        facts["command"] = command(out / name)
         models.append(facts | json.loads((out / name / _SCORES).read_text())["results"])
     results = _results(models, time.monotonic() - start)
     console.print()
     console.print(_table(results))
+    console.print("\nthe same numbers, model by model:")
+    for model in models:
+        console.print(f"  {model['command']}", markup=False, soft_wrap=True)
     for model in models:
         console.print(f"\n[bold]{model['name']}[/bold] writes")
         console.print(PROMPT + model["sample"], markup=False, style="dim")
@@ -131,6 +142,8 @@ def work(name: str, out: str, fresh: bool) -> None:
 
     folder = Path(out)
     settings: dict[str, Any] = {
+        # the window that evaluation takes is what the model has seen
+        "overrides": [f"max_length={LENGTH}"],
         "steps": STEPS, "batch_size": BATCH, "lr": LEARNING_RATES[name], "seed": SEED, "device": "cpu",
         "on_step": lambda step, loss: message(done=step, total=STEPS, note=f"loss {loss:.2f}"),
     }  # fmt: skip
@@ -163,20 +176,32 @@ def score(model: CausalLM, output: Path) -> dict[str, Any]:
     from .run import evaluate
     from .run import table as rows_of
 
-    sizes: dict[str, Any] = {task.name: task.sizes for task in TASKS}
     # a prompt begins a document, and in training every document begins after the separator
-    results = evaluate(
-        model, ["hybridzoo_bpb", *sizes], metadata=sizes, max_length=LENGTH, batch_size=64, add_bos_token=True,
-        output=output, progress=False,
-    )  # fmt: skip
+    results = evaluate(model, _tasks(), metadata=_resized(), add_bos_token=True, output=output, progress=False)
     assert results is not None, "one process evaluates"
     found = {(row["task"], row["metric"]): row for row in rows_of(results)}
     return {
         "bits_per_byte": found["hybridzoo_bpb", "bits_per_byte"]["value"],
-        "accuracy": {task: found[task, "acc"]["value"] for task in sizes},
-        "chance": {task: found[task, "acc"]["chance"] for task in sizes},
+        "accuracy": {t.name: found[t.name, "acc"]["value"] for t in TASKS},
+        "chance": {t.name: found[t.name, "acc"]["chance"] for t in TASKS},
         "sample": _sample(model),
     }
+
+
+def command(folder: Path) -> str:
+    """The command line that gives a trained model's numbers again, exactly."""
+    words = ["zoo", "eval", str(folder), "--tasks", ",".join(_tasks()), "--add-bos-token", "--device", "cpu"]
+    return shlex.join(words + (["--metadata", json.dumps(resized)] if (resized := _resized()) else []))
+
+
+def _tasks() -> list[str]:
+    return ["hybridzoo_bpb", *(t.name for t in TASKS)]
+
+
+def _resized() -> dict[str, dict[str, int]]:
+    """The sizes that are not the tasks' own."""
+    found = {t.name: {k: v for k, v in t.sizes.items() if sizes_of(t.name)[k] != v} for t in TASKS}
+    return {name: differing for name, differing in found.items() if differing}
 
 
 def training_rows(text: list[str]) -> np.ndarray:
@@ -210,6 +235,7 @@ def _key(folder: Path) -> str:
         [dataclasses.asdict(t) for t in TASKS],
         LENGTH,
         PROMPT,
+        [sizes_of(t.name) for t in TASKS],
         _version("hybridzoo"),
         _version("lm_eval"),
         _version("torch"),

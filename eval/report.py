@@ -45,6 +45,7 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
         ),
         "tasks": "".join(_task(t) for t in results["tasks"]),
         "table": _table(results),
+        "commands": _safe("\n".join(m["command"] for m in models)),
         "samples": "".join(_sample(m, results["prompt"], _COLOURS[i]) for i, m in enumerate(models)),
         "facts": "".join(f"<dt>{_safe(k)}</dt><dd>{_safe(v)}</dd>" for k, v in results["facts"].items()),
     }

@@ -5,6 +5,7 @@ import html.parser
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path):
     model = {
         "pattern": "mamba * 2", "params": 10, "active_params": 10, "tokens_per_second": 5.0, "tokens_per_step": 8,
         "history": [{"step": i, "loss": 3.0 / i} for i in range(1, 9)], "bits_per_byte": 2.5, "accuracy": {"t": 0.5},
-        "sample": "a <b> & {{title}}",
+        "sample": "a <b> & {{title}}", "command": "zoo eval 'a b' --tasks t",
     }  # fmt: skip
     results = {
         "models": [model | {"name": "one"}, model | {"name": "two"}],
@@ -131,6 +132,7 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path):
     page = Page()
     page.feed(file.read_text())
     assert page.open == [] and page.tags.count("svg") == 3 and page.urls == []
+    assert any("zoo eval 'a b' --tasks t" in text for text in page.texts)
     assert "a <b> & {{title}}" in page.texts and "img" not in page.tags and "script" not in page.tags
     assert write_report(results, tmp_path / "again.html").read_text() == file.read_text()
 
@@ -154,6 +156,28 @@ def test_the_second_run_uses_what_the_first_has_left(small_demo, tmp_path, capsy
     said = capsys.readouterr().out
     assert "was trained before" in said and "was evaluated before" in said
     assert again["models"] == first["models"]
+
+
+def test_the_printed_command_gives_the_printed_numbers(small_demo, tmp_path, capsys, monkeypatch):
+    from typer.testing import CliRunner
+
+    from hybridzoo.zoo.cli import app
+
+    (model,) = demo.run(tmp_path / "with a blank")["models"]
+    command = model["command"]
+    assert command in capsys.readouterr().out and "--add-bos-token" in command
+    assert command in html.unescape((tmp_path / "with a blank" / "report.html").read_text())
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--json"])
+    assert result.exit_code == 0, result.output
+    found = {(row["task"], row["metric"]): row["value"] for row in json.loads(result.stdout)}
+    assert found["hybridzoo_bpb", "bits_per_byte"] == model["bits_per_byte"]
+    assert {task: found[task, "acc"] for task in model["accuracy"]} == model["accuracy"]
+
+
+def test_the_demos_sizes_are_the_tasks_own():
+    # so that the command needs no sizes, and that a score of `zoo eval` is one of what the demo has trained for
+    assert demo._resized() == {} and "--metadata" not in demo.command("runs/demo/mamba-tiny")
+    assert demo.TASKS[0].sizes == {"docs": 64, "length": 16, "pairs": 4, "vocab": 18}
 
 
 def test_other_settings_start_again_and_say_so(small_demo, tmp_path, capsys, monkeypatch):

@@ -227,7 +227,10 @@ def convert(
     Console(soft_wrap=True, highlight=False, markup=False).print(str(report))
 
 
-@app.command("eval", epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb,hybridzoo_mqar[/bold]")
+@app.command(
+    "eval",
+    epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb,hybridzoo_mqar --add-bos-token[/bold]",
+)
 def eval_(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas; wildcards for ours: 'hybridzoo_*'.")],
@@ -235,6 +238,9 @@ def eval_(
     num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.")] = None,
     batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Window in tokens.", show_default="the config's")] = None,
+    add_bos_token: Annotated[
+        bool, typer.Option("--add-bos-token", help="Start every prompt as a document of `zoo train` starts.")
+    ] = False,
     metadata: Annotated[str | None, typer.Option(help='Sizes of tasks: \'{"hybridzoo_mqar": {"pairs": 4}}\'')] = None,
     out: Annotated[Path | None, typer.Option(help="Also write lm-eval's results to this JSON file.")] = None,
     device: Device = None,
@@ -247,7 +253,8 @@ def eval_(
     results = evaluate(
         model, [t for t in tasks.split(",") if t], limit=int(limit) if limit and limit >= 1 else limit,
         num_fewshot=num_fewshot, batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
-        max_length=max_length, metadata=_read_json("--metadata", metadata), output=out, device=device,
+        max_length=max_length, add_bos_token=add_bos_token or None, metadata=_read_json("--metadata", metadata),
+        output=out, device=device,
     )  # fmt: skip
     if results is None:
         return None
