@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..zoo.config import list_models
+from ..zoo.finite import check_finite
 from ..zoo.hf import HybridZooForCausalLM
 from ..zoo.lm import CausalLM
 from ..zoo.registry import nearest
@@ -119,6 +120,7 @@ class HybridZooLM(HFLM):
                 add_bos_token=add_bos_token,
                 **kwargs,
             )
+        check_finite(self.model, str(pretrained) if named else "the model")
         self._max_length = max_length or window(folder, self.tokenizer)
         self.pretrained = str(pretrained) if named else type(pretrained).__name__
         self._appends_eos = self.tokenizer.encode("a")[-1:] == [self.tokenizer.eos_token_id]

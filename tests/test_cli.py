@@ -111,6 +111,23 @@ def test_eval_scores_local_tasks(folder):
     assert "hybridzoo_mqar" in json.loads(out.read_text())["results"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_weights_that_are_no_numbers_are_named(tmp_path, command, value):
+    model = zoo.build("mamba-tiny", ["d_model=16"])
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight[3, 5:7] = value
+    zoo.save(model, tmp_path / "diverged")
+    more = ("--tasks", "hybridzoo_mqar") if command == "eval" else ()
+    said = invoke(command, tmp_path / "diverged", *more, "--device", "cpu", status=1)
+    assert (
+        said.stdout == ""
+        and said.stderr.count("\n") == 1
+        and f"error: {tmp_path / 'diverged'}: 2 of the 1,024 values of" in said.stderr
+    )
+    assert "backbone.layers.1.mixer.in_proj.weight are NaN or infinite" in said.stderr
+
+
 def test_doctor_names_a_backend_for_every_op():
     report = json.loads(invoke("doctor", "--json").stdout)
     assert set(report["ops"]) >= {"selective_scan", "ssd", "causal_conv1d", "attention", "moe"}

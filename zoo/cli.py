@@ -186,12 +186,14 @@ def generate(
     from .build import build
     from .checkpoint import load
     from .device import pick_device
+    from .finite import check_finite
     from .tokenizer import load_tokenizer
 
     at = pick_device(device)
     torch.manual_seed(seed)
     if Path(model).is_dir():
         built = load(model, device=at)
+        check_finite(built, model)
     else:
         built = build(model, device=at).eval()
         _say(f"{model} is a config: the model is untrained, and babbles")
