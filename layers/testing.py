@@ -13,7 +13,8 @@ import torch
 
 from . import testing_module, testing_sequence  # noqa: F401  they fill the table
 from .base import Mixer
-from .testing_case import PROMISES, Case
+from .testing_case import PROMISES, Case, Fault
+from .testing_faults import diagnose
 from .testing_module import counted_flops
 
 __all__ = ["PROMISES", "Case", "check_mixer", "counted_flops"]
@@ -43,12 +44,20 @@ def check_mixer(
         skip: Names of promises to leave out, from ``PROMISES``.
 
     Raises:
-        AssertionError: A promise is broken: which, and by how much.
+        AssertionError: A promise is broken: which, and by how much. Of the commonest faults the first line is the name (not causal, state
+            ignored, step disagrees with forward, ...) and the second the remedy.
         ValueError: ``skip`` names an unknown promise.
     """
     if unknown := set(skip) - set(PROMISES):
         raise ValueError(f"skip: unknown promise {sorted(unknown)[0]!r}. Known: {', '.join(PROMISES)}.")
     case = Case(make, d_model, options or {}, name, seed, dtype, device)
+    try:
+        diagnose(case, skip)
+    except Fault as e:
+        doc = PROMISES[e.promise].__doc__ or ""
+        raise AssertionError(
+            f"{case}: {e.what}.\n{e.remedy}\n{case} breaks the promise {e.promise!r}: {doc.splitlines()[0]}"
+        ) from e
     for promise, test in PROMISES.items():
         if promise in skip:
             continue

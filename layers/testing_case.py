@@ -69,8 +69,23 @@ class Case:
         """Fail unless the two agree to the dtype's tolerance, relative to the larger of 1 and the values."""
         ensure(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
         error = (got - want).abs().max().item() if want.numel() else 0.0
-        limit = _TOLERANCE[self.dtype] * max(1.0, want.abs().max().item() if want.numel() else 0.0)
+        limit = fault_limit(self, want)
         ensure(error <= limit, f"{what}: differs by {error:.2e}, the limit is {limit:.2e}")
+
+
+class Fault(AssertionError):
+    """A fault with a name: what is wrong, in a few words, and the remedy; ``promise`` is the one it breaks."""
+
+    promise = "shapes_and_dtypes"
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(what)
+        self.what, self.remedy = what, remedy
+
+
+def fault_limit(case: Case, want: Tensor) -> float:
+    """The difference that is no fault yet: the tolerance of the dtype, relative to the larger of 1 and the values."""
+    return _TOLERANCE[case.dtype] * max(1.0, want.abs().max().item() if want.numel() else 0.0)
 
 
 def ensure(ok: bool, message: str) -> None:
