@@ -1,6 +1,8 @@
 """The built-in text and its split, packing, mixing, and reading files."""
 
+import codecs
 import difflib
+import io
 import json
 import re
 
@@ -10,10 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridzoo.zoo.data import Rows, fingerprint, mix, pack, read_documents, rows_from, topics
+from hybridzoo.zoo.data import Rows, fingerprint, mix, pack, read_documents, rows_from, rows_with_targets, topics
 from hybridzoo.zoo.tokenizer import ByteTokenizer
+from hybridzoo.zoo.train_options import check_path
 
 encode = ByteTokenizer().encode
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +133,48 @@ def test_a_table_of_tokens_is_taken_as_it_is(tmp_path):
     assert rows_from(tmp_path / "s.npy", 2, encode).tolist() == [[0, 1], [2, 3]]
 
 
+def test_lines_end_at_newlines_alone_and_marks_of_encodings_are_no_text(tmp_path):
+    # every character that str.splitlines cuts at; the control characters raw, as sloppy writers leave them
+    odd = ["a\u2028b\u2029c\x85d", "a\x0bb\x0cc\x1cd\x1de\x1ef"]
+    lines = b"".join(b'{"text": "%s"}\r\n' % text.encode() for text in odd)
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + lines)
+    (tmp_path / "b.TXT").write_bytes(codecs.BOM_UTF8 + b"one\r\ntwo\rthree\n")
+    (tmp_path / ".hidden.txt").write_bytes(b"\xff")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "copy.jsonl").write_bytes(lines)
+    found = list(read_documents(tmp_path, str))
+    assert found == [*odd, "one\ntwo\nthree\n"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, ">u2", ">i4", np.int64, np.uint64])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_arrays_from_elsewhere_are_read_by_value(tmp_path, dtype, version):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 200, (6, 4))
+    for order in "CF":
+        with open(tmp_path / "t.npy", "wb") as f:
+            np.lib.format.write_array(f, np.asarray(ids, dtype=dtype, order=order), version=version)
+        table = rows_from(tmp_path / "t.npy", None, encode)
+        assert [Rows(table)[i]["labels"].tolist() for i in range(6)] == ids.tolist()
+        with open(tmp_path / "t.npy", "wb") as f:
+            np.lib.format.write_array(f, np.asarray(ids.reshape(-1), dtype=dtype), version=version)
+        packed = rows_from(tmp_path / "t.npy", 5, encode)
+        assert packed.dtype == np.int32 and packed.tolist() == pack([ids.reshape(-1).tolist()], 5).tolist()
+
+
+def test_ids_that_need_64_bits_keep_them():
+    assert pack([[1, 2**40]], 3).tolist() == [[0, 1, 2**40]]
+    for wrong in ([2**64 - 1], [2**70], [1.5]):
+        with pytest.raises(ValueError, match=r"none of any vocabulary|Token ids are integers"):
+            pack([wrong], 3)
+
+
+def test_rows_with_nothing_to_predict_are_known():
+    table = np.array([[1, 2, 3], [1, ~2, ~3], [~1, ~2, 3], [~1, ~2, ~3]])
+    assert rows_with_targets(table).tolist() == [0, 2]
+    assert rows_with_targets(table[:2].astype(np.uint16)).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -136,6 +187,28 @@ def test_a_table_of_tokens_is_taken_as_it_is(tmp_path):
         ("number.jsonl", b'{"text": 1}\n', ValueError, "is a int"),
         ("bad.npy", b"nothing", ValueError, "not a NumPy array"),
         ("", b"", ValueError, "holds no file that ends in"),
+        (
+            "other.jsonl",
+            b'{"text": "a"}\n{"content": "x", "id": 1}\n',
+            ValueError,
+            "line 2: .*its keys: 'content', 'id'",
+        ),
+        (
+            "byte.jsonl",
+            b'{"text": "a"}\n{"text": "b\xe9"}\n',
+            ValueError,
+            r"line 2: is not UTF-8 text \(byte 25 is 0xe9\)",
+        ),
+        ("marked.txt", b"\xef\xbb\xbfab\xff", ValueError, "byte 5 is 0xff"),
+        ("sixteen.txt", "text".encode("utf-16"), ValueError, "is UTF-16 text. Convert it: iconv"),
+        ("half.jsonl", b'{"text": "a\\ud800"}\n', ValueError, "line 1: .*half of a surrogate pair"),
+        ("blank.jsonl", b"\n\r\n", ValueError, "is empty"),
+        ("null.jsonl", b'{"text": null}\n', ValueError, "is a NoneType"),
+        ("objects.npy", npy(np.array([{}])), ValueError, "not a NumPy array of numbers"),
+        ("cut.npy", npy(np.arange(99))[:-9], ValueError, "not a NumPy array of numbers .it is cut short"),
+        ("float.npy", npy(np.zeros(3)), ValueError, "holds float64"),
+        ("span.npy", npy(np.zeros(3, "m8[s]")), ValueError, "holds timedelta64"),
+        ("cube.npy", npy(np.zeros((2, 2, 2), int)), ValueError, r"of shape \(2, 2, 2\)"),
     ],
     ids=lambda x: x if isinstance(x, str) and "." in x and " " not in x else "",
 )
@@ -145,6 +218,26 @@ def test_unreadable_data_is_named(tmp_path, name, content, error, message):
     with pytest.raises(error, match=message) as e:
         rows_from(tmp_path / name, 8, encode)
     assert str(tmp_path / name) in str(e.value)
+
+
+def test_a_path_that_is_mistyped_leads_to_the_one_that_was_meant(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "corpus.jsonl").write_text('{"text": "a"}')
+    for typo in (tmp_path / "textes" / "corpus.jsonl", tmp_path / "texts" / "corpsu.jsonl"):
+        with pytest.raises(FileNotFoundError) as e:
+            check_path(typo)
+        assert f"Did you mean {str(tmp_path / 'texts' / 'corpus.jsonl')!r}?" in str(e.value)
+    with pytest.raises(ValueError, match=r"there are \.parquet"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "a.parquet").touch()
+        list(read_documents(tmp_path / "other", encode))
+
+
+def test_an_archive_of_arrays_is_not_taken_for_one(tmp_path):
+    with open(tmp_path / "z.npy", "wb") as f:
+        np.savez(f, a=np.arange(3))
+    with pytest.raises(ValueError, match="an archive of several"):
+        rows_from(tmp_path / "z.npy", 2, encode)
 
 
 def test_tokens_that_are_no_integers_are_refused(tmp_path):

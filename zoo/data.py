@@ -4,9 +4,11 @@ A document is a run of token ids. Documents are laid end to end, each after the 
 and what an evaluation puts before a text), and cut into rows of equal length. A row is one training example.
 """
 
+import codecs
 import hashlib
 import json
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["Rows", "fingerprint", "mix", "pack", "read_documents", "rows_from", "topics"]
+from .train_options import check_path
+
+__all__ = ["Rows", "fingerprint", "mix", "pack", "read_documents", "rows_from", "rows_with_targets", "topics"]
 
 _TEXT = (".txt", ".md", ".rst", ".py")
 # runs of this many words in common make two documents relatives; shorter ones are idioms
@@ -93,19 +97,29 @@ def pack(documents: Documents, length: int, separator: int = 0) -> np.ndarray:
         separator: Opens every document.
 
     Returns:
-        ``(n, l)`` int64. Where a row is empty it holds ``~separator``: see :class:`Rows` for what negative ids mean.
+        ``(n, l)``, int32 where all ids fit, else int64. Where a row is empty it holds ``~separator``: see :class:`Rows` for what
+        negative ids mean.
 
     Raises:
-        ValueError: ``length`` is below 2, or there is no token at all.
+        ValueError: ``length`` is below 2, there is no token at all, or ids that are no integers.
     """
     if length < 2:
         raise ValueError(f"pack(length={length}): a row needs at least 2 tokens, one to read and one to predict.")
     pieces: list[np.ndarray] = []
     used = 0  # of the row being filled
+    kind: type[np.signedinteger] = np.int32
     for document in documents:
-        ids = np.asarray(document, dtype=np.int64)
+        ids = np.asarray(document)  # an array, be it in memory or on disk, is not copied here
         if ids.size == 0:
             continue
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"pack: a document holds {ids.dtype}. Token ids are integers.")
+        if int(ids.max()) > np.iinfo(np.int64).max:
+            raise ValueError(f"pack: a document holds the id {ids.max()}, which is none of any vocabulary.")
+        if not (np.iinfo(np.int32).min <= int(ids.min()) and int(ids.max()) <= np.iinfo(np.int32).max):
+            kind = np.int64
+        elif not isinstance(document, np.ndarray):
+            ids = ids.astype(np.int32)
         size = ids.size + 1
         if length - used < size <= length:
             pieces.append(np.full(length - used, ~separator))
@@ -115,7 +129,7 @@ def pack(documents: Documents, length: int, separator: int = 0) -> np.ndarray:
     if not pieces:
         raise ValueError("pack: the documents hold no tokens. Give at least one that is not empty.")
     pieces.append(np.full(-used % length, ~separator))
-    return np.concatenate(pieces).reshape(-1, length)
+    return np.concatenate(pieces, dtype=kind, casting="unsafe").reshape(-1, length)
 
 
 def mix(sources: Sequence[tuple[np.ndarray, float]], rows: int, seed: int = 0) -> np.ndarray:
@@ -174,88 +188,150 @@ class Rows(Dataset):
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = torch.from_numpy(np.asarray(self.table[index], dtype=np.int64))
+        row = torch.from_numpy(np.array(self.table[index], dtype=np.int64))
         return {"input_ids": torch.where(row < 0, ~row, row), "labels": row.masked_fill(row < 0, -100)}
 
 
-def rows_from(path: str | Path, length: int, encode: Callable[[str], Sequence[int]], separator: int = 0) -> np.ndarray:
-    """Pack what :func:`read_documents` finds into rows of ``length`` tokens; a ``.npy`` table holds rows already."""
-    if Path(path).suffix == ".npy" and (table := _read_npy(Path(path))).ndim == 2:
-        if table.shape[1] != length:
+def rows_with_targets(table: np.ndarray) -> np.ndarray:
+    """Indices of the rows that hold something to predict; from the others nothing can be learned.
+
+    Args:
+        table: ``(n, l)`` token ids as :class:`Rows` takes them.
+    """
+    if table.dtype.kind == "u":
+        return np.arange(len(table))
+    step = max(1, (1 << 24) // table.shape[1])
+    # what a row begins with is never predicted
+    kept = [(table[i : i + step, 1:] >= 0).any(1) for i in range(0, len(table), step)]
+    return np.flatnonzero(np.concatenate(kept))
+
+
+def rows_from(
+    path: str | Path, length: int | None, encode: Callable[[str], Sequence[int]], separator: int = 0, default: int = 512
+) -> np.ndarray:
+    """Pack what :func:`read_documents` finds into rows of ``length`` tokens; a ``.npy`` table holds rows already.
+
+    Without a ``length`` a table keeps its own, and documents are packed into rows of ``default``.
+    """
+    if Path(path).suffix.lower() == ".npy" and (table := _read_npy(check_path(path))).ndim == 2:
+        if length is not None and table.shape[1] != length:
             raise ValueError(
                 f"{path}: holds rows of {table.shape[1]} tokens, asked for {length}. Ask for that, or give a flat file."
             )
         return table
-    return pack(read_documents(path, encode), length, separator)
+    return pack(read_documents(path, encode), length or default, separator)
 
 
 def read_documents(path: str | Path, encode: Callable[[str], Sequence[int]]) -> Iterable[Sequence[int] | np.ndarray]:
     """Token ids of the documents at ``path``, one after another.
 
+    Text is UTF-8; a byte-order mark at its beginning is left out, and in text files every end of a line becomes a newline.
+
     Args:
         path: A text file (one document), a ``.jsonl`` file (one document per line, in its ``"text"``), a ``.npy`` file
-            of token ids, or a folder, in which all such files are read in the order of their names.
+            of token ids, or a folder, in which all such files are read in the order of their names, hidden ones left out.
         encode: Text to token ids.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: A file that cannot be understood (the message names it and the line), or no file in a folder.
+        FileNotFoundError: Nothing is there; what is nearly called so is named.
+        ValueError: A file that cannot be understood (the message names it, the line and the byte), or no file in a folder.
     """
-    root = Path(path)
-    if not root.exists():
-        raise FileNotFoundError(
-            f"{root}: no such file or folder. Give a text, .jsonl or .npy (token ids) file, or a folder of them."
-        )
-    files = [root]
-    if root.is_dir():
-        files = sorted(f for f in root.rglob("*") if f.suffix in (*_TEXT, ".jsonl", ".npy") and f.is_file())
-        if not files:
-            kinds = ", ".join((*_TEXT, ".jsonl", ".npy"))
-            raise ValueError(f"{root}: holds no file that ends in {kinds}. Put the text there, or name a single file.")
-    for file in files:
-        if file.suffix == ".npy":
+    root = check_path(path)
+    for file in _files_of(root) if root.is_dir() else [root]:
+        if file.suffix.lower() == ".npy":
             yield _read_npy(file).reshape(-1)
-        elif file.suffix == ".jsonl":
+        elif file.suffix.lower() == ".jsonl":
             yield from map(encode, _read_jsonl(file))
         else:
             yield encode(_read_text(file))
 
 
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
+def _files_of(root: Path) -> list[Path]:
+    kinds = (*_TEXT, ".jsonl", ".npy")
+    # what file managers and notebooks leave behind begins with a dot, and is nobody's text
+    seen = [f for f in root.rglob("*") if not any(part.startswith(".") for part in f.relative_to(root).parts)]
+    files = sorted(f for f in seen if f.suffix.lower() in kinds and f.is_file())
+    if not files:
+        others = sorted({f.suffix for f in seen if f.suffix and f.is_file()})
+        there = f" (there are {', '.join(others[:4])})" if others else ""
         raise ValueError(
-            f"{file}: is not UTF-8 text (byte {e.start} is {e.object[e.start]:#04x}). Convert it, or give token ids."
-        ) from e
+            f"{root}: holds no file that ends in {', '.join(kinds)}{there}. Put the text there, or name a single file."
+        )
+    return files
+
+
+def _read_text(file: Path) -> str:
+    text = _decoded(file.read_bytes(), str(file), 0)
     if not text.strip():
         raise ValueError(f"{file}: is empty. Remove it, or fill it with text.")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(raw: bytes, where: str, offset: int) -> str:
+    """The text of ``raw``, which begins at byte ``offset`` of its file."""
+    if offset == 0:
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{where}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(where)}")
+        skipped = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
+        raw, offset = raw[skipped:], skipped
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{where}: is not UTF-8 text (byte {offset + e.start} is {raw[e.start]:#04x}). Convert it, or give token ids."
+        ) from e
 
 
 def _read_jsonl(file: Path) -> Iterable[str]:
-    for number, line in enumerate(_read_text(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ValueError(
-                f'{file}, line {number}: is not a JSON object with a "text". Write one {{"text": "..."}} per line.'
-            ) from e
-        if not isinstance(text, str):
-            raise ValueError(f'{file}, line {number}: "text" is a {type(text).__name__}, not a string.')
-        yield text
+    offset, found = 0, False
+    with file.open("rb") as lines:
+        # by newlines alone: str.splitlines would also cut at U+0085, U+2028 and others that may stand inside a text
+        for number, raw in enumerate(lines, 1):
+            where = f"{file}, line {number}"
+            line = _decoded(raw, str(file) if offset == 0 else where, offset)
+            offset += len(raw)
+            if line.strip():
+                found = True
+                yield _text_of(line, where)
+    if not found:
+        raise ValueError(f"{file}: is empty. Remove it, or fill it with text.")
+
+
+def _text_of(line: str, where: str) -> str:
+    wanted = 'Write one {"text": "..."} per line.'
+    try:
+        # not strict: control characters inside a string are what people have
+        row = json.loads(line, strict=False)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{where}: is not a JSON object with a "text" ({e}). {wanted}') from e
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: is not a JSON object with a "text", but a {type(row).__name__}. {wanted}')
+    if "text" not in row:
+        keys = ", ".join(map(repr, list(row)[:8])) or "none"
+        raise ValueError(f'{where}: is not a JSON object with a "text"; its keys: {keys}. {wanted}')
+    text = row["text"]
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: "text" is a {type(text).__name__}, not a string.')
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f'{where}: "text" holds {text[e.start]!a}, half of a surrogate pair, which is no character. Leave it out.'
+        ) from e
+    return text
 
 
 def _read_npy(file: Path) -> np.ndarray:
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file. Give a .npy file of token ids.")
     try:
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as e:
-        raise ValueError(f"{file}: is not a NumPy array of numbers ({e}). Write it with numpy.save.") from e
-    if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+        cut = "it is cut short" if "mmap length" in str(e) or "EOF" in str(e) else str(e).splitlines()[0].rstrip(".")
+        raise ValueError(f"{file}: is not a NumPy array of numbers ({cut}). Write it with numpy.save.") from e
+    if not isinstance(ids, np.ndarray):
+        raise ValueError(
+            f"{file}: is not a NumPy array of numbers, but an archive of several. Write one with numpy.save."
+        )
+    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         raise ValueError(
             f"{file}: holds {ids.dtype} of shape {ids.shape}. Token ids are integers, in one row or a table (n, l)."
         )

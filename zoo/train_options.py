@@ -1,0 +1,72 @@
+"""What a training asks for, checked before anything heavy is imported: the standard library is all that this needs."""
+
+import difflib
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .shipped import list_models
+
+__all__ = ["REPORTS", "check_options", "check_path", "default_out", "holds_weights"]
+
+REPORTS = ("tensorboard", "none")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def check_options(
+    *, steps: int, batch_size: int, length: int | None, lr: float, warmup: float, weight_decay: float, report_to: str,
+    save_every: int | None,
+) -> None:  # fmt: skip
+    """Raise a ValueError for numbers that no training can work with, and for a report that there is not."""
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"train(steps={steps}, batch_size={batch_size}): both must be at least 1.")
+    for name, value, least in (("length", length, 2), ("save_every", save_every, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"train({name}={value}): must be at least {least}. Leave it out for the default.")
+    for name, number in (("lr", lr), ("warmup", warmup), ("weight_decay", weight_decay)):
+        if not math.isfinite(number) or number < 0 or (name == "lr" and number == 0):
+            raise ValueError(
+                f"train({name}={number}): must be {'above' if name == 'lr' else 'at least'} 0, and finite."
+            )
+    if report_to not in REPORTS:
+        close = difflib.get_close_matches(str(report_to), REPORTS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"report_to={report_to!r}: is not known.{hint} Known: {', '.join(REPORTS)}.")
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """The path, if something is there; otherwise a FileNotFoundError that names what is nearly called so."""
+    path = Path(path)
+    if os.path.exists(path):
+        return path
+    # the first part that is not there is the one that was mistyped
+    wrong = path
+    while wrong.parent != wrong and not os.path.exists(wrong.parent):
+        wrong = wrong.parent
+    names = os.listdir(wrong.parent) if os.path.isdir(wrong.parent) else []
+    close = difflib.get_close_matches(wrong.name, names, n=1)
+    hint = f" Did you mean {str(wrong.parent / close[0] / path.relative_to(wrong))!r}?" if close else ""
+    raise FileNotFoundError(
+        f"{path}: no such file or folder.{hint} Give a text, .jsonl or .npy (token ids) file, or a folder of them."
+    )
+
+
+def holds_weights(model: Any) -> bool:
+    """Whether a model argument means trained weights, a folder that holds some or a hub id, and not a config to build from."""
+    if not isinstance(model, str | os.PathLike) or model in list_models():
+        return False
+    path = Path(model)
+    if os.path.isdir(path):
+        return any(f.is_file() for pattern in _WEIGHTS for f in path.glob(pattern))
+    named = isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in (".yaml", ".yml")
+    return bool(named) and not os.path.exists(path)
+
+
+def default_out(model: str) -> Path:
+    """``runs/MODEL``, or ``runs/MODEL-finetuned`` where that is the folder the weights come from."""
+    name = Path(model).name if Path(model).suffix not in (".yaml", ".yml") else Path(model).stem
+    out = Path("runs") / (name or Path(model).resolve().name)
+    return out.with_name(f"{out.name}-finetuned") if os.path.exists(out) and os.path.samefile(out, model) else out
