@@ -1,5 +1,6 @@
 """``zoo doctor`` on a GPU: what it says of the device, the compiler and the cache, and which backend it names, here with the facts made up."""
 
+import importlib.metadata
 import types
 
 import pytest
@@ -63,3 +64,12 @@ def test_a_gpu_asked_about_where_there_is_none(monkeypatch):
 
 def test_where_a_library_was_loaded_from_is_found():
     assert doctor._loaded_from("libc.so") and doctor._loaded_from("libnothing.so") is None
+
+
+@pytest.mark.parametrize("group", ["torch.backends", "something.else"])
+def test_an_installation_that_torch_loads_as_a_backend_is_said(group, monkeypatch):
+    old = importlib.metadata.EntryPoint("hybridzoo", "hybridzoo.zoo.autoregister:register_when_loaded", group)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [old] if group == old.group else [])
+    said = doctor.examine("cpu")["system"].get("installation", "")
+    assert ("Install hybridzoo again" in said) == (group == "torch.backends")
+    old.load()()  # an installation that is stale can still call it

@@ -401,42 +401,40 @@ def test_the_byte_tokenizers_agree_and_know_their_folder(tmp_path):
     assert theirs("a<|endoftext|>b")["input_ids"] == [97, 0, 98]
 
 
-def type_of_what_is_loaded(code, folder, **env):
+def type_of_what_is_loaded(code, folder, cwd, **env):
     check = f"import sys\nfolder = {str(folder)!r}\n{code}\nprint(type(model).__name__)"
     run = subprocess.run(
-        [sys.executable, "-c", check], capture_output=True, text=True, cwd=folder, env=os.environ | env, timeout=200
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=cwd, env=os.environ | env, timeout=200
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
 
 @pytest.mark.parametrize(
-    ("code", "switch"),
+    "code",
     [
-        # nobody asks for the zoo, and nothing of its modelling is loaded until its folder is opened
-        (
-            "from transformers import AutoConfig, AutoModelForCausalLM, MambaForCausalLM\n"
-            "assert 'hybridzoo.zoo.hf' not in sys.modules\n"
-            "AutoConfig.from_pretrained(folder)\n"
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-            "1",
-        ),
-        # by the folder's own code, which imports the zoo, late; from then on without
-        (
-            "from transformers import AutoModelForCausalLM\n"
-            "assert 'hybridzoo' not in sys.modules\n"
-            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
-            "assert type(model) is type(AutoModelForCausalLM.from_pretrained(folder))",
-            "0",
-        ),
+        # nothing of the zoo's modelling is loaded until its folder is opened
+        "import hybridzoo\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, MambaForCausalLM\n"
+        "assert 'hybridzoo.zoo.hf' not in sys.modules\n"
+        "AutoConfig.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        # in a program that knows nothing of the zoo, by the folder's own code; from then on without
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
+        "assert 'hybridzoo' not in sys.modules\n"
+        "config = AutoConfig.from_pretrained(folder, trust_remote_code=True)\n"
+        "assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True).encode('a\\0b') == [97, 98]\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "assert type(model.config) is type(config)\n"
+        "assert type(model) is type(AutoModelForCausalLM.from_pretrained(folder))",
     ],
-    ids=["installed", "remote-code"],
+    ids=["imported", "remote-code"],
 )
-def test_auto_classes_know_the_zoo(code, switch, tmp_path):
+def test_auto_classes_know_the_zoo(code, tmp_path):
     folder = zoo.save(zoo.build("mamba-tiny", ["d_model=16"]), tmp_path / "m")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "hybridzoo"
-    env = {"TORCH_DEVICE_BACKEND_AUTOLOAD": switch, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    assert type_of_what_is_loaded(code, folder, **env).endswith("HybridZooForCausalLM")
+    kind = type_of_what_is_loaded(code, folder, tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert kind.endswith("HybridZooForCausalLM")
 
 
 def test_what_transformers_says_of_activation_checkpointing_is_done():

@@ -1,15 +1,16 @@
-"""Make transformers' Auto classes know the zoo, without importing transformers, or our adapter to it, for everybody.
+"""Make transformers' Auto classes know the zoo once ``hybridzoo`` is imported, without importing transformers or our adapter to it.
 
 transformers looks models up by name in tables, and imports a model's module when it is asked for. The adapter is entered there as one more
 name, as soon as the tables exist: nothing of ours is loaded until somebody opens one of our folders.
 
-``import hybridzoo`` does this, and so does ``import torch`` where the package is installed, through torch's entry-point group (see
-pyproject.toml): programs that know nothing of the zoo, such as ``lm_eval --model hf``, read our folders without running code out of them.
+The tables may be imported long after us, so an import finder waits for the three modules that hold them. It finds nothing itself: what the
+finders behind it give is handed on, with one call added after the module has run. What it cannot make out it leaves to Python.
 """
 
 import importlib
 import importlib.abc
 import sys
+import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -17,42 +18,60 @@ from typing import Any
 __all__ = ["register_when_loaded"]
 
 _AUTO = "transformers.models.auto."
-# the tables, and what is loaded after them, for when they are only half loaded as this is called: they import torch themselves
+# the tables, and what is loaded after them, for when they are only half loaded as this is called
 _WATCHED = (_AUTO + "auto_mappings", _AUTO + "configuration_auto", _AUTO + "modeling_auto")
 _ADAPTER = __package__ + ".hf"
 # where transformers looks for the class that it found under the name "hybridzoo"
 _ALIAS, _CONFIG = "transformers.models.hybridzoo", "HybridZooConfig"
 
 
-class _LoaderThenEnter(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader):
-        self.loader = loader
+class _ThenEnter:
+    """A loader as it is, of whichever kind, that makes one call more when it has run its module."""
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+    def __init__(self, loader: Any):
+        self._loader = loader
 
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _enter()
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._loader, name)
+        return self._then_enter(found) if name in ("exec_module", "load_module") else found
+
+    def _then_enter(self, run: Any) -> Any:
+        def run_and_enter(module: Any) -> Any:
+            if isinstance(module, ModuleType):  # load_module has a name here, and makes the module
+                module.__loader__ = self._loader
+                if module.__spec__ is not None:
+                    module.__spec__.loader = self._loader
+            result = run(module)
+            _enter()
+            return result
+
+        return run_and_enter
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _WATCHED:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _LoaderThenEnter(spec.loader)
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 :] if self in finders else ():
+            # one of the old kind is Python's to adapt or to skip
+            find = getattr(finder, "find_spec", None)
+            spec = None if find is None else find(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _ThenEnter(spec.loader)
                 return spec
         return None
 
 
 def register_when_loaded() -> None:
     """Enter the adapter into transformers' tables, now or when they are first used. Calling it again changes nothing."""
-    _enter()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    for name in _WATCHED:
+        if sys.modules.get(name) is not None:
+            importlib.import_module(name)  # waits, where another thread is in the middle of it
+    _enter()
 
 
 def _enter() -> None:
@@ -60,7 +79,16 @@ def _enter() -> None:
         names = getattr(sys.modules.get(name), "CONFIG_MAPPING_NAMES", None)
         if names is None:
             continue
-        names.setdefault("hybridzoo", _CONFIG)
+        try:
+            names.setdefault("hybridzoo", _CONFIG)
+        except (AttributeError, TypeError) as e:
+            # transformers must go on importing, whatever it has made of its tables
+            warnings.warn(
+                f"hybridzoo: {name}.CONFIG_MAPPING_NAMES takes no new name ({type(e).__name__}: {e}), so that transformers' Auto classes "
+                f"do not know the zoo. Import {_ADAPTER} to make them.",
+                stacklevel=2,
+            )
+            continue
         if _ALIAS not in sys.modules:
             alias = ModuleType(
                 _ALIAS, "The transformers adapter of hybridzoo, under the name that transformers looks for."

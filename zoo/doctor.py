@@ -120,7 +120,10 @@ def _cache(folder: Path) -> str:
 def _system(device: str, dtype: torch.dtype) -> dict[str, str]:
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    return {
+    # an entry point of earlier versions, which breaks `import torch` once the package has moved
+    stale = [e for e in importlib.metadata.entry_points(group="torch.backends") if e.name == "hybridzoo"]
+    said = {"installation": "stale: `import torch` loads it. Install hybridzoo again"} if stale else {}
+    return said | {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "cuda": ", ".join(cuda) if cuda else f"none (torch was built for {torch.version.cuda or 'the CPU'})",
