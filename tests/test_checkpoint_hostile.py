@@ -276,6 +276,15 @@ def test_tokenizer_files_travel_along(folder, tmp_path_factory):
     assert "tokenizer.json" in convert(folder, out, "hf").files and zoo.load(out).cfg.tokenizer == str(out)
 
 
+def test_a_model_knows_its_folder_and_what_it_says_about_text(folder, tmp_path_factory):
+    assert zoo.build(CFG).source is None and zoo.build(CFG).metadata == {}
+    edit(folder, bos_token_id=..., eos_token_id=[4, 5], pad_token_id=None)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5, "top_k": 3}')
+    model = zoo.load(str(folder))
+    ids, generation = {"eos_token_id": [4, 5], "pad_token_id": None}, {"eos_token_id": 5, "top_k": 3}
+    assert model.source == folder and model.metadata == {"config.json": ids, "generation_config.json": generation}
+
+
 def test_large_models_are_written_in_shards(whole, tmp_path, monkeypatch):
     monkeypatch.setattr("hybridzoo.zoo.checkpoint.writing._SHARD", 3000)
     model = zoo.load(whole)

@@ -5,6 +5,7 @@ State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.laye
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -146,6 +147,12 @@ class CausalLM(nn.Module):
         cfg: A config as ``zoo.config`` returns it, or anything ``zoo.build`` accepts.
         device: As for ``torch.nn.Linear``; ``"meta"`` allocates nothing.
         dtype: Of the weights; parameters that must stay float32 do.
+
+    Attributes:
+        cfg: The resolved config.
+        source: The folder that the model was loaded from, where its tokenizer's files are; ``None`` if it was built.
+        metadata: What that folder says about text and not about the network, by file: the ids of special tokens under
+            ``"config.json"``, everything under ``"generation_config.json"``. Saving writes it back.
     """
 
     generate = generate
@@ -153,6 +160,8 @@ class CausalLM(nn.Module):
     def __init__(self, cfg: Any, device=None, dtype=None):
         super().__init__()
         self.cfg = validate(cfg)
+        self.source: Path | None = None
+        self.metadata: dict[str, dict[str, Any]] = {}
         self.backbone = Backbone(self.cfg, device=device, dtype=dtype)
         self.lm_head = nn.Linear(self.cfg.d_model, padded_vocab(self.cfg), bias=False, device=device, dtype=dtype)
         self._init_embeddings()

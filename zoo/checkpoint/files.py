@@ -27,10 +27,14 @@ __all__ = [
     "new_folder",
     "open_source",
     "read_json",
+    "read_metadata",
     "stored_tensors",
     "write_whole",
 ]
 
+# what transformers' generate reads; the rest of config.json is about the network, or the library's own
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = "generation_config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # weights of other frameworks and of other precisions lie in sub-folders or end otherwise
@@ -95,6 +99,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected an object. Copy it again.")
     return content
+
+
+def read_metadata(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a folder says about text, by file: ids of special tokens, how to generate; a file that says nothing is left out."""
+    config, generation = folder / "config.json", folder / GENERATION
+    stated = read_json(config) if config.exists() else {}
+    found = {config.name: {name: stated[name] for name in SPECIAL_IDS if name in stated}}
+    if generation.exists():
+        found[GENERATION] = read_json(generation)
+    return {name: content for name, content in found.items() if content}
 
 
 def _infinite(value: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from ..lm import CausalLM
 from ..registry import ConfigError, nearest
 from . import native
 from .family import Family, Fields, families
-from .files import CheckpointError, Stored, open_source, read_json, stored_tensors
+from .files import CheckpointError, Stored, open_source, read_json, read_metadata, stored_tensors
 from .keys import Piece, View, layer_count
 
 __all__ = ["detect", "load", "read_config"]
@@ -46,11 +46,17 @@ def load(
     """
     device = pick_device("cpu" if device is None else device, meta=True)
     folder = open_source(source)
+    model = _load(folder, str(source), device, dtype)
+    model.source, model.metadata = folder, read_metadata(folder)
+    return model
+
+
+def _load(folder: Path, tokenizer: str, device: torch.device | str | None, dtype: torch.dtype | None) -> CausalLM:
     family = detect(folder)
     if family is None:
         return native.load(folder, device=device, dtype=dtype)
     stored = stored_tensors(folder)
-    cfg = read_config(family, folder, tokenizer=str(source), deepest=layer_count(frozenset(stored)))
+    cfg = read_config(family, folder, tokenizer=tokenizer, deepest=layer_count(frozenset(stored)))
     try:
         model = CausalLM(cfg, device="meta")
     except ConfigError as e:
