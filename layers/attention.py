@@ -120,6 +120,7 @@ class Attention(Mixer):
 
         heads = (nheads, self.nheads_kv, self.nheads_kv)
         d_qkv, d_in = sum(heads) * self.headdim, d_in or d_model
+        self.d_model, self.d_in, self.d_qkv = d_model, d_in, d_qkv
         self.in_proj = linear(d_in, d_qkv, qkv_bias, device, dtype)
         self.adapter = None
         if adapter_rank:
@@ -289,7 +290,7 @@ class Attention(Mixer):
         kv = (batch, cap, self.nheads_kv, self.headdim)
         conv = None
         if self.conv1d is not None:
-            conv = torch.zeros(batch, self.d_conv - 1, self.in_proj.out_features, device=device, dtype=dtype)
+            conv = torch.zeros(batch, self.d_conv - 1, self.d_qkv, device=device, dtype=dtype)
         return AttentionState(
             k=torch.zeros(kv, device=device, dtype=dtype),
             v=torch.zeros(kv, device=device, dtype=dtype),
@@ -308,4 +309,5 @@ class Attention(Mixer):
         context = (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
         mixing = int(4 * self.nheads * self.headdim * context)
         extra = sum(part.flops() for part in (self.conv1d, self.adapter) if part is not None)
-        return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel()) + extra + mixing
+        # of sizes, not of weights, which quantised layers keep in other shapes
+        return 2 * (self.d_in * self.d_qkv + self.nheads * self.headdim * self.d_model) + extra + mixing

@@ -158,9 +158,11 @@ class Mixer(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        # the dtype of the projections: what fp32-pinned parameters say does not count
+        # the dtype of the projections: what fp32-pinned parameters say does not count, nor how a quantised one is packed
         free = (p.dtype for name, p in self.named_parameters() if name not in self.fp32_parameters)
-        return next(free, torch.get_default_dtype())
+        return next(
+            (dtype for dtype in free if dtype.is_floating_point and dtype.itemsize > 1), torch.get_default_dtype()
+        )
 
     @property
     def _device(self) -> torch.device:
@@ -171,7 +173,7 @@ class Mixer(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             now = self.get_parameter(name)
-            if torch.finfo(now.dtype).bits < 32:
+            if now.is_floating_point() and now.dtype.itemsize < 4:
                 # take the old values, not the rounded ones, to wherever the cast moved them
                 now.data = old.to(device=now.device, dtype=torch.float32)
         return self
@@ -180,4 +182,7 @@ class Mixer(nn.Module):
         # by attribute and not by what named_parameters lists: an adapter (PEFT) around a projection passes on its bias
         for name in self.fp32_parameters:
             with contextlib.suppress(AttributeError):
-                yield name, self.get_parameter(name)
+                p = self.get_parameter(name)
+                if not any(type(m) is nn.Linear and m.bias is p for m in self.modules()):
+                    # torch's own linear layer, put in a projection's place, wants one type
+                    yield name, p

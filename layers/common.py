@@ -97,6 +97,11 @@ def why_called(module: nn.Module | None, kind: type[nn.Module]) -> str | None:
     return None
 
 
+def called(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module has to be called: whoever would rather read a ``kind``'s parameters may not."""
+    return why_called(module, kind) is not None or hooked_everywhere()
+
+
 def hooked_everywhere() -> bool:
     """Whether there are hooks on all modules."""
     # torch's own names for what it calls around every module

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels import causal_conv1d, causal_conv1d_update
 from .base import Seq
+from .common import called
 from .recompute import repeatable
 
 __all__ = ["CausalConv1d"]
@@ -60,7 +61,11 @@ class CausalConv1d(nn.Module):
         return repeatable(y, _filter, *operands), after
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """Filter one token per row, ``(b, d)``, and shift ``state`` in place."""
+        """Filter one token per row, ``(b, d)``, and shift ``state`` in place; through :meth:`forward` where hooks wait for that."""
+        if called(self, CausalConv1d):
+            y, new = self(x[:, None], state, return_state=True)
+            state.copy_(new)
+            return y[:, 0]
         return causal_conv1d_update(x, state, self.weight.squeeze(1), self.bias, activation=self.activation)
 
     def flops(self) -> int:

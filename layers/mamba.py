@@ -23,6 +23,7 @@ from ..kernels.halves import halves
 from .base import Mixer, Seq, State
 from .common import (
     acc_dtype,
+    called,
     check,
     check_dt,
     check_positive,
@@ -56,10 +57,18 @@ class MambaState(State):
 
 
 class StepProjection(nn.Linear):
-    """The step sizes' projection, without its bias: the scan adds that in float32."""
+    """The step sizes' projection, a linear layer whose bias is float32 whatever its weight is, and with it the output.
+
+    Where nothing is put around it or in its place, the layer takes the product alone, and the scan adds the bias.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project ``(..., dt_rank)`` to ``(..., d_inner)``."""
+        """Project ``(..., dt_rank)`` to ``(..., d_inner)``; in the wider of the product's and the bias's type."""
+        out = self.product(x)
+        return out if self.bias is None else out + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same without the bias."""
         out = F.linear(x, self.weight)
         return repeatable(out, _project, x, self.weight, out.dtype)
 
@@ -148,7 +157,7 @@ class Mamba(Mixer):
         check_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank)
         check_dt(dt_min, dt_max, dt_init_floor)
         check(bcdt_norm_eps > 0, "bcdt_norm_eps", f"{bcdt_norm_eps} is not positive. The usual value is 1e-6.")
-        self.d_state, self.d_conv, self.d_inner = d_state, d_conv, expand * d_model
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, expand * d_model
         self.dt_rank = dt_rank or math.ceil(d_model / 16)
         self.dt_range, self.dt_scale = (dt_min, dt_max, dt_init_floor), dt_scale
         pinned = acc_dtype(dtype)
@@ -208,7 +217,7 @@ class Mamba(Mixer):
             u, z = halves(self.in_proj(spared(x)))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
-            dt, A, B, C = self._scan_inputs(spared(u))
+            dt, dt_bias, A, B, C = self._scan_inputs(spared(u))
             out = selective_scan(
                 u,
                 spared(dt),
@@ -217,7 +226,7 @@ class Mamba(Mixer):
                 C,
                 D=self.D,
                 z=z,
-                dt_bias=upcast(self.dt_proj.bias),
+                dt_bias=dt_bias,
                 dt_softplus=True,
                 initial_state=None if state is None else state.ssm,
                 seq=seq,
@@ -259,6 +268,8 @@ class Mamba(Mixer):
             why = why_called(getattr(self, name), kind)
             if why is not None:
                 return f"{name} {why}"
+        if self.x_proj.bias is not None or self.dt_proj.bias is None:
+            return "x_proj has a bias, or dt_proj has none"
         if len({None if m is None else m.eps for m in norms}) > 1:
             return "the norms of dt, B and C have different eps"
         return None
@@ -267,7 +278,7 @@ class Mamba(Mixer):
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv1d.step(u, state.conv)
-        dt, A, B, C = self._scan_inputs(u)
+        dt, dt_bias, A, B, C = self._scan_inputs(u)
         y = selective_state_update(
             state.ssm,
             u,
@@ -277,17 +288,21 @@ class Mamba(Mixer):
             C.unsqueeze(1),
             D=self.D,
             z=z,
-            dt_bias=upcast(self.dt_proj.bias),
+            dt_bias=dt_bias,
             dt_softplus=True,
         )
         return self.out_proj(y)
 
-    def _scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # dt (..., d_inner), A (d_inner, n), B and C (..., n)
+    def _scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        # dt (..., d_inner) and what is still to be added to it, A (d_inner, n), B and C (..., n)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
             dt, B, C = self.dt_norm(dt), self.b_norm(B), self.c_norm(C)
-        return self.dt_proj(dt), -upcast(self.A_log).exp(), B, C
+        A, steps = -upcast(self.A_log).exp(), self.dt_proj
+        if called(steps, StepProjection) or steps.bias is None:
+            # a bias of somebody else's may be adapted, quantised, or elsewhere until the module is called
+            return steps(dt), None, A, B, C
+        return steps.product(dt), upcast(steps.bias), A, B, C
 
     def init_state(
         self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -304,6 +319,7 @@ class Mamba(Mixer):
 
         The scan's 9 is the field's count (state-spaces/mamba#110).
         """
-        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        scan = self.d_inner * (9 * self.d_state + 1)
-        return 2 * sum(p.weight.numel() for p in projections) + self.conv1d.flops() + scan
+        d, r, n = self.d_inner, self.dt_rank, self.d_state
+        # of sizes, not of weights, which quantised layers keep in other shapes
+        weights = 3 * self.d_model * d + (r + 2 * n) * d + r * d + self.d_conv * d
+        return 2 * weights + d * (9 * n + 1)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import conv_ssd_update, ssd
+from ..kernels import conv_ssd_update, ssd, ssd_state_update
 from .base import Mixer, Seq, State
 from .common import (
     acc_dtype,
+    called,
     check,
     check_dt,
     check_positive,
@@ -130,7 +131,7 @@ class Mamba2(Mixer):
         low, high = dt_limit
         check(0 <= low < high, "dt_limit", f"({low}, {high}) is not a range of step sizes. Use 0 <= low < high.")
         check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-5.")
-        self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
+        self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.d_ssm = d_ssm or d_inner
         self.d_mlp, self.nheads = d_inner - self.d_ssm, self.d_ssm // headdim
         self.A_init_range, self.dt_range = tuple(A_init_range), (dt_min, dt_max, dt_init_floor)
@@ -223,18 +224,14 @@ class Mamba2(Mixer):
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
         mlp, z, xBC, dt = self._project(x)
-        y = conv_ssd_update(
-            xBC,
-            state.conv,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            state.ssm,
-            dt,
-            -upcast(self.A_log).exp(),
-            **self._scan_options(z),
-            ngroups=self.ngroups,
-            activation=self.conv1d.activation,
-        )
+        A, options, conv = -upcast(self.A_log).exp(), self._scan_options(z), self.conv1d
+        if called(conv, CausalConv1d):
+            u, B, C = self._heads(conv.step(xBC, state.conv))
+            y = ssd_state_update(state.ssm, u, dt, A, B, C, **options)
+        else:
+            taps = conv.weight.squeeze(1)
+            options |= {"ngroups": self.ngroups, "activation": conv.activation}
+            y = conv_ssd_update(xBC, state.conv, taps, conv.bias, state.ssm, dt, A, **options)
         return self._finish(y, z, mlp)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -291,4 +288,7 @@ class Mamba2(Mixer):
         """
         q = min(self.chunk_size, seq_len)
         scan = 2 * self.d_ssm * (2 * self.d_state + q) + 2 * self.ngroups * self.d_state * q
-        return 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel()) + self.conv1d.flops() + scan
+        d_inner = self.d_mlp + self.d_ssm
+        d_proj = self.d_mlp + d_inner + self.d_xBC + self.nheads
+        # of sizes, not of weights, which quantised layers keep in other shapes
+        return 2 * (self.d_model * (d_proj + d_inner) + self.d_conv * self.d_xBC) + scan

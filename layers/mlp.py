@@ -108,4 +108,5 @@ class MLP(Mixer):
     def flops(self, seq_len: int) -> int:
         """FLOPs per token of the two projections, 2 per multiply-add."""
         adapter = 0 if self.adapter is None else self.adapter.flops()
-        return 2 * (self.fc1.weight.numel() + self.fc2.weight.numel()) + adapter
+        # of sizes, not of weights, which quantised layers keep in other shapes
+        return 2 * sum(fc.in_features * fc.out_features for fc in (self.fc1, self.fc2)) + adapter
