@@ -96,6 +96,11 @@ class Attention(Mixer):
         check(adapter_rank >= 0, "adapter_rank", f"{adapter_rank} is not a rank. Use 0 for no adapter, or 1 or more.")
         check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-6.")
         check(
+            softmax_scale is None or softmax_scale > 0,
+            "softmax_scale",
+            f"{softmax_scale} is not positive, and PyTorch's kernels would give NaN. The usual value is headdim ** -0.5.",
+        )
+        check(
             headdim is not None or d_model % nheads == 0,
             "nheads",
             f"d_model = {d_model} is not a multiple of nheads = {nheads}. "

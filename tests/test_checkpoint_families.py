@@ -121,7 +121,7 @@ def test_names_in_memory_and_older_names_in_configs_are_read_too(pair, tmp_path)
         letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
         config["hybrid_override_pattern"] = "".join(letters[kind] for kind in config.pop("layers_block_type"))
     if "rope_parameters" in config and config["rope_parameters"]["rope_type"] == "default":
-        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        config |= {key: value for key, value in config.pop("rope_parameters").items() if key != "rope_type"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     a, b = zoo.load(tmp_path), pair.ours
     assert {**a.cfg, "tokenizer": ""} == {**b.cfg, "tokenizer": ""}

@@ -162,6 +162,8 @@ class CausalLM(nn.Module):
         self.cfg = validate(cfg)
         self.source: Path | None = None
         self.metadata: dict[str, dict[str, Any]] = {}
+        # the published family whose files it was read from, which an export tries first
+        self.family: str | None = None
         self.backbone = Backbone(self.cfg, device=device, dtype=dtype)
         self.lm_head = nn.Linear(self.cfg.d_model, padded_vocab(self.cfg), bias=False, device=device, dtype=dtype)
         self._init_embeddings()

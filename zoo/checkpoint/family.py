@@ -14,7 +14,7 @@ from ..registry import nearest
 from .files import CheckpointError
 from .keys import Piece, View
 
-__all__ = ["LLAMA3", "Family", "Fields", "Table", "families", "register", "written"]
+__all__ = ["Family", "Fields", "Table", "families", "lowest", "register", "written", "written_lowest"]
 
 # written by transformers' base class, or about text and not about the network; max_position_embeddings bounds no computation here
 _COMMON = frozenset(
@@ -27,10 +27,10 @@ _COMMON = frozenset(
     "rescale_prenorm_residual pretraining_tp max_position_embeddings time_step_init_scheme".split()
 )
 _REQUIRED = object()
+# no step size that small shows in float32, and a class that takes its logarithm must not meet a zero
+_NO_STEP = 1e-30
 # counts that lists are made from; more of them is a slip or an attack, and must not cost memory
 _MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts"), 10_000)
-# the fields of transformers' rope_type "llama3", in the order of our option
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # our option: the field of theirs, its default, and older names of it
 Table = Mapping[str, tuple[Any, ...]]
 T = TypeVar("T", bound="type[Family]")
@@ -44,12 +44,22 @@ class Fields:
         self.known: set[str] = set(_COMMON)
 
     def take(self, name: str, default: Any = _REQUIRED, *older: str) -> Any:
-        """A field, or its default; its type must be the default's. ``older`` names are accepted too; the first present counts."""
+        """A field, or its default where the file has none; its type must be the default's.
+
+        ``older`` names are accepted too, and must not contradict it. A ``null`` is none where the default is ``None``; elsewhere
+        transformers' classes do not fill it in, so that nobody can say what it means, and it is refused.
+        """
         self.known |= {name, *older}
-        value = next((self.data[key] for key in (name, *older) if self.data.get(key) is not None), None)
+        given = {key: self.data[key] for key in (name, *older) if key in self.data}
+        if len({repr(value) for value in given.values()}) > 1:
+            both = " and ".join(f"{key} {value!r}" for key, value in given.items())
+            raise CheckpointError(f"{self.file}: holds both {both}. Remove one of them.")
+        value = next(iter(given.values()), None)
         if value is None:
             if default is _REQUIRED:
                 raise CheckpointError(f"{self.file}: {name} is missing. The file is not complete.")
+            if given and default is not None:
+                raise CheckpointError(f"{self.file}: {next(iter(given))} is null, which is no value. Correct the file.")
             return default
         kind = int if default is _REQUIRED or default is None else type(default)
         if kind is float:
@@ -59,6 +69,24 @@ class Fields:
         if isinstance(value, int) and not -1 <= value <= _MOST.get(name, 2**31):
             raise CheckpointError(f"{self.file}: {name} is {value}, beyond any size. The file is damaged or hostile.")
         return value
+
+    def kinds(self, table: Mapping[str, Any], default: list[str], *names: str) -> list[Any]:
+        """A list of words, or a text of letters, each as a table has it; several names may not contradict each other."""
+        self.known |= set(names)
+        read: list[list[Any]] = []
+        for name in names:
+            words = self.data.get(name)
+            if words is None:
+                continue
+            if not isinstance(words, list | str) or not all(isinstance(word, str) and word in table for word in words):
+                raise CheckpointError(
+                    f"{self.file}: {name} is {words!r}, expected a list of {', '.join(table)}. Correct the file."
+                )
+            read.append([table[word] for word in words])
+        if any(kinds != read[0] for kinds in read):
+            given = ", ".join(name for name in names if self.data.get(name) is not None)
+            raise CheckpointError(f"{self.file}: {given} contradict each other. Remove the wrong ones.")
+        return read[0] if read else [table[word] for word in default]
 
     def options(self, table: "Table") -> dict[str, Any]:
         """Our options, each from the field that a table names for it."""
@@ -94,46 +122,6 @@ class Fields:
         """Fields that follow from others, or decide nothing."""
         self.known |= set(names)
 
-    def rope(self, theta: float = 10000.0, partial: float = 1.0, scaled: bool = False) -> tuple[float, float]:
-        """The base of the rotary positions and the part of a head that rotates, in the newer or the older way to write them."""
-        settings, kinds = self._rope_settings(), ("default", "llama3") if scaled else ("default",)
-        if settings["rope_type"] not in kinds:
-            only = " or ".join(map(repr, kinds))
-            raise CheckpointError(
-                f"{self.file}: rope_type is {settings['rope_type']!r}; only {only} can be computed by this version."
-            )
-        default = {"rope_theta": theta, "partial_rotary_factor": partial}
-        return self._positive(default | settings, "rope_theta"), self._positive(
-            default | settings, "partial_rotary_factor"
-        )
-
-    def rope_scaling(self) -> list[float] | None:
-        """Llama 3.1's stretching of the positions, if there is one: factor, low and high frequency factor, original context."""
-        settings = self._rope_settings()
-        if settings["rope_type"] != "llama3":
-            return None
-        return [self._positive(settings, key) for key in LLAMA3]
-
-    def _rope_settings(self) -> dict[str, Any]:
-        self.known |= {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
-        settings = {
-            key: self.data[key] for key in ("rope_theta", "partial_rotary_factor") if self.data.get(key) is not None
-        }
-        for name in ("rope_scaling", "rope_parameters"):
-            value = self.data.get(name)
-            if not isinstance(value, dict | None):
-                raise CheckpointError(f"{self.file}: {name} is {value!r}, expected an object. Correct the file.")
-            settings |= value or {}
-        return {"rope_type": settings.get("type", "default")} | settings
-
-    def _positive(self, settings: dict[str, Any], key: str) -> float:
-        value = _number(settings.get(key))
-        if not isinstance(value, float) or not 0 < value < math.inf:
-            raise CheckpointError(
-                f"{self.file}: {key} is {settings.get(key)!r}, expected a positive number. Correct the file."
-            )
-        return value
-
     def done(self) -> None:
         """Refuse fields that nobody took: they could change what the model computes."""
         if "quantization_config" in self.data:
@@ -144,6 +132,26 @@ class Fields:
                 raise CheckpointError(
                     f"{self.file}: unknown field {name!r}.{hint} If it does not change what the model computes, remove it."
                 )
+
+
+def lowest(fields: Fields, step: float, name: str = "time_step_limit") -> list[float]:
+    """The limits of step sizes in the classes that take ``time_step_min`` for the lower one and have no upper one.
+
+    Raises:
+        CheckpointError: The file has limits of its own too, which these classes do not read.
+    """
+    limits = fields.floats(name, (0.0, math.inf))
+    if limits != [0.0, math.inf]:
+        raise CheckpointError(
+            f"{fields.file}: {name} is {limits}, which transformers' class does not read: it limits step sizes by "
+            f"time_step_min, {step}. Write the lower limit there, and remove {name}."
+        )
+    return [0.0 if step <= _NO_STEP else step, math.inf]
+
+
+def written_lowest(limits: list[float]) -> dict[str, Any]:
+    """The reverse of :func:`lowest`; what has an upper limit shows when the result is read back."""
+    return {"time_step_min": limits[0] or _NO_STEP}
 
 
 def written(options: Mapping[str, Any], table: Table) -> dict[str, Any]:

@@ -109,12 +109,13 @@ def rows(view: View, ours: str, theirs: Mapping[str, int]) -> Iterator[Piece]:
 
 
 def attention(view: View, part: Part, theirs: str) -> Iterator[Piece]:
-    """``{q,k,v,o}_proj``, as transformers has them."""
+    """``{q,k,v,o}_proj``, as transformers has them, and the norms of heads, if any."""
     q, kv = part["nheads"] * part["headdim"], part["nheads_kv"] * part["headdim"]
     yield from rows(
         view, f"{part.key}.in_proj", {f"{theirs}.q_proj": q, f"{theirs}.k_proj": kv, f"{theirs}.v_proj": kv}
     )
-    yield from same(view, f"{part.key}.out_proj", f"{theirs}.o_proj")
+    for ours, name in (("out_proj", "o_proj"), ("q_norm", "q_norm"), ("k_norm", "k_norm")):
+        yield from same(view, f"{part.key}.{ours}", f"{theirs}.{name}")
 
 
 def gated_mlp(view: View, part: Part, theirs: str) -> Iterator[Piece]:

@@ -19,6 +19,7 @@ from ..device import pick_device
 from ..lm import CausalLM
 from ..registry import ConfigError, nearest
 from . import native
+from .blame import culprit, in_words_of_file
 from .family import Family, Fields, families
 from .files import CheckpointError, Stored, open_source, read_json, read_metadata, stored_tensors
 from .keys import Piece, View, layer_count
@@ -60,7 +61,10 @@ def _load(folder: Path, tokenizer: str, device: torch.device | str | None, dtype
     try:
         model = CausalLM(cfg, device="meta")
     except ConfigError as e:
-        raise CheckpointError(f"{folder / 'config.json'}: describes no model that works: {e}") from e
+        fields = Fields(read_json(folder / "config.json"), folder / "config.json")
+        what = in_words_of_file(str(e), family, fields, family.read(fields))
+        raise CheckpointError(f"{folder / 'config.json'}: describes no model that works: {what}") from e
+    model.family = family.model_type
     view = View(model, frozenset(stored))
     pieces = _checked(view, family, stored, folder)
     _fill(model, pieces, stored, device, dtype)
@@ -104,8 +108,14 @@ def read_config(family: Family, folder: Path, tokenizer: str = "byte", deepest: 
     fields = Fields(read_json(file), file)
     try:
         cfg = {"tokenizer": tokenizer} | family.read(fields)
-    except (TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, ConfigError) as e:
-        raise CheckpointError(f"{file}: describes no {family.model_type} model ({type(e).__name__}: {e}).") from e
+    except CheckpointError:
+        raise
+    except (TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, ValueError) as e:
+        name = culprit(family, fields)
+        what = "" if name is None else f": {name} is {fields.data[name]!r}"
+        raise CheckpointError(
+            f"{file}: describes no {family.model_type} model{what} ({type(e).__name__}: {e}). Correct the file."
+        ) from e
     fields.done()
     layers = cfg["layers"]
     if deepest is not None and isinstance(layers, list) and len(layers) > 4 * deepest + 8:
@@ -205,9 +215,9 @@ def _fill(
                 native.assign(model, piece.ours, started.pop(piece.ours))
 
 
-def dump(content: dict[str, Any]) -> str:
-    """JSON as transformers writes it, infinities included."""
-    return json.dumps(_plain(content), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+def dump(content: dict[str, Any], tagged: bool = True) -> str:
+    """JSON as transformers writes it, infinities included, or with plain ``Infinity``, as Python's own reader and writer have it."""
+    return json.dumps(_plain(content) if tagged else content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _plain(value: Any) -> Any:

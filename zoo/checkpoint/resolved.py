@@ -42,7 +42,7 @@ def _mamba2(o: dict[str, Any], d: int) -> None:
 def _attention(o: dict[str, Any], d: int) -> None:
     o["nheads_kv"] = o["nheads_kv"] or o["nheads"]
     o["headdim"] = o["headdim"] or d // o["nheads"]
-    o["softmax_scale"] = o["softmax_scale"] or o["headdim"] ** -0.5
+    o["softmax_scale"] = o["headdim"] ** -0.5 if o["softmax_scale"] is None else o["softmax_scale"]
     o["rotary_dim"] = None if o["rope"] is None else o["rotary_dim"] or o["headdim"]
     o["rope_scaling"] = o["rope_scaling"] and [float(number) for number in o["rope_scaling"]]
     if o["rope"] is None:

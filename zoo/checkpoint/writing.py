@@ -125,7 +125,7 @@ def _write(model: CausalLM, place: Path, to: str, special: dict[str, Any]) -> st
         (place / "config.json").write_text(dump(read_json(place / "config.json") | special), encoding="utf-8")
         return to
     view = View(model)
-    family, config = _expressed(view, to)
+    family, config = _expressed(view, to, model.family)
     tensors = _theirs(view, family, model)
     if to == "mamba_ssm":
         content = dict(tensors)
@@ -138,7 +138,8 @@ def _write(model: CausalLM, place: Path, to: str, special: dict[str, Any]) -> st
             "model_type": family.model_type, "architectures": [family.architecture],
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         }  # fmt: skip
-    (place / "config.json").write_text(dump(config), encoding="utf-8")
+    # mamba-ssm's reader knows no tags
+    (place / "config.json").write_text(dump(config, tagged=to != "mamba_ssm"), encoding="utf-8")
     return family.model_type
 
 
@@ -147,9 +148,10 @@ def _check_format(to: str) -> None:
         raise CheckpointError(f"to: unknown format {to!r}. Known: {', '.join(FORMATS)}.")
 
 
-def _expressed(view: View, to: str) -> tuple[Family, dict[str, Any]]:
-    """The first family whose config, read back, is the same model."""
-    for name, family in families().items():
+def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """The first family whose config, read back, is the same model; ``first`` is tried before the others."""
+    unlike: list[str] = []
+    for name, family in sorted(families().items(), key=lambda item: item[0] != first):
         if (name == "mamba_ssm") != (to == "mamba_ssm"):
             continue
         try:
@@ -163,9 +165,13 @@ def _expressed(view: View, to: str) -> tuple[Family, dict[str, Any]]:
             continue
         if signature(back) == signature(view):
             return family, config
+        options = differing(signature(back), signature(view))
+        unlike = options if not unlike or len(options) < len(unlike) else unlike
     what = "mamba-ssm" if to == "mamba_ssm" else f"no family of {', '.join(n for n in families() if n != 'mamba_ssm')}"
+    closest = f" The closest differs in {', '.join(unlike)}." if unlike else ""
     raise CheckpointError(
-        f"to={to!r}: {what} {'cannot express' if to == 'mamba_ssm' else 'can express'} the layers {view.cfg.layers!r} with their options. "
+        f"to={to!r}: {what} {'cannot express' if to == 'mamba_ssm' else 'can express'} the layers {view.cfg.layers!r} with their options."
+        f"{closest} "
         "Use to='hybridzoo', which transformers reads through AutoModelForCausalLM."
     )
 
@@ -177,13 +183,23 @@ def _types(cfg: dict[str, Any]) -> list[str]:
 def signature(view: View) -> dict[str, Any]:
     """Everything of a model that decides what it computes."""
     cfg = view.cfg
-    plain = {str(key): cfg[key] for key in cfg if str(key).endswith("_multiplier")}
+    # a divisor in a file is a factor here, and comes back with another rounding
+    plain = {str(key): float(f"{cfg[key]:.12g}") for key in cfg if str(key).endswith("_multiplier")}
     return plain | {
         "blocks": [[(part.type, part.options) for part in block] for block in view.blocks],
         "streams": view.streams, "sharing": view.source,
         "norm": (cfg.norm.type, cfg.norm.eps), "d_model": cfg.d_model, "vocab": padded_vocab(cfg),
         "tied": cfg.tie_embeddings, "residual_in_fp32": cfg.residual_in_fp32,
     }  # fmt: skip
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What two signatures do not share: options by their names, in the order of ``b``."""
+    found = dict.fromkeys(key for key in b if key != "blocks" and a.get(key) != b[key])
+    for ours, theirs in zip(b["blocks"], a["blocks"], strict=False):
+        for (_, mine), (_, other) in zip(ours, theirs, strict=False):
+            found |= dict.fromkeys(key for key in mine if key not in other or other[key] != mine[key])
+    return list(found)
 
 
 def _theirs(view: View, family: Family, model: CausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,9 @@
-"""One converter per family; the order is the one in which an export tries them."""
+"""One converter per family; the order is the one in which an export tries them: the plainer first, then what has more options."""
 
-from . import bamba, falcon_h1, granite, jamba, llama, mamba, mamba2, mamba_ssm, nemotron_h, zamba2
+# isort: off
+from . import llama, granite
+from . import bamba, falcon_h1, jamba, mamba, mamba2, mamba_ssm, nemotron_h, zamba2
+
+# isort: on
 
 __all__ = ["bamba", "falcon_h1", "granite", "jamba", "llama", "mamba", "mamba2", "mamba_ssm", "nemotron_h", "zamba2"]

@@ -45,14 +45,22 @@ class Decoder(Family):
         return same(view, part.key, theirs, _NORMS_OF_DT_B_C)
 
     def trunk(
-        self, fields: Fields, layers: list[str], *, vocab: int, d_model: int, eps: float, length: int
+        self,
+        fields: Fields,
+        layers: list[str],
+        *,
+        vocab: int,
+        d_model: int,
+        eps: float,
+        length: int,
+        tied: bool = False,
     ) -> dict[str, Any]:
         """What every decoder's config has besides its mixers; the numbers are the class's defaults."""
         take = fields.take
         fields.expect("hidden_act", "silu")
         return {
             "vocab_size": take("vocab_size", vocab), "d_model": take("hidden_size", d_model), "layers": layers,
-            "norm": {"type": "rmsnorm", "eps": take("rms_norm_eps", eps)}, "tie_embeddings": take("tie_word_embeddings", False),
+            "norm": {"type": "rmsnorm", "eps": take("rms_norm_eps", eps)}, "tie_embeddings": take("tie_word_embeddings", tied),
             "max_length": take("max_position_embeddings", length), "residual_in_fp32": False,
         }  # fmt: skip
 
@@ -65,25 +73,25 @@ class Decoder(Family):
             "max_position_embeddings": cfg.max_length, "hidden_act": "silu",
         }  # fmt: skip
 
-    def heads(self, fields: Fields, heads: int, kv: int | None) -> dict[str, Any]:
-        """Heads of an attention mixer; the numbers are the class's defaults."""
+    def heads(self, fields: Fields, d_model: int, heads: int, kv: int | None) -> dict[str, Any]:
+        """Heads of an attention mixer; the last two numbers are the class's defaults."""
         n = fields.take("num_attention_heads", heads)
-        size = fields.take("head_dim", None)
+        # a null means as many as there are heads, whatever the default
+        kv = None if "num_key_value_heads" in fields.data else kv
         return {
-            "type": "attention",
-            "nheads": n,
-            "nheads_kv": fields.take("num_key_value_heads", kv) or n,
-            "headdim": size,
-        }
+            "type": "attention", "nheads": n, "nheads_kv": fields.take("num_key_value_heads", kv) or n,
+            "headdim": fields.take("head_dim", None) or d_model // n,
+        }  # fmt: skip
 
     def written_heads(self, view: View) -> dict[str, Any]:
         """The reverse of :meth:`heads`."""
         a = view.first("attention")
-        return (
-            {"num_attention_heads": a["nheads"], "num_key_value_heads": a["nheads_kv"], "head_dim": a["headdim"]}
-            if a
-            else {}
-        )
+        if not a:
+            # what a class checks although no layer asks
+            return {"num_attention_heads": 1, "num_key_value_heads": 1}
+        heads = {"num_attention_heads": a["nheads"], "num_key_value_heads": a["nheads_kv"]}
+        # not every class has the field; all take it
+        return heads if a["headdim"] == view.cfg.d_model // a["nheads"] else heads | {"head_dim": a["headdim"]}
 
     def ssm(self, fields: Fields, d_model: int, eps: float, d_ssm: int | None = None) -> dict[str, Any]:
         """A Mamba-2 mixer in the spelling of Bamba, Granite 4 and Falcon-H1; inside it is ``d_ssm`` wide, or ``mamba_expand`` times."""
@@ -98,7 +106,8 @@ class Decoder(Family):
                 f"{fields.file}: mamba_n_heads * mamba_d_head = {heads * size} differs from the inner width {inner}."
             )
         return {
-            "type": "mamba2", "d_state": take("mamba_d_state", 256), "d_conv": take("mamba_d_conv", 4), "expand": expand, "d_inner": d_ssm,
+            "type": "mamba2", "d_state": take("mamba_d_state", 256), "d_conv": take("mamba_d_conv", 4),
+            **({"d_inner": d_ssm} if d_ssm else {"expand": expand}),
             "headdim": size, "ngroups": take("mamba_n_groups", 1), "chunk_size": take("mamba_chunk_size", 256), "norm_eps": eps,
             "dt_limit": fields.floats("time_step_limit", (0.0, float("inf"))), "bias": bias, "conv_bias": take("mamba_conv_bias", True),
         }  # fmt: skip
@@ -106,6 +115,9 @@ class Decoder(Family):
     def written_ssm(self, view: View) -> dict[str, Any]:
         """The reverse of :meth:`ssm`."""
         m = view.first("mamba2")
+        if not m:
+            # the class checks that its heads divide the width, although no layer has them
+            return {"mamba_n_heads": 1}
         return {
             "mamba_n_heads": m["d_ssm"] // m["headdim"], "mamba_d_head": m["headdim"], "mamba_expand": m["d_inner"] // view.cfg.d_model,
             "mamba_d_state": m["d_state"], "mamba_d_conv": m["d_conv"], "mamba_n_groups": m["ngroups"],
@@ -114,7 +126,7 @@ class Decoder(Family):
 
 
 def every_second(mixers: list[str], feed_forwards: list[str]) -> list[str]:
-    """Mixers and feed-forwards in turn."""
+    """Mixers and feed-forwards in turn; a ``ValueError`` if there are more of one."""
     return [token for pair in zip(mixers, feed_forwards, strict=True) for token in pair]
 
 

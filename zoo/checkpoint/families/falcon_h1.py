@@ -9,6 +9,7 @@ from typing import Any
 from ..family import Fields, register
 from ..files import CheckpointError
 from ..keys import View
+from ..rotary import rotary, written_rotary
 from .decoder import Decoder
 
 __all__ = ["FalconH1"]
@@ -25,17 +26,10 @@ class FalconH1(Decoder):
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
         take, n, bias = fields.take, fields.take("num_hidden_layers", 32), fields.take("attention_bias", False)
-        fields.skip(
-            "layer_types",
-            "layers_block_type",
-            "attn_layer_indices",
-            "mamba_use_mlp",
-            "mlp_expansion_factor",
-            "rope_theta",
-        )
+        fields.skip("layer_types", "layers_block_type", "attn_layer_indices", "mamba_use_mlp", "mlp_expansion_factor")
         cfg = self.trunk(fields, ["mamba2 + attention", "mlp"] * n, vocab=128000, d_model=4096, eps=1e-5, length=8192)
-        expanded = "mamba_d_ssm" in fields.data and fields.data["mamba_d_ssm"] is None
-        inner = take("mamba_d_ssm", take("mamba_expand", 2) * cfg["d_model"] if expanded else 1024)
+        # where it is left out it has a default; a null is none
+        inner = take("mamba_d_ssm", None) if "mamba_d_ssm" in fields.data else 1024
         mamba2 = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"], inner) | {
             "rmsnorm": take("mamba_rms_norm", False), "norm_before_gate": take("mamba_norm_before_gate", True),
             "in_multiplier": take("ssm_in_multiplier", 1.0), "out_multiplier": take("ssm_out_multiplier", 1.0),
@@ -45,8 +39,9 @@ class FalconH1(Decoder):
             raise CheckpointError(
                 f"{fields.file}: projectors_bias and mamba_proj_bias differ; only equal ones can be computed by this version."
             )
-        attention = self.heads(fields, 32, 8) | {
-            "rope": fields.rope()[0], "qkv_bias": bias, "out_bias": bias, "key_multiplier": take("key_multiplier", 1.0),
+        heads = self.heads(fields, cfg["d_model"], 32, 8)
+        attention = heads | rotary(fields, heads["headdim"], length=8192) | {
+            "qkv_bias": bias, "out_bias": bias, "key_multiplier": take("key_multiplier", 1.0),
             "in_multiplier": take("attention_in_multiplier", 1.0), "out_multiplier": take("attention_out_multiplier", 1.0),
         }  # fmt: skip
         gate, down = fields.floats("mlp_multipliers", (1.0, 1.0))
@@ -62,10 +57,12 @@ class FalconH1(Decoder):
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
         m, a, mlp, cfg = view.first("mamba2"), view.first("attention"), view.first("mlp"), view.cfg
-        return self.written_trunk(view) | self.written_heads(view) | self.written_ssm(view) | {
+        ssm = self.written_ssm(view)
+        del ssm["mamba_expand"]  # the width is said outright, and may be less than the model's
+        return self.written_trunk(view) | self.written_heads(view) | ssm | written_rotary(a) | {
             "mamba_d_ssm": m["d_ssm"], "mamba_rms_norm": m["rmsnorm"], "mamba_norm_before_gate": bool(m["norm_before_gate"]),
             "ssm_in_multiplier": m["in_multiplier"], "ssm_multipliers": m["multipliers"], "ssm_out_multiplier": m["out_multiplier"],
-            "projectors_bias": m["bias"], "rope_parameters": {"rope_type": "default", "rope_theta": a["rope"]},
+            "projectors_bias": m["bias"],
             "attention_in_multiplier": a["in_multiplier"], "key_multiplier": a["key_multiplier"],
             "attention_out_multiplier": a["out_multiplier"], "attention_bias": a["qkv_bias"], "mlp_bias": mlp["bias"],
             "intermediate_size": mlp["d_intermediate"], "mlp_multipliers": [mlp["gate_multiplier"], mlp["out_multiplier"]],

@@ -47,7 +47,7 @@ class Jamba(Decoder):
                 "bias": take("mamba_proj_bias", False), "conv_bias": take("mamba_conv_bias", True),
                 "bcdt_norm": True, "bcdt_norm_eps": cfg["norm"]["eps"],
             },
-            "attention": self.heads(fields, 32, 8) | {"rope": None},
+            "attention": self.heads(fields, cfg["d_model"], 32, 8) | {"rope": None},
             "mlp": {"type": "mlp", "d_intermediate": width},
             "moe": {
                 "type": "moe", "d_intermediate": width, "num_experts": e, "top_k": take("num_experts_per_tok", 2),
@@ -62,16 +62,13 @@ class Jamba(Decoder):
         attn = period_of([i for i in range(n) if layout[2 * i] == "attention"], n)
         expert = period_of([i for i in range(n) if layout[2 * i + 1] == "moe"], n)
         mamba, moe = view.first("mamba"), view.first("moe")
-        config = self.written_trunk(view) | self.written_heads(view) | {
+        return self.written_trunk(view) | self.written_heads(view) | {
             "intermediate_size": (moe or view.first("mlp"))["d_intermediate"],
             "attn_layer_period": attn[0], "attn_layer_offset": attn[1], "expert_layer_period": expert[0], "expert_layer_offset": expert[1],
             "num_experts": moe.get("num_experts", 1), "num_experts_per_tok": moe.get("top_k", 1),
             "mamba_d_state": mamba["d_state"], "mamba_d_conv": mamba["d_conv"], "mamba_expand": mamba["expand"],
             "mamba_dt_rank": mamba["dt_rank"], "mamba_proj_bias": mamba["bias"], "mamba_conv_bias": mamba["conv_bias"],
         }  # fmt: skip
-        if config.get("head_dim") == view.cfg.d_model // config.get("num_attention_heads", 1):
-            del config["head_dim"]  # it can have no other
-        return config
 
     def mixer(self, view: View, part: Part, theirs: str) -> Iterator[Piece]:
         """Experts one by one on disk, fused in memory."""

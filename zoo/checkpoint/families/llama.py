@@ -1,45 +1,91 @@
-"""transformers' ``llama`` and ``mixtral``: the attention-only peers of every comparison."""
+"""transformers' ``llama``, ``mistral`` and ``mixtral``: attention in every layer, and an MLP or experts."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-from ..family import LLAMA3, Fields, register
+from ..family import Fields, register
+from ..files import CheckpointError
 from ..keys import Part, Piece, View, experts, same
-from .decoder import Decoder, every_second
+from ..rotary import rotary, written_rotary
+from .decoder import Decoder
 
-__all__ = ["Llama", "Mixtral"]
+__all__ = ["NO_IDS", "Llama", "Mistral", "Mixtral"]
+
+
+# the ids of special tokens where a class has defaults that another vocabulary does not hold; what is known is written over these
+NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 @register
 class Llama(Decoder):
-    """The converter of ``llama``."""
+    """The converter of ``llama``, and the base of its relatives."""
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
     norms = ("input_layernorm", "post_attention_layernorm")
     last_norm = "model.norm"
-    names = {"attention": "self_attn", "mlp": "mlp"}  # noqa: RUF012
+    names = {"attention": "self_attn", "mlp": "mlp", "moe": "mlp"}  # noqa: RUF012
+    # what the class takes where a config says nothing
+    defaults: ClassVar[dict[str, Any]] = {"vocab": 32000, "d_model": 4096, "eps": 1e-6, "length": 2048}
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        take, n, bias = fields.take, fields.take("num_hidden_layers", 32), fields.take("attention_bias", False)
-        attention = self.heads(fields, 32, None) | {
-            "rope": fields.rope(scaled=True)[0], "rope_scaling": fields.rope_scaling(), "qkv_bias": bias, "out_bias": bias,
-        }  # fmt: skip
-        mlp = {"type": "mlp", "d_intermediate": take("intermediate_size", 11008), "bias": take("mlp_bias", False)}
-        cfg = self.trunk(fields, ["attention", "mlp"] * n, vocab=32000, d_model=4096, eps=1e-6, length=2048)
-        return cfg | {"mixers": {"attention": attention, "mlp": mlp}}
+        bias = fields.take("attention_bias", False)
+        mlp = {
+            "type": "mlp",
+            "d_intermediate": fields.take("intermediate_size", 11008),
+            "bias": fields.take("mlp_bias", False),
+        }
+        cfg = self.uniform(fields, {"mlp": mlp}, n=32, heads=32, kv=None)
+        heads = cfg["mixers"]["attention"] | {"qkv_bias": bias, "out_bias": bias}
+        if cfg["d_model"] % heads["nheads"]:
+            raise CheckpointError(
+                f"{fields.file}: hidden_size {cfg['d_model']} is not a multiple of num_attention_heads {heads['nheads']}, "
+                "as its class requires."
+            )
+        return cfg | {"mixers": {"attention": heads, "mlp": mlp}}
+
+    def uniform(
+        self, fields: Fields, feed_forward: dict[str, Any], n: int, heads: int, kv: int | None, **options: Any
+    ) -> dict[str, Any]:
+        """A config whose layers are alike; ``options`` are :func:`rotary`'s."""
+        layers = ["attention", *feed_forward] * fields.take("num_hidden_layers", n)
+        cfg = self.trunk(fields, layers, **self.defaults)
+        attention = self.heads(fields, cfg["d_model"], heads, kv)
+        attention |= rotary(fields, attention["headdim"], length=self.defaults["length"], **options)
+        return cfg | {"mixers": {"attention": attention, **feed_forward}}
 
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
         a, mlp = view.first("attention"), view.first("mlp")
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a["rope"]}
-        if a["rope_scaling"]:
-            *factors, length = a["rope_scaling"]
-            rope |= {"rope_type": "llama3"} | dict(zip(LLAMA3, [*factors, int(length)], strict=True))
-        return self.written_trunk(view) | self.written_heads(view) | {
-            "rope_parameters": rope, "attention_bias": a["qkv_bias"],
-            "intermediate_size": mlp["d_intermediate"], "mlp_bias": mlp["bias"],
+        return self.written_trunk(view) | self.written_heads(view) | written_rotary(a) | {
+            "attention_bias": a["qkv_bias"], "intermediate_size": mlp["d_intermediate"], "mlp_bias": mlp["bias"],
+        }  # fmt: skip
+
+
+@register
+class Mistral(Llama):
+    """The converter of ``mistral``."""
+
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
+    defaults: ClassVar[dict[str, Any]] = {"vocab": 32000, "d_model": 4096, "eps": 1e-6, "length": 131072}
+
+    def read(self, fields: Fields) -> dict[str, Any]:
+        """Our config."""
+        mlp = {"type": "mlp", "d_intermediate": fields.take("intermediate_size", 14336)}
+        cfg = self.uniform(fields, {"mlp": mlp}, n=32, heads=32, kv=8)
+        # where it is left out there is one; a null is none
+        cfg["mixers"]["attention"]["window"] = (
+            fields.take("sliding_window", None) if "sliding_window" in fields.data else 4096
+        )
+        return cfg
+
+    def write(self, view: View) -> dict[str, Any]:
+        """Their config."""
+        a = view.first("attention")
+        return self.written_trunk(view) | self.written_heads(view) | written_rotary(a) | {
+            "sliding_window": a["window"], "intermediate_size": view.first("mlp")["d_intermediate"],
         }  # fmt: skip
 
 
@@ -50,26 +96,25 @@ class Mixtral(Llama):
     model_type = "mixtral"
     architecture = "MixtralForCausalLM"
     names = {"attention": "self_attn", "moe": "block_sparse_moe"}  # noqa: RUF012
+    defaults: ClassVar[dict[str, Any]] = {"vocab": 32000, "d_model": 4096, "eps": 1e-5, "length": 131072}
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        take, n = fields.take, fields.take("num_hidden_layers", 32)
-        attention = self.heads(fields, 32, 8) | {"rope": fields.rope(1e6)[0], "window": take("sliding_window", None)}
+        take = fields.take
         moe = {
             "type": "moe", "d_intermediate": take("intermediate_size", 14336), "num_experts": take("num_local_experts", 8, "num_experts"),
             "top_k": take("num_experts_per_tok", 2), "router": "topk_softmax", "aux_loss_coef": take("router_aux_loss_coef", 0.001),
         }  # fmt: skip
-        cfg = self.trunk(
-            fields, every_second(["attention"] * n, ["moe"] * n), vocab=32000, d_model=4096, eps=1e-5, length=131072
-        )
-        return cfg | {"mixers": {"attention": attention, "moe": moe}}
+        cfg = self.uniform(fields, {"moe": moe}, n=32, heads=32, kv=8, theta=1e6)
+        cfg["mixers"]["attention"]["window"] = take("sliding_window", None)
+        return cfg
 
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
         a, moe = view.first("attention"), view.first("moe")
-        return self.written_trunk(view) | self.written_heads(view) | {
-            "rope_parameters": {"rope_type": "default", "rope_theta": a["rope"]}, "sliding_window": a["window"],
-            "intermediate_size": moe["d_intermediate"], "num_local_experts": moe["num_experts"], "num_experts_per_tok": moe["top_k"],
+        return self.written_trunk(view) | self.written_heads(view) | written_rotary(a) | {
+            "sliding_window": a["window"], "intermediate_size": moe["d_intermediate"], "num_local_experts": moe["num_experts"],
+            "num_experts_per_tok": moe["top_k"],
         }  # fmt: skip
 
     def mixer(self, view: View, part: Part, theirs: str) -> Iterator[Piece]:

@@ -1,14 +1,15 @@
 """transformers' ``nemotron_h`` (NVIDIA Nemotron-H, Nano v2, Nemotron 3): one mixer per layer, by a pattern such as ``M-M*ME``.
 
 MLPs and experts are not gated, and square their ReLU. Experts are chosen by sigmoid scores with a correction, beside one MLP for all
-tokens. Attention has no positions. Two oddities of transformers' class: it limits step sizes by ``time_step_min`` and not by the limits in
-the config, which are the ones kept here, and it never ties the head.
+tokens. Attention has no positions. Two oddities of transformers' class, which are followed here: it limits step sizes to at least
+``time_step_min``, whatever ``time_step_limit`` says (NVIDIA's own code has the latter, and no limit in the published files), and it never
+ties the head.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Family, Fields, register, written
+from ..family import Family, Fields, lowest, register, written, written_lowest
 from ..files import CheckpointError
 from ..keys import Part, Piece, View, attention, same
 
@@ -52,23 +53,21 @@ class NemotronH(Family):
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
         take, eps = fields.take, fields.take("layer_norm_epsilon", 1e-5, "rms_norm_eps")
-        kinds = (
-            take("layers_block_type", [], "layer_types") or list(take("hybrid_override_pattern", "")) or list("ME*-")
-        )
-        layers = [_KINDS[kind] for kind in kinds]
+        layers = fields.kinds(_KINDS, list("ME*-"), "layers_block_type", "layer_types", "hybrid_override_pattern")
         fields.skip(*_NO_EFFECT)
         fields.expect("mlp_hidden_act", "relu2")
         fields.expect("mamba_hidden_act", "silu")
         fields.expect("attention_bias", False)
         fields.expect("sliding_window", None)
         limit = "mamba_dt_limit" if "mamba_dt_limit" in fields.data else "time_step_limit"
+        fields.skip("time_step_limit")
         plain = {"activation": "relu2", "gated": False}
         mlp = {"type": "mlp", "bias": take("mlp_bias", False), **plain}
         mamba2, moe = fields.options(_MAMBA2), fields.options(_MOE)
         mixers = {
             "mamba2": {
                 "type": "mamba2", "norm_eps": eps, "d_inner": take("mamba_num_heads", 128) * mamba2["headdim"],
-                "dt_limit": fields.floats(limit, (0.0, float("inf"))), **mamba2,
+                "dt_limit": lowest(fields, mamba2["dt_min"], limit), **mamba2,
             },
             "attention": {"type": "attention", "rope": None, **fields.options(_ATTENTION)},
             "mlp": mlp | {"d_intermediate": take("intermediate_size", 21504)},
@@ -96,13 +95,14 @@ class NemotronH(Family):
             "layers_block_type": [_TOKENS[token] for token in view.layout],
         }  # fmt: skip
         if m:
-            config |= {"mamba_num_heads": m["d_inner"] // m["headdim"], "time_step_limit": m["dt_limit"]}
+            config |= {"mamba_num_heads": m["d_inner"] // m["headdim"]}
         for size, name in ((1, "intermediate_size"), (2, "moe_shared_expert_intermediate_size")):
             if size in mlps:
                 config |= {name: mlps[size]["d_intermediate"], "mlp_bias": mlps[size]["bias"]}
         return (
             config
             | written(m, _MAMBA2)
+            | (written_lowest(m["dt_limit"]) if m else {})
             | written(view.first("attention"), _ATTENTION)
             | written(view.first("moe"), _MOE)
         )

@@ -5,15 +5,16 @@ layer of each place leads its output into that layer's Mamba-2, and only there. 
 let every use differ. In our terms: ``attention@a0 mlp@m0 joined``, over the side stream.
 
 transformers' class limits step sizes to at least ``time_step_min``, which is elsewhere about initialisation; Zyphra's own code has no
-limit. A file with the older field ``time_step_limit`` means what that says (``null`` is none); one without it is of that class.
+limit. A file with the older field ``time_step_limit`` was written for that code, and has none; one without it is of that class.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Family, Fields, register, written
+from ..family import Family, Fields, lowest, register, written, written_lowest
 from ..files import CheckpointError
 from ..keys import Piece, View, attention, halves, same
+from ..rotary import rotary, written_rotary
 
 __all__ = ["Zamba2"]
 
@@ -42,9 +43,9 @@ class Zamba2(Family):
         """Our config."""
         take, d, n = fields.take, fields.take("hidden_size", 2560), fields.take("num_mem_blocks", 1)
         layers: list[str] = []
-        for kind in take("layers_block_type", [], "layer_types") or list(_LAYERS):
+        for hybrid in fields.kinds(_HYBRID, list(_LAYERS), "layers_block_type", "layer_types"):
             use = layers.count("joined") % n
-            layers += [f"attention@a{use}", f"mlp@m{use}", "joined"] if _HYBRID[kind] else ["mamba2"]
+            layers += [f"attention@a{use}", f"mlp@m{use}", "joined"] if hybrid else ["mamba2"]
         fields.skip(*_DERIVED)
         fields.expect("use_long_context", False)
         heads, ssm_heads, ssm = take("num_attention_heads", 32), take("n_mamba_heads", 8), fields.options(_MAMBA2)
@@ -52,16 +53,22 @@ class Zamba2(Family):
         if 2 * d % heads or inner % ssm_heads:
             what = f"num_attention_heads {heads} and n_mamba_heads {ssm_heads}"
             raise CheckpointError(f"{fields.file}: hidden_size {d} does not fit {what}.")
-        size, rank, theta = 2 * d // heads, take("adapter_rank", 128), fields.rope()[0]
-        lowest = 0.0 if "time_step_limit" in fields.data else ssm["dt_min"]
-        limit = fields.floats("time_step_limit", (lowest, float("inf")))
+        size, rank = 2 * d // heads, take("adapter_rank", 128)
+        kv, adapted = take("num_key_value_heads", None) or heads, take("use_shared_attention_adapter", False)
+        if adapted and kv != heads:
+            raise CheckpointError(
+                f"{fields.file}: num_key_value_heads {kv} is not num_attention_heads {heads}, and use_shared_attention_adapter is on: "
+                "its class makes adapters for equally many."
+            )
+        turned = rotary(fields, size, length=4096)
+        limit = lowest(fields, 0.0 if "time_step_limit" in fields.data else ssm["dt_min"])
         mamba2 = {"type": "mamba2", "headdim": inner // ssm_heads, "dt_limit": limit, **ssm}
         mixers = {
             "mamba2": mamba2, "joined": mamba2 | {"reads": "residual_plus_side"},
             "attention": {
-                "type": "attention", "nheads": heads, "nheads_kv": take("num_key_value_heads", None) or heads, "headdim": size,
-                "rope": theta if take("use_mem_rope", False) else None, "softmax_scale": (size / 2) ** -0.5,
-                "adapter_rank": rank if take("use_shared_attention_adapter", False) else 0,
+                "type": "attention", "nheads": heads, "nheads_kv": kv, "headdim": size,
+                **(turned if take("use_mem_rope", False) else {"rope": None}), "softmax_scale": (size / 2) ** -0.5,
+                "adapter_rank": rank if adapted else 0,
                 "reads": "residual_and_embedding", "writes": "side",
             },
             "mlp": {
@@ -81,14 +88,14 @@ class Zamba2(Family):
         """Their config."""
         m, a, mlp, cfg = view.whole("mamba2"), view.first("attention"), view.first("mlp"), view.cfg
         ends = [i for i, token in enumerate(view.layout) if token == "mamba2"]
-        limit = {} if m["dt_limit"] == [m["dt_min"], float("inf")] else {"time_step_limit": m["dt_limit"]}
-        return limit | written(m | {"expand": m["d_inner"] // cfg.d_model}, _MAMBA2) | {
+        ssm = written(m | {"expand": m["d_inner"] // cfg.d_model}, _MAMBA2) | written_lowest(m["dt_limit"])
+        return ssm | written_rotary(a) | {
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "rms_norm_eps": cfg.norm.eps,
             "tie_word_embeddings": cfg.tie_embeddings, "max_position_embeddings": cfg.max_length, "num_hidden_layers": len(ends),
             "layers_block_type": ["hybrid" if view.layout[i - 1] == "mlp" else "linear_attention" for i in ends],
             "n_mamba_heads": m["d_ssm"] // m["headdim"], "num_attention_heads": a["nheads"],
             "num_key_value_heads": a["nheads_kv"], "use_mem_rope": a["rope"] is not None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": a["rope"] or 10000.0}, "hidden_act": mlp["activation"],
+            "hidden_act": mlp["activation"],
             "use_shared_attention_adapter": a["adapter_rank"] > 0, "intermediate_size": mlp["d_intermediate"],
             "adapter_rank": mlp["adapter_rank"],
             "num_mem_blocks": len({s for s, token in zip(view.source, view.layout, strict=True) if token == "attention"}),

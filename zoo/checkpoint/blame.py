@@ -1,0 +1,93 @@
+"""Which field of a file is to blame: errors about our config, in the words of the file that it was read from.
+
+No table says which field became which option. It is found out when it is needed: the file is read again with one field changed, and
+what changes of our config comes from that field.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .family import Family, Fields
+
+__all__ = ["culprit", "in_words_of_file"]
+
+_FAILS = (TypeError, AttributeError, KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError)
+
+
+def culprit(family: Family, fields: Fields) -> str | None:
+    """The field without which, or with another value of which, a file could be read that cannot be read as it is."""
+    without = [(name, {key: value for key, value in fields.data.items() if key != name}) for name in fields.data]
+    other = [(name, {**fields.data, name: value}) for name, old in fields.data.items() for value in _varied(old)]
+    for name, data in without + other:
+        try:
+            family.read(Fields(data, fields.file))
+        except _FAILS:
+            continue
+        return name
+    return None
+
+
+def in_words_of_file(text: str, family: Family, fields: Fields, cfg: Mapping[str, Any]) -> str:
+    """An error about a config of ours, ``mixers.mamba2.dt_max: is ...``, with the names of the file's fields.
+
+    Args:
+        text: The error.
+        family: The converter that has read the file.
+        fields: The file.
+        cfg: What the converter made of it.
+    """
+    names = dict(_origins(family, fields, cfg))
+    if not names:
+        return text
+    where = re.match(r"mixers\.(\w+)", text)
+    # an option's own name, as errors use it, if it is one of the mixer that the error is about or of no mixer
+    words = {path.rpartition(".")[2]: name for path, name in names.items() if not path.startswith("mixers.")}
+    if where:
+        inside = f"{where[0]}."
+        words |= {path.removeprefix(inside): name for path, name in names.items() if path.startswith(inside)}
+    text = re.sub(
+        r"^mixers\.\w+(\.(\w+))?( \(\w+\))?", lambda m: words.get(m[2] or "", m[2]) or f"{m[0].split('.')[1]}", text
+    )
+    return re.sub(r"(?<![\w.])[a-z]\w*(\.\w+)?(?![\w.(])", lambda m: names.get(m[0], words.get(m[0], m[0])), text)
+
+
+def _origins(family: Family, fields: Fields, cfg: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each option that a field decides, and the field; of several fields that which decides least else."""
+    before, decides = _flat(cfg), dict[str, set[str]]()
+    for name in sorted(fields.known | fields.data.keys()):
+        for other in _varied(fields.data.get(name)):
+            try:
+                after = _flat(family.read(Fields({**fields.data, name: other}, fields.file)))
+            except _FAILS:
+                continue
+            differs = {path for path in before.keys() | after.keys() if repr(before.get(path)) != repr(after.get(path))}
+            decides[name] = decides.get(name, set()) | differs
+    for path in before:
+        of = sorted((len(paths), name) for name, paths in decides.items() if path in paths)
+        # where a file lacks a field that has older names, any of them would do
+        of = [entry for entry in of if entry[1] in fields.data] or of
+        if of:
+            yield path, of[0][1]
+
+
+def _varied(value: Any) -> list[Any]:
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, 2 * value or 4, 3]
+    if isinstance(value, float):
+        return [2 * value + 1]
+    if isinstance(value, list):
+        return [value[:-1], [_varied(v)[0] if _varied(v) else v for v in value]]
+    if isinstance(value, dict):
+        return [{**value, key: other} for key, v in value.items() for other in _varied(v)]
+    return [1, 2.5, True] if value is None else []
+
+
+def _flat(cfg: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(cfg, Mapping):
+        return {path: cfg}
+    return {
+        key: v for name, part in cfg.items() for key, v in _flat(part, f"{path}.{name}" if path else str(name)).items()
+    }
