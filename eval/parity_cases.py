@@ -33,10 +33,11 @@ JAMBA = HEADS | {
     "mamba_d_state": 5,
 }
 SSM = {"mamba_n_heads": 6, "mamba_n_groups": 3, "mamba_d_state": 5, "mamba_chunk_size": 16}
-GRANITE = HEADS | SSM | {
+FACTORS = {"embedding_multiplier": 3.0, "logits_scaling": 6.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2}
+GRANITE = HEADS | SSM | FACTORS | {
     "layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 20, "num_local_experts": 4, "rms_norm_eps": 1e-5,
-    "embedding_multiplier": 3.0, "logits_scaling": 6.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2,
 }  # fmt: skip
+QWEN3_MOE = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 FALCON_H1 = HEADS | SSM | {
     "mamba_d_ssm": 36, "embedding_multiplier": 2.5, "lm_head_multiplier": 0.4, "key_multiplier": 0.7, "attention_in_multiplier": 1.5,
     "attention_out_multiplier": 0.8, "ssm_in_multiplier": 1.3, "ssm_out_multiplier": 0.6, "mlp_multipliers": [0.9, 0.5],
@@ -47,8 +48,6 @@ NEMOTRON = {
     "layers_block_type": ["mamba", "mlp", "attention", "moe", "mamba", "attention"],
     "mamba_num_heads": 6, "mamba_head_dim": 10, "n_groups": 3, "chunk_size": 16, "n_routed_experts": 6,
     "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 28,
-    # transformers limits step sizes by this and not by time_step_limit, whatever NVIDIA's own code does
-    "time_step_min": 1e-30,
 }  # fmt: skip
 ZAMBA2 = {
     "hidden_size": 24, "intermediate_size": 40, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid", "mamba"],
@@ -175,6 +174,74 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "mistral": ("Mistral", HEADS | {"sliding_window": 6, "head_dim": 10, "num_key_value_heads": 3}),
+    "qwen2": ("Qwen2", HEADS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2-windows-tied": (
+        "Qwen2",
+        HEADS | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3": ("Qwen3", HEADS | {"head_dim": 10, "rms_norm_eps": 1e-3}),
+    "qwen3-windows-biases-tied": (
+        "Qwen3",
+        HEADS
+        | {
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe": ("Qwen3Moe", HEADS | QWEN3_MOE),
+    "qwen3_moe-some-dense-normalised": (
+        "Qwen3Moe",
+        HEADS
+        | QWEN3_MOE
+        | {
+            "num_hidden_layers": 4,
+            "head_dim": 10,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", HEADS | {"no_rope_layer_interval": 2}),
+    "smollm3-windows-untied": (
+        "SmolLM3",
+        HEADS
+        | {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": ("Phi3", HEADS | {"sliding_window": 6}),
+    "phi3-partial-rotary-tied": (
+        "Phi3",
+        HEADS
+        | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-3": ("Granite", HEADS | FACTORS),
+    "granite-3-biases-tied": (
+        "Granite",
+        HEADS | FACTORS | {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "tie_word_embeddings": True},
+    ),
+    "granitemoe": ("GraniteMoe", HEADS | FACTORS | {"num_local_experts": 5, "num_experts_per_tok": 3}),
+    "granitemoe-biases-tied": (
+        "GraniteMoe",
+        HEADS | FACTORS | {"num_local_experts": 2, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     "mixtral": ("Mixtral", HEADS | {"num_local_experts": 5, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.0}),
     "mixtral-window": (
         "Mixtral",
@@ -229,5 +296,13 @@ PUBLISHED = {
     "zamba2": "Zyphra/Zamba2-{1.2B, 2.7B, 7B}",
     "falcon_h1": "tiiuae/Falcon-H1-{0.5B, 1.5B, 1.5B-Deep, 3B, 7B, 34B}, Tiny-90M",
     "llama": "Llama 2, 3, 3.1 and what has their form",
+    "mistral": "mistralai/Mistral-7B, and what has its form",
     "mixtral": "mistralai/Mixtral-8x{7B, 22B}",
+    "qwen2": "Qwen/Qwen2-*, Qwen2.5-* (text)",
+    "qwen3": "Qwen/Qwen3-{0.6B, 1.7B, 4B, 8B, 14B, 32B}",
+    "qwen3_moe": "Qwen/Qwen3-{30B-A3B, 235B-A22B}, Qwen3-Coder",
+    "phi3": "microsoft/Phi-3-{mini, medium}-4k, phi-4 (no longrope)",
+    "smollm3": "HuggingFaceTB/SmolLM3-3B",
+    "granite": "ibm-granite/granite-{3.0 to 3.3}-{2b, 8b}",
+    "granitemoe": "ibm-granite/granite-3.*-{1b-a400m, 3b-a800m}",
 }

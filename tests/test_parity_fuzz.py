@@ -106,6 +106,7 @@ def test_a_changed_field(base, tmp_path, name, field, value, kind):
         ("llama", {"attention.nheads": 5, "attention.nheads_kv": 1, "attention.headdim": 8}, "mistral"),
         ("llama", {"attention.softmax_scale": 0.1, "logits_multiplier": 1 / 3}, "granite"),
         ("llama", {"attention.rope_scaling": [4.0, 1.0, 4.0, 1.0]}, "llama"),
+        ("llama", {"attention.rotary_dim": 4}, "phi3"),
         ("llama", {"attention.key_multiplier": 0.5}, "key_multiplier"),
     ],
 )  # fmt: skip
@@ -121,14 +122,14 @@ def test_changed_options(base, tmp_path, name, options, family):
         assert (outcome.family, outcome.kind) == (family, "equal"), outcome
 
 
-@pytest.mark.parametrize("name", ["bamba", "granite", "llama-stretched", "nemotron_h"])
+@pytest.mark.parametrize("name", ["bamba", "granite", "llama-stretched", "nemotron_h", "smollm3"])
 def test_a_few_fields_drawn_at_random(name, judged):
     judged(CASES[name][0])
     wrong = [outcome for outcome in edit_outcomes(name, 8, seed=3) if outcome.kind not in GOOD]
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["mixtral", "mamba2"])
+@pytest.mark.parametrize("name", ["mixtral", "mamba2", "qwen3"])
 def test_a_few_options_drawn_at_random(name, judged):
     judged(CASES[name][0])
     outcomes = list(export_outcomes(name, 3, seed=3))
@@ -164,6 +165,15 @@ def test_mamba_ssm_gets_plain_numbers(tmp_path):
     # as mamba-ssm reads it: json.load, and no more
     assert json.loads((tmp_path / "out/config.json").read_text())["ssm_cfg"]["dt_limit"] == [0.01, math.inf]
     assert zoo.load(tmp_path / "out").cfg.mixers.mamba2.dt_limit == (0.01, math.inf)
+
+
+def test_positions_per_type_of_layer_are_refused_by_name(base, tmp_path):
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 50.0}}
+    data = base("qwen3").data | {"rope_parameters": nested}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    (tmp_path / "model.safetensors").symlink_to(base("qwen3").folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"rope_parameters.full_attention is an object"):
+        zoo.load(tmp_path)
 
 
 def test_the_fuzz_finds_what_is_wrong(monkeypatch, base, tmp_path):
