@@ -7,11 +7,12 @@ token. ``hybridzoo.layers.testing.check_mixer`` holds a class to every sentence 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..kernels.seq import Seq
 
@@ -26,9 +27,54 @@ class OptionError(ValueError):
         self.field, self.message = field, message
 
 
+def tree(cls: type) -> None:
+    """Let torch find the tensors in instances of a dataclass: data-parallel wrappers, transforms, export (``torch.utils._pytree``).
+
+    What wraps a model puts hooks on the tensors of its outputs and inputs; those that it does not find are without, in silence.
+    """
+
+    def flatten(x: Any) -> tuple[list[Any], Any]:
+        values = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+        inside = [
+            name
+            for name, value in values.items()
+            if isinstance(value, Tensor | tuple | list | dict) or dataclasses.is_dataclass(value)
+        ]
+        return [values.pop(name) for name in inside], (inside, values)
+
+    def unflatten(children: Iterable[Any], context: Any) -> Any:
+        # without __init__: transforms put other things than tensors in their places for a while
+        inside, values = context
+        x = object.__new__(cls)
+        for name, value in (*values.items(), *zip(inside, children, strict=True)):
+            object.__setattr__(x, name, value)
+        return x
+
+    pytree.register_pytree_node(cls, flatten, unflatten)
+
+
+def shapes(x: Any) -> str:
+    """What stands in an output or a state, in a few words: shapes and dtypes, and no numbers."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}"
+    if dataclasses.is_dataclass(x):
+        parts = (f"{f.name}={shapes(getattr(x, f.name))}" for f in dataclasses.fields(x) if not f.name.startswith("_"))
+        return f"{type(x).__name__}({', '.join(parts)})"
+    if isinstance(x, tuple | list) and len(x) > 2:
+        return f"{type(x).__name__} of {len(x)}: {shapes(x[0])}, ..."
+    return repr(x)
+
+
 @dataclasses.dataclass
 class State:
     """What a sequence leaves behind in one layer. Subclasses are dataclasses of tensors whose first dimension is the batch."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:
+            # a dataclass would write its own, with megabytes of numbers
+            cls.__repr__ = shapes  # type: ignore[method-assign]
+        tree(cls)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its field's name."""

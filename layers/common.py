@@ -63,6 +63,11 @@ def dtype_read(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) and x.dtype != torch.float64 else x.dtype
 
 
+def weight_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's weights, in which it takes its input; ``None`` where they are no floating-point numbers (quantised)."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where ``x`` is."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)

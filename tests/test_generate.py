@@ -1,5 +1,7 @@
 """Generation: the step path against full forwards, padded batches against single rows, and every sampling option."""
 
+import copy
+
 import pytest
 import torch
 
@@ -135,3 +137,31 @@ def test_nothing_to_add_returns_the_prompts(model):
     assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(ids[:, :0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_of_one_line(model, value, temperature):
+    broken, ids = copy.deepcopy(model), torch.randint(0, 50, (3, 4))
+    with torch.no_grad():
+        broken.backbone.norm_f.weight[5] = value
+    with pytest.raises(ValueError, match=r"generate: the logits of row 0 are not finite at new token 0.*diverged") as e:
+        broken.generate(ids, 3, temperature=temperature)
+    assert "\n" not in str(e.value)
+
+
+def test_a_row_that_breaks_on_the_way_is_named_unless_it_has_ended(model):
+    ids, broken = torch.randint(0, 50, (3, 4)), copy.deepcopy(model)
+    want = model.generate(ids, 6)
+    with torch.no_grad():
+        broken.backbone.embedding.weight[want[1, 5]] = torch.nan
+    with pytest.raises(ValueError, match=r"the logits of row \d are not finite at new token \d"):
+        broken.generate(ids, 6)
+    ended = broken.generate(ids[1:2], 6, eos_token_id=int(want[1, 5]))
+    assert ended.tolist() == want[1:2, :6].tolist()
+
+
+def test_minus_infinity_forbids_a_token(model):
+    kept = copy.deepcopy(model)
+    kept.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.arange(25), -torch.inf))
+    assert kept.generate(torch.randint(0, 50, (2, 4)), 8)[:, 4:].min() >= 25

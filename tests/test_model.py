@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import hybridzoo as zoo
 from hybridzoo.layers.base import Mixer
@@ -246,6 +247,98 @@ def test_a_batch_without_targets_has_loss_zero_and_no_nan():
     out = model(ids, labels=torch.full_like(ids, IGNORE))
     out.loss.backward()
     assert out.loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 7])
+def test_a_batch_without_targets_adds_nothing_to_any_gradient(num_items):
+    """Not even the auxiliary loss of its experts, and whatever it is a part of."""
+    model = build("mamba moe")
+    ids = tokens(2, 5)
+    out = model(ids, labels=torch.full_like(ids, IGNORE), num_items=num_items)
+    out.loss.backward()
+    assert out.loss.item() == 0 and out.aux_loss > 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    with torch.no_grad():  # and what is not finite is not hidden
+        model.backbone.norm_f.weight[3] = torch.nan
+    assert model(ids, labels=ids).loss.isnan()
+
+
+def test_documents_numbered_per_token_are_those_of_the_offsets(model):
+    ids = tokens(1, 9)
+    want = model(ids, labels=ids, cu_seqlens=torch.tensor([0, 4, 6, 9]))
+    for numbers in ([0, 0, 0, 0, 1, 1, 2, 2, 2], [5, 5, 5, 5, 2, 2, 5, 5, 5]):  # a number may come again
+        got = model(ids, labels=ids, seq_idx=torch.tensor([numbers]))
+        close(got.logits, want.logits)
+        close(got.loss, want.loss)
+    # several rows, each with padding of its own
+    rows = torch.cat([ids, tokens(1, 9)])
+    numbers = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, -1, -1, -1, -1]])
+    got = model(rows, seq_idx=numbers).logits
+    close(got[:1], want.logits)
+    for at in (slice(0, 3), slice(3, 5)):
+        close(got[1:, at], model(rows[1:, at]).logits)
+
+
+def test_logits_are_formed_where_they_are_wanted(model):
+    ids, mask = tokens(2, 7), torch.ones(2, 7)
+    mask[0, :3] = 0
+    want = model(ids, attention_mask=mask)
+    for keep, at in ((2, slice(-2, None)), (torch.tensor([1, 5]), [1, 5])):
+        for labels in (None, ids):
+            got = model(ids, labels, mask, logits_to_keep=keep)
+            assert got.logits.shape[1] == 2 and got.hidden.shape[1] == 7
+            close(got.logits, want.logits[:, at])
+
+
+def test_hidden_states_are_those_between_the_blocks(model):
+    ids, mask, blocks = tokens(2, 7), torch.ones(2, 7), model.backbone.layers
+    mask[0, :3] = 0
+    assert model(ids).hidden_states is None
+    seen = []
+    for block in dict.fromkeys(blocks):
+        block.register_forward_pre_hook(lambda m, args: seen.append(args[0].sum()))
+    out = model(ids, attention_mask=mask, output_hidden_states=True)
+    assert len(out.hidden_states) == len(blocks) + 1
+    assert torch.equal(out.hidden_states[-1], out.hidden)
+    for state, stream in zip(out.hidden_states[:-1], seen, strict=True):
+        assert torch.equal(state[1], stream[1])  # the row that is not padded, and so not turned
+
+
+def test_outputs_and_states_are_trees_of_their_tensors(model):
+    ids = tokens(2, 5)
+    out = model(ids, labels=ids, return_state=True)
+    parts, spec = tree_flatten(out)
+    assert all(any(x is y for y in parts) for x in (out.loss, out.hidden, out.state.tokens))
+    assert len([x for x in parts if isinstance(x, torch.Tensor)]) > 3
+    again = tree_unflatten([x.detach().clone() if isinstance(x, torch.Tensor) else x for x in parts], spec)
+    assert type(again) is type(out) and again.hidden is not out.hidden
+    close(again.logits, out.logits)
+    state = tree_map(lambda x: x.detach().clone(), out.state)
+    assert not any(x.requires_grad for x in tree_flatten(state)[0])
+    close(model.step(ids[:, 0], state), model.step(ids[:, 0], out.state.detach()))
+
+
+def test_an_output_is_printed_in_short_and_forms_nothing(model):
+    ids = tokens(2, 5)
+    out = model(ids, labels=ids, return_state=True)
+    text = repr(out)
+    assert out._logits is None and len(text) < 600
+    assert "loss=float64()" in text and "hidden=float64(2, 5, 32)" in text and "tokens=int64(2,)" in text
+    assert all(len(repr(layer)) < 200 for layer in out.state.layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_idx": torch.zeros(2, 5), "cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens, seq_idx: say the same in two ways"),
+        ({"seq_idx": torch.zeros(2, 5), "attention_mask": torch.ones(2, 5)}, "attention_mask, seq_idx: give one of them"),
+        ({"seq_idx": torch.zeros(2, 4)}, r"seq_idx: shape \(2, 4\) differs from the tokens' \(2, 5\)"),
+        ({"seq_idx": torch.tensor([[-1, 0, 0, 0, 0]] * 2)}, "seq_idx: has padding .* before a token"),
+    ],
+)  # fmt: skip
+def test_descriptions_of_rows_that_disagree_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("mamba")(tokens(2, 5), **options)
 
 
 def test_labels_shift_inside_documents_only():

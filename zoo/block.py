@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from ..layers.adapter import Adapter
 from ..layers.base import Mixer, Seq
 from ..layers.common import dtype_read, linear, reset_linear, scaled
-from ..layers.norm import make_norm
+from ..layers.norm import LayerNorm, RMSNorm, make_norm
+from .hooks import is_hooked
 from .layout import BlockSpec
 from .registry import build_mixer
 
-__all__ = ["Block", "Parallel", "Stream", "share"]
+__all__ = ["Block", "Parallel", "Stream", "is_plain_norm", "share"]
+
+_NORMS = (RMSNorm, LayerNorm)
 
 
 class Stream(NamedTuple):
@@ -153,11 +156,9 @@ class Block(nn.Module):
 
     def _normed(self, stream: Stream, embedding: Tensor, side: Any) -> tuple[Tensor, Stream]:
         """What the mixer reads, and the residual stream to go on with, in one tensor."""
-        # a float32 residual stream meets half-precision weights, or autocast, here
-        weight: Any = self.norm.weight
-        dtype = dtype_read(weight) if self.rounds_input else weight.dtype
-        if self.reads == "residual":
-            h, x = self.norm(stream.x, dtype, branch=True, add=stream.add)
+        plain = is_plain_norm(self.norm)
+        if self.reads == "residual" and plain:
+            h, x = self.norm(stream.x, self._dtype_read(self.norm.weight), branch=True, add=stream.add)
             return h, Stream(x)
         x = read = stream.sum()
         if self.reads == "residual_and_embedding":
@@ -166,12 +167,25 @@ class Block(nn.Module):
             read = side
         elif self.side_proj is not None:
             read = x + self.side_proj(side)
-        return self.norm(read, dtype, branch=True)[0], Stream(x)
+        if plain:
+            return self.norm(read, self._dtype_read(self.norm.weight), branch=True)[0], Stream(x)
+        # hooks, and what somebody has put in the norm's place, are given one tensor and give one
+        h = self.norm(read)
+        return h.to(self._dtype_read(next(self.norm.parameters(), h))), Stream(x)
+
+    def _dtype_read(self, weight: Any) -> torch.dtype:
+        # a float32 residual stream meets half-precision weights, or autocast, here
+        return dtype_read(weight) if self.rounds_input else weight.dtype
 
     def _written(self, stream: Stream, side: Tensor | None, y: Tensor) -> tuple[Stream, Tensor | None]:
         if self.writes == "side":
             return stream, y
         return Stream(stream.x, scaled(y, self.multiplier)), side
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether a norm is one of ours, without hooks: one that may be asked to add before, and for a second output."""
+    return type(norm) in _NORMS and not is_hooked(norm)
 
 
 def share(twin: nn.Module, first: nn.Module) -> None:

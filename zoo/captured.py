@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.moe import MoE
+from .hooks import has_hooks
 
 __all__ = ["CapturedStep"]
 
@@ -23,7 +24,7 @@ class CapturedStep:
         autocast: ``torch.bfloat16`` or ``torch.float16`` to record the step under autocast.
 
     Raises:
-        ValueError: The model is not on a GPU, its parameters are sharded, or its experts ask the host for their loads.
+        ValueError: The model is not on a GPU, its parameters are sharded, it has hooks, or its experts ask the host for their loads.
     """
 
     def __init__(
@@ -100,14 +101,25 @@ def _check(model: nn.Module, parameters: list[nn.Parameter], autocast: torch.dty
     where = "CapturedStep"
     if not parameters:
         raise ValueError(f"{where}: the model has no parameter that requires a gradient.")
+    if any(type(p) is not nn.Parameter for p in parameters):
+        raise ValueError(
+            f"{where}: the parameters are sharded, and gathering them is no part of a graph. Call the model itself."
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    hooked = [name or "the model" for name, m in modules.items() if has_hooks(m)]
+    hooked += [
+        name
+        for name, p in model.named_parameters()
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+    ]
+    if hooked:
+        raise ValueError(
+            f"{where}: there are hooks, on {hooked[0]} for one, and a replayed graph runs none. Remove them, or call the model itself."
+        )
     device = parameters[0].device
     if device.type != "cuda":
         raise ValueError(
             f"{where}: the model is on {device.type}, and only a GPU has CUDA graphs. Call the model itself."
-        )
-    if any(type(p) is not nn.Parameter for p in parameters):
-        raise ValueError(
-            f"{where}: the parameters are sharded, and gathering them is no part of a graph. Call the model itself."
         )
     # experts' loads are known on the GPU alone, and only this kernel reads them there
     dtype = autocast or parameters[0].dtype

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..layers.base import Seq
-
 if TYPE_CHECKING:
     from .lm import CausalLM
 
@@ -47,7 +45,7 @@ def generate(
         ``(b, l + new)`` int64: the prompts as given, then the new tokens. Stops early when every row is finished.
 
     Raises:
-        ValueError: An argument out of range, or a row without a real token.
+        ValueError: An argument out of range, a row without a real token, or logits that are not finite.
     """
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     b, l = input_ids.shape
@@ -60,9 +58,18 @@ def generate(
     seen = _seen(input_ids, attention_mask, vocab) if repetition_penalty != 1.0 else None
     finished = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
     stops = torch.tensor(eos, dtype=torch.long, device=input_ids.device)
-    out = [input_ids]
+    out, broken = [input_ids], torch.zeros_like(finished)
     for i in range(max_new_tokens):
-        token = sample(logits[:, :vocab], seen, temperature, top_k, top_p, repetition_penalty, generator)
+        logits = logits[:, :vocab].float()
+        # NaN is the largest of all; -inf may be somebody's way to forbid a token
+        wrong = ~logits.amax(-1).isfinite() & ~finished
+        if i == 0 or not logits.is_cuda:
+            _check_finite(wrong, i)
+        else:
+            # asking a GPU takes time, so it is asked in the end, and what it samples from meanwhile must be numbers
+            broken |= wrong
+            logits = logits.masked_fill(wrong[:, None], 0) if temperature else logits
+        token = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
         token = token.masked_fill(finished, pad)
         out.append(token[:, None])
         if seen is not None:
@@ -73,7 +80,17 @@ def generate(
                 break
         if i + 1 < max_new_tokens:
             logits = model.step(token, state)
+    _check_finite(broken)
     return torch.cat(out, 1)
+
+
+def _check_finite(wrong: Tensor, step: int | None = None) -> None:
+    if bool(wrong.any()):
+        row, when = int(wrong.nonzero()[0]), "on the way" if step is None else f"at new token {step}"
+        raise ValueError(
+            f"generate: the logits of row {row} are not finite {when}. The weights are damaged (a diverged training run, say), or the "
+            "numbers too large for their dtype; load a good checkpoint, or use dtype=torch.float32."
+        )
 
 
 def sample(
@@ -119,26 +136,25 @@ def sample(
 
 
 def _prefill(model: "CausalLM", input_ids: Tensor, attention_mask: Tensor | None, max_len: int):
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+    b, l = input_ids.shape
+    state = model.init_state(b, max_len)
+    if attention_mask is None:
+        out = model(input_ids, state=state, return_state=True, logits_to_keep=1)
+        return out.logits[:, -1], out.state
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: shape {tuple(attention_mask.shape)} differs from the prompts' {tuple(input_ids.shape)}."
         )
-    seq = None if attention_mask is None else Seq.from_mask(attention_mask.to(input_ids.device))
-    last = input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] - 1)
-    if seq is not None:
-        if bool((seq.lengths == 0).any()):
-            row = int((seq.lengths == 0).nonzero()[0])
-            raise ValueError(
-                f"attention_mask: row {row} has no real token. Give every prompt at least one token (the BOS token, say)."
-            )
-        last = seq.lengths - 1
-    x = model.backbone.embed(input_ids)
-    hidden, state, _ = model.backbone(
-        x if seq is None else seq.align(x), seq, model.init_state(input_ids.shape[0], max_len), True
-    )
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-    # only the last position's logits are formed
-    return model.lm_head(hidden[rows, last]), state
+    last = ((attention_mask.to(input_ids.device) != 0) * torch.arange(1, l + 1, device=input_ids.device)).amax(1) - 1
+    if bool((last < 0).any()):
+        row = int((last < 0).nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} has no real token. Give every prompt at least one token (the BOS token, say)."
+        )
+    # of the logits, only those of positions that some row ends at
+    ends = last.unique()
+    out = model(input_ids, None, attention_mask, state=state, return_state=True, logits_to_keep=ends)
+    return out.logits[torch.arange(b, device=last.device), torch.searchsorted(ends, last)], out.state
 
 
 def _seen(input_ids: Tensor, attention_mask: Tensor | None, vocab: int) -> Tensor:

@@ -9,26 +9,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.adapter import Adapter
-from ..layers.base import Seq
-from ..layers.common import dtype_read, scaled
+from ..layers.base import Mixer, Seq, shapes, tree
+from ..layers.common import dtype_read, scaled, weight_dtype
 from ..layers.norm import make_norm
-from .block import Block, Stream, share
+from .block import Block, Stream, is_plain_norm, share
 from .config import block_specs, validate
 from .generate import generate
-from .loss import IGNORE, next_token_loss, shift_labels
+from .hooks import Hooks
+from .loss import next_token_loss, share_of_items, shift_labels
 from .state import ModelState
 
 __all__ = ["Backbone", "CausalLM", "CausalLMOutput"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class CausalLMOutput:
-    """What a forward returns.
+    """What a forward returns; a pytree of its tensors, so that what wraps a model finds them.
 
     Attributes:
         loss: With ``labels``: mean cross-entropy in nats per target, plus ``aux_loss``.
@@ -36,6 +38,7 @@ class CausalLMOutput:
         state: What the rows leave behind, for the next call.
         router: Statistics of every MoE block, a list of dicts.
         hidden: ``(b, l, d)`` after the final norm.
+        hidden_states: Where asked for: ``(b, l, d)`` of the embedding and after every block, the last one after the final norm.
     """
 
     loss: Tensor | None
@@ -43,15 +46,23 @@ class CausalLMOutput:
     state: ModelState | None
     router: list[dict[str, Any]]
     hidden: Tensor
-    _head: nn.Linear
+    hidden_states: tuple[Tensor, ...] | None
+    _head: nn.Module
+    _kept: int | Tensor = 0
     _logits: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
         """``(b, l, v)``. With ``labels`` they are formed when first asked for: the loss did not need them all at once."""
         if self._logits is None:
-            self._logits = self._head(self.hidden.to(self._head.weight.dtype))
+            kept, dtype = _keep(self.hidden, self._kept), weight_dtype(self._head)
+            self._logits = self._head(kept if dtype is None else kept.to(dtype))
         return self._logits
+
+    __repr__ = shapes
+
+
+tree(CausalLMOutput)
 
 
 class Backbone(nn.Module):
@@ -98,9 +109,19 @@ class Backbone(nn.Module):
         return scaled(self.embedding(input_ids), self.embedding_multiplier)
 
     def forward(
-        self, x: Tensor, seq: Seq | None, state: ModelState | None, return_state: bool
+        self,
+        x: Tensor,
+        seq: Seq | None,
+        state: ModelState | None,
+        return_state: bool,
+        passed: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState | None, dict[str, list]]:
-        """Run embedded tokens ``(b, l, d)``, in ``seq``'s order, through all blocks and the final norm."""
+        """Run embedded tokens ``(b, l, d)``, in ``seq``'s order, through all blocks and the final norm.
+
+        ``passed``, a list to fill, collects the embedding and what every block leaves, the last one after the norm.
+        """
+        if passed is not None:
+            passed.append(x)
         x = x.float() if self.residual_in_fp32 else x
         before = (None,) * len(self.layers) if state is None else state.layers
         after: list[Any] = []
@@ -115,13 +136,18 @@ class Backbone(nn.Module):
             else:
                 stream, s, extra, side = block(stream, *rest)
             after.append(s)
+            if passed is not None and len(after) < len(before):
+                passed.append(stream.sum())
             for key, values in extra.items():
                 aux.setdefault(key, []).extend(values)
         new = None
         if return_state:
             seen = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long) if seq is None else seq.lengths
             new = ModelState(tuple(after), seen if state is None else state.tokens + seen)
-        return self._final(stream), new, aux
+        normed, hidden = self._final(stream)
+        if passed is not None:
+            passed.append(normed)
+        return hidden, new, aux
 
     def step(self, x: Tensor, state: ModelState) -> Tensor:
         """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
@@ -130,14 +156,16 @@ class Backbone(nn.Module):
         for block, s in zip(self.blocks, state.layers, strict=True):
             stream, side = block.step(stream, s, embedding, side)
         state.tokens += 1
-        return self._final(stream)
+        return self._final(stream)[1]
 
-    def _final(self, stream: Stream) -> Tensor:
-        weight: Any = self.norm_f.weight
-        if self.logits_multiplier == 1:
-            return self.norm_f(stream.x, dtype_read(weight), add=stream.add)
+    def _final(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The normed stream, and what the head reads."""
+        norm, factor = self.norm_f, self.logits_multiplier
+        weight: Any = next(norm.parameters(), stream.x)
+        dtype = dtype_read(weight) if factor == 1 else stream.x.dtype
+        normed = norm(stream.x, dtype, add=stream.add) if is_plain_norm(norm) else norm(stream.sum()).to(dtype)
         # the head is linear, so the factor may stand in front of it, where it is d and not v multiplications
-        return (self.norm_f(stream.x, add=stream.add) * self.logits_multiplier).to(weight.dtype)
+        return normed, normed if factor == 1 else (normed * factor).to(weight.dtype)
 
 
 class CausalLM(nn.Module):
@@ -164,6 +192,7 @@ class CausalLM(nn.Module):
         self.metadata: dict[str, dict[str, Any]] = {}
         # the published family whose files it was read from, which an export tries first
         self.family: str | None = None
+        self._hooks = Hooks()
         self.backbone = Backbone(self.cfg, device=device, dtype=dtype)
         self.lm_head = nn.Linear(self.cfg.d_model, padded_vocab(self.cfg), bias=False, device=device, dtype=dtype)
         self._init_embeddings()
@@ -181,6 +210,9 @@ class CausalLM(nn.Module):
         return_state: bool | None = None,
         inputs_embeds: Tensor | None = None,
         num_items: Tensor | int | None = None,
+        seq_idx: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
     ) -> CausalLMOutput:
         """Score tokens, and train on them.
 
@@ -195,20 +227,27 @@ class CausalLM(nn.Module):
             inputs_embeds: ``(b, l, d)`` in place of ``input_ids``, as the first block shall see them (``backbone.embed``).
             num_items: What the summed cross-entropy is divided by, instead of the number of targets in this call: the targets of the
                 larger batch that this call is a part of. The auxiliary loss counts by the same share.
+            seq_idx: ``(b, l)`` integers, the packed document that a token belongs to, in place of ``cu_seqlens``: a new one starts where
+                the number changes; negative at padding, which stands at the end of a row.
+            logits_to_keep: How many logits of the end of every row to form, 0 for all, or the indices of the positions, ``(m,)`` int64.
+            output_hidden_states: Whether ``out.hidden_states`` is filled.
 
         Raises:
-            ValueError: Shapes that disagree, both kinds of row description, or a packed row with a state.
+            ValueError: Shapes that disagree, two kinds of row description, or a packed row with a state.
         """
         x = self._embed(input_ids, inputs_embeds)
-        seq = _describe_rows(x, attention_mask, cu_seqlens, state)
+        seq = _describe_rows(x, attention_mask, cu_seqlens, seq_idx, state)
         if labels is not None and labels.shape != x.shape[:2]:
             raise ValueError(
                 f"labels: shape {tuple(labels.shape)} differs from the tokens' {tuple(x.shape[:2])}. Pass unshifted labels."
             )
         if return_state is None:
             return_state = labels is None or state is not None
+        if return_state and not torch.compiler.is_compiling():
+            self._hooks.look_again()
         x = x if seq is None else seq.align(x)
-        hidden, new_state, aux = self.backbone(x, seq, state, return_state)
+        passed: list[Tensor] | None = [] if output_hidden_states else None
+        hidden, new_state, aux = self.backbone(x, seq, state, return_state, passed)
         aux_loss = torch.stack(aux["loss"]).sum() if aux.get("loss") else None
         loss = None
         if labels is not None:
@@ -216,14 +255,40 @@ class CausalLM(nn.Module):
             loss = next_token_loss(hidden, self.lm_head, targets, num_items)
             if aux_loss is not None:
                 # a part of a larger batch adds its part, so that accumulating gradients does not multiply the auxiliary loss
-                loss = loss + (aux_loss if num_items is None else aux_loss * ((targets != IGNORE).sum() / num_items))
-        hidden = hidden if seq is None else seq.restore(hidden)
-        logits = self.lm_head(hidden) if labels is None else None
-        return CausalLMOutput(loss, aux_loss, new_state, aux.get("router", []), hidden, self.lm_head, logits)
+                loss = loss + aux_loss * share_of_items(targets, num_items)
+        if seq is not None:
+            hidden, passed = seq.restore(hidden), passed and [seq.restore(h) for h in passed]
+        states = None if passed is None else tuple(passed)
+        out = CausalLMOutput(
+            loss, aux_loss, new_state, aux.get("router", []), hidden, states, self.lm_head, logits_to_keep
+        )
+        if labels is None:
+            out.logits  # noqa: B018  # formed inside the call, where hooks and wrappers expect the head's
+        return out
 
     def step(self, input_ids: Tensor, state: ModelState) -> Tensor:
-        """Decode one token per row: ``(b,)`` int64 to logits ``(b, v)``; ``state`` is updated in place."""
-        return self.lm_head(self.backbone.step(self.backbone.embed(input_ids), state))
+        """Decode one token per row: ``(b,)`` int64 to logits ``(b, v)``; ``state`` is updated in place.
+
+        Where there are hooks, this is a call of the model with one token per row.
+
+        Raises:
+            RuntimeError: There are hooks, and a CUDA graph is captured, which would not run them again.
+        """
+        if not self._hooks.anywhere(self, self._stepped):
+            return self.lm_head(self.backbone.step(self.backbone.embed(input_ids), state))
+        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step: a CUDA graph cannot run the hooks on the model's modules when it is replayed. Remove the hooks, or do not capture."
+            )
+        # a backward needs what the forward has read, and the state is about to change
+        before = state.clone() if torch.is_grad_enabled() else state
+        out = self(input_ids.unsqueeze(1), state=before, return_state=True)
+        state.copy_(out.state)
+        return out.logits.squeeze(1)
+
+    def _stepped(self) -> list[Any]:
+        blocks: list[Any] = self.backbone.blocks
+        return [*blocks, *(getattr(block, "mixer", None) for block in blocks)]
 
     def init_state(self, batch: int, max_len: int = 0, device=None, dtype=None) -> ModelState:
         """The state before the first token.
@@ -234,9 +299,12 @@ class CausalLM(nn.Module):
             device: The weights' device by default.
             dtype: The weights' dtype by default; recurrent states are float32.
         """
-        weight = self.backbone.embedding.weight
+        self._hooks.look_again()
+        weight = self._weight()
         device, dtype = device or weight.device, dtype or weight.dtype
-        layers = tuple(block.mixer.init_state(batch, max_len, device, dtype) for block in self.backbone.blocks)
+        # whatever stands around a block's mixer, or in the block's place, has a mixer inside
+        mixers = (next(m for m in block.modules() if isinstance(m, Mixer)) for block in self.backbone.blocks)
+        layers = tuple(mixer.init_state(batch, max_len, device, dtype) for mixer in mixers)
         return ModelState(layers, torch.zeros(batch, dtype=torch.long, device=device))
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
@@ -245,11 +313,17 @@ class CausalLM(nn.Module):
 
     def flops(self, seq_len: int) -> int:
         """Forward FLOPs per token (2 per multiply-add) in a sequence of ``seq_len`` tokens, head included."""
-        return sum(block.flops(seq_len) for block in self.backbone.blocks) + 2 * self.lm_head.weight.numel()
+        head = 2 * self.cfg.d_model * padded_vocab(self.cfg)
+        return sum(block.flops(seq_len) for block in self.backbone.blocks) + head
 
     def num_params(self) -> int:
         """Parameters, tied and shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    def _weight(self) -> Tensor:
+        # of the embedding, or of what comes next in a model whose embedding has none that is a floating-point number (quantised)
+        parts = self.backbone.embedding, self
+        return next(p for part in parts for p in part.parameters() if p.is_floating_point())
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -276,22 +350,39 @@ def padded_vocab(cfg: DictConfig) -> int:
     return -(-cfg.vocab_size // multiple) * multiple
 
 
+def _keep(x: Tensor, kept: int | Tensor) -> Tensor:
+    """Positions of ``(b, l, d)``: the last ``kept``, all if 0, or those of the indices."""
+    if isinstance(kept, int):
+        return x[:, -kept:] if kept else x
+    return x[:, kept]
+
+
 def _describe_rows(
-    x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, state: ModelState | None
+    x: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    state: ModelState | None,
 ) -> Seq | None:
     b, l = x.shape[:2]
     if state is not None and state.tokens.shape[0] != b:
         raise ValueError(
             f"state: holds {state.tokens.shape[0]} rows, the tokens have {b}. Use state.reorder to select rows."
         )
-    if cu_seqlens is not None:
+    packing = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
+    given = [name for name, value in packing.items() if value is not None]
+    if given:
+        name = ", ".join(given)
+        if len(given) > 1:
+            raise ValueError(f"{name}: say the same in two ways. Give one of them.")
         if attention_mask is not None:
-            raise ValueError("attention_mask, cu_seqlens: give one of them; a packed row has no padding.")
+            raise ValueError(f"attention_mask, {name}: give one of them; a packed row has no padding.")
         if state is not None:
-            raise ValueError(
-                "state, cu_seqlens: a packed row starts every document afresh and cannot continue a state."
-            )
+            raise ValueError(f"state, {name}: a packed row starts every document afresh and cannot continue a state.")
+    if cu_seqlens is not None:
         return Seq.from_cu_seqlens(cu_seqlens.to(x.device), b, l)
+    if seq_idx is not None:
+        return Seq.from_documents(_documents(seq_idx.to(x.device), b, l))
     if attention_mask is None:
         return None
     if attention_mask.shape != (b, l):
@@ -299,3 +390,14 @@ def _describe_rows(
             f"attention_mask: shape {tuple(attention_mask.shape)} differs from the tokens' {(b, l)}. Mask this call's tokens only."
         )
     return Seq.from_mask(attention_mask.to(x.device))
+
+
+def _documents(seq_idx: Tensor, b: int, l: int) -> Tensor:
+    """Documents counted from 0 along a row, so that a number may come twice; -1 at padding."""
+    if seq_idx.shape != (b, l):
+        raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {(b, l)}.")
+    padding = seq_idx < 0
+    if not torch.compiler.is_compiling() and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+        raise ValueError("seq_idx: has padding (negative numbers) before a token. Padding stands at the end of a row.")
+    starts = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long(), (1, 0))
+    return starts.cumsum(1).masked_fill(padding, -1)

@@ -52,16 +52,32 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
         hidden: ``(b, l, d)``, the output of the final norm.
         head: The projection to ``v`` logits; called as a module, so that hooks and adapters on it count.
         targets: ``(b, l)`` int64, -100 where there is none (:func:`shift_labels`).
-        num_items: Divide by this instead of by the number of targets: the targets of a whole accumulated batch.
+        num_items: Divide by this instead of by the number of targets: the targets of a whole accumulated batch; 0 if it has none.
 
     Returns:
         A scalar in at least float32; 0 when there is no target. Its gradient is known with it, so there is no second derivative.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     run = _differentiated if _can_differentiate(hidden, head) else _recomputed
-    total = run(hidden, head, targets, _slice_tokens(hidden, head.weight.shape[0]))
-    items = (targets != IGNORE).sum().clamp(min=1) if num_items is None else num_items
-    return total / items
+    total = run(hidden, head, targets, _slice_tokens(hidden, width(head)))
+    return total / _items(targets, num_items)
+
+
+def share_of_items(targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """The share that these targets have in the items, in [0, 1]: 1 where they are all, 0 where there are none."""
+    return (targets != IGNORE).sum() / _items(targets, num_items)
+
+
+def width(head: nn.Module) -> int:
+    """The logits of a token, also of a head whose weight is not a matrix of numbers (quantised)."""
+    known = getattr(head, "out_features", None)
+    return head.weight.shape[0] if known is None else known  # type: ignore[union-attr, return-value, index]
+
+
+def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    # none among none are a loss of 0, and not 0 / 0
+    items = (targets != IGNORE).sum() if num_items is None else num_items
+    return items + (items == 0)
 
 
 def _slice_tokens(hidden: Tensor, v: int) -> int:

@@ -2,17 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..layers.base import copy_state, map_state, nbytes_of
+from ..layers.base import copy_state, map_state, nbytes_of, shapes, tree
 
 __all__ = ["ModelState", "StateCache"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class ModelState:
     """The state of every block after some tokens, as ``out.state`` holds it.
 
@@ -50,7 +50,10 @@ class ModelState:
         """Bytes held by all layers."""
         return nbytes_of(self.layers)
 
+    __repr__ = shapes
 
+
+@dataclasses.dataclass(repr=False, eq=False)
 class StateCache:
     """What ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches.
 
@@ -61,12 +64,13 @@ class StateCache:
         length: Columns of the input that have been read, padding included.
     """
 
-    is_compileable = False
-    is_croppable = False  # tokens cannot be taken out of a state again
-    is_linear = (False,)  # its length counts: generate passes on the columns alone that have not been read
+    state: ModelState | None = None
+    length: int = 0
 
-    def __init__(self, state: ModelState | None = None, length: int = 0):
-        self.state, self.length = state, length
+    is_compileable: ClassVar = False
+    is_croppable: ClassVar = False  # tokens cannot be taken out of a state again
+    is_linear: ClassVar = (False,)  # its length counts: generate passes on the columns alone that have not been read
+    __repr__ = shapes
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the input that have been read, padding included."""
@@ -82,3 +86,7 @@ class StateCache:
         if self.state is not None:
             rows = torch.arange(self.state.tokens.shape[0], device=self.state.tokens.device)
             self.reorder_cache(rows.repeat_interleave(repeats))
+
+
+tree(ModelState)
+tree(StateCache)
