@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..zoo.config import list_models
 from ..zoo.finite import check_finite
+from ..zoo.generate import check_finite_logits
 from ..zoo.hf import HybridZooForCausalLM
 from ..zoo.lm import CausalLM
 from ..zoo.registry import nearest
@@ -188,6 +189,16 @@ class HybridZooLM(HFLM):
         """As HFLM."""
         with self._progress("generate_until", len(requests), disable_tqdm, by_request=True):
             return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if not isinstance(self.model, HybridZooForCausalLM):
+            logits = super()._model_call(inps, attn_mask, labels)
+        else:
+            precision = self.mixed_precision_dtype
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
+                logits = self.model(inps, use_cache=False).logits  # nothing follows on what is scored
+        check_finite_logits(logits)
+        return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         if isinstance(self.model, HybridZooForCausalLM):

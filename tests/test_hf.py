@@ -207,7 +207,7 @@ def test_embeddings_can_stand_for_the_prompt(adapter):
         ({"cache": transformers.DynamicCache()}, "^cache: .*got DynamicCache, which has no place for recurrent states"),
         ({"cache": StateCache(), "past_key_values": StateCache()}, "^cache: and past_key_values are two names of one"),
         ({"cache": StateCache(), "use_cache": False}, "use_cache: False reads everything again"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "does not hand these out"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search requires"),
     ],
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
@@ -347,6 +347,181 @@ def test_packed_rows_of_transformers_keep_documents_apart(adapter):
         torch.testing.assert_close(adapter(**batch, labels=labels).loss, core.loss, atol=0, rtol=0)
     with pytest.raises(ValueError, match="start again inside a row of a batch of 2"):
         adapter(torch.ones(2, 4, dtype=torch.long), position_ids=torch.tensor([[0, 1, 0, 1]] * 2))
+
+
+@torch.no_grad()
+def test_packed_rows_are_told_apart_in_whichever_words(adapter):
+    documents = [torch.randint(1, 256, (n,)).tolist() for n in (5, 1, 8)]
+    ids = torch.tensor([[token for d in documents for token in d]])
+    alone = torch.cat([adapter(torch.tensor([d])).logits[0] for d in documents])
+    said = {
+        "cu_seqlens": torch.tensor([0, 5, 6, 14]),
+        "seq_idx": torch.tensor([[7] * 5 + [3] + [7] * 8]),
+        "position_ids": torch.tensor([[*range(5), 0, *range(8)]]),
+        "cu_seq_lens_k": torch.tensor([0, 5, 6, 14], dtype=torch.int32),
+    }
+    for words in ([name] for name in said), [list(said)]:
+        for names in words:
+            for mask in (None, torch.ones_like(ids)):  # a mask of ones says nothing
+                got = adapter(ids, attention_mask=mask, **{name: said[name] for name in names}).logits[0]
+                torch.testing.assert_close(got, alone, atol=1e-4, rtol=1e-4)
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    got = adapter(ids, attention_mask=mask, seq_idx=said["seq_idx"]).logits[0, :12]
+    torch.testing.assert_close(got, alone[:12], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="position_ids: and seq_idx describe different documents"):
+        adapter(ids, seq_idx=said["seq_idx"], position_ids=torch.tensor([[*range(7), *range(7)]]))
+
+
+@torch.no_grad()
+def test_positions_that_the_layers_count_anyway_change_nothing_and_others_are_refused(adapter):
+    ids, mask = prompts()
+    options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, "attention_mask": mask}
+    want, logits = adapter.generate(ids, **options), adapter(ids, mask).logits
+    columns = torch.arange(9).expand(2, 9)
+    for positions in (
+        (mask.cumsum(1) - 1).clamp(min=0),
+        (mask.cumsum(1) - 1).masked_fill(mask == 0, 1),
+        columns,
+        columns[:1] + 7,
+    ):
+        assert torch.equal(adapter(ids, mask, position_ids=positions).logits, logits)
+        if positions.max() < 9:
+            assert torch.equal(adapter.generate(ids, position_ids=positions, **options), want)
+    cache = adapter(ids, mask, use_cache=True)[CACHE]
+    for wrong, given, message in (
+        (2 * columns, {"attention_mask": mask}, "position_ids: 10 at row 0, token 1 is not the position that follows"),
+        (columns.flip(1), {}, "position_ids: 7 at row 0, token 1"),
+        (columns, {CACHE: cache}, "position_ids: 0 at row 0, token 0"),
+        (columns[None], {}, r"position_ids: expected shape \(2, 9\), got \(1, 2, 9\)"),
+        (columns[:, 1:], {}, r"position_ids: expected shape \(2, 9\), got \(2, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapter(ids, position_ids=wrong, **given)
+
+
+NOTHING = [
+    {"token_type_ids": torch.zeros(2, 9)}, {"cache_position": torch.arange(9)}, {"is_causal": True}, {"output_attentions": False},
+    {"output_router_logits": None}, {"head_mask": None}, {"pixel_values": None}, {"max_length_q": 9, "max_length_k": 9},
+]  # fmt: skip
+SOMETHING = [
+    ("output_attentions", True), ("output_router_logits", True), ("head_mask", torch.ones(2)), ("token_type_ids", torch.ones(2, 9)),
+    ("cache_position", torch.arange(1, 10)), ("is_causal", False), ("encoder_hidden_states", torch.ones(2, 9, 64)),
+    ("atention_mask", torch.ones(2, 9)), ("shift_labels", torch.ones(2, 9)), ("pixel_values", torch.ones(1)), ("use_cach", True),
+]  # fmt: skip
+
+
+@torch.no_grad()
+def test_no_argument_is_swallowed(adapter):
+    ids, _ = prompts()
+    want = adapter(ids).logits
+    for given in NOTHING:
+        assert torch.equal(adapter(ids, **given).logits, want)
+    for name, value in SOMETHING:
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            adapter(ids, **{name: value})
+    with pytest.raises(ValueError, match=r"^atention_mask: .*Did you mean 'attention_mask'"):
+        adapter(ids, atention_mask=torch.ones(2, 9))
+
+
+@torch.no_grad()
+def test_hidden_states_and_caches_come_as_from_transformers_models(adapter):
+    ids, mask = prompts()
+    out = adapter(ids, mask, output_hidden_states=True)
+    n = adapter.config.num_hidden_layers
+    assert list(out) == ["logits", CACHE, "hidden_states"] and len(out.hidden_states) == n + 1
+    torch.testing.assert_close(adapter.lm_head(out.hidden_states[-1]), out.logits)
+    assert torch.equal(out.hidden_states[0], adapter.get_input_embeddings()(ids))
+    # a loop that somebody writes by hand follows on what comes back
+    token = out.logits[:, -1:].argmax(-1)
+    longer = adapter(torch.cat([ids, token], 1), torch.cat([mask, mask[:, -1:]], 1)).logits[:, -1:]
+    torch.testing.assert_close(adapter(token, past_key_values=out[CACHE]).logits, longer, atol=1e-4, rtol=1e-4)
+    assert CACHE not in adapter(ids, labels=ids) and CACHE not in adapter(ids, use_cache=False)
+    options = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    text = adapter.generate(ids, attention_mask=mask, output_hidden_states=True, **options)
+    assert [len(states) for states in text.hidden_states] == [n + 1] * 3
+    assert [states[1].shape[1] for states in text.hidden_states] == [9, 1, 1]
+
+
+def test_loading_takes_the_fields_of_the_config_and_obeys_them(adapter, tmp_path):
+    ids, _ = prompts()
+    adapter.save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    assert CACHE not in load(tmp_path, use_cache=False)(ids) and CACHE in load(
+        tmp_path, use_cache=True, use_safetensors=True
+    )(ids)
+    got = load(tmp_path, output_hidden_states=True, attn_implementation="sdpa", low_cpu_mem_usage=True)(ids)
+    assert len(got.hidden_states) == adapter.config.num_hidden_layers + 1
+    assert isinstance(load(tmp_path, return_dict=False)(ids), tuple)
+    longer = load(tmp_path, max_position_embeddings=99)
+    assert longer.core.cfg.max_length == longer.config.zoo["max_length"] == 99
+    tied = not adapter.config.tie_word_embeddings
+    for name, value in (
+        ("vocab_size", 300),
+        ("hidden_size", 3),
+        ("num_hidden_layers", 99),
+        ("tie_word_embeddings", tied),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {value}, but the config's zoo part makes it"):
+            load(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=r"^output_attentions: "):
+        load(tmp_path, output_attentions=True)(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", [False, True])
+def test_generating_from_numbers_that_are_none_says_so(sampling):
+    model = HybridZooForCausalLM.wrap(zoo.build("mamba-tiny"))
+    model.core.backbone.norm_f.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits: those of row 0 are not finite"):
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=sampling)
+
+
+SIZES = {  # tokens, multiple -> rows, and how the config says it
+    "inside": ((253, None), 253, (253, 1)),
+    "all-rows": ((256, None), 256, (256, 16)),
+    "padded-again": ((251, 16), 256, (251, 16)),
+    "more": ((300, 64), 320, (300, 64)),
+    "fewer": ((100, None), 100, (100, 1)),
+    "fewer-padded": ((100, 32), 128, (100, 32)),
+    "only-padded": ((None, 128), 256, (250, 128)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", SIZES)
+def test_the_vocabulary_follows_the_tokenizer_not_the_rows(case, tied, tmp_path):
+    (tokens, multiple), rows, says = SIZES[case]
+    overrides = ["vocab_size=250", "pad_vocab_size_multiple=16", f"tie_embeddings={str(tied).lower()}"]
+    model = HybridZooForCausalLM.wrap(zoo.build("mamba-tiny", overrides)).eval()
+    ids = torch.randint(1, 100, (2, 9))
+    before = model(ids).logits
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    after, cfg = model(ids).logits, model.core.cfg
+    assert after.shape[-1] == rows == model.config.vocab_size and (cfg.vocab_size, cfg.pad_vocab_size_multiple) == says
+    assert {k: model.config.zoo[k] for k in ("vocab_size", "pad_vocab_size_multiple")} == dict(
+        zip(("vocab_size", "pad_vocab_size_multiple"), says, strict=True)
+    )
+    torch.testing.assert_close(after[..., :100], before[..., :100])
+    # every token that the tokenizer has may be produced, and no other
+    weight = model.lm_head.weight
+    for best, produced in ((says[0] - 1, True), (says[0], False)):
+        if best < rows:
+            favoured = copy.deepcopy(model)
+            favoured.lm_head.register_forward_hook(
+                lambda m, args, out, best=best: out.index_fill(-1, torch.tensor([best]), 1e4)
+            )
+            options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+            for text in (favoured.generate(ids, **options), favoured.core.generate(ids, 2)):
+                assert (text[:, 9:] == best).all() == produced and text.max() < says[0]
+    assert (weight is model.get_input_embeddings().weight) == tied
+    zoo.save(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        back = zoo.load(tmp_path / folder)
+        assert back.cfg == cfg and torch.equal(back(ids).logits, after)
+        assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)(ids).logits, after)
 
 
 def _stored_keys(folder):

@@ -8,7 +8,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .lm import CausalLM
 
-__all__ = ["generate", "sample"]
+__all__ = ["check_finite_logits", "generate", "sample"]
 
 
 @torch.no_grad()
@@ -61,10 +61,9 @@ def generate(
     out, broken = [input_ids], torch.zeros_like(finished)
     for i in range(max_new_tokens):
         logits = logits[:, :vocab].float()
-        # NaN is the largest of all; -inf may be somebody's way to forbid a token
-        wrong = ~logits.amax(-1).isfinite() & ~finished
+        wrong = _not_finite(logits) & ~finished
         if i == 0 or not logits.is_cuda:
-            _check_finite(wrong, i)
+            _refuse(wrong)
         else:
             # asking a GPU takes time, so it is asked in the end, and what it samples from meanwhile must be numbers
             broken |= wrong
@@ -80,16 +79,26 @@ def generate(
                 break
         if i + 1 < max_new_tokens:
             logits = model.step(token, state)
-    _check_finite(broken)
+    _refuse(broken)
     return torch.cat(out, 1)
 
 
-def _check_finite(wrong: Tensor, step: int | None = None) -> None:
+def check_finite_logits(logits: Tensor) -> None:
+    """Raise a ``ValueError`` where the best of a row's logits, ``(..., v)``, is no number."""
+    _refuse(_not_finite(logits))
+
+
+def _not_finite(logits: Tensor) -> Tensor:
+    # NaN is the largest of all; -inf may be somebody's way to forbid a token
+    return ~logits.amax(-1).isfinite()
+
+
+def _refuse(wrong: Tensor) -> None:
     if bool(wrong.any()):
-        row, when = int(wrong.nonzero()[0]), "on the way" if step is None else f"at new token {step}"
+        row = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"generate: the logits of row {row} are not finite {when}. The weights are damaged (a diverged training run, say), or the "
-            "numbers too large for their dtype; load a good checkpoint, or use dtype=torch.float32."
+            f"logits: those of row {row} are not finite. The weights are damaged (a diverged training run, say), or the numbers too large "
+            "for their dtype: load a good checkpoint, or use dtype=torch.float32."
         )
 
 

@@ -7,7 +7,6 @@ The only file that imports transformers for modelling. The adapter owns no weigh
 import copy
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,6 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..layers.base import Mixer
 from .checkpoint.native import hf_config
 from .config import validate
+from .generate import check_finite_logits
+from .hf_arguments import Rows, refuse_others
 from .layout import expand
 from .lm import CausalLM, padded_vocab
 from .state import StateCache
@@ -37,6 +39,12 @@ __all__ = ["HybridZooConfig", "HybridZooForCausalLM", "StateCache", "byte_tokeni
 # what the installed transformers calls the cache, in its outputs and from step to step; callers may say either, whatever it is
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values")
+
+
+_FOLLOWS = (
+    "{name}: {value!r}, but the config's zoo part makes it {own!r}. Change it there: zoo.config(..., overrides), or zoo.load and "
+    "resize_token_embeddings for another vocabulary."
+)
 
 
 class HybridZooConfig(PreTrainedConfig):
@@ -50,6 +58,7 @@ class HybridZooConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [*CACHE_NAMES, "router"]  # noqa: RUF012
 
     zoo: dict | None = None
+    use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
@@ -73,6 +82,28 @@ class HybridZooConfig(PreTrainedConfig):
         """Residual blocks."""
         return 0 if self.zoo is None else len(expand(self.zoo["layers"]))
 
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        if value != self.num_hidden_layers:
+            raise ValueError(_FOLLOWS.format(name="num_hidden_layers", value=value, own=self.num_hidden_layers))
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` where a field says something else than the ``zoo`` part that it follows from."""
+        if self.zoo is None:
+            raise ValueError(
+                "HybridZooConfig.zoo: is missing. Build the config with HybridZooConfig(zoo=...) from a zoo config."
+            )
+        as_it_should = HybridZooConfig(zoo=self.zoo)
+        if self.max_position_embeddings != as_it_should.max_position_embeddings:
+            self.zoo = {
+                **self.zoo,
+                "max_length": self.max_position_embeddings,
+            }  # decides nothing but how far it is evaluated
+        for name in ("vocab_size", "hidden_size", "tie_word_embeddings"):
+            value, own = getattr(self, name), getattr(as_it_should, name)
+            if value != own:
+                raise ValueError(_FOLLOWS.format(name=name, value=value, own=own))
+
 
 class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
     """A zoo language model as transformers knows it; ``core`` is the model itself."""
@@ -95,10 +126,7 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridZooConfig, core: CausalLM | None = None):
         super().__init__(config)
-        if config.zoo is None:
-            raise ValueError(
-                "HybridZooConfig.zoo: is missing. Build the config with HybridZooConfig(zoo=...) from a zoo config."
-            )
+        config.check()
         core = CausalLM(config.zoo) if core is None else core
         # not registered as a submodule: its parts are, under the keys they have in the core itself
         object.__setattr__(self, "core", core)
@@ -130,39 +158,58 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         past_key_values: StateCache | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """As :meth:`CausalLM.forward`, in transformers' words.
 
         ``past_key_values`` is another name of ``cache``, and ``attention_mask`` may cover what that has seen. Packed rows may also come
-        as transformers' collators describe them, by ``cu_seq_lens_q`` or by ``position_ids`` that start again at every document.
+        as transformers' collators describe them, by ``cu_seq_lens_q``, ``seq_idx``, or ``position_ids`` that start again at every
+        document; otherwise these must be the positions that the layers count themselves. Defaults are the config's.
 
         Raises:
-            ValueError: As :meth:`CausalLM.forward`, and for what the model cannot give: attentions, hidden states, another cache.
+            ValueError: As :meth:`CausalLM.forward`; for what the model cannot give (attentions, another cache); and for an unknown
+                argument.
         """
         cache = _one_cache(cache, past_key_values)
-        _refuse(kwargs, attention_mask)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and tokens is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"attention_mask: expected shape (b, l), got {tuple(attention_mask.shape)}. What a token sees is the layers' to say; "
+                    "pass one 0/1 row per sequence."
+                )
             attention_mask = attention_mask[:, -tokens.shape[1] :]
-        state = None if cache is None else cache.state
-        if cu_seqlens is None:
-            cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None and attention_mask is None and state is None:
-            cu_seqlens = _packing(tokens, kwargs.get("position_ids"))
-        if self.training and labels is not None:
-            use_cache = False
+        refuse_others(self, kwargs, output_attentions=self.config.output_attentions)
+        rows = Rows(tokens, attention_mask, cache, cu_seqlens, seq_idx, position_ids, kwargs)
+        use_cache = self._uses_cache(use_cache, labels, cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         out = self.core(
-            input_ids, labels, attention_mask, cu_seqlens, state,
-            return_state=bool(use_cache), inputs_embeds=inputs_embeds, num_items=num_items_in_batch,
+            input_ids, labels, rows.attention_mask, None, None if cache is None else cache.state,
+            return_state=use_cache, inputs_embeds=inputs_embeds, num_items=num_items_in_batch, seq_idx=rows.documents,
+            logits_to_keep=logits_to_keep, output_hidden_states=bool(output_hidden_states),
         )  # fmt: skip
         left = None
         if use_cache and out.state is not None and tokens is not None:
             left = StateCache(out.state, tokens.shape[1] + (0 if cache is None else cache.length))
         # the Trainer in training wants the loss alone; forming all logits would undo the sliced cross-entropy
-        logits = None if self.training and labels is not None else _keep(out.logits, logits_to_keep)
-        output = CausalLMOutputWithPast(loss=out.loss, logits=logits, **{CACHE: left})
-        return output.to_tuple() if return_dict is False else output
+        logits = None if self.training and labels is not None else out.logits
+        output = CausalLMOutputWithPast(loss=out.loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: left})
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _uses_cache(self, wish: bool | None, labels: Tensor | None, cache: StateCache | None) -> bool:
+        replica = getattr(self, "_is_replica", False)
+        if wish and replica:
+            raise ValueError("use_cache: nn.DataParallel cannot gather states. Leave it out, or call the model itself.")
+        if self.training and labels is not None:
+            return False
+        if wish is None:
+            # as transformers' models, by the config; who scores labels, or trains, has no use for it
+            return self.config.use_cache and not self.training and not replica and (labels is None or cache is not None)
+        return wish
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers; the state that an earlier call left comes as ``cache`` or as ``past_key_values``, with every version."""
@@ -226,11 +273,16 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
-        padding = list(range(self.core.cfg.vocab_size, self.lm_head.weight.shape[0]))
+        padding = list(range(self.core.cfg.vocab_size, padded_vocab(self.core.cfg)))
         if padding:
             # rows that only pad the table are never produced; first, so that top-k and top-p choose among the others
-            processors.insert(0, SuppressTokensLogitsProcessor(padding, device=str(self.lm_head.weight.device)))
+            processors.insert(0, SuppressTokensLogitsProcessor(padding, device=str(self.device)))
+        processors.insert(0, _Finite())
         return processors
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> None:
+        # the layers count; positions that nobody has passed need not be checked at every token
+        return None
 
     def _set_gradient_checkpointing(self, *args, every_n_layers: int = 1, **kwargs) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -267,14 +319,31 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As transformers: more or fewer rows of embedding and head, known to the config, so that the model can be saved."""
+        """As transformers: more or fewer rows of embedding and head, known to the config, so that the model can be saved.
+
+        The vocabulary has ``new_num_tokens`` tokens then, whether or not the table had rows for them; rows beyond are never produced.
+        """
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         rows = embedding.weight.shape[0]
-        if rows != padded_vocab(self.core.cfg):
-            sizes = {"vocab_size": rows, "pad_vocab_size_multiple": 1}
-            self.core.cfg.update(sizes)
-            self.config.zoo = {**(self.config.zoo or {}), **sizes}
+        tokens = min(self.core.cfg.vocab_size, rows) if new_num_tokens is None else new_num_tokens
+        multiple = next(
+            m
+            for m in (pad_to_multiple_of, self.core.cfg.pad_vocab_size_multiple, 1, rows)
+            if m and -(-tokens // m) * m == rows
+        )
+        sizes = {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
+        self.core.cfg.update(sizes)
+        self.config.zoo = {**(self.config.zoo or {}), **sizes}
+        self.config.vocab_size = rows
         return embedding
+
+
+class _Finite(LogitsProcessor):
+    """Stops at scores that are no numbers: greedy decoding would go on with token 0, and sampling fails without saying why."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_finite_logits(scores)
+        return scores
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -301,39 +370,6 @@ def _one_cache(cache: Any, past_key_values: Any) -> StateCache | None:
             "Leave it out, and take the one that comes back (use_cache=True)."
         )
     return given
-
-
-def _refuse(kwargs: dict[str, Any], attention_mask: Tensor | None) -> None:
-    for name in ("output_hidden_states", "output_attentions"):
-        if kwargs.get(name):
-            raise ValueError(
-                f"{name}: the model does not hand these out. Read them with forward hooks on model.backbone.layers."
-            )
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask: expected shape (b, l), got {tuple(attention_mask.shape)}. What a token sees is the layers' to say; pass one "
-            "0/1 row per sequence."
-        )
-
-
-def _packing(tokens: Tensor | None, positions: Tensor | None) -> Tensor | None:
-    if positions is None or tokens is None:
-        return None
-    starts = (positions == 0).expand(tokens.shape[:2])
-    if not bool(starts[:, 1:].any()):
-        return None  # one document per row: the positions that everybody counts anyway
-    if tokens.shape[0] != 1:
-        raise ValueError(
-            f"position_ids: start again inside a row of a batch of {tokens.shape[0]}. Lay packed documents in one row, (1, l)."
-        )
-    ends = starts.new_full((1,), tokens.shape[1], dtype=torch.long)
-    return torch.cat([starts[0].nonzero().flatten(), ends])
-
-
-def _keep(logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    if isinstance(logits_to_keep, int):
-        return logits[:, -logits_to_keep:] if logits_to_keep else logits
-    return logits[:, logits_to_keep]
 
 
 def _tied_names(core: CausalLM) -> dict[str, str]:

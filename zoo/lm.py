@@ -25,7 +25,7 @@ from .hooks import Hooks
 from .loss import next_token_loss, share_of_items, shift_labels
 from .state import ModelState
 
-__all__ = ["Backbone", "CausalLM", "CausalLMOutput"]
+__all__ = ["Backbone", "CausalLM", "CausalLMOutput", "number_documents"]
 
 
 @dataclasses.dataclass(repr=False)
@@ -382,7 +382,7 @@ def _describe_rows(
     if cu_seqlens is not None:
         return Seq.from_cu_seqlens(cu_seqlens.to(x.device), b, l)
     if seq_idx is not None:
-        return Seq.from_documents(_documents(seq_idx.to(x.device), b, l))
+        return Seq.from_documents(number_documents(seq_idx.to(x.device), (b, l)))
     if attention_mask is None:
         return None
     if attention_mask.shape != (b, l):
@@ -392,10 +392,14 @@ def _describe_rows(
     return Seq.from_mask(attention_mask.to(x.device))
 
 
-def _documents(seq_idx: Tensor, b: int, l: int) -> Tensor:
-    """Documents counted from 0 along a row, so that a number may come twice; -1 at padding."""
-    if seq_idx.shape != (b, l):
-        raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {(b, l)}.")
+def number_documents(seq_idx: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Documents counted from 0 along the rows of ``seq_idx``, where a number may come twice; -1 at padding.
+
+    Raises:
+        ValueError: Another shape, or padding that does not stand at the end of a row.
+    """
+    if seq_idx.shape != shape:
+        raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {shape}.")
     padding = seq_idx < 0
     if not torch.compiler.is_compiling() and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         raise ValueError("seq_idx: has padding (negative numbers) before a token. Padding stands at the end of a row.")
