@@ -2,22 +2,19 @@
 
 NVRTC and the driver are reached through ``cuda-bindings``, NVIDIA's public Python API, which comes with torch's CUDA wheels. A kernel is a
 source file and a C++ name expression, ``scan_forward<bf16, 4, ...>``; each is compiled on its own, when it is first called. The disk
-cache (``HYBRIDZOO_CACHE``, else ``$XDG_CACHE_HOME/hybridzoo``, else ``~/.cache/hybridzoo``) is keyed by the sources, the name, the options,
-the architecture and the compiler's version. Files appear by an atomic rename, so any number of processes can share it, and a cache that
-cannot be written is only slower.
+cache (see ``cache``) is keyed by the sources, the name, the options, the architecture and the compiler's version.
 """
 
 import ctypes
 import functools
 import hashlib
-import os
-import tempfile
 import warnings
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import cache
 
 OPTIONS = ("--std=c++17", "--ftz=true")
 
@@ -173,13 +170,6 @@ def compiler_version() -> str:
     return f"{major}.{minor}"
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept."""
-    own = os.environ.get("HYBRIDZOO_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "hybridzoo"
-
-
 def machine_code(source: str, name: str, arch: str) -> tuple[bytes, bytes]:
     """The kernel's symbol and its cubin, from the disk cache or the compiler.
 
@@ -190,24 +180,14 @@ def machine_code(source: str, name: str, arch: str) -> tuple[bytes, bytes]:
     for file, text in _sources().items():
         if file == source or file.endswith(".cuh"):
             stamp.update(text)
-    path = cache_folder() / f"{stamp.hexdigest()[:40]}.cubin"
-    try:
-        lowered, code = path.read_bytes().split(b"\n", 1)
-    except (OSError, ValueError):
+    key = stamp.hexdigest()
+    kept = cache.read(key)
+    if kept is not None:
+        lowered, code = kept.split(b"\n", 1)
+    else:
         lowered, code, _ = compile_source(source, name, arch)
-        _keep(path, lowered + b"\n" + code)
+        cache.keep(key, lowered + b"\n" + code)
     return lowered, code
-
-
-def _keep(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            part.write(content)
-        os.replace(part.name, path)
-    except OSError:
-        # a cache that cannot be written costs a compile per process and nothing else
-        return
 
 
 def compile_source(source: str, name: str, arch: str, *options: str) -> tuple[bytes, bytes, str]:

@@ -257,16 +257,20 @@ def test_a_damaged_entry_is_compiled_again(monkeypatch, tmp_path):
     monkeypatch.setenv("HYBRIDZOO_CACHE", str(tmp_path))
     want = nvrtc.machine_code(*SUMS)
     (entry,) = tmp_path.iterdir()
-    entry.write_bytes(b"")
-    assert nvrtc.machine_code(*SUMS) == want
-    assert entry.stat().st_size > 0
+    whole = entry.read_bytes()
+    for damaged in (b"", b"evil\n\x7fELFplanted"):
+        entry.write_bytes(damaged)
+        assert nvrtc.machine_code(*SUMS) == want
+        assert entry.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_only_slower(monkeypatch, tmp_path):
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     monkeypatch.setenv("HYBRIDZOO_CACHE", str(in_the_way / "cache"))
-    assert nvrtc.machine_code(*SUMS)[1].startswith(b"\x7fELF")
+    monkeypatch.setattr(nvrtc.cache, "_said", set())
+    with pytest.warns(UserWarning, match="compiles them anew"):
+        assert nvrtc.machine_code(*SUMS)[1].startswith(b"\x7fELF")
 
 
 def test_processes_share_the_cache(tmp_path):

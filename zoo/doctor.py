@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import nvrtc
+from ..kernels import cache, nvrtc
 from ..kernels.dispatch import TABLES, explain
 from .device import pick_device
 
@@ -76,7 +76,7 @@ def _gpu() -> dict[str, str]:
         "arch": f"sm_{found.major}{found.minor}",
         "driver": _driver(),
         "compiler": _compiler(),
-        "kernel cache": _cache(nvrtc.cache_folder()),
+        "kernel cache": _cache(*cache.place()),
         "kernels": "compiled at first use" if missing is None else f"off: {missing}",
     }
 
@@ -108,9 +108,11 @@ def _loaded_from(library: str) -> str | None:
     return next((line.split(maxsplit=5)[5] for line in lines if f"/{library}" in line), None)
 
 
-def _cache(folder: Path) -> str:
+def _cache(folder: Path | None, refused: str | None) -> str:
+    if folder is None or refused is not None:
+        return f"none, every process compiles anew: {refused}"
     kept = list(folder.glob("*.cubin")) if folder.is_dir() else []
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     writable = (
         "writable" if there.is_dir() and os.access(there, os.W_OK) else "not writable: every process compiles anew"
     )
@@ -119,7 +121,7 @@ def _cache(folder: Path) -> str:
 
 def _system(device: str, dtype: torch.dtype) -> dict[str, str]:
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     # an entry point of earlier versions, which breaks `import torch` once the package has moved
     stale = [e for e in importlib.metadata.entry_points(group="torch.backends") if e.name == "hybridzoo"]
     said = {"installation": "stale: `import torch` loads it. Install hybridzoo again"} if stale else {}

@@ -3,9 +3,12 @@
 import ctypes
 import functools
 import hashlib
+import os
 import subprocess
 import tempfile
 from pathlib import Path
+
+from hybridzoo.kernels import cache
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "kernels" / "cuda"
@@ -24,7 +27,8 @@ PARAMS = {
     "cross_entropy": "CrossEntropyParams",
 }
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
-CACHE = Path(tempfile.gettempdir()) / "hybridzoo-emulated"
+# what lies there is run, so another user's folder must not be taken for it
+CACHE = Path(tempfile.gettempdir()) / f"hybridzoo-emulated-{os.getuid()}"
 _kernels: dict = {}
 
 
@@ -41,7 +45,9 @@ def _precompiled() -> Path:
     """emulate.h as the compiler keeps it: half of every build would be the standard library's headers."""
     header = HERE / "emulate.h"
     folder = CACHE / hashlib.sha256(header.read_bytes() + repr(FLAGS).encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(mode=0o700, exist_ok=True)
+    assert (reason := cache.refused(CACHE)) is None, reason
+    folder.mkdir(exist_ok=True)
     kept = folder / "emulate.h.gch"
     if not kept.exists():
         _run(kept, "-x", "c++-header", str(header))
