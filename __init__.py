@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .zoo.autoregister import register_when_loaded
 
 if TYPE_CHECKING:
+    from .eval.run import evaluate as evaluate
     from .layers import Mixer
     from .zoo.build import build, param_groups
     from .zoo.captured import CapturedStep
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .zoo.config import load_config as config
     from .zoo.registry import ConfigError, list_mixers, register_mixer
     from .zoo.shipped import list_models
+    from .zoo.train import train as train
 
 __all__ = [
     "CapturedStep",
@@ -42,6 +44,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+# not in __all__: `from hybridzoo import *` works without the extras, and does not wait for transformers and lm-eval
+_WITH_EXTRAS = {"evaluate": (".eval.run", "evaluate"), "train": (".zoo.train", "train")}
 # name: where it is, and what it is called there; loaded when first asked for, so that `zoo --help` does not wait for torch
 _PUBLIC = {
     "CapturedStep": (".zoo.captured", "CapturedStep"),
@@ -55,13 +59,21 @@ _PUBLIC = {
     "param_groups": (".zoo.build", "param_groups"),
     "register_mixer": (".zoo.registry", "register_mixer"),
     "save": (".zoo.checkpoint", "save"),
-}
+} | _WITH_EXTRAS
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         module, attribute = _PUBLIC[name]
-        value = getattr(importlib.import_module(module, __name__), attribute)
+        try:
+            value = getattr(importlib.import_module(module, __name__), attribute)
+        except ModuleNotFoundError as e:
+            if name not in _WITH_EXTRAS or (e.name or "").startswith(__name__):
+                raise
+            extra = {"evaluate": "eval"}.get(name, name)
+            raise ModuleNotFoundError(
+                f"{__name__}.{name} needs {e.name}. Install it with: pip install 'hybridzoo[{extra}]'", name=e.name
+            ) from e
     elif name in ("layers", "kernels"):
         value = importlib.import_module(f".{name}", __name__)
     else:

@@ -38,7 +38,7 @@ __all__ = ["evaluate", "lm_eval_main", "table", "task_manager"]
 
 def evaluate(
     model: Any,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     batch_size: int | str = "auto",
     limit: int | float | None = None,
@@ -61,7 +61,7 @@ def evaluate(
     Args:
         model: A folder, a config name (built untrained, with a warning), a hub id, a :class:`CausalLM`, a
             transformers model, or an ``LM`` of lm-eval, to which ``batch_size`` and the like then do not apply.
-        tasks: Names, with wildcards for local ones (``"hybridzoo_*"``), or paths of YAML files.
+        tasks: Names, with wildcards for local ones (``"hybridzoo_*"``), or paths of YAML files; a list, or a text with commas.
         batch_size: Requests per forward, or ``"auto"``.
         limit: Documents per task, or a share of them below 1; for trying things out.
         num_fewshot: Worked examples before each question, where a task allows it.
@@ -88,6 +88,7 @@ def evaluate(
     """
     if device is not None:
         pick_device(device)
+    tasks = [task for task in tasks.split(",") if task] if isinstance(tasks, str) else tasks
     mode = model.training if isinstance(model, torch.nn.Module) else None
     shared = {"tokenizer": None} | (metadata or {})
     manager, chosen, foreign = _find(tasks, shared)

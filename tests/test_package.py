@@ -125,6 +125,22 @@ def test_hugging_faces_kernels_stays_what_it_is(installed):
     run(installed / "env" / "bin" / "python", "-c", code, cwd=installed)
 
 
+def test_training_and_evaluating_are_public_and_name_their_extra(monkeypatch):
+    from hybridzoo.eval.run import evaluate
+    from hybridzoo.zoo.train import train
+
+    assert zoo.train is train and zoo.evaluate is evaluate and {"train", "evaluate"} <= set(dir(zoo))
+    for name, extra, module, missing in (
+        ("train", "train", "hybridzoo.zoo.train", "transformers"),
+        ("evaluate", "eval", "hybridzoo.eval.run", "lm_eval"),
+    ):
+        monkeypatch.delitem(vars(zoo), name)
+        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(ModuleNotFoundError, match=rf"hybridzoo\.{name} needs .*pip install 'hybridzoo\[{extra}\]'"):
+            getattr(zoo, name)
+
+
 def test_importing_is_light():
     code = (
         "import sys, time, torch\n"

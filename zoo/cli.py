@@ -253,7 +253,7 @@ def eval_(
     from ..eval.run import table as rows_of
 
     results = evaluate(
-        model, [t for t in tasks.split(",") if t], limit=int(limit) if limit and limit >= 1 else limit,
+        model, tasks, limit=int(limit) if limit and limit >= 1 else limit,
         num_fewshot=num_fewshot, batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
         max_length=max_length, add_bos_token=add_bos_token or None, metadata=_read_json("--metadata", metadata),
         output=out, device=device,
