@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import time
+import tracemalloc
 
 import pytest
 from hypothesis import example, given, settings
@@ -85,6 +87,11 @@ BAD = [
     ("(" * 33 + "a" + ")" * 33, "layers: column 33: found '(', expected at most 32 nested parentheses."),
     ("(" * 100_000, "nested parentheses"),
     ("a " * 600_000, "layers: has 1200000 characters"),
+    ("a b" + "c" * 200, "layers: column 3: found 'b" + "c" * 39 + "', expected a name of at most 128 characters, and this one has 201."),
+    ("a@" + "c" * 129, "expected a label of at most 128 characters, and this one has 129."),
+    ("(a@" + "c" * 400_000 + " b) * 5000", "expected a label of at most 128 characters"),
+    ("a + " * 17 + "a", "layers: column 65: found 'a', expected at most 16 mixers side by side."),
+    ({"n_layer": 4, "allocate": {f"a{i}": 0 for i in range(65)}, "fill": "m"}, "layers.allocate: has 65 kinds, more than 64."),
     (["a"] * 10_001, "layers: stands for more than 10000 blocks"),
     (["a", "b )"], "layers[1]: column 3: found ')'"),
     (["a", ["b"]], "layers[1]: found list \"['b']\", expected a pattern"),
@@ -219,6 +226,30 @@ def test_repetitive_tokens_survive_printing_and_reading(unit, inner, outer):
     text = compress(tokens)
     assert expand(text) == tokens
     assert len(text) <= len(" ".join(tokens))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        (" " * 900_000 + "a", 1), ("a" + " " * 900_000 + "b", 2), ("a" + " " * 900_000, 1), ("a" + " \n\t" * 300_000 + "@x", 1), ("(a * 10000)" + " * 1" * 240_000, 10_000),
+        ("(a * 2 b) * 3" + " * 01" * 150_000, 9), ("(a) " * 10_000, 10_000),
+    ],
+)  # fmt: skip
+def test_a_pattern_is_read_in_the_time_of_its_length(text, tokens):
+    started = time.process_time()
+    assert len(expand(text)) == tokens
+    assert time.process_time() - started < 2
+
+
+def test_a_pattern_of_long_names_is_printed_in_little_memory():
+    # 64 tokens of two kilobytes, repeated: the texts of all units that are tried would be gigabytes
+    wide = ["+".join(f"{i:03}".replace("0", "o") + "n" * 124 for _ in range(1)) for i in range(64)]
+    tokens = [f"({'+'.join(['m' * 120] * 16)})@{name}" for name in wide] * 20
+    tracemalloc.start()
+    text = compress(tokens)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert text == f"({' '.join(tokens[:64])}) * 20" and peak < 50e6
 
 
 def test_absurdly_long_layouts_are_printed_in_bounded_time():

@@ -226,7 +226,9 @@ def convert(
         report = run(source, folder, to.value)
     if as_json:
         return _print_json(dataclasses.asdict(report))
-    Console(soft_wrap=True, highlight=False, markup=False).print(str(report))
+    from .errors import printable
+
+    Console(soft_wrap=True, highlight=False, markup=False).print(printable(report, keep="\n"))
 
 
 @app.command(
@@ -380,7 +382,10 @@ def _read_json(option: str, text: str | None) -> Any:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+    from .errors import printable
+
+    # what a file says is no command to the terminal
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable(text, keep="\n"))
 
 
 def _table(*columns: str) -> Table:

@@ -13,12 +13,14 @@ The list comes from
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import ConfigError
 from .importers import from_attn_layer_idx, from_jamba, from_layer_types, from_megatron
 from .pattern import MAX_BLOCKS, compress, parse, split_token
-from .registry import ConfigError, nearest
+from .registry import nearest
 
 __all__ = [
     "READS",
@@ -40,6 +42,7 @@ WRITES = ("residual", "side")
 
 _PLACES = ("even", "first", "last", "middle")
 _KEYS = ("n_layer", "allocate", "fill", "place")
+_MAX_KINDS = 64
 
 
 @dataclasses.dataclass
@@ -133,6 +136,8 @@ def allocate(spec: Mapping[Any, Any], where: str = "layers") -> list[str]:
         raise ConfigError(
             f"{where}.allocate: found {_show(ratios)}, expected mixers and ratios, such as {{attention: 0.125}}."
         )
+    if len(ratios) > _MAX_KINDS:
+        raise ConfigError(f"{where}.allocate: has {len(ratios)} kinds, more than {_MAX_KINDS}. Allocate fewer.")
     fill = _one_token(spec.get("fill"), f"{where}.fill")
     places = _places(spec.get("place", "even"), list(ratios), f"{where}.place")
     slots: list[str | None] = [None] * n
@@ -176,10 +181,12 @@ def _spread(count: int, free: list[int], first: bool) -> list[int]:
 
 def _indices(chosen: Sequence[int], count: int, free: list[int], n: int, where: str) -> list[int]:
     positions = [i + n if i < 0 else i for i in chosen]
+    often = Counter(positions)
+    left = set(free)
     for i, position in zip(chosen, positions, strict=True):
         if not 0 <= position < n:
             raise ConfigError(f"{where}: block {i} is out of range. There are {n} blocks: use {-n} to {n - 1}.")
-        if position not in free or positions.count(position) > 1:
+        if position not in left or often[position] > 1:
             raise ConfigError(f"{where}: block {i} is given away twice. Name every block once.")
     if len(positions) != count:
         raise ConfigError(f"{where}: names {len(positions)} blocks, and the ratio gives {count}. Make the two agree.")

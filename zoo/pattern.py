@@ -13,23 +13,27 @@ The grammar, small on purpose::
 
 Letters and digits are ASCII; blanks and line breaks may stand between any two symbols. ``+`` binds tighter than
 sequence. What could be read two ways is refused with the remedy: ``a + b * 2`` needs parentheses, and as a label
-belongs to a whole block, so does ``a + b@x``. Parentheses nest 32 deep, and a pattern stands for at most 10 000 blocks.
+belongs to a whole block, so does ``a + b@x``. Parentheses nest 32 deep, names and labels have at most 128 characters, 16 mixers stand
+side by side, and a pattern stands for at most 10 000 blocks.
 """
 
 import re
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .registry import ConfigError
+from .errors import ConfigError
 
-__all__ = ["MAX_BLOCKS", "compress", "parse", "split_token"]
+__all__ = ["MAX_BLOCKS", "MAX_NAME", "compress", "parse", "split_token"]
 
 MAX_BLOCKS = 10_000
 _MAX_DEPTH = 32
 _MAX_CHARS = 1_000_000
+MAX_NAME = 128
+_MAX_BRANCHES = 16
 _MAX_PERIOD = 128
 _MAX_WORK = 200_000
-_SYMBOL = re.compile(r"\s*(\w+|[^\w\s])", re.ASCII)
+_BLANKS = re.compile(r"\s*", re.ASCII)
+_SYMBOL = re.compile(r"\w+|[^\w\s]", re.ASCII)
 
 
 def parse(text: str, where: str = "layers") -> list[str]:
@@ -51,18 +55,18 @@ def split_token(token: str) -> tuple[list[str], str | None]:
 
 
 class _Parser:
-    """One method per rule of the grammar; ``self.i`` is the next symbol, and the last symbol is the empty text."""
+    """One method per rule of the grammar; ``self.symbol`` is the next symbol, which starts at ``self.at``; the last is the empty text."""
 
     def __init__(self, text: str, where: str):
         self.text, self.where = text, where
-        matches = list(_SYMBOL.finditer(text))
-        self.symbols = [m[1] for m in matches] + [""]
-        self.at = [m.start(1) for m in matches] + [len(text)]
-        self.i = 0
+        self.symbol, self.at, self.end = "", 0, 0
+        self._next()
 
-    @property
-    def symbol(self) -> str:
-        return self.symbols[self.i]
+    def _next(self) -> None:
+        # one symbol at a time, blanks before it apart: whatever the text, it is walked through once, and no further than an error
+        self.at = _BLANKS.match(self.text, self.end).end()  # type: ignore[union-attr]
+        found = _SYMBOL.match(self.text, self.at)
+        self.symbol, self.end = (found[0], found.end()) if found else ("", len(self.text))
 
     def parse(self) -> list[str]:
         if not self.symbol:
@@ -90,8 +94,8 @@ class _Parser:
         # int() refuses endless numbers with an error of its own
         count = int(self.symbol) if len(self.symbol) < 9 else MAX_BLOCKS + 1
         self._bound(len(item) * count)
-        self.i += 1
-        return item * count
+        self._next()
+        return item if count == 1 else item * count
 
     def _block(self, depth: int) -> list[str]:
         if self.symbol == "(":
@@ -105,6 +109,8 @@ class _Parser:
         while self._accept("+"):
             if self.symbol == "(":
                 self._fail("expected a mixer name after '+': write 'a + b + c' without parentheses")
+            if len(names) == _MAX_BRANCHES:
+                self._fail(f"expected at most {_MAX_BRANCHES} mixers side by side")
             names.append(self._name("after '+'"))
         if len(names) > 1 and self.symbol in ("*", "@"):
             block = " + ".join(names)
@@ -114,15 +120,15 @@ class _Parser:
     def _group(self, depth: int) -> list[str]:
         if depth == _MAX_DEPTH:
             self._fail(f"expected at most {_MAX_DEPTH} nested parentheses")
-        opened = self.at[self.i]
-        self.i += 1
+        opened = self.at
+        self._next()
         tokens = self._pattern(depth + 1)
         if not self._accept(")"):
             self._fail(f"expected ')' for the '(' at {self._column(opened)}")
         if self.symbol == "@":
             if len(tokens) > 1 or "@" in tokens[0]:
                 self._fail("expected no label here, it marks one block that has none: label the names inside")
-            self.i += 1
+            self._next()
             name = f"({tokens[0]})" if "+" in tokens[0] else tokens[0]
             tokens = [f"{name}@{self._label()}"]
         if self.symbol == "+":
@@ -133,24 +139,31 @@ class _Parser:
         symbol = self.symbol
         if not (symbol.isascii() and symbol.isidentifier()):
             self._fail(f"expected a mixer name {place}")
-        self.i += 1
+        self._limit(symbol, "name")
+        self._next()
         return symbol
 
     def _label(self) -> str:
         symbol = self.symbol
         if not re.fullmatch(r"\w+", symbol, re.ASCII):
             self._fail("expected a label after '@', such as 'attention@a'")
-        self.i += 1
+        self._limit(symbol, "label")
+        self._next()
         return symbol
+
+    def _limit(self, symbol: str, what: str) -> None:
+        if len(symbol) > MAX_NAME:
+            self._fail(f"expected a {what} of at most {MAX_NAME} characters, and this one has {len(symbol)}")
 
     def _accept(self, symbol: str) -> bool:
         found = self.symbol == symbol
-        self.i += found
+        if found:
+            self._next()
         return found
 
     def _bound(self, blocks: int) -> None:
         if blocks > MAX_BLOCKS:
-            at = self._column(self.at[self.i])
+            at = self._column(self.at)
             raise ConfigError(
                 f"{self.where}: {at}: stands for {blocks} blocks, more than {MAX_BLOCKS}. Repeat less often."
             )
@@ -161,37 +174,58 @@ class _Parser:
 
     def _fail(self, expected: str) -> NoReturn:
         found = repr(self.symbol[:40]) if self.symbol else "the end"
-        raise ConfigError(f"{self.where}: {self._column(self.at[self.i])}: found {found}, {expected}.")
+        raise ConfigError(f"{self.where}: {self._column(self.at)}: found {found}, {expected}.")
 
 
 def compress(tokens: Sequence[str]) -> str:
     """A short pattern that :func:`parse` reads back as ``tokens``: ``"(mamba mlp) * 4 attention"``."""
-    return _fold(tuple(tokens), {})
+    folds: dict[tuple[str, ...], _Fold] = {}
+    whole = tuple(tokens)
+    _fold(whole, folds)
+    return _printed(whole, folds)
 
 
-def _fold(tokens: tuple[str, ...], known: dict[tuple[str, ...], str]) -> str:
-    """A short text by dynamic programming over suffixes: next comes one token, or a unit and how often it repeats."""
+# the length of the shortest text found for some tokens, and what it is made of: units, each with how often it stands there. Texts are
+# put together at the end alone: those of all units that are tried would take gigabytes
+_Fold = tuple[int, list[tuple[tuple[str, ...], int]]]
+
+
+def _fold(tokens: tuple[str, ...], known: dict[tuple[str, ...], _Fold]) -> int:
+    """The length of a short text, by dynamic programming over suffixes: next comes one token, or a unit and how often it repeats."""
     if tokens in known:
-        return known[tokens]
+        return known[tokens][0]
     n = len(tokens)
     copies = _copies(tokens)
-    best: list[tuple[int, str, int]] = [(0, "", n)] * (
-        n + 1
-    )  # length of the text from i on, its first part, where the next starts
+    # length of the text from i on, and what it begins with: where the unit ends, and how often it stands there
+    best: list[tuple[int, int, int]] = [(0, n, 0)] * (n + 1)
     for i in range(n - 1, -1, -1):
-        best[i] = (len(tokens[i]) + 1 + best[i + 1][0], tokens[i], i + 1)
+        best[i] = (len(tokens[i]) + 1 + best[i + 1][0], i + 1, 1)
         for period, times in copies[i]:
-            unit = _fold(tokens[i : i + period], known)
-            text = f"{unit} * {times}" if period == 1 and "+" not in unit else f"({unit}) * {times}"
-            length = len(text) + 1 + best[i + period * times][0]
+            unit = tokens[i : i + period]
+            around = len(f" * {times}") if _is_name(unit) else len(f"() * {times}")
+            length = _fold(unit, known) + around + 1 + best[i + period * times][0]
             if length < best[i][0]:
-                best[i] = (length, text, i + period * times)
-    parts, i = [], 0
+                best[i] = (length, i + period, times)
+    parts: list[tuple[tuple[str, ...], int]] = []
+    i = 0
     while i < n:
-        _, part, i = best[i]
-        parts.append(part)
-    known[tokens] = " ".join(parts)
-    return known[tokens]
+        _, end, times = best[i]
+        parts.append((tokens[i:end], times))
+        i += (end - i) * times
+    known[tokens] = max(0, best[0][0] - 1), parts
+    return known[tokens][0]
+
+
+def _is_name(unit: tuple[str, ...]) -> bool:
+    return len(unit) == 1 and "+" not in unit[0]
+
+
+def _printed(tokens: tuple[str, ...], known: dict[tuple[str, ...], _Fold]) -> str:
+    texts = []
+    for unit, times in known[tokens][1]:
+        text = unit[0] if len(unit) == 1 else _printed(unit, known)
+        texts.append(text if times == 1 else f"{text} * {times}" if _is_name(unit) else f"({text}) * {times}")
+    return " ".join(texts)
 
 
 def _copies(tokens: tuple[str, ...]) -> list[list[tuple[int, int]]]:

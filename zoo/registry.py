@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE
 from ..layers.base import OptionError
+from .errors import ConfigError
 
 __all__ = [
     "ConfigError",
@@ -35,10 +36,6 @@ _SHARED = ("d_model", "d_in", "layer_idx", "n_layer", "device", "dtype")
 _GROUP = "hybridzoo.mixers"
 
 T = TypeVar("T", bound=type[Mixer])
-
-
-class ConfigError(ValueError):
-    """A config that cannot work: the dotted key, what is wrong with it, and the remedy, in one line."""
 
 
 @dataclasses.dataclass(frozen=True)

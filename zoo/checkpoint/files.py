@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..errors import SourceError
+
 __all__ = [
     "CheckpointError",
     "Stored",
@@ -41,7 +43,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.yaml", "*.jinja")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(SourceError):
     """A folder that does not hold a whole, matching model: which file, what is wrong with it, and the remedy."""
 
 
