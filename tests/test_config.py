@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import hybridzoo as zoo
 from hybridzoo.zoo.config import block_specs, find_config, list_models, load_config, validate
-from hybridzoo.zoo.registry import ConfigError
+from hybridzoo.zoo.registry import ConfigError, nearest
 
 
 def small(**changes):
@@ -71,6 +72,73 @@ def test_overrides_come_last_and_in_order():
     assert block_specs(cfg)[0].parts[0][1]["d_state"] == 2
 
 
+CHANGES = [
+    (["d_model=64", "mixers.mamba.d_state=8"], {}),
+    ({"d_model": 64, "mixers.mamba.d_state": 8}, {}),
+    ({"d_model": 64, "mixers": {"mamba": {"d_state": 8}}}, {}),
+    (None, {"d_model": 64, "mixers": {"mamba": {"d_state": 8}}}),
+    (["d_model=32"], {"d_model": 64, "mixers": {"mamba": {"d_state": 8}}}),
+    ({"d_model": np.int64(64)}, {"mixers": {"mamba": {"d_state": np.int64(8)}}}),
+]
+
+
+@pytest.mark.parametrize(("overrides", "changes"), CHANGES)
+def test_changes_may_be_texts_mappings_or_keywords(overrides, changes):
+    cfg = zoo.config("jamba-tiny", overrides, **changes)
+    assert cfg == zoo.config("jamba-tiny", ["d_model=64", "mixers.mamba.d_state=8"])
+    model = zoo.build("jamba-tiny", overrides, device="meta", dtype=torch.bfloat16, **changes)
+    assert model.cfg == cfg and model.lm_head.weight.is_meta and model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_changes_do_what_overrides_do():
+    assert (
+        zoo.config("jamba-tiny", mixers={"attention": {"type": "mamba2", "headdim": 32}}).mixers.attention.type
+        == "mamba2"
+    )
+    assert zoo.config("mamba-tiny", layers=["mamba", "mamba"]).layers == "mamba * 2"
+    assert zoo.config("nvidia-hybrid-tiny", layers={"n_layer": 24}).layers != zoo.config("nvidia-hybrid-tiny").layers
+    cfg = zoo.config(
+        small(override=[{"at": [0], "set": {"d_state": 8}}]), {"override.0.set": {"expand": 1}, "override[0].at.0": -4}
+    )
+    assert block_specs(cfg)[0].parts[0][1]["d_state"] == 8 and block_specs(cfg)[0].parts[0][1]["expand"] == 1
+    source = small()
+    zoo.config(source, {"mixers.mamba.d_state": 8})
+    assert source == small()
+
+
+SLIPS = {
+    "d_modle": "'d_model'", "device_": "'device'", "dtpye": "'dtype'", "override_": "'override'", "tie_embedings": "'tie_embeddings'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "meant"), SLIPS.items())
+def test_a_keyword_that_is_misspelt_gets_the_nearest(key, meant):
+    with pytest.raises(
+        ConfigError, match=f"^{key}: is neither an argument of zoo.build nor a key of configs. Did you mean {meant}"
+    ):
+        zoo.build("jamba-tiny", **{key: 3})
+    with pytest.raises(ConfigError, match=r"d_modle: unknown key. Did you mean 'd_model'"):
+        zoo.config("jamba-tiny", d_modle=3)
+    with pytest.raises(ConfigError, match="base: cannot be overridden"):
+        zoo.config("jamba-tiny", base="mamba-tiny")
+
+
+NEAREST = [
+    ("d_modle", "d_model"), ("typ", "type"), ("mamab", "mamba"), ("n_layers", "n_layer"), ("aa", "a"), ("casual_lm", "causal_lm"),
+    ("mamba-tiby", "mamba-tiny"), ("hybridzoo_mqra", "hybridzoo_mqar"), ("mixtrall", "mixtral"), ("self_attn.q_proj.weigth", "self_attn.q_proj.weight"),
+    # other things, and no slips
+    ("mistral", None), ("ministral", None), ("mamba3", None), ("mamba", None), ("bamba", None), ("jamba2", None), ("qwen2_moe", None), ("rmsnormal", None),
+    ("groupnorm", None), ("gdn", None), ("hidden_size", None), ("", None), ("x" * 100_000, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "meant"), NEAREST, ids=[n[0][:20] for n in NEAREST])
+def test_a_hint_is_for_slips_of_the_keyboard(name, meant):
+    known = ["d_model", "type", "n_layer", "a", "causal_lm", "mamba-tiny", "hybridzoo_mqar", "mixtral", "self_attn.q_proj.weight", "qwen3_moe", "rmsnorm",
+             "jamba", "mamba2", "layernorm"] + ["mamba"] * (name == "mamab")  # fmt: skip
+    assert nearest(name, known) == (f" Did you mean {meant!r}?" if meant else "")
+
+
 def test_a_mixer_of_another_type_starts_from_its_own_defaults(tmp_path):
     cfg = zoo.config("jamba-tiny", ["mixers.attention.type=mamba2", "mixers.attention.headdim=32"])
     assert cfg.mixers.attention.type == "mamba2" and "nheads" not in cfg.mixers.attention
@@ -84,15 +152,6 @@ def test_a_ratio_is_swept_by_one_override():
         for r in (0, 1 / 12, 0.25)
     ]
     assert counts[0] == 0 and counts == sorted(counts)
-
-
-def test_interpolations_see_the_merged_config(tmp_path):
-    write(
-        tmp_path / "base.yaml",
-        "vocab_size: 16\nd_model: 32\nlayers: mlp\nmixers: {mlp: {d_intermediate: '${d_model}'}}",
-    )
-    path = write(tmp_path / "child.yaml", "base: base\nd_model: 64")
-    assert load_config(path).mixers.mlp.d_intermediate == 64
 
 
 def test_a_hydra_node_is_accepted_with_its_references():
@@ -197,8 +256,7 @@ BAD = {
     ),
     "heads": ({"mixers": {"attention": {"nheads": 5}}, "layers": "attention"}, "mixers.attention.nheads (attention): "),
     "required option": ({"mixers": {"moe": {}}, "layers": "moe"}, "mixers.moe.d_intermediate (moe): Missing mandatory value"),
-    "interpolation": ({"d_model": "${width}"}, "d_model: Interpolation key 'width' not found"),
-    "circle": ({"d_model": "${d_model}"}, "Recursive interpolation"),
+    "interpolation": ({"d_model": "${width}"}, "d_model: holds '${', an interpolation"),
     "base of another kind": ({"base": ["a"]}, "base: found ['a'], expected one shipped name"),
     "unknown base": ({"base": "mamba-tinny"}, "Did you mean 'mamba-tiny'? Give a name from `zoo list` or a path relative to the file."),
     "label on two mixers": (
@@ -286,7 +344,7 @@ FILES = {
     "deep": ("layers: " + "[" * 1500, r"bad\.yaml"),
     "python": ("layers: !!python/object/apply:os.system ['true']\n", r"bad\.yaml"),
     "big": ("# " + "x" * 1_000_001, r"bad\.yaml: has 1000003 bytes, more than 1000000"),
-    "interpolation": ("d_model: ${\n", r"d_model|bad\.yaml"),
+    "interpolation": ("d_model: ${\n", r"bad\.yaml: d_model: holds '\$\{', an interpolation"),
 }
 
 

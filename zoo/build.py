@@ -1,32 +1,38 @@
 """From a config name to a model, and from a model to its optimiser groups."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers.base import Mixer
-from .config import load_config
+from .config import ConfigSchema, load_config
 from .device import pick_device
+from .errors import ConfigError
 from .lm import CausalLM
+from .registry import nearest
 
 __all__ = ["build", "param_groups"]
 
 
 def build(
     config: Any,
-    overrides: list[str] | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **changes: Any,
 ) -> CausalLM:
     """Build an untrained model.
 
     Args:
         config: A name from ``zoo.list_models()``, a path to a YAML file, or a config (``zoo.config(...)``, a dict, a ``DictConfig``).
-        overrides: Dotlist changes, such as ``["d_model=256", "mixers.mamba.d_state=8"]``.
+        overrides: Dotlist changes, such as ``["d_model=256", "mixers.mamba.d_state=8"]``, or a mapping of keys, dotted or nested.
         device: Where the weights are created, the CPU by default; ``"meta"`` allocates nothing.
         dtype: Of the weights; parameters that must stay float32 do.
+        **changes: Keys of the config, applied last: ``d_model=256``.
 
     Returns:
         The model, in training mode.
@@ -35,8 +41,14 @@ def build(
         ConfigError: The config is not valid; nothing has been allocated then.
         ValueError: The device is not there.
     """
+    arguments = ["overrides", "device", "dtype", *(field.name for field in dataclasses.fields(ConfigSchema))]
+    for key in changes:
+        if key not in arguments:
+            raise ConfigError(
+                f"{key}: is neither an argument of zoo.build nor a key of configs.{nearest(key, arguments)} Known: {', '.join(arguments)}."
+            )
     device = None if device is None else pick_device(device, meta=True)
-    return CausalLM(load_config(config, overrides), device=device, dtype=dtype)
+    return CausalLM(load_config(config, overrides, **changes), device=device, dtype=dtype)
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:

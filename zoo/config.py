@@ -17,9 +17,21 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config_file import apply_overrides, find_config, first_line, inherit, read_config
+from .config_file import apply_overrides, find_config, inherit, read_config
+from .errors import ConfigError
 from .layout import READS, WRITES, BlockSpec, compress, expand, split_token
-from .registry import ConfigError, build_mixer, check_mixer_options, list_mixers, nearest
+from .pattern import MAX_BLOCKS, MAX_NAME
+from .plain import first_line, plain
+from .registry import (
+    HOW_TO_IMPORT,
+    build_mixer,
+    check_mixer_options,
+    home_of,
+    list_mixers,
+    nearest,
+    of_another_kind,
+    refuse_broken,
+)
 from .shipped import list_models
 
 __all__ = ["ConfigSchema", "block_specs", "find_config", "list_models", "load_config", "validate"]
@@ -28,6 +40,9 @@ __all__ = ["ConfigSchema", "block_specs", "find_config", "list_models", "load_co
 _STREAMS = {"reads": READS, "writes": WRITES}
 _NORMS = ("rmsnorm", "layernorm")
 _TASKS = ("causal_lm",)
+# nobody writes down more; each is checked and built on the meta device, which takes milliseconds
+_MAX_MIXERS = 256
+_MAX_EXCEPTIONS = 1000
 # the largest sizes that anybody means; beyond them lies a slip of the keyboard, or an overflow
 _RANGES = {
     "vocab_size": (1, 2**24),
@@ -75,6 +90,8 @@ class ConfigSchema:
         embedding_multiplier: Factor of the embedded tokens (muP, arXiv:2203.03466; Granite, Falcon-H1).
         residual_multiplier: Factor of what every block adds to the residual stream.
         logits_multiplier: Factor of the logits.
+        imports: Filled in: the Python module that each registered mixer of somebody else's came from, ``{my_mixer: mine}``. A name to
+            import, for the message where the mixer is not registered; reading a config never imports it.
     """
 
     task: str = "causal_lm"
@@ -94,15 +111,18 @@ class ConfigSchema:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    imports: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load_config(source: Any, overrides: Sequence[str] | None = None) -> DictConfig:
+def load_config(source: Any, overrides: Sequence[str] | Mapping[str, Any] | None = None, **changes: Any) -> DictConfig:
     """Read, merge and check a config.
 
     Args:
         source: A shipped name (:func:`list_models`), a YAML file, a folder that holds a ``config.yaml``, a dict, or a
-            ``DictConfig`` such as Hydra's.
-        overrides: Dotlist entries applied last, such as ``["d_model=256", "mixers.mamba.d_state=8"]``.
+            ``DictConfig`` such as Hydra's, which is resolved first. Nothing else is evaluated: an interpolation is an error.
+        overrides: Applied next: dotlist entries such as ``["d_model=256", "mixers.mamba.d_state=8"]``, or a mapping of keys, dotted or
+            nested, such as ``{"mixers": {"mamba": {"d_state": 8}}}``.
+        **changes: Keys of the config, applied last: ``d_model=256``.
 
     Returns:
         Every key with its final value, plain data only; ``layers`` is a pattern text. Saved as YAML and read again it
@@ -111,17 +131,26 @@ def load_config(source: Any, overrides: Sequence[str] | None = None) -> DictConf
     Raises:
         ConfigError: Anything that cannot work.
     """
+    return _load(source, overrides or [], changes)
+
+
+def validate(cfg: Any, *, saved: bool = False) -> DictConfig:
+    """:func:`load_config` without overrides: check a config from anywhere and fill in its defaults.
+
+    Args:
+        cfg: As there.
+        saved: Whether it is what a saved model's ``config.json`` says, and may therefore name no file as its ``base``.
+    """
+    return _load(cfg, [], {}, saved=saved)
+
+
+def _load(source: Any, overrides: Any, changes: Mapping[str, Any], saved: bool = False) -> DictConfig:
     if isinstance(source, str | Path):
         path = find_config(source)
         data = inherit(read_config(path), path)
     else:
-        data = inherit(_plain(source), None)
-    return _check(apply_overrides(data, overrides or []))
-
-
-def validate(cfg: Any) -> DictConfig:
-    """:func:`load_config` without overrides: check a config from anywhere and fill in its defaults."""
-    return load_config(cfg)
+        data = inherit(_plain(source), None, saved=saved)
+    return _check(apply_overrides(apply_overrides(data, overrides), changes))
 
 
 def block_specs(cfg: Any) -> list[BlockSpec]:
@@ -130,8 +159,10 @@ def block_specs(cfg: Any) -> list[BlockSpec]:
     Raises:
         ConfigError: A token, an index or an option that does not exist, or a label on two different mixers.
     """
-    data: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    data: Any = OmegaConf.to_container(cfg) if isinstance(cfg, DictConfig) else cfg
     tokens, mixers = expand(data["layers"]), data["mixers"]
+    # blocks of one mixer have one table of options, of which exceptions make others
+    options = {name: _without_streams(entry) for name, entry in mixers.items()}
     specs = []
     for index, token in enumerate(tokens):
         names, label = split_token(token)
@@ -140,11 +171,21 @@ def block_specs(cfg: Any) -> list[BlockSpec]:
                 hint = f" Add mixers.{name}: {{type: {name}}}." if name in list_mixers() else nearest(name, mixers)
                 known = ", ".join(mixers) or "nothing"
                 raise ConfigError(f"layers: unknown mixer {name!r} in block {index}.{hint} Under mixers: {known}.")
-        parts = [(name, _without_streams(mixers[name]), f"mixers.{name}") for name in names]
+        parts = [(name, options[name], f"mixers.{name}") for name in names]
         specs.append(BlockSpec(index, token, label, parts, **_streams(names, mixers)))
     _check_streams(specs)
-    for i, exception in enumerate(data.get("override") or []):
-        _apply_exception(specs, exception, f"override.{i}")
+    exceptions = data.get("override") or []
+    if len(exceptions) > _MAX_EXCEPTIONS:
+        raise ConfigError(
+            f"override: has {len(exceptions)} entries, more than {_MAX_EXCEPTIONS}. Let one entry name several blocks."
+        )
+    named = 0
+    for i, exception in enumerate(exceptions):
+        named += _apply_exception(specs, exception, f"override.{i}")
+        if named > MAX_BLOCKS:
+            raise ConfigError(
+                f"override: names more than {MAX_BLOCKS} blocks in all. Change the mixers' own options instead."
+            )
     first: dict[str, BlockSpec] = {}
     for spec in specs:
         twin = first.setdefault(spec.label, spec) if spec.label else spec
@@ -182,36 +223,45 @@ def _check_streams(specs: list[BlockSpec]) -> None:
         written = written or spec.writes == "side"
 
 
-def _apply_exception(specs: list[BlockSpec], exception: Any, where: str) -> None:
+def _apply_exception(specs: list[BlockSpec], exception: Any, where: str) -> int:
     if not isinstance(exception, Mapping) or set(exception) != {"at", "set"}:
         raise ConfigError(
             f"{where}: found {exception!r}, expected {{at: block index or list of them, set: {{option: value}}}}."
         )
     at, options = exception["at"], exception["set"]
     at = at if isinstance(at, list | tuple) else [at]
+    n = len(specs)
     if not at or not all(type(i) is int for i in at):
         raise ConfigError(
             f"{where}.at: found {exception['at']!r}, expected a block index or a list of them, such as [0, -1]."
         )
+    if len(at) > MAX_BLOCKS:
+        raise ConfigError(f"{where}.at: has {len(at)} indices, and there are {n} blocks. Name each of them once.")
     if not isinstance(options, Mapping) or not options:
         raise ConfigError(f"{where}.set: found {options!r}, expected options, such as {{d_state: 128}}.")
-    n = len(specs)
+    known: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     for index in at:
         if not -n <= index < n:
             raise ConfigError(f"{where}.at: block {index} is out of range, there are {n} blocks. Use {-n} to {n - 1}.")
-        spec = specs[index]
-        for key in options:
-            known = sorted({k for _, part, _ in spec.parts for k in part if k != "type"})
-            if key not in known:
-                raise ConfigError(
-                    f"{where}.set.{key}: is no option of block {spec.index} ({spec.token}).{nearest(key, known)}"
-                    f" Options: {', '.join(known)}."
-                )
-        for i, (name, part, _) in enumerate(spec.parts):
-            mine = {k: v for k, v in options.items() if k in part}
-            if mine:
-                changed = check_mixer_options({**part, **mine}, f"{where}.set")
-                spec.parts[i] = (name, changed, f"{where}.set")
+        _except(specs[index], options, where, known)
+    return len(at)
+
+
+def _except(spec: BlockSpec, options: Mapping[str, Any], where: str, known: dict[int, Any]) -> None:
+    # `known` has what each table of options becomes, with the table itself, which keeps its id its own
+    for key in options:
+        if key == "type" or not any(key in part for _, part, _ in spec.parts):
+            names = sorted({k for _, part, _ in spec.parts for k in part if k != "type"})
+            raise ConfigError(
+                f"{where}.set.{key}: is no option of block {spec.index} ({spec.token}).{nearest(key, names)}"
+                f" Options: {', '.join(names)}."
+            )
+    for i, (name, part, _) in enumerate(spec.parts):
+        mine = {k: v for k, v in options.items() if k in part}
+        if mine:
+            if id(part) not in known:
+                known[id(part)] = part, check_mixer_options({**part, **mine}, f"{where}.set")
+            spec.parts[i] = (name, known[id(part)][1], f"{where}.set")
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
@@ -219,12 +269,7 @@ def _plain(cfg: Any) -> dict[str, Any]:
         raise ConfigError(
             f"config: found {type(cfg).__name__}, expected a mapping, a DictConfig, a model's name or a path."
         )
-    try:
-        node: Any = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)  # type: ignore[call-overload]
-        # a node inside a larger config may refer to its surroundings, which are lost once it is plain data
-        data: Any = OmegaConf.to_container(node, resolve=node._get_parent() is not None)
-    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as e:
-        raise _from_omegaconf(e, "config") from e
+    data = plain(dataclasses.asdict(cfg) if isinstance(cfg, ConfigSchema) else cfg)
     if not isinstance(data, dict):
         raise ConfigError("config: is an empty node. Pass a mapping.")
     return data
@@ -232,24 +277,49 @@ def _plain(cfg: Any) -> dict[str, Any]:
 
 def _check(data: dict[str, Any]) -> DictConfig:
     values = _typed(data)
+    _check_imports(values)
     values["mixers"] = {name: _filled(name, entry) for name, entry in values["mixers"].items()}
     values["layers"] = compress(expand(values["layers"]))
     specs = block_specs(values)
-    built: set[str] = set()
+    built: dict[tuple[int, str], tuple[Any, str, BlockSpec]] = {}
     for spec in specs:
         for _, part, where in spec.parts:
-            if (key := repr((part, spec.reads))) not in built:
-                built.add(key)
-                _try_build(part, where, values["d_model"], len(specs), spec)
+            built.setdefault((id(part), spec.reads), (part, where, spec))
+    if len(built) > _MAX_MIXERS:
+        raise ConfigError(
+            f"override: makes {len(built)} different mixers, more than {_MAX_MIXERS}. Make fewer exceptions."
+        )
+    for part, where, spec in built.values():
+        _try_build(part, where, values["d_model"], len(specs), spec)
+    # the plain data has been read as text and typed; OmegaConf only holds it
     return OmegaConf.create(values)
+
+
+def _check_imports(values: dict[str, Any]) -> None:
+    """Say what to import for a mixer that is not registered, and note where the registered ones of others came from."""
+    known, homes = list_mixers(), {}
+    for name, entry in values["mixers"].items():
+        kind = entry.get("type", name) if isinstance(entry, dict) else None
+        if not isinstance(kind, str):
+            continue
+        refuse_broken(kind, f"mixers.{name}")
+        if kind not in known and (home := values["imports"].get(kind)) is not None:
+            raise ConfigError(
+                f"mixers.{name}: its type {kind!r} is no mixer of hybridzoo; it came from the Python module {home!r}, and a config never "
+                f"imports one. If you trust that module, import it first: 'import {home}' in Python, 'zoo --import {home}' or "
+                "'zoo --import path/to/its/file.py'; a plug-in is installed by pip."
+            )
+        if kind in known and (home := home_of(kind)) is not None:
+            homes[kind] = home
+    if homes:
+        values["imports"] = homes
+    else:
+        del values["imports"]
 
 
 def _typed(data: dict[str, Any]) -> dict[str, Any]:
     """The top level with defaults filled in, unknown keys refused and every scalar of its type and in its range."""
-    try:
-        plain: Any = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
-    except (OmegaConfBaseException, ValueError, RecursionError) as e:
-        raise _from_omegaconf(e, "config") from e
+    plain = dict(data)
     plain.pop("base", None)
     for prefix, keys, schema in (("", plain, ConfigSchema), ("norm.", plain.get("norm"), NormSchema)):
         known = [f.name for f in dataclasses.fields(schema)]
@@ -263,18 +333,34 @@ def _typed(data: dict[str, Any]) -> dict[str, Any]:
             )
     if not isinstance(plain["mixers"], dict):
         raise ConfigError(f"mixers: found {plain['mixers']!r}, expected a mapping, such as {{mamba: {{d_state: 16}}}}.")
-    for key, kind in (("norm", dict), ("override", list)):
-        if not isinstance(plain.get(key, kind()), kind):
-            example = "{type: rmsnorm, eps: 1.0e-5}" if kind is dict else "[{at: 0, set: {d_state: 128}}]"
-            raise ConfigError(
-                f"{key}: found {plain[key]!r}, expected a {'mapping' if kind is dict else 'list'}, such as {example}."
-            )
-    try:
-        values: Any = OmegaConf.to_container(
-            OmegaConf.merge(OmegaConf.structured(ConfigSchema), plain), throw_on_missing=True
+    if len(plain["mixers"]) > _MAX_MIXERS:
+        raise ConfigError(
+            f"mixers: has {len(plain['mixers'])} entries, more than {_MAX_MIXERS}. Leave out unused ones."
         )
-    except (OmegaConfBaseException, ValueError, TypeError) as e:
-        raise _from_omegaconf(e, "config") from e
+    for key, kind, example in (
+        ("norm", dict, "a mapping, such as {type: rmsnorm, eps: 1.0e-5}"),
+        ("imports", dict, "a mapping, such as {my_mixer: my_package.mixers}"),
+        ("override", list, "a list, such as [{at: 0, set: {d_state: 128}}]"),
+    ):
+        if not isinstance(plain.get(key, kind()), kind):
+            raise ConfigError(f"{key}: found {plain[key]!r}, expected {example}.")
+    for key in ("mixers", "imports"):
+        if len(plain.get(key, ())) > _MAX_MIXERS:
+            raise ConfigError(f"{key}: has {len(plain[key])} entries, more than {_MAX_MIXERS}. Leave out unused ones.")
+    for name, module in plain.get("imports", {}).items():
+        if not isinstance(module, str) or not all(part.isidentifier() for part in module.split(".")):
+            raise ConfigError(f"imports.{name}: found {module!r}, expected the name of a Python module.")
+    nested = {key: plain.pop(key) for key in ("layers", "mixers", "override") if key in plain}
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ConfigSchema), plain))
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as e:
+        raise _from_omegaconf(e, "config") from None
+    values |= nested
+    for key, value in values.items():
+        if value == MISSING:
+            raise ConfigError(f"{key}: is missing (found {MISSING!r}). Give it a value.")
+        if key in plain and (problem := of_another_kind(plain[key], value)):
+            raise ConfigError(f"{key}: {problem}.")
     del values["base"]
     for key, choices in (("task", _TASKS), ("norm.type", _NORMS)):
         value = values["norm"]["type"] if key == "norm.type" else values[key]
@@ -289,17 +375,20 @@ def _typed(data: dict[str, Any]) -> dict[str, Any]:
 
 def _filled(name: str, entry: Any) -> dict[str, Any]:
     where = f"mixers.{name}"
-    if not (name.isascii() and name.isidentifier()):
-        raise ConfigError(f"{where}: is not a name that a pattern can hold. Use letters, digits and underscores.")
+    if not (name.isascii() and name.isidentifier() and len(name) <= MAX_NAME):
+        raise ConfigError(
+            f"{where}: is not a name that a pattern can hold. Use letters, digits and underscores, {MAX_NAME} at most."
+        )
     if not isinstance(entry, dict):
         raise ConfigError(
             f"{where}: found {entry!r}, expected options. Write {{type: {name}}}, or {{}} if nothing is to be set."
         )
     if "type" not in entry:
         if name not in list_mixers():
+            refuse_broken(name, where)
             raise ConfigError(
                 f"{where}: has no type, and no mixer is called {name!r}.{nearest(name, list_mixers())}"
-                f" Add type: one of {', '.join(list_mixers())}."
+                f" Add type: one of {', '.join(list_mixers())}. {HOW_TO_IMPORT}"
             )
         entry = {"type": name, **entry}
     streams = {key: entry[key] for key in _STREAMS if key in entry}

@@ -65,8 +65,8 @@ class HybridZooConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.zoo is not None:
-            cfg = validate(self.zoo)
-            self.zoo = dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+            cfg = validate(self.zoo, saved=True)
+            self.zoo = dict(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
             self.vocab_size = padded_vocab(cfg)  # the width of the logits
             self.hidden_size = cfg.d_model
             self.max_position_embeddings = cfg.max_length

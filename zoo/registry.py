@@ -9,31 +9,39 @@ import dataclasses
 import difflib
 import importlib.metadata
 import inspect
+import math
+import re
+import threading
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE
 from ..layers.base import OptionError
-from .errors import ConfigError
+from .errors import ConfigError, printable
+from .plain import first_line
 
 __all__ = [
     "ConfigError",
     "MixerEntry",
     "build_mixer",
     "check_mixer_options",
+    "home_of",
     "list_mixers",
     "nearest",
+    "of_another_kind",
     "register_mixer",
 ]
 
 # what the model decides, and a file therefore may not
 _SHARED = ("d_model", "d_in", "layer_idx", "n_layer", "device", "dtype")
 _GROUP = "hybridzoo.mixers"
+HOW_TO_IMPORT = "One of your own is imported first: 'import mine' in Python, or zoo --import mine.py."
 
 T = TypeVar("T", bound=type[Mixer])
 
@@ -47,14 +55,42 @@ class MixerEntry:
 
 
 _entries: dict[str, MixerEntry] = {}
-_checked: dict[tuple[type, str], dict[str, Any]] = {}
+_OURS: frozenset[str] = frozenset()
+_defaults: dict[type, dict[str, Any]] = {}
+_checked: dict[tuple[type, str, str], Any] = {}
+_MAX_CHECKED = 10_000
+_MAX_ITEMS = 1000  # in the value of one option
+_broken: dict[str, str] = {}  # plug-ins that cannot be used, and why
 _plugins_loaded = False
+_lock = threading.RLock()
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """A ``Did you mean ...?`` sentence with a leading space, or an empty string when nothing is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """A ``Did you mean ...?`` sentence with a leading space if ``name`` is a slip of the keyboard for one of ``known``; else empty.
+
+    A slip leaves out, adds or swaps letters, one in five of them; a letter in another's place counts twice. Names that differ in their
+    digits, such as ``mamba`` and ``mamba2``, are different things.
+    """
+    name = str(name)[:100]
+    for close in difflib.get_close_matches(name, list(known), n=3):
+        if _slips(name, close) <= max(1, len(name) // 5) and re.findall(r"\d+", name) == re.findall(r"\d+", close):
+            return f" Did you mean {close!r}?"
+    return ""
+
+
+def _slips(a: str, b: str) -> int:
+    # edit distance with neighbours swapped at the price of one insertion
+    before: list[int] = []
+    last = list(range(len(b) + 1))
+    for i in range(1, len(a) + 1):
+        row = [i]
+        for j in range(1, len(b) + 1):
+            same = a[i - 1] == b[j - 1]
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] if same else last[j - 1] + 2))
+            if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1] and not same:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]
 
 
 def register_mixer(name: str) -> Callable[[T], T]:
@@ -102,12 +138,36 @@ def _schema_of(name: str, cls: type[Mixer]) -> type:
 
 def _load_plugins() -> None:
     global _plugins_loaded
-    if _plugins_loaded:
-        return
-    _plugins_loaded = True
-    for point in importlib.metadata.entry_points(group=_GROUP):
-        if point.name not in _entries:
-            register_mixer(point.name)(point.load())
+    # a plug-in may ask for the list of mixers while it is imported
+    with _lock:
+        if _plugins_loaded:
+            return
+        _plugins_loaded = True
+        try:
+            points = list(importlib.metadata.entry_points(group=_GROUP))
+        except Exception as e:  # somebody's damaged metadata
+            warnings.warn(f"mixer plug-ins cannot be listed: {_reason(e)}. Reinstall the package.", stacklevel=3)
+            return
+        for point in points:
+            before = dict(_entries)
+            try:
+                register_mixer(point.name)(point.load())
+            except (Exception, SystemExit) as e:
+                # other configs work beside it, and so does the next call as this one
+                _entries.clear()
+                _entries.update(before)
+                package = point.dist.name if point.dist else "unknown"
+                reason = f"{point.value} of the package {package!r} cannot be used: {_reason(e)}"
+                _broken.setdefault(point.name, reason)
+                message = f"mixer plug-in {point.name!r}: {reason}. Reinstall or remove the package."
+                warnings.warn(printable(message), stacklevel=3)
+            except BaseException:
+                _plugins_loaded = False
+                raise
+
+
+def _reason(e: BaseException) -> str:
+    return f"{type(e).__name__}: {first_line(e)}"
 
 
 def list_mixers() -> list[str]:
@@ -118,12 +178,23 @@ def list_mixers() -> list[str]:
 
 def get_mixer(name: object, where: str) -> MixerEntry:
     """The entry registered as ``name``; ``where`` is the dotted key for the error."""
-    _load_plugins()
-    if not isinstance(name, str) or name not in _entries:
+    if not isinstance(name, str) or name not in list_mixers():
+        refuse_broken(name, where)
         raise ConfigError(
-            f"{where}: unknown mixer {name!r}.{nearest(name, _entries)} Known: {', '.join(list_mixers())}."
+            f"{where}: unknown mixer {name!r}.{nearest(name, _entries)} Known: {', '.join(list_mixers())}. {HOW_TO_IMPORT}"
         )
     return _entries[name]
+
+
+def refuse_broken(name: object, where: str) -> None:
+    """Raise a :class:`ConfigError` if ``name`` is a plug-in that cannot be used."""
+    if isinstance(name, str) and name in _broken and name not in _entries:
+        raise ConfigError(f"{where}: mixer {name!r} is a plug-in, and {_broken[name]}. Reinstall the package.")
+
+
+def home_of(name: str) -> str | None:
+    """The Python module that a registered mixer came from; ``None`` for one of hybridzoo's own."""
+    return None if name in _OURS else _entries[name].cls.__module__
 
 
 def check_mixer_options(spec: dict[str, Any], where: str) -> dict[str, Any]:
@@ -141,10 +212,6 @@ def check_mixer_options(spec: dict[str, Any], where: str) -> dict[str, Any]:
     """
     options = dict(spec)
     entry = get_mixer(options.pop("type", None), f"{where}.type")
-    # a deep model asks the same for every block, and OmegaConf takes milliseconds
-    memo = (entry.schema, repr(options))
-    if memo in _checked:
-        return copy.deepcopy(_checked[memo])
     known = [f.name for f in dataclasses.fields(entry.schema)]
     for key in options:
         if key in _SHARED:
@@ -155,17 +222,67 @@ def check_mixer_options(spec: dict[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{where}.{key} ({spec['type']}): unknown option.{nearest(key, known)} Options: {', '.join(known)}."
             )
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(entry.schema), options)
-        checked = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, TypeError, ValueError) as e:
-        at = getattr(e, "full_key", None)
-        key = f".{at}" if at else ""
-        message = (getattr(e, "msg", None) or str(e)).splitlines()[0]
-        raise ConfigError(f"{where}{key} ({spec['type']}): {message}. Options: {', '.join(known)}.") from e
-    assert isinstance(checked, dict)
-    _checked[memo] = {"type": spec["type"], **{str(k): v for k, v in checked.items()}}
+    if entry.schema not in _defaults:
+        defaults: Any = OmegaConf.to_container(OmegaConf.structured(entry.schema))
+        _defaults[entry.schema] = defaults
+    checked = {"type": spec["type"], **copy.deepcopy(_defaults[entry.schema])}
+    for key, value in options.items():
+        if isinstance(value, list | dict) and len(value) > _MAX_ITEMS:
+            raise ConfigError(
+                f"{where}.{key} ({spec['type']}): has {len(value)} entries, more than {_MAX_ITEMS}. Shorten it."
+            )
+        try:
+            checked[key] = _typed_option(entry.schema, key, value)
+        except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as e:
+            at = getattr(e, "full_key", None) or key
+            message = (getattr(e, "msg", None) or str(e)).splitlines()[0]
+            raise ConfigError(f"{where}.{at} ({spec['type']}): {message}. Options: {', '.join(known)}.") from None
+    for key in known:
+        if checked[key] == MISSING:
+            raise ConfigError(
+                f"{where}.{key} ({spec['type']}): Missing mandatory value: {key}. Options: {', '.join(known)}."
+            )
+        if problem := _no_number(checked[key], _defaults[entry.schema][key]):
+            raise ConfigError(f"{where}.{key} ({spec['type']}): {problem}. Choose a number within reason.")
+    return checked
+
+
+def _typed_option(schema: type, key: str, value: Any) -> Any:
+    # each option by itself and once: OmegaConf takes milliseconds for all, and a deep or long config asks the same again and again
+    memo = (schema, key, repr(value))
+    if memo not in _checked:
+        (field,) = (f for f in dataclasses.fields(schema) if f.name == key)
+        one = dataclasses.make_dataclass(schema.__name__, [(key, field.type, dataclasses.field(default=MISSING))])
+        typed: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(one), {key: value}))
+        if problem := of_another_kind(value, typed[key]):
+            raise ValueError(problem)
+        if len(_checked) >= _MAX_CHECKED:
+            _checked.clear()
+        _checked[memo] = typed[key]
     return copy.deepcopy(_checked[memo])
+
+
+def of_another_kind(given: Any, typed: Any) -> str | None:
+    """What is wrong with a value that OmegaConf would convert all the same: a number as a text, or one that is not 0 or 1 as a flag."""
+    if isinstance(typed, str) and not isinstance(given, str):
+        return f"Value {given!r} of type {type(given).__name__!r} is no text. Write it in quotes"
+    digits = isinstance(given, str) and given.strip("+-. ").isdigit()
+    if isinstance(typed, bool) and (digits or (isinstance(given, int) and given not in (0, 1))):
+        return f"Value {given!r} of type {type(given).__name__!r} is neither true nor false"
+    return None
+
+
+def _no_number(value: Any, default: Any) -> str | None:
+    """What is wrong with a number in an option's value; an infinite one is right where the default has one."""
+    if isinstance(value, list | tuple | dict):
+        parts = value.values() if isinstance(value, dict) else value
+        return next((problem for part in parts if (problem := _no_number(part, default))), None)
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"is a whole number of {value.bit_length()} bits, more than 63"
+    if not isinstance(value, float) or math.isfinite(value):
+        return None
+    infinite = value in (default if isinstance(default, list | tuple) else [default])  # NaN equals nothing
+    return None if infinite else f"is {value}, no finite number"
 
 
 def build_mixer(
@@ -213,3 +330,4 @@ def build_mixer(
 
 for _name, _cls in {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention, "mlp": MLP, "moe": MoE}.items():
     register_mixer(_name)(_cls)
+_OURS = frozenset(_entries)

@@ -133,7 +133,7 @@ def train(
         model = build(model, overrides)
     table = _table(data, model, length)
     settings = {
-        "config": OmegaConf.to_container(model.cfg, resolve=True), "data": _digest(table), "steps": steps,
+        "config": OmegaConf.to_container(model.cfg), "data": _digest(table), "steps": steps,
         "batch_size": batch_size, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "seed": seed,
         "start": _digest_weights(model) if given else None,
     }  # fmt: skip

@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ...layers.base import Mixer
-from ..config import validate
+from ..config import block_specs, validate
 from ..lm import CausalLM
 from ..registry import nearest
 from ..tokenizer import tokenizer_files
@@ -99,10 +99,11 @@ def load(
         ConfigError: The config is not valid.
     """
     folder = Path(folder)
-    model = CausalLM(_read_config(folder), device="meta")
+    cfg, stored = _read_config(folder), stored_tensors(folder)
+    _check_size(cfg, stored, folder)
+    model = CausalLM(cfg, device="meta")
     expected, pinned = unique_tensors(model), fp32_names(model)
     target = torch.device("cpu" if device is None else device)
-    stored = stored_tensors(folder)
     for name, tensor in stored.items():
         if name not in expected:
             if model.cfg.tie_embeddings and name == "lm_head.weight":
@@ -124,6 +125,19 @@ def load(
         to = dtype or value.dtype
         assign(model, name, moved(value, target, torch.promote_types(to, torch.float32) if name in pinned else to))
     return model.eval()
+
+
+def _check_size(cfg: Any, stored: dict[str, Any], folder: Path) -> None:
+    # a pattern of some bytes stands for thousands of blocks, which would take long to build only to find them missing
+    own: dict[str | int, int] = {}
+    for spec in block_specs(cfg):
+        adapted = any(part.get("adapter_rank") for _, part, _ in spec.parts)
+        own[spec.index if adapted or not spec.label else spec.label] = 1 + len(spec.parts)
+    if sum(own.values()) > 2 * len(stored) + 64:
+        raise CheckpointError(
+            f"{folder}: the config describes {len(own)} blocks, and {len(stored)} tensors are stored; many are missing. The file is not "
+            "complete, or the config is another's."
+        )
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -166,7 +180,7 @@ def hf_config(model: CausalLM) -> dict[str, Any]:
             "AutoConfig": "modeling_hybridzoo.HybridZooConfig",
             "AutoModelForCausalLM": "modeling_hybridzoo.HybridZooForCausalLM",
         },
-        "zoo": OmegaConf.to_container(model.cfg, resolve=True),
+        "zoo": OmegaConf.to_container(model.cfg),
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
 
@@ -185,7 +199,7 @@ def _read_config(folder: Path) -> Any:
         raise CheckpointError(
             f"{foreign}: model_type is {kind!r}, not 'hybridzoo'. Use zoo.load, which knows other families."
         )
-    return validate(content.get("zoo"))
+    return validate(content.get("zoo"), saved=True)
 
 
 def _json(content: dict[str, Any]) -> bytes:
