@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .zoo.captured import CapturedStep
     from .zoo.checkpoint import load, save
     from .zoo.config import load_config as config
+    from .zoo.importing import import_mixers
     from .zoo.registry import ConfigError, list_mixers, register_mixer
     from .zoo.shipped import list_models
     from .zoo.train import train as train
@@ -35,6 +36,7 @@ __all__ = [
     "Mixer",
     "build",
     "config",
+    "import_mixers",
     "list_mixers",
     "list_models",
     "load",
@@ -53,6 +55,7 @@ _PUBLIC = {
     "Mixer": (".layers", "Mixer"),
     "build": (".zoo.build", "build"),
     "config": (".zoo.config", "load_config"),
+    "import_mixers": (".zoo.importing", "import_mixers"),
     "list_mixers": (".zoo.registry", "list_mixers"),
     "list_models": (".zoo.shipped", "list_models"),
     "load": (".zoo.checkpoint", "load"),

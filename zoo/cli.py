@@ -25,6 +25,9 @@ _EXTRAS = {
 class _Commands(TyperGroup):
     """Turns what a user can cause into one line on stderr and an exit status."""
 
+    def parse_args(self, ctx, args):
+        return super().parse_args(ctx, _imports_first(args))
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
@@ -79,8 +82,32 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="HYBRIDZOO_DEBUG", help="Show where an error comes from.")
     ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="FILE",
+            help="A Python file or module of yours that registers mixers, for any command. May be repeated.",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    for source in imports or []:
+        from .importing import import_mixers
+
+        import_mixers(source)
+
+
+def _imports_first(args: list[str]) -> list[str]:
+    # `zoo show my.yaml --import mine.py` is what one writes; the option is of the program and not of each command
+    first, rest, i = [], [], 0
+    while i < len(args) and args[i] != "--":
+        if args[i] == "--import" and i + 1 < len(args):
+            first += args[i : i + 2]
+            i += 1
+        else:
+            (first if args[i].startswith("--import=") else rest).append(args[i])
+        i += 1
+    return first + rest + args[i:]
 
 
 @app.command("list", epilog='Example: [bold]zoo list "jamba*"[/bold]')
