@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels.seq import Seq
 
-__all__ = ["Mixer", "OptionError", "Seq", "State", "copy_state", "map_state", "nbytes_of"]
+__all__ = ["Mixer", "OptionError", "Seq", "Sharing", "State", "copy_state", "map_state", "nbytes_of", "shapes", "tree"]
 
 
 class OptionError(ValueError):
@@ -120,7 +120,31 @@ def nbytes_of(state: Any) -> int:
     return sum(nbytes_of(s) for s in state)
 
 
-class Mixer(nn.Module):
+class Sharing(nn.Module):
+    """A module that may have parts in common with another.
+
+    Such a part stands under its name in both, so the state dict has it twice, but is a child of the other alone: what visits the tree to
+    move, initialise or shard (FSDP) a module's own finds it there.
+
+    Attributes:
+        borrowed: The parts of the other, by name.
+    """
+
+    borrowed: ClassVar[dict[str, nn.Module]] = {}
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parts that are this module's own."""
+        for name, module in super().named_children():
+            if self.borrowed.get(name) is not module:
+                yield name, module
+
+    def borrow(self, name: str, module: nn.Module) -> None:
+        """Have a part in common with another module."""
+        self._modules[name] = module
+        self.borrowed = {**self.borrowed, name: module}  # type: ignore[misc]
+
+
+class Mixer(Sharing):
     """Base of every mixer.
 
     A subclass takes ``d_model`` first, then its options by the field's names, and optionally ``layer_idx``, ``n_layer`` (its place

@@ -1,19 +1,20 @@
 """The residual block, ``x + mixer(norm(x))``: the one place where parts meet the trunk."""
 
+import sys
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.adapter import Adapter
-from ..layers.base import Mixer, Seq
+from ..layers.base import Mixer, Seq, Sharing
 from ..layers.common import dtype_read, linear, reset_linear, scaled
 from ..layers.norm import LayerNorm, RMSNorm, make_norm
 from .hooks import is_hooked
 from .layout import BlockSpec
 from .registry import build_mixer
 
-__all__ = ["Block", "Parallel", "Stream", "is_plain_norm", "share"]
+__all__ = ["Block", "Parallel", "Stream", "is_plain_norm", "is_sharded", "keep_sharing", "share"]
 
 _NORMS = (RMSNorm, LayerNorm)
 
@@ -34,12 +35,16 @@ class Stream(NamedTuple):
         return self.x if self.add is None else self.x + self.add
 
 
+class Branches(Sharing, nn.ModuleList):
+    """A list of mixers, some of which another block may own."""
+
+
 class Parallel(Mixer):
     """Mixers side by side on the same input, outputs summed (Falcon-H1, arXiv:2507.22448; Hymba, arXiv:2411.13676)."""
 
     def __init__(self, branches: list[Mixer]):
         super().__init__()
-        self.branches = nn.ModuleList(branches)
+        self.branches = Branches(branches)
         self.capabilities = frozenset.intersection(*(m.capabilities for m in branches))  # type: ignore[misc]
         self.rounds_input = all(m.rounds_input for m in branches)
 
@@ -71,7 +76,7 @@ class Parallel(Mixer):
         return sum(m.flops(seq_len) for m in self.mixers)
 
 
-class Block(nn.Module):
+class Block(Sharing):
     """One token of a pattern: pre-norm, mixer, residual addition.
 
     Args:
@@ -95,6 +100,8 @@ class Block(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        # in a tuple, so that it is no child: the block that owns the parts which this one borrows
+        self.owner: tuple[Block, ...] = ()
         self.multiplier, self.reads, self.writes = multiplier, spec.reads, spec.writes
         d_in, place = spec.d_in(d_model), {"layer_idx": spec.index, "n_layer": n_layer}
         self.side_proj: nn.Linear | None = None
@@ -118,6 +125,7 @@ class Block(nn.Module):
         return_state: bool,
         embedding: Tensor,
         side: Tensor | None = None,
+        run: nn.Module | None = None,
     ) -> tuple[Stream, Any, dict[str, list], Tensor | None]:
         """One residual block over ``(b, l, d)``.
 
@@ -128,12 +136,15 @@ class Block(nn.Module):
             return_state: Whether to return the new state.
             embedding: The residual stream's first value.
             side: The side stream, if an earlier block has written one.
+            run: A block with parts in common to run instead, whose weights are there while this one is called (FSDP).
 
         Returns:
             The new residual stream, whose value is ``stream.sum()``; the state (``None`` unless asked for); what the mixer put into
             ``aux``, in a dict made here and not handed in, so that recomputing a checkpointed block does not fill it twice; and the
             side stream.
         """
+        if run is not None:
+            return run(stream, state, seq, return_state, embedding, side)
         aux: dict[str, list] = {}
         h, stream = self._normed(stream, embedding, side)
         if return_state:
@@ -189,11 +200,36 @@ def is_plain_norm(norm: nn.Module) -> bool:
 
 
 def share(twin: nn.Module, first: nn.Module) -> None:
-    """Give a block, built on the meta device, the weights of another; only its adapters get weights of their own."""
+    """Give a block, built on the meta device, the parts of another; only its adapters, and what they stand in, are its own."""
+    if isinstance(twin, Block) and isinstance(first, Block):
+        twin.owner = (first,)
     if isinstance(twin, Adapter) and isinstance(first, Adapter):
         twin.to_empty(device=first.down.weight.device)
         twin.reset_parameters()
         return
     twin._parameters.update(first._parameters)
-    for name, child in twin.named_children():
-        share(child, first.get_submodule(name))
+    for name, child in list(twin.named_children()):
+        part = first.get_submodule(name)
+        if isinstance(twin, Sharing) and not any(isinstance(m, Adapter) for m in child.modules()):
+            twin.borrow(name, part)
+        else:
+            share(child, part)
+
+
+def keep_sharing(twin: nn.Module, first: nn.Module) -> None:
+    """Let a block follow where somebody has put something (an adapter, a quantised layer) in the place of a part that it borrows."""
+    for name, child in twin._modules.items():
+        part = first._modules.get(name)
+        if part is None or part is child:
+            continue
+        if isinstance(twin, Sharing) and name in twin.borrowed:
+            if twin.borrowed[name] is child:  # or somebody has put something here, too
+                twin.borrow(name, part)
+        elif child is not None:
+            keep_sharing(child, part)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module by itself."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
+    return bool(fsdp) and isinstance(module, fsdp.FSDPModule)

@@ -5,6 +5,8 @@ State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.laye
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ from ..layers.adapter import Adapter
 from ..layers.base import Mixer, Seq, shapes, tree
 from ..layers.common import dtype_read, scaled, weight_dtype
 from ..layers.norm import make_norm
-from .block import Block, Stream, is_plain_norm, share
+from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
 from .config import block_specs, validate
 from .generate import generate
 from .hooks import Hooks
@@ -68,7 +70,7 @@ tree(CausalLMOutput)
 class Backbone(nn.Module):
     """Embedding, blocks and final norm.
 
-    Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all weights but those.
+    Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all parts but those.
     """
 
     def __init__(self, cfg: DictConfig, device=None, dtype=None):
@@ -127,7 +129,7 @@ class Backbone(nn.Module):
         after: list[Any] = []
         aux: dict[str, list] = {}
         stream, embedding, side = Stream(x), x, None
-        for i, (block, s) in enumerate(zip(self.blocks, before, strict=True)):
+        for i, (block, s) in enumerate(zip(self._callables(), before, strict=True)):
             rest = s, seq, return_state, embedding, side
             if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
                 # one tensor to keep, not two
@@ -153,10 +155,21 @@ class Backbone(nn.Module):
         """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
         x = x.float() if self.residual_in_fp32 else x
         stream, embedding, side = Stream(x), x, None
+        self._callables()
         for block, s in zip(self.blocks, state.layers, strict=True):
             stream, side = block.step(stream, s, embedding, side)
         state.tokens += 1
         return self._final(stream)[1]
+
+    def _callables(self) -> list[Callable[..., Any]]:
+        """The blocks, to be called; one whose owner is sharded by itself is called through that, which gathers the weights of both."""
+        blocks: list[Any] = self.blocks
+        for i, block in enumerate(blocks):
+            for owner in getattr(block, "owner", ()):
+                keep_sharing(block, owner)
+                if is_sharded(owner):
+                    blocks[i] = partial(owner, run=block)
+        return blocks
 
     def _final(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """The normed stream, and what the head reads."""

@@ -52,6 +52,8 @@ def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
     core = getattr(model, "core", model)
     if not isinstance(core, CausalLM):
         raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
+    if any(hasattr(p, "full_tensor") for p in core.parameters()):
+        raise ValueError(_SHARDED)
     described = {name: p.shape for name, p in unique_tensors(CausalLM(core.cfg, device="meta")).items()}
     odd = sorted(
         {name for name, p in unique_tensors(core).items() if described.pop(name, None) != p.shape} | {*described}
@@ -79,6 +81,13 @@ def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
         for temporary, place in ready:
             os.replace(temporary, place)
     return folder
+
+
+_SHARDED = (
+    "save: the parameters are sharded over processes, and one cannot write what others hold. Gather them on every process, state = "
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint."
+    "state_dict; on one, load that into zoo.build(model.cfg), and save it."
+)
 
 
 def load(
