@@ -54,6 +54,11 @@ def test_a_shipped_config_survives_saving_and_reading(name, tmp_path):
     assert cfg.max_length < math.inf
 
 
+def test_a_window_that_nobody_states_is_none():
+    cfg = load_config({"vocab_size": 9, "d_model": 8, "layers": "mamba", "mixers": {"mamba": {}}})
+    assert cfg.max_length is None and validate(cfg) == cfg
+
+
 def test_names_are_listed_sorted_and_by_wildcard():
     names = zoo.list_models()
     assert names == sorted(names) and len(names) == len(set(names)) > 20
@@ -232,7 +237,7 @@ BAD = {
     "list for a number": ({"mixers": {"mamba": {"d_state": [1]}}, "layers": "mamba"}, "mixers.mamba.d_state (mamba): "),
     "mapping for a list": ({"mixers": {"mamba2": {"dt_limit": {"a": 1}}}, "layers": "mamba2"}, "mixers.mamba2"),
     "bad flag": ({"tie_embeddings": "maybe"}, "tie_embeddings: Value 'maybe' is not a valid bool"),
-    "no window": ({"max_length": None}, "max_length: "),
+    "no window": ({"max_length": 0}, "max_length: is 0, outside"),
     "endless window": ({"max_length": math.inf}, "max_length: "),
     "zero": ({"vocab_size": 0}, "vocab_size: is 0, outside 1 to"),
     "negative": ({"d_model": -8}, "d_model: is -8, outside 1 to"),

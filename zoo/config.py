@@ -84,7 +84,7 @@ class ConfigSchema:
         norm: See :class:`NormSchema`.
         tie_embeddings: Whether the head is the embedding table.
         residual_in_fp32: Whether the residual stream stays float32 in a half-precision model.
-        max_length: Tokens that evaluation gives the model at once.
+        max_length: Tokens that evaluation gives the model at once; where nothing is stated, what the tokenizer states.
         tokenizer: ``byte``, a hub id or a folder.
         initializer_range: Standard deviation of the embedding at initialisation.
         embedding_multiplier: Factor of the embedded tokens (muP, arXiv:2203.03466; Granite, Falcon-H1).
@@ -105,7 +105,7 @@ class ConfigSchema:
     norm: NormSchema = dataclasses.field(default_factory=NormSchema)
     tie_embeddings: bool = True
     residual_in_fp32: bool = False
-    max_length: int = 2048
+    max_length: int | None = None
     tokenizer: str = "byte"
     initializer_range: float = 0.02
     embedding_multiplier: float = 1.0
@@ -368,7 +368,7 @@ def _typed(data: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{key}: unknown value {value!r}.{nearest(value, choices)} Known: {', '.join(choices)}.")
     for key, (low, high) in _RANGES.items():
         value = values["norm"]["eps"] if key == "norm.eps" else values[key]
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise ConfigError(f"{key}: is {value}, outside {low} to {high}. Choose a value in that range.")
     return values
 

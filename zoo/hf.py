@@ -69,7 +69,8 @@ class HybridZooConfig(PreTrainedConfig):
             self.zoo = dict(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
             self.vocab_size = padded_vocab(cfg)  # the width of the logits
             self.hidden_size = cfg.d_model
-            self.max_position_embeddings = cfg.max_length
+            if cfg.max_length is not None:
+                self.max_position_embeddings = cfg.max_length
             self.tie_word_embeddings = bool(cfg.tie_embeddings)
             if cfg.tokenizer == "byte":
                 # another tokenizer brings its own; a wrong id here would end texts at the wrong token

@@ -260,7 +260,9 @@ def _table(data: str | Path | np.ndarray, model: CausalLM, length: int | None) -
         table = data
     else:
         tokenizer = load_tokenizer(model.cfg.tokenizer)
-        table = rows_from(data, length or min(512, model.cfg.max_length), tokenizer.encode, tokenizer.eos_token_id or 0)
+        table = rows_from(
+            data, length or min(512, model.cfg.max_length or 512), tokenizer.encode, tokenizer.eos_token_id or 0
+        )
     if (highest := max(int(table.max()), ~int(table.min()))) >= model.cfg.vocab_size:
         raise ValueError(
             f"data: token id {highest} is outside the model's vocabulary of {model.cfg.vocab_size}. Set vocab_size, or "
