@@ -180,7 +180,8 @@ class Mixer(Sharing):
             x: ``(b, l, d)``, any ``l >= 1``. With ``seq``, rows are in its order (:meth:`Seq.align`).
             state: What an earlier call returned, or ``init_state``; never modified. ``None`` starts fresh.
             seq: Padding or packing of the rows; ``None`` means one full document per row. Packing takes no ``state``.
-            aux: A dict to fill: ``aux["loss"]`` collects weighted scalar losses, ``aux["router"]`` statistics.
+            aux: A dict to fill: ``aux["loss"]`` collects weighted scalar losses, ``aux["router"]`` statistics. A list that the caller
+                put under ``"balance"`` collects what is balanced over several layers, see :func:`.moe.balance_loss`.
             return_state: Also return the state after each row's last real token.
 
         Returns:

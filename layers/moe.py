@@ -17,7 +17,7 @@ from .common import acc_dtype, check, check_known, check_positive, linear, reset
 from .experts import grouped_linear
 from .mlp import ACTIVATIONS, MLP, activate
 
-__all__ = ["Experts", "MoE"]
+__all__ = ["Experts", "MoE", "balance_loss"]
 
 _ROUTERS = ("softmax_topk", "topk_softmax", "sigmoid")
 
@@ -83,7 +83,8 @@ class MoE(Mixer):
         d_latent: Width in which the experts work, behind one projection down and before one up; the router and the shared
             experts see the full width (Nemotron 3 Super). None for ``d_model`` and no projections.
         num_shared_experts: Experts that see every token with weight 1 (DeepSeekMoE, arXiv:2401.06066), as one wide MLP.
-        aux_loss_coef: Weight of the load-balancing loss; see :meth:`forward`.
+        aux_loss_coef: Weight of the load-balancing loss; see :meth:`forward`. In a model it is the weight of one loss over all of its
+            layers, as in transformers (``router_aux_loss_coef``), see :func:`balance_loss`.
         z_loss_coef: Weight of the router's z-loss (ST-MoE, arXiv:2202.08906).
         backend: ``"grouped_mm"``, ``"megablocks"`` or ``"loop"``; by default the first that can, which :meth:`explain` tells.
         layer_idx: Index of the residual block.
@@ -204,7 +205,8 @@ class MoE(Mixer):
         """Map every token of ``(b, l, d)`` by itself; the state is ``()``.
 
         With ``aux``, appends to ``aux["loss"]`` the scalar ``aux_loss_coef * e * sum_e(f_e P_e) + z_loss_coef *
-        mean(logsumexp^2)``, where ``f_e`` is the number of choices of expert e per token and ``P_e`` its mean
+        mean(logsumexp^2)``, or only the second term where the caller put a list under ``aux["balance"]``, which then gets what
+        :func:`balance_loss` needs of this layer; where ``f_e`` is the number of choices of expert e per token and ``P_e`` its mean
         probability (as in transformers, so a perfect balance gives ``top_k``), and to ``aux["router"]`` a dict of the
         ``layer_idx``, the ``load`` ``(e,)`` (shares that sum to 1), the mean ``prob`` ``(e,)`` and the mean
         ``entropy`` of the router's distribution, in nats.
@@ -285,10 +287,13 @@ class MoE(Mixer):
         chosen = torch.zeros_like(prob).scatter(1, expert, 1.0)
         share = (chosen * real[:, None]).sum(0) / count  # choices per token, sums to k
         mean = (prob * real[:, None]).sum(0) / count
-        if self.aux_loss_coef or self.z_loss_coef:
-            z = (logits.logsumexp(-1).square() * real).sum() / count
-            loss = self.aux_loss_coef * self.num_experts * (share * mean).sum() + self.z_loss_coef * z
-            aux.setdefault("loss", []).append(loss)
+        balance = [(self.aux_loss_coef, self.top_k, share, mean)] if self.aux_loss_coef else []
+        jointly = "balance" in aux
+        if jointly:
+            aux["balance"] += balance
+        if self.z_loss_coef or (balance and not jointly):
+            z = self.z_loss_coef * (logits.logsumexp(-1).square() * real).sum() / count
+            aux.setdefault("loss", []).append(z if jointly else balance_loss(balance) + z)
         with torch.no_grad():
             entropy = (torch.special.entr(prob).sum(-1) * real).sum() / count
             stats = {"layer_idx": self.layer_idx, "load": share / self.top_k, "prob": mean.detach(), "entropy": entropy}
@@ -309,3 +314,26 @@ class MoE(Mixer):
     def _per_expert(self) -> int:
         d, into, out_of = self.widths
         return d * (into + out_of)
+
+
+def balance_loss(layers: list[tuple[float, int, Tensor, Tensor]]) -> Tensor | float:
+    """The load-balancing loss of one or more layers together: ``coef * e * sum_e(f_e P_e)``, f and P averaged over the layers.
+
+    As transformers has it for Mixtral, Jamba, Granite and Qwen 3: the tokens of all layers count as one batch, so that the loss does not
+    grow with the number of layers, and layers whose imbalances differ may make up for each other. Layers with other coefficients,
+    another number of experts or another ``top_k`` form batches of their own.
+
+    Args:
+        layers: Of each the coefficient, ``top_k``, the choices of every expert per token ``(e,)``, and the mean probabilities ``(e,)``.
+
+    Returns:
+        A scalar; 0.0 for no layers.
+    """
+    groups: dict[tuple[float, int, int], list[tuple[Tensor, Tensor]]] = {}
+    for coef, top_k, share, mean in layers:
+        groups.setdefault((coef, top_k, share.numel()), []).append((share, mean))
+    total: Tensor | float = 0.0
+    for (coef, _, num_experts), members in groups.items():
+        share, mean = (torch.stack(part).mean(0) for part in zip(*members, strict=True))
+        total = total + coef * num_experts * (share * mean).sum()
+    return total

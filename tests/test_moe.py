@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import hybridzoo as zoo
 from hybridzoo.kernels import BackendError, Seq
 from hybridzoo.layers import MLP, MoE
 from hybridzoo.layers.experts import grouped_linear
@@ -197,3 +198,46 @@ def test_megablocks_is_called_by_its_conventions(monkeypatch):
 def test_active_parameters_are_those_of_the_chosen_experts():
     moe = MoE(32, 48, num_experts=8, top_k=2, num_shared_experts=1)
     assert moe.active_parameters == 8 * 32 + 2 * 3 * 32 * 48 + 3 * 32 * 48
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointed"),
+    [
+        ("Mixtral", True),
+        *((family, False) for family in ("Mixtral", "Jamba", "GraniteMoe", "GraniteMoeHybrid", "Qwen3Moe")),
+    ],
+)
+def test_a_model_has_one_balancing_loss_over_all_layers_as_transformers(tmp_path, judged, family, checkpointed):
+    import transformers
+
+    from hybridzoo.eval.parity import redraw
+    from hybridzoo.eval.parity_cases import GRANITE, HEADS, JAMBA, QWEN3_MOE
+
+    judged(family)
+    options = {
+        "Mixtral": HEADS | {"num_local_experts": 5, "num_experts_per_tok": 3},
+        "Jamba": JAMBA | {"expert_layer_period": 1, "expert_layer_offset": 0},
+        "GraniteMoe": HEADS | {"num_local_experts": 5},
+        "GraniteMoeHybrid": GRANITE,
+        "Qwen3Moe": HEADS | QWEN3_MOE | {"mlp_only_layers": [1]},
+    }[family]
+    config = getattr(transformers, f"{family}Config")(
+        **options, vocab_size=61, pad_token_id=0, router_aux_loss_coef=0.3, output_router_logits=True
+    )
+    theirs = redraw(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    theirs.save_pretrained(tmp_path)
+    ours = zoo.load(tmp_path)
+    if checkpointed:
+        ours.gradient_checkpointing_enable()
+        ours.train()
+    ids, mask = torch.randint(1, 61, (3, 14)), torch.ones(3, 14, dtype=torch.long)
+    mask[1, 9:] = 0
+    expected = theirs(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False)
+    got = ours(ids, attention_mask=mask, labels=ids)
+    assert got.aux_loss.item() == pytest.approx(0.3 * expected.aux_loss.item(), rel=1e-5)
+    assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    got.loss.backward(), expected.loss.backward()
+    torch.testing.assert_close(
+        ours.backbone.embedding.weight.grad, theirs.get_input_embeddings().weight.grad, atol=1e-4, rtol=1e-3
+    )
+    assert len(got.router) == sum(isinstance(module, MoE) for module in ours.modules())

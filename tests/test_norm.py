@@ -132,7 +132,7 @@ def previously(block, stream, state, seq, return_state, embedding, side=None):
         read = x + block.side_proj(side)
     weight = block.norm.weight.to(read.dtype)
     h = F.rms_norm(read, weight.shape, weight, block.norm.eps).to(read.dtype).to(block.norm.weight.dtype)
-    aux: dict = {}
+    aux: dict = {"balance": []}
     y = block.mixer(h, state, seq, aux)
     if block.writes == "side":
         return stream, None, aux, y

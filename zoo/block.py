@@ -145,7 +145,7 @@ class Block(Sharing):
         """
         if run is not None:
             return run(stream, state, seq, return_state, embedding, side)
-        aux: dict[str, list] = {}
+        aux: dict[str, list] = {"balance": []}
         h, stream = self._normed(stream, embedding, side)
         if return_state:
             y, state = self.mixer(h, state, seq, aux, return_state=True)

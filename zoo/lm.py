@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layers.adapter import Adapter
 from ..layers.base import Mixer, Seq, shapes, tree
 from ..layers.common import dtype_read, scaled, weight_dtype
+from ..layers.moe import balance_loss
 from ..layers.norm import make_norm
 from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
 from .config import block_specs, validate
@@ -36,7 +37,8 @@ class CausalLMOutput:
 
     Attributes:
         loss: With ``labels``: mean cross-entropy in nats per target, plus ``aux_loss``.
-        aux_loss: The weighted sum of the mixers' auxiliary losses; ``None`` where no mixer has one.
+        aux_loss: The weighted sum of the mixers' auxiliary losses; ``None`` where no mixer has one. Experts are balanced over all
+            layers together, see :func:`hybridzoo.layers.moe.balance_loss`.
         state: What the rows leave behind, for the next call.
         router: Statistics of every MoE block, a list of dicts.
         hidden: ``(b, l, d)`` after the final norm.
@@ -261,7 +263,7 @@ class CausalLM(nn.Module):
         x = x if seq is None else seq.align(x)
         passed: list[Tensor] | None = [] if output_hidden_states else None
         hidden, new_state, aux = self.backbone(x, seq, state, return_state, passed)
-        aux_loss = torch.stack(aux["loss"]).sum() if aux.get("loss") else None
+        aux_loss = _auxiliary(aux)
         loss = None
         if labels is not None:
             targets = shift_labels(labels if seq is None else seq.align(labels), seq)
@@ -355,6 +357,11 @@ class CausalLM(nn.Module):
         nn.init.normal_(self.backbone.embedding.weight, std=std)
         if not self.cfg.tie_embeddings:
             nn.init.normal_(self.lm_head.weight, std=std)
+
+
+def _auxiliary(aux: dict[str, list]) -> Tensor | None:
+    losses = [*aux.get("loss", []), *([balance_loss(aux["balance"])] if aux.get("balance") else [])]
+    return torch.stack(losses).sum() if losses else None
 
 
 def padded_vocab(cfg: DictConfig) -> int:
