@@ -174,7 +174,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "mistral": ("Mistral", HEADS | {"sliding_window": 6, "head_dim": 10, "num_key_value_heads": 3}),
+    "mistral": ("Mistral", HEADS | {"sliding_window": None}),
+    "mistral-window": ("Mistral", HEADS | {"sliding_window": 6, "head_dim": 10, "num_key_value_heads": 3}),
     "qwen2": ("Qwen2", HEADS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-windows-tied": (
         "Qwen2",
@@ -223,11 +224,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
-    "phi3": ("Phi3", HEADS | {"sliding_window": 6}),
-    "phi3-partial-rotary-tied": (
+    "phi3": ("Phi3", HEADS),
+    "phi3-window-partial-rotary-tied": (
         "Phi3",
         HEADS
         | {
+            "sliding_window": 6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
             "tie_word_embeddings": True,
         },

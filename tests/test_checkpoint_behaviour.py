@@ -15,7 +15,7 @@ from hybridzoo.zoo.checkpoint import convert, export
 
 transformers = pytest.importorskip("transformers")
 FAMILIES = [name for name in CASES if "-" not in name]
-ATTENTION_ONLY = {"llama", "mixtral"}
+ATTENTION_ONLY = {"granitemoe", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 ON_RECORD = ("5.23.", "5.24.")
 LIMITED = ["bamba-biases-tied-limits", "mamba2-biases-tied", "zamba2-one-block-biases-limits"]
 
