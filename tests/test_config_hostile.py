@@ -6,6 +6,8 @@ import re
 import time
 
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import hybridzoo as zoo
@@ -165,6 +167,8 @@ def test_what_is_no_plain_data_is_refused_by_its_key():
             zoo.config(small(mixers={"mamba": {"d_state": value}}))
     with pytest.raises(ConfigError, match=r"mixers: key 1 \(int\) is no text"):
         zoo.config(small(mixers={1: {}}))
+    with pytest.raises(ConfigError, match="tokenizer: holds half a character"):
+        zoo.config(small(tokenizer="x\udcff"))
     knot = small()
     knot["mixers"]["mamba"]["d_state"] = knot
     with pytest.raises(ConfigError, match="more than 32 levels of nesting"):
@@ -187,6 +191,22 @@ def test_yaml_means_what_it_meant():
         "a": {"p": 1, "q": 2}, "b": {"p": 1, "q": 3}, "c": [{"p": 1, "q": 2}] * 2,
     }  # fmt: skip
     assert parse_yaml("") is None and parse_yaml("x") == "x"
+
+
+@given(
+    st.text("0123456789eE+-._:xob~ nul", max_size=6)
+    | st.text(max_size=5)
+    | st.floats(allow_nan=False)
+    | st.integers(-(2**63), 2**63)
+)
+@example("1e-3")
+@example("6_e9")
+@example("12:30")
+@settings(max_examples=200, deadline=None)
+def test_what_is_written_into_a_folder_is_read_back(value):
+    assume(not isinstance(value, str) or value.isprintable())
+    read = parse_yaml(OmegaConf.to_yaml({"t": value}))["t"]
+    assert read == value and type(read) is type(value)
 
 
 def test_an_alias_is_a_copy(tmp_path):

@@ -116,6 +116,10 @@ def _scalar(value: Any, file: object, path: Any) -> Any:
         return value
     if isinstance(value, str):
         text = str.__str__(value)
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ConfigError(
+                f"{_where(file, path)}: holds half a character (a lone surrogate), which no file can. Correct it."
+            )
         refuse_interpolation(text, _where(file, path) if "${" in text else "")
         if len(text) > _MAX_TEXT and _first_key(path) != _LONG_TEXT_AT:
             raise ConfigError(

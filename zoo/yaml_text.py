@@ -14,6 +14,7 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
 # a longer number is a text, which is then refused where a number belongs; converting it could take minutes
 _SHORT = r"^(?=.{1,64}$)"
+_DIGITS = r"[0-9]+(?:_[0-9]+)*"
 
 
 class TooMuch(yaml.YAMLError):
@@ -38,8 +39,9 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(
     _TAG + "float",
     re.compile(
-        _SHORT + r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"
+        _SHORT
+        + rf"(?:[-+]?(?:{_DIGITS}\.[0-9_]*(?:[eE][-+]?[0-9]+)?|{_DIGITS}[eE][-+]?[0-9]+|\.{_DIGITS}(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"
     ),
     list("-+0123456789."),
 )
