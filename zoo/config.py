@@ -17,10 +17,11 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .blocks import STREAMS, block_specs, without_streams
 from .config_file import apply_overrides, find_config, inherit, read_config
 from .errors import ConfigError
-from .layout import READS, WRITES, BlockSpec, compress, expand, split_token
-from .pattern import MAX_BLOCKS, MAX_NAME
+from .layout import BlockSpec, compress, expand
+from .pattern import MAX_NAME
 from .plain import first_line, plain
 from .registry import (
     HOW_TO_IMPORT,
@@ -36,13 +37,10 @@ from .shipped import list_models
 
 __all__ = ["ConfigSchema", "block_specs", "find_config", "list_models", "load_config", "validate"]
 
-# what an entry of `mixers` may say besides the mixer's own options; the first of each is the default
-_STREAMS = {"reads": READS, "writes": WRITES}
 _NORMS = ("rmsnorm", "layernorm")
 _TASKS = ("causal_lm",)
 # nobody writes down more; each is checked and built on the meta device, which takes milliseconds
 _MAX_MIXERS = 256
-_MAX_EXCEPTIONS = 1000
 # the largest sizes that anybody means; beyond them lies a slip of the keyboard, or an overflow
 _RANGES = {
     "vocab_size": (1, 2**24),
@@ -151,117 +149,6 @@ def _load(source: Any, overrides: Any, changes: Mapping[str, Any], saved: bool =
     else:
         data = inherit(_plain(source), None, saved=saved)
     return _check(apply_overrides(apply_overrides(data, overrides), changes))
-
-
-def block_specs(cfg: Any) -> list[BlockSpec]:
-    """What stands in each residual block of a resolved config, exceptions from ``override`` applied.
-
-    Raises:
-        ConfigError: A token, an index or an option that does not exist, or a label on two different mixers.
-    """
-    data: Any = OmegaConf.to_container(cfg) if isinstance(cfg, DictConfig) else cfg
-    tokens, mixers = expand(data["layers"]), data["mixers"]
-    # blocks of one mixer have one table of options, of which exceptions make others
-    options = {name: _without_streams(entry) for name, entry in mixers.items()}
-    specs = []
-    for index, token in enumerate(tokens):
-        names, label = split_token(token)
-        for name in names:
-            if name not in mixers:
-                hint = f" Add mixers.{name}: {{type: {name}}}." if name in list_mixers() else nearest(name, mixers)
-                known = ", ".join(mixers) or "nothing"
-                raise ConfigError(f"layers: unknown mixer {name!r} in block {index}.{hint} Under mixers: {known}.")
-        parts = [(name, options[name], f"mixers.{name}") for name in names]
-        specs.append(BlockSpec(index, token, label, parts, **_streams(names, mixers)))
-    _check_streams(specs)
-    exceptions = data.get("override") or []
-    if len(exceptions) > _MAX_EXCEPTIONS:
-        raise ConfigError(
-            f"override: has {len(exceptions)} entries, more than {_MAX_EXCEPTIONS}. Let one entry name several blocks."
-        )
-    named = 0
-    for i, exception in enumerate(exceptions):
-        named += _apply_exception(specs, exception, f"override.{i}")
-        if named > MAX_BLOCKS:
-            raise ConfigError(
-                f"override: names more than {MAX_BLOCKS} blocks in all. Change the mixers' own options instead."
-            )
-    first: dict[str, BlockSpec] = {}
-    for spec in specs:
-        twin = first.setdefault(spec.label, spec) if spec.label else spec
-        if [part[:2] for part in twin.parts] != [part[:2] for part in spec.parts]:
-            raise ConfigError(
-                f"layers: label {spec.label!r} joins blocks {twin.index} ({twin.token}) and {spec.index} ({spec.token})"
-                ", whose mixers or options differ. Use two labels, or override every block of the label alike."
-            )
-    return specs
-
-
-def _without_streams(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in _STREAMS}
-
-
-def _streams(names: list[str], mixers: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for key, choices in _STREAMS.items():
-        values = {mixers[name].get(key, choices[0]): name for name in names}
-        if len(values) > 1:
-            given = " and ".join(f"mixers.{name}.{key} = {value}" for value, name in values.items())
-            raise ConfigError(f"layers: {'+'.join(names)} stand side by side, but {given}. Make them equal.")
-        found[key] = next(iter(values))
-    return found
-
-
-def _check_streams(specs: list[BlockSpec]) -> None:
-    written = False
-    for spec in specs:
-        if spec.reads in ("side", "residual_plus_side") and not written:
-            raise ConfigError(
-                f"{spec.parts[0][2]}.reads: block {spec.index} ({spec.token}) reads the side stream, which no earlier block writes. "
-                "Put a block with writes: side before it."
-            )
-        written = written or spec.writes == "side"
-
-
-def _apply_exception(specs: list[BlockSpec], exception: Any, where: str) -> int:
-    if not isinstance(exception, Mapping) or set(exception) != {"at", "set"}:
-        raise ConfigError(
-            f"{where}: found {exception!r}, expected {{at: block index or list of them, set: {{option: value}}}}."
-        )
-    at, options = exception["at"], exception["set"]
-    at = at if isinstance(at, list | tuple) else [at]
-    n = len(specs)
-    if not at or not all(type(i) is int for i in at):
-        raise ConfigError(
-            f"{where}.at: found {exception['at']!r}, expected a block index or a list of them, such as [0, -1]."
-        )
-    if len(at) > MAX_BLOCKS:
-        raise ConfigError(f"{where}.at: has {len(at)} indices, and there are {n} blocks. Name each of them once.")
-    if not isinstance(options, Mapping) or not options:
-        raise ConfigError(f"{where}.set: found {options!r}, expected options, such as {{d_state: 128}}.")
-    known: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for index in at:
-        if not -n <= index < n:
-            raise ConfigError(f"{where}.at: block {index} is out of range, there are {n} blocks. Use {-n} to {n - 1}.")
-        _except(specs[index], options, where, known)
-    return len(at)
-
-
-def _except(spec: BlockSpec, options: Mapping[str, Any], where: str, known: dict[int, Any]) -> None:
-    # `known` has what each table of options becomes, with the table itself, which keeps its id its own
-    for key in options:
-        if key == "type" or not any(key in part for _, part, _ in spec.parts):
-            names = sorted({k for _, part, _ in spec.parts for k in part if k != "type"})
-            raise ConfigError(
-                f"{where}.set.{key}: is no option of block {spec.index} ({spec.token}).{nearest(key, names)}"
-                f" Options: {', '.join(names)}."
-            )
-    for i, (name, part, _) in enumerate(spec.parts):
-        mine = {k: v for k, v in options.items() if k in part}
-        if mine:
-            if id(part) not in known:
-                known[id(part)] = part, check_mixer_options({**part, **mine}, f"{where}.set")
-            spec.parts[i] = (name, known[id(part)][1], f"{where}.set")
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
@@ -391,12 +278,12 @@ def _filled(name: str, entry: Any) -> dict[str, Any]:
                 f" Add type: one of {', '.join(list_mixers())}. {HOW_TO_IMPORT}"
             )
         entry = {"type": name, **entry}
-    streams = {key: entry[key] for key in _STREAMS if key in entry}
+    streams = {key: entry[key] for key in STREAMS if key in entry}
     for key, value in streams.items():
-        if value not in _STREAMS[key]:
-            known = ", ".join(_STREAMS[key])
-            raise ConfigError(f"{where}.{key}: unknown value {value!r}.{nearest(value, _STREAMS[key])} Known: {known}.")
-    return check_mixer_options(_without_streams(entry), where) | streams
+        if value not in STREAMS[key]:
+            known = ", ".join(STREAMS[key])
+            raise ConfigError(f"{where}.{key}: unknown value {value!r}.{nearest(value, STREAMS[key])} Known: {known}.")
+    return check_mixer_options(without_streams(entry), where) | streams
 
 
 def _try_build(part: dict[str, Any], where: str, d_model: int, n_layer: int, spec: BlockSpec) -> None:
