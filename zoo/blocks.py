@@ -15,7 +15,7 @@ __all__ = ["STREAMS", "block_specs", "without_streams"]
 # what an entry of `mixers` may say besides the mixer's own options; the first of each is the default
 STREAMS = {"reads": READS, "writes": WRITES}
 # each costs a check of its own
-_MAX_EXCEPTIONS = 1000
+_MAX_EXCEPTIONS = 256
 
 
 def block_specs(cfg: Any) -> list[BlockSpec]:
