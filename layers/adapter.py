@@ -47,4 +47,5 @@ class Adapter(nn.Module):
 
     def flops(self) -> int:
         """FLOPs per token, 2 per multiply-add."""
-        return 2 * sum(p.numel() for p in self.parameters())
+        parts: list[Any] = [self.down, *self.up]
+        return 2 * sum(part.in_features * part.out_features for part in parts)

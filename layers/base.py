@@ -230,7 +230,10 @@ class Mixer(Sharing):
     @property
     def _dtype(self) -> torch.dtype:
         # the dtype of the projections: what fp32-pinned parameters say does not count, nor how a quantised one is packed
-        free = (p.dtype for name, p in self.named_parameters() if name not in self.fp32_parameters)
+        # the numbers of quantised ones are integers
+        free = (
+            p.dtype for name, p in self.named_parameters() if name not in self.fp32_parameters and p.is_floating_point()
+        )
         return next(
             (dtype for dtype in free if dtype.is_floating_point and dtype.itemsize > 1), torch.get_default_dtype()
         )

@@ -163,7 +163,8 @@ class Block(Sharing):
 
     def flops(self, seq_len: int) -> int:
         """As :meth:`Mixer.flops`, for the mixer and what leads to it."""
-        return self.mixer.flops(seq_len) + (0 if self.side_proj is None else 2 * self.side_proj.weight.numel())
+        side = self.side_proj
+        return self.mixer.flops(seq_len) + (0 if side is None else 2 * side.in_features * side.out_features)
 
     def _normed(self, stream: Stream, embedding: Tensor, side: Any) -> tuple[Tensor, Stream]:
         """What the mixer reads, and the residual stream to go on with, in one tensor."""

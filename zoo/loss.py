@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import cross_entropy
 from ..kernels.products import add_product, product
 from ..kernels.seq import Seq
-from ..layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere, upcast, why_called
+from ..layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere, upcast, weight_dtype, why_called
 
 __all__ = ["IGNORE", "next_token_loss", "shift_labels"]
 
@@ -93,10 +93,11 @@ def _slice_tokens(hidden: Tensor, v: int) -> int:
 def _can_differentiate(hidden: Tensor, head: nn.Module) -> bool:
     """Whether the head may be differentiated inside a forward.
 
-    Not while a graph is traced or transformed, not where a sharded head gathers its weights and scatters their gradients by itself, and
-    not where a hook waits for the gradient of a weight, which is to see it once.
+    Not where it has no weights to differentiate (quantised ones may pass no gradient at all, which is for who asks for it), not while a
+    graph is traced or transformed, not where a sharded head gathers its weights and scatters their gradients by itself, and not where a
+    hook waits for the gradient of a weight, which is to see it once.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or weight_dtype(head) is None:
         return False
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
     if fsdp and any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in head.modules()):

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ...layers.base import Mixer
+from ...layers.common import weight_dtype
 from ..config import block_specs, validate
 from ..lm import CausalLM
 from ..registry import nearest
@@ -190,7 +191,7 @@ def hf_config(model: CausalLM) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_hybridzoo.HybridZooForCausalLM",
         },
         "zoo": OmegaConf.to_container(model.cfg),
-        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "dtype": str(weight_dtype(model.lm_head) or weight_dtype(model)).removeprefix("torch."),
     }
 
 
