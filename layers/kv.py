@@ -39,6 +39,11 @@ class AttentionState(State):
         cap = self.k.shape[1]
         return cap if self.bound < 0 else min(self.bound, cap)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; this asks the device."""
+        return int(self.length.max()) if self.length.numel() else 0
+
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store one token per row, ``(b, 1, h_kv, p)``, in place; ``length`` is still without it."""
         slot = self.length[:, None] % self.k.shape[1]
@@ -67,7 +72,7 @@ class AttentionState(State):
             return
         bound = self.bound
         if not wraps and (bound < 0 or bound >= cap):
-            bound = int(self.length.max())
+            bound = self.longest
             if bound >= cap:
                 more = max(cap, 16) if window is None else min(max(cap, 16), window - cap)
                 self.k, self.v = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k, self.v))
@@ -121,7 +126,7 @@ def _capacity(state: AttentionState | None, length: int, window: int | None) -> 
     cap, bound = state.k.shape[1], state.bound
     limit = window or cap + length
     if cap < limit and bound and (bound < 0 or bound + length > cap) and not torch.compiler.is_compiling():
-        bound = int(state.length.max())
+        bound = state.longest
     if bound < 0:
         return min(cap + length, limit), -1
     return max(cap, min(bound + length, limit)), bound + length

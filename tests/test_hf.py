@@ -468,6 +468,35 @@ def test_loading_takes_the_fields_of_the_config_and_obeys_them(adapter, tmp_path
         load(tmp_path, output_attentions=True)(ids)
 
 
+def test_a_prompt_without_a_token_is_refused(adapter):
+    for ids in (torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, 3, dtype=torch.long)):
+        for call in (lambda ids=ids: adapter.generate(ids), lambda ids=ids: adapter.generate(input_ids=ids)):
+            with pytest.raises(ValueError, match=r"input_ids: shape \(\d, \d\) holds no token"):
+                call()
+
+
+@torch.no_grad()
+def test_hooks_act_on_every_token_of_transformers_generate(adapter):
+    ids, mask = prompts()
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, "attention_mask": mask}
+    calls, plain = [], adapter.generate(ids, **options)
+    push = torch.linspace(-1, 1, adapter.config.hidden_size).roll(5)
+    block = adapter.backbone.layers[1]
+    handle = block.mixer.register_forward_hook(
+        lambda m, args, out: (
+            calls.append(args[0].shape[1]) or (out[0] + push, out[1]) if isinstance(out, tuple) else out + push
+        )
+    )
+    with_cache = adapter.generate(ids, **options)
+    assert calls == [9, 1, 1, 1, 1]
+    assert torch.equal(with_cache, adapter.generate(ids, use_cache=False, **options)) and not torch.equal(
+        with_cache, plain
+    )
+    assert torch.equal(with_cache, adapter.core.generate(ids, 5, attention_mask=mask))
+    handle.remove()
+    assert torch.equal(adapter.generate(ids, **options), plain)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", [False, True])
 def test_generating_from_numbers_that_are_none_says_so(sampling):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import hybridzoo as zoo
@@ -277,6 +278,27 @@ def test_transforms_of_functions():
     hidden, head, targets = problem()
     got = torch.func.grad(lambda h: next_token_loss(h, head, targets))(hidden)
     close([got], torch.autograd.grad(plain(hidden, head, targets), [hidden]))
+
+
+def test_forward_mode_derivatives_are_those_of_the_plain_loss():
+    hidden, head, targets = problem()
+    tangent = torch.randn_like(hidden)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(hidden.detach(), tangent)
+        got, want = (forward_ad.unpack_dual(f(dual, head, targets)).tangent for f in (next_token_loss, plain))
+        # through the weights alone, too
+        parts = {
+            "weight": forward_ad.make_dual(head.weight.detach(), torch.randn_like(head.weight)),
+            "bias": head.bias.detach(),
+        }
+        call = [
+            torch.func.functional_call(
+                Wrapped(head, f), {f"head.{k}": v for k, v in parts.items()}, (hidden.detach(), targets)
+            )
+            for f in (next_token_loss, plain)
+        ]
+        by_weight = [forward_ad.unpack_dual(x).tangent for x in call]
+    close([got, by_weight[0]], [want, by_weight[1]])
 
 
 @pytest.fixture

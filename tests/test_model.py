@@ -341,6 +341,31 @@ def test_descriptions_of_rows_that_disagree_are_named(options, message):
         build("mamba")(tokens(2, 5), **options)
 
 
+def test_an_empty_batch_is_answered_and_an_empty_row_refused(model):
+    none = torch.zeros(0, 5, dtype=torch.long)
+    out = model(none, labels=none, return_state=True)
+    out.loss.backward()
+    assert (
+        out.loss == 0 and out.logits.shape == (0, 5, 67) and model.step(none[:, 0], out.state.detach()).shape == (0, 67)
+    )
+    assert model.generate(none, 3, eos_token_id=1).shape[0] == 0
+    state, vectors = model.init_state(2), torch.zeros(2, 0, 32)
+    for call, message in (
+        (lambda: model(tokens(2, 0)), r"input_ids: expected shape \(b, l\) with l >= 1, got \(2, 0\)"),
+        (
+            lambda: model(inputs_embeds=vectors),
+            r"inputs_embeds: expected shape \(b, l, 32\) with l >= 1, got \(2, 0, 32\)",
+        ),
+        (lambda: model(inputs_embeds=torch.zeros(2, 3, 8)), r"inputs_embeds: .* got \(2, 3, 8\)"),
+        (lambda: model(torch.zeros(2, 3)), "input_ids: expected integers, got torch.float32"),
+        (lambda: model.step(tokens(2, 1), state), r"input_ids: expected shape \(b,\), .* state's 2 rows, got \(2, 1\)"),
+        (lambda: model.step(tokens(3), state), r"state's 2 rows, got \(3,\)"),
+        (lambda: model.generate(tokens(2, 0), 3), "at least one token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_labels_shift_inside_documents_only():
     from hybridzoo.layers.base import Seq
 

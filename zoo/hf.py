@@ -215,6 +215,11 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers; the state that an earlier call left comes as ``cache`` or as ``past_key_values``, with every version."""
         cache = _one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        prompts = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
+        if isinstance(prompts, Tensor) and not prompts.numel() and kwargs.get("inputs_embeds") is None:
+            raise ValueError(
+                f"input_ids: shape {tuple(prompts.shape)} holds no token. Give every prompt at least one (BOS, say)."
+            )
         return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
     def prepare_inputs_for_generation(

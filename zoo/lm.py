@@ -287,8 +287,14 @@ class CausalLM(nn.Module):
         Where there are hooks, this is a call of the model with one token per row.
 
         Raises:
+            ValueError: Another shape, or another number of rows than the state has.
             RuntimeError: There are hooks, and a CUDA graph is captured, which would not run them again.
         """
+        if input_ids.shape != state.tokens.shape:
+            raise ValueError(
+                f"input_ids: expected shape (b,), one token for each of the state's {state.tokens.shape[0]} rows, got "
+                f"{tuple(input_ids.shape)}."
+            )
         if not self._hooks.anywhere(self, self._stepped):
             return self.lm_head(self.backbone.step(self.backbone.embed(input_ids), state))
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -344,10 +350,18 @@ class CausalLM(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them.")
         if inputs_embeds is not None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != self.cfg.d_model:
+                raise ValueError(
+                    f"inputs_embeds: expected shape (b, l, {self.cfg.d_model}) with l >= 1, got {tuple(inputs_embeds.shape)}."
+                )
             return inputs_embeds
         assert input_ids is not None
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}.")
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+            raise ValueError(
+                f"input_ids: expected integers, got {input_ids.dtype}. Pass token ids, or vectors as inputs_embeds."
+            )
         return self.backbone.embed(input_ids)
 
     def _init_embeddings(self) -> None:

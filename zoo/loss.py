@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -103,6 +104,8 @@ def _can_differentiate(hidden: Tensor, head: nn.Module) -> bool:
     if fsdp and any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in head.modules()):
         return False
     tensors = (hidden, *head.parameters())
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        return False  # what is known of the gradient says nothing of forward-mode derivatives
     return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and not any(x._backward_hooks for x in tensors[1:])
 
 
