@@ -142,11 +142,11 @@ def test_norms_with_hooks_read_and_give_one_tensor(model):
     seen, ids = {}, torch.randint(0, 60, (1, 4))
     want = model(ids, output_hidden_states=True)
     for name, module in model.named_modules():
-        if name.endswith(("layers.1.norm", "norm_f")):
+        if name.endswith(("layers.2.norm", "norm_f")):
             module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0], out)}))
     got = model(ids)
     assert torch.equal(got.logits, want.logits)
-    assert torch.equal(seen["backbone.layers.1.norm"][0], want.hidden_states[1])
+    assert torch.equal(seen["backbone.layers.2.norm"][0], want.hidden_states[2])
     assert torch.equal(seen["backbone.norm_f"][1], want.hidden)
 
 
