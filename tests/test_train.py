@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import hybridzoo as zoo
 from hybridzoo.zoo.cli import main
 from hybridzoo.zoo.data import Rows, pack, topics
 from hybridzoo.zoo.tokenizer import ByteTokenizer
-from hybridzoo.zoo.train import DifferentRun, TrainResult, _Trainer, train
+from hybridzoo.zoo.train import DifferentRun, TrainResult, train
+from hybridzoo.zoo.train_loop import ZooTrainer
 
 QUIET = {"report_to": "none", "device": "cpu"}
 
@@ -124,7 +127,7 @@ def test_the_optimiser_decays_what_param_groups_says(rows, tmp_path):
 
     model = zoo.build("jamba-tiny")
     args = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.5, use_cpu=True, report_to="none")
-    groups = _Trainer(HybridZooForCausalLM.wrap(model), args).create_optimizer().param_groups
+    groups = ZooTrainer(HybridZooForCausalLM.wrap(model), args).create_optimizer().param_groups
     expected = zoo.param_groups(model, 0.5)
     assert [g["weight_decay"] for g in groups] == [0.5, 0.0]
     for got, want in zip(groups, expected, strict=True):
@@ -153,11 +156,11 @@ def test_ctrl_c_in_a_terminal_leaves_a_run_that_the_same_command_finishes(tmp_pa
     text.write_text(" ".join(f"line {i} of a text" for i in range(400)))
     command = [
         os.path.join(os.path.dirname(sys.executable), "zoo"), "train", "transformer-tiny", "d_model=16", "mixers.attention.nheads=2",
-        "--data", str(text), "--out", str(tmp_path / "run"), "--steps", "60", "--batch-size", "2", "--length", "32",
+        "--data", str(text), "--out", str(tmp_path / "my run"), "--steps", "60", "--batch-size", "2", "--length", "32",
         "--save-every", "5", "--report-to", "none", "--device", "cpu",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-5"
+    checkpoint = tmp_path / "my run" / "checkpoints" / "checkpoint-5"
     stop = threading.Event()
 
     def interrupt():
@@ -175,6 +178,9 @@ def test_ctrl_c_in_a_terminal_leaves_a_run_that_the_same_command_finishes(tmp_pa
     assert (
         "stopping after this step" in errors and errors.rstrip().endswith("interrupted") and "Traceback" not in errors
     )
+    # what was saved, where, and what to type
+    assert re.search(rf"step \d+ of 60 is saved in {re.escape(str(tmp_path / 'my run'))}", errors)
+    assert f"to go on: {shlex.join(['zoo', *command[1:]])}" in errors
     # in this process, which has imported everything already
     monkeypatch.setattr(sys, "argv", ["zoo", *command[1:]])
     capfd.readouterr()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -48,7 +49,7 @@ def _message(error: Exception) -> str | None:
     # None for what is a defect of ours: that deserves its traceback
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
         return f"this command needs {error.name}. Install it with: pip install 'hybridzoo[{extra}]'"
-    if isinstance(error, ValueError | OSError | NotImplementedError) or type(error).__name__ in (
+    if isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError) or type(error).__name__ in (
         "BackendError",
         "WorkerError",
     ):
@@ -163,7 +164,12 @@ def show(
 
 @app.command(epilog="Example: [bold]zoo train jamba-tiny d_model=64 --data texts/ --out runs/mine --steps 500[/bold]")
 def train(
-    model: Annotated[str, typer.Argument(help="A name from `zoo list`, or a YAML file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `zoo list` or a YAML file, to train afresh; a saved folder or a hub id, to train its weights further."
+        ),
+    ],
     overrides: Overrides = None,
     data: Annotated[Path, typer.Option(help="Text, .jsonl or .npy (token ids) file, or a folder of them.")] = ...,  # type: ignore[assignment]
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/MODEL")] = None,
@@ -176,22 +182,37 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     save_every: Annotated[int | None, typer.Option(help="Steps.", show_default="a tenth of all")] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or start again.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model or another run that is in the run's folder.")
+    ] = False,
     report_to: Annotated[str, typer.Option(help="tensorboard or none.")] = "tensorboard",
     device: Device = None,
 ) -> None:
     """Train a model on your text. Ctrl-C saves; the same command continues."""
+    from .train_options import TrainOptions, check_path, default_out
+
+    # what can be wrong without a model is found before seconds of imports
+    options = TrainOptions(
+        steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay, seed=seed,
+        save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
+    )  # fmt: skip
+    check_path(data)
+    out = out or default_out(model)
+    from .train import Interrupted
     from .train import train as run
 
-    out = out or Path("runs") / Path(model).stem
-    result = run(
-        model, data, out, overrides=overrides, steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup,
-        weight_decay=weight_decay, seed=seed, save_every=save_every, resume=resume, report_to=report_to, device=device,
-    )  # fmt: skip
+    try:
+        result = run(model, data, out, overrides=overrides, **dataclasses.asdict(options))
+    except Interrupted as e:
+        again = shlex.join(["zoo", *(part for part in sys.argv[1:] if part != "--no-resume")])
+        _say(f"step {e.step:,} of {e.steps:,} is saved in {e.folder}" if e.step else "no step is saved yet")
+        _say(f"to go on: {again}")
+        raise
     if result.resumed_from == steps:
         _say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
-    loss = result.history[-1]["loss"] if result.history else float("nan")
+    loss = result.history[-1]["loss"]
     _say(f"{steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}")
-    _say(f"next: zoo generate {out} --prompt 'The '")
+    _say(f"the model is in {out}; next: zoo generate {shlex.quote(str(out))} --prompt 'The '")
 
 
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")

@@ -4,11 +4,8 @@ A document is a run of token ids. Documents are laid end to end, each after the 
 and what an evaluation puts before a text), and cut into rows of equal length. A row is one training example.
 """
 
-import codecs
 import hashlib
-import json
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,15 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .documents import Documents, read_documents, read_npy
 from .train_options import check_path
 
 __all__ = ["Rows", "fingerprint", "mix", "pack", "read_documents", "rows_from", "rows_with_targets", "topics"]
 
-_TEXT = (".txt", ".md", ".rst", ".py")
 # runs of this many words in common make two documents relatives; shorter ones are idioms
 _SHINGLE = 9
-
-Documents = Iterable[Sequence[int] | np.ndarray]
 
 
 def topics(validation_share: float = 0.1) -> dict[str, list[str]]:
@@ -213,128 +208,10 @@ def rows_from(
 
     Without a ``length`` a table keeps its own, and documents are packed into rows of ``default``.
     """
-    if Path(path).suffix.lower() == ".npy" and (table := _read_npy(check_path(path))).ndim == 2:
+    if Path(path).suffix.lower() == ".npy" and (table := read_npy(check_path(path))).ndim == 2:
         if length is not None and table.shape[1] != length:
             raise ValueError(
                 f"{path}: holds rows of {table.shape[1]} tokens, asked for {length}. Ask for that, or give a flat file."
             )
         return table
     return pack(read_documents(path, encode), length or default, separator)
-
-
-def read_documents(path: str | Path, encode: Callable[[str], Sequence[int]]) -> Iterable[Sequence[int] | np.ndarray]:
-    """Token ids of the documents at ``path``, one after another.
-
-    Text is UTF-8; a byte-order mark at its beginning is left out, and in text files every end of a line becomes a newline.
-
-    Args:
-        path: A text file (one document), a ``.jsonl`` file (one document per line, in its ``"text"``), a ``.npy`` file
-            of token ids, or a folder, in which all such files are read in the order of their names, hidden ones left out.
-        encode: Text to token ids.
-
-    Raises:
-        FileNotFoundError: Nothing is there; what is nearly called so is named.
-        ValueError: A file that cannot be understood (the message names it, the line and the byte), or no file in a folder.
-    """
-    root = check_path(path)
-    for file in _files_of(root) if root.is_dir() else [root]:
-        if file.suffix.lower() == ".npy":
-            yield _read_npy(file).reshape(-1)
-        elif file.suffix.lower() == ".jsonl":
-            yield from map(encode, _read_jsonl(file))
-        else:
-            yield encode(_read_text(file))
-
-
-def _files_of(root: Path) -> list[Path]:
-    kinds = (*_TEXT, ".jsonl", ".npy")
-    # what file managers and notebooks leave behind begins with a dot, and is nobody's text
-    seen = [f for f in root.rglob("*") if not any(part.startswith(".") for part in f.relative_to(root).parts)]
-    files = sorted(f for f in seen if f.suffix.lower() in kinds and f.is_file())
-    if not files:
-        others = sorted({f.suffix for f in seen if f.suffix and f.is_file()})
-        there = f" (there are {', '.join(others[:4])})" if others else ""
-        raise ValueError(
-            f"{root}: holds no file that ends in {', '.join(kinds)}{there}. Put the text there, or name a single file."
-        )
-    return files
-
-
-def _read_text(file: Path) -> str:
-    text = _decoded(file.read_bytes(), str(file), 0)
-    if not text.strip():
-        raise ValueError(f"{file}: is empty. Remove it, or fill it with text.")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _decoded(raw: bytes, where: str, offset: int) -> str:
-    """The text of ``raw``, which begins at byte ``offset`` of its file."""
-    if offset == 0:
-        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{where}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(where)}")
-        skipped = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
-        raw, offset = raw[skipped:], skipped
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(
-            f"{where}: is not UTF-8 text (byte {offset + e.start} is {raw[e.start]:#04x}). Convert it, or give token ids."
-        ) from e
-
-
-def _read_jsonl(file: Path) -> Iterable[str]:
-    offset, found = 0, False
-    with file.open("rb") as lines:
-        # by newlines alone: str.splitlines would also cut at U+0085, U+2028 and others that may stand inside a text
-        for number, raw in enumerate(lines, 1):
-            where = f"{file}, line {number}"
-            line = _decoded(raw, str(file) if offset == 0 else where, offset)
-            offset += len(raw)
-            if line.strip():
-                found = True
-                yield _text_of(line, where)
-    if not found:
-        raise ValueError(f"{file}: is empty. Remove it, or fill it with text.")
-
-
-def _text_of(line: str, where: str) -> str:
-    wanted = 'Write one {"text": "..."} per line.'
-    try:
-        # not strict: control characters inside a string are what people have
-        row = json.loads(line, strict=False)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{where}: is not a JSON object with a "text" ({e}). {wanted}') from e
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: is not a JSON object with a "text", but a {type(row).__name__}. {wanted}')
-    if "text" not in row:
-        keys = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise ValueError(f'{where}: is not a JSON object with a "text"; its keys: {keys}. {wanted}')
-    text = row["text"]
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: "text" is a {type(text).__name__}, not a string.')
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(
-            f'{where}: "text" holds {text[e.start]!a}, half of a surrogate pair, which is no character. Leave it out.'
-        ) from e
-    return text
-
-
-def _read_npy(file: Path) -> np.ndarray:
-    try:
-        ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as e:
-        cut = "it is cut short" if "mmap length" in str(e) or "EOF" in str(e) else str(e).splitlines()[0].rstrip(".")
-        raise ValueError(f"{file}: is not a NumPy array of numbers ({cut}). Write it with numpy.save.") from e
-    if not isinstance(ids, np.ndarray):
-        raise ValueError(
-            f"{file}: is not a NumPy array of numbers, but an archive of several. Write one with numpy.save."
-        )
-    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-        raise ValueError(
-            f"{file}: holds {ids.dtype} of shape {ids.shape}. Token ids are integers, in one row or a table (n, l)."
-        )
-    if ids.size == 0:
-        raise ValueError(f"{file}: is empty. Give at least one row of token ids.")
-    return ids

@@ -25,7 +25,7 @@ def digest_rows(table: np.ndarray) -> str:
     step = max(1, _CHUNK // max(1, table[:1].nbytes))
     kind = table.dtype.newbyteorder("<")
 
-    def chunk(i: int) -> bytes:
+    def chunk(i: int) -> Any:
         return np.ascontiguousarray(table[i * step : (i + 1) * step], dtype=kind).data.cast("B")
 
     return _digest(f"{table.shape} {kind.str}", -(-len(table) // step), chunk)

@@ -1,4 +1,4 @@
-"""Training through transformers' ``Trainer``, on the one adapter: what it optimises, resumes, logs and saves.
+"""Training through transformers' ``Trainer``, on the one adapter.
 
 A run is a folder::
 
@@ -10,42 +10,47 @@ A run is a folder::
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
-import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from .build import build, param_groups
+from .build import build
 from .checkpoint import load, save
-from .checkpoint.files import write_whole
-from .data import Rows, rows_from
+from .data import Rows, rows_from, rows_with_targets
 from .device import pick_device
+from .digests import digest_rows, digest_weights
+from .diverged import Diverged
 from .hf import HybridZooForCausalLM
 from .lm import CausalLM
+from .run_folder import LOG, Checkpoint, DifferentRun, RunFolder, loss_entries
 from .tokenizer import load_tokenizer
+from .train_loop import NumberedRows, ZooTrainer, load_weights
+from .train_options import TrainOptions, check_path, holds_weights
+from .train_session import Session
 
-__all__ = ["DifferentRun", "TrainResult", "train"]
-
-_LOG = "train.json"
+__all__ = ["DifferentRun", "Diverged", "Interrupted", "TrainResult", "train"]
 
 
-class DifferentRun(ValueError):
-    """The folder holds a run with other settings; the message says which."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, once what is needed to go on has been saved.
+
+    Attributes:
+        step: The step of the newest checkpoint; 0 if there is none.
+        steps: Of the whole run.
+        folder: The run's.
+    """
+
+    def __init__(self, step: int, steps: int, folder: Path):
+        super().__init__(f"step {step} of {steps} is saved in {folder}; the same call goes on from there")
+        self.step, self.steps, self.folder = step, steps, folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,8 @@ class TrainResult:
     Attributes:
         model: The trained model, in evaluation mode.
         history: ``{"step", "loss", "learning_rate", "grad_norm", "seconds"}`` per logged step; the loss is the mean
-            since the last one, in nats per token, and the seconds are those spent training, over all sessions.
+            since the last one, in nats per token, and the seconds are those spent training, over all sessions, without what an interruption
+            lost.
         tokens: Read in all steps.
         seconds: Spent training, over all sessions.
         resumed_from: The step that this call started at.
@@ -78,7 +84,7 @@ def train(
     data: str | Path | np.ndarray,
     out: str | Path,
     *,
-    overrides: list[str] | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
     steps: int = 1000,
     batch_size: int = 8,
     length: int | None = None,
@@ -88,239 +94,209 @@ def train(
     seed: int = 0,
     save_every: int | None = None,
     resume: bool = True,
+    overwrite: bool = False,
     report_to: str = "tensorboard",
     device: str | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
     """Train a language model: AdamW, linear warm-up, cosine decay to zero, gradients clipped at norm 1.
 
-    An interrupted run (Ctrl-C, a crash) continues from its last complete checkpoint when it is called again, and a
-    finished one is read from its folder.
+    An interrupted run (Ctrl-C, a crash) continues from its last checkpoint when it is called again, with the numbers of a run that was
+    not interrupted, and a finished one is read from its folder. Rows in which nothing is to be predicted are left out.
 
     Args:
-        model: A config (name, path, ``zoo.config(...)``), or a model to train further.
+        model: A config (name, path, ``zoo.config(...)``) for a fresh model; or what is trained further: a model, or the folder or hub id of
+            one, whose weights are read in float32.
         data: ``(n, l)`` token ids (see :func:`~hybridzoo.zoo.data.pack`), or a path that
             :func:`~hybridzoo.zoo.data.read_documents` understands.
         out: The run's folder.
-        overrides: Dotlist changes to a config.
+        overrides: Changes to a config, as :func:`~hybridzoo.zoo.build.build` takes them.
         steps: Optimiser steps.
         batch_size: Rows per step and device.
-        length: Tokens per row if ``data`` is a path; by default the config's ``max_length``, at most 512.
+        length: Tokens per row if ``data`` is a path; by default a table's own, or the config's ``max_length``, at most 512.
         lr: Peak learning rate.
         warmup: Steps until the peak, or their share of all steps if below 1.
         weight_decay: Of matrices; see :func:`~hybridzoo.zoo.build.param_groups`.
         seed: Of the weights and of the order of the rows.
         save_every: Steps between checkpoints; by default a tenth of all. The last two are kept.
         resume: Continue what is in ``out``; otherwise start again.
+        overwrite: Replace what is in ``out``, a model of another origin or a run with other settings.
         report_to: ``tensorboard`` or ``none``.
         device: ``cpu`` or ``cuda``; by default the accelerator that is there.
         on_step: Called with the number of steps done and the last logged loss, after every step.
 
     Raises:
+        CheckpointError: Weights that cannot be read, or a run without a whole checkpoint.
         ConfigError: The config is not valid.
+        DifferentRun: ``out`` holds something else, or another process is training there.
+        Diverged: A loss, gradient or weight is no longer finite; the last checkpoint is kept.
         FileNotFoundError: No data.
-        DifferentRun: ``out`` holds a run with other settings.
-        ValueError: Data that cannot be read, ids outside the vocabulary, or a device that is not there.
-        KeyboardInterrupt: After Ctrl-C, when the state has been saved.
+        Interrupted: After Ctrl-C, when the state has been saved; a KeyboardInterrupt.
+        ValueError: Data that cannot be read, ids outside the vocabulary, a device that is not there, or numbers that cannot work.
     """
+    options = TrainOptions(
+        steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay, seed=seed,
+        save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
+    )  # fmt: skip
     out = Path(out)
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"train(steps={steps}, batch_size={batch_size}): both must be at least 1.")
+    if isinstance(data, str | os.PathLike):
+        check_path(data)
     use_cpu = device is not None and pick_device(device, numbered=False).type == "cpu"
     torch.manual_seed(seed)
-    given = isinstance(model, CausalLM)
-    if not given:
-        model = build(model, overrides)
-    table = _table(data, model, length)
-    settings = {
-        "config": OmegaConf.to_container(model.cfg), "data": _digest(table), "steps": steps,
-        "batch_size": batch_size, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "seed": seed,
-        "start": _digest_weights(model) if given else None,
-    }  # fmt: skip
-    log = _open_run(out, settings, resume)
-    per_step = batch_size * table.shape[1] * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun says how many take part
-    tokens = steps * per_step
-    if log["finished"]:
-        return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=steps)
+    core, header = _start(model, overrides, out)
+    table = _table(data, core, length)
+    rows = NumberedRows(Rows(table), rows_with_targets(table))
+    devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
+    tokens = steps * batch_size * devices * table.shape[1]
+    run = RunFolder(out)
+    with contextlib.ExitStack() as claimed:
+        log, settings = None, {}
+        # torchrun says which process is the first, before they know each other
+        if os.environ.get("RANK", "0") == "0":
+            settings = {
+                "config": OmegaConf.to_container(core.cfg), "data": digest_rows(table), "steps": steps,
+                "batch_size": batch_size, "devices": devices, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "seed": seed,
+                "start": digest_weights(core) if isinstance(model, torch.nn.Module) or holds_weights(model) else None,
+            }  # fmt: skip
+            log = run.finished(settings) if resume else None
+            if log is None:
+                claimed.enter_context(run.claim())
+        args = _arguments(out, options, use_cpu)
+        log, checkpoint = _in_main_process(args, lambda: (log, None if log else run.open(settings, resume, overwrite)))
+        if log is not None:
+            return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=steps)
+        source = f" from {data}" if isinstance(data, str | os.PathLike) else ""
+        header += _described(core, rows, source, tokens, args)
+        session = Session(header, tokens // steps, checkpoint, on_step)
+        try:
+            history = _run(core, rows, args, run, session, checkpoint, report_to)
+            if args.process_index == 0:
+                save(core, out)
+                run.finish(history, session.saved_seconds)
+        except KeyboardInterrupt:
+            raise Interrupted(run.last_step(), steps, out) from None
+    return TrainResult(core.eval(), history, tokens, session.saved_seconds, session.first_step)
 
-    args = TrainingArguments(
-        output_dir=str(out / "checkpoints"), max_steps=steps, per_device_train_batch_size=batch_size, seed=seed,
-        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=warmup, weight_decay=weight_decay,
-        save_steps=save_every or max(1, steps // 10), save_total_limit=2, logging_steps=max(1, steps // 200),
+
+def _arguments(out: Path, options: TrainOptions, use_cpu: bool) -> TrainingArguments:
+    steps = options.steps
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"), max_steps=steps, per_device_train_batch_size=options.batch_size, seed=options.seed,
+        learning_rate=options.lr, lr_scheduler_type="cosine", warmup_steps=options.warmup, weight_decay=options.weight_decay,
+        # fused: it can be told on the device to leave the weights alone
+        optim="adamw_torch_fused", logging_steps=max(1, steps // 200), save_steps=options.save_every or max(1, steps // 10),
+        # what is not finite is an error, and looking for it after every step would wait for the device
+        logging_nan_inf_filter=False,
         use_cpu=use_cpu, dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
         remove_unused_columns=False, disable_tqdm=True, report_to="none",
     )  # fmt: skip
-    checkpoint = _last_complete(out / "checkpoints")
-    session = _Session(per_step, log["seconds"], on_step)
-    callbacks: list[TrainerCallback] = [session]
-    if report_to == "tensorboard":
-        callbacks.append(_tensorboard(out / "tensorboard"))
-    trainer = _Trainer(HybridZooForCausalLM.wrap(model), args, train_dataset=Rows(table), callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+
+
+def _run(
+    core: CausalLM, rows: NumberedRows, args: TrainingArguments, run: RunFolder, session: Session,
+    checkpoint: Checkpoint | None, report_to: str,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Take the steps that are left, and give what was logged in all of them."""
+    if checkpoint is not None and checkpoint.step >= args.max_steps:
+        # stopped after its last step: there is nothing left to train
+        load_weights(core, checkpoint.folder)
+        return checkpoint.history()
+    callbacks: list[TrainerCallback] = []
+    if report_to == "tensorboard" and args.process_index == 0:
+        callbacks.append(_tensorboard(run.path / "tensorboard", session.first_step))
+    trainer = ZooTrainer(
+        HybridZooForCausalLM.wrap(core), args, train_dataset=rows, callbacks=callbacks, run=run, session=session,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     # a backward of one device in a thread of its own costs a sixth of a small model's step; several devices need their threads
     apart = torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ
     with session.saving_on_interrupt(), _quiet(), torch.autograd.set_multithreading_enabled(apart):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if session.interrupted and trainer.state.global_step < steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    if trainer.state.global_step < args.max_steps:
         raise KeyboardInterrupt
-    history = [
-        {k: v for k, v in entry.items() if k != "epoch"} for entry in trainer.state.log_history if "loss" in entry
-    ]
-    if trainer.is_world_process_zero():
-        save(model, out)
-        _write(out / _LOG, log | {"finished": True, "history": history, "seconds": session.seconds})
-    return TrainResult(model.eval(), history, tokens, session.seconds, resumed_from=session.first_step)
+    return loss_entries(trainer.state.log_history)
 
 
-class _Trainer(Trainer):
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        decayed = {id(p) for p in param_groups(model)[0]["params"]}
-        return [name for name, p in model.named_parameters() if id(p) in decayed]
+def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out: Path) -> tuple[CausalLM, list[str]]:
+    """The model that training starts from, and what there is to say of it."""
+    if isinstance(model, HybridZooForCausalLM):
+        model = model.core
+    weights, named = holds_weights(model), f"{model}: " if isinstance(model, str | os.PathLike) else ""
+    if named and os.path.exists(Path(model) / LOG) and not RunFolder(Path(model)).is_finished():
+        raise ValueError(
+            f"{model}: holds a training that has not ended. Go on with the call that began it, or name another model to start from."
+        )
+    if overrides and (weights or isinstance(model, CausalLM)):
+        raise ValueError(
+            f"overrides: {next(iter(overrides))!r} would change the config that the weights were made for. Leave it out, or name a config "
+            "to train a fresh model."
+        )
+    if isinstance(model, CausalLM):
+        return model, []
+    if not weights:
+        return build(model, overrides), [f"{named}a fresh model"] if named else []
+    if out.exists() and os.path.exists(model) and os.path.samefile(out, model):
+        raise DifferentRun(
+            f"{out}: is the folder that the weights come from, which training would replace. Use another folder for what becomes of them."
+        )
+    # in half precision most updates would be rounded away
+    return load(model, dtype=torch.float32).train(), [f"{named}starts from the weights there"]
 
 
-class _Session(TrainerCallback):
-    """Watches one call of the Trainer: shows progress, measures time, and turns Ctrl-C into a checkpoint."""
-
-    def __init__(self, tokens_per_step: int, seconds_before: float, on_step: Callable[[int, float], None] | None):
-        self.tokens_per_step, self.before, self.on_step = tokens_per_step, seconds_before, on_step
-        self.interrupted = False
-        self.first_step = 0
-        self.start = time.monotonic()
-        self.end: float | None = None
-        self.bar: Progress | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self.before + (self.end or time.monotonic()) - self.start
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step = state.global_step
-        # a checkpoint knows the time that led to it; what came after it was lost
-        self.before = next((entry["seconds"] for entry in reversed(state.log_history) if "seconds" in entry), 0.0)
-        self.start = time.monotonic()
-        console = Console(stderr=True)
-        if not state.is_local_process_zero:
-            return
-        if state.global_step:
-            console.print(f"resuming at step {state.global_step} of {state.max_steps}", highlight=False)
-        if console.is_terminal:
-            columns = (
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=console, transient=True)
-            self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
-            self.bar.start()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
-        if self.on_step:
-            losses = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
-            self.on_step(state.global_step, next(losses, float("nan")))
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        state.log_history[-1]["seconds"] = round(self.seconds, 3)
-        if self.bar and logs and "loss" in logs:
-            rate = (state.global_step - self.first_step) * self.tokens_per_step / (self.seconds - self.before)
-            self.bar.update(self.bar.task_ids[0], note=f"loss {logs['loss']:.3f}  {rate:,.0f} tokens/s")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.end = time.monotonic()
-        if self.bar:
-            self.bar.stop()
-
-    @contextlib.contextmanager
-    def saving_on_interrupt(self) -> Iterator[None]:
-        def ask(signum, frame):
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, ask) if main else None
-        try:
-            yield
-        finally:
-            if self.bar:
-                self.bar.stop()
-            if main:
-                signal.signal(signal.SIGINT, before)
-
-
-def _table(data: str | Path | np.ndarray, model: CausalLM, length: int | None) -> np.ndarray:
-    if isinstance(data, np.ndarray):
-        table = data
-    else:
+def _table(data: Any, model: CausalLM, length: int | None) -> np.ndarray:
+    if isinstance(data, str | os.PathLike):
         tokenizer = load_tokenizer(model.cfg.tokenizer)
-        table = rows_from(
-            data, length or min(512, model.cfg.max_length or 512), tokenizer.encode, tokenizer.eos_token_id or 0
+        default = min(512, model.cfg.max_length or 512)
+        table = rows_from(Path(data), length, tokenizer.encode, tokenizer.eos_token_id or 0, default)
+    else:
+        table = np.asarray(data)
+    if table.ndim != 2 or table.dtype.kind not in "iu" or table.shape[0] == 0 or table.shape[1] < 2:
+        raise ValueError(
+            f"data: expected a path, or a table (n, l) of integers with l >= 2, got {table.dtype} of shape {table.shape}. "
+            "Use hybridzoo.zoo.data.pack to make one."
         )
     if (highest := max(int(table.max()), ~int(table.min()))) >= model.cfg.vocab_size:
         raise ValueError(
             f"data: token id {highest} is outside the model's vocabulary of {model.cfg.vocab_size}. Set vocab_size, or "
             f"tokenize with the config's tokenizer ({model.cfg.tokenizer})."
         )
+    if len(rows_with_targets(table)) == 0:
+        raise ValueError("data: no row holds anything to predict; ids below 0 stand for tokens that are only read.")
     return table
 
 
-def _open_run(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    new: dict[str, Any] = {"settings": settings, "finished": False, "history": [], "seconds": 0.0}
-    old = _read(out / _LOG)
-    if old is not None and resume:
-        differing = [key for key, value in settings.items() if old["settings"].get(key) != value]
-        if differing:
-            key = differing[0]
-            shown = (
-                ""
-                if key in ("config", "data", "start")
-                else f" ({old['settings'].get(key)} there, {settings[key]} now)"
-            )
-            raise DifferentRun(f"{out}: holds a run with another {key}{shown}. Use another folder, or turn resume off.")
-        return old
-    if not resume:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / _LOG, new)
-    return new
+def _described(core: CausalLM, rows: NumberedRows, source: str, tokens: int, args: TrainingArguments) -> list[str]:
+    """What is trained, on what and on which device, in lines."""
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in core.parameters()})
+    devices = args.world_size * max(1, args.n_gpu)
+    where = f"{devices} x {args.device.type}" if devices > 1 else str(args.device)
+    length = rows.rows.table.shape[1]
+    once = len(rows) * length
+    lines = [
+        f"{core.num_params():,} parameters in {' and '.join(kinds)}, on {where}",
+        f"{len(rows):,} rows of {length:,} tokens ({once:,}){source}",
+        f"{args.max_steps:,} steps of {args.train_batch_size * args.world_size:,} rows: {tokens:,} tokens, "
+        f"the data {tokens / once:.3g} times; into {Path(args.output_dir).parent}",
+    ]
+    if left := len(rows.rows) - len(rows):
+        lines.insert(2, f"{left:,} rows hold nothing to predict and are left out")
+    return lines
 
 
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def _write(file: Path, content: Any) -> None:
-    write_whole(file, json.dumps(content, indent=1) + "\n")
-
-
-def _last_complete(folder: Path) -> Path | None:
-    # the Trainer writes its state last: a checkpoint without it was cut short
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda f: -int(f.name.rsplit("-", 1)[1])):
-        if _read(checkpoint / "trainer_state.json") is not None:
-            return checkpoint
-        shutil.rmtree(checkpoint)
-    return None
-
-
-def _digest(table: np.ndarray) -> str:
-    # of very large tables a sample must do
-    rows = table[:: max(1, table.size // 10_000_000)]
-    return hashlib.sha256(str(table.shape).encode() + np.ascontiguousarray(rows).tobytes()).hexdigest()
-
-
-def _digest_weights(model: CausalLM) -> float:
-    return float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+def _in_main_process(args: TrainingArguments, work: Callable[[], Any]) -> Any:
+    """Do something once, where torchrun has started several processes, and give all of them the result or the error."""
+    if args.world_size == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            answer[0] = work()
+        except Exception as e:  # raised below, in every process
+            answer[1] = e
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 @contextlib.contextmanager
@@ -336,8 +312,9 @@ def _quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _tensorboard(folder: Path) -> TrainerCallback:
+def _tensorboard(folder: Path, step: int) -> TrainerCallback:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(str(folder)))
+    # what an interrupted run logged after its last checkpoint is logged again
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=step + 1 if step else None))

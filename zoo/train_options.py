@@ -1,5 +1,6 @@
 """What a training asks for, checked before anything heavy is imported: the standard library is all that this needs."""
 
+import dataclasses
 import difflib
 import math
 import os
@@ -9,32 +10,48 @@ from typing import Any
 
 from .shipped import list_models
 
-__all__ = ["REPORTS", "check_options", "check_path", "default_out", "holds_weights"]
+__all__ = ["REPORTS", "TrainOptions", "check_path", "default_out", "holds_weights"]
 
 REPORTS = ("tensorboard", "none")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def check_options(
-    *, steps: int, batch_size: int, length: int | None, lr: float, warmup: float, weight_decay: float, report_to: str,
-    save_every: int | None,
-) -> None:  # fmt: skip
-    """Raise a ValueError for numbers that no training can work with, and for a report that there is not."""
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"train(steps={steps}, batch_size={batch_size}): both must be at least 1.")
-    for name, value, least in (("length", length, 2), ("save_every", save_every, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"train({name}={value}): must be at least {least}. Leave it out for the default.")
-    for name, number in (("lr", lr), ("warmup", warmup), ("weight_decay", weight_decay)):
-        if not math.isfinite(number) or number < 0 or (name == "lr" and number == 0):
-            raise ValueError(
-                f"train({name}={number}): must be {'above' if name == 'lr' else 'at least'} 0, and finite."
-            )
-    if report_to not in REPORTS:
-        close = difflib.get_close_matches(str(report_to), REPORTS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"report_to={report_to!r}: is not known.{hint} Known: {', '.join(REPORTS)}.")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How :func:`~hybridzoo.zoo.train.train` trains; it says what each of them means.
+
+    Raises:
+        ValueError: Numbers that no training can work with, or a report that there is not.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    length: int | None = None
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    seed: int = 0
+    save_every: int | None = None
+    resume: bool = True
+    overwrite: bool = False
+    report_to: str = "tensorboard"
+    device: str | None = None
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"train(steps={self.steps}, batch_size={self.batch_size}): both must be at least 1.")
+        for name, value, least in (("length", self.length, 2), ("save_every", self.save_every, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"train({name}={value}): must be at least {least}. Leave it out for the default.")
+        for name, number in (("lr", self.lr), ("warmup", self.warmup), ("weight_decay", self.weight_decay)):
+            if not math.isfinite(number) or number < 0 or (name == "lr" and number == 0):
+                bound = "above" if name == "lr" else "at least"
+                raise ValueError(f"train({name}={number}): must be {bound} 0, and finite.")
+        if self.report_to not in REPORTS:
+            close = difflib.get_close_matches(str(self.report_to), REPORTS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"report_to={self.report_to!r}: is not known.{hint} Known: {', '.join(REPORTS)}.")
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
