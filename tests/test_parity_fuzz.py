@@ -11,7 +11,8 @@ import hybridzoo as zoo
 from hybridzoo.eval import parity_fuzz
 from hybridzoo.eval.parity import ratio, redraw
 from hybridzoo.eval.parity_cases import CASES
-from hybridzoo.eval.parity_fuzz import GOOD, Base, edit_outcomes, export_outcomes, tokens, try_edit, try_export
+from hybridzoo.eval.parity_draws import Base
+from hybridzoo.eval.parity_fuzz import GOOD, edit_outcomes, export_outcomes, tokens, try_edit, try_export
 from hybridzoo.zoo.checkpoint import CheckpointError, export
 
 transformers = pytest.importorskip("transformers")

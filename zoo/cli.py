@@ -345,7 +345,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU;"
-            " a model, or model:variant, of train. May be repeated."
+            " a model, or model:variant, of train; fuzz of parity, which tries options drawn at random. May be repeated."
         ),
     ] = None,
     out: Annotated[
@@ -365,6 +365,11 @@ def bench(
     if what == "parity":
         from ..eval.parity import parity, table
 
+        if part == ["fuzz"]:
+            from ..eval.parity_fuzz import fuzz, summary
+
+            tried = fuzz(out)
+            return _print_json(tried) if as_json else Console(soft_wrap=True, markup=False).print(summary(tried))
         measured = parity(out)
         return _print_json(measured) if as_json else Console(soft_wrap=True, markup=False).print(table(measured))
     if what == "readme":

@@ -77,7 +77,7 @@ def _varied(value: Any) -> list[Any]:
     if isinstance(value, int):
         return [value + 1, 2 * value or 4, 3]
     if isinstance(value, float):
-        return [2 * value + 1]
+        return [2 * value + 1, value + 0.25, 1.5]
     if isinstance(value, list):
         return [value[:-1], [_varied(v)[0] if _varied(v) else v for v in value]]
     if isinstance(value, dict):

@@ -122,6 +122,14 @@ class Fields:
         """Fields that follow from others, or decide nothing."""
         self.known |= set(names)
 
+    def follows(self, name: str, value: Any) -> None:
+        """A field that may be left out, and otherwise must be what follows from others."""
+        self.known.add(name)
+        if self.data.get(name, value) != value:
+            raise CheckpointError(
+                f"{self.file}: {name} is {self.data[name]!r}, and {value!r} by the other fields. Correct the file."
+            )
+
     def done(self) -> None:
         """Refuse fields that nobody took: they could change what the model computes."""
         if "quantization_config" in self.data:

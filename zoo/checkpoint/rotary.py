@@ -70,7 +70,8 @@ def rotary(
     )
     turning = int(size * part)
     if turning != size and (partial is None or turning % 2 or not 0 < turning < size):
-        why = f"{turning} of {size} channels would turn" if partial is not None else "its class turns whole heads"
+        head = f"{size} channels of a head (head_dim, or hidden_size / num_attention_heads)"
+        why = f"{turning} of {head} would turn" if partial is not None else "its class turns whole heads"
         raise CheckpointError(
             f"{fields.file}: partial_rotary_factor is {part} in or beside {where}; {why}, which cannot be computed by this version."
         )

@@ -26,10 +26,7 @@ _MAMBA2 = {
     "chunk_size": ("chunk_size", 256), "bias": ("add_bias_linear", False), "dt_min": ("time_step_min", 0.001),
     "dt_max": ("time_step_max", 0.1), "dt_init_floor": ("time_step_floor", 1e-4),
 }  # fmt: skip
-_DERIVED = (
-    "num_hidden_layers hybrid_layer_ids attention_hidden_size attention_head_dim head_dim mamba_headdim kv_channels num_query_groups "
-    "use_conv_bias use_mem_eff_path sliding_window ffn_hidden_size"
-).split()
+_UNUSED = "kv_channels num_query_groups use_conv_bias use_mem_eff_path sliding_window ffn_hidden_size".split()
 
 
 @register
@@ -43,10 +40,11 @@ class Zamba2(Family):
         """Our config."""
         take, d, n = fields.take, fields.take("hidden_size", 2560), fields.take("num_mem_blocks", 1)
         layers: list[str] = []
-        for hybrid in fields.kinds(_HYBRID, list(_LAYERS), "layers_block_type", "layer_types"):
+        hybrids = fields.kinds(_HYBRID, list(_LAYERS), "layers_block_type", "layer_types")
+        for hybrid in hybrids:
             use = layers.count("joined") % n
             layers += [f"attention@a{use}", f"mlp@m{use}", "joined"] if hybrid else ["mamba2"]
-        fields.skip(*_DERIVED)
+        fields.skip(*_UNUSED)
         fields.expect("use_long_context", False)
         heads, ssm_heads, ssm = take("num_attention_heads", 32), take("n_mamba_heads", 8), fields.options(_MAMBA2)
         inner = ssm["expand"] * d
@@ -54,6 +52,12 @@ class Zamba2(Family):
             what = f"num_attention_heads {heads} and n_mamba_heads {ssm_heads}"
             raise CheckpointError(f"{fields.file}: hidden_size {d} does not fit {what}.")
         size, rank = 2 * d // heads, take("adapter_rank", 128)
+        # theirs writes these down, and reads them before what they follow from
+        for name, value in (
+            ("num_hidden_layers", len(hybrids)), ("hybrid_layer_ids", [i for i, hybrid in enumerate(hybrids) if hybrid]),
+            ("attention_hidden_size", 2 * d), ("attention_head_dim", size), ("head_dim", size), ("mamba_headdim", inner // ssm_heads),
+        ):  # fmt: skip
+            fields.follows(name, value)
         kv, adapted = take("num_key_value_heads", None) or heads, take("use_shared_attention_adapter", False)
         if adapted and kv != heads:
             raise CheckpointError(
