@@ -140,6 +140,21 @@ def section(folder: Path) -> str:
         "pass and in 20 decoded steps, and of any parameter's gradient. Written back means the same tensors, bit for bit, which "
         "transformers loads with no key missing or left over."
     )
+    tried = folder / "parity_fuzz.json"
+    if tried.exists():
+        fuzz = json.loads(tried.read_text(encoding="utf-8"))
+        same, refused, wrong = (
+            [
+                sum(row.get(kind, 0) for row in fuzz["cases"] if row["op"] == op and kind != "not judged")
+                for op in ("edit", "export")
+            ]
+            for kind in ("equal", "refused", "silent")
+        )
+        text += (
+            f" Beyond these shapes, `{fuzz['command']}` edits single fields of their configs ({same[0] + refused[0] + wrong[0]:,} that "
+            f"transformers can compute) and writes random options of ours ({same[1] + wrong[1]:,}): {same[0] + same[1]:,} gave the same "
+            f"logits, {refused[0] + refused[1]:,} were refused by name, {wrong[0] + wrong[1]} differed silently."
+        )
     return f"{markdown.paragraph(text)}\n\n{table(result)}"
 
 

@@ -160,6 +160,17 @@ def test_a_refusal_speaks_of_the_file(base, tmp_path, field, value):
     assert "mixers." not in str(e.value) and "dt_max" not in str(e.value)
 
 
+def test_a_refusal_speaks_of_what_is_inside_a_field(tmp_path):
+    model = zoo.build("mamba2-tiny")
+    export(model, tmp_path / "out", to="mamba_ssm")
+    file = tmp_path / "out/config.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | {"ssm_cfg": data["ssm_cfg"] | {"dt_min": 0.2, "dt_max": 0.1}}))
+    with pytest.raises(CheckpointError, match=r"that works: ssm_cfg\.dt_m(in|ax): ") as e:
+        zoo.load(tmp_path / "out")
+    assert "mixers" not in str(e.value)
+
+
 def test_mamba_ssm_gets_plain_numbers(tmp_path):
     model = zoo.build("mamba2-tiny", ["mixers.mamba2.dt_limit=[0.01,.inf]"])
     export(model, tmp_path / "out", to="mamba_ssm")

@@ -18,7 +18,9 @@ _FAILS = (TypeError, AttributeError, KeyError, IndexError, ValueError, ZeroDivis
 def culprit(family: Family, fields: Fields) -> str | None:
     """The field without which, or with another value of which, a file could be read that cannot be read as it is."""
     without = [(name, {key: value for key, value in fields.data.items() if key != name}) for name in fields.data]
-    other = [(name, {**fields.data, name: value}) for name, old in fields.data.items() for value in _varied(old)]
+    other = [
+        (name, {**fields.data, name: value}) for name, old in fields.data.items() for _, value in _changes(name, old)
+    ]
     for name, data in without + other:
         try:
             family.read(Fields(data, fields.file))
@@ -55,10 +57,10 @@ def in_words_of_file(text: str, family: Family, fields: Fields, cfg: Mapping[str
 def _origins(family: Family, fields: Fields, cfg: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each option that a field decides, and the field; of several fields that which decides least else."""
     before, decides = _flat(cfg), dict[str, set[str]]()
-    for name in sorted(fields.known | fields.data.keys()):
-        for other in _varied(fields.data.get(name)):
+    for field in sorted(fields.known | fields.data.keys()):
+        for name, other in _changes(field, fields.data.get(field)):
             try:
-                after = _flat(family.read(Fields({**fields.data, name: other}, fields.file)))
+                after = _flat(family.read(Fields({**fields.data, field: other}, fields.file)))
             except _FAILS:
                 continue
             differs = {path for path in before.keys() | after.keys() if repr(before.get(path)) != repr(after.get(path))}
@@ -66,9 +68,18 @@ def _origins(family: Family, fields: Fields, cfg: Mapping[str, Any]) -> Iterator
     for path in before:
         of = sorted((len(paths), name) for name, paths in decides.items() if path in paths)
         # where a file lacks a field that has older names, any of them would do
-        of = [entry for entry in of if entry[1] in fields.data] or of
+        of = [entry for entry in of if entry[1].partition(".")[0] in fields.data] or of
         if of:
             yield path, of[0][1]
+
+
+def _changes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Other values of a field, or of what is in it, and the name of that."""
+    if not isinstance(value, dict):
+        yield from ((name, other) for other in _varied(value))
+        return
+    for key, inner in value.items():
+        yield from ((f"{name}.{key}", {**value, key: other}) for other in _varied(inner))
 
 
 def _varied(value: Any) -> list[Any]:
@@ -80,8 +91,6 @@ def _varied(value: Any) -> list[Any]:
         return [2 * value + 1, value + 0.25, 1.5]
     if isinstance(value, list):
         return [value[:-1], [_varied(v)[0] if _varied(v) else v for v in value]]
-    if isinstance(value, dict):
-        return [{**value, key: other} for key, v in value.items() for other in _varied(v)]
     return [1, 2.5, True] if value is None else []
 
 

@@ -26,6 +26,15 @@ class Phi3(Llama):
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
         fields.skip("resid_pdrop", "embd_pdrop", "original_max_position_embeddings")
+        # published files say these too
+        for name, value in {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "lm_head_bias": False,
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
+        }.items():
+            fields.expect(name, value)
         mlp = {"type": "mlp", "d_intermediate": fields.take("intermediate_size", 8192)}
         cfg = self.uniform(fields, {"mlp": mlp}, n=32, heads=32, kv=None, partial=1.0)
         if cfg["mixers"]["attention"].get("rope_scaling"):

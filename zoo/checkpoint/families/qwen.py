@@ -28,6 +28,7 @@ class Qwen2(Llama):
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
         take = fields.take
+        fields.expect("use_mrope", False)  # published files say so
         mlp = {"type": "mlp", "d_intermediate": take("intermediate_size", 22016)}
         cfg = self.uniform(fields, {"mlp": mlp}, n=32, heads=32, kv=32)
         n = len(cfg["layers"]) // 2
@@ -98,6 +99,7 @@ class Qwen3Moe(Qwen3):
             fields.data.get("mlp_only_layers") or [],
         )
         fields.skip("mlp_only_layers", "max_window_layers", "shared_expert_intermediate_size")
+        fields.expect("qkv_bias", False), fields.expect("use_qk_norm", True)
         sparse = [moe["num_experts"] > 0 and i not in dense and (i + 1) % step == 0 for i in range(n)]
         window = take("sliding_window", None) if "sliding_window" in fields.data else 4096
         attention = cfg["mixers"]["attention"] | self._specials(fields, cfg)

@@ -26,6 +26,7 @@ class SmolLM3(Llama):
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
         take, bias = fields.take, fields.take("attention_bias", False)
+        fields.skip("max_window_layers")  # of Qwen's configs, from which the published one was made
         mlp = {"type": "mlp", "d_intermediate": take("intermediate_size", 11008), "bias": take("mlp_bias", False)}
         cfg = self.uniform(fields, {"mlp": mlp}, n=36, heads=16, kv=4, theta=2e6)
         n = len(cfg["layers"]) // 2
