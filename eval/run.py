@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from ..zoo.checkpoint.files import write_whole
 from ..zoo.device import pick_device
-from ..zoo.registry import nearest
+from ..zoo.named import option_pairs
 from .harness import HybridZooLM
-from .tasks import FOLDER, names
+from .tasks import FOLDER, check_metadata, check_tasks, names, unknown_task
 
 __all__ = ["evaluate", "lm_eval_main", "table", "task_manager"]
 
@@ -89,6 +89,8 @@ def evaluate(
     if device is not None:
         pick_device(device)
     tasks = [task for task in tasks.split(",") if task] if isinstance(tasks, str) else tasks
+    check_tasks(tasks)
+    check_metadata(tasks, metadata or {})
     mode = model.training if isinstance(model, torch.nn.Module) else None
     shared = {"tokenizer": None} | (metadata or {})
     manager, chosen, foreign = _find(tasks, shared)
@@ -172,18 +174,10 @@ def lm_eval_main(argv: Sequence[str]) -> None:
     named = any(arg.split("=")[0] in ("--tasks", "-t", "ls", "validate") for arg in argv)
     if named and not any(arg.split("=")[0] == "--include_path" for arg in argv):
         argv += ["--include_path", str(FOLDER)]
-    if device := next((value for key, value in _options(argv) if key == "--device"), None):
+    if device := next((value for key, value in option_pairs(argv) if key == "--device"), None):
         pick_device(device)  # the adapter cannot tell cuda:0 from lm-eval's default
     with mock.patch.object(sys, "argv", ["lm-eval", *argv]):
         cli_evaluate()
-
-
-def _options(argv: list[str]) -> list[tuple[str, str]]:
-    """Options and their values, written ``--a b`` or ``--a=b``."""
-    split = [arg.partition("=") for arg in argv]
-    return [
-        (key, value if equals else after) for (key, equals, value), after in zip(split, [*argv[1:], ""], strict=True)
-    ]
 
 
 def _find(tasks: Sequence[str], metadata: dict[str, Any] | None) -> tuple[TaskManager, list[str], bool]:
@@ -196,7 +190,7 @@ def _find(tasks: Sequence[str], metadata: dict[str, Any] | None) -> tuple[TaskMa
         elif matches := [task] if task in manager.all_tasks else fnmatch.filter(manager.all_subtasks, task):
             chosen += matches
         elif task.startswith("hybridzoo"):
-            raise ValueError(_unknown(task))
+            raise ValueError(unknown_task(task))
         else:
             foreign.append(task)
     if foreign:
@@ -204,16 +198,11 @@ def _find(tasks: Sequence[str], metadata: dict[str, Any] | None) -> tuple[TaskMa
         for task in foreign:
             matches = manager.match_tasks([task])
             if not matches:
-                raise ValueError(_unknown(task))
+                raise ValueError(unknown_task(task))
             chosen += matches
     if not chosen:
         raise ValueError(f"tasks: none are given. Local tasks: {', '.join(names())}.")
     return manager, list(dict.fromkeys(chosen)), bool(foreign)
-
-
-def _unknown(task: str) -> str:
-    near = nearest(task, names()) or nearest(f"hybridzoo_{task}", names())
-    return f"tasks: unknown task {task!r}.{near} Local tasks: {', '.join(names())}; others: `zoo lm-eval ls tasks`."
 
 
 @contextlib.contextmanager

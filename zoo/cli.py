@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import re
 import shlex
 import sys
 import traceback
@@ -135,6 +136,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print every layer of a model with its parameters, FLOPs and state; nothing is allocated."""
+    from .named import check_model
+
+    check_model(model, hub=False)
     from .build import build
     from .stats import stats
 
@@ -229,6 +233,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
+    from .named import check_model
+
+    check_model(model)
     import torch
 
     from .build import build
@@ -287,9 +294,11 @@ def eval_(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas; wildcards for ours: 'hybridzoo_*'.")],
     limit: Annotated[float | None, typer.Option(help="Documents per task, or a share below 1.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.", min=0)] = None,
     batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
-    max_length: Annotated[int | None, typer.Option(help="Window in tokens.", show_default="the config's")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Window in tokens.", show_default="the config's", min=1)
+    ] = None,
     add_bos_token: Annotated[
         bool, typer.Option("--add-bos-token", help="Start every prompt as a document of `zoo train` starts.")
     ] = False,
@@ -299,14 +308,26 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Score a model through lm-eval. `zoo lm-eval` takes every flag of lm-eval instead."""
+    from ..eval.tasks import check_metadata, check_tasks
+    from .named import check_model
+
+    # what can be mistyped is looked at before seconds of imports
+    check_model(model)
+    asked, sizes = [task for task in tasks.split(",") if task], _read_json("--metadata", metadata)
+    check_tasks(asked)
+    if sizes is not None:
+        check_metadata(asked, sizes)
+    if limit is not None and not limit > 0:
+        raise ValueError(f"--limit: is {limit:g}. Give a number of documents, or a share of them below 1.")
+    if not re.fullmatch(r"[1-9]\d*|auto(:[1-9]\d*)?", batch_size):
+        raise ValueError(f"--batch-size: is {batch_size!r}. Give a number, auto, or auto:N.")
     from ..eval.run import evaluate
     from ..eval.run import table as rows_of
 
     results = evaluate(
-        model, tasks, limit=int(limit) if limit and limit >= 1 else limit,
-        num_fewshot=num_fewshot, batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
-        max_length=max_length, add_bos_token=add_bos_token or None, metadata=_read_json("--metadata", metadata),
-        output=out, device=device,
+        model, asked, limit=int(limit) if limit and limit >= 1 else limit, num_fewshot=num_fewshot,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size, max_length=max_length,
+        add_bos_token=add_bos_token or None, metadata=sizes, output=out, device=device,
     )  # fmt: skip
     if results is None:
         return None
@@ -327,6 +348,15 @@ def eval_(
 )
 def lm_eval(ctx: typer.Context) -> None:
     """The command line of lm-eval, all of it, with --model hybridzoo and our tasks known."""
+    from ..eval.tasks import check_tasks
+    from .named import check_model, option_pairs
+
+    given = dict(option_pairs(ctx.args))
+    if not {"--include_path", "-h", "--help"} & set(given):
+        check_tasks([task for task in given.get("--tasks", given.get("-t", "")).split(",") if task])
+    if given.get("--model") == "hybridzoo":
+        arguments = dict(part.split("=", 1) for part in given.get("--model_args", "").split(",") if "=" in part)
+        check_model(arguments.get("pretrained", "mamba-tiny"))
     from ..eval.run import lm_eval_main
 
     lm_eval_main(ctx.args)
