@@ -1,6 +1,7 @@
 """Every shipped config on the meta device: parameter counts as published, and what ``zoo show`` says about it."""
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from hybridzoo.zoo.checkpoint.writing import signature
 from hybridzoo.zoo.layout import from_jamba, from_megatron
 from hybridzoo.zoo.lm import CausalLM
 from hybridzoo.zoo.registry import ConfigError
-from hybridzoo.zoo.stats import stats
+from hybridzoo.zoo.shipped import NUMBERS
+from hybridzoo.zoo.stats import numbers, stats
 
 # published: the checkpoints of state-spaces (the counts follow from the shapes in their files) and of ai21labs
 PUBLISHED = {
@@ -116,6 +118,13 @@ def shipped(name):
 @functools.cache
 def counted(name):
     return stats(shipped(name), 2048)
+
+
+def test_the_sizes_that_list_prints_are_the_models():
+    kept = json.loads(NUMBERS.read_text())
+    assert sorted(kept) == zoo.list_models(), "run: zoo list --refresh"
+    for name in kept:
+        assert kept[name] == numbers(shipped(name)), f"{name} has changed; run: zoo list --refresh"
 
 
 def test_every_shipped_config_is_counted_here():

@@ -65,6 +65,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="A zoo of sequence models: list, inspect, train, evaluate, compare.",
     epilog="Example: [bold]zoo show jamba-tiny d_model=256[/bold]",
 )
@@ -76,11 +77,24 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
 Format = enum.StrEnum("Format", ["hf", "mamba_ssm", "hybridzoo"])
+Dtype = enum.StrEnum("Dtype", ["float32", "bfloat16", "float16"])
 Model = Annotated[str, typer.Argument(help="A saved folder, or a name from `zoo list` (untrained).")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"hybridzoo {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version, and nothing else."),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="HYBRIDZOO_DEBUG", help="Show where an error comes from.")
     ] = False,
@@ -112,20 +126,26 @@ def _imports_first(args: list[str]) -> list[str]:
     return first + rest + args[i:]
 
 
-@app.command("list", epilog='Example: [bold]zoo list "jamba*"[/bold]')
-def list_(pattern: Annotated[str, typer.Argument(help="Shell wildcards.")] = "*", as_json: Json = False) -> None:
-    """List the models that come with the zoo."""
-    from .shipped import describe, list_models
+@app.command("list", epilog="Example: [bold]zoo list jamba[/bold], or zoo list 'mamba2-*'")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="A part of the name, or shell wildcards.")] = "*",
+    as_json: Json = False,
+    refresh: Annotated[bool, typer.Option("--refresh", hidden=True)] = False,
+) -> None:
+    """List the models that come with the zoo; the state is what a sequence of 1,024 tokens leaves behind."""
+    from .shipped import NUMBERS, find_models, list_models
 
-    names = list_models(pattern)
-    if not names:
-        raise ValueError(f"no model matches {pattern!r}. `zoo list` prints every name.")
+    if refresh:
+        from .stats import numbers
+
+        rows = (f"  {json.dumps(name)}: {json.dumps(numbers(name))}" for name in list_models())
+        NUMBERS.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    models = find_models(pattern)
     if as_json:
-        return _print_json([{"name": name, "about": describe(name)} for name in names])
-    table = _table("model", "what it is")
-    for name in names:
-        table.add_row(name, describe(name))
-    Console().print(table)
+        return _print_json(models)
+    from .tables import listed
+
+    listed(models)
 
 
 @app.command(epilog="Example: [bold]zoo show mamba-130m d_model=512[/bold]")
@@ -133,37 +153,30 @@ def show(
     model: Annotated[str, typer.Argument(help="A name from `zoo list`, a YAML file, or a saved folder.")],
     overrides: Overrides = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, for which FLOPs are stated.", min=1)] = 2048,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights.", show_default="a folder's own, else float32")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print every layer of a model with its parameters, FLOPs and state; nothing is allocated."""
     from .named import check_model
 
     check_model(model, hub=False)
-    from .build import build
-    from .stats import stats
+    import torch
 
-    built = build(model, overrides or [], device="meta")
+    from .build import build
+    from .stats import stats, stored_dtype
+
+    kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if Path(model).is_dir() else None
+    built = build(model, overrides or [], device="meta", dtype=kind)
     report = stats(built, seq_len)
     lengths = sorted({seq_len, 4096, 32_768, 262_144})
     state = {str(l): stats(built, l).state_bytes for l in lengths}
     if as_json:
         return _print_json({"name": model, **dataclasses.asdict(report), "state_bytes_by_length": state})
-    table = _table("block", "layer", "parameters", "active", f"FLOPs/token at {seq_len:,}", f"state at {seq_len:,}")
-    for count, row in _runs(report.rows):
-        last = "" if row.index is None else str(row.index) if count == 1 else f"{row.index}-{row.index + count - 1}"
-        times = f"{row.token} × {count}" if count > 1 else row.token
-        cells = (count * row.params, count * row.active_params, count * row.flops)
-        table.add_row(last, times, *(f"{c:,}" if c else "" for c in cells), _bytes(count * row.state_bytes))
-    table.add_section()
-    sums = (report.params, report.active_params, report.flops)
-    table.add_row("", model, *(f"{c:,}" for c in sums), _bytes(report.state_bytes), style="bold")
-    console = Console()
-    console.print(f"[bold]{model}[/bold]  {report.layers}", highlight=False)
-    console.print(table)
-    console.print("state per sequence: " + ", ".join(f"{_bytes(n)} at {int(l):,}" for l, n in state.items()))
-    if report.attention_of_mixers is not None:
-        shares = (100 * report.attention_of_mixers, 100 * report.attention_of_blocks)
-        console.print("attention: {:.1f} % of the sequence mixers, {:.1f} % of all blocks".format(*shares))
+    from .tables import shown
+
+    shown(model, report, state)
 
 
 @app.command(epilog="Example: [bold]zoo train jamba-tiny d_model=64 --data texts/ --out runs/mine --steps 500[/bold]")
@@ -334,11 +347,13 @@ def eval_(
     rows = rows_of(results)
     if as_json:
         return _print_json(rows)
-    table = _table("task", "metric", "value", "±", "chance", "n")
+    from .tables import columns, output
+
+    table = columns("task", "metric", "value", "±", "chance", "n")
     for row in rows:
         numbers = ("" if row[k] is None else f"{row[k]:.4f}" for k in ("value", "stderr", "chance"))
         table.add_row(row["task"], row["metric"], *numbers, str(row["n"]))
-    Console().print(table)
+    output().print(table)
 
 
 @app.command(
@@ -429,7 +444,9 @@ def doctor(device: Device = None, as_json: Json = False) -> None:
 
 
 def _print_doctor(report: dict[str, Any]) -> None:
-    console = Console()
+    from .tables import output
+
+    console = output()
     for title in (t for t in ("system", "gpu", "packages") if t in report):
         table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold")
         for key, value in report[title].items():
@@ -469,33 +486,6 @@ def _say(text: str) -> None:
 
     # what a file says is no command to the terminal
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable(text, keep="\n"))
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
-    return table
-
-
-def _runs(rows: list[Any]) -> list[tuple[int, Any]]:
-    # neighbours that differ in nothing but their index are one line
-    out: list[tuple[int, Any]] = []
-    for row in rows:
-        same = out and row.index is not None and dataclasses.replace(out[-1][1], index=row.index) == row
-        if same:
-            out[-1] = (out[-1][0] + 1, out[-1][1])
-        else:
-            out.append((1, row))
-    return out
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return "" if n == 0 else f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
-        n /= 1024
-    raise AssertionError
 
 
 def main() -> None:

@@ -4,16 +4,20 @@ The model itself is built on the meta device and asked, so what is printed is wh
 """
 
 import dataclasses
+import math
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from .build import build
 from .config import block_specs
 from .lm import CausalLM
 
-__all__ = ["Row", "Stats", "stats"]
+__all__ = ["Row", "Stats", "numbers", "stats", "stored_dtype"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Stats:
         params: Parameters, tied and shared ones counted once.
         active_params: Parameters that one token passes through, embedding table included, as in "12B active".
         flops: Forward FLOPs per token; training takes three times as many.
+        dtype: Of the weights, as a text: ``"bfloat16"``. Parameters that must be float32 are, whatever it says.
+        weight_bytes: What the weights take up, tied and shared ones counted once.
         state_bytes: What one sequence leaves behind.
         attention_of_mixers: Attention's share of the sequence mixers, in [0, 1]; ``None`` if there are none.
         attention_of_blocks: Attention's share of all residual blocks. Papers state either.
@@ -59,6 +65,8 @@ class Stats:
     params: int
     active_params: int
     flops: int
+    dtype: str
+    weight_bytes: int
     state_bytes: int
     attention_of_mixers: float | None
     attention_of_blocks: float
@@ -100,10 +108,30 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
         params=sum(row.params for row in rows),
         active_params=sum(row.active_params for row in rows),
         flops=sum(row.flops for row in rows),
+        dtype=str(model.backbone.embedding.weight.dtype).removeprefix("torch."),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         state_bytes=sum(row.state_bytes for row in rows),
         attention_of_mixers=attention / mixers if mixers else None,
         attention_of_blocks=attention / len(specs),
     )
+
+
+def numbers(source: Any) -> dict[str, Any]:
+    """What ``zoo list`` says of a model, as ``configs/lm/numbers.json`` keeps it: the state is that of 1,024 tokens."""
+    found = stats(source, 1024)
+    kept = ("params", "active_params", "state_bytes")
+    return {key: getattr(found, key) for key in kept} | {"pattern": found.layers}
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype | None:
+    """The dtype that most weights of a saved folder have; ``None`` if it holds no safetensors file. Reads headers, no values."""
+    sizes: Counter[torch.dtype] = Counter()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            for key in f.keys():
+                part = f.get_slice(key)
+                sizes[part[:0].dtype if part.get_shape() else f.get_tensor(key).dtype] += math.prod(part.get_shape())
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _row(index: int | None, token: str, module: nn.Module, seen: set[int], flops: int = 0, state_bytes: int = 0) -> Row:

@@ -1,0 +1,148 @@
+"""How ``zoo list`` and ``zoo show`` look: tables that a terminal of 80 columns and a pipe both show whole."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .stats import Row, Stats
+
+__all__ = ["columns", "fold", "in_bytes", "listed", "output", "shown"]
+
+_WIDE = 150  # columns from which there is room for a sentence about each model
+
+
+def output() -> Console:
+    """Standard output. Where it is no terminal nothing is folded, so that a line is a row for whoever reads it next."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000
+    return console
+
+
+def columns(*heads: str, left: int = 2) -> Table:
+    """An empty table whose first ``left`` columns are texts, and whose others are numbers, which are never broken."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, head in enumerate(heads):
+        words = i < left
+        table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    return table
+
+
+def listed(models: Sequence[dict[str, Any]]) -> None:
+    """Print the shipped models."""
+    console = output()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in ("model", "parameters", "active", "state at 1k"):
+        table.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
+    table.add_column("pattern", overflow="fold")
+    about = console.width >= _WIDE
+    if about:
+        table.add_column("what it is", overflow="fold")
+    for m in models:
+        counts = (in_units(m.get(key, 0), "B") for key in ("params", "active_params"))
+        rest = [m["about"]] if about else []
+        table.add_row(m["name"], *counts, in_bytes(m.get("state_bytes", 0)), m.get("pattern", ""), *rest)
+    console.print(table)
+
+
+def shown(name: str, report: "Stats", state: dict[str, int]) -> None:
+    """Print a model's layers and what they cost."""
+    console = output()
+    some_rest = report.active_params != report.params
+    heads = ("block", "layer", "parameters", *(("active",) if some_rest else ()))
+    table = columns(*heads, "forward FLOPs", f"state at {report.seq_len:,}")
+
+    def add(block: str, layer: str, rows: Sequence["Row"], **style: Any) -> None:
+        params, active = (sum(getattr(row, key) for row in rows) for key in ("params", "active_params"))
+        flops, kept = sum(row.flops for row in rows), sum(row.state_bytes for row in rows)
+        counts = [f"{params:,}" if params else "", *([in_units(active, "B")] if some_rest else [])]
+        table.add_row(Text(block), Text(layer), *counts, in_units(flops), in_bytes(kept), **style)
+
+    at = 0
+    for group, times in fold(report.rows):
+        everything = report.rows[at : (at := at + len(group) * times)]
+        if len(group) == 1:
+            add(_span(everything), _repeated(group[0].token, times), everything)
+            continue
+        add(_span(everything), f"( {len(group)} blocks ) × {times}", everything)
+        for (row,), again in fold(group, longest=1):
+            add("", "  " + _repeated(row.token, again), [row] * again, style="dim")
+    table.add_section()
+    add("", "all", report.rows, style="bold")
+    console.print(Text.assemble((name, "bold"), f"  {report.layers}"))
+    console.print(table)
+    forward = f"{in_units(report.flops)} forward, {in_units(3 * report.flops)} training"
+    console.print(f"weights: {report.dtype}, {in_gigabytes(report.weight_bytes)}")
+    console.print(f"FLOPs per token at {report.seq_len:,} tokens: {forward}")
+    sizes = [f"{in_bytes(n) or '0 B'} at {int(l):,}" for l, n in state.items()]
+    one = sizes[0].split(" at ")[0] + " at any length"
+    console.print("state per sequence: " + (one if len(set(state.values())) == 1 else ", ".join(sizes)))
+    if report.attention_of_mixers is not None:
+        shares = (100 * report.attention_of_mixers, 100 * report.attention_of_blocks)
+        console.print("attention: {:.1f} % of the sequence mixers, {:.1f} % of all blocks".format(*shares))
+
+
+def fold(rows: Sequence["Row"], longest: int = 64) -> list[tuple[list["Row"], int]]:
+    """Runs of rows, and of groups of rows, that differ in nothing but their index: the group, and how many times it stands there.
+
+    At each row the repetition that leaves out most rows is taken, of equally good ones the shortest group; ``longest`` bounds a group.
+    """
+    kinds: dict[Row, int] = {}
+    plain = [kinds.setdefault(dataclasses.replace(row, index=row.index and 0), len(kinds)) for row in rows]
+    out: list[tuple[list[Row], int]] = []
+    i = 0
+    while i < len(rows):
+        best = max(
+            ((_times(plain, i, p), p) for p in range(1, longest + 1)), key=lambda found: (found[0] - 1) * found[1]
+        )
+        times, period = best if best[0] > 1 else (1, 1)
+        out.append((list(rows[i : i + period]), times))
+        i += period * times
+    return out
+
+
+def _times(plain: Sequence[int], i: int, period: int) -> int:
+    n = 1
+    while plain[i + n * period : i + (n + 1) * period] == plain[i : i + period]:
+        n += 1
+    return n if i + period <= len(plain) else 1
+
+
+def _repeated(token: str, times: int) -> str:
+    return f"{token} × {times}" if times > 1 else token
+
+
+def _span(rows: Sequence["Row"]) -> str:
+    first, last = rows[0].index, rows[-1].index
+    return "" if first is None else str(first) if first == last else f"{first}-{last}"
+
+
+def in_units(n: float, giga: str = "G") -> str:
+    """A number of three digits and a unit: ``129 M``; nothing for 0. What is counted has billions and no ``giga``."""
+    for unit in ("", " k", " M", f" {giga}", " T"):
+        if n < 999.5 or unit == " T":
+            digits = 0 if unit == "" or n >= 99.95 else 1 if n >= 9.995 else 2
+            return f"{n:,.{digits}f}{unit}" if n else ""
+        n /= 1000
+    raise AssertionError
+
+
+def in_bytes(n: float) -> str:
+    """Bytes in powers of 1024; nothing for 0."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return "" if n == 0 else f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+def in_gigabytes(n: float) -> str:
+    """Bytes in gigabytes, of 10**9, with three digits at least."""
+    size = n / 1e9
+    return f"{size:,.2f} GB" if size >= 1 else f"{size:.3f} GB" if size >= 0.01 else f"{size:.6f} GB"
