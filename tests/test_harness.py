@@ -509,7 +509,7 @@ def test_two_ranks_share_the_work_and_give_the_same_result(saved, tmp_path):
 
 
 def test_unmodified_lm_eval_reads_a_saved_folder(saved, expected, questions, prompts, tmp_path):
-    """``--model hf`` and ``--model hybridzoo`` answer alike, sample by sample; nobody has asked for the zoo, or trusted a folder's code."""
+    """``--model hf`` and ``--model hybridzoo`` answer alike, sample by sample; the program knows nothing of the zoo but the folder's code."""
     code = """
         import json, sys
         from lm_eval import evaluator, simple_evaluate
@@ -517,19 +517,29 @@ def test_unmodified_lm_eval_reads_a_saved_folder(saved, expected, questions, pro
         from lm_eval.tasks import TaskManager
         folder, output, questions, prompts, where, tasks, sizes = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
         evaluator.add_env_info = lambda results: None  # asks pip and the machine, for seconds
-        assert "hybridzoo.zoo.hf" not in sys.modules
-        manager = TaskManager(include_path=where, include_defaults=False, metadata=sizes)
-        found = simple_evaluate(
-            model="hf", model_args=f"pretrained={folder}", tasks=tasks, task_manager=manager, device="cpu", batch_size=4, limit=3
-        )
-        assert not [m for m in sys.modules if m.startswith("transformers_modules")]
-        lm = sys.modules["lm_eval.models.huggingface"].HFLM(pretrained=folder, device="cpu", batch_size=4)
+        from lm_eval.models.huggingface import HFLM
+        assert "hybridzoo" not in sys.modules
+        lm = HFLM(pretrained=folder, device="cpu", batch_size=4, trust_remote_code=True)
+        assert [m for m in sys.modules if m.startswith("transformers_modules")]
         ask = lambda kind, rows: getattr(lm, kind)([Instance(kind, {}, tuple(a), i) for i, a in enumerate(rows)])
         answers = [ask("loglikelihood", questions), ask("generate_until", prompts)]
+        manager = TaskManager(include_path=where, include_defaults=False, metadata=sizes)
+        found = simple_evaluate(
+            model="hf", model_args=f"pretrained={folder},trust_remote_code=True", tasks=tasks, task_manager=manager, device="cpu",
+            batch_size=4, limit=3,
+        )
         json.dump([answers, found["results"], found["samples"]], open(output, "w"), default=str)
     """
     output, tasks, sizes = tmp_path / "answers.json", ["hybridzoo_mqar", "hybridzoo_bpb"], SMALL | {"docs": 3}
-    finish(launch(code, saved, output, *map(json.dumps, (questions, prompts, str(FOLDER), tasks, sizes))))
+    finish(
+        launch(
+            code,
+            saved,
+            output,
+            *map(json.dumps, (questions, prompts, str(FOLDER), tasks, sizes)),
+            HF_HOME=str(tmp_path),
+        )
+    )
     (scores, texts), results, samples = json.loads(output.read_text())
     assert max(abs(a - b) for (a, _), (b, _) in zip(scores, expected[0], strict=True)) < 1e-3
     assert texts == expected[2]
