@@ -33,7 +33,8 @@ from ..zoo.generate import check_finite_logits
 from ..zoo.hf import HybridZooForCausalLM
 from ..zoo.lm import CausalLM
 from ..zoo.registry import nearest
-from .pretrained import fingerprint, open_model, open_tokenizer, usable_device, window
+from ..zoo.tokenizer import appends_end
+from .pretrained import fingerprint, open_model, open_tokenizer, reachable, usable_device, window
 
 __all__ = ["HybridZooLM"]
 
@@ -110,7 +111,7 @@ class HybridZooLM(HFLM):
         model, folder = (None, None) if unusual else open_model(pretrained, dtype, device, seed)
         with _quiet_hflm(), _explain_unknown(pretrained):
             super().__init__(
-                pretrained=str(pretrained) if model is None else model,
+                pretrained=reachable(str(pretrained), kwargs.get("revision")) if model is None else model,
                 tokenizer=open_tokenizer(tokenizer, model, folder, add_bos_token),
                 backend=kwargs.pop("backend", "causal"),
                 dtype=dtype,
@@ -124,7 +125,7 @@ class HybridZooLM(HFLM):
         check_finite(self.model, str(pretrained) if named else "the model")
         self._max_length = max_length or window(folder, self.tokenizer)
         self.pretrained = str(pretrained) if named else type(pretrained).__name__
-        self._appends_eos = self.tokenizer.encode("a")[-1:] == [self.tokenizer.eos_token_id]
+        self._appends_eos = appends_end(self.tokenizer)
         self._set_batch_size(batch_size)
         if not (kwargs.get("tp_plan") or kwargs.get("parallelize")):
             self._join_ranks()
@@ -144,12 +145,11 @@ class HybridZooLM(HFLM):
             # each window brings its prefix token; a second one would be scored as text
             add_special_tokens = False
         ids = super().tok_encode(string, add_special_tokens, **kwargs)
-        if (
-            self._appends_eos
-            and ids[-1:] == [self.tokenizer.eos_token_id]
-            and not string.endswith(self.tokenizer.eos_token)
-        ):
-            ids = ids[:-1]
+        if self._appends_eos and ids[-1:] == [self.tokenizer.eos_token_id]:
+            written = self.tokenizer.encode(string, add_special_tokens=False)
+            # the text may end with that token itself
+            if len(ids) > len(written) and (not written or ids[-len(written) :] != written):
+                ids = ids[:-1]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.models.utils_hf import get_dtype
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..zoo.build import build
 from ..zoo.checkpoint import CheckpointError, load
@@ -20,9 +22,11 @@ from ..zoo.checkpoint.reading import detect
 from ..zoo.config import list_models
 from ..zoo.device import pick_device
 from ..zoo.hf import HybridZooForCausalLM, byte_tokenizer
+from ..zoo.hub import unreachable
 from ..zoo.lm import CausalLM
+from ..zoo.tokenizer import from_transformers, whose
 
-__all__ = ["fingerprint", "open_model", "open_tokenizer", "usable_device", "window"]
+__all__ = ["fingerprint", "open_model", "open_tokenizer", "reachable", "usable_device", "window"]
 
 
 def usable_device(device: str | None, named: bool) -> str | None:
@@ -85,6 +89,20 @@ def open_model(
     return HybridZooForCausalLM.wrap(load(folder, device=device, dtype=cast)), folder
 
 
+def reachable(name: str, revision: str | None = None) -> str:
+    """What transformers can load under a name without waiting for a hub that does not answer: it, or what was downloaded of it before.
+
+    Raises:
+        OSError: There is no such folder, the hub does not answer, and nothing was downloaded.
+    """
+    if Path(name).exists() or (why := unreachable()) is None:
+        return name
+    try:
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError) as e:
+        raise OSError(f"it was not downloaded before, and {why}") from e
+
+
 def window(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The window that lm-eval uses for the model in a folder of another library; ``None`` where ours states one.
 
@@ -106,13 +124,12 @@ def open_tokenizer(tokenizer: Any, model: Any, folder: Path | None, add_bos_toke
         add_bos_token: Whether texts start with the BOS token, if that is to be changed.
     """
     if tokenizer is None and isinstance(model, HybridZooForCausalLM):
-        saved = folder is not None and any(folder.glob("tokenizer*"))
-        tokenizer = str(folder) if saved else model.core.cfg.tokenizer
+        tokenizer = whose(model.core.cfg.tokenizer, folder or model.core.source)
     if tokenizer == "byte":
         tokenizer = byte_tokenizer()
         tokenizer.name_or_path = "byte"
     elif isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = from_transformers(tokenizer)
     if tokenizer is not None and add_bos_token is not None and getattr(tokenizer, "add_bos_token", None) is not None:
         tokenizer.add_bos_token = add_bos_token
     return tokenizer

@@ -255,7 +255,7 @@ def generate(
     from .checkpoint import load
     from .device import pick_device
     from .finite import check_finite
-    from .tokenizer import load_tokenizer
+    from .tokenizer import encode_prompt, ends_of_text
 
     at = pick_device(device)
     torch.manual_seed(seed)
@@ -265,14 +265,12 @@ def generate(
     else:
         built = build(model, device=at).eval()
         _say(f"{model} is a config: the model is untrained, and babbles")
-    tokenizer = load_tokenizer(built.cfg.tokenizer)
-    # a text starts where the one before it ended
-    ids = torch.tensor([[tokenizer.eos_token_id or 0, *tokenizer.encode(prompt)]], device=at)
+    ids, ends = torch.tensor([encode_prompt(built, prompt)], device=at), ends_of_text(built)
     new = built.generate(
         ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-        eos_token_id=tokenizer.eos_token_id, generator=torch.Generator(at).manual_seed(seed),
+        eos_token_id=ends, generator=torch.Generator(at).manual_seed(seed),
     )[0, ids.shape[1] :].tolist()  # fmt: skip
-    text = tokenizer.decode(new)
+    text = built.tokenizer.decode(new[: -1 if new[-1:] and new[-1] in ends else None])
     if as_json:
         return _print_json({"model": model, "prompt": prompt, "text": text, "tokens": len(new)})
     sys.stdout.write(f"{prompt}{text}\n")

@@ -6,7 +6,7 @@ State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.laye
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from .generate import generate
 from .hooks import Hooks
 from .loss import next_token_loss, share_of_items, shift_labels
 from .state import ModelState
+from .tokenizer import load_tokenizer
 
 __all__ = ["Backbone", "CausalLM", "CausalLMOutput", "number_documents"]
 
@@ -213,6 +214,11 @@ class CausalLM(nn.Module):
         self._init_embeddings()
         if self.cfg.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the model's folder, else the one that its config names: ``encode``, ``decode``, ``eos_token_id``."""
+        return load_tokenizer(self.cfg.tokenizer, self.source)
 
     def forward(
         self,

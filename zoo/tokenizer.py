@@ -4,12 +4,33 @@ Byte 0 does not occur in text, so its id is free for ``<|endoftext|>``. The same
 transformers, lm-eval and a saved folder agree with it id by id.
 """
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["EOS_TOKEN", "ByteTokenizer", "load_tokenizer", "tokenizer_files"]
+from .errors import SourceError
+from .hub import unreachable
+
+__all__ = [
+    "EOS_TOKEN",
+    "ByteTokenizer",
+    "appends_end",
+    "document_encoder",
+    "encode_prompt",
+    "ends_of_text",
+    "from_transformers",
+    "load_tokenizer",
+    "tokenizer_files",
+    "whose",
+]
 
 EOS_TOKEN = "<|endoftext|>"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+_REMEDY = "Name a folder that holds a tokenizer.json, a hub id, or byte"
+# what a folder with a tokenizer in it has one of
+_OWN = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "tekken.json")
 
 
 class ByteTokenizer:
@@ -27,13 +48,141 @@ class ByteTokenizer:
         return bytes(i for i in ids if 0 < i < 256).decode("utf-8", errors="replace")
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer that a config names, with ``encode``, ``decode`` and ``eos_token_id``: ``byte``, a hub id or a folder."""
-    if name == "byte":
-        return ByteTokenizer()
-    from transformers import AutoTokenizer
+def load_tokenizer(name: str, source: Path | None = None) -> Any:
+    """The tokenizer of a model, with ``encode``, ``decode`` and ``eos_token_id``.
 
-    return AutoTokenizer.from_pretrained(name)
+    Args:
+        name: What the config says: ``byte``, a hub id or a folder.
+        source: The folder that the model came from, if it came from one.
+
+    Raises:
+        ValueError: There is no such tokenizer, it cannot be read, or it needs code of its own, which is never run.
+    """
+    found = whose(name, source)
+    return ByteTokenizer() if found == "byte" else from_transformers(found)
+
+
+def whose(name: str, source: Path | None) -> str:
+    """Where a model's tokenizer is: ``byte`` for the built-in one, else a folder or a hub id.
+
+    Files of a tokenizer in the model's folder go before the config, which may name a place on another machine. What the config names by a
+    relative path is looked for in the model's folder, and must not lead out of it.
+
+    Raises:
+        ValueError: The name leads out of the model's folder.
+    """
+    if source is None:
+        return name
+    if any(f.is_file() for pattern in _OWN for f in source.glob(pattern)):
+        return "byte" if name == "byte" and _is_built_in(source) else str(source)
+    if name == "byte" or Path(name).is_absolute():
+        return name
+    inside = source / name
+    if ".." in Path(name).parts or (inside.exists() and not inside.resolve().is_relative_to(source.resolve())):
+        raise SourceError(
+            f"tokenizer: {name!r} leads out of {source}, whose config names it. Put the tokenizer's files into the folder, or write an "
+            "absolute path or a hub id into its config."
+        )
+    return str(inside) if inside.is_dir() else name
+
+
+def from_transformers(name: str) -> Any:
+    """The tokenizer in a folder or of a hub id, as transformers has it; no code of theirs is run, and nobody is asked about it.
+
+    Raises:
+        ValueError: As :func:`load_tokenizer`.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    folder = Path(name) if Path(name).is_dir() else None
+    if folder is None and (Path(name).exists() or not _HUB_ID.fullmatch(name)):
+        raise SourceError(f"tokenizer {name!r}: no such folder, and no hub id. {_REMEDY}.")
+    why = unreachable() if folder is None else None
+    more: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder is not None or why is not None}
+    if folder is not None and _is_ours(folder):
+        # of our models it knows nothing to choose by, and the adapter that it would load takes a second
+        more["config"] = PreTrainedConfig()
+    try:
+        return AutoTokenizer.from_pretrained(name, **more)
+    # what is missing or damaged ends in whatever the part that meets it raises
+    except Exception as e:
+        if "trust_remote_code" in str(e):
+            reason = "needs code of its own, which is never run. Save it as a tokenizer.json, and name that folder"
+        elif why is not None:
+            reason = f"no such folder, not downloaded before, and {why}. Check the name and the connection"
+        else:
+            said = (str(e).strip() or "no reason").splitlines()[0]
+            reason = f"cannot be read ({type(e).__name__}: {said}). {_REMEDY}"
+        raise SourceError(f"tokenizer {name!r}: {reason}.") from e
+
+
+def encode_prompt(model: Any, text: str) -> list[int]:
+    """Token ids, at least one, with which a model (:class:`CausalLM`) continues a text: as its tokenizer encodes it.
+
+    Nothing is put in front but what the tokenizer puts there; the byte tokenizer's documents open with id 0. An end of text that a
+    tokenizer appends is taken off.
+
+    Raises:
+        ValueError: As :func:`load_tokenizer`, and for an id that the model does not have.
+    """
+    tokenizer = model.tokenizer
+    bos, eos = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    ids = _without_end(tokenizer)(text)
+    if model.cfg.tokenizer == "byte" and ids[:1] != [0]:
+        ids = [0, *ids]
+    if bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token):
+        ids = ids[1:]  # written out by a chat template, say
+    ids = ids or [next((i for i in (bos, eos) if i is not None), 0)]
+    if max(ids) >= (rows := model.backbone.embedding.weight.shape[0]):
+        raise SourceError(
+            f"tokenizer {model.cfg.tokenizer!r}: gives id {max(ids)}, and the model knows {rows}. It is another model's tokenizer."
+        )
+    return ids
+
+
+def document_encoder(tokenizer: Any) -> tuple[Callable[[str], Sequence[int]], int]:
+    """How documents are encoded for training, and the id that separates them: an end of text stands in front of each, and nowhere else."""
+    ids = (getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id"))
+    return _without_end(tokenizer), next((i for i in ids if i is not None), 0)
+
+
+def ends_of_text(model: Any) -> list[int]:
+    """The ids that end a text of a model (:class:`CausalLM`): its tokenizer's, and what its folder says."""
+    said = (content.get("eos_token_id") for content in model.metadata.values())
+    stated = [i for ids in said for i in (ids if isinstance(ids, list) else [ids])]
+    return list(
+        dict.fromkeys(i for i in (getattr(model.tokenizer, "eos_token_id", None), *stated) if isinstance(i, int))
+    )
+
+
+def appends_end(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its end of text behind every text."""
+    if isinstance(tokenizer, ByteTokenizer) or tokenizer.eos_token_id is None:
+        return False
+    ids, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    # an unknown letter may have the same id
+    return ids[-1:] == [tokenizer.eos_token_id] and ids[-len(bare) :] != bare
+
+
+def _without_end(tokenizer: Any) -> Callable[[str], list[int]]:
+    end = -1 if appends_end(tokenizer) else None
+    return lambda text: list(tokenizer.encode(text))[:end]
+
+
+def _is_built_in(folder: Path) -> bool:
+    return all(_content(folder / name) == content for name, content in tokenizer_files().items())
+
+
+def _is_ours(folder: Path) -> bool:
+    config = _content(folder / "config.json")
+    return isinstance(config, dict) and config.get("model_type") == "hybridzoo"
+
+
+def _content(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # transformers says what is wrong with it
 
 
 def tokenizer_files() -> dict[str, dict[str, Any]]:

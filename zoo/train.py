@@ -31,7 +31,7 @@ from .diverged import Diverged
 from .hf import HybridZooForCausalLM
 from .lm import CausalLM
 from .run_folder import LOG, Checkpoint, DifferentRun, RunFolder, loss_entries
-from .tokenizer import load_tokenizer
+from .tokenizer import document_encoder
 from .train_loop import NumberedRows, ZooTrainer, load_weights
 from .train_options import TrainOptions, check_path, holds_weights
 from .train_session import Session
@@ -245,9 +245,8 @@ def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out:
 
 def _table(data: Any, model: CausalLM, length: int | None) -> np.ndarray:
     if isinstance(data, str | os.PathLike):
-        tokenizer = load_tokenizer(model.cfg.tokenizer)
         default = min(512, model.cfg.max_length or 512)
-        table = rows_from(Path(data), length, tokenizer.encode, tokenizer.eos_token_id or 0, default)
+        table = rows_from(Path(data), length, *document_encoder(model.tokenizer), default)
     else:
         table = np.asarray(data)
     if table.ndim != 2 or table.dtype.kind not in "iu" or table.shape[0] == 0 or table.shape[1] < 2:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import SourceError
+from ..hub import unreachable
 
 __all__ = [
     "CheckpointError",
@@ -76,15 +77,17 @@ def open_source(source: Any) -> Path:
         raise CheckpointError(
             f"{source}: no such folder, and hub ids need huggingface_hub. Run: pip install 'hybridzoo[hf]'."
         ) from e
-    # the remote's errors are of many unrelated classes: offline, no such repository, no permission, no space
+    why = unreachable()
+    here: dict[str, Any] = {"local_files_only": why is not None, "ignore_patterns": "*/*"}
+    # the remote's errors are of many unrelated classes: no such repository, no permission, no space
     try:
-        got = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "*.safetensors"], ignore_patterns="*/*"))
+        got = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "*.safetensors"], **here))
         if not any(got.glob("*.safetensors")):
-            got = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "*.bin"], ignore_patterns="*/*"))
+            got = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "*.bin"], **here))
     except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = why or f"{type(e).__name__}: {(str(e).strip() or 'no reason').splitlines()[0]}"
         raise CheckpointError(
-            f"{source}: no such folder, and the hub does not give it ({type(e).__name__}: {reason}). "
+            f"{source}: no such folder, and the hub does not give it ({reason}). "
             "Check the name and the connection, or download it elsewhere and pass the folder."
         ) from e
     return got
