@@ -22,10 +22,11 @@ from torch import Tensor
 
 from . import blocks
 from .blocks import Block, Buffer, Inputs
+from .operators import custom_op
 from .reference import full_precision
 
 
-@torch.library.custom_op("hybridzoo::selective_scan", mutates_args=())
+@custom_op("hybridzoo::selective_scan", mutates_args=())
 @full_precision
 def scan_op(
     u: Tensor,
@@ -78,7 +79,7 @@ def _scan_fake(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_so
     return torch.empty(b, l, d, dtype=u.dtype, device=u.device), u.new_empty(b, d, n, dtype=acc), states
 
 
-@torch.library.custom_op("hybridzoo::selective_scan_backward", mutates_args=())
+@custom_op("hybridzoo::selective_scan_backward", mutates_args=())
 @full_precision
 def scan_backward_op(
     gout: Tensor,

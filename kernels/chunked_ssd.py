@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import custom_op
 from .reference import full_precision
 from .ssd_blocks import Block, Inputs, join, split
 
@@ -27,7 +28,7 @@ def _outward(state: Tensor) -> Tensor:
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
-@torch.library.custom_op("hybridzoo::ssd", mutates_args=())
+@custom_op("hybridzoo::ssd", mutates_args=())
 @full_precision
 def ssd_op(
     x: Tensor,
@@ -73,7 +74,7 @@ def _ssd_fake(x, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_sof
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(b, h, p, n, dtype=acc), saved
 
 
-@torch.library.custom_op("hybridzoo::ssd_backward", mutates_args=())
+@custom_op("hybridzoo::ssd_backward", mutates_args=())
 @full_precision
 def ssd_backward_op(
     gout: Tensor,

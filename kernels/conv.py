@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import custom_op
 from .seq import Seq
 
 # elements of a group of rows that the taps pass over while it is in the cache
@@ -54,7 +55,7 @@ def _cut(rows: slice, acc: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     return [None if m is None else m[rows].to(acc) for m in tensors]
 
 
-@torch.library.custom_op("hybridzoo::causal_conv1d", mutates_args=())
+@custom_op("hybridzoo::causal_conv1d", mutates_args=())
 def conv_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, doc: Tensor | None, silu: bool
 ) -> Tensor:
@@ -74,7 +75,7 @@ def _conv_fake(x, weight, bias, initial_state, doc, silu):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("hybridzoo::causal_conv1d_backward", mutates_args=())
+@custom_op("hybridzoo::causal_conv1d_backward", mutates_args=())
 def conv_backward_op(
     gout: Tensor,
     x: Tensor,

@@ -20,6 +20,7 @@ from .cuda_backend import in_types_of, processors, refuse_tensors
 from .cuda_call import RESET, TYPES, UNALIGNED, eager
 from .cuda_shapes import ceil_div
 from .halves import room
+from .operators import custom_op
 
 WIDTHS = range(2, 9)
 THREADS, SILU = 128, 8
@@ -202,7 +203,7 @@ def add_up(part: Tensor, gweight: Tensor | None, gbias: Tensor) -> None:
     nvrtc.launch("conv.cu", name, packed, ceil_div((k + 1) * d, 32), 256, 0, part.device)
 
 
-@torch.library.custom_op("hybridzoo::causal_conv1d_cuda", mutates_args=())
+@custom_op("hybridzoo::causal_conv1d_cuda", mutates_args=())
 def conv_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, doc: Tensor | None, silu: bool
 ) -> Tensor:
@@ -222,7 +223,7 @@ def _conv_fake(x, weight, bias, initial_state, doc, silu):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("hybridzoo::causal_conv1d_cuda_backward", mutates_args=())
+@custom_op("hybridzoo::causal_conv1d_cuda_backward", mutates_args=())
 def conv_backward_op(
     gout: Tensor,
     x: Tensor,

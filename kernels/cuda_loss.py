@@ -14,6 +14,7 @@ from .cuda_backend import DRIVERS, refuse_tensors, shared_memory
 from .cuda_call import TYPES
 from .cuda_conv import whole
 from .cuda_shapes import ceil_div
+from .operators import custom_op
 
 # threads of a block, and up to how many 16-byte vectors a row gets them; more for longer ones
 THREADS, MOST = ((32, 64), (128, 1024)), 512
@@ -74,7 +75,7 @@ def forward(
     return losses, gradient
 
 
-@torch.library.custom_op("hybridzoo::cross_entropy_cuda", mutates_args=())
+@custom_op("hybridzoo::cross_entropy_cuda", mutates_args=())
 def cross_entropy_op(
     logits: Tensor, targets: Tensor, ignore_index: int, want_gradient: bool, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from .cuda_backend import processors, refuse_tensors
 from .cuda_call import TYPES, UNALIGNED, eager
 from .cuda_conv import add_up, whole
 from .cuda_shapes import ceil_div
+from .operators import custom_op
 
 MAX_D = 8192
 # elements of one access, and accesses that a thread's registers have room for
@@ -156,7 +157,7 @@ def backward(
     return gx, gweight, gadd
 
 
-@torch.library.custom_op("hybridzoo::rms_norm_cuda", mutates_args=())
+@custom_op("hybridzoo::rms_norm_cuda", mutates_args=())
 def norm_op(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """The norm, (..., d) in ``dtype``."""
     return forward(x, weight, eps, dtype)[0]
@@ -167,7 +168,7 @@ def _norm_fake(x, weight, eps, dtype):
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("hybridzoo::rms_norm_cuda_backward", mutates_args=())
+@custom_op("hybridzoo::rms_norm_cuda_backward", mutates_args=())
 def norm_backward_op(gh: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and the weight; the latter is empty where there is none."""
     gx, gweight, _ = backward(x, weight, eps, gh, None, True)

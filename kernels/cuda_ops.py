@@ -16,6 +16,7 @@ from .cuda_backend import Launches
 from .cuda_call import Call, eager
 from .cuda_shapes import BACKWARD, MAX_STATE, backward_shape, forward_shapes, instance, keeps_states
 from .halves import room
+from .operators import custom_op
 from .paths import Path
 
 
@@ -40,7 +41,7 @@ def _too_big(n: int, element: int) -> str | None:
     )
 
 
-@torch.library.custom_op("hybridzoo::selective_scan_cuda", mutates_args=())
+@custom_op("hybridzoo::selective_scan_cuda", mutates_args=())
 def scan_op(
     u: Tensor,
     dt: Tensor,
@@ -96,7 +97,7 @@ def _scan_fake(
     return torch.empty(b, l, d, dtype=u.dtype, device=u.device), wide(*lead, b, d, n), saved
 
 
-@torch.library.custom_op("hybridzoo::selective_scan_cuda_backward", mutates_args=())
+@custom_op("hybridzoo::selective_scan_cuda_backward", mutates_args=())
 def scan_backward_op(
     gout: Tensor,
     glast: Tensor | None,

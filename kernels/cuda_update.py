@@ -20,6 +20,7 @@ from .cuda_backend import processors, refuse_tensors
 from .cuda_call import TYPES, UNALIGNED
 from .cuda_conv import alignment, refuse_width, whole
 from .cuda_shapes import MAX_STATE, ceil_div
+from .operators import custom_op
 
 HEADS, SPLIT = 8, 16
 THREADS = 128
@@ -358,11 +359,9 @@ def _scan_launch(scan: Scan, count: int) -> tuple[bytes, str, int, int]:
     return params.tail(rest), name, b * g * tiles, tiles
 
 
-conv_update_op = torch.library.custom_op("hybridzoo::causal_conv1d_update_cuda", _conv, mutates_args=("state",))
-state_update_op = torch.library.custom_op("hybridzoo::state_update_cuda", _state, mutates_args=("state",))
-conv_ssd_update_op = torch.library.custom_op(
-    "hybridzoo::conv_ssd_update_cuda", _conv_ssd, mutates_args=("conv_state", "state")
-)
+conv_update_op = custom_op("hybridzoo::causal_conv1d_update_cuda", _conv, mutates_args=("state",))
+state_update_op = custom_op("hybridzoo::state_update_cuda", _state, mutates_args=("state",))
+conv_ssd_update_op = custom_op("hybridzoo::conv_ssd_update_cuda", _conv_ssd, mutates_args=("conv_state", "state"))
 
 
 @conv_update_op.register_fake

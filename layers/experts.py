@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..kernels.operators import custom_op
+
 __all__ = ["grouped_linear"]
 
 
@@ -30,7 +32,7 @@ def _asks_the_device(x: Tensor, backend: str) -> bool:
     return backend != "grouped_mm" or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)
 
 
-@torch.library.custom_op("hybridzoo::grouped_linear", mutates_args=())
+@custom_op("hybridzoo::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     if x.is_cuda and torch.cuda.is_current_stream_capturing() and _asks_the_device(x, backend):
         backend = "gather"
@@ -49,7 +51,7 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("hybridzoo::grouped_linear_weight_grad", mutates_args=())
+@custom_op("hybridzoo::grouped_linear_weight_grad", mutates_args=())
 def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, backend: str) -> Tensor:
     if backend == "loop":
         return torch.stack([grad[i:j].t() @ x[i:j] for i, j in _runs(offsets)])

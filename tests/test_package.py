@@ -167,3 +167,19 @@ def test_the_command_line_answers_without_torch(command):
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     run(sys.executable, "-c", code)
+
+
+def test_generating_text_imports_neither_transformers_nor_the_compiler(tmp_path):
+    folder = zoo.save(
+        zoo.build("jamba-tiny", ["d_model=32", "layers=mamba moe mamba2 attention", "mixers.mamba2={headdim: 16}"]),
+        tmp_path,
+    )
+    code = (
+        "import sys\n"
+        f"sys.argv = ['zoo', 'generate', {str(folder)!r}, '--prompt', 'a', '--max-new-tokens', '2']\n"
+        "from hybridzoo.zoo.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "assert 'torch' in sys.modules\n"
+        "print(sorted({'torch._dynamo', 'sympy', 'transformers', 'tokenizers', 'huggingface_hub', 'triton'} & set(sys.modules)))\n"
+    )
+    assert run(sys.executable, "-c", code).stdout.splitlines()[-1] == "[]"
