@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import exp_, step_sizes
+from .reference import exp_, rates, step_sizes
 
 # a state is saved every so many steps
 CHUNK = 32
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
     def rates(self) -> Tensor:
         """A as (g, n, d/g)."""
         n = self.A.shape[1]
-        return self.A.to(self.acc).reshape(self.B.shape[2], -1, n).transpose(1, 2).contiguous()
+        return rates(self.A, self.acc).reshape(self.B.shape[2], -1, n).transpose(1, 2).contiguous()
 
     def sweeps(self) -> Iterator[tuple[slice, list[slice]]]:
         """Rows that are scanned together, and the blocks of steps they go in, each starting where a state is saved."""

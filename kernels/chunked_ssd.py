@@ -2,9 +2,9 @@
 
 A chunk of q tokens is a masked attention, ``Y = (L * C B^T) (dt x)`` with ``L[t, s] = exp(c_t - c_s)`` for s <= t of one document and
 ``c`` the running sum of ``dt A``, plus what the state at its start contributes. Differences from the paper's listing: ``c`` is summed and
-subtracted in float64, since one large step makes a float32 sum forget the small ones after it; documents are separated by masks
-on ``C B^T``, never by infinities in the sums; heads of a group share one product with B and C; and only inputs and states at chunk
-starts are saved, the backward recomputing one block of chunks at a time.
+subtracted in float64, since one large step makes a float32 sum forget the small ones after it (a device without float64 forms every sum
+by itself); documents are separated by masks on ``C B^T``, never by infinities in the sums; heads of a group share one product with B
+and C; and only inputs and states at chunk starts are saved, the backward recomputing one block of chunks at a time.
 """
 
 import math
@@ -101,7 +101,7 @@ def ssd_backward_op(
     skip, saved = i.skip(), saved.view(b, -(-x.shape[1] // chunk), g, n, r, p)
     gx, gdt, gB, gC = (_like(m) for m in (x, dt, B, C))
     gz = x.new_empty(0) if z is None else _like(z)
-    gA, gbias = x.new_zeros(g * r, dtype=torch.float64), x.new_zeros(g * r if dt_bias is not None else 0, dtype=i.acc)
+    gA, gbias = x.new_zeros(g * r, dtype=i.wide), x.new_zeros(g * r if dt_bias is not None else 0, dtype=i.acc)
     gD = x.new_zeros(0 if skip is None else skip.shape, dtype=i.acc)
     gstate = saved.new_zeros(b, g, n, r, p) if glast is None else _inward(glast.to(i.acc), g)
     for size in reversed(i.blocks()):
@@ -114,12 +114,11 @@ def ssd_backward_op(
             gated = gy * F.silu(gate)
             full = y if skip is None else y.addcmul_(block.x, skip)
             block.paste(gz, _tokens(torch.ops.aten.silu_backward(gy * full, gate)))
-        gdtx, gB_, gC_, gsums, gstate = _block_backward(block, state, gated, old, gstate)
+        gdtx, gB_, gC_, gdtA, gstate = _block_backward(block, state, gated, old, gstate)
         block.paste(gB, gB_.transpose(1, 2))
         block.paste(gC, gC_.transpose(1, 2))
-        gdtA = gsums.flip(3).cumsum(3).flip(3)
         gA += (gdtA * block.dt).sum((0, 3)).flatten()
-        graw = gdtA * A.double().view(g, r, 1) + (gdtx * block.x).sum(4)
+        graw = gdtA * block.rates + (gdtx * block.x).sum(4)
         graw = _through_step_sizes(block, graw.to(i.acc).flatten(1, 2).transpose(1, 2))
         block.paste(gdt, graw)
         if dt_bias is not None:
@@ -137,26 +136,37 @@ def ssd_backward_op(
 def _block_backward(
     block: Block, state: Tensor, gy: Tensor, old: Tensor, glast: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of dt x, B, C, the running sums and the state before the block, from those of y and of the state after it."""
+    """Gradients of dt x, B, C, dt A and the state before the block, from those of y and of the state after it."""
     weights = block.scores * block.L
     gweights = gy @ block.dtx.transpose(3, 4)  # (b, g, r, q, q)
     gdtx = weights.transpose(3, 4) @ gy
     gscores = block.causal((gweights * block.L).sum(2))
-    # d weights / d (c_t - c_s) is weights itself: a row gains what a column loses
     flow = gweights.mul_(weights)
-    gsums = flow.sum(4, dtype=torch.float64) - flow.sum(3, dtype=torch.float64)
     gread = join(gy * block.into)
     gC = gscores @ block.B + gread @ state.flatten(3).transpose(2, 3)
-    gsums += (gy * old).sum(4)
+    read = (gy * old).sum(4)
     gstate, gfirst = _carry_backward(block, (block.C.transpose(2, 3) @ gread).view(state.shape), glast)
     after = block.dtx * block.onward
     gafter = split(block.B @ gstate.flatten(3), state)
     gB = gscores.transpose(2, 3) @ block.C + join(after) @ gstate.flatten(3).transpose(2, 3)
-    moved = (gafter * after).sum(4, dtype=torch.float64)
-    gsums -= moved
-    gsums[..., -1] += moved.sum(3) + (gstate * (block.through * state)).sum((2, 4))
+    moved = (gafter * after).sum(4, dtype=block.i.wide)
+    kept = (gstate * (block.through * state)).sum((2, 4))
     gdtx.addcmul_(gafter, block.onward)
-    return gdtx, gB, gC, gsums, gfirst
+    return gdtx, gB, gC, _through_sums(flow, read, moved, kept), gfirst
+
+
+def _through_sums(flow: Tensor, read: Tensor, moved: Tensor, kept: Tensor) -> Tensor:
+    """The gradient of dt A (b, g, r, q), from those of its sums: from s to t, from the start to t, from s to the end, and of all."""
+    if moved.dtype == torch.float64:
+        # d weights / d (c_t - c_s) is weights itself: a row gains what a column loses
+        gsums = flow.sum(4, dtype=moved.dtype) - flow.sum(3, dtype=moved.dtype)
+        gsums += read
+        gsums -= moved
+        gsums[..., -1] += moved.sum(3) + kept
+        return gsums.flip(3).cumsum(3).flip(3)
+    # float32 has no digits to lose in differences: what passes step k is what goes from before it to it or beyond
+    passing = flow.flip(3).cumsum(3).flip(3).tril(-1).sum(4)
+    return passing + read.flip(3).cumsum(3).flip(3) + F.pad(moved, (1, -1)).cumsum(3) + kept[..., None]
 
 
 def _carry_backward(block: Block, gread: Tensor, glast: Tensor) -> tuple[Tensor, Tensor]:

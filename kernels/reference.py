@@ -36,6 +36,14 @@ def step_sizes(
     return dt if valid is None else dt.masked_fill(~valid[..., None], 0.0)
 
 
+def rates(A: Tensor, acc: torch.dtype) -> Tensor:
+    """Decay rates as the recurrence uses them, finite: -inf forgets all at every step, but a step of zero leaves the state alone.
+
+    The floor times the smallest normal number, at which decays end (:func:`exp_`), is no gradient to speak of.
+    """
+    return A.to(acc).clamp(min=-1e30)
+
+
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -72,7 +80,7 @@ def selective_scan(
     acc = torch.promote_types(u.dtype, torch.float32)
     b, l, d = u.shape
     g, n = B.shape[2:]
-    x, A = u.to(acc), A.to(acc)
+    x, A = u.to(acc), rates(A, acc)
     dt = step_sizes(dt.to(acc), dt_bias, dt_softplus, valid)
     h = x.new_zeros(b, d, n) if initial_state is None else initial_state.to(acc)
     drops = [None] * l if reset is None else reset.unbind(1)
@@ -108,7 +116,7 @@ def ssd(
     acc = torch.promote_types(x.dtype, torch.float32)
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    u, A = x.to(acc), A.to(acc)
+    u, A = x.to(acc), rates(A, acc)
     dt = step_sizes(dt.to(acc), dt_bias, dt_softplus, valid, dt_limit)
     s = u.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(acc)
     drops = [None] * l if reset is None else reset.unbind(1)

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import exp_, step_sizes
+from .reference import exp_, rates, step_sizes
 
+# beyond it a step forgets all in any type; as one term of a sum, it would cost the others their digits
+_FLOOR = -1000.0
 # elements of L, (b, h, q, q) per chunk, that are worked on together
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}
 
@@ -37,6 +39,11 @@ class Inputs(NamedTuple):
     def acc(self) -> torch.dtype:
         """The dtype of everything inside: float32, or float64 for float64 inputs."""
         return torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of running sums: float64, but on Apple's GPUs, which have none."""
+        return self.acc if self.x.device.type == "mps" else torch.float64
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -72,11 +79,10 @@ class Block:
         dt = step_sizes(self.raw, None, i.dt_softplus, self.valid, (i.dt_min, i.dt_max))
         self.dt = dt.transpose(1, 2).unflatten(1, (g, r))
         self.dtx = self.dt[..., None] * self.x
-        sums = (self.dt.double() * i.A.double().view(g, r, 1)).cumsum(3)
-        self.L = exp_((sums[..., :, None] - sums[..., None, :]).to(i.acc).tril_())
-        # from t to the state at the end, and from the state at the start to t; the sums themselves are used up last
-        self.onward = exp_((sums[..., -1:] - sums).to(i.acc))[..., None]
-        self.into = exp_(sums.to(i.acc))[..., None]
+        self.rates = rates(i.A, i.acc).to(i.wide).view(g, r, 1)
+        between, onward, into = _sums((self.dt.to(i.wide) * self.rates).clamp_(min=_FLOOR), i.acc)
+        # from s to t, from t to the state at the end, and from the state at the start to t
+        self.L, self.onward, self.into = exp_(between), exp_(onward)[..., None], exp_(into)[..., None]
         self.document = None if i.reset is None else self.cut(i.reset).cumsum(1)[:, None]
         if self.document is not None:
             self.into.masked_fill_(self.document[:, None, ..., None] != 0, 0.0)
@@ -117,6 +123,17 @@ class Block:
         """Outputs, and the part of them that the state at the start gives, both (b, g, r, q, p)."""
         old = split(self.C @ state.flatten(3), state).mul_(self.into)
         return (self.scores * self.L) @ self.dtx + old, old
+
+
+def _sums(logs: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a chunk's (b, g, r, q): the sums from s to t, as (b, g, r, t, s), from t to the end, and from the start to t."""
+    sums = logs.cumsum(3)
+    if logs.dtype == torch.float64:
+        differences = (sums[..., :, None] - sums[..., None, :]).to(acc).tril_()
+        return differences, (sums[..., -1:] - sums).to(acc), sums.to(acc)
+    # each sum by itself: a difference of float32 sums would have lost the small terms behind a large one
+    between = logs[..., None].expand(*logs.shape, logs.shape[3]).tril(-1).cumsum(3)
+    return between, between[..., -1, :].clone(), sums
 
 
 def join(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import finish, step_sizes
+from .reference import finish, rates, step_sizes
 
 
 def take(state: Tensor, rows: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ def selective(
     h = take(state, rows)
     x = u.to(acc)
     dt = step_sizes(dt.to(acc), dt_bias, dt_softplus, None)
-    h.mul_(torch.exp(dt[..., None] * A.to(acc)))
+    h.mul_(torch.exp(dt[..., None] * rates(A, acc)))
     grouped = h.unflatten(1, (g, d // g))
     grouped.addcmul_((dt * x).view(b, g, d // g, 1), B.to(acc)[:, :, None])
     put(state, rows, h)
@@ -78,7 +78,7 @@ def ssd(
     u = x.to(acc)
     dt = step_sizes(dt.to(acc), dt_bias, dt_softplus, None, dt_limit)
     B, C = (m.to(acc).repeat_interleave(heads // m.shape[1], dim=1) for m in (B, C))
-    s.mul_(torch.exp(dt * A.to(acc))[..., None, None])
+    s.mul_(torch.exp(dt * rates(A, acc))[..., None, None])
     s.addcmul_((dt[..., None] * u)[..., None], B[:, :, None])
     put(state, rows, s)
     y = (s * C[:, :, None]).sum(-1)

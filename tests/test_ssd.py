@@ -1,13 +1,15 @@
 """ssd: against a handwritten recurrence, the selective scan on expanded inputs, and the loop."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.library import opcheck
 from torch.utils import deterministic
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridzoo.kernels import Seq, selective_scan, ssd, ssd_blocks, ssd_state_update
+from hybridzoo.kernels import Seq, chunked_ssd, selective_scan, ssd, ssd_blocks, ssd_state_update
 
 
 @pytest.fixture(autouse=True)
@@ -371,3 +373,64 @@ def test_the_meta_device_gives_shapes():
         (2, 4, 3, 5),
         torch.float32,
     )
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_a_rate_of_minus_infinity_forgets_all_and_padding_forgets_nothing(backend):
+    made = inputs(l=35)
+    seq = Seq.from_documents(torch.tensor([[0] * 12 + [1] * 23, [0] * 30 + [-1] * 5]))
+    weights = weights_for(made)
+    steep = {name: x.detach().clone() for name, x in made.items()}
+    steep["A"][1] = -1e4  # every step of these inputs forgets all
+    want = run(
+        {name: x.requires_grad_() for name, x in steep.items()}, "reference", weights, seq=seq, dt_limit=(0.1, 2.0)
+    )
+    endless = {name: x.detach().clone() for name, x in steep.items()}
+    endless["A"][1] = -torch.inf
+    got = run({name: x.requires_grad_() for name, x in endless.items()}, backend, weights, seq=seq, dt_limit=(0.1, 2.0))
+    assert_same(got, want, 1e-11)
+
+
+def _usual(dt):
+    return dt * 0.1
+
+
+def _spiked(dt):
+    return torch.where(dt < 0.03, 50.0, 1e-3)
+
+
+@pytest.mark.parametrize("steps", [_usual, _spiked])
+def test_a_device_without_float64_loses_no_digits(steps, monkeypatch):
+    made = inputs(l=300, optional=False, dtype=torch.float32)
+    made["dt"] = steps(torch.rand(made["dt"].shape)).requires_grad_()
+    made["A"] = (-16 * torch.rand(made["A"].shape)).requires_grad_()
+    weights = weights_for(made)
+    exact = {name: x.detach().double().requires_grad_() for name, x in made.items()}
+    want = run(exact, "reference", weights, dt_softplus=False)
+    monkeypatch.setattr(ssd_blocks.Inputs, "wide", property(lambda i: i.acc))
+    assert_same(run(made, "chunked", weights, dt_softplus=False), want, 3e-6)
+
+
+def test_which_devices_have_float64():
+    for device, dtype, want in (("mps", torch.float32, torch.float32), ("cpu", torch.bfloat16, torch.float64)):
+        x = SimpleNamespace(device=torch.device(device), dtype=dtype)
+        assert ssd_blocks.Inputs(x, *[None] * 13).wide == want
+
+
+def test_without_float64_there_is_none(monkeypatch):
+    class NoDoubles(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float64), func
+            return out
+
+    monkeypatch.setattr(ssd_blocks.Inputs, "wide", property(lambda i: i.acc))
+    made = {name: x.detach().float() for name, x in inputs(l=70).items()}
+    tensors = [made[name] for name in NAMES[:8]]
+    reset = torch.zeros(tensors[0].shape[:2], dtype=torch.bool)
+    reset[:, 40] = True
+    options = (reset, None, True, 0.0, math.inf, 16)
+    with NoDoubles():
+        out, last, saved = chunked_ssd.ssd_op._init_fn(*tensors, made["initial_state"], *options)
+        chunked_ssd.ssd_backward_op._init_fn(out, last, saved, *tensors, *options)
