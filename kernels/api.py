@@ -74,7 +74,8 @@ def selective_scan(
         backend: ``"chunked"``, ``"reference"``, ...; chosen automatically if absent (:mod:`hybridzoo.kernels.dispatch`).
 
     Returns:
-        ``(b, l, d)`` in u's dtype, or that and the state ``(b, d, n)``, with paths ``(k, b, d, n)``. Values at padding mean nothing.
+        ``(b, l, d)`` in u's dtype, or that and the state ``(b, d, n)``, with paths ``(k, b, d, n)``. Values at padding mean nothing. NaN
+        and infinity stay in their own document, gradients included (those of weights add up over all documents).
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together.
@@ -95,6 +96,7 @@ def selective_scan(
     others = {"dt_bias": dt_bias, "dt_weight": dt_weight, "initial_state": initial_state}
     checks.same_device(where, "u", u, dt=dt, A=A, B=B, C=C, D=D, z=z, **others)
     checks.fits(where, seq, b, l)
+    u, dt, B, C, z = _cleared(seq, u, dt, B, C, z)
     leaves = (dt, A, B, C, dt_bias, initial_state, dt_weight)
     facts = _facts(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])
     chosen = choose(where, backend=backend, **facts)
@@ -117,6 +119,7 @@ def selective_scan(
         out, state = _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)
     else:
         out, state = over_paths(lambda *x: _SCANS[chosen.name](*x, None, None, dt_softplus), walked, *operands)
+    (out,) = _cleared(seq, out)
     return (out, state) if return_final_state else out
 
 
@@ -188,10 +191,12 @@ def ssd(
         raise ValueError(f"{where}: dt_limit is ({lo}, {hi}), expected 0 <= lower <= upper.")
     if chunk_size < 1:
         raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
+    x, dt, B, C, z = _cleared(seq, x, dt, B, C, z)
     facts = _facts(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n)
     chosen = choose(where, backend=backend, **facts)
     operands = (x, dt, A, B, C, D, z, dt_bias, initial_state, *_marks(seq), dt_softplus, (lo, hi))
     out, state = reference.ssd(*operands) if chosen.name == "reference" else _SSDS[chosen.name](*operands, chunk_size)
+    (out,) = _cleared(seq, out)
     return (out, state) if return_final_state else out
 
 
@@ -239,10 +244,12 @@ def causal_conv1d(
     checks.same_device(where, "x", x, weight=weight, bias=bias, initial_state=initial_state)
     checks.fits(where, seq, b, l)
     silu = _is_silu(where, activation)
+    (x,) = _cleared(seq, x)
+    operands = (x, weight, bias, initial_state)
     chosen = choose(where, backend=backend, **_facts(x, initial_state, seq, False, width=k, d=d))
     # rows of one document read nothing behind padding, which stands at their end
     doc = seq.doc if seq is not None and seq.packed else None
-    out = _CONVS[chosen.name](*operands, doc, silu)
+    (out,) = _cleared(seq, _CONVS[chosen.name](*operands, doc, silu))
     if chosen.name == "cuda" and plain:
         cuda_again.learn(where, operands, lambda: cuda_conv.plan_of(*operands, silu), activation, backend)
     return (out, conv.last_inputs(x, k, initial_state, seq)) if return_final_state else out
@@ -267,6 +274,11 @@ def _facts(
         "padded": seq is not None and seq.padded,
         **more,
     }
+
+
+def _cleared(seq: Seq | None, *rows: Any) -> tuple[Any, ...]:
+    """Rows with zeros at padding, so that neither what stands there nor what comes back from there counts anywhere."""
+    return rows if seq is None or seq.clean else tuple(x if x is None else seq.clear(x) for x in rows)
 
 
 def _marks(seq: Seq | None) -> tuple[Tensor | None, Tensor | None]:

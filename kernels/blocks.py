@@ -73,6 +73,12 @@ class Inputs(NamedTuple):
         return [Buffer(self.u.new_empty(shape, dtype=self.acc)) for _ in range(count)]
 
 
+def _drops(reset: Tensor) -> dict[int, Tensor]:
+    """Steps at which a document may start in one of the rows, and in which, (rows, 1, 1, 1); a GPU is not asked, and so it may at all."""
+    steps = reset.any(0).nonzero().flatten().tolist() if reset.device.type == "cpu" else range(reset.shape[1])
+    return {t: reset[:, t, None, None, None] for t in steps}
+
+
 class Block:
     """The inputs of some rows and steps in the accumulation dtype, shaped to broadcast against (rows, steps, g, n, d/g)."""
 
@@ -90,6 +96,7 @@ class Block:
         self.dt = step_sizes(self.raw, None, i.dt_softplus, self.valid).unflatten(2, (g, 1, e))
         self.dtu = self.dt * self.u
         self.reset = None if i.reset is None else i.reset[rows, steps, None, None, None]
+        self.drops = {} if i.reset is None else _drops(i.reset[rows, steps])
         self.D = None if i.D is None else i.D.to(i.acc).view(g, 1, e)
 
     def scan(self, decays: Buffer, states: Buffer, h: Tensor) -> Tensor:
@@ -100,9 +107,14 @@ class Block:
         if self.reset is not None:
             a.masked_fill_(self.reset, 0.0)
         torch.mul(self.dtu, self.B, out=x)
-        for a_t, x_t in zip(a_steps, x_steps, strict=True):
-            h = x_t.addcmul_(a_t, h)
+        for t, (a_t, x_t) in enumerate(zip(a_steps, x_steps, strict=True)):
+            h = x_t.addcmul_(a_t, self.dropped(t, h))
         return h
+
+    def dropped(self, t: int, x: Tensor) -> Tensor:
+        """``x`` (rows, g, n, d/g) as it passes step t: zero where a document starts, even if it is NaN on the other side."""
+        drop = self.drops.get(t)
+        return x if drop is None else x.masked_fill(drop, 0.0)
 
     def read(self, x: Tensor) -> Tensor:
         """``C . h + D u`` as (rows, steps, g, 1, d/g), from the states ``x``."""

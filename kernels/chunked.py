@@ -142,12 +142,14 @@ def _block_backward(
     (a, a_steps), (x, _), (G, G_steps) = (m.cut(count) for m in (decays, states, space))
     gC = (gy @ x.transpose(3, 4)).squeeze(3)
     torch.mul(gy, block.C, out=G)
-    gh = _adjoint(a_steps, G_steps, gh)
+    gh = _adjoint(block, a_steps, G_steps, gh)
     gB = (block.dtu @ G.transpose(3, 4)).squeeze(3)
     gdtu = block.B.transpose(3, 4) @ G
     # a turns into W = G a h_{t-1}, and G becomes scratch
     a[:, 1:].mul_(x[:, :-1])
     a[:, 0].mul_(h)
+    for t, drop in block.drops.items():
+        a_steps[t].masked_fill_(drop, 0.0)
     W = a.mul_(G)
     # a product with ones sums over rows and steps in one pass
     each = torch.mul(W, block.dt, out=G).reshape(-1, block.rates.numel())
@@ -167,12 +169,12 @@ def _through_step_sizes(gdt: Tensor, block: Block, dt_softplus: bool) -> Tensor:
     return gdt if block.valid is None else gdt.masked_fill_(~block.valid[..., None], 0.0)
 
 
-def _adjoint(decays: tuple[Tensor, ...], grads: tuple[Tensor, ...], gh: Tensor) -> Tensor:
+def _adjoint(block: Block, decays: tuple[Tensor, ...], grads: tuple[Tensor, ...], gh: Tensor) -> Tensor:
     """Run ``G_t += a_{t+1} G_{t+1}`` from the gradient ``gh`` of the last state; returns the gradient of the state before the block."""
     later = grads[-1].add_(gh)
-    for a_t, G_t in zip(reversed(decays[1:]), reversed(grads[:-1]), strict=True):
-        later = G_t.addcmul_(a_t, later)
-    return decays[0] * later
+    for t in range(len(decays) - 1, 0, -1):
+        later = grads[t - 1].addcmul_(decays[t], block.dropped(t, later))
+    return decays[0] * block.dropped(0, later)
 
 
 @scan_backward_op.register_fake

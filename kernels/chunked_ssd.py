@@ -3,8 +3,9 @@
 A chunk of q tokens is a masked attention, ``Y = (L * C B^T) (dt x)`` with ``L[t, s] = exp(c_t - c_s)`` for s <= t of one document and
 ``c`` the running sum of ``dt A``, plus what the state at its start contributes. Differences from the paper's listing: ``c`` is summed and
 subtracted in float64, since one large step makes a float32 sum forget the small ones after it (a device without float64 forms every sum
-by itself); documents are separated by masks on ``C B^T``, never by infinities in the sums; heads of a group share one product with B
-and C; and only inputs and states at chunk starts are saved, the backward recomputing one block of chunks at a time.
+by itself); documents are separated by masks on ``C B^T``, never by infinities in the sums, and what is not finite is kept inside its
+document (:mod:`.contain`); heads of a group share one product with B and C; and only inputs and states at chunk starts are saved, the
+backward recomputing one block of chunks at a time.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import contain
 from .operators import custom_op
 from .reference import full_precision
 from .ssd_blocks import Block, Inputs, join, split
@@ -48,6 +50,10 @@ def ssd_op(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (b, l, h, p), the last state (b, h, p, n), and, flat, the states at chunk starts (b, chunks, g, n, r, p)."""
+    bad = None
+    if reset is not None and not contain.finite(x, dt, B, C, initial_state):
+        bad = contain.spoiled(x, dt, B, C, initial_state, reset, dt_softplus)
+        x, dt, B, C, initial_state = map(contain.clean, (x, dt, B, C, initial_state))  # type: ignore[assignment]
     i = Inputs(x, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus, dt_min, dt_max, chunk)
     b, g, r, n, p = i.sizes
     D = i.skip()
@@ -63,7 +69,11 @@ def ssd_op(
         if z is not None:
             y.mul_(F.silu(block.heads(z)))
         block.paste(out, _tokens(y))
-    return out, _outward(state), saved.view(-1)
+    last = _outward(state)
+    if bad is not None:
+        out.masked_fill_((bad.after | bad.here)[..., None], math.nan)
+        last.masked_fill_(bad.after[:, -1, :, None, None], math.nan)
+    return out, last, saved.view(-1)
 
 
 @ssd_op.register_fake
@@ -96,6 +106,11 @@ def ssd_backward_op(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
+    bad = None
+    if reset is not None and not contain.finite(x, dt, B, C, z, gout, glast):
+        after, here = contain.spoiled(x, dt, B, C, None, reset, dt_softplus)
+        bad = after | contain.spoiled_before(here, gout, z, glast, reset)
+        x, dt, B, C, z, gout, glast = map(contain.clean, (x, dt, B, C, z, gout, glast))  # type: ignore[assignment]
     i = Inputs(x, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus, dt_min, dt_max, chunk)
     b, g, r, n, p = i.sizes
     skip, saved = i.skip(), saved.view(b, -(-x.shape[1] // chunk), g, n, r, p)
@@ -130,7 +145,24 @@ def ssd_backward_op(
         block.paste(gx, _tokens(gpart))
     gD = gD if D is None else gD.view(D.shape).to(D.dtype)
     gbias = gbias if dt_bias is None else gbias.to(dt_bias.dtype)
-    return gx, gdt, gA.to(A.dtype), gB, gC, gD, gz, gbias, _outward(gstate)
+    grads = gx, gdt, gA.to(A.dtype), gB, gC, gD, gz, gbias, _outward(gstate)
+    if bad is not None:
+        _spoil(grads, bad)
+    return grads
+
+
+def _spoil(grads: tuple[Tensor, ...], bad: Tensor) -> None:
+    """Overwrite the gradients that depend on what was not finite, at the tokens and heads ``bad`` (b, l, h)."""
+    gx, gdt, gA, gB, gC, gD, gz, gbias, gstate = grads
+    heads = bad.any(1).any(0)
+    gdt.masked_fill_(bad, math.nan)
+    for g in (gx, gz):
+        g.masked_fill_(bad[..., None] if g.numel() else g.isnan(), math.nan)
+    for g in (gB, gC):
+        g.masked_fill_(bad.unflatten(2, (g.shape[2], -1)).any(3)[..., None], math.nan)
+    for g in (gA, gD, gbias):
+        g.masked_fill_(heads.view(-1, *(1,) * (g.dim() - 1)) if g.numel() else g.isnan(), math.nan)
+    gstate.masked_fill_(bad[:, 0, :, None, None], math.nan)
 
 
 def _block_backward(

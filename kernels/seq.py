@@ -5,8 +5,10 @@ masks with holes, is brought into that form once per forward by :meth:`Seq.align
 has two things to honour: *reset at document boundaries* and *ignore the tail*.
 """
 
+import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ class Seq:
         order: ``(b, l)`` int64, the gather index that brings the caller's tokens into this order; ``None`` if they already are.
         packed: Whether a row may hold more than one document.
         padded: Whether a row may end in padding.
+        clean: Whether padding is known to hold zeros (:meth:`clear`), so that nothing behind has to see to it.
+        offsets: The documents of a single row without padding, ``[0, l_0, ..., l]``, where the host knows them.
     """
 
     doc: Tensor
@@ -35,6 +39,8 @@ class Seq:
     order: Tensor | None
     packed: bool
     padded: bool
+    clean: bool = False
+    offsets: tuple[int, ...] | None = None
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "Seq | None":
@@ -65,34 +71,36 @@ class Seq:
         return cls(doc, pos, lengths, valid, torch.zeros_like(valid), order, packed=False, padded=True)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, batch: int, length: int) -> "Seq":
+    def from_cu_seqlens(cls, cu_seqlens: Any, batch: int, length: int, device: Any = None) -> "Seq":
         """Describe one packed row from the cumulative document lengths ``[0, l_0, l_0 + l_1, ..., l]``.
 
         Args:
-            cu_seqlens: ``(n + 1,)`` integers, starting at 0 and ending at ``length``.
+            cu_seqlens: ``(n + 1,)`` integers, starting at 0 and ending at ``length``: a tensor, an array or a list.
             batch: Rows of the batch; packing into a single row is what ``cu_seqlens`` can say.
             length: Tokens in the row.
+            device: Where the tokens are; where ``cu_seqlens`` is, by default.
 
         Raises:
-            ValueError: More than one row, or offsets that do not cover ``0 ... length`` in order.
+            ValueError: More than one row, or offsets that are no integers or do not cover ``0 ... length`` in order.
         """
         if batch != 1:
             raise ValueError(
                 f"cu_seqlens: describes one packed row, got a batch of {batch}. Concatenate the rows: input_ids of shape (1, l)."
             )
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(f"cu_seqlens: expected shape (n + 1,) with n >= 1, got {tuple(cu_seqlens.shape)}.")
+        ends, offsets = _offsets(cu_seqlens), None
         if not torch.compiler.is_compiling():
-            offsets = cu_seqlens.tolist()
+            offsets = tuple(ends.tolist())
             falls = next((f", falls from {a} to {b}" for a, b in itertools.pairwise(offsets) if b < a), "")
             if offsets[0] != 0 or offsets[-1] != length or falls:
                 raise ValueError(
                     f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}{falls}, the row has {length} tokens. "
                     f"Start at 0, never fall, end at {length}."
                 )
-        at = torch.arange(length, device=cu_seqlens.device)
-        doc = torch.searchsorted(cu_seqlens, at, right=True) - 1
-        return cls.from_documents(doc[None])
+        ends = ends if device is None else _sent(ends, torch.device(device))
+        at = torch.arange(length, device=ends.device)
+        doc = torch.searchsorted(ends, at, right=True) - 1
+        # the offsets cover the row: no place is padding
+        return replace(cls.from_documents(doc[None]), padded=False, offsets=offsets)
 
     @classmethod
     def from_documents(cls, doc: Tensor) -> "Seq":
@@ -112,12 +120,96 @@ class Seq:
         return self.resets if self.packed else None, self.valid if self.padded else None
 
     def align(self, x: Tensor) -> Tensor:
-        """Bring the caller's ``(b, l, ...)`` tokens into the order described here: real tokens first."""
-        return x if self.order is None else _gather(x, self.order)
+        """Bring the caller's ``(b, l, ...)`` tokens into the order described here, real tokens first, and :meth:`clear` the rest."""
+        return self.clear(x if self.order is None else _gather(x, self.order))
+
+    def clear(self, x: Tensor) -> Tensor:
+        """``(b, l, ...)`` with zeros at padding, whatever stood there; integers stay as they are.
+
+        A selection: NaN and infinity would survive a product with zero, in sums over tokens and in gradients.
+        """
+        if self.clean or not self.padded or not x.is_floating_point():
+            return x
+        return x.masked_fill(~self.valid.view(*self.valid.shape, *(1,) * (x.dim() - 2)), 0.0)
+
+    @property
+    def cleared(self) -> "Seq":
+        """The same, of rows that have been through :meth:`clear`."""
+        return self if self.clean or not self.padded else replace(self, clean=True)
+
+    def documents(self) -> list[tuple[int, int, int]] | None:
+        """Every document as ``(row, start, end)``; ``None`` where the host cannot know them without waiting for a device."""
+        if self.offsets is not None:
+            return [(0, a, b) for a, b in itertools.pairwise(self.offsets) if b > a]
+        if torch.compiler.is_compiling() or type(self.doc) is not Tensor or self.doc.device.type != "cpu":
+            return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(self.doc):
+            return None
+        out = []
+        for row, (starts, end) in enumerate(zip(self.resets.tolist(), self.lengths.tolist(), strict=True)):
+            ends = [0, *(t for t, start in enumerate(starts) if start), end]
+            out += [(row, a, b) for a, b in itertools.pairwise(ends) if b > a]
+        return out
+
+    @functools.cached_property
+    def side_by_side(self) -> tuple[list[Tensor | tuple[int, int, int]], Tensor] | None:
+        """Documents apart from each other, those of about one length as a batch; ``None`` where :meth:`documents` are not known.
+
+        Returns:
+            Batches, each of them one document ``(row, start, end)`` or an index ``(m, n)`` into ``b * l`` tokens, a document's last
+            token repeated behind it. And ``(b, l)``: where a token is in the outputs of all batches, one after the other; a place
+            behind them for padding.
+        """
+        documents = self.documents()
+        if documents is None:
+            return None
+        length, device = self.doc.shape[1], self.doc.device
+        place = torch.empty(self.doc.shape, dtype=torch.long)
+        batches: list[Tensor | tuple[int, int, int]] = []
+        rest, used = sorted(documents, key=lambda d: (d[1] - d[2], d)), 0
+        while rest:
+            longest = rest[0][2] - rest[0][1]
+            count = next((i for i, (_, start, end) in enumerate(rest) if 2 * (end - start) <= longest), len(rest))
+            some, rest = rest[:count], rest[count:]
+            if len(some) == 1:
+                batches.append(some[0])
+            else:
+                row, start, end = torch.tensor(some).t()[..., None]
+                batches.append(_sent(row * length + torch.minimum(start + torch.arange(longest), end - 1), device))
+            for row, start, end in some:
+                place[row, start:end] = torch.arange(used, used + end - start)
+                used += longest
+        if self.padded:
+            for row, end in enumerate(self.lengths.tolist()):
+                place[row, end:] = used
+        return batches, _sent(place, device)
 
     def restore(self, x: Tensor) -> Tensor:
         """Undo :meth:`align`."""
         return x if self.order is None else _gather(x, torch.argsort(self.order, dim=1))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on its way to a device; nobody waits for it to arrive."""
+    return x.pin_memory().to(device, non_blocking=True) if x.is_cpu and device.type == "cuda" else x.to(device)
+
+
+def _offsets(given: Any) -> Tensor:
+    """Offsets as an int64 tensor, from whatever holds integers."""
+    if isinstance(given, Tensor):
+        ends = given
+    else:
+        try:
+            ends = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(
+                f"cu_seqlens: {type(given).__name__} is not (n + 1,) integers ({e}). Pass offsets such as [0, 5, 12]."
+            ) from e
+    if ends.dim() != 1 or ends.numel() < 2:
+        raise ValueError(f"cu_seqlens: expected shape (n + 1,) with n >= 1, got {tuple(ends.shape)}.")
+    if ends.dtype == torch.bool or ends.is_floating_point() or ends.is_complex():
+        raise ValueError(f"cu_seqlens: has dtype {ends.dtype}, expected integers. Pass offsets such as [0, 5, 12].")
+    return ends.long()
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -184,6 +184,7 @@ class Attention(Mixer):
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         refuse_packed_state(self, state, seq)
+        given, (x, seq) = seq, self._enter(x, seq)
         qkv, conv = self._project(x), None
         if self.conv1d is not None:
             qkv, conv = self.conv1d(qkv, None if state is None else state.conv, seq, return_state)
@@ -195,16 +196,22 @@ class Attention(Mixer):
             pos = past.length[:, None] + pos
         q, k, v = self._heads(qkv, pos)
 
+        apart = None
+        if seq is not None and seq.packed and not torch.compiler.is_compiling():
+            apart = seq.side_by_side
         doc = pos_k = doc_k = None
         if past is not None:
             k, v = (torch.cat([old[:, : past.used].to(new.dtype), new], 1) for old, new in ((past.k, k), (past.v, v)))
             pos_k = torch.cat([past.pos[:, : past.used], pos], 1)
-        if seq is not None and (seq.packed or past is not None):
+        if apart is None and seq is not None and (seq.packed or past is not None):
             # elsewhere padding stands behind the real tokens, where causality hides it anyway
             doc = seq.doc
             doc_k = F.pad(doc, (k.shape[1] - doc.shape[1], 0))
-        y = self._mix(q, k, v, pos, pos if pos_k is None else pos_k, doc, doc_k)
-        y = self._finish(y)
+        if apart is None:
+            y = self._mix(q, k, v, pos, pos if pos_k is None else pos_k, doc, doc_k)
+        else:
+            y = self._mix_apart(q, k, v, *apart)
+        y = self._leave(self._finish(y), given)
         return (y, remember(state, k, v, conv, seq, x.shape[1], self.window)) if return_state else y
 
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
@@ -272,6 +279,22 @@ class Attention(Mixer):
                 mask = mask & (doc[:, rows, None] == doc_k[:, None, cols])
             ys.append(self._attend(q[:, rows], k[:, cols], v[:, cols], mask))
         return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
+
+    def _mix_apart(self, q: Tensor, k: Tensor, v: Tensor, batches: list, place: Tensor) -> Tensor:
+        # document by document: a mask would multiply what it hides by zero, and NaN stays NaN; see Seq.side_by_side
+        ys = []
+        for batch in batches:
+            if isinstance(batch, tuple):
+                row, start, end = batch
+                parts = (x[row : row + 1, start:end] for x in (q, k, v))
+            else:
+                flat = batch.flatten()
+                parts = (x.flatten(0, 1).index_select(0, flat).unflatten(0, batch.shape) for x in (q, k, v))
+            mine = torch.arange(batch[2] - batch[1] if isinstance(batch, tuple) else batch.shape[1], device=q.device)
+            ys.append(self._mix(*parts, mine, mine, None, None).flatten(0, 1))
+        # for padding, which reads what nobody else does
+        ys.append(q.new_zeros(1, self.nheads * self.headdim))
+        return torch.cat(ys).index_select(0, place.flatten()).unflatten(0, place.shape)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # mask ([b,] lq, lk), or plain causality; gives (b, lq, h * p)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..kernels import checks
 from ..kernels.seq import Seq
 
 __all__ = ["Mixer", "OptionError", "Seq", "Sharing", "State", "copy_state", "map_state", "nbytes_of", "shapes", "tree"]
@@ -226,6 +227,18 @@ class Mixer(Sharing):
             raise NotImplementedError(
                 f"{type(self).__name__} does not support {capability!r} (it declares: {has}). Choose another mixer for this use."
             )
+
+    def _enter(self, x: Tensor, seq: Seq | None) -> tuple[Tensor, Seq | None]:
+        """The input with zeros at padding, and the rows' description that says so; inside a model both come like that."""
+        if seq is None:
+            return x, None
+        checks.fits(type(self).__name__, seq, *x.shape[:2])
+        return seq.clear(x), seq.cleared
+
+    @staticmethod
+    def _leave(y: Tensor, seq: Seq | None) -> Tensor:
+        """The output with zeros at padding, so that no gradient comes from there; ``seq`` as the caller gave it."""
+        return y if seq is None else seq.clear(y)
 
     @property
     def _dtype(self) -> torch.dtype:

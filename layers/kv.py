@@ -116,7 +116,12 @@ def remember(
     pos = end - (end - torch.arange(cap, device=k.device)) % cap
     source = torch.where(pos >= past[:, None], old + skip[:, None] + pos - past[:, None], pos % max(1, old))
     source = source.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
-    return AttentionState(k.gather(1, source), v.gather(1, source), pos.clamp(min=-1), past + new, conv, bound)
+    k, v = k.gather(1, source), v.gather(1, source)
+    if seq is not None:
+        # an empty slot is read with weight zero: it must not hold another document's NaN
+        empty = (pos < 0)[..., None, None]
+        k, v = k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)
+    return AttentionState(k, v, pos.clamp(min=-1), past + new, conv, bound)
 
 
 def _capacity(state: AttentionState | None, length: int, window: int | None) -> tuple[int, int]:

@@ -208,11 +208,13 @@ class Mamba(Mixer):
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         refuse_packed_state(self, state, seq)
+        given, (x, seq) = seq, self._enter(x, seq)
         weights = None if return_state or state is not None else self._as_one(x)
         if weights is not None:
             again = None if others_hooks() else recipe(x)
             eps = None if self.dt_norm is None else self.dt_norm.eps
-            return mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
+            y = mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
+            return self._leave(y, given)
         with recomputing() as spared:
             u, z = halves(self.in_proj(spared(x)))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
@@ -233,9 +235,9 @@ class Mamba(Mixer):
                 return_final_state=return_state,
             )
         if not return_state:
-            return self.out_proj(out)
+            return self._leave(self.out_proj(out), given)
         y, ssm = out
-        return self.out_proj(y), MambaState(conv, ssm)
+        return self._leave(self.out_proj(y), given), MambaState(conv, ssm)
 
     def _as_one(self, x: Tensor) -> Weights | None:
         """The weights, where forward and backward may be one node of autograd: plain tensors, to be differentiated, on a GPU of ours."""

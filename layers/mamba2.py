@@ -201,6 +201,7 @@ class Mamba2(Mixer):
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         refuse_packed_state(self, state, seq)
+        given, (x, seq) = seq, self._enter(x, seq)
         mlp, z, xBC, dt = self._project(x)
         xBC, conv = self.conv1d(xBC, None if state is None else state.conv, seq, return_state)
         u, B, C = self._heads(xBC)
@@ -217,9 +218,9 @@ class Mamba2(Mixer):
             return_final_state=return_state,
         )
         if not return_state:
-            return self._finish(out, z, mlp)
+            return self._leave(self._finish(out, z, mlp), given)
         y, ssm = out
-        return self._finish(y, z, mlp), Mamba2State(conv, ssm)
+        return self._leave(self._finish(y, z, mlp), given), Mamba2State(conv, ssm)
 
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""

@@ -108,6 +108,39 @@ def test_outputs_are_formed_again_in_the_backward(case):
 
 
 @needs_compiler
+@pytest.mark.parametrize("hurt", ["u", "dt", "B", "C", "z", "gout"])
+@pytest.mark.parametrize("cut", [None, Cut(0, 3, 64, 32)], ids=["whole", "cut"])
+def test_what_is_not_finite_stays_in_its_document(hurt, cut):
+    inputs, where = operands(1, 130, 40, 16, 2, torch.bfloat16), slice(50, 90)
+    u, dt, A, B, C, D, z, bias, state = inputs
+    reset = torch.zeros(1, 130, dtype=torch.bool)
+    reset[0, [where.start, 70, where.stop]] = True
+    gout, glast = torch.randn(u.shape).bfloat16(), torch.randn(state.shape)
+
+    def run(gout):
+        call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, state, reset, None, True)
+        out, last, saved = cuda_backend.forward(call, True, chunks=cut and cut.chunks)
+        gu, gdt, _, gB, gC, _, gz, _, ginit = cuda_backend.backward(call, gout, glast, saved, chunks=cut)
+        others = [torch.cat([x[:, : where.start], x[:, where.stop :]], 1) for x in (out, gu, gdt, gB, gC, gz)]
+        return [*others, last, ginit], (out, gu, gdt, gB, gC, gz)
+
+    want, _ = run(gout)
+    damaged = {"u": u, "dt": dt, "B": B, "C": C, "z": z, "gout": gout}[hurt]
+    for value, at in ((float("nan"), 75), (float("inf"), 52)):
+        damaged[0, at] = value
+        got, inside = run(gout)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+        assert any(not x[:, where].isfinite().all() for x in inside)
+
+
+@needs_compiler
+def test_a_rate_of_minus_infinity_forgets_all_and_padding_forgets_nothing():
+    inputs = list(operands(2, 130, 40, 16, 2, torch.bfloat16))
+    inputs[2] = inputs[2].index_fill(1, torch.tensor([3]), -torch.inf)
+    compare(inputs, *marks(2, 130), chunks=2)
+
+
+@needs_compiler
 @exhaustive
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

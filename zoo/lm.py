@@ -225,7 +225,7 @@ class CausalLM(nn.Module):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Any = None,
         state: ModelState | None = None,
         *,
         return_state: bool | None = None,
@@ -242,7 +242,8 @@ class CausalLM(nn.Module):
             labels: ``(b, l)`` int64 aligned with ``input_ids`` (the shift is done here), -100 where no loss is wanted. Padding and
                 the first token of a packed document are never targets.
             attention_mask: ``(b, l)``, nonzero at real tokens of this call; padding may stand on either side, or in between.
-            cu_seqlens: ``(n + 1,)`` offsets of the documents packed into one row; no token sees another document.
+            cu_seqlens: ``(n + 1,)`` offsets of the documents packed into one row, in a tensor, an array or a list; no token sees
+                another document.
             state: What an earlier call returned (``out.state``) or :meth:`init_state`: the tokens continue from there. Not modified.
             return_state: Whether ``out.state`` is filled; by default, whenever ``labels`` is absent or ``state`` is given.
             inputs_embeds: ``(b, l, d)`` in place of ``input_ids``, as the first block shall see them (``backbone.embed``).
@@ -266,9 +267,10 @@ class CausalLM(nn.Module):
             return_state = labels is None or state is not None
         if return_state and not torch.compiler.is_compiling():
             self._hooks.look_again()
-        x = x if seq is None else seq.align(x)
+        # from here on padding holds zeros, whatever the caller has there
+        x, rows = (x, None) if seq is None else (seq.align(x), seq.cleared)
         passed: list[Tensor] | None = [] if output_hidden_states else None
-        hidden, new_state, aux = self.backbone(x, seq, state, return_state, passed)
+        hidden, new_state, aux = self.backbone(x, rows, state, return_state, passed)
         aux_loss = _auxiliary(aux)
         loss = None
         if labels is not None:
@@ -400,7 +402,7 @@ def _keep(x: Tensor, kept: int | Tensor) -> Tensor:
 def _describe_rows(
     x: Tensor,
     attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Any,
     seq_idx: Tensor | None,
     state: ModelState | None,
 ) -> Seq | None:
@@ -420,7 +422,7 @@ def _describe_rows(
         if state is not None:
             raise ValueError(f"state, {name}: a packed row starts every document afresh and cannot continue a state.")
     if cu_seqlens is not None:
-        return Seq.from_cu_seqlens(cu_seqlens.to(x.device), b, l)
+        return Seq.from_cu_seqlens(cu_seqlens, b, l, x.device)
     if seq_idx is not None:
         return Seq.from_documents(number_documents(seq_idx.to(x.device), (b, l)))
     if attention_mask is None:

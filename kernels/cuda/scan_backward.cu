@@ -252,10 +252,14 @@ struct Backward {
         for (int k = 0; k < CH; ++k) s.dt[k] = pair[2 * k], s.x[k] = pair[2 * k + 1];
         return s;
     }
-    DEVICE float decay(int t, float dt, float a2) const {
-        float a = decay_of<T>(dt, a2);
-        if constexpr (FLAGS & RESET) a = smem[S::keep + t] == 0.f ? 0.f : a;
-        return a;
+    // what passes a step, in either direction: where a document starts (keep = 0), nothing, not even NaN
+    DEVICE float keep_at(int t) const {
+        if constexpr (FLAGS & RESET) return smem[S::keep + t];
+        return 1.f;
+    }
+    DEVICE static float passing(float keep, float x) {
+        if constexpr (FLAGS & RESET) return keep == 0.f ? 0.f : x;
+        return x;
     }
 
     DEVICE float* kept_state(int sub, int k) const { return smem + S::states + (((sub - 1) * CH + k) * THREADS + tid) * NS; }
@@ -277,10 +281,11 @@ struct Backward {
             for (int i = 0; i < TS; ++i) {
                 int t = (sub - 1) * TS + i;
                 Step s = read_step(c, t);
+                const float keep = keep_at(t);
 #pragma unroll
                 for (int k = 0; k < CH; ++k)
 #pragma unroll
-                    for (int j = 0; j < NS; ++j) h[k][j] = fmaf(decay(t, s.dt[k], a2[k][j]), h[k][j], s.x[k] * s.B[j]);
+                    for (int j = 0; j < NS; ++j) h[k][j] = fmaf(decay_of<T>(s.dt[k], a2[k][j]), passing(keep, h[k][j]), s.x[k] * s.B[j]);
             }
 #pragma unroll
             for (int k = 0; k < CH; ++k) store_shared<NS>(kept_state(sub, k), h[k]);
@@ -443,12 +448,14 @@ struct Backward {
 #pragma unroll
         for (int i = 0; i < TS; ++i) {
             Step in = read_step(c, sub * TS + i);
+            const float keep = keep_at(sub * TS + i);
 #pragma unroll
             for (int ch = 0; ch < CH; ++ch)
 #pragma unroll
                 for (int j = 0; j < NS; ++j) {
-                    a[i][ch][j] = decay(sub * TS + i, in.dt[ch], a2[ch][j]);
-                    h[i][ch][j] = fmaf(in.x[ch], in.B[j], a[i][ch][j] * (i > 0 ? h[i > 0 ? i - 1 : 0][ch][j] : before[ch][j]));
+                    a[i][ch][j] = decay_of<T>(in.dt[ch], a2[ch][j]);
+                    const float from = passing(keep, i > 0 ? h[i > 0 ? i - 1 : 0][ch][j] : before[ch][j]);
+                    h[i][ch][j] = fmaf(in.x[ch], in.B[j], a[i][ch][j] * from);
                 }
         }
         float* npart = smem + S::npart + warp * 3 * PT * CH * 32 + L::group(lane) * LN + q;
@@ -464,6 +471,7 @@ struct Backward {
                 if (i > 0) next = read_back(c, t - 1);
                 // read again: there is no room for it among the registers
                 if (i == 0) read_state(c, sub, before);
+                const float keep = keep_at(t);
                 float gB[NS], gC[NS];
 #pragma unroll
                 for (int j = 0; j < NS; ++j) gB[j] = gC[j] = 0.f;
@@ -473,8 +481,8 @@ struct Backward {
 #pragma unroll
                     for (int j = 0; j < NS; ++j) {
                         const float G = fmaf(in.C[j], in.gy[ch], s.r[ch][j]);
-                        s.r[ch][j] = a[i][ch][j] * G;
-                        const float w = s.r[ch][j] * (i > 0 ? h[i > 0 ? i - 1 : 0][ch][j] : before[ch][j]);
+                        s.r[ch][j] = passing(keep, a[i][ch][j] * G);
+                        const float w = s.r[ch][j] * passing(keep, i > 0 ? h[i > 0 ? i - 1 : 0][ch][j] : before[ch][j]);
                         gC[j] = fmaf(h[i][ch][j], in.gy[ch], gC[j]);
                         gB[j] = fmaf(G, in.x[ch], gB[j]);
                         y = fmaf(h[i][ch][j], in.C[j], y);
@@ -506,7 +514,7 @@ struct Backward {
             for (int j = 0; j < NS; ++j) {
                 bool ok = ch < ch_end && q * NS + j < p.n;
                 int64 at = (int64)ch * p.n + q * NS + j;
-                a2[k][j] = ok ? p.A[at] * LOG2E : 0.f;
+                a2[k][j] = ok ? rate_of(p.A[at]) : 0.f;
                 s.r[k][j] = ok && glast != nullptr ? glast[at] : 0.f;
                 s.gA[k][j] = 0.f;
             }

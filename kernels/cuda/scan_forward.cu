@@ -102,12 +102,16 @@ struct Forward {
             y[c] = 0.f;
 #pragma unroll
             for (int j = 0; j < NS; ++j) {
-                float a = decay_of<T>(dt, s.a2[c][j]);
-                if constexpr (FLAGS & RESET) a = in.keep == 0.f ? 0.f : a;
-                if constexpr (MODE == ADJOINT)
-                    s.h[c][j] = a * fmaf(in.B[j], x, s.h[c][j]);
-                else
-                    s.h[c][j] = fmaf(a, s.h[c][j], x * in.B[j]);
+                const float a = decay_of<T>(dt, s.a2[c][j]);
+                float& h = s.h[c][j];
+                // where a document starts, what is carried is replaced, not multiplied by zero: it may be NaN
+                if constexpr (MODE == ADJOINT) {
+                    h = a * fmaf(in.B[j], x, h);
+                    if constexpr (FLAGS & RESET) h = in.keep == 0.f ? 0.f : h;
+                } else {
+                    if constexpr (FLAGS & RESET) h = in.keep == 0.f ? 0.f : h;
+                    h = fmaf(a, h, x * in.B[j]);
+                }
                 if constexpr (MODE == FULL) y[c] = fmaf(s.h[c][j], in.C[j], y[c]);
             }
             if constexpr (MODE != FULL) s.sum[c] += dt;
@@ -232,7 +236,7 @@ struct Forward {
             for (int j = 0; j < NS; ++j) {
                 bool ok = ch < ch_end && q * NS + j < p.n;
                 int64 at = (int64)ch * p.n + q * NS + j;
-                s.a2[c][j] = ok ? p.A[at] * LOG2E : 0.f;
+                s.a2[c][j] = ok ? rate_of(p.A[at]) : 0.f;
                 s.h[c][j] = ok && h0 != nullptr ? h0[at] : 0.f;
             }
             if constexpr (MODE == FULL && (FLAGS & CUT)) {

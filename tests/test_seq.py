@@ -1,0 +1,73 @@
+"""Descriptions of rows: offsets in whatever holds integers, padding that is cleared, documents that the host knows."""
+
+import array
+
+import numpy as np
+import pytest
+import torch
+
+import hybridzoo as zoo
+from hybridzoo.kernels import Seq
+
+OFFSETS = [0, 4, 4, 9]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [OFFSETS, tuple(OFFSETS), np.array(OFFSETS), np.array(OFFSETS, np.int32), torch.tensor(OFFSETS, dtype=torch.int32)],
+    ids=lambda x: type(x).__name__,
+)
+def test_offsets_come_in_many_forms(given):
+    model = zoo.build("jamba-tiny").eval()
+    ids = torch.randint(1, 256, (1, 9))
+    want = model(ids, cu_seqlens=torch.tensor(OFFSETS)).logits
+    assert torch.equal(model(ids, cu_seqlens=given).logits, want)
+    assert Seq.from_cu_seqlens(given, 1, 9).documents() == [(0, 0, 4), (0, 4, 9)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([0.0, 9.0], r"dtype torch.float32, expected integers"),
+        (torch.tensor([False, True]), r"dtype torch.bool, expected integers"),
+        (np.array([0, 9], complex), r"dtype torch.complex128, expected integers"),
+        ("0,9", r"str is not \(n \+ 1,\) integers"),
+        ([[0], [4, 9]], r"list is not \(n \+ 1,\) integers"),
+        ([], r"expected shape \(n \+ 1,\) with n >= 1, got \(0,\)"),
+        ([[0, 9]], r"expected shape \(n \+ 1,\) with n >= 1, got \(1, 2\)"),
+        ([0, 6, 4, 9], r"runs from 0 to 9, falls from 6 to 4, the row has 9 tokens"),
+        (np.array([1, 9]), r"runs from 1 to 9, the row has 9 tokens"),
+        ([0, 8], r"runs from 0 to 8, the row has 9 tokens"),
+    ],
+)
+def test_offsets_that_are_none_are_refused(given, message):
+    with pytest.raises(ValueError, match=f"cu_seqlens: .*{message}"):
+        Seq.from_cu_seqlens(given, 1, 9)
+
+
+def test_an_array_of_bytes_is_one_of_integers():
+    assert Seq.from_cu_seqlens(array.array("i", OFFSETS), 1, 9).offsets == (0, 4, 4, 9)
+
+
+def test_padding_is_cleared_once():
+    seq = Seq.from_mask(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    x = torch.full((2, 3, 2), float("nan"))
+    x[:, 1:] = x[1] = 1.0
+    aligned = seq.align(x)
+    assert torch.equal(aligned, torch.ones(2, 3, 2).index_put((torch.tensor(0), torch.tensor(2)), torch.zeros(2)))
+    cleared = seq.cleared
+    assert cleared.clear(x) is x and cleared.cleared is cleared
+    assert torch.equal(seq.align(torch.tensor([[7, 8, 9]] * 2)), torch.tensor([[8, 9, 7], [7, 8, 9]]))
+    assert Seq.from_cu_seqlens([0, 3], 1, 3).cleared.clear(x[:1]).isnan().any()
+
+
+def test_documents_side_by_side():
+    seq = Seq.from_documents(torch.tensor([[0] * 5 + [1] * 2 + [2] * 4 + [-1], [0] * 12]))
+    assert seq.documents() == [(0, 0, 5), (0, 5, 7), (0, 7, 11), (1, 0, 12)]
+    batches, place = seq.side_by_side
+    assert batches[0] == (1, 0, 12) and batches[2] == (0, 5, 7)
+    assert batches[1].tolist() == [[0, 1, 2, 3, 4], [7, 8, 9, 10, 10]]
+    tokens = torch.cat([torch.arange(12, 24), batches[1].flatten(), torch.arange(5, 7), torch.tensor([-1])])
+    want = torch.arange(24).view(2, 12)
+    want[0, 11] = -1
+    assert torch.equal(tokens[place], want)
