@@ -367,3 +367,10 @@ def _explain_unknown(pretrained: Any) -> Iterator[None]:
             f"pretrained={pretrained}: is neither a folder nor a config, and transformers cannot load it ({first})."
             f"{nearest(pretrained, list_models())} See `zoo list` for the configs."
         ) from e
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
+            raise
+        raise ValueError(
+            f"pretrained={pretrained}: is of a family that the zoo does not know, and needs code of its own, which is run for those alone "
+            "who pass trust_remote_code=True to lm-eval."
+        ) from e

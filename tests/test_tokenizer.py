@@ -125,6 +125,7 @@ def needs_code(folder, mark):
 
 @pytest.mark.parametrize("where", ["named", "in the folder"])
 def test_code_of_a_tokenizer_is_never_run_nor_asked_about(where, folder, monkeypatch, tmp_path):
+    from hybridzoo.eval.harness import HybridZooLM
     from hybridzoo.eval.pretrained import open_tokenizer
     from hybridzoo.zoo.hf import HybridZooForCausalLM
     from hybridzoo.zoo.train import train
@@ -149,6 +150,11 @@ def test_code_of_a_tokenizer_is_never_run_nor_asked_about(where, folder, monkeyp
             ValueError, match=r"^tokenizer '.*(other|model)': needs code of its own, which is never run\."
         ):
             ask()
+    with pytest.raises(
+        ValueError, match=r"^pretrained=.*other: is of a family that the zoo does not know, and needs code of"
+    ) as e:
+        HybridZooLM(str(other), device="cpu")
+    assert "\n" not in str(e.value)
     assert not mark.exists()
 
 
