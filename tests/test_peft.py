@@ -115,6 +115,20 @@ def test_saving_loading_and_merging_keep_the_logits(tmp_path):
             assert torch.equal(zoo.load(tmp_path / folder)(ids).logits, whole(ids).logits)
 
 
+@torch.no_grad()
+def test_an_adapter_of_a_shared_part_acts_on_every_use_and_merges():
+    """Of one module there is one adapter; with one for each use, each would be merged into the weight of all."""
+    model, ids = HybridZooForCausalLM.wrap(zoo.build("zamba2-tiny").double()).eval(), torch.randint(1, 256, (2, 12))
+    before, options = model(ids).logits, {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    adapted = get_peft_model(model, lora(target_modules=["out_proj", "fc1"]), autocast_adapter_dtype=False).eval()
+    logits, text = adapted(ids).logits, adapted.generate(input_ids=ids, **options)
+    first, twin = (adapted.get_base_model().backbone.layers[i].mixer.out_proj for i in (2, 6))
+    assert first is twin and isinstance(first, LoraLayer) and (logits - before).abs().max() > 0.1
+    whole = adapted.merge_and_unload()
+    torch.testing.assert_close(whole(ids).logits, logits, atol=1e-9, rtol=1e-9)
+    assert torch.equal(whole.generate(ids, **options), text)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_whole_modules_are_trained_beside_adapters(checkpointing):
     model = HybridZooForCausalLM.wrap(zoo.build("mamba-tiny", ["tie_embeddings=false"]))

@@ -95,11 +95,10 @@ class HybridZooConfig(PreTrainedConfig):
                 "HybridZooConfig.zoo: is missing. Build the config with HybridZooConfig(zoo=...) from a zoo config."
             )
         as_it_should = HybridZooConfig(zoo=self.zoo)
-        if self.max_position_embeddings != as_it_should.max_position_embeddings:
-            self.zoo = {
-                **self.zoo,
-                "max_length": self.max_position_embeddings,
-            }  # decides nothing but how far it is evaluated
+        longest = getattr(self, "max_position_embeddings", None)
+        if longest != self.zoo["max_length"]:
+            # decides nothing but how far the model is evaluated
+            self.zoo = {**self.zoo, "max_length": longest}
         for name in ("vocab_size", "hidden_size", "tie_word_embeddings"):
             value, own = getattr(self, name), getattr(as_it_should, name)
             if value != own:
