@@ -46,7 +46,7 @@ def tree(cls: type) -> None:
     def unflatten(children: Iterable[Any], context: Any) -> Any:
         # without __init__: transforms put other things than tensors in their places for a while
         inside, values = context
-        x = object.__new__(cls)
+        x: Any = object.__new__(cls)
         for name, value in (*values.items(), *zip(inside, children, strict=True)):
             object.__setattr__(x, name, value)
         return x

@@ -1,5 +1,6 @@
 """The lm-eval adapter: the same scores as lm-eval's own HFLM on the same weights, and every way in."""
 
+import copy
 import json
 import os
 import socket
@@ -300,6 +301,17 @@ def test_a_config_is_built_untrained_and_says_so():
 def test_a_name_that_does_not_exist_is_one_sentence():
     with pytest.raises(ValueError, match=r"pretrained=mamba-tinny: .*Did you mean 'mamba-tiny'\?"):
         HybridZooLM("mamba-tinny")
+
+
+def test_scores_that_are_no_numbers_are_an_error_though_the_weights_are(core, tokenizer, questions, prompts):
+    broken = copy.deepcopy(core)
+    with torch.no_grad():
+        broken.backbone.norm_f.weight.fill_(3e38)
+    lm = HybridZooLM(broken, tokenizer=tokenizer, batch_size=2)
+    with pytest.raises(ValueError, match="logits: those of row 0 are not finite"):
+        lm.loglikelihood(requests("loglikelihood", questions[:2]), disable_tqdm=True)
+    with pytest.raises(ValueError, match="logits: those of row 0 are not finite"):
+        lm.generate_until(requests("generate_until", prompts[:1]), disable_tqdm=True)
 
 
 def test_an_object_stays_where_and_as_it_is(core, tokenizer):

@@ -498,6 +498,21 @@ def test_hooks_act_on_every_token_of_transformers_generate(adapter):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["jamba-tiny", "zamba2-tiny"])
+def test_weights_that_come_when_a_module_is_called_are_there_for_every_token(name):
+    from accelerate import cpu_offload
+
+    model, ids = HybridZooForCausalLM.wrap(zoo.build(name)).eval(), torch.randint(1, 256, (2, 9))
+    core, options = model.core, {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    want, step = core.generate(ids, 4), core.step(ids[:, 0], core.init_state(2))
+    cpu_offload(model, execution_device="cpu")
+    assert model.lm_head.weight.is_meta
+    assert torch.equal(core.generate(ids, 4), want) and torch.equal(model.generate(ids, **options), want)
+    state = core.init_state(2, device="cpu")
+    torch.testing.assert_close(core.step(ids[:, 0], state), step, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("sampling", [False, True])
 def test_generating_from_numbers_that_are_none_says_so(sampling):
     model = HybridZooForCausalLM.wrap(zoo.build("mamba-tiny"))

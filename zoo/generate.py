@@ -146,7 +146,7 @@ def sample(
 
 def _prefill(model: "CausalLM", input_ids: Tensor, attention_mask: Tensor | None, max_len: int):
     b, l = input_ids.shape
-    state = model.init_state(b, max_len)
+    state = model.init_state(b, max_len, device=input_ids.device)  # weights may be elsewhere until they are called
     if attention_mask is None:
         out = model(input_ids, state=state, return_state=True, logits_to_keep=1)
         return out.logits[:, -1], out.state

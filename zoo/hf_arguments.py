@@ -81,7 +81,7 @@ class Rows:
         self.documents: Tensor | None = None
         if tokens is None:
             return
-        self.shape, self.device = tuple(tokens.shape[:2]), tokens.device
+        self.shape, self.device = (tokens.shape[0], tokens.shape[1]), tokens.device
         self._check_rest(cache, kwargs)
         said: dict[str, Tensor] = {}
         for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):

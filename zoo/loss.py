@@ -72,7 +72,7 @@ def share_of_items(targets: Tensor, num_items: Tensor | int | None = None) -> Te
 def width(head: nn.Module) -> int:
     """The logits of a token, also of a head whose weight is not a matrix of numbers (quantised)."""
     known = getattr(head, "out_features", None)
-    return head.weight.shape[0] if known is None else known  # type: ignore[union-attr, return-value, index]
+    return head.weight.shape[0] if known is None else known  # type: ignore[return-value, index]
 
 
 def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
