@@ -123,3 +123,14 @@ def test_version_and_short_help():
     assert run("--version") == f"hybridzoo {zoo.__version__}\n"
     for command in ([], ["list"], ["show"], ["train"], ["eval"], ["bench"]):
         assert "Usage:" in run(*command, "-h")
+
+
+def test_show_reads_every_kind_of_saved_folder(tmp_path):
+    pytest.importorskip("transformers")
+    zoo.save(zoo.build("mamba-tiny", ["d_model=16"]), tmp_path / "ours")
+    params = json.loads(run("show", tmp_path / "ours", "--json"))["params"]
+    for target in ("hf", "mamba_ssm"):
+        run("convert", tmp_path / "ours", tmp_path / target, "--to", target)
+        assert json.loads(run("show", tmp_path / target, "--json"))["params"] == params
+    (tmp_path / "empty").mkdir()
+    assert "holds neither config.yaml nor config.json" in run("show", tmp_path / "empty", status=1)

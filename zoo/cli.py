@@ -165,10 +165,11 @@ def show(
     import torch
 
     from .build import build
-    from .stats import stats, stored_dtype
+    from .stats import config_of, stats, stored_dtype
 
-    kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if Path(model).is_dir() else None
-    built = build(model, overrides or [], device="meta", dtype=kind)
+    saved = Path(model).is_dir()
+    kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if saved else None
+    built = build(config_of(model) if saved else model, overrides or [], device="meta", dtype=kind)
     report = stats(built, seq_len)
     lengths = sorted({seq_len, 4096, 32_768, 262_144})
     state = {str(l): stats(built, l).state_bytes for l in lengths}

@@ -14,10 +14,12 @@ from safetensors import safe_open
 from torch import nn
 
 from .build import build
+from .checkpoint import native
+from .checkpoint.reading import detect, read_config
 from .config import block_specs
 from .lm import CausalLM
 
-__all__ = ["Row", "Stats", "numbers", "stats", "stored_dtype"]
+__all__ = ["Row", "Stats", "config_of", "numbers", "stats", "stored_dtype"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,16 @@ def numbers(source: Any) -> dict[str, Any]:
     found = stats(source, 1024)
     kept = ("params", "active_params", "state_bytes")
     return {key: getattr(found, key) for key in kept} | {"pattern": found.layers}
+
+
+def config_of(folder: str | Path) -> Any:
+    """The config of a saved folder, in any format that ``zoo.load`` reads; no weights are looked at.
+
+    Raises:
+        CheckpointError: No model is saved there, or one of an unknown family.
+    """
+    family = detect(Path(folder))
+    return native._read_config(Path(folder)) if family is None else read_config(family, Path(folder))
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype | None:
