@@ -88,6 +88,8 @@ def evaluate(
     """
     if device is not None:
         pick_device(device)
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"output: {output} is a folder. Name a JSON file.")
     tasks = [task for task in tasks.split(",") if task] if isinstance(tasks, str) else tasks
     check_tasks(tasks)
     check_metadata(tasks, metadata or {})

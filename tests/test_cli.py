@@ -231,6 +231,19 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch):
     assert result.stderr == "interrupted\n"
 
 
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    import warnings
+
+    from hybridzoo.zoo import cli
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back when the test ends
+    monkeypatch.setattr(cli, "app", lambda: warnings.warn("something is off", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.main()
+        assert capsys.readouterr().err == "warning: something is off\n"
+
+
 def test_output_that_is_piped_has_no_colours_and_stays_whole():
     zoo_command = os.path.join(os.path.dirname(sys.executable), "zoo")
     done = subprocess.run([zoo_command, "show", "mamba-tiny"], capture_output=True, text=True, timeout=60)

@@ -24,6 +24,8 @@ MISTYPED = {
     ("eval", "jamba-tiny", "--tasks", "hybridzoo_mqar", "--metadata", '{"doc": 3}'): "Did you mean 'docs'?",
     ("eval", "jamba-tiny", "--tasks", "hybridzoo_mqar", "--batch-size", "many"): "--batch-size: is 'many'",
     ("eval", "jamba-tiny", "--tasks", "hybridzoo_mqar", "--limit", "0"): "--limit: is 0",
+    ("eval", "jamba-tiny", "--tasks", "hybridzoo_mqar", "--out", "runs"): "--out: runs is a folder. Name a JSON file.",
+    ("demo", "--out", "my.yaml"): "--out: my.yaml is a file. Name a folder.",
     ("lm-eval", "--model", "hybridzoo", "--model_args", "pretrained=jamba-tinny,dtype=auto", "--tasks", "arc_easy"): "'jamba-tiny'?",
     ("lm-eval", "--model", "hf", "--tasks=arc_esy"): "Did you mean 'arc_easy'?",
 }  # fmt: skip

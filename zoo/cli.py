@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -329,6 +330,8 @@ def eval_(
     check_tasks(asked)
     if sizes is not None:
         check_metadata(asked, sizes)
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out: {out} is a folder. Name a JSON file.")
     if limit is not None and not limit > 0:
         raise ValueError(f"--limit: is {limit:g}. Give a number of documents, or a share of them below 1.")
     if not re.fullmatch(r"[1-9]\d*|auto(:[1-9]\d*)?", batch_size):
@@ -464,6 +467,8 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing.")] = False,
 ) -> None:
     """Train three tiny models of one budget, evaluate them, and write a page that compares them."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file. Name a folder.")
     from ..eval.demo import run
 
     run(out, fresh=fresh)
@@ -489,4 +494,6 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    # a warning is for who typed the command, and not about the line of ours that gives it
+    warnings.showwarning = lambda message, *rest, **more: _say(f"warning: {message}")
     app()
