@@ -70,6 +70,11 @@ class Fields:
             raise CheckpointError(f"{self.file}: {name} is {value}, beyond any size. The file is damaged or hostile.")
         return value
 
+    def nullable(self, name: str, default: int | None) -> Any:
+        """A size that has a default where the file leaves it out, and is none where it is ``null``."""
+        value = self.take(name, None)
+        return value if name in self.data else default
+
     def kinds(self, table: Mapping[str, Any], default: list[str], *names: str) -> list[Any]:
         """A list of words, or a text of letters, each as a table has it; several names may not contradict each other."""
         self.known |= set(names)

@@ -76,10 +76,8 @@ class Decoder(Family):
     def heads(self, fields: Fields, d_model: int, heads: int, kv: int | None) -> dict[str, Any]:
         """Heads of an attention mixer; the last two numbers are the class's defaults."""
         n = fields.take("num_attention_heads", heads)
-        # a null means as many as there are heads, whatever the default
-        kv = None if "num_key_value_heads" in fields.data else kv
         return {
-            "type": "attention", "nheads": n, "nheads_kv": fields.take("num_key_value_heads", kv) or n,
+            "type": "attention", "nheads": n, "nheads_kv": fields.nullable("num_key_value_heads", kv) or n,
             "headdim": fields.take("head_dim", None) or d_model // n,
         }  # fmt: skip
 

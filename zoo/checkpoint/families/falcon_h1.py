@@ -28,8 +28,7 @@ class FalconH1(Decoder):
         take, n, bias = fields.take, fields.take("num_hidden_layers", 32), fields.take("attention_bias", False)
         fields.skip("layer_types", "layers_block_type", "attn_layer_indices", "mamba_use_mlp", "mlp_expansion_factor")
         cfg = self.trunk(fields, ["mamba2 + attention", "mlp"] * n, vocab=128000, d_model=4096, eps=1e-5, length=8192)
-        # where it is left out it has a default; a null is none
-        inner = take("mamba_d_ssm", None) if "mamba_d_ssm" in fields.data else 1024
+        inner = fields.nullable("mamba_d_ssm", 1024)
         mamba2 = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"], inner) | {
             "rmsnorm": take("mamba_rms_norm", False), "norm_before_gate": take("mamba_norm_before_gate", True),
             "in_multiplier": take("ssm_in_multiplier", 1.0), "out_multiplier": take("ssm_out_multiplier", 1.0),

@@ -75,10 +75,7 @@ class Mistral(Llama):
         """Our config."""
         mlp = {"type": "mlp", "d_intermediate": fields.take("intermediate_size", 14336)}
         cfg = self.uniform(fields, {"mlp": mlp}, n=32, heads=32, kv=8)
-        # where it is left out there is one; a null is none
-        cfg["mixers"]["attention"]["window"] = (
-            fields.take("sliding_window", None) if "sliding_window" in fields.data else 4096
-        )
+        cfg["mixers"]["attention"]["window"] = fields.nullable("sliding_window", 4096)
         return cfg
 
     def write(self, view: View) -> dict[str, Any]:

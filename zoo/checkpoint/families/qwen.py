@@ -32,7 +32,7 @@ class Qwen2(Llama):
         mlp = {"type": "mlp", "d_intermediate": take("intermediate_size", 22016)}
         cfg = self.uniform(fields, {"mlp": mlp}, n=32, heads=32, kv=32)
         n = len(cfg["layers"]) // 2
-        window = take("sliding_window", None) if "sliding_window" in fields.data else 4096
+        window = fields.nullable("sliding_window", 4096)
         window = window if take("use_sliding_window", False) else None
         first = take("max_window_layers", 28)
         layers, attentions = kinds_of_attention(fields, [window if i >= first else None for i in range(n)], window)
@@ -93,15 +93,12 @@ class Qwen3Moe(Qwen3):
             "renormalize": take("norm_topk_prob", False), "aux_loss_coef": take("router_aux_loss_coef", 0.001),
         }  # fmt: skip
         cfg = self.uniform(fields, {"mlp": mlp, "moe": moe}, n=24, heads=32, kv=4)
-        n, step, dense = (
-            len(cfg["layers"]) // 3,
-            take("decoder_sparse_step", 1),
-            fields.data.get("mlp_only_layers") or [],
-        )
+        n, step = take("num_hidden_layers", 24), take("decoder_sparse_step", 1)
+        dense = fields.data.get("mlp_only_layers") or []
         fields.skip("mlp_only_layers", "max_window_layers", "shared_expert_intermediate_size")
         fields.expect("qkv_bias", False), fields.expect("use_qk_norm", True)
         sparse = [moe["num_experts"] > 0 and i not in dense and (i + 1) % step == 0 for i in range(n)]
-        window = take("sliding_window", None) if "sliding_window" in fields.data else 4096
+        window = fields.nullable("sliding_window", 4096)
         attention = cfg["mixers"]["attention"] | self._specials(fields, cfg)
         attention |= {"window": window if take("use_sliding_window", False) else None}
         layers = every_second(["attention"] * n, ["moe" if is_sparse else "mlp" for is_sparse in sparse])
