@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hybridzoo as zoo
@@ -326,6 +327,31 @@ def test_a_rate_that_is_too_high_is_an_error(tmp_path):
     with pytest.raises(Diverged, match="finite"):
         train(config(), ROWS, tmp_path, **SETTINGS | {"lr": 1e38, "warmup": 0})
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "transformers.modeling_utils.safe_save_file"])
+def test_a_full_disk_is_one_error_and_the_same_call_goes_on(tmp_path, monkeypatch, whole, writer):
+    def full(*args, **kwargs):
+        kind = SafetensorError if "safe" in writer else RuntimeError
+        raise kind("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def on_step(step, loss):
+        if step == 3:
+            monkeypatch.setattr(writer, full)
+
+    with pytest.raises(OSError, match=r"checkpoint of step 4 cannot be written \(.*No space left on device"):
+        train(config(), ROWS, tmp_path, on_step=on_step, **SETTINGS)
+    monkeypatch.undo()
+    resumed = train(config(), ROWS, tmp_path, **SETTINGS)
+    assert resumed.resumed_from == 2 and facts(resumed) == whole and not (tmp_path / "checkpoints" / ".saving").exists()
+
+
+def test_a_model_that_could_not_be_saved_is_not_trained(tmp_path):
+    model = zoo.build(config())
+    model.backbone.layers[1].mixer.fc1.bias = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"'backbone.layers.1.mixer.fc1.bias' is not what its config describes"):
+        train(model, ROWS, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_said_without_a_terminal(tmp_path, capsys):

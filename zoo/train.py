@@ -232,6 +232,13 @@ def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out:
             "to train a fresh model."
         )
     if isinstance(model, CausalLM):
+        described = {name: p.shape for name, p in CausalLM(model.cfg, device="meta").named_parameters()}
+        odd = {name: p.shape for name, p in model.named_parameters()}.items() ^ described.items()
+        if odd:
+            raise ValueError(
+                f"model: {min(odd)[0]!r} is not what its config describes, so the trained model could not be saved. Merge or "
+                "remove adapters, or train with transformers' Trainer."
+            )
         return model, []
     if not weights:
         return build(model, overrides), [f"{named}a fresh model"] if named else []

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -203,6 +204,12 @@ class ZooTrainer(Trainer):
         self.staged = True
         try:
             super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as e:  # how a full disk is told by those who do not write in Python
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise OSError(
+                f"{self.run.checkpoints}: the checkpoint of step {step} cannot be written ({why}). Those before it are whole; make "
+                "room, and the same call goes on."
+            ) from e
         finally:
             self.staged = False
         self.accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -52,6 +53,10 @@ class TrainOptions:
             close = difflib.get_close_matches(str(self.report_to), REPORTS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"report_to={self.report_to!r}: is not known.{hint} Known: {', '.join(REPORTS)}.")
+        if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            raise ModuleNotFoundError(
+                "No module named 'tensorboard'; report_to='none' does without", name="tensorboard"
+            )
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
