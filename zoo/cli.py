@@ -208,6 +208,7 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a model on your text. Ctrl-C saves; the same command continues."""
+    from .named import check_model
     from .train_options import TrainOptions, check_path, default_out
 
     # what can be wrong without a model is found before seconds of imports
@@ -215,6 +216,7 @@ def train(
         steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay, seed=seed,
         save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
     )  # fmt: skip
+    check_model(model)
     check_path(data)
     out = out or default_out(model)
     from .train import Interrupted

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from .shipped import list_models
 
-__all__ = ["check_model", "option_pairs"]
+__all__ = ["HUB_ID", "check_model", "near_path", "option_pairs"]
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def check_model(name: str, *, hub: bool = True) -> None:
@@ -28,8 +28,8 @@ def check_model(name: str, *, hub: bool = True) -> None:
     if name in list_models() or os.path.exists(name):
         return
     is_yaml = name.endswith((".yaml", ".yml"))
-    near = _near_path(Path(name))
-    if hub and not is_yaml and _HUB_ID.fullmatch(name) and not (near and _same_digits(near, name)):
+    near = near_path(Path(name))
+    if hub and not is_yaml and HUB_ID.fullmatch(name) and not (near and _same_digits(near, name)):
         return
     if is_yaml or len(Path(name).parts) != 1:
         hint = f" Did you mean {near!r}?" if near else ""
@@ -48,7 +48,7 @@ def option_pairs(arguments: list[str]) -> list[tuple[str, str]]:
     return [(key, value if equals else after) for (key, equals, value), after in zip(parts, following, strict=True)]
 
 
-def _near_path(path: Path) -> str | None:
+def near_path(path: Path) -> str | None:
     """The path that is there and nearly called so: the first part that is not there is the one that was mistyped."""
     wrong = path
     while wrong.parent != wrong and not os.path.exists(wrong.parent):

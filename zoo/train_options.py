@@ -5,16 +5,15 @@ import difflib
 import importlib.util
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from .named import HUB_ID, near_path
 from .shipped import list_models
 
 __all__ = ["REPORTS", "TrainOptions", "check_path", "default_out", "holds_weights"]
 
 REPORTS = ("tensorboard", "none")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -64,13 +63,8 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if os.path.exists(path):
         return path
-    # the first part that is not there is the one that was mistyped
-    wrong = path
-    while wrong.parent != wrong and not os.path.exists(wrong.parent):
-        wrong = wrong.parent
-    names = os.listdir(wrong.parent) if os.path.isdir(wrong.parent) else []
-    close = difflib.get_close_matches(wrong.name, names, n=1)
-    hint = f" Did you mean {str(wrong.parent / close[0] / path.relative_to(wrong))!r}?" if close else ""
+    near = near_path(path)
+    hint = f" Did you mean {near!r}?" if near else ""
     raise FileNotFoundError(
         f"{path}: no such file or folder.{hint} Give a text, .jsonl or .npy (token ids) file, or a folder of them."
     )
@@ -83,7 +77,7 @@ def holds_weights(model: Any) -> bool:
     path = Path(model)
     if os.path.isdir(path):
         return any(f.is_file() for pattern in _WEIGHTS for f in path.glob(pattern))
-    named = isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in (".yaml", ".yml")
+    named = isinstance(model, str) and HUB_ID.fullmatch(model) and path.suffix not in (".yaml", ".yml")
     return bool(named) and not os.path.exists(path)
 
 
