@@ -106,6 +106,9 @@ def test_other_settings_do_not_mix_with_a_run_that_is_there(small, rows, tmp_pat
     train(small, rows, tmp_path, **settings(2))
     with pytest.raises(DifferentRun, match=r"another lr \(0.001 there, 0.002 now\)"):
         train(small, rows, tmp_path, **settings(2) | {"lr": 2e-3})
+    wider = zoo.config("transformer-tiny", ["d_model=32", "mixers.mlp.d_intermediate=16", "mixers.attention.nheads=2"])
+    with pytest.raises(DifferentRun, match=r"another config.d_model \(16 there, 32 now\)"):
+        train(wider, rows, tmp_path, **settings(2))
     with pytest.raises(DifferentRun, match="another data"):
         train(small, rows[1:], tmp_path, **settings(2))
     again = train(small, rows, tmp_path, resume=False, **settings(2) | {"lr": 2e-3})

@@ -22,9 +22,10 @@ from typing import Any
 from .checkpoint.files import CheckpointError, write_whole
 from .digests import digest_file
 
-__all__ = ["Checkpoint", "DifferentRun", "RunFolder"]
+__all__ = ["AGAIN", "LOG", "Checkpoint", "DifferentRun", "RunFolder"]
 
 FORMAT = 2
+AGAIN = "Use another folder, or turn resume off (--no-resume) to start again."
 LOG, MANIFEST, STATE = "train.json", "zoo.json", "trainer_state.json"
 _KEPT = 2
 # what marks a folder as somebody's model
@@ -172,16 +173,14 @@ class RunFolder:
                 damaged.append((folder, str(e)))
                 continue
             if manifest["settings"] != self.settings:
-                raise DifferentRun(f"{folder}: is of another run than {LOG}. Use another folder, or turn resume off.")
+                raise DifferentRun(f"{folder}: is of another run than {LOG}. {AGAIN}")
             for bad, why in damaged:
                 aside = bad.with_name(f"damaged-{bad.name}-{uuid.uuid4().hex[:8]}")
                 bad.replace(aside)
                 print(f"{why}; going on from {folder.name}, and keeping that one as {aside.name}", file=sys.stderr)
             return Checkpoint(folder, manifest)
         if damaged:
-            raise CheckpointError(
-                "; ".join(why for _, why in damaged) + ". No checkpoint is whole: turn resume off to start again."
-            )
+            raise CheckpointError("; ".join(why for _, why in damaged) + f". No checkpoint is whole. {AGAIN}")
         return None
 
     def _read_log(self) -> dict[str, Any] | None:
@@ -191,38 +190,33 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except ValueError as e:
-            raise DifferentRun(
-                f"{file}: cannot be read ({e}). Use another folder, or turn resume off to start again."
-            ) from e
+            raise DifferentRun(f"{file}: cannot be read ({e}). {AGAIN}") from e
         if not isinstance(log, dict) or log.get("format") != FORMAT:
             there = log.get("format", 1) if isinstance(log, dict) else "none"
             raise DifferentRun(
-                f"{file}: is of format {there}, and this version of hybridzoo goes on from format {FORMAT}. Use another folder, or turn "
-                "resume off to start again."
+                f"{file}: is of format {there}, and this version of hybridzoo goes on from format {FORMAT}. {AGAIN}"
             )
         if not isinstance(log.get("settings"), dict) or not {"finished", "history", "seconds"} <= log.keys():
-            raise DifferentRun(f"{file}: is not whole. Use another folder, or turn resume off to start again.")
+            raise DifferentRun(f"{file}: is not whole. {AGAIN}")
         return log
 
     def _write_log(self, content: dict[str, Any]) -> None:
         write_whole(self.path / LOG, _dumps({"format": FORMAT, "settings": self.settings, **content}))
 
     def _refuse_other(self, old: dict[str, Any]) -> None:
-        differing = [key for key in {**self.settings, **old} if old.get(key) != self.settings.get(key)]
-        if differing:
-            key = differing[0]
-            known = key not in ("config", "data", "start")
-            shown = f" ({old.get(key)} there, {self.settings.get(key)} now)" if known else ""
-            raise DifferentRun(
-                f"{self.path}: holds a run with another {key}{shown}. Use another folder, or turn resume off."
-            )
+        differing = _difference(old, self.settings)
+        if differing is not None:
+            key, there, now = differing
+            # digests say nothing to anybody
+            shown = "" if key in ("data", "start") else f" ({there} there, {now} now)"
+            raise DifferentRun(f"{self.path}: holds a run with another {key}{shown}. {AGAIN}")
 
     def _refuse_foreign(self, overwrite: bool) -> None:
         found = next((f for pattern in _MODEL_FILES for f in self.path.glob(pattern)), None)
         if found is not None and not overwrite:
             raise DifferentRun(
                 f"{self.path}: holds a model that no training of ours has left there ({found.relative_to(self.path)}, and no {LOG}). Use "
-                "another folder, or say overwrite to replace it."
+                "another folder, or say overwrite (--overwrite) to replace it."
             )
 
 
@@ -270,6 +264,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, str, str] | None:
+    """The first key, dotted, under which two nested mappings differ, and what each of them says."""
+    for key in {**new, **old}:
+        there, now = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(now, dict):
+            if inner := _difference(there, now, f"{prefix}{key}."):
+                return inner
+        elif there != now:
+            return f"{prefix}{key}", *(str(v) if len(str(v)) <= 60 else f"{str(v)[:57]}..." for v in (there, now))
+    return None
 
 
 def _step_of(folder: Path) -> int:

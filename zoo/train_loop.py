@@ -14,7 +14,7 @@ from .checkpoint.files import CheckpointError, stored_tensors
 from .data import Rows
 from .diverged import Diverged, first_nonfinite, nonfinite_weight
 from .lm import CausalLM
-from .run_folder import Checkpoint, RunFolder
+from .run_folder import AGAIN, Checkpoint, RunFolder
 from .train_session import Session
 
 __all__ = ["NumberedRows", "ZooTrainer", "load_weights"]
@@ -187,7 +187,7 @@ class ZooTrainer(Trainer):
         batch = f"; rows {shown} of the data" if rows else ""
         raise Diverged(
             f"training diverged at step {step} of {self.args.max_steps}: {what}{batch}; first value that is not finite: {where}. {kept} "
-            f"Try a lower lr (it is {self.args.learning_rate:g}) or a longer warm-up, in another folder or with resume off.",
+            f"Try a lower lr (it is {self.args.learning_rate:g}) or a longer warm-up, in another folder or with resume off (--no-resume).",
             step, tuple(rows), where,
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ def load_weights(model: CausalLM, folder: Path) -> None:
     wrong = sorted(set(stored) - set(places)) + sorted(n for n, p in model.named_parameters() if id(p) not in filled)
     if wrong:
         raise CheckpointError(
-            f"{folder}: holds the weights of another model: {wrong[0]!r} is in one of them alone. Use another folder, or turn resume off."
+            f"{folder}: holds the weights of another model: {wrong[0]!r} is in one of them alone. {AGAIN}"
         )
     with torch.no_grad():
         for name, tensor in stored.items():
@@ -246,6 +246,6 @@ def load_weights(model: CausalLM, folder: Path) -> None:
             if value.shape != place.shape or value.dtype != place.dtype:
                 raise CheckpointError(
                     f"{tensor.file}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, the model's {place.dtype} of shape "
-                    f"{tuple(place.shape)}. Use another folder, or turn resume off."
+                    f"{tuple(place.shape)}. {AGAIN}"
                 )
             place.copy_(value)
