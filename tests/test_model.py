@@ -460,6 +460,12 @@ def test_broken_folders_are_refused_with_the_file_and_the_reason(tmp_path):
     config = folder / "config.yaml"
     text = config.read_text()
     config.write_text(text.replace("d_model: 32", "d_model: 48"))
+    with pytest.raises(
+        ValueError, match=r"config.yaml: says d_model: 48, and config.json 32. The latter \(zoo\) is what counts"
+    ):
+        zoo.load(folder)
+    twin = folder / "config.json"
+    twin.write_text(twin.read_text().replace('"d_model": 32', '"d_model": 48'))
     with pytest.raises(ValueError, match=r"\(67, 32\), the config makes it \(67, 48\)"):
         zoo.load(folder)
     config.write_text(text.replace("mamba", "mamba mamba", 1) if "layers: mamba\n" in text else text)

@@ -1,60 +1,39 @@
-"""Files of a checkpoint folder: where the tensors lie, read one at a time, and written so that no half folder is ever seen.
+"""The small files of a checkpoint's folder, and where it is. Nothing here runs code from a file."""
 
-Nothing here runs code from a file: safetensors hold none, and ``.bin`` files go through ``torch.load(weights_only=True)``.
-"""
-
-import contextlib
 import json
-import pickle
+import os
 import re
-import shutil
-import tempfile
-import uuid
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-from ..errors import SourceError
 from ..hub import unreachable
+from .errors import CheckpointError
+from .publish import GENERATION, check_new, new_folder, publishing, steady, write_whole
 
 __all__ = [
+    "GENERATION",
+    "SPECIAL_IDS",
     "CheckpointError",
-    "Stored",
     "check_new",
+    "dump",
     "new_folder",
+    "open_regular",
     "open_source",
+    "publishing",
     "read_json",
     "read_metadata",
-    "stored_tensors",
+    "steady",
     "write_whole",
 ]
 
 # what transformers' generate reads; the rest of config.json is about the network, or the library's own
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION = "generation_config.json"
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # weights of other frameworks and of other precisions lie in sub-folders or end otherwise
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.yaml", "*.jinja")
-
-
-class CheckpointError(SourceError):
-    """A folder that does not hold a whole, matching model: which file, what is wrong with it, and the remedy."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its shape is known, its values are read when ``read`` is called."""
-
-    file: Path
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+# of config.json and of an index; the largest that are published have 10 MB
+_LARGEST_JSON = 64 * 2**20
 
 
 def open_source(source: Any) -> Path:
@@ -95,10 +74,15 @@ def open_source(source: Any) -> Path:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ``{"__float__": "Infinity"}`` is how transformers writes infinity."""
+    with open_regular(file) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > _LARGEST_JSON:
+            raise CheckpointError(
+                f"{file}: has {size} bytes, and no such file needs more than {_LARGEST_JSON}. The file is damaged or hostile."
+            )
+        text = f.read()
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_infinite)
-    except OSError as e:
-        raise CheckpointError(f"{file}: cannot be read ({e.strerror}). The folder is not complete.") from e
+        content = json.loads(text.decode("utf-8"), object_hook=_infinite)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: is not JSON ({e}). Copy it again.") from e
     if not isinstance(content, dict):
@@ -120,122 +104,39 @@ def _infinite(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.get("__float__") in ("Infinity", "-Infinity", "NaN") else value
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder by name, in one file or in shards; shapes are read, values are not.
+def dump(content: dict[str, Any], sort: bool = False, tagged: bool = True) -> str:
+    """JSON as transformers writes it, infinities included, or with plain ``Infinity``, as Python's own reader and writer have it."""
+    return json.dumps(_plain(content) if tagged else content, indent=2, ensure_ascii=False, sort_keys=sort) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """A file opened for reading, unbuffered; pipes and devices, which could keep a reader for ever, are refused.
 
     Raises:
-        CheckpointError: A file is missing or damaged, an index points outside the folder, or a name occurs twice.
+        CheckpointError: It is not there, is no regular file, or cannot be read.
     """
-    found: dict[str, Stored] = {}
-    for file in _weight_files(folder):
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file. The folder is not complete.")
-        for name, stored in _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file):
-            if name in found:
-                raise CheckpointError(f"{file}: tensor {name!r} is also in {found[name].file.name}. Remove one file.")
-            found[name] = stored
-    return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for single in _SINGLE:
-        if (folder / single).exists():
-            return [folder / single]
-        index = folder / f"{single}.index.json"
-        if not index.exists():
-            continue
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{index}: is not an index (weight_map names no files). Copy it again.")
-        files = [folder / name for name in sorted(set(names.values()))]
-        for file in files:
-            # a hub snapshot links to its blobs, so the name decides and not where the link leads
-            if file.name in ("", ".", "..") or file != folder / file.name:
-                raise CheckpointError(
-                    f"{index}: names {str(file.relative_to(folder) if file.is_relative_to(folder) else file)!r} outside the "
-                    "folder. The index is damaged or hostile."
-                )
-            if file.suffix != Path(single).suffix:
-                raise CheckpointError(
-                    f"{index}: names {file.name!r}, which is no {Path(single).suffix} file. Copy it again."
-                )
-        return files
-    raise CheckpointError(
-        f"{folder / _SINGLE[0]}: no such file, nor {_SINGLE[1]}, nor an index of shards. The folder is not complete."
-    )
-
-
-def _safetensors(file: Path) -> Iterator[tuple[str, Stored]]:
-    def read(name: str) -> Tensor:
-        with _damage(file), safe_open(file, framework="pt") as f:
-            return f.get_tensor(name)
-
-    with _damage(file), safe_open(file, framework="pt") as f:
-        shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    for name, shape in shapes.items():
-        yield name, Stored(file, shape, lambda name=name: read(name))  # type: ignore[misc]
-
-
-def _torch_file(file: Path) -> Iterator[tuple[str, Stored]]:
-    with _damage(file):
-        # files of before torch 1.6 are no zip archives and cannot be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected a dict of tensors by name.")
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{file}: {name!r} is a {type(tensor).__name__}, expected a tensor.")
-        yield name, Stored(file, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _damage(file: Path) -> Iterator[None]:
+    fd = -1
     try:
-        yield
-    except pickle.UnpicklingError as e:
-        raise CheckpointError(
-            f"{file}: is damaged, or wants to run code, which is refused ({str(e).splitlines()[0]}). "
-            "Get the weights as safetensors."
-        ) from e
-    except Exception as e:
-        # torch.load meets a cut or a flipped bit with any exception there is
-        if isinstance(e, CheckpointError | torch.OutOfMemoryError):
-            raise
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise CheckpointError(f"{file}: is damaged ({reason}). Copy it again.") from e
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that no half of it is ever seen, with the rights that the umask leaves; its folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # not of tempfile, whose files are for their owner alone
-    temporary = path.parent / f".writing-{uuid.uuid4().hex}"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        # without O_NONBLOCK, opening a pipe that nobody writes to would wait
+        fd = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            handle, fd = open(fd, "rb", buffering=0), -1
+            return handle
+        raise CheckpointError(f"{file}: is no regular file. Put the file itself in its place.")
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{file}: no such file. The folder is not complete.") from e
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot be read ({e.strerror}). Check the file and its permissions.") from e
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_new(folder: Path) -> None:
-    """Raise a :class:`CheckpointError` if ``folder`` exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists already. Choose a new folder, or empty this one.")
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A place to write in, which becomes ``folder`` when the block ends well and vanishes when it does not.
-
-    Raises:
-        CheckpointError: ``folder`` exists and is not empty.
-    """
-    check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's folders are for the owner alone
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if fd >= 0:
+            os.close(fd)

@@ -1,33 +1,46 @@
-"""The zoo's own folder: ``model.safetensors``, ``config.yaml``, and what transformers needs to read the same folder.
+"""The zoo's own folder: ``model.safetensors``, ``config.yaml``, and what transformers needs to read the same folder."""
 
-Nothing is initialised and then overwritten: the model is built on the meta device and every tensor goes from the file to its place,
-on the target device and in the target dtype.
-"""
-
-import contextlib
-import json
+import copy
 import os
-import uuid
-from collections.abc import Iterator
+import re
+import shutil
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from safetensors.torch import save as to_bytes
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...layers.base import Mixer
 from ...layers.common import weight_dtype
-from ..config import block_specs, validate
+from ..config import validate
+from ..config_file import read_config as read_yaml
 from ..lm import CausalLM
-from ..registry import nearest
 from ..tokenizer import tokenizer_files
-from .files import CheckpointError, read_json, stored_tensors
+from .files import GENERATION, SPECIAL_IDS, CheckpointError, dump, publishing, read_json, write_whole
 
-__all__ = ["CheckpointError", "assign", "fp32_names", "hf_config", "load", "save", "unique_tensors"]
+__all__ = [
+    "as_it_is",
+    "as_saved",
+    "assign",
+    "fp32_names",
+    "hf_config",
+    "read_config",
+    "save",
+    "superseded",
+    "unique_tensors",
+]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+# a tokenizer's files are one set, which is written whole or left alone
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 # read by transformers where the package was not imported first (trust_remote_code)
 _REMOTE_CODE = '''"""Lets transformers' Auto classes read this folder with trust_remote_code=True; needs `pip install hybridzoo[hf]`."""
@@ -38,52 +51,6 @@ __all__ = ["HybridZooConfig", "HybridZooForCausalLM"]
 '''
 
 
-def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
-    """Write a model so that ``zoo.load`` and transformers' ``AutoModelForCausalLM`` can read it.
-
-    Every file is written beside its place and moved there when it is complete; other files of the folder are left alone.
-
-    Args:
-        model: A :class:`CausalLM`, or the transformers adapter around one.
-        folder: Created if missing.
-
-    Returns:
-        The folder.
-    """
-    core = getattr(model, "core", model)
-    if not isinstance(core, CausalLM):
-        raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
-    if any(hasattr(p, "full_tensor") for p in core.parameters()):
-        raise ValueError(_SHARDED)
-    described = {name: p.shape for name, p in unique_tensors(CausalLM(core.cfg, device="meta")).items()}
-    odd = sorted(
-        {name for name, p in unique_tensors(core).items() if described.pop(name, None) != p.shape} | {*described}
-    )
-    if odd:
-        raise ValueError(
-            f"save: {len(odd)} tensors differ from what the config describes, such as {odd[0]!r}. Undo what was put into the model; "
-            "adapters of PEFT are merged by merge_and_unload(), or saved by their own save_pretrained."
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, bytes] = {
-        WEIGHTS: to_bytes(
-            {k: v.detach().cpu().contiguous() for k, v in unique_tensors(core).items()}, {"format": "pt"}
-        ),
-        CONFIG: OmegaConf.to_yaml(core.cfg).encode(),
-        "config.json": _json(hf_config(core)),
-        "modeling_hybridzoo.py": _REMOTE_CODE.encode(),
-    }
-    if core.cfg.tokenizer == "byte":
-        files |= {name: _json(content) for name, content in tokenizer_files().items()}
-    with contextlib.ExitStack() as stack:
-        # all complete before the first one is moved: an interruption leaves the old set or, for an instant, a mixture of whole files
-        ready = [(stack.enter_context(_beside(folder, content)), folder / name) for name, content in files.items()]
-        for temporary, place in ready:
-            os.replace(temporary, place)
-    return folder
-
-
 _SHARDED = (
     "save: the parameters are sharded over processes, and one cannot write what others hold. Gather them on every process, state = "
     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint."
@@ -91,69 +58,157 @@ _SHARDED = (
 )
 
 
-def load(
-    folder: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> CausalLM:
-    """Read a model that :func:`save`, or transformers' ``save_pretrained`` on the adapter, has written.
+def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
+    """Write a model so that ``zoo.load`` and transformers' ``AutoModelForCausalLM`` can read it.
+
+    All files take their places at once: a save that is interrupted, at whatever moment, leaves the model that was there or the new one.
+    Weights of the model that was there go; files of other kinds are left alone. The tokenizer's files and what is known about generating
+    come along from where the model was loaded.
 
     Args:
-        folder: The folder.
-        device: Where the weights go; the CPU by default.
-        dtype: What they are cast to; by default they stay as stored. Parameters that must be float32 are.
+        model: A :class:`CausalLM`, or the transformers adapter around one.
+        folder: Created if missing.
 
     Returns:
-        The model in evaluation mode.
+        The folder.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or its tensors do not fit the config.
-        ConfigError: The config is not valid.
+        ValueError: The model is not what its config describes, its weights are not floating-point numbers in memory, or the folder
+            holds an adapter of PEFT, which transformers would put on top of the model.
     """
+    core = as_saved(model)
     folder = Path(folder)
-    cfg, stored = _read_config(folder), stored_tensors(folder)
-    _check_size(cfg, stored, folder)
-    model = CausalLM(cfg, device="meta")
-    expected, pinned = unique_tensors(model), fp32_names(model)
-    target = torch.device("cpu" if device is None else device)
-    for name, tensor in stored.items():
-        if name not in expected:
-            if model.cfg.tie_embeddings and name == "lm_head.weight":
-                continue
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} is not part of the model.{nearest(name, expected)} Check that {CONFIG} belongs to it."
-            )
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, the config makes it {tuple(expected[name].shape)}. "
-                f"Check that {CONFIG} belongs to it."
-            )
-    if missing := set(expected) - set(stored):
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(expected)} tensors are missing, such as {min(missing)!r}. The file is not complete."
+    if (adapter := folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"save: {adapter} makes transformers put an adapter on whatever model lies beside it. Choose another folder, or remove it."
         )
-    for name in expected:
-        value = stored[name].read()
-        to = dtype or value.dtype
-        assign(model, name, moved(value, target, torch.promote_types(to, torch.float32) if name in pinned else to))
-    return model.eval()
-
-
-def _check_size(cfg: Any, stored: dict[str, Any], folder: Path) -> None:
-    # a pattern of some bytes stands for thousands of blocks, which would take long to build only to find them missing
-    own: dict[str | int, int] = {}
-    for spec in block_specs(cfg):
-        adapted = any(part.get("adapter_rank") for _, part, _ in spec.parts)
-        own[spec.index if adapted or not spec.label else spec.label] = 1 + len(spec.parts)
-    if sum(own.values()) > 2 * len(stored) + 64:
-        raise CheckpointError(
-            f"{folder}: the config describes {len(own)} blocks, and {len(stored)} tensors are stored; many are missing. The file is not "
-            "complete, or the config is another's."
+    with publishing(folder, lambda new: superseded(folder, new)) as place:
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in unique_tensors(core).items()},
+            place / WEIGHTS,
+            {"format": "pt"},
         )
+        (place / "config.json").write_text(dump(hf_config(core)), encoding="utf-8")
+        write_config(core.cfg, place)
+        write_companions(core, place, folder)
+    return folder
 
 
-def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor on a device and in a precision, always in memory of its own: what a file gives may be a mapping of it."""
-    new = tensor.to(device=device, dtype=dtype)
-    return (new.clone() if new.data_ptr() == tensor.data_ptr() else new).contiguous()
+def superseded(folder: Path, new: set[str]) -> Iterable[str]:
+    """Files of a folder that belong to the model that was there before, given the names of the new model's."""
+    if WEIGHTS not in new and f"{WEIGHTS}.index.json" not in new:
+        return ()  # no model, but an adapter's own files, say
+    old = {p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name) or p.name == GENERATION}
+    return old | set(TOKENIZER if new & set(TOKENIZER) else ())
+
+
+def as_saved(model: CausalLM) -> CausalLM:
+    """What is saved of a model, or of transformers' adapter around one: the core, whose config and metadata say what is so.
+
+    Raises:
+        ValueError: As :func:`save`.
+    """
+    adapted = getattr(model, "core", None)
+    core = as_it_is(model if adapted is None else adapted)
+    tensors = unique_tensors(core)
+    if any(hasattr(p, "full_tensor") for p in tensors.values()):
+        raise ValueError(_SHARDED)
+    described = {name: p.shape for name, p in unique_tensors(CausalLM(core.cfg, device="meta")).items()}
+    odd = sorted({name for name, p in tensors.items() if described.pop(name, None) != p.shape} | {*described})
+    if odd:
+        raise ValueError(
+            f"save: {len(odd)} tensors differ from what the config describes, such as {odd[0]!r}. Undo what was put into the model; "
+            "adapters of PEFT are merged by merge_and_unload(), or saved by their own save_pretrained."
+        )
+    for name, p in tensors.items():
+        if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            what = "has no values (it is on the meta device)" if p.is_meta else f"holds {p.dtype}"
+            raise ValueError(
+                f"save: tensor {name!r} {what}, which cannot be loaded. Save the model in a floating-point precision."
+            )
+    return core if adapted is None else _as_adapted(core, model)
+
+
+def as_it_is(model: CausalLM) -> CausalLM:
+    """The model under a config that says of the head what is so: a head that was trained on its own is not tied, whatever was meant.
+
+    Raises:
+        ValueError: It is no :class:`CausalLM`.
+    """
+    if not isinstance(model, CausalLM):
+        raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
+    table, head = (getattr(part, "weight", None) for part in (model.backbone.embedding, model.lm_head))
+    if not isinstance(table, Tensor) or not isinstance(head, Tensor):
+        return model
+    tied = head is table or (
+        model.cfg.tie_embeddings
+        and head.shape == table.shape
+        and not head.is_meta
+        and torch.equal(head, table.to(head))
+    )
+    if tied == model.cfg.tie_embeddings and (not tied or head is table):
+        return model
+    model = copy.copy(model)
+    model.cfg = copy.deepcopy(model.cfg)
+    model.cfg.tie_embeddings = tied
+    if tied and head is not table:
+        model._modules = {**model._modules, "lm_head": copy.copy(model.lm_head)}
+        model.lm_head._parameters = {**model.lm_head._parameters, "weight": table}  # type: ignore[dict-item]
+    return model
+
+
+def _as_adapted(core: CausalLM, adapter: Any) -> CausalLM:
+    """The core, with what transformers knows about text, and where it has loaded the model from."""
+    core = with_metadata(core, known_about_text(adapter))
+    if core.source is None and Path(adapter.name_or_path or "-").is_dir():
+        core.source = Path(adapter.name_or_path)
+    return core
+
+
+def with_metadata(model: CausalLM, metadata: dict[str, dict[str, Any]]) -> CausalLM:
+    """The same model, with other metadata."""
+    model = copy.copy(model)
+    model.metadata = metadata
+    return model
+
+
+def known_about_text(adapter: Any) -> dict[str, dict[str, Any]]:
+    """The metadata of a model that is in transformers' hands, whose configs may have been changed there."""
+    before = adapter.core.metadata
+    ids = {name: getattr(adapter.config, name, None) for name in SPECIAL_IDS}
+    ids = {name: value for name, value in ids.items() if value is not None or name in before.get("config.json", {})}
+    generation = adapter.generation_config.to_diff_dict()
+    for name in {"transformers_version", "_from_model_config"} - before.get(GENERATION, {}).keys():
+        generation.pop(name, None)
+    # what merely follows from the ids needs no file
+    said = GENERATION in before or any(ids.get(name) != value for name, value in generation.items())
+    return {"config.json": ids} | ({GENERATION: generation} if said else {})
+
+
+def write_config(cfg: DictConfig, place: Path) -> None:
+    """What people read, and what transformers runs where the package was not imported first."""
+    write_whole(place / CONFIG, OmegaConf.to_yaml(cfg))
+    write_whole(place / "modeling_hybridzoo.py", _REMOTE_CODE)
+
+
+def write_companions(model: CausalLM, place: Path, target: Path) -> None:
+    """The tokenizer's files and those about generating, for a model whose folder shall be ``target``."""
+    source, byte = model.source, model.cfg.tokenizer == "byte"
+    files = [name for name in TOKENIZER if source is not None and (source / name).is_file()]
+    if source is not None and not source.is_dir() and not byte:
+        warnings.warn(
+            f"{source}: the folder that the model was loaded from is gone, so no tokenizer's files are saved with it. Save them by the "
+            "tokenizer's own save_pretrained.",
+            stacklevel=3,
+        )
+    if files and source is not None and not (target.exists() and source.samefile(target)):
+        for name in files:
+            shutil.copyfile(source / name, place / name)
+    elif byte and not files:
+        for name, content in tokenizer_files().items():
+            (place / name).write_text(dump(content), encoding="utf-8")
+    if generation := model.metadata.get(GENERATION):
+        (place / GENERATION).write_text(dump(generation), encoding="utf-8")
 
 
 def fp32_names(model: nn.Module) -> set[str]:
@@ -190,42 +245,34 @@ def hf_config(model: CausalLM) -> dict[str, Any]:
             "AutoConfig": "modeling_hybridzoo.HybridZooConfig",
             "AutoModelForCausalLM": "modeling_hybridzoo.HybridZooForCausalLM",
         },
+        **model.metadata.get("config.json", {}),
         "zoo": OmegaConf.to_container(model.cfg),
         "dtype": str(weight_dtype(model.lm_head) or weight_dtype(model)).removeprefix("torch."),
     }
 
 
-def _read_config(folder: Path) -> Any:
-    own, foreign = folder / CONFIG, folder / "config.json"
-    if own.exists():
-        return validate(own)
-    if not foreign.exists():
+def read_config(folder: Path) -> DictConfig:
+    """The config of one of our folders: the ``zoo`` part of ``config.json``, which transformers reads too, or else ``config.yaml``.
+
+    Raises:
+        CheckpointError: The two differ. Which of them somebody has edited, and which is left over, is not for us to guess.
+        ConfigError: The config is not valid.
+    """
+    twin, file = folder / CONFIG, folder / "config.json"
+    if not file.exists():
+        return validate(twin)
+    cfg = validate(read_json(file).get("zoo"), saved=True)
+    if not twin.exists() or read_yaml(twin) == OmegaConf.to_container(cfg):
+        return cfg
+    if (other := validate(twin)) != cfg:  # neither comments nor what is said by leaving it out make a difference
+        key = next(str(key) for key in other if other[key] != cfg[key])
         raise CheckpointError(
-            f"{folder}: holds neither {CONFIG} nor config.json. Pass a folder that zoo.save has written."
+            f"{twin}: says {key}: {_short(other[key])}, and {file.name} {_short(cfg[key])}. The latter (zoo) is what counts, for "
+            f"zoo.load and for transformers; {CONFIG} is its copy. Make the change in both, or remove {CONFIG} if it is not what you mean."
         )
-    content = read_json(foreign)
-    if content.get("model_type") != "hybridzoo":
-        kind = content.get("model_type")
-        raise CheckpointError(
-            f"{foreign}: model_type is {kind!r}, not 'hybridzoo'. Use zoo.load, which knows other families."
-        )
-    return validate(content.get("zoo"), saved=True)
+    return cfg
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-@contextlib.contextmanager
-def _beside(folder: Path, content: bytes) -> Iterator[str]:
-    # not of tempfile, whose files are for their owner alone
-    temporary = str(folder / f".saving-{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        yield temporary
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+def _short(value: Any) -> str:
+    text = repr(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+    return text if len(text) < 80 else f"{text[:77]}..."

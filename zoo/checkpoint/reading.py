@@ -1,30 +1,36 @@
 """``zoo.load``: a folder or hub id in any format that the zoo knows becomes a model.
 
-The format is told by the folder's content: ``config.yaml`` is ours, a ``config.json`` with a ``model_type`` is transformers', one with
-``d_model`` and ``n_layer`` is mamba-ssm's. The model is built on the meta device, names and shapes of all stored tensors are checked
+The format is told by ``config.json``: its ``model_type`` is ours or one of transformers', and one with ``d_model`` and ``n_layer`` is
+mamba-ssm's. The model is built on the meta device, names and shapes of all stored tensors are checked
 against it, and only then are values read, tensor by tensor onto the target device and into the target precision.
 """
 
-import json
+import contextlib
+import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...layers.moe import Router
+from ..config import block_specs
 from ..device import pick_device
 from ..lm import CausalLM
 from ..registry import ConfigError, nearest
 from . import native
 from .blame import culprit, in_words_of_file
 from .family import Family, Fields, families
-from .files import CheckpointError, Stored, open_source, read_json, read_metadata, stored_tensors
+from .files import CheckpointError, open_source, read_json, read_metadata, steady
 from .keys import Piece, View, layer_count
+from .tensors import READABLE, Stored, check_one_set, stored_tensors
 
 __all__ = ["detect", "load", "read_config"]
+
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
 def load(
@@ -35,48 +41,138 @@ def load(
     Args:
         source: A folder, or a hub id such as ``"state-spaces/mamba-130m"`` (downloaded through huggingface_hub).
         device: Where the weights go; the CPU by default.
-        dtype: What they are cast to; by default they stay as stored. Parameters that must be float32 are.
+        dtype: What they are cast to; by default they stay as stored, or, where the files mix precisions, have the one that
+            ``config.json`` states, as in transformers. Parameters that must be float32 are.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: A file is missing, damaged or hostile, its tensors do not fit the config, or the family is unknown.
+        CheckpointError: A file is missing, damaged or hostile, its tensors do not fit the config, the family is unknown, or the folder
+            is being written to.
         ConfigError: The config of one of our own folders is not valid.
         ValueError: The device is not there; nothing has been read or downloaded then.
     """
     device = pick_device("cpu" if device is None else device, meta=True)
     folder = open_source(source)
-    model = _load(folder, str(source), device, dtype)
-    model.source, model.metadata = folder, read_metadata(folder)
-    return model
+    with contextlib.ExitStack() as files:
 
+        def opened() -> tuple[Family, Any, dict[str, Stored], dict[str, dict[str, Any]]]:
+            files.close()  # those of an attempt that somebody's save has interrupted
+            family = detect(folder) or Own()
+            if isinstance(family, Own):
+                check_one_set(folder)
+            stored = files.enter_context(stored_tensors(folder))
+            if isinstance(family, Own):
+                return family, native.read_config(folder), stored, read_metadata(folder)
+            cfg = read_config(family, folder, tokenizer=str(source), deepest=layer_count(frozenset(stored)))
+            return family, cfg, stored, read_metadata(folder)
 
-def _load(folder: Path, tokenizer: str, device: torch.device | str | None, dtype: torch.dtype | None) -> CausalLM:
-    family = detect(folder)
-    if family is None:
-        return native.load(folder, device=device, dtype=dtype)
-    stored = stored_tensors(folder)
-    cfg = read_config(family, folder, tokenizer=tokenizer, deepest=layer_count(frozenset(stored)))
-    try:
-        model = CausalLM(cfg, device="meta")
-    except ConfigError as e:
-        fields = Fields(read_json(folder / "config.json"), folder / "config.json")
-        what = in_words_of_file(str(e), family, fields, family.read(fields))
-        raise CheckpointError(f"{folder / 'config.json'}: describes no model that works: {what}") from e
-    model.family = family.model_type
-    view = View(model, frozenset(stored))
-    pieces = _checked(view, family, stored, folder)
-    _fill(model, pieces, stored, device, dtype)
+        family, cfg, stored, metadata = steady(folder, opened)
+        model, pieces = _matched(family, cfg, stored, folder)
+        if dtype is None:
+            dtype = _one_precision(model, pieces, stored, folder)
+        _fill(model, pieces, stored, device, dtype)
+    model.source, model.metadata = folder, metadata
+    model.family = None if isinstance(family, Own) else family.model_type
     return model.eval()
 
 
-def detect(folder: Path) -> Family | None:
-    """The converter for a folder; ``None`` if the folder is the zoo's own."""
-    if (folder / native.CONFIG).exists():
+class Own(Family):
+    """The zoo's own folders, whose names are the model's."""
+
+    model_type = "hybridzoo"
+    architecture = "HybridZooForCausalLM"
+    ignored = r"(?!)"
+
+    def keys(self, view: View) -> Iterator[Piece]:
+        """Every tensor is itself."""
+        for name in view.shapes:
+            yield Piece(name, name)
+
+
+def _matched(
+    family: Family, cfg: Any, stored: dict[str, Stored], folder: Path
+) -> tuple[CausalLM, dict[str, list[Piece]]]:
+    """The model on the meta device, and what of the files goes where.
+
+    A head of its own is the head, whatever the config says of it: so do transformers and PEFT leave a model whose head was trained.
+    """
+    if isinstance(family, Own):
+        _check_size(cfg, stored, folder)
+    try:
+        model = CausalLM(cfg, device="meta")
+    except ConfigError as e:
+        if isinstance(family, Own):
+            raise
+        fields = Fields(read_json(folder / "config.json"), folder / "config.json")
+        what = in_words_of_file(str(e), family, fields, family.read(fields))
+        raise CheckpointError(f"{fields.file}: describes no model that works: {what}") from e
+    view = View(model, frozenset(stored))
+    if model.cfg.tie_embeddings and HEAD in stored:
+        table = next(piece.theirs for piece in family.keys(view) if piece.ours == EMBEDDING)
+        if table in stored and not _equal(stored[table], stored[HEAD]):
+            model.cfg.tie_embeddings = False
+            model = CausalLM(model.cfg, device="meta")
+            view = View(model, frozenset(stored))
+    return model, _checked(view, family, stored, folder)
+
+
+def _check_size(cfg: Any, stored: dict[str, Any], folder: Path) -> None:
+    # a pattern of some bytes stands for thousands of blocks, which would take long to build only to find them missing
+    own: dict[str | int, int] = {}
+    for spec in block_specs(cfg):
+        adapted = any(part.get("adapter_rank") for _, part, _ in spec.parts)
+        own[spec.index if adapted or not spec.label else spec.label] = 1 + len(spec.parts)
+    if sum(own.values()) > 2 * len(stored) + 64:
+        raise CheckpointError(
+            f"{folder}: the config describes {len(own)} blocks, and {len(stored)} tensors are stored; many are missing. The file is not "
+            "complete, or the config is another's."
+        )
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = (_floating(tensor, name).read() for tensor, name in ((a, EMBEDDING), (b, HEAD)))  # type: ignore[assignment]
+    both = torch.promote_types(a.dtype, b.dtype)  # type: ignore[arg-type]
+    return torch.equal(a.to(both), b.to(both))  # type: ignore[attr-defined]
+
+
+def _floating(tensor: Stored, name: str) -> Stored:
+    if tensor.dtype not in READABLE:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, expected floating-point numbers: float64, float32, float16 or bfloat16."
+        )
+    return tensor
+
+
+def _one_precision(
+    model: CausalLM, pieces: dict[str, list[Piece]], stored: dict[str, Stored], folder: Path
+) -> torch.dtype | None:
+    """What weights of several precisions become; ``None`` if they are of one, as layers need them.
+
+    Apart are those that are kept in float32 anyway, and routers, which compute in a precision of their own.
+    """
+    apart = native.fp32_names(model) | {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Router)}
+    kinds = {stored[name].dtype for name, group in pieces.items() if any(p.ours not in apart for p in group)}
+    if len(kinds) <= 1:
         return None
     file = folder / "config.json"
+    config = read_json(file) if file.exists() else {}
+    stated = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    for kind in kinds:
+        if stated == str(kind).removeprefix("torch."):
+            return kind
+    return functools.reduce(torch.promote_types, kinds)  # type: ignore[arg-type]
+
+
+def detect(folder: Path) -> Family | None:
+    """The converter for a folder; ``None`` if the folder is the zoo's own. Where there is a ``config.json``, it says so."""
+    file = folder / "config.json"
     if not file.exists():
+        if (folder / native.CONFIG).exists():
+            return None
         raise CheckpointError(
             f"{folder}: holds neither {native.CONFIG} nor config.json. Pass a folder that zoo.save, save_pretrained or mamba-ssm "
             "has written."
@@ -117,6 +213,9 @@ def read_config(family: Family, folder: Path, tokenizer: str = "byte", deepest: 
             f"{file}: describes no {family.model_type} model{what} ({type(e).__name__}: {e}). Correct the file."
         ) from e
     fields.done()
+    if "max_length" not in cfg and fields.data.get("max_position_embeddings") is not None:
+        # no field of the family's, but where it stands, every library takes it for the window
+        cfg["max_length"] = fields.take("max_position_embeddings")
     layers = cfg["layers"]
     if deepest is not None and isinstance(layers, list) and len(layers) > 4 * deepest + 8:
         raise CheckpointError(
@@ -138,16 +237,17 @@ def _checked(view: View, family: Family, stored: dict[str, Stored], folder: Path
     ignored = re.compile(family.ignored)
     for name, tensor in stored.items():
         if name not in pieces:
-            if ignored.fullmatch(name) or (view.cfg.tie_embeddings and name == "lm_head.weight"):
-                continue
+            if ignored.fullmatch(name) or (view.cfg.tie_embeddings and name == HEAD):
+                continue  # a tied head that is stored too is equal
             raise CheckpointError(
                 f"{tensor.file}: tensor {name!r} is not part of the model.{nearest(name, pieces)} Check that config.json belongs to it."
             )
-        expected = shape_of(view, pieces[name])
+        expected, config = shape_of(view, pieces[name]), "the config" if isinstance(family, Own) else "config.json"
         if tensor.shape != expected:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, config.json makes it {expected}. Check that it belongs to it."
+                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, {config} makes it {expected}. Check that it belongs to it."
             )
+        _floating(tensor, name)
     return pieces
 
 
@@ -189,10 +289,6 @@ def _fill(
             left.setdefault(piece.ours, set()).add(str(piece.at))
     for name, group in pieces.items():
         source = stored[name].read()
-        if not source.is_floating_point():
-            raise CheckpointError(
-                f"{stored[name].file}: tensor {name!r} holds {source.dtype}, expected floating-point numbers."
-            )
         for piece in group:
             to = dtype or source.dtype
             to = torch.promote_types(to, torch.float32) if piece.ours in pinned else to
@@ -205,7 +301,8 @@ def _fill(
                     )
                 continue
             if not piece.at and not piece.of:
-                native.assign(model, piece.ours, native.moved(source, device, to))
+                # memory of its own, also where two parameters have one tensor
+                native.assign(model, piece.ours, (source if len(group) == 1 else source.clone()).to(device, to))
                 continue
             if piece.ours not in started:
                 started[piece.ours] = torch.empty(parameters[piece.ours].shape, device=device, dtype=to)
@@ -213,18 +310,3 @@ def _fill(
             left[piece.ours].remove(str(piece.at))
             if not left[piece.ours]:
                 native.assign(model, piece.ours, started.pop(piece.ours))
-
-
-def dump(content: dict[str, Any], tagged: bool = True) -> str:
-    """JSON as transformers writes it, infinities included, or with plain ``Infinity``, as Python's own reader and writer have it."""
-    return json.dumps(_plain(content) if tagged else content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
-    return value

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,15 @@ from ..layout import expand, split_token
 from ..lm import CausalLM, padded_vocab
 from . import native
 from .family import Family, Fields, families
-from .files import CheckpointError, check_new, new_folder, open_source, read_json, stored_tensors
+from .files import GENERATION, SPECIAL_IDS, CheckpointError, check_new, dump, new_folder, open_source
 from .keys import Piece, View
-from .reading import detect, dump, load, shape_of
+from .reading import detect, load, shape_of
+from .tensors import stored_tensors
 
 __all__ = ["Report", "convert", "export"]
 
 FORMATS = ("hf", "mamba_ssm", "hybridzoo")
 _SHARD = 5 * 10**9
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +74,10 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
     family = detect(place)
     model = load(source)
     with new_folder(Path(folder)) as new:
-        target = _write(model, new, to, _special_ids(place))
-        for name in _COMPANIONS:
-            if (place / name).is_file() and not (new / name).exists():
-                shutil.copyfile(place / name, new / name)
+        target = _write(model, new, to)
         files = tuple(sorted(p.name for p in new.iterdir()))
-    names = frozenset(stored_tensors(place))
+    with stored_tensors(place) as stored:
+        names = frozenset(stored)
     taken = {piece.theirs for piece in family.keys(View(model, names))} if family else names
     return Report(
         source=family.model_type if family else "hybridzoo", target=target, tensors=len(native.unique_tensors(model)),
@@ -108,22 +101,14 @@ def export(model: CausalLM, folder: str | os.PathLike[str], to: str = "hf") -> s
     """
     _check_format(to)
     with new_folder(Path(folder)) as place:
-        core = getattr(model, "core", model)
-        # other tokenizers bring their own; the byte tokenizer is known to us alone
-        return _write(core, place, to, dict.fromkeys(_SPECIAL, 0) if core.cfg.tokenizer == "byte" else {})
+        return _write(model, place, to)
 
 
-def _special_ids(place: Path) -> dict[str, Any]:
-    file = place / "config.json"
-    config = read_json(file) if file.exists() else {}
-    return {name: config[name] for name in _SPECIAL if name in config}
-
-
-def _write(model: CausalLM, place: Path, to: str, special: dict[str, Any]) -> str:
+def _write(model: CausalLM, place: Path, to: str) -> str:
     if to == "hybridzoo":
         native.save(model, place)
-        (place / "config.json").write_text(dump(read_json(place / "config.json") | special), encoding="utf-8")
         return to
+    model = native.as_saved(model)
     view = View(model)
     family, config = _expressed(view, to, model.family)
     tensors = _theirs(view, family, model)
@@ -134,12 +119,17 @@ def _write(model: CausalLM, place: Path, to: str, special: dict[str, Any]) -> st
         torch.save(content, place / "pytorch_model.bin")
     else:
         _write_shards(tensors, place)
-        config |= special | {
+        # other tokenizers bring their own; the byte tokenizer is known to us alone
+        special = dict.fromkeys(SPECIAL_IDS, 0) if model.cfg.tokenizer == "byte" else {}
+        config |= special | model.metadata.get("config.json", {}) | {
             "model_type": family.model_type, "architectures": [family.architecture],
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         }  # fmt: skip
-    # mamba-ssm's reader knows no tags
-    (place / "config.json").write_text(dump(config, tagged=to != "mamba_ssm"), encoding="utf-8")
+    # mamba-ssm's reader knows no tags, and no fields but its own
+    (place / "config.json").write_text(dump(config, sort=True, tagged=to != "mamba_ssm"), encoding="utf-8")
+    if to == "mamba_ssm" and (ids := model.metadata.get("config.json")):
+        model = native.with_metadata(model, {GENERATION: ids | model.metadata.get(GENERATION, {})})
+    native.write_companions(model, place, place)
     return family.model_type
 
 
@@ -156,6 +146,8 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
             continue
         try:
             config = family.write(view)
+            if view.cfg.max_length is None:
+                config.pop("max_position_embeddings", None)  # a null is no way to say that nothing is stated
             cfg = family.read(Fields(config, Path("config.json")))
             if _types(cfg) != view.layout:
                 continue  # known before a model is built from it
@@ -264,5 +256,5 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
         (folder / f"shard-{i}").rename(folder / file)
         index |= dict.fromkeys(names, file)
     (folder / f"{native.WEIGHTS}.index.json").write_text(
-        dump({"metadata": {"total_size": total}, "weight_map": index}), encoding="utf-8"
+        dump({"metadata": {"total_size": total}, "weight_map": index}, sort=True), encoding="utf-8"
     )

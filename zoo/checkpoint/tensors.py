@@ -1,0 +1,319 @@
+"""Where the tensors of a folder lie, and how they are read: one file after the other, one tensor after the other.
+
+Every file is opened once, and its header and its values come from that one opening, so that a model is never made of two saves. Nothing
+here runs code from a file: safetensors hold none, and ``.bin`` files go through ``torch.load(weights_only=True)``. What a small file may
+ask for is bounded by its size: every tensor lies in the file, and no two share a place (in a ``.bin`` file, a few may).
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .files import open_regular, read_json
+
+__all__ = ["Stored", "check_one_set", "stored_tensors"]
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+# a tensor takes about 120 bytes of a safetensors header, and 300 of a pickle
+_LARGEST_HEADER = 16 * 2**20
+# tied heads and shared blocks are several names of one place; no model has more names than this for each number
+_MOST_NAMES = 8
+READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+# all that a pickle of plain tensors names; the classes of storages come with it
+_PLAIN = {
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_parameter",
+    "torch Size", "torch.serialization _get_layout",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape and the kind of its numbers are known, its values are read when ``read`` is called.
+
+    Attributes:
+        dtype: A text if torch has no such numbers.
+        read: Gives a contiguous tensor with memory of its own.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    read: Callable[[], Tensor]
+
+
+@contextlib.contextmanager
+def stored_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
+    """Every tensor of a folder by name, in one file or in shards; shapes are read, values as long as the block lasts.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, an index points outside the folder, a name occurs twice; or, at the end of the
+            block, a file was written to meanwhile.
+    """
+    found: dict[str, Stored] = {}
+    with contextlib.ExitStack() as files:
+        opened = [(file, files.enter_context(open_regular(file))) for file in _weight_files(folder)]
+        before = [_version(handle) for _, handle in opened]
+        for file, handle in opened:
+            read = _safetensors if file.suffix == ".safetensors" else _torch_file
+            for name, stored in read(file, handle):
+                if name in found:
+                    raise CheckpointError(
+                        f"{file}: tensor {name!r} is also in {found[name].file.name}. Remove one file."
+                    )
+                found[name] = stored
+        yield found
+        for (file, handle), version in zip(opened, before, strict=True):
+            if _version(handle) != version:
+                raise CheckpointError(f"{file}: was written to while it was read. Load it again when that is done.")
+
+
+def _version(handle: BinaryIO) -> tuple[int, int]:
+    s = os.fstat(handle.fileno())
+    return s.st_size, s.st_mtime_ns
+
+
+def check_one_set(folder: Path) -> None:
+    """Refuse weights in one file beside an index of others, of which every reader takes the former, whichever is newer.
+
+    Raises:
+        CheckpointError: There are both.
+    """
+    single, index = folder / SINGLE[0], folder / f"{SINGLE[0]}.index.json"
+    if single.exists() and index.exists() and (others := set(_indexed(index, single)) - {single}):
+        raise CheckpointError(
+            f"{index}: names {min(others).name!r} beside {single.name}, and one folder is one model. Remove those that are older."
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for single in (folder / name for name in SINGLE):
+        if single.exists():
+            return [single]
+        index = single.with_name(f"{single.name}.index.json")
+        if index.exists():
+            return _indexed(index, single)
+    raise CheckpointError(
+        f"{folder / SINGLE[0]}: no such file, nor {SINGLE[1]}, nor an index of shards. The folder is not complete."
+    )
+
+
+def _indexed(index: Path, single: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index}: is not an index (weight_map names no files). Copy it again.")
+    for name in (distinct := sorted(set(names.values()))):
+        # a hub snapshot links to its blobs, so the name decides and not where the link leads
+        if name in ("", ".", "..") or not name.isprintable() or set(name) & {"/", "\\"} or len(name.encode()) > 255:
+            raise CheckpointError(
+                f"{index}: names {_short(name)} as a file, which no file of the folder is called. The index is damaged or hostile."
+            )
+        if Path(name).suffix != single.suffix:
+            raise CheckpointError(f"{index}: names {name!r}, which is no {single.suffix} file. Copy it again.")
+    return [index.parent / name for name in distinct]
+
+
+def _safetensors(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
+    """The format: 8 bytes with the length of the header, the header as JSON, the numbers of all tensors without gaps."""
+    size = os.fstat(handle.fileno()).st_size
+    n = int.from_bytes(handle.read(8), "little")
+    if size < 8 or n > size - 8:
+        raise _damaged(file, f"has {size} bytes, too few for its header")
+    if n > _LARGEST_HEADER:
+        raise _damaged(file, f"its header has {n} bytes, more than {_LARGEST_HEADER}")
+    try:
+        header = json.loads(_exactly(handle, 8, n).decode("utf-8"), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        entries = sorted(
+            (*_numbers(e["data_offsets"]), name, str(e["dtype"]), tuple(_numbers(e["shape"])))
+            for name, e in header.items()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise _damaged(file, f"no header of safetensors: {e}") from e
+    at = 0
+    for begin, end, name, kind, shape in entries:
+        dtype = _KINDS.get(kind, repr(kind))
+        if (
+            begin != at
+            or end < at
+            or (isinstance(dtype, torch.dtype) and end - begin != math.prod(shape) * dtype.itemsize)
+        ):
+            raise _damaged(file, f"tensor {name!r} of shape {shape} is said to lie at {begin} to {end}")
+        at = end
+        yield name, Stored(file, shape, dtype, _Reader(file, handle, 8 + n + begin, shape, dtype))
+    if at != size - 8 - n:
+        raise _damaged(file, f"its tensors take {at} bytes, and {size - 8 - n} are there")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) != len(pairs):
+        raise ValueError("a name twice")
+    return content
+
+
+def _numbers(values: Any) -> list[int]:
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**63 for v in values):
+        raise ValueError(f"{repr(values)[:40]} is no list of sizes")
+    return values
+
+
+@dataclass(frozen=True)
+class _Reader:
+    file: Path
+    handle: BinaryIO
+    at: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+    def __call__(self) -> Tensor:
+        assert isinstance(self.dtype, torch.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if tensor.numel():
+            _fill(self.handle, self.at, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), self.file)
+        return tensor
+
+
+def _exactly(handle: BinaryIO, at: int, n: int) -> bytes:
+    content = bytearray(n)
+    _fill(handle, at, memoryview(content), Path(handle.name) if isinstance(handle.name, str) else Path())
+    return bytes(content)
+
+
+def _fill(handle: BinaryIO, at: int, place: memoryview, file: Path) -> None:
+    handle.seek(at)
+    while len(place):
+        try:
+            n = handle.readinto(place)  # type: ignore[attr-defined]
+        except OSError as e:
+            raise CheckpointError(f"{file}: cannot be read ({e.strerror}).") from e
+        if not n:
+            raise CheckpointError(f"{file}: was cut while it was read. Load it again when it is whole.")
+        place = place[n:]
+
+
+def _torch_file(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
+    size = os.fstat(handle.fileno()).st_size
+    with _damage(file):
+        # files of before torch 1.6 are no zip archives and cannot be mapped
+        zipped = zipfile.is_zipfile(handle)
+        _check_pickles(file, handle, size, zipped)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    if not os.path.samestat(os.stat(file), os.fstat(handle.fileno())):
+        raise CheckpointError(f"{file}: was replaced while it was read. Load it again when that is done.")
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected a dict of tensors by name.")
+    total = 0
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{file}: {name!r} is a {type(tensor).__name__}, expected a tensor.")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or _overlaps(tensor):
+            raise CheckpointError(
+                f"{file}: tensor {name!r} is not plain numbers in the file ({tensor.layout}, strides {tensor.stride()}). "
+                "Save it dense and contiguous."
+            )
+        total += tensor.nbytes
+        if tensor.nbytes > size or total > _MOST_NAMES * size:
+            raise CheckpointError(
+                f"{file}: its tensors up to {name!r} take {total} bytes, and it has {size}; at most {_MOST_NAMES} times that is "
+                "read. Save it without names that share a place."
+            )
+        own = lambda tensor=tensor: tensor.clone(memory_format=torch.contiguous_format)  # noqa: E731
+        yield name, Stored(file, tuple(tensor.shape), tensor.dtype, own)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether several elements lie in one place, as after ``expand``."""
+    span = 1
+    for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if n > 1 and stride < span:
+            return True
+        span += (n - 1) * stride
+    return False
+
+
+def _check_pickles(file: Path, handle: BinaryIO, size: int, zipped: bool) -> None:
+    """Refuse what could run code or take memory, before torch looks at it: only what plain tensors need is let through."""
+    if not zipped:
+        handle.seek(0)
+        # magic number, version, system, the tensors, the names of their storages; then the numbers
+        buffered = io.BufferedReader(handle, 2**16)  # type: ignore[type-var]
+        for _ in range(5):
+            _check_names(file, buffered)
+        buffered.detach()
+        return
+    with zipfile.ZipFile(handle) as archive:
+        members = archive.infolist()
+        total = sum(member.file_size for member in members)
+        packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
+        if packed is not None or total > size:
+            what = f"{packed!r} is compressed" if packed else f"its parts take {total} bytes, and it has {size}"
+            raise CheckpointError(
+                f"{file}: is no file that torch.save has written ({what}). Get the weights as safetensors."
+            )
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                _check_names(file, io.BytesIO(archive.read(member)))
+
+
+def _check_names(file: Path, stream: Any) -> None:
+    start = stream.tell()
+    for op, arg, at in pickletools.genops(stream):
+        if at is not None and at - start > _LARGEST_HEADER:
+            raise _damaged(file, f"its description of tensors has more than {_LARGEST_HEADER} bytes")
+        if op.name == "GLOBAL":
+            module, _, name = str(arg).partition(" ")
+            if arg in _PLAIN or (
+                module in ("torch", "torch.storage") and (name.endswith("Storage") or _is_dtype(name))
+            ):
+                continue
+        elif op.name not in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
+            continue
+        raise CheckpointError(
+            f"{file}: is damaged, or wants to run code, which is refused ({_short(str(arg or op.name))}: plain tensors need none). "
+            "Get the weights as safetensors."
+        )
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) < 80 else f"{text[:60]!r}... ({len(text)} letters)"
+
+
+def _damaged(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{file}: is damaged ({reason}). Copy it again.")
+
+
+@contextlib.contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(
+            f"{file}: is damaged, or wants to run code, which is refused ({str(e).splitlines()[0]}). "
+            "Get the weights as safetensors."
+        ) from e
+    except Exception as e:
+        # torch.load meets a cut or a flipped bit with any exception there is
+        if isinstance(e, CheckpointError | torch.OutOfMemoryError):
+            raise
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise _damaged(file, reason) from e
