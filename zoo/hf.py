@@ -5,6 +5,8 @@ The only file that imports transformers for modelling. The adapter owns no weigh
 """
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -25,7 +28,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..layers.base import Mixer
-from .checkpoint.native import hf_config
+from .checkpoint.files import GENERATION, publishing, steady
+from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded, write_config
 from .config import validate
 from .generate import check_finite_logits
 from .hf_arguments import Rows, refuse_others
@@ -77,6 +81,12 @@ class HybridZooConfig(PreTrainedConfig):
                 for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                     setattr(self, name, 0 if getattr(self, name) is None else getattr(self, name))
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As transformers, with the ``config.yaml`` that says the same."""
+        if self.zoo is not None:
+            write_config(validate(self.zoo), Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -141,9 +151,43 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
     def wrap(cls, model: CausalLM) -> "HybridZooForCausalLM":
         """The adapter around an existing model; both share every weight."""
         content = hf_config(model)
-        return cls(
-            HybridZooConfig(zoo=content["zoo"], auto_map=content["auto_map"], dtype=content["dtype"]), core=model
-        )
+        ids = model.metadata.get("config.json", {})
+        config = HybridZooConfig(zoo=content["zoo"], auto_map=content["auto_map"], dtype=content["dtype"], **ids)
+        adapter = cls(config, core=model)
+        if GENERATION in model.metadata:
+            adapter.generation_config = GenerationConfig.from_dict(model.metadata[GENERATION])
+        return adapter
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers, from a folder that nobody saves to meanwhile."""
+        name, load = pretrained_model_name_or_path, super().from_pretrained
+        folder = Path(name, kwargs.get("subfolder") or "") if name is not None and os.path.isdir(name) else None
+        loaded = load(name, *args, **kwargs) if folder is None else steady(folder, lambda: load(name, *args, **kwargs))
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.core.source, model.core.metadata = folder, known_about_text(model)
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers; but all files take their places at once, and those of the model that was there go, as with ``zoo.save``."""
+        folder, core = Path(save_directory), as_it_is(self.core)
+        if core.cfg.tie_embeddings != self.core.cfg.tie_embeddings:
+            self.core.cfg.tie_embeddings = self.config.tie_word_embeddings = core.cfg.tie_embeddings
+            self.config.zoo = {**(self.config.zoo or {}), "tie_embeddings": core.cfg.tie_embeddings}
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+        shared = getattr(self.config, "distributed_config", None) is not None or kwargs.get("distributed_checkpoint")
+        if shared or push_to_hub or not is_main_process or folder.is_file():
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        with publishing(folder, lambda new: superseded(folder, new)) as place:
+            super().save_pretrained(place, **kwargs)
 
     def forward(
         self,
