@@ -20,7 +20,7 @@ from ..config import validate
 from ..config_file import read_config as read_yaml
 from ..lm import CausalLM
 from ..tokenizer import tokenizer_files
-from .files import GENERATION, SPECIAL_IDS, CheckpointError, dump, publishing, read_json, write_whole
+from .files import GENERATION, SPECIAL_IDS, CheckpointError, dump, open_regular, publishing, read_json, write_whole
 
 __all__ = [
     "as_it_is",
@@ -259,6 +259,8 @@ def read_config(folder: Path) -> DictConfig:
         ConfigError: The config is not valid.
     """
     twin, file = folder / CONFIG, folder / "config.json"
+    if twin.exists():
+        open_regular(twin).close()  # a pipe would be waited for
     if not file.exists():
         return validate(twin)
     cfg = validate(read_json(file).get("zoo"), saved=True)

@@ -182,7 +182,8 @@ class _Reader:
     dtype: torch.dtype | str
 
     def __call__(self) -> Tensor:
-        assert isinstance(self.dtype, torch.dtype)
+        if not isinstance(self.dtype, torch.dtype):
+            raise _damaged(self.file, f"numbers of kind {self.dtype}")
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if tensor.numel():
             _fill(self.handle, self.at, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), self.file)
