@@ -210,7 +210,7 @@ def test_tensors_that_are_missing_too_many_or_of_another_kind(folder):
         ({"quantization_config": {"bits": 4}}, r"quantised"),
         ({"hidden_size": "16"}, r"hidden_size is '16', expected int"),
         ({"hidden_size": 2**40}, r"beyond any size"),
-        ({"hidden_size": 2**30}, r"d_model: is 1073741824, outside"),
+        ({"hidden_size": 2**30}, r"hidden_size: is 1073741824, outside"),
         ({"hidden_size": -16}, r"beyond any size"),
         ({"num_hidden_layers": 2**30}, r"num_hidden_layers is 1073741824, beyond any size"),
         ({"num_hidden_layers": 5000}, r"asks for 10000 blocks, and the files hold 2 layers"),
