@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import blocks
 from .blocks import Block, Buffer, Inputs
+from .derivatives import differentiable_once
 from .operators import custom_op
 from .reference import full_precision
 
@@ -175,6 +176,9 @@ def _adjoint(block: Block, decays: tuple[Tensor, ...], grads: tuple[Tensor, ...]
     for t in range(len(decays) - 1, 0, -1):
         later = grads[t - 1].addcmul_(decays[t], block.dropped(t, later))
     return decays[0] * block.dropped(0, later)
+
+
+differentiable_once(scan_backward_op)
 
 
 @scan_backward_op.register_fake

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import contain
+from .derivatives import differentiable_once
 from .operators import custom_op
 from .reference import full_precision
 from .ssd_blocks import Block, Inputs, join, split
@@ -229,6 +230,9 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+differentiable_once(ssd_backward_op)
 
 
 @ssd_backward_op.register_fake

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .derivatives import differentiable_once
 from .operators import custom_op
 from .seq import Seq
 
@@ -109,6 +110,9 @@ def conv_backward_op(
         gstate = gstate.to(initial_state.dtype)
     gbias = gbias if bias is None else gbias.to(bias.dtype)
     return gx, gtaps.t().to(weight.dtype).contiguous(), gbias, gstate
+
+
+differentiable_once(conv_backward_op)
 
 
 @conv_backward_op.register_fake

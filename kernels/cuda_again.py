@@ -8,11 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .cuda_call import eager
-from .dispatch import ENV
+from .derivatives import ENV, transformed
 
 # more looks than a program has, unless every call has its own
 MOST = 4096
@@ -27,7 +26,7 @@ def _look(op: str, operands: tuple, options: tuple) -> tuple:
 
 def _plain(x: Tensor) -> bool:
     # what is traced or transformed has no addresses
-    return eager(x) and not torch._C._are_functorch_transforms_active()
+    return eager(x) and transformed() is None
 
 
 def find(op: str, operands: tuple, *options: object) -> Any:

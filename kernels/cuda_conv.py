@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cuda_params as params
 from . import nvrtc
 from .cuda_backend import in_types_of, processors, refuse_tensors
 from .cuda_call import RESET, TYPES, UNALIGNED, eager
 from .cuda_shapes import ceil_div
+from .derivatives import differentiable_once, once
 from .halves import room
 from .operators import custom_op
 
@@ -243,6 +243,9 @@ def _gradients(gout: Tensor, operands: tuple, edge: Any = (None, 0)) -> list[Ten
     return in_types_of(operands, backward(call, gout, gx=room(edge, call.x.dtype)))
 
 
+differentiable_once(conv_backward_op)
+
+
 @conv_backward_op.register_fake
 def _conv_backward_fake(gout, x, weight, bias, initial_state, doc, silu):
     inputs = (x, weight, bias, initial_state)
@@ -274,7 +277,7 @@ class _Eager(torch.autograd.Function):
         return _forward((*tensors, silu), cut)
 
     @staticmethod
-    @once_differentiable
+    @once("causal_conv1d")
     def backward(ctx: Any, gout: Tensor) -> tuple:
         return (None, None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu), ctx.next_functions[0]), None)
 

@@ -14,6 +14,7 @@ from .cuda_backend import DRIVERS, refuse_tensors, shared_memory
 from .cuda_call import TYPES
 from .cuda_conv import whole
 from .cuda_shapes import ceil_div
+from .derivatives import refusing
 from .operators import custom_op
 
 # threads of a block, and up to how many 16-byte vectors a row gets them; more for longer ones
@@ -103,7 +104,7 @@ def _backward(ctx: Any, glosses: Tensor | None, _: Any) -> tuple:
         return None, None, None, None, None
     logits, targets = ctx.saved_tensors
     gradient = torch.ops.hybridzoo.cross_entropy_cuda(logits, targets, ctx.ignore_index, True, 1.0)[1]
-    return (gradient * glosses[:, None]).to(logits.dtype), None, None, None, None
+    return (refusing("cross_entropy", gradient) * glosses[:, None]).to(logits.dtype), None, None, None, None
 
 
 cross_entropy_op.register_autograd(_backward, setup_context=_setup)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, cuda_backend, cuda_conv, cuda_norm, nvrtc
 from .cuda_call import Call, in_one_piece
 from .cuda_shapes import keeps_states
+from .derivatives import once
 from .products import add_product, product
 from .seq import Seq
 
@@ -94,7 +94,7 @@ class _Layer(torch.autograd.Function):
         return F.linear(out, w_out, b_out)
 
     @staticmethod
-    @once_differentiable
+    @once("Mamba")
     def backward(ctx: Any, gy: Tensor) -> tuple:
         # in autograd's thread this may be what comes first, and cuBLAS warns where there is no context
         nvrtc.enter(gy.device)

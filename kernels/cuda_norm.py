@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cuda_params as params
 from . import nvrtc
@@ -20,6 +19,7 @@ from .cuda_backend import processors, refuse_tensors
 from .cuda_call import TYPES, UNALIGNED, eager
 from .cuda_conv import add_up, whole
 from .cuda_shapes import ceil_div
+from .derivatives import differentiable_once, once
 from .operators import custom_op
 
 MAX_D = 8192
@@ -175,6 +175,9 @@ def norm_backward_op(gh: Tensor, x: Tensor, weight: Tensor | None, eps: float) -
     return gx, x.new_empty(0) if gweight is None else gweight
 
 
+differentiable_once(norm_backward_op)
+
+
 @norm_backward_op.register_fake
 def _norm_backward_fake(gh, x, weight, eps):
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -213,7 +216,7 @@ class _Eager(torch.autograd.Function):
         return h, past
 
     @staticmethod
-    @once_differentiable
+    @once("rms_norm")
     def backward(ctx: Any, gh: Tensor | None, past: Tensor | None) -> tuple:
         x, weight = ctx.saved_tensors
         add = ctx.add if ctx.needs_input_grad[2] else None

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cuda_backend, cuda_paths, low_rank, nvrtc
 from .cuda_backend import Launches
 from .cuda_call import Call, eager
 from .cuda_shapes import BACKWARD, MAX_STATE, backward_shape, forward_shapes, instance, keeps_states
+from .derivatives import differentiable_once, once
 from .halves import room
 from .operators import custom_op
 from .paths import Path
@@ -146,6 +146,9 @@ def _gradients(
     return cuda_backend.in_types_of((*inputs, weight), grads)
 
 
+differentiable_once(scan_backward_op)
+
+
 @scan_backward_op.register_fake
 def _scan_backward_fake(
     gout,
@@ -208,7 +211,7 @@ class _Eager(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @once_differentiable
+    @once("selective_scan")
     def backward(ctx: Any, gout: Tensor | None, glast: Tensor | None) -> tuple:
         *tensors, saved = ctx.saved_tensors
         if gout is None:

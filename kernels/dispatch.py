@@ -3,6 +3,9 @@
 Order: the ``backend`` argument, then the environment variable ``HYBRIDZOO_BACKEND``, then the first backend in the table that can. Every
 backend answers *can you do this call?* with a reason; the reasons are what errors and ``zoo doctor`` print. Facts about a call
 are plain Python values (``device="cpu"``, ``dtype=torch.bfloat16``, ``packed=True``); what is not stated is the plain case.
+
+``"reference"`` means, for every op, the one backend of plain differentiable PyTorch, whatever the op calls it; and it is what answers
+inside forward-mode differentiation and ``torch.func``'s transforms, which would drop tangents at a kernel without a word.
 """
 
 import difflib
@@ -18,13 +21,17 @@ import torch
 import torch.nn.functional as F
 
 from . import cuda_conv, cuda_loss, cuda_norm, cuda_ops, cuda_update, low_rank
+from .derivatives import ENV, transformed
 
 Facts = dict[str, Any]
-ENV = "HYBRIDZOO_BACKEND"
 
 
 class BackendError(RuntimeError):
     """No backend, or not the one that was asked for, can do a call; the message says why."""
+
+
+class TransformError(BackendError, NotImplementedError):
+    """The backend that was asked for has no derivatives of the kind that is being taken."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,13 @@ class Backend:
         name: What ``backend=`` and ``HYBRIDZOO_BACKEND`` call it.
         summary: What it is, in a few words.
         refuse: Why it cannot do a call with these facts, or ``None`` if it can.
+        plain: Whether it consists of differentiable PyTorch operations, and so has every kind of derivative.
     """
 
     name: str
     summary: str
     refuse: Callable[[Facts], str | None]
+    plain: bool = False
 
 
 def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
@@ -58,16 +67,19 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
 
     Raises:
         BackendError: The name is unknown, or the backend asked for refuses.
+        NotImplementedError: The backend asked for has no forward-mode derivatives, or cannot be transformed.
     """
     table = _table(op)
     if backend is not None:
         return _asked(op, table, backend, f"{op}(backend={backend!r})", facts)
     wish = os.environ.get(ENV)
     if wish:
-        if wish in table:
+        if _named(table, wish) in table:
             return _asked(op, table, wish, f"{op} ({ENV}={wish})", facts)
         if not any(wish in other for other in TABLES.values()):
             raise BackendError(f"{ENV}={wish}: {_unknown(wish, sorted({n for t in TABLES.values() for n in t}))}")
+    if transformed() is not None:
+        return table[_named(table, "reference")]
     for candidate in table.values():
         if candidate.refuse(facts) is None:
             return candidate
@@ -79,12 +91,12 @@ def explain(op: str, **facts: Any) -> list[tuple[str, bool, str]]:
     """Every backend of ``op`` in order of preference: its name, whether a call with these facts would take it, and why or why not."""
     table = _table(op)
     wish = os.environ.get(ENV)
-    forced = wish if wish in table else None
+    forced = _named(table, wish) if wish and _named(table, wish) in table else None
     rows, taken = [], False
     for name, backend in table.items():
         reason = backend.refuse(facts)
         if reason is None and forced not in (None, name):
-            reason = f"{ENV}={forced} asks for another"
+            reason = f"{ENV}={wish} asks for another"
         elif reason is None and taken:
             reason = f"{backend.summary}; not needed"
         chosen = reason is None
@@ -112,8 +124,14 @@ _installed = {name: importlib.util.find_spec(name) is not None for name in _LIBR
 
 
 def _asked(op: str, table: dict[str, Backend], name: str, where: str, facts: Facts) -> Backend:
+    name = _named(table, name)
     if name not in table:
         raise BackendError(f"{where}: {_unknown(name, list(table))}")
+    what = transformed()
+    if what is not None and not table[name].plain:
+        raise TransformError(
+            f"{where}: {what} go through plain PyTorch alone. Use backend='reference', or leave backend and {ENV} unset."
+        )
     reason = table[name].refuse(facts)
     if reason is not None:
         able = [n for n, b in table.items() if b.refuse(facts) is None]
@@ -121,6 +139,11 @@ def _asked(op: str, table: dict[str, Backend], name: str, where: str, facts: Fac
             f"{where}: {reason}. Use backend={able[0]!r}, or leave backend unset to choose it automatically."
         )
     return table[name]
+
+
+def _named(table: dict[str, Backend], name: str) -> str:
+    """The name that an op's table has for a wish: its one plain backend for ``"reference"``."""
+    return next(b.name for b in table.values() if b.plain) if name == "reference" else name
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -255,7 +278,7 @@ _CUDA_RANK = Backend(
     "cuda", "our scan forms the step sizes itself", lambda facts: cuda_ops.refuse(facts) or low_rank.refuse(facts)
 )
 _CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
-_REFERENCE = Backend("reference", "a loop over time, the definition", _never)
+_REFERENCE = Backend("reference", "a loop over time, the definition", _never, plain=True)
 
 TABLES: dict[str, dict[str, Backend]] = {
     "selective_scan": _ops(
@@ -265,23 +288,24 @@ TABLES: dict[str, dict[str, Backend]] = {
     "causal_conv1d": _ops(
         _CUDA_CONV, Backend("causal_conv1d", "causal_conv1d's CUDA kernel", _causal_conv1d), _CHUNKED, _REFERENCE
     ),
-    "cross_entropy": _ops(_CUDA_LOSS, Backend("torch", "PyTorch operations", _never)),
-    "update": _ops(_CUDA_UPDATE, Backend("chunked", "PyTorch operations", _never)),
-    "rms_norm": _ops(_CUDA_NORM, Backend("torch", "PyTorch operations", _never)),
+    "cross_entropy": _ops(_CUDA_LOSS, Backend("torch", "PyTorch operations", _never, plain=True)),
+    "update": _ops(_CUDA_UPDATE, Backend("chunked", "PyTorch operations", _never, plain=True)),
+    "rms_norm": _ops(_CUDA_NORM, Backend("torch", "PyTorch operations", _never, plain=True)),
     "attention": _ops(
         Backend("flash_attn", "flash-attn's CUDA kernel", _flash_attn),
         Backend("sdpa", "torch's scaled_dot_product_attention", _never),
+        Backend("math", "the same in matrix products and a softmax", _never, plain=True),
     ),
     "moe": _ops(
         Backend("grouped_mm", "torch's grouped matmul", _grouped_mm),
         Backend("megablocks", "megablocks' grouped matmuls", _megablocks),
-        Backend("loop", "one matmul per expert", _never),
+        Backend("loop", "one matmul per expert", _never, plain=True),
     ),
     "mamba_layer": _ops(
         Backend("cuda", "forward and backward of the layer as one node of autograd", _mamba_layer),
-        Backend("modules", "a call for each of its parts", _never),
+        Backend("modules", "a call for each of its parts", _never, plain=True),
     ),
     # of a selective_scan by our kernels; every other backend scans what was gathered, and what was multiplied before
-    "paths": _ops(_CUDA_WALK, Backend("gather", "one scan per path over gathered tokens", _never)),
-    "dt_weight": _ops(_CUDA_RANK, Backend("product", "a matrix product in front of the scan", _never)),
+    "paths": _ops(_CUDA_WALK, Backend("gather", "one scan per path over gathered tokens", _never, plain=True)),
+    "dt_weight": _ops(_CUDA_RANK, Backend("product", "a matrix product in front of the scan", _never, plain=True)),
 }

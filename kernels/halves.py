@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .derivatives import transformed
 from .nvrtc import current_stream
 
 
@@ -40,7 +41,7 @@ _NODE: Any = _Halves._backward_cls
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x.chunk(2, dim=-1)`` of ``(b, l, 2 d)``."""
     plain = torch.is_grad_enabled() and x.requires_grad and type(x) is Tensor
-    if torch.compiler.is_compiling() or not plain or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not plain or transformed() is not None:
         return x.chunk(2, dim=-1)  # type: ignore[return-value]
     return _Halves.apply(x)
 

@@ -9,11 +9,13 @@ The rule: a query sees a key of the same document if ``0 <= pos_k <= pos_q``, an
 there is one.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels.dispatch import choose
 from .adapter import Adapter
@@ -298,15 +300,18 @@ class Attention(Mixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # mask ([b,] lq, lk), or plain causality; gives (b, lq, h * p)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask if mask is None else mask.unsqueeze(-3),
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=self.nheads != self.nheads_kv,
-        )
+        how = choose("attention", device=q.device.type, dtype=q.dtype, headdim=self.headdim, masked=True).name
+        # the fused kernels have first derivatives only, and none in forward mode
+        with sdpa_kernel(SDPBackend.MATH) if how == "math" else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=mask if mask is None else mask.unsqueeze(-3),
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=self.nheads != self.nheads_kv,
+            )
         return y.transpose(1, 2).flatten(-2)
 
     def init_state(

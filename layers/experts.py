@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..kernels.derivatives import differentiable_once, plain
 from ..kernels.operators import custom_op
 
 __all__ = ["grouped_linear"]
@@ -32,15 +33,29 @@ def _asks_the_device(x: Tensor, backend: str) -> bool:
     return backend != "grouped_mm" or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0)
 
 
+def _loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return torch.cat([x[i:j] @ w.t() for (i, j), w in zip(_runs(offsets), weight, strict=True)])
+
+
+def _gather(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device, dtype=offsets.dtype), right=True)
+    return (weight[expert] @ x[..., None]).squeeze(-1)
+
+
+def _plain(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The product in operations that have every kind of derivative; samples that vmap works on have no offsets in common."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return (_gather if any(level.key().name == "Vmap" for level in levels) else _loop)(x, weight, offsets)
+
+
 @custom_op("hybridzoo::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str) -> Tensor:
     if x.is_cuda and torch.cuda.is_current_stream_capturing() and _asks_the_device(x, backend):
         backend = "gather"
     if backend == "gather":
-        expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device, dtype=offsets.dtype), right=True)
-        return (weight[expert] @ x[..., None]).squeeze(-1)
+        return _gather(x, weight, offsets)
     if backend == "loop":
-        return torch.cat([x[i:j] @ w.t() for (i, j), w in zip(_runs(offsets), weight, strict=True)])
+        return _loop(x, weight, offsets)
     if backend == "megablocks":
         return _gmm(x, weight, offsets, trans_b=True)
     return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -58,6 +73,9 @@ def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor, backend: str) -> Tens
     if backend == "megablocks":
         return _gmm(grad, x, offsets, trans_a=True)
     return F.grouped_mm(grad.t(), x, offs=offsets)
+
+
+differentiable_once(_weight_grad)
 
 
 @_weight_grad.register_fake
@@ -107,4 +125,6 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, backend: str = "g
     Returns:
         ``(t, d_out)``, differentiable in ``x`` and ``weight``.
     """
+    if plain():
+        return _plain(x, weight, offsets)
     return torch.ops.hybridzoo.grouped_linear(x, weight, offsets, backend)

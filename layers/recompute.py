@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..kernels.derivatives import transformed
+
 __all__ = ["left_alone", "others_hooks", "recipe", "recomputing", "repeatable"]
 
 
@@ -146,7 +148,7 @@ def recomputing() -> Any:
 
 def left_alone() -> bool:
     """Whether autograd keeps nothing, or a compiler or a transform decides what is kept."""
-    return torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformed() is not None
 
 
 def others_hooks() -> bool:

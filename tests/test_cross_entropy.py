@@ -191,6 +191,17 @@ def test_targets_that_are_no_words(run, target):
     assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
+def test_a_second_derivative_is_right_or_an_error(run):
+    logits, targets = torch.randn(3, 10).requires_grad_(), torch.tensor([1, 5, 2])
+    (once,) = torch.autograd.grad(run(logits, targets, IGNORE, False, 1.0)[0].sum(), logits, create_graph=True)
+    if run is cuda_loss.cross_entropy:
+        with pytest.raises(NotImplementedError, match=r"cross_entropy: .* no derivative\. Use backend='reference'"):
+            once.square().sum().backward()
+        return
+    want = 2 * (torch.eye(10) - logits.softmax(1)[:, None]) * logits.softmax(1)[..., None] @ once[..., None]
+    torch.testing.assert_close(torch.autograd.grad(once.square().sum(), logits)[0], want[..., 0])
+
+
 def test_another_target_is_ignored_when_asked(run):
     logits, targets = torch.randn(4, 10), torch.tensor([1, 3, 3, 2])
     losses, gradient = run(logits, targets, 3, True, 1.0)

@@ -67,8 +67,16 @@ def test_the_argument_beats_the_environment_beats_the_order(monkeypatch):
 
 
 def test_the_environment_speaks_only_to_ops_that_have_the_backend(monkeypatch):
-    monkeypatch.setenv(dispatch.ENV, "reference")
+    monkeypatch.setenv(dispatch.ENV, "chunked")
     assert choose("attention").name == "sdpa"
+
+
+@pytest.mark.parametrize("op", dispatch.TABLES)
+def test_reference_is_the_one_plain_backend_of_every_op(op, monkeypatch):
+    (plain,) = (name for name, backend in dispatch.TABLES[op].items() if backend.plain)
+    assert choose(op, backend="reference").name == plain
+    monkeypatch.setenv(dispatch.ENV, "reference")
+    assert choose(op).name == plain and [name for name, chosen, _ in explain(op) if chosen] == [plain]
 
 
 def test_the_environment_reaches_the_ops(monkeypatch):

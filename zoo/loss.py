@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import cross_entropy
+from ..kernels.derivatives import plain, transformed
 from ..kernels.products import add_product, product
 from ..kernels.seq import Seq
 from ..layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere, upcast, weight_dtype, why_called
@@ -95,17 +95,15 @@ def _can_differentiate(hidden: Tensor, head: nn.Module) -> bool:
     """Whether the head may be differentiated inside a forward.
 
     Not where it has no weights to differentiate (quantised ones may pass no gradient at all, which is for who asks for it), not while a
-    graph is traced or transformed, not where a sharded head gathers its weights and scatters their gradients by itself, and not where a
-    hook waits for the gradient of a weight, which is to see it once.
+    graph is traced or transformed or is to have other derivatives than first ones backwards, not where a sharded head gathers its weights
+    and scatters their gradients by itself, and not where a hook waits for the gradient of a weight, which is to see it once.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or weight_dtype(head) is None:
+    if torch.compiler.is_compiling() or plain() or weight_dtype(head) is None:
         return False
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
     if fsdp and any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in head.modules()):
         return False
     tensors = (hidden, *head.parameters())
-    if any(unpack_dual(x).tangent is not None for x in tensors):
-        return False  # what is known of the gradient says nothing of forward-mode derivatives
     return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and not any(x._backward_hooks for x in tensors[1:])
 
 
@@ -115,7 +113,8 @@ def _recomputed(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> 
     def slice_loss(h: Tensor, t: Tensor) -> Tensor:
         return cross_entropy(head(h), t, ignore_index=IGNORE)[0].sum()
 
-    if hidden.shape[0] <= size:
+    # transforms know no saved tensors that are formed again
+    if hidden.shape[0] <= size or transformed() is not None:
         return slice_loss(hidden, targets)
     total = upcast(hidden.new_zeros(()))
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
@@ -278,7 +277,8 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, gout: Tensor) -> tuple:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "next_token_loss: its gradient has no gradient (create_graph=True). Form the loss from out.logits instead."
+                "next_token_loss: its gradient has no gradient (create_graph=True). "
+                "Form the loss from out.logits instead, or set HYBRIDZOO_BACKEND=reference."
             )
         results = []
         for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):

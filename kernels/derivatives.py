@@ -1,0 +1,86 @@
+"""Derivatives that a kernel does not have: of forward mode, of torch.func's transforms, and second ones.
+
+Plain PyTorch has them all. A backend that is plain PyTorch answers wherever a transform is at work, and where a kernel was asked for, or a
+second derivative turns out to be wanted only in its backward, there is an error that says what can.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+ENV = "HYBRIDZOO_BACKEND"
+_HINT = f"Use backend='reference', or {ENV}=reference: plain PyTorch."
+
+
+def forward_mode() -> bool:
+    """Whether tangents may be about: inside ``torch.func.jvp`` and what is built on it, or a ``dual_level``."""
+    # torch's own name for it, 2.11 to 2.13 at least
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def transformed() -> str | None:
+    """What goes through plain PyTorch alone and is at work, if anything is."""
+    if forward_mode():
+        return "forward-mode derivatives (jvp, jacfwd, hessian, dual tensors)"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func's transforms (grad, vmap, jacrev, ...)"
+    return None
+
+
+def plain() -> bool:
+    """Whether nothing but plain PyTorch is to be used: a transform is at work, or the environment asks for it."""
+    return torch._C._are_functorch_transforms_active() or forward_mode() or os.environ.get(ENV) == "reference"
+
+
+def refusal(name: str) -> NotImplementedError:
+    """The error of a second derivative of ``name``."""
+    return NotImplementedError(f"{name}: a kernel computes its gradient, which has no derivative. {_HINT}")
+
+
+def differentiable_once(op: Any) -> None:
+    """Have a backward, as a ``torch.library`` op, refuse to be differentiated."""
+    name = op._name
+
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        raise refusal(name)
+
+    op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, x: Tensor) -> Tensor:
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        raise refusal(ctx.name)
+
+
+def refusing(name: str, g: Tensor) -> Tensor:
+    """A gradient that a kernel has formed of ``name``, no constant to whoever wants a graph of it (``create_graph=True``)."""
+    return _Refused.apply(name, g.detach().requires_grad_()) if torch.is_grad_enabled() else g
+
+
+def once(name: str) -> Callable[[Callable], Callable]:
+    """As torch's ``once_differentiable`` around an ``autograd.Function``'s backward, with an error that says what can.
+
+    And whatever comes in: torch takes a gradient that needs none for a constant, although what the forward read is not.
+    """
+
+    def around(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> tuple:
+            with torch.no_grad():
+                out = backward(ctx, *grads)
+            return tuple(refusing(name, g) if isinstance(g, Tensor) else g for g in out)
+
+        return run
+
+    return around
