@@ -94,11 +94,15 @@ def selective_scan(
     b, l, d = u.shape
     checks.shape(where, "z", z, (b, l, d), "(b, l, d) like u")
     others = {"dt_bias": dt_bias, "dt_weight": dt_weight, "initial_state": initial_state}
-    checks.same_device(where, "u", u, dt=dt, A=A, B=B, C=C, D=D, z=z, **others)
+    others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z} | others
+    checks.floats(where, u=u, **others)
+    checks.same_device(where, "u", u, **others)
     checks.fits(where, seq, b, l)
     u, dt, B, C, z = _cleared(seq, u, dt, B, C, z)
     leaves = (dt, A, B, C, dt_bias, initial_state, dt_weight)
     facts = _facts(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])
+    # without a token there is nothing for a kernel to do
+    backend = backend if l else "reference"
     chosen = choose(where, backend=backend, **facts)
     if chosen.name != "cuda" or paths is not None:
         B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
@@ -184,7 +188,9 @@ def ssd(
     checks.shape(where, "z", z, (b, l, h, p), "(b, l, h, p) like x")
     checks.shape(where, "dt_bias", dt_bias, (h,), "(h,)")
     checks.shape(where, "initial_state", initial_state, (b, h, p, n), "(b, h, p, n)")
-    checks.same_device(where, "x", x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
+    checks.floats(where, x=x, **others)
+    checks.same_device(where, "x", x, **others)
     checks.fits(where, seq, b, l)
     lo, hi = (float(limit) for limit in dt_limit)
     if not 0 <= lo <= hi:
@@ -193,7 +199,7 @@ def ssd(
         raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
     x, dt, B, C, z = _cleared(seq, x, dt, B, C, z)
     facts = _facts(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n)
-    chosen = choose(where, backend=backend, **facts)
+    chosen = choose(where, backend=backend if l else "reference", **facts)
     operands = (x, dt, A, B, C, D, z, dt_bias, initial_state, *_marks(seq), dt_softplus, (lo, hi))
     out, state = reference.ssd(*operands) if chosen.name == "reference" else _SSDS[chosen.name](*operands, chunk_size)
     (out,) = _cleared(seq, out)
@@ -241,12 +247,14 @@ def causal_conv1d(
     checks.shape(where, "weight", weight, (d, k), "(d, k)")
     checks.shape(where, "bias", bias, (d,), "(d,)")
     checks.shape(where, "initial_state", initial_state, (b, k - 1, d), "(b, k-1, d)")
+    checks.floats(where, x=x, weight=weight, bias=bias, initial_state=initial_state)
     checks.same_device(where, "x", x, weight=weight, bias=bias, initial_state=initial_state)
     checks.fits(where, seq, b, l)
     silu = _is_silu(where, activation)
     (x,) = _cleared(seq, x)
     operands = (x, weight, bias, initial_state)
-    chosen = choose(where, backend=backend, **_facts(x, initial_state, seq, False, width=k, d=d))
+    facts = _facts(x, initial_state, seq, False, width=k, d=d)
+    chosen = choose(where, backend=backend if l else "reference", **facts)
     # rows of one document read nothing behind padding, which stands at their end
     doc = seq.doc if seq is not None and seq.packed else None
     (out,) = _cleared(seq, _CONVS[chosen.name](*operands, doc, silu))

@@ -1,8 +1,11 @@
 """Argument checks of the public ops: one line per mistake, naming the argument and both sizes."""
 
+import torch
 from torch import Tensor
 
 from .seq import Seq
+
+_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def shape(where: str, name: str, x: Tensor | None, want: tuple[int, ...], letters: str) -> None:
@@ -17,6 +20,15 @@ def floating(where: str, name: str, x: Tensor, dims: int, letters: str) -> None:
         raise ValueError(f"{where}: {name} has {x.dim()} dimensions, expected {dims} {letters}.")
     if not x.is_floating_point():
         raise ValueError(f"{where}: {name} has dtype {x.dtype}, expected a floating-point one. Embed or cast it first.")
+
+
+def floats(where: str, **tensors: Tensor | None) -> None:
+    """Raise unless every tensor is of a type that is computed in: no integers, complex numbers, or 8 bits."""
+    if not _FLOATS.issuperset([x.dtype for x in tensors.values() if x is not None]):
+        name, x = next((n, x) for n, x in tensors.items() if x is not None and x.dtype not in _FLOATS)
+        raise ValueError(
+            f"{where}: {name} has dtype {x.dtype}, expected float16, bfloat16, float32 or float64. Cast it first."
+        )
 
 
 def same_device(where: str, first: str, x: Tensor, **others: Tensor | None) -> None:

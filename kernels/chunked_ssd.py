@@ -60,7 +60,7 @@ def ssd_op(
     D = i.skip()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = x.new_empty(b, -(-x.shape[1] // chunk), g, n, r, p, dtype=i.acc)
-    state = saved.new_zeros(b, g, n, r, p) if initial_state is None else _inward(initial_state.to(i.acc), g)
+    state = saved.new_zeros(b, g, n, r, p) if initial_state is None else _inward(initial_state.to(i.acc, copy=True), g)
     for size in i.blocks():
         block = Block(i, *size)
         state = block.carry(state, saved)
@@ -119,7 +119,7 @@ def ssd_backward_op(
     gz = x.new_empty(0) if z is None else _like(z)
     gA, gbias = x.new_zeros(g * r, dtype=i.wide), x.new_zeros(g * r if dt_bias is not None else 0, dtype=i.acc)
     gD = x.new_zeros(0 if skip is None else skip.shape, dtype=i.acc)
-    gstate = saved.new_zeros(b, g, n, r, p) if glast is None else _inward(glast.to(i.acc), g)
+    gstate = saved.new_zeros(b, g, n, r, p) if glast is None else _inward(glast.to(i.acc, copy=True), g)
     for size in reversed(i.blocks()):
         block = Block(i, *size)
         state = saved[:, block.chunks].flatten(0, 1)

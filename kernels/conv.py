@@ -21,7 +21,7 @@ _GROUP = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 def _groups(x: Tensor) -> Iterator[slice]:
     b, l, d = x.shape
-    rows = max(1, _GROUP.get(x.device.type, _GROUP["cuda"]) // (l * d))
+    rows = max(1, _GROUP.get(x.device.type, _GROUP["cuda"]) // max(1, l * d))
     return (slice(i, min(b, i + rows)) for i in range(0, b, rows))
 
 

@@ -41,6 +41,7 @@ def cross_entropy(
     """
     where = "cross_entropy"
     checks.floating(where, "logits", logits, 2, "(m, v)")
+    checks.floats(where, logits=logits)
     checks.shape(where, "targets", targets, logits.shape[:1], "(m,)")
     checks.same_device(where, "logits", logits, targets=targets)
     if targets.dtype != torch.int64:

@@ -72,6 +72,7 @@ def _check(x: Tensor, weight: Tensor | None, add: Tensor | None) -> None:
         raise ValueError(f"{where}: x has no dimensions, expected (..., d).")
     checks.floating(where, "x", x, x.dim(), "(..., d)")
     checks.shape(where, "weight", weight, (x.shape[-1],), "(d,)")
+    checks.floats(where, x=x, weight=weight, add=add)
     checks.same_device(where, "x", x, weight=weight, add=add)
     if add is not None:
         checks.floating(where, "add", add, x.dim(), "(..., d)")

@@ -41,7 +41,7 @@ def rates(A: Tensor, acc: torch.dtype) -> Tensor:
 
     The floor times the smallest normal number, at which decays end (:func:`exp_`), is no gradient to speak of.
     """
-    return A.to(acc).clamp(min=-1e30)
+    return A.to(acc).clamp(min=max(-1e30, torch.finfo(acc).min))
 
 
 def selective_scan(
@@ -93,7 +93,7 @@ def selective_scan(
         B_t, C_t = (m.repeat_interleave(d // g, dim=1) for m in (B_t, C_t))  # (b, d, n)
         h = torch.exp(dt_t[..., None] * A) * h + (dt_t * x_t)[..., None] * B_t
         ys.append((h * C_t).sum(-1))
-    y = torch.stack(ys, 1)
+    y = torch.stack(ys, 1) if ys else x * dt  # no token, and still a part of the graph
     return finish(y, x, D, z).to(u.dtype), h
 
 
@@ -129,7 +129,7 @@ def ssd(
         B_t, C_t = (m.repeat_interleave(h // g, dim=1)[:, :, None] for m in (B_t, C_t))  # (b, h, 1, n)
         s = torch.exp(dt_t * A)[..., None, None] * s + (dt_t[..., None] * u_t)[..., None] * B_t
         ys.append((s * C_t).sum(-1))
-    y = torch.stack(ys, 1)
+    y = torch.stack(ys, 1) if ys else u * dt[..., None]
     if D is not None and D.dim() == 1:
         D = D[:, None]
     return finish(y, u, D, z).to(x.dtype), s
@@ -158,7 +158,7 @@ def causal_conv1d(
             )
             y = y + taps[j] * seen
         ys.append(F.silu(y) if silu else y)
-    return torch.stack(ys, 1).to(x.dtype)
+    return torch.stack(ys, 1).to(x.dtype) if ys else x.clone()
 
 
 def exp_(x: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def selective_state_update(
     checks.shape(where, "A", A, (d, n), "(d, n) of the state")
     for name, m in (("B", B), ("C", C)):
         checks.shape(where, name, m, (b, g, n), "(b, g, n) of the state")
+    checks.floats(where, state=state, u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     run = _backend(backend, u, state, (dt, A, B, C, D, z, dt_bias), d_state=n)
     return run.selective(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, rows)
 
@@ -123,6 +124,7 @@ def ssd_state_update(
     for name, m in (("B", B), ("C", C)):
         checks.shape(where, name, m, (b, g, n), "(b, g, n) of the state")
     _check_heads(where, b, h, p, dt, A, D, z, dt_bias)
+    checks.floats(where, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     run = _backend(backend, x, state, (dt, A, B, C, D, z, dt_bias), d_state=n)
     return run.ssd(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, rows)
 
@@ -159,6 +161,7 @@ def causal_conv1d_update(
     checks.floating(where, "x", x, 2, "(b, d)")
     silu = _is_silu(where, activation)
     _check_conv(where, x, state, weight, bias, rows)
+    checks.floats(where, x=x, state=state, weight=weight, bias=bias)
     run = _backend(backend, x, None, (weight, bias), conv_state=state, width=weight.shape[1])
     return run.conv(x, state, weight, bias, silu, rows)
 
@@ -217,6 +220,8 @@ def conv_ssd_update(
     silu = _is_silu(where, activation)
     _check_conv(where, xBC, conv_state, weight, bias, rows)
     _check_heads(where, b, h, p, dt, A, D, z, dt_bias)
+    steps = {"dt": dt, "A": A, "D": D, "z": z, "dt_bias": dt_bias}
+    checks.floats(where, xBC=xBC, conv_state=conv_state, weight=weight, bias=bias, state=state, **steps)
     leaves = (weight, bias, dt, A, D, z, dt_bias)
     facts = {"conv_state": conv_state, "width": weight.shape[1], "d_state": n}
     run = _backend(backend, xBC, state, leaves, **facts)

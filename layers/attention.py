@@ -259,6 +259,8 @@ class Attention(Mixer):
     ) -> Tensor:
         # (b, lq, h, p), (b, lk, h_kv, p), and a position and a document for each; the last lq keys are the queries' own
         length, window = q.shape[1], self.window
+        if not length:
+            return q.flatten(-2)
         past = k.shape[1] - length
         plain = doc is None and not past
         backend = choose("attention", device=q.device.type, dtype=q.dtype, headdim=self.headdim, masked=not plain)

@@ -101,6 +101,8 @@ def remember(
         length: New tokens per row, padding included.
         window: Tokens to keep; all if ``None``.
     """
+    if state is not None and not length:
+        return state.map(Tensor.clone)
     b, total = k.shape[:2]
     old = total - length
     cap, bound = _capacity(state, length, window)
