@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .build import param_groups
-from .checkpoint.files import CheckpointError, stored_tensors
+from .checkpoint.files import CheckpointError
+from .checkpoint.tensors import stored_tensors
 from .data import Rows
 from .diverged import Diverged, first_nonfinite, nonfinite_weight
 from .lm import CausalLM
@@ -232,15 +233,16 @@ def load_weights(model: CausalLM, folder: Path) -> None:
     Raises:
         CheckpointError: Tensors of other names, shapes or types.
     """
-    stored = stored_tensors(folder)
-    places = dict(model.named_parameters(remove_duplicate=False))
-    filled = {id(places[name]) for name in stored if name in places}
-    wrong = sorted(set(stored) - set(places)) + sorted(n for n, p in model.named_parameters() if id(p) not in filled)
-    if wrong:
-        raise CheckpointError(
-            f"{folder}: holds the weights of another model: {wrong[0]!r} is in one of them alone. {AGAIN}"
+    with stored_tensors(folder) as stored, torch.no_grad():
+        places = dict(model.named_parameters(remove_duplicate=False))
+        filled = {id(places[name]) for name in stored if name in places}
+        wrong = sorted(set(stored) - set(places)) + sorted(
+            n for n, p in model.named_parameters() if id(p) not in filled
         )
-    with torch.no_grad():
+        if wrong:
+            raise CheckpointError(
+                f"{folder}: holds the weights of another model: {wrong[0]!r} is in one of them alone. {AGAIN}"
+            )
         for name, tensor in stored.items():
             value, place = tensor.read(), places[name]
             if value.shape != place.shape or value.dtype != place.dtype:
