@@ -132,7 +132,7 @@ def config_of(folder: str | Path) -> Any:
         CheckpointError: No model is saved there, or one of an unknown family.
     """
     family = detect(Path(folder))
-    return native._read_config(Path(folder)) if family is None else read_config(family, Path(folder))
+    return native.read_config(Path(folder)) if family is None else read_config(family, Path(folder))
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype | None:
