@@ -9,6 +9,7 @@ The rule: a query sees a key of the same document if ``0 <= pos_k <= pos_q``, an
 there is one.
 """
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..kernels.derivatives import ENV
+from ..kernels.derivatives import plain as plain_only
 from ..kernels.dispatch import choose
 from .adapter import Adapter
 from .base import Mixer, Seq
@@ -302,9 +305,9 @@ class Attention(Mixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # mask ([b,] lq, lk), or plain causality; gives (b, lq, h * p)
-        how = choose("attention", device=q.device.type, dtype=q.dtype, headdim=self.headdim, masked=True).name
+        math = plain_only() or os.environ.get(ENV) == "math"
         # the fused kernels have first derivatives only, and none in forward mode
-        with sdpa_kernel(SDPBackend.MATH) if how == "math" else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
                 k.transpose(1, 2),
