@@ -138,6 +138,42 @@ def test_gradients_of_hooked_modules_pass_through_steps(model):
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["full", "pre", "global"])
+def test_backward_hooks_of_blocks_see_the_gradients_of_the_stream(model, kind, checkpointing):
+    ids, parameters, passed = torch.randint(0, 60, (2, 6)), list(model.parameters()), []
+
+    def hold(block, args, output):
+        passed.append(output[0].sum())
+        return Stream(passed[-1]), *output[1:]
+
+    handles = [block.register_forward_hook(hold) for block in model.backbone.layers]
+    loss = model(ids, labels=ids).loss
+    want = torch.autograd.grad(loss, passed, retain_graph=True)
+    weights = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for handle in handles:
+        handle.remove()
+    seen, blocks = {}, list(model.backbone.layers)
+
+    def note(module, *gradients):
+        if module in blocks:
+            seen[blocks.index(module)] = gradients[-1][0]
+
+    if kind == "global":
+        handles = [nn.modules.module.register_module_full_backward_hook(note)]
+    else:
+        name = {"full": "register_full_backward_hook", "pre": "register_full_backward_pre_hook"}[kind]
+        handles = [getattr(block, name)(note) for block in blocks]
+    model.train().gradient_checkpointing_enable(checkpointing)
+    loss = model(ids, labels=ids).loss
+    got = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for handle in handles:
+        handle.remove()
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    torch.testing.assert_close([seen[i] for i in range(5)], list(want))
+    torch.testing.assert_close([x for x in got if x is not None], [x for x in weights if x is not None])
+
+
 def test_norms_with_hooks_read_and_give_one_tensor(model):
     seen, ids = {}, torch.randint(0, 60, (1, 4))
     want = model(ids, output_hidden_states=True)

@@ -119,18 +119,18 @@ class Block(Sharing):
 
     def forward(
         self,
-        stream: Stream,
+        stream: Stream | Tensor,
         state: Any,
         seq: Seq | None,
         return_state: bool,
         embedding: Tensor,
         side: Tensor | None = None,
         run: nn.Module | None = None,
-    ) -> tuple[Stream, Any, dict[str, list], Tensor | None]:
+    ) -> tuple[Stream | Tensor, Any, dict[str, list], Tensor | None]:
         """One residual block over ``(b, l, d)``.
 
         Args:
-            stream: The residual stream.
+            stream: The residual stream, or its value, in which case a value comes back: what backward hooks see.
             state: What the rows left behind here, if anything.
             seq: Padding or packing of the rows.
             return_state: Whether to return the new state.
@@ -146,13 +146,14 @@ class Block(Sharing):
         if run is not None:
             return run(stream, state, seq, return_state, embedding, side)
         aux: dict[str, list] = {"balance": []}
-        h, stream = self._normed(stream, embedding, side)
+        before = Stream(stream) if isinstance(stream, Tensor) else stream
+        h, before = self._normed(before, embedding, side)
         if return_state:
             y, state = self.mixer(h, state, seq, aux, return_state=True)
         else:
             y, state = self.mixer(h, state, seq, aux), None
-        stream, side = self._written(stream, side, y)
-        return stream, state, aux, side
+        after, side = self._written(before, side, y)
+        return after.sum() if isinstance(stream, Tensor) else after, state, aux, side
 
     def step(
         self, stream: Stream, state: Any, embedding: Tensor, side: Tensor | None = None

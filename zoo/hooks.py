@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hooks", "has_hooks", "is_hooked"]
+__all__ = ["Hooks", "has_backward_hooks", "has_hooks", "is_hooked"]
 
 # torch's own names for what it calls around every module
 _every: Any = nn.modules.module
@@ -22,10 +22,17 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
         or _every._global_forward_hooks
         or _every._global_forward_pre_hooks
+        or has_backward_hooks(module)
+    )
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for gradients at a module; torch gives those of tensors that are arguments and outputs, not parts of such."""
+    return bool(
+        module._backward_hooks
+        or module._backward_pre_hooks
         or _every._global_backward_hooks
         or _every._global_backward_pre_hooks
     )

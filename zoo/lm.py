@@ -24,7 +24,7 @@ from ..layers.norm import make_norm
 from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
 from .config import block_specs, validate
 from .generate import generate
-from .hooks import Hooks
+from .hooks import Hooks, has_backward_hooks
 from .loss import next_token_loss, share_of_items, shift_labels
 from .state import ModelState
 from .tokenizer import load_tokenizer
@@ -132,14 +132,17 @@ class Backbone(nn.Module):
         after: list[Any] = []
         aux: dict[str, list] = {}
         stream, embedding, side = Stream(x), x, None
-        for i, (block, s) in enumerate(zip(self._callables(), before, strict=True)):
+        for i, (block, call, s) in enumerate(zip(self.blocks, self._callables(), before, strict=True)):
             rest = s, seq, return_state, embedding, side
             if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
                 # one tensor to keep, not two
-                inputs = Stream(stream.sum()), *rest
-                stream, s, extra, side = self._gradient_checkpointing_func(block, *inputs, use_reentrant=False)
-            else:
-                stream, s, extra, side = block(stream, *rest)
+                call, stream = (
+                    partial(self._gradient_checkpointing_func, call, use_reentrant=False),
+                    Stream(stream.sum()),
+                )
+            value = stream.sum() if has_backward_hooks(block) else stream
+            value, s, extra, side = call(value, *rest)
+            stream = Stream(value) if isinstance(value, Tensor) else value
             after.append(s)
             if passed is not None and len(after) < len(before):
                 passed.append(stream.sum())
