@@ -218,8 +218,8 @@ def test_shards_that_change_between_the_index_and_the_files_are_read_again(tmp_p
 
 def test_a_decided_save_in_a_folder_that_one_may_not_write_to_is_refused(tmp_path, monkeypatch):
     zoo.save(filled(1.0), tmp_path)
-    (tmp_path / ".saving").mkdir()
-    (tmp_path / "config.json").rename(tmp_path / ".saving/config.json")
+    (tmp_path / ".decided").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / ".decided/config.json")
 
     def refused(*args):
         raise PermissionError(13, "Permission denied")
@@ -228,7 +228,7 @@ def test_a_decided_save_in_a_folder_that_one_may_not_write_to_is_refused(tmp_pat
         m.setattr(os, "replace", refused)
         with pytest.raises(CheckpointError, match=r"interrupted and cannot be finished here \(Permission denied\)"):
             zoo.load(tmp_path)
-    assert seen(tmp_path) == {1.0} and not (tmp_path / ".saving").exists()
+    assert seen(tmp_path) == {1.0} and not (tmp_path / ".decided").exists()
 
 
 def test_a_hostile_rest_of_a_save_reaches_no_other_folder(tmp_path):
@@ -236,12 +236,12 @@ def test_a_hostile_rest_of_a_save_reaches_no_other_folder(tmp_path):
     zoo.save(filled(1.0), folder)
     outside.mkdir()
     (outside / "config.yaml").write_text("mine")
-    (folder / ".saving").symlink_to(outside)
-    with pytest.raises(CheckpointError, match=r"\.saving: is not what a save leaves"):
+    (folder / ".decided").symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"\.decided: is not what a save leaves"):
         zoo.load(folder)
-    (folder / ".saving").unlink()
-    (folder / ".saving").mkdir()
-    (folder / ".saving/.remove.json").write_text('["../outside/config.yaml"]')
+    (folder / ".decided").unlink()
+    (folder / ".decided").mkdir()
+    (folder / ".decided/.remove.json").write_text('["../outside/config.yaml"]')
     with pytest.raises(CheckpointError, match=r"names files outside the folder"):
         zoo.load(folder)
     assert (outside / "config.yaml").read_text() == "mine"

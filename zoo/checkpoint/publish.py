@@ -1,7 +1,7 @@
 """A checkpoint's folder is read and written while other processes do the same.
 
 A save is decided by one rename. Its files are completed in ``.saving-*`` beside those that they replace, that folder is renamed to
-``.saving``, and from then on it is the model: whoever comes next, be it a load or another save, moves the rest of the files into their
+``.decided``, and from then on it is the model: whoever comes next, be it a load or another save, moves the rest of the files into their
 places if the process that began it has died. Before that rename the old model stands as it was.
 """
 
@@ -26,7 +26,7 @@ except ImportError:  # Windows has none: there, two processes that save to one f
 __all__ = ["check_new", "new_folder", "publishing", "steady", "write_whole"]
 
 GENERATION = "generation_config.json"
-_SAVING, _DECIDED, _REMOVE = ".saving-", ".saving", ".remove.json"
+_SAVING, _DECIDED, _REMOVE = ".saving-", ".decided", ".remove.json"
 # seconds: how long what a killed process left is kept; how long a load waits for a save, and a save for another's files to be in place
 _STALE, _PATIENCE, _LOCK_PATIENCE = 600, 10, 60
 T = TypeVar("T")
