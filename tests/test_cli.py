@@ -90,12 +90,12 @@ def test_convert_goes_there_and_back_and_says_what_matched(folder, tmp_path):
     assert back.keys() == first.keys() and all(torch.equal(back[name], first[name]) for name in back)
 
 
-@pytest.mark.parametrize("at", ["save_file", "shutil.copyfile"])
+@pytest.mark.parametrize("at", ["writing.save_file", "native.shutil.copyfile"])
 def test_convert_leaves_nothing_half_written(folder, tmp_path, monkeypatch, at):
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(f"hybridzoo.zoo.checkpoint.writing.{at}", interrupted)
+    monkeypatch.setattr(f"hybridzoo.zoo.checkpoint.{at}", interrupted)
     assert invoke("convert", folder, tmp_path / "new", status=130).stderr == "interrupted\n"
     assert not list(tmp_path.iterdir())
 
