@@ -222,6 +222,12 @@ def test_a_folder_that_something_else_saved_into_is_not_written_over(tmp_path):
     assert train(config(), ROWS, tmp_path, overwrite=True, **SETTINGS | {"lr": 1e-3}).resumed_from == 0
 
 
+def test_a_folder_with_an_adapter_is_refused_before_training_and_not_after(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter of PEFT"):
+        train(config(), ROWS, tmp_path, overwrite=True, **SETTINGS)
+
+
 def test_a_folder_of_weights_is_trained_further(tmp_path, capsys):
     first = train(config(), ROWS, tmp_path / "a", **SETTINGS)
     more = train(tmp_path / "a", ROWS, tmp_path / "b", **SETTINGS)
@@ -343,13 +349,17 @@ def test_a_full_disk_is_one_error_and_the_same_call_goes_on(tmp_path, monkeypatc
         train(config(), ROWS, tmp_path, on_step=on_step, **SETTINGS)
     monkeypatch.undo()
     resumed = train(config(), ROWS, tmp_path, **SETTINGS)
-    assert resumed.resumed_from == 2 and facts(resumed) == whole and not (tmp_path / "checkpoints" / ".saving").exists()
+    assert (
+        resumed.resumed_from == 2 and facts(resumed) == whole and not (tmp_path / "checkpoints" / ".staging").exists()
+    )
 
 
 def test_a_model_that_could_not_be_saved_is_not_trained(tmp_path):
     model = zoo.build(config())
     model.backbone.layers[1].mixer.fc1.bias = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=r"'backbone.layers.1.mixer.fc1.bias' is not what its config describes"):
+    with pytest.raises(
+        ValueError, match=r"differ from what the config describes, such as 'backbone.layers.1.mixer.fc1.bias'"
+    ):
         train(model, ROWS, tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out").exists()
 

@@ -64,7 +64,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path, self.checkpoints = path, path / "checkpoints"
-        self.staging = self.checkpoints / ".saving"
+        self.staging = self.checkpoints / ".staging"
         self.settings: dict[str, Any] = {}
 
     @contextlib.contextmanager
@@ -88,9 +88,10 @@ class RunFolder:
         try:
             write_whole(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
             # of those who were killed: whoever is at work holds the lock
-            for pattern in (".saving*", ".writing-*", ".deleting-*"):
-                for left in (*self.path.glob(pattern), *self.checkpoints.glob(pattern)):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            # (.saving without more is a save that was decided: the next load or save finishes it)
+            lost = [f for pattern in (".saving-*", ".writing-*", ".deleting-*") for f in self.path.glob(pattern)]
+            for left in (*lost, *self.checkpoints.glob(".staging"), *self.checkpoints.glob(".deleting-*")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -212,6 +213,10 @@ class RunFolder:
             raise DifferentRun(f"{self.path}: holds a run with another {key}{shown}. {AGAIN}")
 
     def _refuse_foreign(self, overwrite: bool) -> None:
+        if (self.path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{self.path}: holds an adapter of PEFT, which transformers would put on the model. Use another folder, or remove it."
+            )
         found = next((f for pattern in _MODEL_FILES for f in self.path.glob(pattern)), None)
         if found is not None and not overwrite:
             raise DifferentRun(

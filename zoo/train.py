@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from .build import build
 from .checkpoint import load, save
+from .checkpoint.native import as_saved
 from .data import Rows, rows_from, rows_with_targets
 from .device import pick_device
 from .digests import digest_rows, digest_weights
@@ -232,13 +233,7 @@ def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out:
             "to train a fresh model."
         )
     if isinstance(model, CausalLM):
-        described = {name: p.shape for name, p in CausalLM(model.cfg, device="meta").named_parameters()}
-        odd = {name: p.shape for name, p in model.named_parameters()}.items() ^ described.items()
-        if odd:
-            raise ValueError(
-                f"model: {min(odd)[0]!r} is not what its config describes, so the trained model could not be saved. Merge or "
-                "remove adapters, or train with transformers' Trainer."
-            )
+        as_saved(model)  # a model that could not be saved is refused before it is trained
         return model, []
     if not weights:
         return build(model, overrides), [f"{named}a fresh model"] if named else []
