@@ -297,8 +297,9 @@ class Attention(Mixer):
             else:
                 flat = batch.flatten()
                 parts = (x.flatten(0, 1).index_select(0, flat).unflatten(0, batch.shape) for x in (q, k, v))
-            mine = torch.arange(batch[2] - batch[1] if isinstance(batch, tuple) else batch.shape[1], device=q.device)
-            ys.append(self._mix(*parts, mine, mine, None, None).flatten(0, 1))
+            q_, k_, v_ = parts
+            mine = torch.arange(q_.shape[1], device=q.device)
+            ys.append(self._mix(q_, k_, v_, mine, mine, None, None).flatten(0, 1))
         # for padding, which reads what nobody else does
         ys.append(q.new_zeros(1, self.nheads * self.headdim))
         return torch.cat(ys).index_select(0, place.flatten()).unflatten(0, place.shape)

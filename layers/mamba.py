@@ -300,7 +300,8 @@ class Mamba(Mixer):
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
             dt, B, C = self.dt_norm(dt), self.b_norm(B), self.c_norm(C)
-        A, steps = -upcast(self.A_log).exp(), self.dt_proj
+        A = -upcast(self.A_log).exp()
+        steps: Any = self.dt_proj
         if called(steps, StepProjection) or steps.bias is None:
             # a bias of somebody else's may be adapted, quantised, or elsewhere until the module is called
             return steps(dt), None, A, B, C
