@@ -110,6 +110,28 @@ def test_a_name_does_not_lead_out_of_the_models_folder(name, folder, tmp_path):
     assert whose(str(tmp_path / "other"), folder) == str(tmp_path / "other")
 
 
+@pytest.mark.parametrize("how", ["built", "loaded"])
+def test_saving_takes_the_tokenizers_files_along(how, folder, monkeypatch, tmp_path):
+    words("<s> $A").save_pretrained(named(folder, "sub") / "sub")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # both names are good for where the process is, or for where the model was, and for nowhere else
+    model = zoo.build("mamba-tiny", [*TINY, "tokenizer=model/sub"]) if how == "built" else zoo.load("model")
+    zoo.save(model, "here/out")
+    monkeypatch.chdir(tmp_path / "here")
+    assert zoo.load("out").tokenizer.encode("ab") == [1, 3, 4]
+    if how == "loaded":
+        assert model.tokenizer.encode("ab") == [1, 3, 4]
+    zoo.save(zoo.load("out"), "out")
+    assert zoo.load("out").tokenizer.encode("ab") == [1, 3, 4]
+
+
+def test_a_chat_template_beside_the_byte_tokenizer_is_kept(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    again = zoo.load(zoo.save(zoo.load(folder), tmp_path / "again"))
+    assert again.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+
+
 # what is refused
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "from_transformers",
     "load_tokenizer",
     "tokenizer_files",
+    "tokenizer_folder",
     "whose",
 ]
 
@@ -84,6 +85,15 @@ def whose(name: str, source: Path | None) -> str:
             "absolute path or a hub id into its config."
         )
     return str(inside) if inside.is_dir() else name
+
+
+def tokenizer_folder(name: str, source: Path | None) -> Path | None:
+    """The folder with the files of a model's tokenizer, for who takes them along; ``None`` where they are ours, the hub's or nowhere."""
+    try:
+        found = whose(name, source)
+    except SourceError:
+        return None  # said when the tokenizer is asked for
+    return Path(found) if found != "byte" and Path(found).is_dir() else None
 
 
 def from_transformers(name: str) -> Any:
@@ -170,7 +180,9 @@ def _without_end(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def _is_built_in(folder: Path) -> bool:
-    return all(_content(folder / name) == content for name, content in tokenizer_files().items())
+    # the built-in one has no chat template
+    ours = all(_content(folder / name) == content for name, content in tokenizer_files().items())
+    return ours and not any(folder.glob("chat_template*"))
 
 
 def _is_ours(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from ...layers.common import weight_dtype
 from ..config import validate
 from ..config_file import read_config as read_yaml
 from ..lm import CausalLM
-from ..tokenizer import tokenizer_files
+from ..tokenizer import tokenizer_files, tokenizer_folder
 from .files import GENERATION, SPECIAL_IDS, CheckpointError, dump, open_regular, publishing, read_json, write_whole
 
 __all__ = [
@@ -194,16 +194,17 @@ def write_config(cfg: DictConfig, place: Path) -> None:
 def write_companions(model: CausalLM, place: Path, target: Path) -> None:
     """The tokenizer's files and those about generating, for a model whose folder shall be ``target``."""
     source, byte = model.source, model.cfg.tokenizer == "byte"
-    files = [name for name in TOKENIZER if source is not None and (source / name).is_file()]
+    at = tokenizer_folder(model.cfg.tokenizer, source)
+    files = [name for name in TOKENIZER if at is not None and (at / name).is_file()]
     if source is not None and not source.is_dir() and not byte:
         warnings.warn(
             f"{source}: the folder that the model was loaded from is gone, so no tokenizer's files are saved with it. Save them by the "
             "tokenizer's own save_pretrained.",
             stacklevel=3,
         )
-    if files and source is not None and not (target.exists() and source.samefile(target)):
+    if files and at is not None and not (target.exists() and at.samefile(target)):
         for name in files:
-            shutil.copyfile(source / name, place / name)
+            shutil.copyfile(at / name, place / name)
     elif byte and not files:
         for name, content in tokenizer_files().items():
             (place / name).write_text(dump(content), encoding="utf-8")

@@ -73,7 +73,8 @@ def load(
         if dtype is None:
             dtype = _one_precision(model, pieces, stored, folder)
         _fill(model, pieces, stored, device, dtype)
-    model.source, model.metadata = folder, metadata
+    # absolute: its tokenizer may be asked for when the process is in another folder
+    model.source, model.metadata = folder.absolute(), metadata
     model.family = None if isinstance(family, Own) else family.model_type
     return model.eval()
 
