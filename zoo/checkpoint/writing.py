@@ -141,6 +141,7 @@ def _check_format(to: str) -> None:
 def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, dict[str, Any]]:
     """The first family whose config, read back, is the same model; ``first`` is tried before the others."""
     unlike: list[str] = []
+    reasons: dict[str, str] = {}
     for name, family in sorted(families().items(), key=lambda item: item[0] != first):
         if (name == "mamba_ssm") != (to == "mamba_ssm"):
             continue
@@ -152,6 +153,10 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
             if _types(cfg) != view.layout:
                 continue  # known before a model is built from it
             back = View(CausalLM({"tokenizer": "byte"} | cfg, device="meta"))
+        except CheckpointError as e:
+            # what the family's reader refuses by name
+            reasons[name] = str(e).removeprefix("config.json: ")
+            continue
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
             # what the family cannot express shows as a part that is not there or a value that nobody may have
             continue
@@ -161,6 +166,8 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
         unlike = options if not unlike or len(options) < len(unlike) else unlike
     what = "mamba-ssm" if to == "mamba_ssm" else f"no family of {', '.join(n for n in families() if n != 'mamba_ssm')}"
     closest = f" The closest differs in {', '.join(unlike)}." if unlike else ""
+    if first in reasons:
+        closest = f" {first}: {reasons[first]}"
     raise CheckpointError(
         f"to={to!r}: {what} {'cannot express' if to == 'mamba_ssm' else 'can express'} the layers {view.cfg.layers!r} with their options."
         f"{closest} "

@@ -64,6 +64,10 @@ class Zamba2(Family):
                 f"{fields.file}: num_key_value_heads {kv} is not num_attention_heads {heads}, and use_shared_attention_adapter is on: "
                 "its class makes adapters for equally many."
             )
+        if rank < 1:
+            raise CheckpointError(
+                f"{fields.file}: adapter_rank is {rank}. Its class gives every use of a shared MLP an adapter; use 1 or more."
+            )
         turned = rotary(fields, size, length=4096)
         limit = lowest(fields, 0.0 if "time_step_limit" in fields.data else ssm["dt_min"])
         mamba2 = {"type": "mamba2", "headdim": inner // ssm_heads, "dt_limit": limit, **ssm}
