@@ -5,6 +5,7 @@ tested says so in its own terms. Each function here looks for one fault and says
 them in an order in which none can be mistaken for another: what a plain forward does, then the state, then ``step``, then ``seq``.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -226,7 +227,7 @@ def _step(case: Case, mixer: Mixer) -> None:
     before = map_state(state, torch.clone)
     for t in range(_LENGTH):
         token = x[:, t].clone()
-        y = _call("step(x, state)", lambda token=token: mixer.step(token, state))
+        y = _call("step(x, state)", functools.partial(mixer.step, token, state))
         if not isinstance(y, Tensor) or y.shape != token.shape:
             raise Fault(
                 f"wrong output: step of {tuple(token.shape)} gives {_shown(y)}",

@@ -116,7 +116,9 @@ def _options(
 
 def _imports_first(args: list[str]) -> list[str]:
     # `zoo show my.yaml --import mine.py` is what one writes; the option is of the program and not of each command
-    first, rest, i = [], [], 0
+    first: list[str] = []
+    rest: list[str] = []
+    i = 0
     while i < len(args) and args[i] != "--":
         if args[i] == "--import" and i + 1 < len(args):
             first += args[i : i + 2]

@@ -203,6 +203,7 @@ def _keys(key: str, entry: str) -> list[str]:
 def _put(data: dict[str, Any], key: str, value: Any, entry: str) -> None:
     *parents, last = _keys(key, entry)
     node: Any = data
+    name: Any
     for i, name in enumerate([*parents, last]):
         if isinstance(node, list):
             if not re.fullmatch(r"-?\d{1,6}", name, re.ASCII) or not -len(node) <= int(name) < len(node):

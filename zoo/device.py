@@ -47,6 +47,7 @@ def pick_device(
 
 
 def _there() -> str:
-    kind, count = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
-    names = ["cpu", *(f"{kind.type}:{i}" for i in range(count if kind is not None else 0))]
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    others = [] if kind is None else [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
+    names = ["cpu", *others]
     return f"There is: {', '.join(names)}. Name one of them, or leave the device out."

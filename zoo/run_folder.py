@@ -279,7 +279,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> t
             if inner := _difference(there, now, f"{prefix}{key}."):
                 return inner
         elif there != now:
-            return f"{prefix}{key}", *(str(v) if len(str(v)) <= 60 else f"{str(v)[:57]}..." for v in (there, now))
+            shown = [str(v) if len(str(v)) <= 60 else f"{str(v)[:57]}..." for v in (there, now)]
+            return f"{prefix}{key}", shown[0], shown[1]
     return None
 
 

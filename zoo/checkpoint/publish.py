@@ -68,7 +68,7 @@ def steady(folder: Path, read: Callable[[], T]) -> T:
 
 def _identities(folder: Path) -> dict[str, tuple[int, ...]]:
     """Which files make up the model at this moment; a file that is replaced or written to is another one."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name

@@ -156,7 +156,8 @@ def _one_precision(
     Apart are those that are kept in float32 anyway, and routers, which compute in a precision of their own.
     """
     apart = native.fp32_names(model) | {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Router)}
-    kinds = {stored[name].dtype for name, group in pieces.items() if any(p.ours not in apart for p in group)}
+    # what is no floating type was refused before
+    kinds: set[Any] = {stored[name].dtype for name, group in pieces.items() if any(p.ours not in apart for p in group)}
     if len(kinds) <= 1:
         return None
     file = folder / "config.json"
@@ -165,7 +166,7 @@ def _one_precision(
     for kind in kinds:
         if stated == str(kind).removeprefix("torch."):
             return kind
-    return functools.reduce(torch.promote_types, kinds)  # type: ignore[arg-type]
+    return functools.reduce(torch.promote_types, kinds)
 
 
 def detect(folder: Path) -> Family | None:

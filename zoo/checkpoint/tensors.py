@@ -186,7 +186,8 @@ class _Reader:
             raise _damaged(self.file, f"numbers of kind {self.dtype}")
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if tensor.numel():
-            _fill(self.handle, self.at, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), self.file)
+            place: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            _fill(self.handle, self.at, memoryview(place), self.file)
         return tensor
 
 
