@@ -121,6 +121,28 @@ def test_ssd_state_update():
         compare("ssd", [state], state, x, dt, A, B, C, D, z, bias, True, limit, rows)
 
 
+@needs_compiler
+@pytest.mark.parametrize("form", ["selective", "ssd"])
+def test_a_rate_of_minus_infinity_and_a_step_of_nan(form):
+    b, h, p, n = 2, 4, 20, 64
+    B, C = torch.randn(2, b, 1, n)
+    if form == "ssd":
+        state, dt, A, D, z, bias = heads(b, h, p, n, 1, F32, b)
+        x, more = torch.randn(b, h, p), ((0.0, 1.0),)
+    else:
+        state, x, dt, A, _, _, D, z, bias = scan_operands(b, h, n)
+        more = ()
+    A[1], bias = -math.inf, torch.zeros_like(bias)
+    dt = dt.abs()
+    dt[0, 1] = 0.0
+    compare(form, [state], state, x, dt, A, B, C, D, z, bias, False, *more, None)
+    dt[0, 2] = math.nan
+    out = [s := state.clone(), getattr(cuda_update, form)(s, x, dt, A, B, C, D, z, bias, True, *more, None)]
+    for got in out:
+        bad = got.isnan().flatten(2).all(2) if got.dim() > 2 else got.isnan()
+        assert bad.nonzero().tolist() == [[0, 2]] and got.isnan().sum() == got[0, 2].numel()
+
+
 CONVS = {
     "wide": dict(b=2, d=140, k=4, dtype=BF16, rows=True),
     "odd channels": dict(b=3, d=21, k=8, dtype=F32, rows=False),

@@ -145,7 +145,8 @@ struct StateUpdate {
 
     DEVICE float step_size(float dt) const {
         if (p.softplus) dt = softplus<false>(dt);
-        return fminf(fmaxf(dt, p.low), p.high);
+        // fminf and fmaxf would make a number of NaN
+        return dt < p.low ? p.low : dt > p.high ? p.high : dt;
     }
 
     template <bool ALL>
@@ -156,13 +157,13 @@ struct StateUpdate {
             const bool there = ALL || ch < ch_end;
             if (K > 0 && there) x[i] = shared[ch - ch0];
             const float step = step_size(dt[i] + bias[i]), step2 = step * LOG2E, add = step * x[i];
-            const float decay = ONE_A ? exp2_fast(step2 * A[i][0][0]) : 0.f;
+            const float decay = ONE_A ? exp2_fast(step2 * finite_rate(A[i][0][0])) : 0.f;
             float y = 0.f;
 #pragma unroll
             for (int v = 0; v < VECS; ++v) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float a = ONE_A ? decay : exp2_fast(step2 * A[i][ONE_A ? 0 : v][ONE_A ? 0 : e]);
+                    const float a = ONE_A ? decay : exp2_fast(step2 * finite_rate(A[i][ONE_A ? 0 : v][ONE_A ? 0 : e]));
                     h[i][v][e] = fmaf(a, h[i][v][e], add * B[v][e]);
                     y = fmaf(h[i][v][e], C[v][e], y);
                 }
