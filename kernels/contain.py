@@ -6,10 +6,14 @@ not asked, which would make the host wait for it.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .derivatives import transformed
+from .seq import Seq
 
 
 class Spoiled(NamedTuple):
@@ -66,3 +70,73 @@ def _since(bad: Tensor, reset: Tensor) -> Tensor:
     count = bad.cumsum(1)
     before = torch.where(reset[..., None], count - bad.long(), 0).cummax(1).values
     return count > before
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(last)
+        return _cleaned(q, k, v, first)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        gq, gk, gv, gmark = grads
+        hurt, (last,) = gmark > 0, ctx.saved_tensors
+        seen = _between(hurt, _places(last), last)
+        return (
+            *(g.masked_fill(bad[..., None, None], math.nan) for g, bad in ((gq, hurt), (gk, seen), (gv, seen))),
+            None,
+            None,
+        )
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mark: Tensor) -> Tensor:
+        ctx.save_for_backward(mark)
+        return y.masked_fill(mark[..., None] > 0, math.nan)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        (mark,) = ctx.saved_tensors
+        bad = (mark > 0) | ~g.isfinite().all(2)
+        return g.masked_fill(bad[..., None], 0.0), bad.to(mark.dtype)
+
+
+def enter_attention(
+    q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Operands (b, l, h, p) for attention behind a mask, which is a product with zero, and a mark for :func:`leave_attention`.
+
+    Heads of a token are not told apart: the layer mixes them.
+    """
+    at = _places(seq.doc)
+    ends = F.pad(seq.doc[:, 1:] != seq.doc[:, :-1], (0, 1), value=True)
+    last = torch.where(ends, at, at.shape[1]).flip(1).cummin(1).values.flip(1)
+    first = at - (seq.pos if window is None else seq.pos.clamp(max=window - 1))
+    if window is not None:
+        last = torch.minimum(last, at + window - 1)
+    return _cleaned(q, k, v, first) if transformed() else _Enter.apply(q, k, v, first, last)
+
+
+def leave_attention(y: Tensor, mark: Tensor) -> Tensor:
+    """The output (b, l, h p), NaN at tokens that see what is not finite; in the backward, their gradients and of what they see."""
+    return y.masked_fill(mark[..., None] > 0, math.nan) if transformed() else _Leave.apply(y, mark)
+
+
+def _cleaned(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+    bad_q, bad_k, bad_v = (~x.isfinite().flatten(2).all(2) for x in (q, k, v))
+    bad_k = bad_k | bad_v
+    mark = bad_q | _between(bad_k, first, _places(first))
+    clean = (x.masked_fill(bad[..., None, None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_k)))
+    return *clean, mark.to(q.dtype)
+
+
+def _places(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device).expand_as(x)
+
+
+def _between(bad: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Whether something of (b, l) is bad between two places of the row, both included."""
+    count = F.pad(bad.cumsum(1), (1, 0))
+    return count.gather(1, last + 1) > count.gather(1, first)

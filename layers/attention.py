@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..kernels import contain
 from ..kernels.derivatives import ENV
 from ..kernels.derivatives import plain as plain_only
 from ..kernels.dispatch import choose
@@ -212,10 +213,13 @@ class Attention(Mixer):
             # elsewhere padding stands behind the real tokens, where causality hides it anyway
             doc = seq.doc
             doc_k = F.pad(doc, (k.shape[1] - doc.shape[1], 0))
-        if apart is None:
-            y = self._mix(q, k, v, pos, pos if pos_k is None else pos_k, doc, doc_k)
-        else:
+        if apart is not None:
             y = self._mix_apart(q, k, v, *apart)
+        elif seq is not None and seq.packed:
+            q, k, v, mark = contain.enter_attention(q, k, v, seq, self.window)
+            y = contain.leave_attention(self._mix(q, k, v, pos, pos, doc, doc_k), mark)
+        else:
+            y = self._mix(q, k, v, pos, pos if pos_k is None else pos_k, doc, doc_k)
         y = self._leave(self._finish(y), given)
         return (y, remember(state, k, v, conv, seq, x.shape[1], self.window)) if return_state else y
 

@@ -180,6 +180,36 @@ def test_models(name):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [({"nheads_kv": 1, "d_conv": 3, "qkv_bias": True}, True), ({}, False), ({"window": 6}, False)],
+)
+def test_attention_that_does_not_know_the_documents(options, compiled, monkeypatch):
+    layer = Attention(8, nheads=2, **options)
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    monkeypatch.setattr(Seq, "documents", lambda seq: None)
+
+    def run(x, g):
+        x = x.clone().requires_grad_()
+        y = call(x, seq=Seq.from_documents(ROWS.doc))
+        return y, *torch.autograd.grad(y, [x, layer.in_proj.weight], g)
+
+    x, gout = torch.randn(2, 2, L, 8)
+    want_y, want_gx, _ = run(x, gout)
+    others = torch.ones(2, L, dtype=torch.bool)
+    others[0, WHERE] = False
+    for hurt in ("x", "gout"):
+        for value, at in ((NAN, 20), (INF, 13), (-INF, 29)):
+            damaged, g = x.clone(), gout.clone()
+            (damaged if hurt == "x" else g)[0, at, 0] = value
+            y, gx, gw = run(damaged, g)
+            assert torch.equal(y[others], want_y[others]) and torch.equal(gx[others], want_gx[others])
+            assert gx[0, at].isnan().all() and not gw.isfinite().all()
+            # what may see it, and nothing else
+            seen = range(at, min(at + options.get("window", L), WHERE.stop)) if hurt == "x" else []
+            assert y[0].isnan().any(1).nonzero()[:, 0].tolist() == [*seen]
+
+
 def test_attention_apart_is_attention_behind_a_mask():
     for layer in (Attention(16, nheads=2, nheads_kv=1), Attention(16, nheads=2, window=5)):
         for seq in (
