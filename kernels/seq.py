@@ -28,7 +28,7 @@ class Seq:
         packed: Whether a row may hold more than one document.
         padded: Whether a row may end in padding.
         clean: Whether padding is known to hold zeros (:meth:`clear`), so that nothing behind has to see to it.
-        offsets: The documents of a single row without padding, ``[0, l_0, ..., l]``, where the host knows them.
+        known: The documents as :meth:`documents` gives them, where they were described by the host and the tokens are elsewhere.
     """
 
     doc: Tensor
@@ -40,7 +40,7 @@ class Seq:
     packed: bool
     padded: bool
     clean: bool = False
-    offsets: tuple[int, ...] | None = None
+    known: tuple[tuple[int, int, int], ...] | None = None
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "Seq | None":
@@ -87,7 +87,7 @@ class Seq:
             raise ValueError(
                 f"cu_seqlens: describes one packed row, got a batch of {batch}. Concatenate the rows: input_ids of shape (1, l)."
             )
-        ends, offsets = _offsets(cu_seqlens), None
+        ends, known = _offsets(cu_seqlens), None
         if not torch.compiler.is_compiling():
             offsets = tuple(ends.tolist())
             falls = next((f", falls from {a} to {b}" for a, b in itertools.pairwise(offsets) if b < a), "")
@@ -96,15 +96,23 @@ class Seq:
                     f"cu_seqlens: runs from {offsets[0]} to {offsets[-1]}{falls}, the row has {length} tokens. "
                     f"Start at 0, never fall, end at {length}."
                 )
+            known = tuple((0, a, b) for a, b in itertools.pairwise(offsets) if b > a)
         ends = ends if device is None else _sent(ends, torch.device(device))
         at = torch.arange(length, device=ends.device)
         doc = torch.searchsorted(ends, at, right=True) - 1
         # the offsets cover the row: no place is padding
-        return replace(cls.from_documents(doc[None]), padded=False, offsets=offsets)
+        return replace(cls.from_documents(doc[None]), padded=False, known=known)
 
     @classmethod
-    def from_documents(cls, doc: Tensor) -> "Seq":
-        """Describe rows of packed documents from per-token ids, ``(b, l)`` integers; ``-1`` is padding at the end of a row."""
+    def from_documents(cls, doc: Tensor, device: Any = None) -> "Seq":
+        """Describe rows of packed documents from per-token ids, ``(b, l)`` integers; ``-1`` is padding at the end of a row.
+
+        Args:
+            doc: The ids. Ids of the host's are best left there: a device would have to be asked where documents start.
+            device: Where the tokens are; where ``doc`` is, by default.
+        """
+        if device is not None and doc.device != torch.device(device):
+            return cls.from_documents(doc)._on(torch.device(device))
         doc = doc.long()
         b, l = doc.shape
         at = torch.arange(l, device=doc.device).expand(b, l)
@@ -114,6 +122,11 @@ class Seq:
         valid = doc >= 0
         resets = first & valid & (at > 0)
         return cls(doc, pos, valid.sum(1), valid, resets, None, packed=True, padded=True)
+
+    def _on(self, device: torch.device) -> "Seq":
+        documents, fields = self.documents(), ("doc", "pos", "lengths", "valid", "resets")
+        sent: dict[str, Any] = {name: _sent(getattr(self, name), device) for name in fields}
+        return replace(self, **sent, known=None if documents is None else tuple(documents))
 
     def marks(self) -> tuple[Tensor | None, Tensor | None]:
         """Where the state is dropped, and which tokens are real; ``None`` where nothing is, and where all are."""
@@ -139,8 +152,8 @@ class Seq:
 
     def documents(self) -> list[tuple[int, int, int]] | None:
         """Every document as ``(row, start, end)``; ``None`` where the host cannot know them without waiting for a device."""
-        if self.offsets is not None:
-            return [(0, a, b) for a, b in itertools.pairwise(self.offsets) if b > a]
+        if self.known is not None:
+            return list(self.known)
         if torch.compiler.is_compiling() or type(self.doc) is not Tensor or self.doc.device.type != "cpu":
             return None
         if torch._C._functorch.is_functorch_wrapped_tensor(self.doc):
@@ -164,7 +177,7 @@ class Seq:
         if documents is None:
             return None
         length, device = self.doc.shape[1], self.doc.device
-        place = torch.empty(self.doc.shape, dtype=torch.long)
+        place = torch.full(self.doc.shape, -1)
         batches: list[Tensor | tuple[int, int, int]] = []
         rest, used = sorted(documents, key=lambda d: (d[1] - d[2], d)), 0
         while rest:
@@ -179,10 +192,7 @@ class Seq:
             for row, start, end in some:
                 place[row, start:end] = torch.arange(used, used + end - start)
                 used += longest
-        if self.padded:
-            for row, end in enumerate(self.lengths.tolist()):
-                place[row, end:] = used
-        return batches, _sent(place, device)
+        return batches, _sent(place.masked_fill_(place < 0, used), device)
 
     def restore(self, x: Tensor) -> Tensor:
         """Undo :meth:`align`."""
@@ -191,7 +201,8 @@ class Seq:
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host's on its way to a device; nobody waits for it to arrive."""
-    return x.pin_memory().to(device, non_blocking=True) if x.is_cpu and device.type == "cuda" else x.to(device)
+    pinned = x.is_cpu and device.type == "cuda" and not torch.compiler.is_compiling()
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 
 def _offsets(given: Any) -> Tensor:

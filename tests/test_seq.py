@@ -46,7 +46,7 @@ def test_offsets_that_are_none_are_refused(given, message):
 
 
 def test_an_array_of_bytes_is_one_of_integers():
-    assert Seq.from_cu_seqlens(array.array("i", OFFSETS), 1, 9).offsets == (0, 4, 4, 9)
+    assert Seq.from_cu_seqlens(array.array("i", OFFSETS), 1, 9).documents() == [(0, 0, 4), (0, 4, 9)]
 
 
 def test_padding_is_cleared_once():
@@ -71,3 +71,16 @@ def test_documents_side_by_side():
     want = torch.arange(24).view(2, 12)
     want[0, 11] = -1
     assert torch.equal(tokens[place], want)
+
+
+def test_documents_that_the_host_described_are_known_wherever_the_tokens_are():
+    doc = torch.tensor([[0, 0, 1, 1, 1, -1], [0, 1, 1, 2, 2, 2]])
+    seq = Seq.from_documents(doc, "meta")
+    assert seq.doc.is_meta and seq.resets.is_meta
+    assert (
+        seq.documents()
+        == Seq.from_documents(doc).documents()
+        == [(0, 0, 2), (0, 2, 5), (1, 0, 1), (1, 1, 3), (1, 3, 6)]
+    )
+    assert seq.side_by_side[1].shape == (2, 6)
+    assert Seq.from_documents(seq.doc, "meta").documents() is None

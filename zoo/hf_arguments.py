@@ -61,7 +61,7 @@ class Rows:
 
     Attributes:
         attention_mask: ``(b, l)``, of padded rows of one document each.
-        documents: ``(b, l)`` int64, of packed rows: as ``seq_idx`` of :meth:`CausalLM.forward`.
+        documents: ``(b, l)`` int64 on the CPU, of packed rows: as ``seq_idx`` of :meth:`CausalLM.forward`.
 
     Raises:
         ValueError: Descriptions that contradict each other, or ask for what the layers cannot do; the argument is named.
@@ -106,6 +106,9 @@ class Rows:
         if self.attention_mask is not None:
             self.documents = documents.masked_fill(self.attention_mask.to(self.device) == 0, -1)
             self.attention_mask = None
+        if not torch.compiler.is_compiling():
+            # the host has waited for them already; attention takes documents apart that it knows
+            self.documents = self.documents.cpu()
 
     def _positions(self, given: Tensor, cache: StateCache | None) -> Tensor | None:
         """The documents that positions tell apart; ``None`` where they are those that the layers count."""

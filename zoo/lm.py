@@ -427,7 +427,7 @@ def _describe_rows(
     if cu_seqlens is not None:
         return Seq.from_cu_seqlens(cu_seqlens, b, l, x.device)
     if seq_idx is not None:
-        return Seq.from_documents(number_documents(seq_idx.to(x.device), (b, l)))
+        return Seq.from_documents(number_documents(seq_idx, (b, l)), x.device)
     if attention_mask is None:
         return None
     if attention_mask.shape != (b, l):
