@@ -104,7 +104,7 @@ def _backward(ctx: Any, glosses: Tensor | None, _: Any) -> tuple:
         return None, None, None, None, None
     logits, targets = ctx.saved_tensors
     gradient = torch.ops.hybridzoo.cross_entropy_cuda(logits, targets, ctx.ignore_index, True, 1.0)[1]
-    return (refusing("cross_entropy", gradient) * glosses[:, None]).to(logits.dtype), None, None, None, None
+    return (refusing("cross_entropy", gradient, logits) * glosses[:, None]).to(logits.dtype), None, None, None, None
 
 
 cross_entropy_op.register_autograd(_backward, setup_context=_setup)

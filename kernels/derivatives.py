@@ -54,7 +54,7 @@ def differentiable_once(op: Any) -> None:
 
 class _Refused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, x: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, x: Tensor, *anchors: Tensor) -> Tensor:
         ctx.name = name
         return x.view_as(x)
 
@@ -63,9 +63,49 @@ class _Refused(torch.autograd.Function):
         raise refusal(ctx.name)
 
 
-def refusing(name: str, g: Tensor) -> Tensor:
-    """A gradient that a kernel has formed of ``name``, no constant to whoever wants a graph of it (``create_graph=True``)."""
-    return _Refused.apply(name, g.detach().requires_grad_()) if torch.is_grad_enabled() else g
+def refusing(name: str, g: Tensor, *anchors: Any) -> Tensor:
+    """A gradient that a kernel has formed of ``name``, no constant to whoever wants a graph of it (``create_graph=True``).
+
+    ``anchors`` is what it was formed of, so that whoever asks for a derivative with respect to one of them comes by.
+    """
+    if not torch.is_grad_enabled():
+        return g
+    needed = [x for x in anchors if isinstance(x, Tensor) and x.requires_grad]
+    return _Refused.apply(name, g.detach().requires_grad_(), *needed)
+
+
+def refused_beyond(name: str, y: Tensor) -> Tensor:
+    """``y``, the output of a kernel of PyTorch's that may have no second derivative; where that turns out, the error says what can."""
+
+    def named(gradients: tuple, _: Any) -> tuple | None:
+        if not torch.is_grad_enabled():
+            return None
+        return tuple(
+            _Refused.apply(name, g) if g is not None and type(g.grad_fn).__name__ == "NotImplemented" else g
+            for g in gradients
+        )
+
+    node = y.grad_fn
+    while node is not None and not node.name().startswith("ScaledDotProduct"):
+        # a kernel may have padded the heads
+        node = node.next_functions[0][0] if node.next_functions else None
+    if node is not None:
+        node.register_hook(named)
+    return y
+
+
+class _ReadOnce:
+    """A node of the graph whose saved tensors may be read twice, as a recomputed node's may not."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+
+    @functools.cached_property
+    def saved_tensors(self) -> tuple:
+        return self._ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def once(name: str) -> Callable[[Callable], Callable]:
@@ -77,9 +117,13 @@ def once(name: str) -> Callable[[Callable], Callable]:
     def around(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Any) -> tuple:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            ctx = _ReadOnce(ctx)
             with torch.no_grad():
                 out = backward(ctx, *grads)
-            return tuple(refusing(name, g) if isinstance(g, Tensor) else g for g in out)
+            anchors = (*grads, *ctx.saved_tensors)
+            return tuple(refusing(name, g, *anchors) if isinstance(g, Tensor) else g for g in out)
 
         return run
 

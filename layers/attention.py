@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import contain
-from ..kernels.derivatives import ENV
+from ..kernels.derivatives import ENV, refused_beyond
 from ..kernels.derivatives import plain as plain_only
 from ..kernels.dispatch import choose
 from .adapter import Adapter
@@ -322,6 +322,8 @@ class Attention(Mixer):
                 scale=self.softmax_scale,
                 enable_gqa=self.nheads != self.nheads_kv,
             )
+        if torch.is_grad_enabled() and not math and not torch.compiler.is_compiling():
+            y = refused_beyond("attention", y)
         return y.transpose(1, 2).flatten(-2)
 
     def init_state(

@@ -181,3 +181,6 @@ def test_a_second_derivative_is_an_error(monkeypatch):
     (gx,) = torch.autograd.grad(causal_conv1d(x, weight, activation="silu").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no derivative\. Use backend='reference', or HYBRIDZOO_BACKEND=reference"):
         gx.sum().backward()
+    (gx,) = torch.autograd.grad(causal_conv1d(x, weight, activation="silu").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.autograd.grad((gx + x.square()).sum(), x)

@@ -341,3 +341,6 @@ def test_a_second_derivative_is_an_error(monkeypatch):
     (gu,) = torch.autograd.grad(api.selective_scan(u, dt, A, B, C).square().sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no derivative\. Use backend='reference', or HYBRIDZOO_BACKEND=reference"):
         gu.sum().backward()
+    (gu,) = torch.autograd.grad(api.selective_scan(u, dt, A, B, C).sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.autograd.grad((gu + u.square()).sum(), u)

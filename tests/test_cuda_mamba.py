@@ -204,6 +204,9 @@ def test_a_second_derivative_is_an_error(ways):
     (gx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no derivative\. Use backend='reference', or HYBRIDZOO_BACKEND=reference"):
         gx.sum().backward()
+    (gx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.autograd.grad((gx + x.square()).sum(), x)
 
 
 def test_a_backward_under_another_autocast(ways):

@@ -156,6 +156,10 @@ def test_both_gradients_of_the_input_meet_in_the_norm():
     (once,) = torch.autograd.grad(h.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no derivative\. Use backend='reference', or HYBRIDZOO_BACKEND=reference"):
         once.sum().backward()
+    # nor is there a part of it, by another way to x
+    (once,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.autograd.grad((once + x.square()).sum(), x)
 
 
 @pytest.mark.parametrize("type_added", [F32, BF16], ids=str)

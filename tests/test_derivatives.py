@@ -208,3 +208,16 @@ def test_reference_is_known_to_every_op(monkeypatch):
     monkeypatch.setenv("HYBRIDZOO_BACKEND", "chunked")
     with pytest.raises(NotImplementedError, match=r"selective_scan \(HYBRIDZOO_BACKEND=chunked\): forward-mode"):
         jvp(scan(), (rand(1, 5, 4),), (rand(1, 5, 4),))
+
+
+def test_fused_attention_says_what_has_a_second_derivative(monkeypatch):
+    module, x = Attention(8, nheads=2, nheads_kv=1), torch.randn(1, 5, 8, requires_grad=True)
+
+    def twice():
+        (once,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        return torch.autograd.grad((once + x.square()).sum(), x)[0]
+
+    with pytest.raises(NotImplementedError, match=r"attention: .* Use backend='reference', or HYBRIDZOO_BACKEND="):
+        twice()
+    monkeypatch.setenv("HYBRIDZOO_BACKEND", "reference")
+    assert (twice() - 2).abs().max() > 1e-4
