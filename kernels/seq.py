@@ -164,7 +164,7 @@ class Seq:
             out += [(row, a, b) for a, b in itertools.pairwise(ends) if b > a]
         return out
 
-    @functools.cached_property
+    @property
     def side_by_side(self) -> tuple[list[Tensor | tuple[int, int, int]], Tensor] | None:
         """Documents apart from each other, those of about one length as a batch; ``None`` where :meth:`documents` are not known.
 
@@ -173,6 +173,16 @@ class Seq:
             token repeated behind it. And ``(b, l)``: where a token is in the outputs of all batches, one after the other; a place
             behind them for padding.
         """
+        if torch._C._are_functorch_transforms_active():
+            # what is made inside of a transform must not be seen after it
+            return self._side_by_side()
+        return self._kept_side_by_side
+
+    @functools.cached_property
+    def _kept_side_by_side(self) -> tuple[list[Tensor | tuple[int, int, int]], Tensor] | None:
+        return self._side_by_side()
+
+    def _side_by_side(self) -> tuple[list[Tensor | tuple[int, int, int]], Tensor] | None:
         documents = self.documents()
         if documents is None:
             return None

@@ -221,3 +221,11 @@ def test_fused_attention_says_what_has_a_second_derivative(monkeypatch):
         twice()
     monkeypatch.setenv("HYBRIDZOO_BACKEND", "reference")
     assert (twice() - 2).abs().max() > 1e-4
+
+
+def test_a_description_outlives_the_transform_that_read_it_first():
+    module, seq = Attention(4, nheads=2).double(), Seq.from_cu_seqlens([0, 2, 5], 1, 5)
+    x = rand(1, 5, 4)
+    first = hessian(lambda x: module(x, seq=seq).sin().sum())(x)
+    assert torch.equal(jacrev(grad(lambda x: module(x, seq=seq).sin().sum()))(x).isfinite(), first.isfinite())
+    assert seq.side_by_side is seq.side_by_side

@@ -359,6 +359,7 @@ def test_packed_rows_are_told_apart_in_whichever_words(adapter):
         "seq_idx": torch.tensor([[7] * 5 + [3] + [7] * 8]),
         "position_ids": torch.tensor([[*range(5), 0, *range(8)]]),
         "cu_seq_lens_k": torch.tensor([0, 5, 6, 14], dtype=torch.int32),
+        "cu_seq_lens_q": [0, 5, 6, 14],
     }
     for words in ([name] for name in said), [list(said)]:
         for names in words:

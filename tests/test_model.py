@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +271,10 @@ def test_documents_numbered_per_token_are_those_of_the_offsets(model):
         got = model(ids, labels=ids, seq_idx=torch.tensor([numbers]))
         close(got.logits, want.logits)
         close(got.loss, want.loss)
+        for form in ([numbers], np.array([numbers], dtype=np.int32)):
+            assert torch.equal(model(ids, seq_idx=form).logits, got.logits)
+    with pytest.raises(ValueError, match=r"seq_idx: str is not \(b, l\) integers"):
+        model(ids, seq_idx="0 0 1")
     # several rows, each with padding of its own
     rows = torch.cat([ids, tokens(1, 9)])
     numbers = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, -1, -1, -1, -1]])

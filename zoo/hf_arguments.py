@@ -72,8 +72,8 @@ class Rows:
         tokens: Tensor | None,
         attention_mask: Tensor | None,
         cache: StateCache | None,
-        cu_seqlens: Tensor | None,
-        seq_idx: Tensor | None,
+        cu_seqlens: Any,
+        seq_idx: Any,
         position_ids: Tensor | None,
         kwargs: dict[str, Any],
     ):
@@ -87,9 +87,9 @@ class Rows:
         for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
             offsets = cu_seqlens if name == "cu_seqlens" else kwargs.get(name)
             if offsets is not None:
-                said[name] = number_documents(Seq.from_cu_seqlens(offsets.to(self.device), *self.shape).doc, self.shape)
+                said[name] = number_documents(Seq.from_cu_seqlens(offsets, *self.shape, self.device).doc, self.shape)
         if seq_idx is not None:
-            said["seq_idx"] = number_documents(seq_idx.to(self.device), self.shape)
+            said["seq_idx"] = number_documents(seq_idx, self.shape).to(self.device)
         if position_ids is not None and (packed := self._positions(position_ids.to(self.device), cache)) is not None:
             said["position_ids"] = packed
         if said:

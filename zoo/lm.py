@@ -234,7 +234,7 @@ class CausalLM(nn.Module):
         return_state: bool | None = None,
         inputs_embeds: Tensor | None = None,
         num_items: Tensor | int | None = None,
-        seq_idx: Tensor | None = None,
+        seq_idx: Any = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
     ) -> CausalLMOutput:
@@ -252,8 +252,8 @@ class CausalLM(nn.Module):
             inputs_embeds: ``(b, l, d)`` in place of ``input_ids``, as the first block shall see them (``backbone.embed``).
             num_items: What the summed cross-entropy is divided by, instead of the number of targets in this call: the targets of the
                 larger batch that this call is a part of. The auxiliary loss counts by the same share.
-            seq_idx: ``(b, l)`` integers, the packed document that a token belongs to, in place of ``cu_seqlens``: a new one starts where
-                the number changes; negative at padding, which stands at the end of a row.
+            seq_idx: ``(b, l)`` integers (a tensor, an array or lists), the packed document that a token belongs to, in place of
+                ``cu_seqlens``: a new one starts where the number changes; negative at padding, which stands at the end of a row.
             logits_to_keep: How many logits of the end of every row to form, 0 for all, or the indices of the positions, ``(m,)`` int64.
             output_hidden_states: Whether ``out.hidden_states`` is filled.
 
@@ -406,7 +406,7 @@ def _describe_rows(
     x: Tensor,
     attention_mask: Tensor | None,
     cu_seqlens: Any,
-    seq_idx: Tensor | None,
+    seq_idx: Any,
     state: ModelState | None,
 ) -> Seq | None:
     b, l = x.shape[:2]
@@ -437,12 +437,19 @@ def _describe_rows(
     return Seq.from_mask(attention_mask.to(x.device))
 
 
-def number_documents(seq_idx: Tensor, shape: tuple[int, int]) -> Tensor:
+def number_documents(seq_idx: Any, shape: tuple[int, int]) -> Tensor:
     """Documents counted from 0 along the rows of ``seq_idx``, where a number may come twice; -1 at padding.
 
     Raises:
-        ValueError: Another shape, or padding that does not stand at the end of a row.
+        ValueError: No numbers, another shape, or padding that does not stand at the end of a row.
     """
+    if not isinstance(seq_idx, Tensor):
+        try:
+            seq_idx = torch.as_tensor(seq_idx)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(
+                f"seq_idx: {type(seq_idx).__name__} is not (b, l) integers ({e}). Pass one number per token."
+            ) from e
     if seq_idx.shape != shape:
         raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {shape}.")
     padding = seq_idx < 0
