@@ -95,6 +95,19 @@ def test_layers_with_nothing_to_do(kind):
     assert layer.step(x[:0, 0], layer.init_state(0, 4)).shape == (0, 8)
 
 
+@pytest.mark.parametrize("kind", [Mamba, Mamba2])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_state_with_gradients_can_be_stepped_whatever_its_sizes(kind, batch):
+    for d_state in (1, 2):
+        layer = kind(8, d_state=d_state, **{"headdim": 4} if kind is Mamba2 else {})
+        x = torch.randn(batch, 4, 8, requires_grad=True)
+        y, state = layer(x[:, :3], return_state=True)
+        stepped = layer.step(x[:, 3], state)
+        torch.testing.assert_close(stepped, layer(x)[:, 3])
+        (gx,) = torch.autograd.grad(stepped.sin().sum(), x)
+        torch.testing.assert_close(gx, torch.autograd.grad(layer(x)[:, 3].sin().sum(), x)[0])
+
+
 def test_models_with_nothing_to_do():
     model = zoo.build("jamba-tiny")
     ids = torch.zeros(0, 5, dtype=torch.long)
