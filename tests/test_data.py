@@ -208,6 +208,13 @@ def test_rows_with_nothing_to_predict_are_known():
         ("cut.npy", npy(np.arange(99))[:-9], ValueError, "not a NumPy array of numbers .it is cut short"),
         ("float.npy", npy(np.zeros(3)), ValueError, "holds float64"),
         ("span.npy", npy(np.zeros(3, "m8[s]")), ValueError, "holds timedelta64"),
+        ("zip.npy", b"PK\x03\x04" + bytes(40), ValueError, "not a NumPy array of numbers .File is not a zip file"),
+        (
+            "minus.npy",
+            npy(np.zeros((8, 8), int)).replace(b"(8, 8)", b"(8,-8)"),
+            ValueError,
+            "not a NumPy array of numbers",
+        ),
         ("cube.npy", npy(np.zeros((2, 2, 2), int)), ValueError, r"of shape \(2, 2, 2\)"),
     ],
     ids=lambda x: x if isinstance(x, str) and "." in x and " " not in x else "",

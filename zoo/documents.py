@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -124,7 +125,7 @@ def read_npy(file: Path) -> np.ndarray:
     """
     try:
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as e:
+    except (ValueError, OverflowError, EOFError, BadZipFile) as e:
         cut = "it is cut short" if "mmap length" in str(e) or "EOF" in str(e) else str(e).splitlines()[0].rstrip(".")
         raise ValueError(f"{file}: is not a NumPy array of numbers ({cut}). Write it with numpy.save.") from e
     if not isinstance(ids, np.ndarray):
