@@ -144,14 +144,38 @@ def test_the_optimiser_decays_what_param_groups_says(rows, tmp_path):
         ({"data": "nowhere.txt"}, "no such file"),
         ({"data": np.full((2, 4), 256)}, "token id 256 is outside the model's vocabulary of 256"),
         ({"data": np.full((2, 4), ~300)}, "token id 300 is outside"),
+        ({"seed": -1}, r"train\(seed=-1\): must be at least 0, and below 2\*\*32"),
+        ({"seed": 2**32}, r"train\(seed=4294967296\): must be at least 0"),
+        ({"steps": 2.5}, r"train\(steps=2.5\): must be an integer"),
+        ({"batch_size": "8"}, r"train\(batch_size='8'\): must be an integer"),
+        ({"lr": "1e-3"}, r"train\(lr='1e-3'\): must be a number above 0"),
     ],
-    ids=["steps", "missing", "vocabulary", "masked"],
+    ids=["steps", "missing", "vocabulary", "masked", "seed", "large seed", "part of a step", "text", "text for lr"],
 )
 def test_bad_requests_are_refused_before_anything_is_written(small, rows, tmp_path, change, message):
     arguments = {"data": rows, "steps": 1} | change
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(small, out=tmp_path / "out", **arguments, **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_s_folder_that_is_a_file_is_named(small, rows, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "deep" / "run"):
+        with pytest.raises(
+            NotADirectoryError, match=f"^{tmp_path}/taken: is a file, and out='{out}' has to be a folder"
+        ):
+            train(small, rows, out, steps=1, **QUIET)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_numbers_of_numpy_are_numbers(small, rows, tmp_path):
+    counts = {"steps": np.int64(1), "batch_size": np.int32(2), "seed": np.uint8(3), "save_every": np.int64(1)}
+    train(small, rows, tmp_path / "out", **counts, lr=np.float32(1e-3), **QUIET)
+    again = train(
+        small, rows, tmp_path / "out", steps=1, batch_size=2, seed=3, save_every=1, lr=float(np.float32(1e-3)), **QUIET
+    )
+    assert again.resumed_from == 1
 
 
 def test_ctrl_c_in_a_terminal_leaves_a_run_that_the_same_command_finishes(tmp_path, monkeypatch, capfd):

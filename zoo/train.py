@@ -34,7 +34,7 @@ from .lm import CausalLM
 from .run_folder import LOG, Checkpoint, DifferentRun, RunFolder, loss_entries
 from .tokenizer import document_encoder
 from .train_loop import NumberedRows, ZooTrainer, load_weights
-from .train_options import TrainOptions, check_path, holds_weights
+from .train_options import TrainOptions, check_out, check_path, holds_weights
 from .train_session import Session
 
 __all__ = ["DifferentRun", "Diverged", "Interrupted", "TrainResult", "train"]
@@ -132,6 +132,7 @@ def train(
         DifferentRun: ``out`` holds something else, or another process is training there.
         Diverged: A loss, gradient or weight is no longer finite; the last checkpoint is kept.
         FileNotFoundError: No data.
+        NotADirectoryError: ``out`` is a file.
         Interrupted: After Ctrl-C, when the state has been saved; a KeyboardInterrupt.
         ValueError: Data that cannot be read, ids outside the vocabulary, a device that is not there, or numbers that cannot work.
     """
@@ -140,10 +141,12 @@ def train(
         save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
     )  # fmt: skip
     out = Path(out)
+    check_out(out)
     if isinstance(data, str | os.PathLike):
         check_path(data)
     use_cpu = device is not None and pick_device(device, numbered=False).type == "cpu"
-    torch.manual_seed(seed)
+    steps, batch_size, length = options.steps, options.batch_size, options.length
+    torch.manual_seed(options.seed)
     core, header = _start(model, overrides, out)
     table = _table(data, core, length)
     rows = NumberedRows(Rows(table), rows_with_targets(table))
@@ -155,8 +158,9 @@ def train(
         # torchrun says which process is the first, before they know each other
         if os.environ.get("RANK", "0") == "0":
             settings = {
-                "config": OmegaConf.to_container(core.cfg), "data": digest_rows(table), "steps": steps,
-                "batch_size": batch_size, "devices": devices, "lr": lr, "warmup": warmup, "weight_decay": weight_decay, "seed": seed,
+                "config": OmegaConf.to_container(core.cfg), "data": digest_rows(table), "steps": options.steps,
+                "batch_size": options.batch_size, "devices": devices, "lr": options.lr, "warmup": options.warmup,
+                "weight_decay": options.weight_decay, "seed": options.seed,
                 "start": digest_weights(core) if isinstance(model, torch.nn.Module) or holds_weights(model) else None,
             }  # fmt: skip
             log = run.finished(settings) if resume else None

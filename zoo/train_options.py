@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import numbers
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from .named import HUB_ID, near_path
 from .shipped import list_models
 
-__all__ = ["REPORTS", "TrainOptions", "check_path", "default_out", "holds_weights"]
+__all__ = ["REPORTS", "TrainOptions", "check_out", "check_path", "default_out", "holds_weights"]
 
 REPORTS = ("tensorboard", "none")
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -39,15 +40,26 @@ class TrainOptions:
     device: str | None = None
 
     def __post_init__(self):
+        for field in ("steps", "batch_size", "length", "seed", "save_every"):
+            given = getattr(self, field)
+            if given is None and field in ("length", "save_every"):
+                continue
+            if not isinstance(given, numbers.Integral):
+                raise ValueError(f"train({field}={given!r}): must be an integer.")
+            object.__setattr__(self, field, int(given))
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train(seed={self.seed}): must be at least 0, and below 2**32.")
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"train(steps={self.steps}, batch_size={self.batch_size}): both must be at least 1.")
         for name, value, least in (("length", self.length, 2), ("save_every", self.save_every, 1)):
             if value is not None and value < least:
                 raise ValueError(f"train({name}={value}): must be at least {least}. Leave it out for the default.")
         for name, number in (("lr", self.lr), ("warmup", self.warmup), ("weight_decay", self.weight_decay)):
-            if not math.isfinite(number) or number < 0 or (name == "lr" and number == 0):
+            real = isinstance(number, numbers.Real) and math.isfinite(number)
+            if not real or number < 0 or (name == "lr" and number == 0):
                 bound = "above" if name == "lr" else "at least"
-                raise ValueError(f"train({name}={number}): must be {bound} 0, and finite.")
+                raise ValueError(f"train({name}={number!r}): must be a number {bound} 0, and finite.")
+            object.__setattr__(self, name, float(number))  # NumPy's numbers are none to JSON
         if self.report_to not in REPORTS:
             close = difflib.get_close_matches(str(self.report_to), REPORTS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -68,6 +80,13 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(
         f"{path}: no such file or folder.{hint} Give a text, .jsonl or .npy (token ids) file, or a folder of them."
     )
+
+
+def check_out(out: Path) -> None:
+    """Refuse a run's folder that is a file, or would have to lie in one, with a NotADirectoryError."""
+    file = next((p for p in (out, *out.parents) if p.exists()), out)
+    if file.exists() and not file.is_dir():
+        raise NotADirectoryError(f"{file}: is a file, and out={str(out)!r} has to be a folder. Name another.")
 
 
 def holds_weights(model: Any) -> bool:
