@@ -278,6 +278,7 @@ def test_the_command_line_imports_before_any_command(mine, tmp_path):
     trained = run("train", config, "--data", tmp_path / "text.txt", "--out", out, "--steps", 1, "--batch-size", 2, "--length", 16, "--report-to", "none",
                   "--device", "cpu", "--import", mine)  # fmt: skip
     assert trained.exit_code == 0, trained.stderr
+    assert f"next: zoo --import {mine} generate {out} --prompt 'The '" in trained.stderr
     assert "gate_mine: gate_of_mine" in (out / "config.yaml").read_text()
     assert run("convert", out, tmp_path / "converted", "--to", "hybridzoo", "--import", mine).exit_code == 0
     del registry._entries["gate_mine"], sys.modules["gate_of_mine"]

@@ -29,6 +29,8 @@ class _Commands(TyperGroup):
     """Turns what a user can cause into one line on stderr and an exit status."""
 
     def parse_args(self, ctx, args):
+        if args[-1:] == ["--import"]:
+            ctx.fail("Option '--import' requires an argument.")
         return super().parse_args(ctx, _imports_first(args))
 
     def invoke(self, ctx):
@@ -129,6 +131,11 @@ def _imports_first(args: list[str]) -> list[str]:
     return first + rest + args[i:]
 
 
+def _given_imports(ctx: typer.Context) -> list[str]:
+    # what has to stand in a command that meets the same mixers
+    return [word for source in ctx.find_root().params.get("imports") or [] for word in ("--import", source)]
+
+
 @app.command("list", epilog="Example: [bold]zoo list jamba[/bold], or zoo list 'mamba2-*'")
 def list_(
     pattern: Annotated[str, typer.Argument(help="A part of the name, or shell wildcards.")] = "*",
@@ -185,6 +192,7 @@ def show(
 
 @app.command(epilog="Example: [bold]zoo train jamba-tiny d_model=64 --data texts/ --out runs/mine --steps 500[/bold]")
 def train(
+    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -211,7 +219,7 @@ def train(
 ) -> None:
     """Train a model on your text. Ctrl-C saves; the same command continues."""
     from .named import check_model
-    from .train_options import TrainOptions, check_path, default_out
+    from .train_options import TrainOptions, check_out, check_path, default_out
 
     # what can be wrong without a model is found before seconds of imports
     options = TrainOptions(
@@ -221,6 +229,10 @@ def train(
     check_model(model)
     check_path(data)
     out = out or default_out(model)
+    check_out(out)
+    from .device import pick_device
+
+    pick_device(device, numbered=False)  # torch alone is there in a third of the time that transformers takes
     from .train import Interrupted
     from .train import train as run
 
@@ -235,7 +247,8 @@ def train(
         _say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
     loss = result.history[-1]["loss"]
     _say(f"{steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}")
-    _say(f"the model is in {out}; next: zoo generate {shlex.quote(str(out))} --prompt 'The '")
+    again = shlex.join(["zoo", *_given_imports(ctx), "generate", str(out), "--prompt", "The "])
+    _say(f"the model is in {out}; next: {again}")
 
 
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
