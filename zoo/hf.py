@@ -35,6 +35,7 @@ from .generate import check_finite_logits
 from .hf_arguments import Rows, refuse_others
 from .layout import expand
 from .lm import CausalLM, padded_vocab
+from .redraw import redraw
 from .state import StateCache
 from .tokenizer import EOS_TOKEN, tokenizer_files
 
@@ -145,6 +146,9 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         core._modules = self._modules
         self._tied_weights_keys = _tied_names(core)
         self._keep_in_fp32_modules_strict = _fp32_names(core)
+        for p in core.parameters():
+            # by its layer; one without memory is still to be loaded
+            p._is_hf_initialized = not p.is_meta  # type: ignore[attr-defined]
         self.post_init()
 
     @classmethod
@@ -345,9 +349,26 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         replica.core._modules = replica._modules
         return replica
 
+    def initialize_weights(self) -> None:
+        """Give the tensors that a file lacks the values of a new model; all others have theirs, from the file or from their layers."""
+        if getattr(self, "_is_hf_initialized", False):
+            return  # another process has the values, and sends them
+        lacking = [name for name, p in self.core.named_parameters() if not getattr(p, "_is_hf_initialized", p.is_meta)]
+        redraw(self.core, lacking)
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """Not as transformers: tied names are one parameter here, which is missing if the file has none of them."""
+        loading_info.missing_keys = {
+            name
+            for name in loading_info.missing_keys
+            if name in self.all_tied_weights_keys
+            or not getattr(self.get_parameter_or_buffer(name), "_is_hf_initialized", False)
+        }
+
     def _init_weights(self, module: nn.Module) -> None:
-        # the layers have initialised themselves, and loaded weights must stay as they are
-        pass
+        # asked for rows of a new vocabulary
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=self.core.cfg.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
