@@ -101,7 +101,7 @@ def test_a_state_with_gradients_can_be_stepped_whatever_its_sizes(kind, batch):
     for d_state in (1, 2):
         layer = kind(8, d_state=d_state, **{"headdim": 4} if kind is Mamba2 else {})
         x = torch.randn(batch, 4, 8, requires_grad=True)
-        y, state = layer(x[:, :3], return_state=True)
+        _, state = layer(x[:, :3], return_state=True)
         stepped = layer.step(x[:, 3], state)
         torch.testing.assert_close(stepped, layer(x)[:, 3])
         (gx,) = torch.autograd.grad(stepped.sin().sum(), x)
@@ -116,6 +116,19 @@ def test_models_with_nothing_to_do():
     assert out.loss == 0 and model(ids).logits.shape == (0, 5, 256)
     with pytest.raises(ValueError, match=r"input_ids: expected shape \(b, l\) with l >= 1, got \(1, 0\)"):
         model(torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_token_ids_of_every_integer_type():
+    model, ids = zoo.build("mamba-tiny"), torch.randint(1, 256, (2, 5))
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.uint16):
+        got, want = (model(i, labels=i, return_state=True) for i in (ids.to(dtype), ids))
+        assert torch.equal(got.logits, want.logits) and got.loss == want.loss
+        with torch.no_grad():
+            assert torch.equal(model.step(ids[:, 0].to(dtype), got.state), model.step(ids[:, 0], want.state))
+    with pytest.raises(ValueError, match=r"labels: expected integers, got torch\.float32"):
+        model(ids, labels=ids.float())
+    with pytest.raises(ValueError, match=r"input_ids: expected integers, got torch\.bool"):
+        model.step(ids[:, 0] > 0, want.state)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])

@@ -277,6 +277,7 @@ class CausalLM(nn.Module):
         aux_loss = _auxiliary(aux)
         loss = None
         if labels is not None:
+            labels = _numbers("labels", labels).long()
             targets = shift_labels(labels if seq is None else seq.align(labels), seq)
             loss = next_token_loss(hidden, self.lm_head, targets, num_items)
             if aux_loss is not None:
@@ -307,7 +308,7 @@ class CausalLM(nn.Module):
                 f"{tuple(input_ids.shape)}."
             )
         if not self._hooks.anywhere(self, self._stepped):
-            return self.lm_head(self.backbone.step(self.backbone.embed(input_ids), state))
+            return self.lm_head(self.backbone.step(self.backbone.embed(_numbers("input_ids", input_ids)), state))
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step: a CUDA graph cannot run the hooks on the model's modules when it is replayed. Remove the hooks, or do not capture."
@@ -369,11 +370,7 @@ class CausalLM(nn.Module):
         assert input_ids is not None
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}.")
-        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-            raise ValueError(
-                f"input_ids: expected integers, got {input_ids.dtype}. Pass token ids, or vectors as inputs_embeds."
-            )
-        return self.backbone.embed(input_ids)
+        return self.backbone.embed(_numbers("input_ids", input_ids, ", or vectors as inputs_embeds"))
 
     def _init_embeddings(self) -> None:
         if self.backbone.embedding.weight.is_meta:
@@ -400,6 +397,13 @@ def _keep(x: Tensor, kept: int | Tensor) -> Tensor:
     if isinstance(kept, int):
         return x[:, -kept:] if kept else x
     return x[:, kept]
+
+
+def _numbers(name: str, ids: Tensor, instead: str = "") -> Tensor:
+    """Token ids of any integer type in one that an embedding takes."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}. Pass token ids{instead}.")
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
 
 
 def _describe_rows(
