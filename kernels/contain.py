@@ -124,12 +124,12 @@ def leave_attention(y: Tensor, mark: Tensor) -> Tensor:
     return y.masked_fill(mark[..., None] > 0, math.nan) if transformed() else _Leave.apply(y, mark)
 
 
-def _cleaned(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+def _cleaned(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bad_q, bad_k, bad_v = (~x.isfinite().flatten(2).all(2) for x in (q, k, v))
     bad_k = bad_k | bad_v
     mark = bad_q | _between(bad_k, first, _places(first))
-    clean = (x.masked_fill(bad[..., None, None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_k)))
-    return *clean, mark.to(q.dtype)
+    q, k, v = (x.masked_fill(bad[..., None, None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_k)))
+    return q, k, v, mark.to(q.dtype)
 
 
 def _places(x: Tensor) -> Tensor:
