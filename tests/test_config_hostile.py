@@ -434,6 +434,28 @@ def test_config_json_inherits_from_shipped_configs_alone(saved, tmp_path, monkey
         zoo.load(copied(saved, tmp_path / "a", "config.json", change))
 
 
+@pytest.mark.parametrize("zoo_part", ["mamba-tiny", "outside.yaml", "{here}/outside.yaml", ["mamba-tiny"], 5, None])
+def test_the_zoo_part_of_config_json_names_no_other_config(saved, tmp_path, monkeypatch, zoo_part):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "outside.yaml", PLAIN)
+    part = zoo_part.format(here=tmp_path) if isinstance(zoo_part, str) else zoo_part
+    folder = copied(saved, tmp_path / "a", "config.json", lambda s: json.dumps(json.loads(s) | {"zoo": part}))
+    with pytest.raises(ConfigError, match=r"zoo: found .*, expected a mapping"):
+        zoo.load(folder)
+
+
+def test_a_downloaded_config_stays_in_its_folder_when_one_s_own_inherits_from_it(tmp_path):
+    write(tmp_path / "outside.yaml", PLAIN)
+    (tmp_path / "downloaded" / "sub").mkdir(parents=True)
+    write(tmp_path / "downloaded" / "config.yaml", "base: sub/inner.yaml\n")
+    inner = write(tmp_path / "downloaded" / "sub" / "inner.yaml", "base: ../../outside.yaml\n")
+    mine = write(tmp_path / "mine.yaml", "base: downloaded/config.yaml\n")
+    with pytest.raises(ConfigError, match="leads out of the folder"):
+        zoo.config(mine)
+    write(inner, PLAIN)
+    assert zoo.config(mine).d_model == 32
+
+
 def test_a_long_chain_of_bases_is_refused(tmp_path):
     for i in range(40):
         write(tmp_path / f"c{i}.yaml", f"base: c{i + 1}\n")

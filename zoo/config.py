@@ -143,18 +143,20 @@ def validate(cfg: Any, *, saved: bool = False) -> DictConfig:
 
 
 def _load(source: Any, overrides: Any, changes: Mapping[str, Any], saved: bool = False) -> DictConfig:
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path) and not saved:
         path = find_config(source)
         data = inherit(read_config(path), path)
     else:
-        data = inherit(_plain(source), None, saved=saved)
+        data = inherit(_plain(source, saved), None, saved=saved)
     return _check(apply_overrides(apply_overrides(data, overrides), changes))
 
 
-def _plain(cfg: Any) -> dict[str, Any]:
+def _plain(cfg: Any, saved: bool) -> dict[str, Any]:
     if not isinstance(cfg, Mapping | DictConfig | ConfigSchema):
         raise ConfigError(
             f"config: found {type(cfg).__name__}, expected a mapping, a DictConfig, a model's name or a path."
+            if not saved
+            else f"zoo: found {type(cfg).__name__}, expected a mapping: a saved config is whole, and names no other file."
         )
     data = plain(dataclasses.asdict(cfg) if isinstance(cfg, ConfigSchema) else cfg)
     if not isinstance(data, dict):

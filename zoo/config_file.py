@@ -93,7 +93,7 @@ def inherit(data: dict[str, Any], path: Path | None, *, saved: bool = False) -> 
         ConfigError: No such base, one that the rule above does not allow, one that comes back to itself, or more than 16 in a row.
     """
     layers, chain = [data], [] if path is None else [path]
-    folder = path.parent if path is not None and path.name == FOLDER_CONFIG else None
+    folder: Path | None = None
     while (base := layers[-1].get("base")) is not None:
         if not isinstance(base, str):
             raise ConfigError(f"base: found {base!r}, expected one shipped name, or a path relative to the file.")
@@ -106,6 +106,8 @@ def inherit(data: dict[str, Any], path: Path | None, *, saved: bool = False) -> 
                 f"base: {base!r} in a saved config is no shipped name.{nearest(base, list_models())} Merge it into the config."
             )
         else:
+            if folder is None and path is not None and path.name == FOLDER_CONFIG:
+                folder = path.parent
             path = _find_base(base, path, folder)
         chain.append(path)
         if path.resolve() in [earlier.resolve() for earlier in chain[:-1]]:
