@@ -14,6 +14,7 @@ import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError, convert, export
 from hybridzoo.zoo.checkpoint.family import Fields, families
 from hybridzoo.zoo.lm import CausalLM
+from hybridzoo.zoo.stats import stored_dtype
 
 CFG = {
     "vocab_size": 19, "d_model": 16, "layers": "(attention moe) * 2", "tie_embeddings": False, "norm": {"type": "rmsnorm", "eps": 1e-5},
@@ -360,3 +361,33 @@ def test_published_sizes_have_their_exact_parameter_counts(name, tmp_path):
     family = families()[config.get("model_type", "mamba_ssm")]
     cfg = family.read(Fields(config, tmp_path / "config.json"))
     assert CausalLM(cfg, device="meta").num_params() == count
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("depth", [65, 900, 100_000])
+def test_json_that_nobody_could_copy_is_not_read(tmp_path, name, depth):
+    folder = zoo.save(zoo.build("mamba-tiny", d_model=16, layers="mamba"), tmp_path)
+    content = json.loads((folder / name).read_text()) if name == "config.json" else {}
+    (folder / name).write_text(json.dumps(content | {"other": 0})[:-2] + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match=f"{name}: (has more than 64 levels|is not JSON)"):
+        zoo.load(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"1", b"x" * 100, (2**40).to_bytes(8, "little") + b"{}", (9).to_bytes(8, "little") + b"[" * 9],
+    ids=["empty", "short", "text", "long header", "no header"],
+)
+def test_a_damaged_file_of_weights_is_named_by_who_asks_for_its_dtype(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is damaged"):
+        stored_dtype(tmp_path)
+
+
+def test_the_stored_dtype_is_one_that_a_model_can_have(tmp_path):
+    assert stored_dtype(tmp_path) is None
+    save_file(
+        {"a": torch.zeros(100, dtype=torch.int64), "b": torch.zeros(3, dtype=torch.bfloat16)},
+        tmp_path / "a.safetensors",
+    )
+    assert stored_dtype(tmp_path) == torch.bfloat16

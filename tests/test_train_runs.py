@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
 import socket
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError
-from hybridzoo.zoo.digests import digest_weights
+from hybridzoo.zoo.digests import digest_file, digest_weights
+from hybridzoo.zoo.run_folder import _whole as whole_manifest
 from hybridzoo.zoo.train import DifferentRun, Diverged, Interrupted, train
 from hybridzoo.zoo.train_loop import ZooTrainer
 from hybridzoo.zoo.train_options import TrainOptions, default_out, holds_weights
@@ -159,6 +162,67 @@ def test_a_damaged_checkpoint_is_named_kept_and_passed_over(tmp_path, unfinished
     assert "checkpoint-4" in said and "going on from checkpoint-2" in said
     assert any(re.search(message, line) for line in said.splitlines())
     assert len(list((out / "checkpoints").glob("damaged-checkpoint-4-*"))) == 1
+
+
+class Runs:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def repacked(file):
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def edited(**changes):
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# what somebody else's run may hold, with digests that fit
+FOREIGN = {
+    "code": ("optimizer.pt", lambda f: torch.save({"a": Runs(os.mkdir, ("ran",))}, f), "wants to run code"),
+    "code of random states": ("rng_state.pth", lambda f: torch.save(Runs(os.mkdir, ("ran",)), f), "wants to run code"),
+    "plain pickle": ("scheduler.pt", lambda f: f.write_bytes(pickle.dumps(Runs(os.mkdir, ("ran",)))), "wants to run code"),
+    "memory": ("scheduler.pt", lambda f: torch.save({"a": Runs(bytearray, (10**11,))}, f), "wants to run code"),
+    "compressed": ("optimizer.pt", repacked, "is compressed"),
+    "one number for many": ("optimizer.pt", lambda f: torch.save([torch.zeros(1).expand(10**9)], f), "more numbers than the file"),
+    "another step": ("trainer_state.json", edited(global_step=10**9), "is not as transformers writes it"),
+    "no history": ("trainer_state.json", edited(log_history="none"), "is not as transformers writes it"),
+    "no state": ("trainer_state.json", lambda f: f.write_text("[" * 100_000), "is not as transformers writes it"),
+    "another settings": ("zoo.json", edited(settings=[]), "is not as it was written"),
+    "for ever": ("zoo.json", edited(seconds=1e300), "is not as it was written"),
+    "outside": ("zoo.json", edited(files={"../../train.json": [1, "a"]}), "is not in the folder"),
+    "nested": ("zoo.json", edited(more=json.loads("[" * 500 + "]" * 500)), "is nested too deeply"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_run_of_somebody_else_runs_nothing_and_takes_no_memory(tmp_path, unfinished, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    name, spoil, message = FOREIGN[content]
+    checkpoint = shutil.copytree(unfinished / "checkpoints" / "checkpoint-4", tmp_path / "checkpoint-4")
+    spoil(checkpoint / name)
+    if name != "zoo.json":
+        files = json.loads((checkpoint / "zoo.json").read_text())["files"]
+        files[name] = [(checkpoint / name).stat().st_size, digest_file(checkpoint / name)]
+        edited(files=files)(checkpoint / "zoo.json")
+    with pytest.raises(CheckpointError, match=message):
+        whole_manifest(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("history", [[], "none", [{"loss": "low"}], [[]], [{"step": 1}]])
+def test_a_log_that_is_not_whole_is_not_taken_for_a_finished_run(tmp_path, unfinished, history):
+    out = shutil.copytree(unfinished, tmp_path / "run")
+    edited(finished=True, history=history)(out / "train.json")
+    with pytest.raises(DifferentRun, match=r"train\.json: is not whole"):
+        train(config(), ROWS, out, **SETTINGS)
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(tmp_path, unfinished):

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.files import CheckpointError, write_whole
+from .checkpoint.files import CheckpointError, is_deep, write_whole
+from .checkpoint.tensors import check_state_file
 from .digests import digest_file
 
 __all__ = ["AGAIN", "LOG", "Checkpoint", "DifferentRun", "RunFolder"]
@@ -28,6 +29,8 @@ FORMAT = 2
 AGAIN = "Use another folder, or turn resume off (--no-resume) to start again."
 LOG, MANIFEST, STATE = "train.json", "zoo.json", "trainer_state.json"
 _KEPT = 2
+# seconds: longer than anything trains
+_FOREVER = 1e10
 # what marks a folder as somebody's model
 _MODEL_FILES = (
     "config.yaml",
@@ -181,7 +184,9 @@ class RunFolder:
                 print(f"{why}; going on from {folder.name}, and keeping that one as {aside.name}", file=sys.stderr)
             return Checkpoint(folder, manifest)
         if damaged:
-            raise CheckpointError("; ".join(why for _, why in damaged) + f". No checkpoint is whole. {AGAIN}")
+            raise CheckpointError(
+                "; ".join(why.rstrip(".") for _, why in damaged) + f". No checkpoint is whole. {AGAIN}"
+            )
         return None
 
     def _read_log(self) -> dict[str, Any] | None:
@@ -197,7 +202,13 @@ class RunFolder:
             raise DifferentRun(
                 f"{file}: is of format {there}, and this version of hybridzoo goes on from format {FORMAT}. {AGAIN}"
             )
-        if not isinstance(log.get("settings"), dict) or not {"finished", "history", "seconds"} <= log.keys():
+        if (
+            not isinstance(log.get("settings"), dict)
+            or not isinstance(log.get("finished"), bool)
+            or not _is_number(log.get("seconds"))
+            or not _are_entries(log.get("history"))
+            or (log["finished"] and not all("loss" in entry for entry in log["history"] or [{}]))
+        ):
             raise DifferentRun(f"{file}: is not whole. {AGAIN}")
         return log
 
@@ -245,6 +256,14 @@ def _whole(folder: Path) -> dict[str, Any]:
         expected = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
         if manifest["format"] != FORMAT or manifest["step"] != _step_of(folder):
             raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
+        if not all(
+            isinstance(manifest[key], kind) for key, kind in (("settings", dict), ("loss_sums", list), ("logged", int))
+        ):
+            raise ValueError("settings, loss_sums or logged is of another kind")
+        if not all(map(_is_number, manifest["loss_sums"])) or not 0 <= float(manifest["seconds"]) < _FOREVER:
+            raise ValueError("loss_sums are no numbers, or seconds is none")
+        if outside := [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f"it names {outside[0]!r}, which is not in the folder")
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: has no {MANIFEST}, so no training of this version has left it there"
@@ -259,7 +278,26 @@ def _whole(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: has {now} bytes, and {size} were written")
         if digest_file(file) != digest:
             raise CheckpointError(f"{file}: is not as it was written (its digest differs)")
+    # a digest in the same folder says nothing of who wrote it
+    for file in (f for ending in ("*.pt", "*.pth") for f in folder.glob(ending)):
+        check_state_file(file)
+    try:
+        state = _read_json(folder / STATE)
+        if state["global_step"] != manifest["step"] or not _are_entries(state["log_history"]):
+            raise ValueError(f"global_step {state['global_step']}, log_history {str(state['log_history'])[:40]}")
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise CheckpointError(f"{folder / STATE}: is not as transformers writes it ({e})") from e
     return manifest
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_entries(history: Any) -> bool:
+    return isinstance(history, list) and all(
+        isinstance(entry, dict) and all(map(_is_number, entry.values())) for entry in history
+    )
 
 
 def plain(value: Any) -> Any:
@@ -293,7 +331,15 @@ def _read_json(file: Path) -> Any:
     def refuse(token: str) -> None:
         raise ValueError(f"{token} is no JSON")
 
-    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    if file.exists() and not file.is_file():
+        raise ValueError("is no regular file")  # a pipe would be waited for
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    except RecursionError as e:
+        raise ValueError(str(e)) from e
+    if is_deep(content):
+        raise ValueError("is nested too deeply")
+    return content
 
 
 def _dumps(content: Any) -> str:

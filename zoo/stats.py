@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from .build import build
 from .checkpoint import native
+from .checkpoint.files import open_regular
 from .checkpoint.reading import detect, read_config
+from .checkpoint.tensors import READABLE, stored_in
 from .config import block_specs
 from .lm import CausalLM
 
@@ -136,13 +137,17 @@ def config_of(folder: str | Path) -> Any:
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype | None:
-    """The dtype that most weights of a saved folder have; ``None`` if it holds no safetensors file. Reads headers, no values."""
+    """The floating-point dtype that most weights of a saved folder have; ``None`` if no safetensors file holds any. Reads headers alone.
+
+    Raises:
+        CheckpointError: Such a file is damaged.
+    """
     sizes: Counter[torch.dtype] = Counter()
     for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as f:
-            for key in f.keys():
-                part = f.get_slice(key)
-                sizes[part[:0].dtype if part.get_shape() else f.get_tensor(key).dtype] += math.prod(part.get_shape())
+        with open_regular(file) as handle:
+            for _, tensor in stored_in(file, handle):
+                if isinstance(tensor.dtype, torch.dtype) and tensor.dtype in READABLE:
+                    sizes[tensor.dtype] += math.prod(tensor.shape)
     return sizes.most_common(1)[0][0] if sizes else None
 
 

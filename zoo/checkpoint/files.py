@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "check_new",
     "dump",
+    "is_deep",
     "new_folder",
     "open_regular",
     "open_source",
@@ -34,6 +35,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.yaml", "*.jinja")
 # of config.json and of an index; the largest that are published have 10 MB
 _LARGEST_JSON = 64 * 2**20
+# Python's reader goes about a thousand levels deep, and whoever copies or writes what it has read, not so far
+_DEEPEST_JSON = 64
 
 
 def open_source(source: Any) -> Path:
@@ -87,7 +90,22 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is not JSON ({e}). Copy it again.") from e
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected an object. Copy it again.")
+    if is_deep(content):
+        raise CheckpointError(
+            f"{file}: has more than {_DEEPEST_JSON} levels of nesting. The file is damaged or hostile."
+        )
     return content
+
+
+def is_deep(content: Any) -> bool:
+    """Whether data has more levels of nesting than any file that is meant well."""
+    level = [content]
+    for _ in range(_DEEPEST_JSON + 1):
+        level = [value for value in level if isinstance(value, dict | list)]
+        if not level:
+            return False
+        level = [value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
 
 
 def read_metadata(folder: Path) -> dict[str, dict[str, Any]]:

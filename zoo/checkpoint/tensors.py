@@ -24,7 +24,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .files import open_regular, read_json
 
-__all__ = ["Stored", "check_one_set", "stored_tensors"]
+__all__ = ["READABLE", "Stored", "check_one_set", "check_state_file", "stored_in", "stored_tensors"]
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 # a tensor takes about 120 bytes of a safetensors header, and 300 of a pickle
@@ -41,6 +41,14 @@ _PLAIN = {
     "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_parameter",
     "torch Size", "torch.serialization _get_layout",
 }  # fmt: skip
+
+
+# and of the states of optimisers and random generators, which NumPy's is one of
+_STATES = _PLAIN | {
+    f"{module} {name}"
+    for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.dtypes")
+    for name in ("_reconstruct", "ndarray", "dtype", "UInt32DType")
+} | {"_codecs encode", "collections defaultdict", "builtins dict", "__builtin__ dict"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def stored_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
         opened = [(file, files.enter_context(open_regular(file))) for file in _weight_files(folder)]
         before = [_version(handle) for _, handle in opened]
         for file, handle in opened:
-            read = _safetensors if file.suffix == ".safetensors" else _torch_file
+            read = stored_in if file.suffix == ".safetensors" else _torch_file
             for name, stored in read(file, handle):
                 if name in found:
                     raise CheckpointError(
@@ -129,8 +137,12 @@ def _indexed(index: Path, single: Path) -> list[Path]:
     return [index.parent / name for name in distinct]
 
 
-def _safetensors(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
-    """The format: 8 bytes with the length of the header, the header as JSON, the numbers of all tensors without gaps."""
+def stored_in(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
+    """The tensors of one safetensors file: 8 bytes with the length of the header, the header as JSON, the numbers of all without gaps.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     size = os.fstat(handle.fileno()).st_size
     n = int.from_bytes(handle.read(8), "little")
     if size < 8 or n > size - 8:
@@ -249,14 +261,38 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _check_pickles(file: Path, handle: BinaryIO, size: int, zipped: bool) -> None:
+def check_state_file(file: Path) -> None:
+    """Refuse a file of a training's state (``torch.save``) that could run code or take more memory than its size.
+
+    Raises:
+        CheckpointError: It could, or is damaged.
+    """
+    with open_regular(file) as handle, _damage(file):
+        size, zipped = os.fstat(handle.fileno()).st_size, zipfile.is_zipfile(handle)
+        _check_pickles(file, handle, size, zipped, _STATES)
+        if file.name != "optimizer.pt":
+            return
+        level = [torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)]
+    total = 0
+    while level:
+        for tensor in (value for value in level if isinstance(value, Tensor)):
+            total += tensor.nbytes
+            if tensor.layout != torch.strided or _overlaps(tensor) or total > _MOST_NAMES * size:
+                raise CheckpointError(f"{file}: holds tensors of more numbers than the file. It is damaged or hostile.")
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list | tuple)]
+        level = [value for values in inner for value in values]
+
+
+def _check_pickles(
+    file: Path, handle: BinaryIO, size: int, zipped: bool, allowed: frozenset[str] | set[str] = frozenset(_PLAIN)
+) -> None:
     """Refuse what could run code or take memory, before torch looks at it: only what plain tensors need is let through."""
     if not zipped:
         handle.seek(0)
         # magic number, version, system, the tensors, the names of their storages; then the numbers
         buffered = io.BufferedReader(handle, 2**16)  # type: ignore[type-var]
         for _ in range(5):
-            _check_names(file, buffered)
+            _check_names(file, buffered, allowed)
         buffered.detach()
         return
     with zipfile.ZipFile(handle) as archive:
@@ -270,17 +306,17 @@ def _check_pickles(file: Path, handle: BinaryIO, size: int, zipped: bool) -> Non
             )
         for member in members:
             if member.filename.endswith(".pkl"):
-                _check_names(file, io.BytesIO(archive.read(member)))
+                _check_names(file, io.BytesIO(archive.read(member)), allowed)
 
 
-def _check_names(file: Path, stream: Any) -> None:
+def _check_names(file: Path, stream: Any, allowed: frozenset[str] | set[str]) -> None:
     start = stream.tell()
     for op, arg, at in pickletools.genops(stream):
         if at is not None and at - start > _LARGEST_HEADER:
             raise _damaged(file, f"its description of tensors has more than {_LARGEST_HEADER} bytes")
         if op.name == "GLOBAL":
             module, _, name = str(arg).partition(" ")
-            if arg in _PLAIN or (
+            if arg in allowed or (
                 module in ("torch", "torch.storage") and (name.endswith("Storage") or _is_dtype(name))
             ):
                 continue
