@@ -1,5 +1,6 @@
 """A model's tokenizer: where it is, what it never runs, and what a prompt and a document become."""
 
+import base64
 import json
 import shutil
 import types
@@ -20,6 +21,7 @@ from hybridzoo.zoo.tokenizer import (
     load_tokenizer,
     whose,
 )
+from hybridzoo.zoo.tokenizer_growth import check_growth
 
 pytest.importorskip("transformers")
 
@@ -360,3 +362,58 @@ def test_generate_on_the_command_line_writes_what_transformers_does(tmp_path):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0 and json.loads(result.stdout)["text"] == want
     assert tokenizer.encode_prompt(zoo.load(tmp_path), "hello") == ids[0].tolist()
+
+
+BY_A_THOUSAND = [{"type": "Replace", "pattern": {"String": "l"}, "content": "l" * 1000}] * 4
+PER_LETTER = [{"type": "Replace", "pattern": {"Regex": "."}, "content": "0123456789"}] * 9
+TWICE_IN_A_ROW = [{"type": "Sequence", "normalizers": BY_A_THOUSAND[:2]}] * 2
+PIECES = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2000, "pair": []}
+LONG = base64.b64encode(bytes(4) + b"x" * 5000 + bytes(1)).decode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Sequence", "normalizers": BY_A_THOUSAND}},
+        {"normalizer": {"type": "Sequence", "normalizers": PER_LETTER}},
+        {"normalizer": {"type": "Sequence", "normalizers": TWICE_IN_A_ROW}},
+        {"normalizer": {"type": "Prepend", "prepend": "l" * 100_000}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG}},
+        {"post_processor": PIECES | {"special_tokens": {}}},
+        {"decoder": {"type": "Sequence", "decoders": BY_A_THOUSAND}},
+    ],
+    ids=["replace", "replace a pattern", "nested", "prepend", "map", "template", "decoder"],
+)
+def test_a_small_tokenizer_that_makes_texts_huge_is_refused_before_it_sees_one(tmp_path, change):
+    for name, content in tokenizer.tokenizer_files().items():
+        (tmp_path / name).write_text(json.dumps(content | (change if name == "tokenizer.json" else {})))
+    with pytest.raises(ValueError, match=r"cannot be read \(ValueError: its .* make"):
+        from_transformers(str(tmp_path))
+
+
+def test_tokenizers_as_they_are_published_are_not_refused(tmp_path):
+    # Llama's, and a chain of five replacements as T5's has it
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, space, {"type": "NFKC"}]
+    check_growth({"normalizer": {"type": "Sequence", "normalizers": steps}, "decoder": None})
+    check_growth({"normalizer": {"type": "Sequence", "normalizers": [space | {"pattern": {"Regex": " {2,}"}}] * 5}})
+    for content in tokenizer.tokenizer_files().values():
+        check_growth(content)
+
+
+def test_a_tokenizer_that_cannot_encode_says_so_as_one_error(tmp_path):
+    model = zoo.build("mamba-tiny", TINY)
+    for name, content in tokenizer.tokenizer_files().items():
+        wrong = {"model_max_length": "many"} if name == "tokenizer_config.json" else {}
+        (tmp_path / name).write_text(json.dumps(content | wrong))
+    model.source = tmp_path
+    with pytest.raises(ValueError, match=r"tokenizer: cannot encode 'a' \(TypeError"):
+        encode_prompt(model, "a text")
+
+
+def test_a_panic_of_the_library_is_an_error_like_any_other(tmp_path):
+    for name, content in tokenizer.tokenizer_files().items():
+        broken = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+        (tmp_path / name).write_text(json.dumps(content | (broken if name == "tokenizer.json" else {})))
+    with pytest.raises(ValueError, match=r"cannot be read \(PanicException"):
+        from_transformers(str(tmp_path))

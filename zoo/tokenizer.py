@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import SourceError
 from .hub import unreachable
+from .tokenizer_growth import check_growth
 
 __all__ = [
     "EOS_TOKEN",
@@ -113,9 +114,13 @@ def from_transformers(name: str) -> Any:
         # of our models it knows nothing to choose by, and the adapter that it would load takes a second
         more["config"] = PreTrainedConfig()
     try:
+        if folder is not None and isinstance(content := _content(folder / "tokenizer.json"), dict):
+            check_growth(content)
         return AutoTokenizer.from_pretrained(name, **more)
-    # what is missing or damaged ends in whatever the part that meets it raises
-    except Exception as e:
+    # what is missing or damaged ends in whatever the part that meets it raises, PanicException of Rust included, which is no Exception
+    except BaseException as e:
+        if isinstance(e, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
         if "trust_remote_code" in str(e):
             reason = "needs code of its own, which is never run. Save it as a tokenizer.json, and name that folder"
         elif why is not None:
@@ -175,8 +180,19 @@ def appends_end(tokenizer: Any) -> bool:
 
 
 def _without_end(tokenizer: Any) -> Callable[[str], list[int]]:
-    end = -1 if appends_end(tokenizer) else None
-    return lambda text: list(tokenizer.encode(text))[:end]
+    end = -1 if _encoded(lambda text: appends_end(tokenizer), "a") else None
+    return lambda text: list(_encoded(tokenizer.encode, text))[:end]
+
+
+def _encoded(encode: Callable[[str], Any], text: str) -> Any:
+    try:
+        return encode(text)
+    # what its files left out, or say in the wrong kind, shows only now, and in whatever the part that meets it raises
+    except Exception as e:
+        said = (str(e).strip() or "no reason").splitlines()[0]
+        raise SourceError(
+            f"tokenizer: cannot encode {text[:40]!r} ({type(e).__name__}: {said}). Its files are damaged, or not all there."
+        ) from e
 
 
 def _is_built_in(folder: Path) -> bool:
