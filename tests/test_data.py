@@ -251,3 +251,31 @@ def test_tokens_that_are_no_integers_are_refused(tmp_path):
     np.save(tmp_path / "f.npy", np.zeros(3))
     with pytest.raises(ValueError, match="float64"):
         rows_from(tmp_path / "f.npy", 2, encode)
+
+
+HEADERS = {
+    "unclosed": "(" * 9000,
+    "truth for a size": "{'descr': '<i4', 'fortran_order': False, 'shape': (True,)}",
+    "a digit too many": "{'descr': '<i4', 'fortran_order': False, 'shape': (" + "9" * 5000 + ",)}",
+    "larger than memory": "{'descr': '<i4', 'fortran_order': False, 'shape': (4611686018427387904, 4)}",
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_whatever_a_numpy_file_s_header_says_it_is_one_error(tmp_path, header):
+    file = tmp_path / "a.npy"
+    file.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(64))
+    with pytest.raises(ValueError, match=r"a\.npy: is not a NumPy array of numbers"):
+        list(read_documents(file, encode))
+    file.write_bytes(b"PK\x03\x04" + bytes(50))
+    with pytest.raises(ValueError, match=r"a\.npy: is not a NumPy array of numbers"):
+        list(read_documents(file, encode))
+
+
+def test_what_is_said_of_a_file_is_printable_and_short(tmp_path):
+    file = tmp_path / "a\x1b]0;title\x07.jsonl"
+    file.write_text(json.dumps({"k" * 900_000: 1}))
+    with pytest.raises(ValueError, match="its keys") as caught:
+        list(read_documents(file, encode))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000

@@ -5,10 +5,11 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
+from .errors import SourceError
+from .plain import first_line
 from .train_options import check_path
 
 __all__ = ["Documents", "read_documents", "read_npy"]
@@ -50,7 +51,7 @@ def _files_of(root: Path) -> list[Path]:
     if not files:
         others = sorted({f.suffix for f in seen if f.suffix and f.is_file()})
         there = f" (there are {', '.join(others[:4])})" if others else ""
-        raise ValueError(
+        raise SourceError(
             f"{root}: holds no file that ends in {', '.join(kinds)}{there}. Put the text there, or name a single file."
         )
     return files
@@ -59,7 +60,7 @@ def _files_of(root: Path) -> list[Path]:
 def _read_text(file: Path) -> str:
     text = _decoded(file.read_bytes(), str(file), 0)
     if not text.strip():
-        raise ValueError(f"{file}: is empty. Remove it, or fill it with text.")
+        raise SourceError(f"{file}: is empty. Remove it, or fill it with text.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -67,13 +68,13 @@ def _decoded(raw: bytes, where: str, offset: int) -> str:
     """The text of ``raw``, which begins at byte ``offset`` of its file."""
     if offset == 0:
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{where}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(where)}")
+            raise SourceError(f"{where}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(where)}")
         skipped = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
         raw, offset = raw[skipped:], skipped
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(
+        raise SourceError(
             f"{where}: is not UTF-8 text (byte {offset + e.start} is {raw[e.start]:#04x}). Convert it, or give token ids."
         ) from e
 
@@ -90,7 +91,7 @@ def _read_jsonl(file: Path) -> Iterable[str]:
                 found = True
                 yield _text_of(line, where)
     if not found:
-        raise ValueError(f"{file}: is empty. Remove it, or fill it with text.")
+        raise SourceError(f"{file}: is empty. Remove it, or fill it with text.")
 
 
 def _text_of(line: str, where: str) -> str:
@@ -99,19 +100,19 @@ def _text_of(line: str, where: str) -> str:
         # not strict: control characters inside a string are what people have
         row = json.loads(line, strict=False)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{where}: is not a JSON object with a "text" ({e}). {wanted}') from e
+        raise SourceError(f'{where}: is not a JSON object with a "text" ({e}). {wanted}') from e
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: is not a JSON object with a "text", but a {type(row).__name__}. {wanted}')
+        raise SourceError(f'{where}: is not a JSON object with a "text", but a {type(row).__name__}. {wanted}')
     if "text" not in row:
         keys = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise ValueError(f'{where}: is not a JSON object with a "text"; its keys: {keys}. {wanted}')
+        raise SourceError(f'{where}: is not a JSON object with a "text"; its keys: {keys}. {wanted}')
     text = row["text"]
     if not isinstance(text, str):
-        raise ValueError(f'{where}: "text" is a {type(text).__name__}, not a string.')
+        raise SourceError(f'{where}: "text" is a {type(text).__name__}, not a string.')
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(
+        raise SourceError(
             f'{where}: "text" holds {text[e.start]!a}, half of a surrogate pair, which is no character. Leave it out.'
         ) from e
     return text
@@ -125,17 +126,20 @@ def read_npy(file: Path) -> np.ndarray:
     """
     try:
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OverflowError, EOFError, BadZipFile) as e:
-        cut = "it is cut short" if "mmap length" in str(e) or "EOF" in str(e) else str(e).splitlines()[0].rstrip(".")
-        raise ValueError(f"{file}: is not a NumPy array of numbers ({cut}). Write it with numpy.save.") from e
+    except OSError:
+        raise
+    # a damaged header ends in whatever the part of NumPy or of Python's parser that meets it raises
+    except Exception as e:
+        cut = "it is cut short" if "mmap length" in str(e) or "EOF" in str(e) else first_line(e)
+        raise SourceError(f"{file}: is not a NumPy array of numbers ({cut}). Write it with numpy.save.") from e
     if not isinstance(ids, np.ndarray):
-        raise ValueError(
+        raise SourceError(
             f"{file}: is not a NumPy array of numbers, but an archive of several. Write one with numpy.save."
         )
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-        raise ValueError(
+        raise SourceError(
             f"{file}: holds {ids.dtype} of shape {ids.shape}. Token ids are integers, in one row or a table (n, l)."
         )
     if ids.size == 0:
-        raise ValueError(f"{file}: is empty. Give at least one row of token ids.")
+        raise SourceError(f"{file}: is empty. Give at least one row of token ids.")
     return ids
