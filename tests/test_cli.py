@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import hybridzoo as zoo
 from hybridzoo.zoo.cli import app
+from hybridzoo.zoo.tokenizer import ByteTokenizer
 
 COMMANDS = ["list", "show", "train", "generate", "convert", "eval", "lm-eval", "bench", "doctor", "demo"]
 
@@ -253,3 +254,32 @@ def test_output_that_is_piped_has_no_colours_and_stays_whole():
     done = subprocess.run([zoo_command, "show", "mamba-tiny"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "\x1b" not in done.stdout and done.stderr == ""
     assert "mamba × 2" in done.stdout
+
+
+def test_brackets_and_escapes_in_names_are_text(folder, tmp_path):
+    odd = tmp_path / "a[/b]\x1b]0;title\x07"
+    invoke("convert", folder, odd, "--to", "hybridzoo")
+    out = invoke("show", odd).stdout
+    assert "a[/b]\\x1b]0;title\\x07" in out and "\x1b" not in out
+
+
+def test_a_terminal_gets_no_commands_from_a_model(folder, monkeypatch):
+    said = "a\x1b]0;title\x07\x9bb\tc\nd é"
+    monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: said)
+    assert said in invoke("generate", folder, "--max-new-tokens", "1").stdout
+    out = invoke("generate", folder, "--max-new-tokens", "1", "--json").stdout
+    assert json.loads(out)["text"] == said and not set(out) & set("\x1b\x07\x9b")
+    monkeypatch.setattr("hybridzoo.zoo.cli._is_terminal", lambda: True)
+    assert "a\\x1b]0;title\\x07\\x9bb\tc\nd é\n" in invoke("generate", folder, "--max-new-tokens", "1").stdout
+
+
+def test_generate_takes_a_hub_id_and_says_at_once_that_the_hub_has_none(monkeypatch):
+    monkeypatch.setattr("hybridzoo.zoo.checkpoint.files.unreachable", lambda: "there is no network")
+    error = invoke("generate", "nobody/has-this", status=1).stderr
+    assert "nobody/has-this: no such folder, and the hub does not give it (there is no network)" in error
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", "{"])
+def test_plot_says_which_file_holds_no_results(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert "a.json" in invoke("bench", "plot", tmp_path / "a.json", status=1).stderr

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 __all__ = ["app", "main"]
@@ -81,7 +82,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
 Format = enum.StrEnum("Format", ["hf", "mamba_ssm", "hybridzoo"])
 Dtype = enum.StrEnum("Dtype", ["float32", "bfloat16", "float16"])
-Model = Annotated[str, typer.Argument(help="A saved folder, or a name from `zoo list` (untrained).")]
+Model = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a name from `zoo list` (untrained).")]
+# what terminals act on: C0 without tab and newline, DEL and C1
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def _version(wanted: bool) -> None:
@@ -275,10 +278,11 @@ def generate(
     from .device import pick_device
     from .finite import check_finite
     from .tokenizer import encode_prompt, ends_of_text
+    from .train_options import holds_weights
 
     at = pick_device(device)
     torch.manual_seed(seed)
-    if Path(model).is_dir():
+    if Path(model).is_dir() or holds_weights(model):
         built = load(model, device=at)
         check_finite(built, model)
     else:
@@ -292,7 +296,11 @@ def generate(
     text = built.tokenizer.decode(new[: -1 if new[-1:] and new[-1] in ends else None])
     if as_json:
         return _print_json({"model": model, "prompt": prompt, "text": text, "tokens": len(new)})
-    sys.stdout.write(f"{prompt}{text}\n")
+    text = f"{prompt}{text}"
+    if _is_terminal():
+        # what a model says, which may be somebody else's, is no command to the terminal
+        text = _CONTROLS.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
+    sys.stdout.write(f"{text}\n")
 
 
 @app.command(epilog="Example: [bold]zoo convert state-spaces/mamba-130m out/ --to hf[/bold]")
@@ -306,13 +314,13 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in another format, bit for bit, and print what matched."""
     from .checkpoint import convert as run
+    from .errors import printable
 
-    with Console(stderr=True).status(f"{source} -> {folder}"):
+    # as a Text: in a plain string, brackets would be markup
+    with Console(stderr=True).status(Text(printable(f"{source} -> {folder}"))):
         report = run(source, folder, to.value)
     if as_json:
         return _print_json(dataclasses.asdict(report))
-    from .errors import printable
-
     Console(soft_wrap=True, highlight=False, markup=False).print(printable(report, keep="\n"))
 
 
@@ -424,7 +432,10 @@ def bench(
 
         if file is None:
             raise ValueError("bench plot: name the JSON file of results to draw.")
-        drawn = plot(json.loads(file.read_text()), out or file.with_suffix(".svg"))
+        results = _read_json(str(file), file.read_text(encoding="utf-8"))
+        if not isinstance(results, dict) or "cases" not in results:
+            raise ValueError(f"bench plot: {file} holds no result of zoo bench. Write one with --out.")
+        drawn = plot(results, out or file.with_suffix(".svg"))
         return _say(f"wrote {drawn}")
     if what == "parity":
         from ..eval.parity import parity, table
@@ -491,14 +502,19 @@ def demo(
     run(out, fresh=fresh)
 
 
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
 def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    sys.stdout.write(_CONTROLS.sub(lambda c: f"\\u{ord(c[0]):04x}", text) + "\n")
 
 
 def _read_json(option: str, text: str | None) -> Any:
     try:
         return None if text is None else json.loads(text)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{option}: is not JSON ({e}). Quote it: {option} '{{\"docs\": 100}}'.") from e
 
 

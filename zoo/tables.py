@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .errors import printable
+
 if TYPE_CHECKING:
     from .stats import Row, Stats
 
@@ -75,7 +77,7 @@ def shown(name: str, report: "Stats", state: dict[str, int]) -> None:
             add("", "  " + _repeated(row.token, again), [row] * again, style="dim")
     table.add_section()
     add("", "all", report.rows, style="bold")
-    console.print(Text.assemble((name, "bold"), f"  {report.layers}"))
+    console.print(Text.assemble((printable(name), "bold"), f"  {report.layers}"))
     console.print(table)
     forward = f"{in_units(report.flops)} forward, {in_units(3 * report.flops)} training"
     console.print(f"weights: {report.dtype}, {in_gigabytes(report.weight_bytes)}")
