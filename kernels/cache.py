@@ -111,7 +111,7 @@ def _header(key: str, body: bytes) -> bytes:
 
 def _sweep(folder: Path) -> None:
     for part in folder.glob(_PART + "*"):
-        # another process may be quicker
-        with contextlib.suppress(FileNotFoundError):
-            if part.stat().st_mtime < time.time() - _STALE_SECONDS:
+        # another process may be quicker, and what is no file is nothing of ours
+        with contextlib.suppress(OSError):
+            if part.lstat().st_mtime < time.time() - _STALE_SECONDS:
                 part.unlink()

@@ -194,3 +194,14 @@ def test_the_machine_is_described_without_a_home(monkeypatch, tmp_path):
     nowhere(monkeypatch, tmp_path)
     monkeypatch.delenv("HF_HOME", raising=False)
     assert "not there yet" in doctor.examine("cpu")["system"]["hub cache"]
+
+
+def test_what_others_left_under_the_name_of_a_part_does_not_count_against_an_entry(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setenv("HYBRIDZOO_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
+    (tmp_path / ".hybridzoo-folder").mkdir()
+    os.utime(tmp_path / ".hybridzoo-folder", (0, 0))
+    (tmp_path / ".hybridzoo-loop").symlink_to(tmp_path / ".hybridzoo-loop")
+    cache.keep("ab" * 32, b"code")
+    assert cache.read("ab" * 32) == b"code"
+    assert not recwarn.list
