@@ -64,6 +64,9 @@ def open_model(
 
     Returns:
         The model, and the folder it came from.
+
+    Raises:
+        CheckpointError: A folder without a config, or one that cannot be loaded.
     """
     if isinstance(pretrained, CausalLM):
         pretrained = HybridZooForCausalLM.wrap(pretrained)
@@ -84,6 +87,8 @@ def open_model(
         folder = open_source(name)
         detect(folder)
     except CheckpointError:
+        if path.is_dir() and not any((path / f"{part}config.json").exists() for part in ("", "adapter_")):
+            raise  # nobody's model: ours is the better message
         # a family that the zoo does not know, or no such folder: transformers knows, or says why not
         return None, None
     return HybridZooForCausalLM.wrap(load(folder, device=device, dtype=cast)), folder

@@ -31,7 +31,7 @@ from ..zoo.checkpoint.files import write_whole
 from ..zoo.device import pick_device
 from ..zoo.named import option_pairs
 from .harness import HybridZooLM
-from .tasks import FOLDER, check_metadata, check_tasks, names, unknown_task
+from .tasks import FOLDER, check_amounts, check_metadata, check_tasks, names, unknown_task
 
 __all__ = ["evaluate", "lm_eval_main", "table", "task_manager"]
 
@@ -84,13 +84,14 @@ def evaluate(
         lm-eval's results; ``None`` on all ranks but the first.
 
     Raises:
-        ValueError: A task, a model or a device that does not exist.
+        ValueError: A task, a model or a device that does not exist, or an amount of nothing.
     """
     if device is not None:
         pick_device(device)
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output: {output} is a folder. Name a JSON file.")
     tasks = [task for task in tasks.split(",") if task] if isinstance(tasks, str) else tasks
+    check_amounts(limit, batch_size)
     check_tasks(tasks)
     check_metadata(tasks, metadata or {})
     mode = model.training if isinstance(model, torch.nn.Module) else None

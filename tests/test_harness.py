@@ -20,6 +20,7 @@ import hybridzoo as zoo
 from hybridzoo.eval.harness import HybridZooLM
 from hybridzoo.eval.run import evaluate, lm_eval_main, table, task_manager
 from hybridzoo.eval.tasks import FOLDER
+from hybridzoo.zoo.checkpoint import CheckpointError
 from hybridzoo.zoo.data import topics
 from hybridzoo.zoo.lm import CausalLM
 
@@ -451,6 +452,23 @@ def small_index(monkeypatch):
 def test_an_unknown_task_of_lm_eval_is_named(small_index):
     with pytest.raises(ValueError, match=r"unknown task 'mqar'. Did you mean 'hybridzoo_mqar'\?"):
         evaluate("mamba-tiny", ["mqar"])
+
+
+@pytest.mark.parametrize(
+    ("amounts", "message"),
+    [
+        ({"limit": 0}, "limit: is 0"), ({"limit": -1}, "limit: is -1"), ({"limit": "few"}, "limit: is 'few'"),
+        ({"limit": float("nan")}, "limit: is nan"), ({"batch_size": 0}, "batch_size: is 0"), ({"batch_size": "many"}, "is 'many'"),
+    ],
+)  # fmt: skip
+def test_amounts_of_nothing_are_refused(amounts, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate("mamba-tiny", ["hybridzoo_mqar"], **amounts)
+
+
+def test_a_folder_that_holds_no_model_is_told_as_everywhere(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds neither config\.yaml nor config\.json"):
+        evaluate(str(tmp_path), ["hybridzoo_mqar"], limit=1)
 
 
 def test_ruler_measures_its_prompts_with_our_tokenizer(small_index, monkeypatch):

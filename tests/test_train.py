@@ -123,6 +123,18 @@ def test_a_given_model_is_trained_further(small, rows, tmp_path):
     assert not torch.equal(start, first.get_parameter("backbone.embedding.weight"))
 
 
+def test_weights_that_are_no_numbers_are_not_trained_further(rows, tmp_path):
+    model = zoo.build("mamba-tiny", tie_embeddings=False)
+    with torch.no_grad():
+        model.backbone.embedding.weight[255, 0] = float("inf")  # a token that no row holds: no loss would show it
+    zoo.save(model, tmp_path / "broken")
+    with pytest.raises(
+        ValueError, match=r"broken: 1 of the 24,576 values of backbone\.embedding\.weight are NaN or infinite"
+    ):
+        train(tmp_path / "broken", np.where(rows == 255, 0, rows), tmp_path / "out", steps=1, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_optimiser_decays_what_param_groups_says(rows, tmp_path):
     from transformers import TrainingArguments
 

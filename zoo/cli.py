@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import enum
 import json
-import re
 import shlex
 import sys
 import traceback
@@ -346,21 +345,18 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Score a model through lm-eval. `zoo lm-eval` takes every flag of lm-eval instead."""
-    from ..eval.tasks import check_metadata, check_tasks
+    from ..eval.tasks import check_amounts, check_metadata, check_tasks
     from .named import check_model
 
     # what can be mistyped is looked at before seconds of imports
     check_model(model)
     asked, sizes = [task for task in tasks.split(",") if task], _read_json("--metadata", metadata)
+    check_amounts(limit, batch_size, ("--limit", "--batch-size"))
     check_tasks(asked)
     if sizes is not None:
         check_metadata(asked, sizes)
     if out is not None and out.is_dir():
         raise ValueError(f"--out: {out} is a folder. Name a JSON file.")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"--limit: is {limit:g}. Give a number of documents, or a share of them below 1.")
-    if not re.fullmatch(r"[1-9]\d*|auto(:[1-9]\d*)?", batch_size):
-        raise ValueError(f"--batch-size: is {batch_size!r}. Give a number, auto, or auto:N.")
     from ..eval.run import evaluate
     from ..eval.run import table as rows_of
 

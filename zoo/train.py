@@ -29,6 +29,7 @@ from .data import Rows, rows_from, rows_with_targets
 from .device import pick_device
 from .digests import digest_rows, digest_weights
 from .diverged import Diverged
+from .finite import check_finite
 from .hf import HybridZooForCausalLM
 from .lm import CausalLM
 from .run_folder import LOG, Checkpoint, DifferentRun, RunFolder, loss_entries
@@ -246,7 +247,9 @@ def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out:
             f"{out}: is the folder that the weights come from, which training would replace. Use another folder for what becomes of them."
         )
     # in half precision most updates would be rounded away
-    return load(model, dtype=torch.float32).train(), [f"{named}starts from the weights there"]
+    core = load(model, dtype=torch.float32)
+    check_finite(core, str(model))  # the first loss need not see it
+    return core.train(), [f"{named}starts from the weights there"]
 
 
 def _table(data: Any, model: CausalLM, length: int | None) -> np.ndarray:

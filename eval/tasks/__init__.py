@@ -13,12 +13,13 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["FOLDER", "check_metadata", "check_tasks", "names", "sizes", "unknown_task"]
+__all__ = ["FOLDER", "check_amounts", "check_metadata", "check_tasks", "names", "sizes", "unknown_task"]
 
 FOLDER = Path(__file__).resolve().parent
 _TAG = "hybridzoo_recall"
@@ -54,6 +55,19 @@ def check_tasks(tasks: Iterable[str]) -> None:
             continue
         if task.startswith("hybridzoo") or _in_lm_eval():
             raise ValueError(unknown_task(task))
+
+
+def check_amounts(limit: Any, batch_size: Any, called: Sequence[str] = ("limit", "batch_size")) -> None:
+    """Refuse a number of documents or a batch size that lm-eval would take without sense, or trip over.
+
+    Raises:
+        ValueError: Names the argument, as it is called where the user gave it.
+    """
+    if limit is not None and (not isinstance(limit, Real) or not limit > 0):
+        shown = f"{limit:g}" if isinstance(limit, Real) else repr(limit)
+        raise ValueError(f"{called[0]}: is {shown}. Give a number of documents, or a share of them below 1.")
+    if not re.fullmatch(r"[1-9]\d*|auto(:[1-9]\d*)?", str(batch_size)):
+        raise ValueError(f"{called[1]}: is {batch_size!r}. Give a number, auto, or auto:N.")
 
 
 def unknown_task(task: str) -> str:
