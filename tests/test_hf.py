@@ -186,6 +186,16 @@ def test_stopping_a_step_late_changes_nothing(adapter, kept, monkeypatch):
 
 
 @torch.no_grad()
+def test_texts_end_where_a_string_stands(adapter):
+    ids, mask = prompts(padded=False)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    got = adapter.generate(
+        ids, stop_strings=["qq"], tokenizer=byte_tokenizer(), sequence_bias={(ord("q"),): 1e4}, **options
+    )
+    assert got[:, 9:].tolist() == [[ord("q")] * 2] * 2
+
+
+@torch.no_grad()
 def test_embeddings_can_stand_for_the_prompt(adapter):
     ids, mask = prompts()
     options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, "attention_mask": mask}

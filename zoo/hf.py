@@ -284,6 +284,9 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids: {seen} columns, but the cache has read {seen - next_sequence_length}, and nothing is new. Pass the text from "
                 "its beginning, or the new columns alone with an attention_mask of all."
             )
+        for name in ("tokenizer", "assistant_tokenizer"):
+            # for stopping criteria, and handed down to here with what the model is for
+            kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
