@@ -273,6 +273,36 @@ def test_saving_over_other_weights_removes_them_and_keeps_the_rest(tmp_path):
     assert files(tmp_path) == kept | ours and seen(tmp_path) == {1.0}
 
 
+@pytest.mark.parametrize("to", ["hybridzoo", "mamba_ssm", None])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_is_as_good_as_the_folder(to, there, tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if there:
+        real.mkdir()
+    model = zoo.build(MAMBA)
+    zoo.save(model, link) if to is None else export(model, link, to=to)
+    assert link.is_symlink() and {p.name for p in tmp_path.iterdir()} == {"real", "link"}
+    assert torch.equal(zoo.load(real).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_new_folder_may_be_the_root_of_a_file_system(tmp_path, monkeypatch):
+    place, replace = tmp_path / "volume", os.replace
+    place.mkdir()
+
+    def busy(source, target):
+        if str(target) == str(place):
+            raise OSError(16, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr(type(place), "is_mount", lambda self: self == place)
+    monkeypatch.setattr(os, "replace", busy)
+    model = zoo.build(MAMBA)
+    export(model, place, to="hybridzoo")
+    assert torch.equal(zoo.load(place).lm_head.weight, model.lm_head.weight)
+    assert not [p for p in place.iterdir() if p.name.startswith(".")]
+
+
 def test_an_adapter_in_the_folder_is_neither_removed_nor_put_on_the_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"adapter_config.json makes transformers put an adapter"):

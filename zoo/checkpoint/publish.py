@@ -94,6 +94,7 @@ def publishing(folder: Path, stale: Callable[[set[str]], Iterable[str]] = lambda
         folder: Created if it is missing.
         stale: Given the names of the new files, those in the folder that they make meaningless, to be removed.
     """
+    folder = folder.resolve()  # a link may lead to a folder that is still to be made
     folder.mkdir(parents=True, exist_ok=True)
     with _scratch(folder) as new:
         yield new
@@ -257,6 +258,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         CheckpointError: ``folder`` exists and is not empty.
     """
     check_new(folder)
+    folder = folder.resolve()  # a link stays one, and what is made ready lies on its file system
+    if folder.is_mount():
+        # nothing can be renamed to it
+        with publishing(folder) as new:
+            yield new
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(folder.parent) as new:
         yield new
