@@ -172,7 +172,8 @@ def test_ids_and_generation_settings_survive_every_way_around(tmp_path):
     convert(tmp_path / "d", tmp_path / "e", "hf")
     for name in "abcde":
         assert said(tmp_path / name) == want, name
-        assert (tmp_path / name / "tokenizer.json").exists() == (name in "abc")
+        # transformers leaves the tokenizer to save itself; d still names the folder that has it, for e
+        assert (tmp_path / name / "tokenizer.json").exists() == (name in "abce")
     changed = AutoModel.from_pretrained(tmp_path / "a")
     changed.config.eos_token_id = 9
     changed.generation_config.eos_token_id = 9
