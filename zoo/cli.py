@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import re
 import shlex
 import sys
 import traceback
