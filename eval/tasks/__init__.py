@@ -63,7 +63,7 @@ def check_amounts(limit: Any, batch_size: Any, called: Sequence[str] = ("limit",
     Raises:
         ValueError: Names the argument, as it is called where the user gave it.
     """
-    if limit is not None and (not isinstance(limit, Real) or not limit > 0):
+    if limit is not None and not (isinstance(limit, Real) and float(limit) > 0):
         shown = f"{limit:g}" if isinstance(limit, Real) else repr(limit)
         raise ValueError(f"{called[0]}: is {shown}. Give a number of documents, or a share of them below 1.")
     if not re.fullmatch(r"[1-9]\d*|auto(:[1-9]\d*)?", str(batch_size)):
