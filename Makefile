@@ -30,8 +30,9 @@ help:
 demo: .venv/.demo
 	.venv/bin/zoo demo $(ARGS)
 
+# two processes of one thread each: the operations of tiny models are too small to be split among threads
 test: .venv/.dev
-	.venv/bin/pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 $(ARGS)
 
 test-gpu: $(if $(filter .venv/%,$(PYTEST)),.venv/.dev)
 	$(PYTEST) tests/gpu -m gpu $(ARGS)

@@ -220,6 +220,17 @@ BESIDES = {
     "falcon_h1": {"attn_layer_indices": None, "mamba_use_mlp": True, "mlp_expansion_factor": 8, "rope_scaling": None, "rope_theta": 1e11},
     "llama": {"pretraining_tp": 1, "rope_scaling": None, "rope_theta": 10000.0},
     "mixtral": {"rope_theta": 1e6, "sliding_window": None},
+    "mistral": {"rope_theta": 10000.0, "sliding_window": 4096},
+    "qwen2": {"max_window_layers": 28, "rope_theta": 1e6, "sliding_window": 131072, "use_mrope": False, "use_sliding_window": False},
+    "qwen3": {"max_window_layers": 36, "rope_scaling": None, "rope_theta": 1e6, "sliding_window": None, "use_sliding_window": False},
+    "qwen3_moe": {"decoder_sparse_step": 1, "max_window_layers": 48, "mlp_only_layers": [], "norm_topk_prob": True, "rope_scaling": None,
+                  "rope_theta": 1e6, "sliding_window": None, "use_sliding_window": False},
+    "phi3": {"embd_pdrop": 0.0, "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rope_scaling": None, "rope_theta": 10000.0,
+             "sliding_window": 2047},
+    "smollm3": {"max_window_layers": 28, "no_rope_layer_interval": 4, "pretraining_tp": 2, "rope_scaling": None, "rope_theta": 5e6,
+                "sliding_window": None, "use_sliding_window": False},
+    "granite": {"rope_scaling": None, "rope_theta": 1e7},
+    "granitemoe": {"rope_scaling": None, "rope_theta": 10000},
 }  # fmt: skip
 
 

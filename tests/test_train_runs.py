@@ -446,7 +446,7 @@ def test_what_is_said_without_a_terminal(tmp_path, capsys):
     ("change", "message"),
     [
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'"),
-        ({"lr": 0}, "must be above 0"),
+        ({"lr": 0}, "number above 0"),
         ({"lr": float("nan")}, "finite"),
         ({"warmup": -1}, "at least 0"),
         ({"length": 1}, "at least 2"),

@@ -47,8 +47,8 @@ def build(
             raise ConfigError(
                 f"{key}: is neither an argument of zoo.build nor a key of configs.{nearest(key, arguments)} Known: {', '.join(arguments)}."
             )
-    device = None if device is None else pick_device(device, meta=True)
-    return CausalLM(load_config(config, overrides, **changes), device=device, dtype=dtype)
+    cfg = load_config(config, overrides, **changes)
+    return CausalLM(cfg, device=None if device is None else pick_device(device, meta=True), dtype=dtype)
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
