@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..layers.common import hooked_everywhere
+
 __all__ = ["Hooks", "has_backward_hooks", "has_hooks", "is_hooked"]
 
 # torch's own names for what it calls around every module
@@ -19,13 +21,7 @@ _every: Any = nn.modules.module
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether there are hooks on a module, or on all modules."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or _every._global_forward_hooks
-        or _every._global_forward_pre_hooks
-        or has_backward_hooks(module)
-    )
+    return bool(module._forward_hooks or module._forward_pre_hooks or has_backward_hooks(module) or hooked_everywhere())
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
