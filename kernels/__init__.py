@@ -1,11 +1,13 @@
 """Ops and their backends: tensors in, tensors out, nothing of modules, YAML or transformers."""
 
-from .api import causal_conv1d, selective_scan, ssd
+from .conv.op import causal_conv1d
 from .dispatch import BackendError
-from .loss import cross_entropy
-from .norm import branch_rms_norm, rms_norm
+from .loss.op import cross_entropy
+from .norm.op import branch_rms_norm, rms_norm
+from .scan.op import selective_scan
 from .seq import Seq
-from .update import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
+from .ssd.op import ssd
+from .step.op import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
 
 __all__ = [
     "BackendError",

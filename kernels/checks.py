@@ -48,3 +48,9 @@ def fits(where: str, seq: Seq | None, b: int, l: int) -> None:
     """Raise unless ``seq`` describes ``b`` rows of ``l`` tokens."""
     if seq is not None and seq.doc.shape != (b, l):
         raise ValueError(f"{where}: seq describes {tuple(seq.doc.shape)} tokens, the input has {(b, l)} (b, l).")
+
+
+def _is_silu(where: str, activation: str | None) -> bool:
+    if activation not in (None, "silu"):
+        raise ValueError(f"{where}: activation is {activation!r}, expected 'silu' or None.")
+    return activation == "silu"

@@ -19,9 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from . import cuda_conv, cuda_loss, cuda_norm, cuda_ops, cuda_update, low_rank
+from .conv import cuda as cuda_conv
 from .derivatives import ENV, transformed
+from .loss import cuda as cuda_loss
+from .norm import cuda as cuda_norm
+from .scan import cuda as cuda_ops
+from .scan import low_rank
+from .seq import Seq
+from .step import cuda as cuda_update
 
 Facts = dict[str, Any]
 
@@ -62,7 +69,7 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d``, ``rank`` and, as
             booleans, ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
             ``dtypes`` of a norm's other tensors; ``subclass``, the type of the tensors if it is not torch's own;
-            ``normed``, whether a Mamba layer normalises dt, B and C; what :func:`.cuda_update.refuse` asks about the states of an
+            ``normed``, whether a Mamba layer normalises dt, B and C; what :func:`.step.cuda.refuse` asks about the states of an
             ``update``.
 
     Raises:
@@ -309,3 +316,18 @@ TABLES: dict[str, dict[str, Backend]] = {
     "paths": _ops(_CUDA_WALK, Backend("gather", "one scan per path over gathered tokens", _never, plain=True)),
     "dt_weight": _ops(_CUDA_RANK, Backend("product", "a matrix product in front of the scan", _never, plain=True)),
 }
+
+
+def _facts(
+    x: Tensor, initial_state: Tensor | None, seq: Seq | None, final: bool, *leaves: Tensor | None, **more: Any
+) -> dict[str, Any]:
+    grad = final and torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (x, *leaves))
+    return {
+        "device": x.device.type,
+        "dtype": x.dtype,
+        "initial_state": initial_state is not None,
+        "final_state_grad": grad,
+        "packed": seq is not None and seq.packed,
+        "padded": seq is not None and seq.padded,
+        **more,
+    }

@@ -236,3 +236,12 @@ def _offsets(given: Any) -> Tensor:
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     index = index.reshape(index.shape + (1,) * (x.dim() - 2)).expand_as(x) if x.dim() > 2 else index
     return x.gather(1, index)
+
+
+def _cleared(seq: Seq | None, *rows: Any) -> tuple[Any, ...]:
+    """Rows with zeros at padding, so that neither what stands there nor what comes back from there counts anywhere."""
+    return rows if seq is None or seq.clean else tuple(x if x is None else seq.clear(x) for x in rows)
+
+
+def _marks(seq: Seq | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if seq is None else seq.marks()

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import BackendError, selective_scan, selective_state_update
-from ..kernels.cuda_call import eager
-from ..kernels.cuda_mamba import Weights, mamba_layer
 from ..kernels.dispatch import ENV, choose
-from ..kernels.halves import halves
+from ..kernels.gpu.operands import eager
+from ..kernels.gpu.split_gradients import halves
+from ..kernels.mamba_layer import Weights, mamba_layer
 from .base import Mixer, Seq, State
 from .common import (
     acc_dtype,

@@ -22,7 +22,8 @@ def _seed():
 @pytest.fixture
 def emulated(monkeypatch):
     """The CUDA sources run on the CPU, thread by thread, where they would be launched on a GPU."""
-    from hybridzoo.kernels import cuda_again, nvrtc
+    from hybridzoo.kernels.gpu import launch_plans as cuda_again
+    from hybridzoo.kernels.gpu import nvrtc
 
     spec = importlib.util.spec_from_file_location("emulator", Path(__file__).parent / "emulator" / "emulator.py")
     emulator = importlib.util.module_from_spec(spec)

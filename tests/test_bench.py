@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from hybridzoo.eval import bench, bench_ops, bench_show, bench_train, cases, peers, readme, timing
-from hybridzoo.kernels import nvrtc, selective_scan
+from hybridzoo.kernels import selective_scan
+from hybridzoo.kernels.gpu import nvrtc
 
 ROW = {
     "name", "op", "shape", "dtype", "ours_ms", "ours_iqr_ms", "peer", "peer_ms", "ratio", "goal_ratio", "met", "floor_ms",

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from hybridzoo.kernels import cache
+from hybridzoo.kernels.gpu import cache
 from hybridzoo.zoo import doctor
 
 KEY, OTHER = (hashlib.sha256(name).hexdigest() for name in (b"one", b"other"))

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils import deterministic
 
-from hybridzoo.kernels import Seq, causal_conv1d, causal_conv1d_update, conv
+from hybridzoo.kernels import Seq, causal_conv1d, causal_conv1d_update
+from hybridzoo.kernels.conv import chunked as conv
 
 BACKENDS = ["chunked", "reference"]
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridzoo.kernels import cross_entropy, cuda_loss, dispatch, loss
+from hybridzoo.kernels import cross_entropy, dispatch
+from hybridzoo.kernels.loss import cuda as cuda_loss
+from hybridzoo.kernels.loss import op as loss
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 IGNORE = -100

@@ -6,7 +6,11 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import Seq, api, causal_conv1d, cuda_conv, nvrtc, reference
+from hybridzoo.kernels import Seq, causal_conv1d
+from hybridzoo.kernels.conv import cuda as cuda_conv
+from hybridzoo.kernels.conv import op as api
+from hybridzoo.kernels.conv import reference
+from hybridzoo.kernels.gpu import nvrtc
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 exhaustive = pytest.mark.skipif(

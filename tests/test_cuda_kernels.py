@@ -6,8 +6,14 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import api, cuda_again, cuda_backend, cuda_ops, dispatch, nvrtc, reference
-from hybridzoo.kernels.cuda_shapes import (
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.gpu import launch_plans as cuda_again
+from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.scan import cuda as cuda_ops
+from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan import op as api
+from hybridzoo.kernels.scan import reference
+from hybridzoo.kernels.scan.shapes import (
     BACKWARD,
     FORWARD,
     FULL,
@@ -234,7 +240,7 @@ def test_a_wrong_shape_is_named_as_it_was_given(monkeypatch):
 def test_too_many_states_for_a_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda_backend, "shared_memory", lambda device: 100 << 10)
+    monkeypatch.setattr(cuda_ops, "shared_memory", lambda device: 100 << 10)
     facts = {"device": "cuda", "dtype": torch.bfloat16}
     assert cuda_ops.refuse(facts | {"d_state": 128}) is None
     assert "the 99 KiB that a block has here, got d_state = 200" in cuda_ops.refuse(facts | {"d_state": 200})
@@ -262,7 +268,7 @@ def test_ops_are_registered_as_torch_wants_them(n):
 def on_cpu(monkeypatch):
     """CPU tensors are taken for those of a GPU, and no scan has been before."""
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda_backend, "refuse_tensors", lambda facts: None)
+    monkeypatch.setattr(cuda_ops, "refuse_tensors", lambda facts: None)
     monkeypatch.setattr(cuda_again, "_known", {})
 
 

@@ -9,8 +9,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from hybridzoo.kernels import api, dispatch
-from hybridzoo.kernels import norm as kernels_norm
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.conv import op as conv_op
+from hybridzoo.kernels.norm import op as kernels_norm
+from hybridzoo.kernels.scan import op as scan_op
 from hybridzoo.layers import Mamba, RMSNorm, Seq, mamba, norm
 
 BF16 = torch.bfloat16
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 @pytest.fixture
 def ways(emulated, monkeypatch):
     """Chooses how layers run: ``True`` as one node, ``False`` part by part, with the CUDA kernels either way."""
-    for module in (api, kernels_norm):
+    for module in (scan_op, conv_op, kernels_norm):
         monkeypatch.setattr(module, "choose", lambda op, **facts: dispatch.TABLES[op]["cuda"])
     nodes, apply = [], mamba.mamba_layer
 
@@ -97,7 +99,8 @@ def test_outputs_and_gradients(case, ways):
     assert torch.equal(y[valid], parts_y[valid])
     exact = copy.deepcopy(layer).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "choose", lambda op, **facts: dispatch.TABLES[op]["reference"])
+        for module in (scan_op, conv_op):
+            patch.setattr(module, "choose", lambda op, **facts: dispatch.TABLES[op]["reference"])
         patch.setattr(kernels_norm, "choose", lambda op, **facts: dispatch.TABLES[op]["torch"])
         _, want = run(exact, x.double(), seq)
     assert grads.keys() == want.keys()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
-from hybridzoo.kernels import cuda_norm, dispatch
-from hybridzoo.kernels.cuda_norm import backward, branch_rms_norm, forward, plan
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.norm import cuda as cuda_norm
+from hybridzoo.kernels.norm.cuda import backward, branch_rms_norm, forward, plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)

@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_ops, cuda_paths, dispatch, reference, selective_scan
-from hybridzoo.kernels.cuda_params import walk
-from hybridzoo.kernels.paths import over_paths, path_index, walks
+from hybridzoo.kernels import dispatch, selective_scan
+from hybridzoo.kernels.scan import cuda as cuda_ops
+from hybridzoo.kernels.scan import cuda_paths, reference
+from hybridzoo.kernels.scan.paths import over_paths, path_index, walks
+from hybridzoo.kernels.scan.structs import walk
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}

@@ -19,8 +19,9 @@ spec = importlib.util.spec_from_file_location("emulator", sys.argv[1])
 emulator = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(emulator)
 emulator.FLAGS += sys.argv[2:]
-from hybridzoo.kernels import cuda_backend, nvrtc
-from hybridzoo.kernels.cuda_shapes import FORWARD, Cut
+from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan.shapes import FORWARD, Cut
 nvrtc.launch = emulator.launch
 def operands(l, d, n):
     wide, narrow = ([torch.randn(1, l, w).bfloat16() for _ in range(k)] for w, k in ((d, 3), (n, 2)))

@@ -7,7 +7,10 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_conv, cuda_update, dispatch, update_torch
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.conv import cuda as cuda_conv
+from hybridzoo.kernels.step import chunked as update_torch
+from hybridzoo.kernels.step import cuda as cuda_update
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 exhaustive = pytest.mark.skipif(

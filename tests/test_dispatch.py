@@ -7,8 +7,10 @@ import types
 import pytest
 import torch
 
-from hybridzoo.kernels import BackendError, causal_conv1d, dispatch, libraries, reference, selective_scan, ssd
+from hybridzoo.kernels import BackendError, causal_conv1d, dispatch, selective_scan, ssd
 from hybridzoo.kernels.dispatch import choose, explain
+from hybridzoo.kernels.scan import library as libraries
+from hybridzoo.kernels.scan import reference
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16}
 OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update", "rms_norm", "cross_entropy")

@@ -6,7 +6,8 @@ import types
 import pytest
 import torch
 
-from hybridzoo.kernels import dispatch, nvrtc
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.gpu import nvrtc
 from hybridzoo.zoo import doctor
 
 

@@ -5,8 +5,11 @@ import shutil
 import pytest
 import torch
 
-from hybridzoo.kernels import api, cuda_conv, dispatch
-from hybridzoo.kernels.halves import halves, room
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.conv import cuda as cuda_conv
+from hybridzoo.kernels.conv import op as conv_op
+from hybridzoo.kernels.gpu.split_gradients import halves, room
+from hybridzoo.kernels.scan import op as scan_op
 from hybridzoo.layers import Mamba, mamba
 
 BF16 = torch.bfloat16
@@ -127,7 +130,8 @@ def test_nothing_else_has_room(whole):
     "options", [{}, {"expand": 1, "d_model": 21}, {"dtype": BF16}], ids=["even", "odd", "bfloat16"]
 )
 def test_a_layer_on_our_kernels_joins_nothing(options, monkeypatch, joined):
-    monkeypatch.setattr(api, "choose", lambda op, **facts: dispatch.TABLES[op]["cuda"])
+    for module in (scan_op, conv_op):
+        monkeypatch.setattr(module, "choose", lambda op, **facts: dispatch.TABLES[op]["cuda"])
     layer = Mamba(**{"d_model": 16, "d_state": 4, **options})
     x = torch.randn(2, 40, layer.in_proj.in_features, dtype=options.get("dtype"), requires_grad=True)
     leaves, results = [x, *layer.parameters()], []

@@ -7,18 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybridzoo.kernels import (
-    cuda_again,
-    cuda_backend,
-    cuda_ops,
-    cuda_paths,
-    dispatch,
-    low_rank,
-    nvrtc,
-    reference,
-    selective_scan,
-)
-from hybridzoo.kernels.paths import over_paths, walks
+from hybridzoo.kernels import dispatch, selective_scan
+from hybridzoo.kernels.gpu import launch_plans as cuda_again
+from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.scan import cuda as cuda_ops
+from hybridzoo.kernels.scan import cuda_paths, low_rank, reference
+from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan.paths import over_paths, walks
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -150,7 +145,7 @@ def test_step_sizes_are_there_for_one_path_at_a_time(emulated, monkeypatch):
 @needs_compiler
 def test_the_op_and_the_public_function(emulated, monkeypatch):
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda_backend, "refuse_tensors", lambda facts: None)
+    monkeypatch.setattr(cuda_ops, "refuse_tensors", lambda facts: None)
     monkeypatch.setattr(cuda_again, "_known", {})
     inputs = [x.requires_grad_() for x in operands(1, 20, 40, 16, 8, BF16)]
     *first, weight = inputs
@@ -242,7 +237,7 @@ def test_what_follows_the_last_numbers_does_not_count(behind, emulated):
 @pytest.mark.parametrize("paths", [None, FOUR], ids=["straight", "four paths"])
 def test_traced_whole(paths, emulated, monkeypatch):
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda_backend, "refuse_tensors", lambda facts: None)
+    monkeypatch.setattr(cuda_ops, "refuse_tensors", lambda facts: None)
     u, dt, A, B, C, D, z, bias, _, weight = (x.requires_grad_() for x in operands(1, 35, 16, 16, 8, BF16, paths and 4))
 
     def scan(u, dt, weight):

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from hybridzoo.kernels import api, dispatch
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.conv import op as conv_op
+from hybridzoo.kernels.scan import op as scan_op
 from hybridzoo.layers import Mamba, RMSNorm, Seq, mamba, recompute
 
 BF16 = torch.bfloat16
@@ -26,7 +28,8 @@ def backend(request, monkeypatch):
     """The named backend for scan and convolution; CUDA's through the emulator."""
     if request.param == "cuda":
         request.getfixturevalue("emulated")
-    monkeypatch.setattr(api, "choose", lambda op, **facts: dispatch.TABLES[op][request.param])
+    for module in (scan_op, conv_op):
+        monkeypatch.setattr(module, "choose", lambda op, **facts: dispatch.TABLES[op][request.param])
     return request.param
 
 

@@ -9,18 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridzoo.kernels import Seq
-from hybridzoo.layers import (
-    MLP,
-    Attention,
-    Mamba,
-    Mamba2,
-    Mixer,
-    MoE,
-    OptionError,
-    State,
-    copy_state,
-    map_state,
-)
+from hybridzoo.layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE, OptionError, State, copy_state, map_state
 from hybridzoo.layers.testing import PROMISES, Case, check_mixer, counted_flops
 from hybridzoo.zoo.registry import build_mixer, list_mixers
 

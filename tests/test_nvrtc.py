@@ -8,9 +8,13 @@ import sys
 import pytest
 import torch
 
-from hybridzoo.kernels import cuda_conv, cuda_loss, cuda_norm, cuda_update, nvrtc
-from hybridzoo.kernels.cuda_backend import CUT, LOW_RANK, NARROW, OUTPUTS, WALK
-from hybridzoo.kernels.cuda_shapes import ADJOINT, BACKWARD, FORWARD, FULL, PAIRS, STATE
+from hybridzoo.kernels.conv import cuda as cuda_conv
+from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.loss import cuda as cuda_loss
+from hybridzoo.kernels.norm import cuda as cuda_norm
+from hybridzoo.kernels.scan.launches import CUT, LOW_RANK, NARROW, OUTPUTS, WALK
+from hybridzoo.kernels.scan.shapes import ADJOINT, BACKWARD, FORWARD, FULL, PAIRS, STATE
+from hybridzoo.kernels.step import cuda as cuda_update
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'hybridzoo[cuda]'")
 
@@ -274,7 +278,7 @@ def test_a_cache_that_cannot_be_written_is_only_slower(monkeypatch, tmp_path):
 
 
 def test_processes_share_the_cache(tmp_path):
-    code = f"from hybridzoo.kernels import nvrtc; print(len(nvrtc.machine_code(*{SUMS!r})[1]))"
+    code = f"from hybridzoo.kernels.gpu import nvrtc; print(len(nvrtc.machine_code(*{SUMS!r})[1]))"
     environment = os.environ | {"HYBRIDZOO_CACHE": str(tmp_path)}
     runs = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path.parent, stdout=subprocess.PIPE)

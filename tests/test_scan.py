@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils import deterministic
 
-from hybridzoo.kernels import Seq, blocks, selective_scan, selective_state_update
+from hybridzoo.kernels import Seq, selective_scan, selective_state_update
+from hybridzoo.kernels.scan import steps as blocks
 
 
 @pytest.fixture(autouse=True)

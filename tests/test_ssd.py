@@ -9,7 +9,9 @@ from torch.library import opcheck
 from torch.utils import deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridzoo.kernels import Seq, chunked_ssd, selective_scan, ssd, ssd_blocks, ssd_state_update
+from hybridzoo.kernels import Seq, selective_scan, ssd, ssd_state_update
+from hybridzoo.kernels.ssd import chunked as chunked_ssd
+from hybridzoo.kernels.ssd import chunks as ssd_blocks
 
 
 @pytest.fixture(autouse=True)

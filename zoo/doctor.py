@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import cache, nvrtc
 from ..kernels.dispatch import TABLES, explain
+from ..kernels.gpu import cache, nvrtc
 from .device import pick_device
 
 __all__ = ["examine"]

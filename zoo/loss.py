@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import cross_entropy
 from ..kernels.derivatives import plain, transformed
-from ..kernels.products import add_product, product
+from ..kernels.numerics import add_product, product
 from ..kernels.seq import Seq
 from ..layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere, upcast, weight_dtype, why_called
 

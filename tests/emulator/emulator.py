@@ -8,10 +8,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from hybridzoo.kernels import cache
+from hybridzoo.kernels.gpu import cache
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parent.parent / "kernels" / "cuda"
+SOURCES = HERE.parent.parent / "kernels"
 PARAMS = {
     "scan_forward": "ForwardParams",
     "scan_forward_two": "ForwardParams",
@@ -63,9 +63,14 @@ extern "C" void launch(const {struct}* p, int grid, int block, int bytes) {{
 }}
 """
     stamp = hashlib.sha256((text + repr(FLAGS)).encode())
-    for f in sorted([*SOURCES.glob("*.cu*"), HERE / "emulate.h"]):
+    for f in sorted([*SOURCES.glob("*/*.cu*"), HERE / "emulate.h"]):
         stamp.update(f.read_bytes())
-    includes = ["-include", str(_precompiled()), f"-I{HERE}", f"-I{SOURCES}"]
+    includes = [
+        "-include",
+        str(_precompiled()),
+        f"-I{HERE}",
+        *sorted({f"-I{f.parent}" for f in SOURCES.glob("*/*.cu*")}),
+    ]
     library = CACHE / f"{stamp.hexdigest()[:24]}.so"
     if not library.exists():
         _run(library, "-shared", *includes, "-x", "c++", "-", text=text)

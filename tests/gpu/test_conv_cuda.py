@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.utils import checkpoint
 
-from hybridzoo.kernels import Seq, causal_conv1d, conv, cuda_conv, dispatch, reference
+from hybridzoo.kernels import Seq, causal_conv1d, dispatch
+from hybridzoo.kernels.conv import chunked as conv
+from hybridzoo.kernels.conv import cuda as cuda_conv
+from hybridzoo.kernels.conv import reference
 
 pytestmark = pytest.mark.gpu
 

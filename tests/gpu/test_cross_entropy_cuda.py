@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import hybridzoo as zoo
 import hybridzoo.zoo.loss as loss_module
-from hybridzoo.kernels import cross_entropy, cuda_loss, dispatch
+from hybridzoo.kernels import cross_entropy, dispatch
+from hybridzoo.kernels.loss import cuda as cuda_loss
 from hybridzoo.zoo.loss import IGNORE, next_token_loss
 
 pytestmark = pytest.mark.gpu

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hybridzoo.kernels import Seq, dispatch, low_rank, selective_scan
+from hybridzoo.kernels import Seq, dispatch, selective_scan
+from hybridzoo.kernels.scan import low_rank
 
 pytestmark = pytest.mark.gpu
 BF16, F16 = torch.bfloat16, torch.float16

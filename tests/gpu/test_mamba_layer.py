@@ -10,7 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hybridzoo as zoo
-from hybridzoo.kernels import api, cuda_backend, cuda_mamba, dispatch
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels import mamba_layer as cuda_mamba
+from hybridzoo.kernels.conv import op as conv_op
+from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan import op as scan_op
 from hybridzoo.layers import Mamba, RMSNorm, Seq
 from hybridzoo.zoo.block import Stream
 
@@ -94,7 +98,8 @@ def test_numbers(case, nodes):
     valid = slice(None) if seq is None else seq.valid
     assert len(nodes) == 2 and torch.equal(y[valid], parts_y[valid])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "choose", lambda op, **facts: dispatch.TABLES[op]["chunked"])
+        for module in (scan_op, conv_op):
+            patch.setattr(module, "choose", lambda op, **facts: dispatch.TABLES[op]["chunked"])
         patch.setattr(Mamba, "_as_one", lambda self, x: None)
         _, want = run(copy.deepcopy(layer).double(), x.double(), seq)
     for name, g in grads.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybridzoo.kernels import cuda_ops
+from hybridzoo.kernels.scan import cuda as cuda_ops
 from hybridzoo.layers import Mamba, Seq, mamba
 
 pytestmark = pytest.mark.gpu

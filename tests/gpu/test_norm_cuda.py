@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch.utils import checkpoint
 
 import hybridzoo as zoo
-from hybridzoo.kernels import branch_rms_norm, cuda_again, cuda_norm, dispatch
-from hybridzoo.kernels.cuda_norm import _Eager
+from hybridzoo.kernels import branch_rms_norm, dispatch
+from hybridzoo.kernels.gpu import launch_plans as cuda_again
+from hybridzoo.kernels.norm import cuda as cuda_norm
+from hybridzoo.kernels.norm.cuda import _Eager
 
 pytestmark = pytest.mark.gpu
 

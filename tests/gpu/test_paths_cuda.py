@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from hybridzoo.kernels import chunked, cuda_ops, cuda_paths, dispatch, selective_scan
-from hybridzoo.kernels.paths import over_paths, walks
+from hybridzoo.kernels import dispatch, selective_scan
+from hybridzoo.kernels.scan import chunked, cuda_paths
+from hybridzoo.kernels.scan import cuda as cuda_ops
+from hybridzoo.kernels.scan.paths import over_paths, walks
 
 pytestmark = pytest.mark.gpu
 

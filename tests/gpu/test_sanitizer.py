@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # small, odd, and between them every kernel: one block and several, a split length, documents, groups, few and many states
 PROGRAM = """
 import torch
-from hybridzoo.kernels import Seq, branch_rms_norm, causal_conv1d, cross_entropy, cuda_backend, selective_scan
-from hybridzoo.kernels.cuda_shapes import Cut
+from hybridzoo.kernels import Seq, branch_rms_norm, causal_conv1d, cross_entropy, selective_scan
+from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan.shapes import Cut
 from hybridzoo.layers import Mamba, Mamba2
 torch.manual_seed(0)
 CASES = [(2, 65, 33, 16, 1, torch.float32), (1, 130, 72, 16, 3, torch.bfloat16), (2, 7, 8, 3, 1, torch.float16), (1, 70, 40, 100, 1, torch.bfloat16)]

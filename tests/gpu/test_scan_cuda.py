@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
-from hybridzoo.kernels import Seq, chunked, cuda_backend, nvrtc, reference, selective_scan
+from hybridzoo.kernels import Seq, selective_scan
 from hybridzoo.kernels.dispatch import choose
+from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.scan import chunked, reference
+from hybridzoo.kernels.scan import launches as cuda_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -182,7 +185,7 @@ def test_checkpointing_recomputes_it():
 
 FRESH = """
 import time, torch
-from hybridzoo.kernels import cuda_backend
+from hybridzoo.kernels.scan import launches as cuda_backend
 u = torch.randn(1, 64, 64, device="cuda", dtype=torch.bfloat16); B = torch.randn(1, 64, 1, 16, device="cuda", dtype=torch.bfloat16)
 A = -torch.rand(64, 16, device="cuda"); torch.cuda.synchronize(); start = time.time()
 call = cuda_backend.Call.of(u, u, A, B, B, None, None, None, None, None, None, True)

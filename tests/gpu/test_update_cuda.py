@@ -5,14 +5,9 @@ import math
 import pytest
 import torch
 
-from hybridzoo.kernels import (
-    causal_conv1d_update,
-    conv_ssd_update,
-    cuda_update,
-    selective_state_update,
-    ssd_state_update,
-    update_torch,
-)
+from hybridzoo.kernels import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
+from hybridzoo.kernels.step import chunked as update_torch
+from hybridzoo.kernels.step import cuda as cuda_update
 from hybridzoo.layers import Mamba, Mamba2
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,79 @@
+"""The public op: what it means, what it accepts, and which backend answers."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks
+from ..checks import _is_silu
+from ..dispatch import _facts, choose
+from ..gpu import launch_plans as cuda_again
+from ..seq import Seq, _cleared
+from . import chunked as conv
+from . import cuda as cuda_conv
+from . import library, reference
+
+_CONVS: dict[str, Callable] = {
+    "cuda": cuda_conv.causal_conv1d,
+    "reference": reference.causal_conv1d,
+    "chunked": conv.causal_conv1d,
+    "causal_conv1d": library.causal_conv1d,
+}
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    seq: Seq | None = None,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """A causal depthwise convolution: ``y_t = bias + sum_j weight[:, k-1-j] x_{t-j}``, over the inputs of t's own document.
+
+    Args:
+        x: ``(b, l, d)``.
+        weight: ``(d, k)``, the last column for the current input.
+        bias: ``(d,)``.
+        activation: ``"silu"``, applied to the result, or ``None``.
+        initial_state: ``(b, k-1, d)``, the inputs before the row; zeros if absent. Differentiable.
+        seq: Documents and padding: no token reads another document's inputs.
+        return_final_state: Also return the last k-1 real inputs of each row's last document, zeros before its start. Differentiable.
+        backend: ``"chunked"``, ``"reference"``, ...; chosen automatically if absent.
+
+    Returns:
+        ``(b, l, d)`` in x's dtype, or that and the state ``(b, k-1, d)`` in x's dtype. Values at padding mean nothing.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or the activation do not fit.
+        BackendError: The backend asked for cannot do this call.
+    """
+    where, operands = "causal_conv1d", (x, weight, bias, initial_state)
+    plain = seq is None and not return_final_state
+    plan = cuda_again.find(where, operands, activation, backend) if plain else None
+    if plan is not None:
+        return cuda_conv.causal_conv1d(*operands, None, activation == "silu", plan)
+    checks.floating(where, "x", x, 3, "(b, l, d)")
+    checks.floating(where, "weight", weight, 2, "(d, k)")
+    (b, l, d), k = x.shape, weight.shape[1]
+    checks.shape(where, "weight", weight, (d, k), "(d, k)")
+    checks.shape(where, "bias", bias, (d,), "(d,)")
+    checks.shape(where, "initial_state", initial_state, (b, k - 1, d), "(b, k-1, d)")
+    checks.floats(where, x=x, weight=weight, bias=bias, initial_state=initial_state)
+    checks.same_device(where, "x", x, weight=weight, bias=bias, initial_state=initial_state)
+    checks.fits(where, seq, b, l)
+    silu = _is_silu(where, activation)
+    (x,) = _cleared(seq, x)
+    operands = (x, weight, bias, initial_state)
+    facts = _facts(x, initial_state, seq, False, width=k, d=d)
+    chosen = choose(where, backend=backend if l else "reference", **facts)
+    # rows of one document read nothing behind padding, which stands at their end
+    doc = seq.doc if seq is not None and seq.packed else None
+    (out,) = _cleared(seq, _CONVS[chosen.name](*operands, doc, silu))
+    if chosen.name == "cuda" and plain:
+        cuda_again.learn(where, operands, lambda: cuda_conv.plan_of(*operands, silu), activation, backend)
+    return (out, conv.last_inputs(x, k, initial_state, seq)) if return_final_state else out

@@ -1,1 +1,0 @@
-"""CUDA C++ sources, compiled at first use by :mod:`hybridzoo.kernels.nvrtc`."""

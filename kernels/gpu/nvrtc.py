@@ -1,0 +1,222 @@
+"""Compiles the CUDA sources at first use, keeps the machine code on disk, and launches it on torch's stream.
+
+NVRTC and the driver are reached through ``cuda-bindings``, NVIDIA's public Python API, which comes with torch's CUDA wheels. A kernel is a
+source file and a C++ name expression, ``scan_forward<bf16, 4, ...>``; each is compiled on its own, when it is first called. The disk
+cache (see ``cache``) is keyed by the sources, the name, the options, the architecture and the compiler's version.
+"""
+
+import ctypes
+import functools
+import hashlib
+import warnings
+from importlib import resources
+from typing import Any
+
+import torch
+
+from . import cache
+
+OPTIONS = ("--std=c++17", "--ftz=true")
+
+
+class CompileError(RuntimeError):
+    """A CUDA source did not compile; the message has the compiler's log."""
+
+
+def launch(
+    source: str, name: str, params: bytes, grid: int, block: int, shared_bytes: int, device: torch.device
+) -> None:
+    """Run a kernel on torch's current stream.
+
+    Args:
+        source: The name of a ``.cu`` file of ``kernels``.
+        name: The kernel, with template arguments.
+        params: Its one parameter, a struct.
+        grid: Blocks.
+        block: Threads in each.
+        shared_bytes: Dynamic shared memory of a block.
+        device: Where the tensors are; made current for the launch.
+    """
+    index = device.index
+    kernel = _loaded.get((source, name, index))
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return launch(source, name, params, grid, block, shared_bytes, device)
+    if kernel is None:
+        kernel = _loaded[source, name, index] = _load(source, name, index, shared_bytes)
+    # an array of one pointer to the bytes, which the driver copies before it returns
+    pointers = _ONE_POINTER(params)
+    stream, driver = current_stream(index), _driver()
+    arguments = (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+    (status,) = driver.cuLaunchKernel(*arguments)
+    if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        _enter(index)
+        (status,) = driver.cuLaunchKernel(*arguments)
+    if status:
+        raise RuntimeError(
+            f"{name}: launch of {grid} x {block} threads with {shared_bytes} bytes of shared memory failed: {status.name}."
+        )
+
+
+_ONE_POINTER = ctypes.c_char_p * 1
+
+
+def current_stream(index: int | None) -> int:
+    """The handle of torch's current stream; without the object round it where torch offers that, which takes longer to make than to use."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index)
+
+
+_loaded: dict[tuple[str, str, int | None], Any] = {}
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def enter(device: torch.device) -> None:
+    """Make torch's context on a GPU current, in a thread whose first act there this may be, such as autograd's."""
+    if device.type == "cuda":
+        _enter(device.index)
+
+
+def _enter(index: int | None) -> None:
+    driver = _driver()
+    context = _checked(driver.cuDevicePrimaryCtxRetain(index), "cuDevicePrimaryCtxRetain")
+    _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+def _load(source: str, name: str, index: int | None, shared_bytes: int) -> Any:
+    _enter(index)
+    driver = _driver()
+    major, minor = torch.cuda.get_device_capability(index)
+    lowered, code = machine_code(source, name, f"sm_{major}{minor}")
+    module = _checked(driver.cuModuleLoadData(code), name)
+    function = _checked(driver.cuModuleGetFunction(module, lowered), name)
+    attribute = driver.CUfunction_attribute
+    if shared_bytes:
+        limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(
+            driver.cuFuncSetAttribute(function, limit, shared_bytes), f"{name}: {shared_bytes} bytes of shared memory"
+        )
+        _checked(
+            driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100), name
+        )
+    return function
+
+
+def _checked(result: tuple, what: str) -> Any:
+    status, *values = result
+    if status:
+        raise RuntimeError(f"{what}: {status.name}.")
+    return values[0] if values else None
+
+
+@functools.cache
+def sources() -> dict[str, bytes]:
+    """The ``.cu`` and ``.cuh`` files of all rooms of ``kernels``, by name."""
+    rooms = resources.files(__package__.rpartition(".")[0]).iterdir()
+    files = [f for room in rooms if room.is_dir() for f in room.iterdir() if f.name.endswith((".cu", ".cuh"))]
+    return {f.name: f.read_bytes() for f in sorted(files, key=lambda f: f.name)}
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled or launched here, or ``None``; said once as a warning where there is a GPU."""
+    return _unavailable()
+
+
+# torch.compile takes the answer and does not look inside; torch.compiler.assume_constant_result sets this, and imports the compiler
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _unavailable() -> str | None:
+    reason = _missing()
+    if reason is not None and torch.cuda.is_available():
+        warnings.warn(f"hybridzoo: the CUDA kernels are off, PyTorch operations run instead: {reason}.", stacklevel=2)
+    return reason
+
+
+def _missing() -> str | None:
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+
+        compiler_version()
+    # without its shared library, a binding raises RuntimeError or an error of the package that looks for libraries
+    except (ImportError, OSError, RuntimeError) as e:
+        hint = "pip install 'hybridzoo[cuda]'" if isinstance(e, ImportError) else "the NVRTC library of CUDA is missing"
+        return f"the CUDA kernels need cuda-bindings and NVRTC ({type(e).__name__}: {str(e).splitlines()[0]}; {hint})"
+    if not torch.cuda.is_available():
+        return "the CUDA kernels need an NVIDIA GPU, and torch sees none"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the CUDA kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+@functools.cache
+def compiler_version() -> str:
+    """Of the NVRTC that is used, ``13.0``."""
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    if status:
+        raise RuntimeError(f"nvrtcVersion: {status.name}")
+    return f"{major}.{minor}"
+
+
+def machine_code(source: str, name: str, arch: str) -> tuple[bytes, bytes]:
+    """The kernel's symbol and its cubin, from the disk cache or the compiler.
+
+    Raises:
+        CompileError: The source does not compile.
+    """
+    stamp = hashlib.sha256(repr((source, name, arch, compiler_version(), OPTIONS)).encode())
+    for file, text in sources().items():
+        if file == source or file.endswith(".cuh"):
+            stamp.update(text)
+    key = stamp.hexdigest()
+    kept = cache.read(key)
+    if kept is not None:
+        lowered, code = kept.split(b"\n", 1)
+    else:
+        lowered, code, _ = compile_source(source, name, arch)
+        cache.keep(key, lowered + b"\n" + code)
+    return lowered, code
+
+
+def compile_source(source: str, name: str, arch: str, *options: str) -> tuple[bytes, bytes, str]:
+    """Compile one kernel, no device needed: its symbol, its cubin and the compiler's log.
+
+    Raises:
+        CompileError: The source does not compile.
+    """
+    from cuda.bindings import nvrtc
+
+    files = sources()
+    headers = [f for f in files if f.endswith(".cuh")]
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            files[source], source.encode(), len(headers), [files[h] for h in headers], [h.encode() for h in headers]
+        ),
+        name,
+    )
+    try:
+        _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()), name)
+        flags = [o.encode() for o in (f"--gpu-architecture={arch}", *OPTIONS, *options)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        # NVRTC writes into what it is given: not into bytes, of which Python keeps one object for all that are equal and short
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program), name))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log), name)
+        text = log.decode(errors="replace").strip("\0 \n")
+        if status:
+            raise CompileError(f"{source}: {name} does not compile for {arch} ({status.name}).\n{text}")
+        lowered = _checked(nvrtc.nvrtcGetLoweredName(program, name.encode()), name)
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program), name))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code), name)
+        return lowered, bytes(code), text
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)

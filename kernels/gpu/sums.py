@@ -1,0 +1,29 @@
+"""Partial sums of the blocks of a launch, added up in a fixed order."""
+
+import ctypes
+import functools
+from ctypes import c_int, c_void_p
+
+from torch import Tensor
+
+from . import nvrtc, structs
+from .operands import TYPES, ceil_div
+
+
+class SumParams(ctypes.Structure):
+    """``ConvSumParams`` of ``conv.cu``."""
+
+    _fields_ = [*((name, c_void_p) for name in "part gweight gbias".split()), *((n, c_int) for n in "rows k d".split())]
+
+
+@functools.lru_cache(maxsize=1024)
+def _sum_tail(rows: int, k: int, d: int) -> bytes:
+    return structs.tail(SumParams(rows=rows, k=k, d=d))
+
+
+def add_up(part: Tensor, gweight: Tensor | None, gbias: Tensor) -> None:
+    """Sum (rows, k + 1, d) float32 over the rows, always in the same order, into (d, k) and (d), of one type."""
+    rows, k, d = part.shape[0], part.shape[1] - 1, part.shape[2]
+    packed = structs.pack(_sum_tail(rows, k, d), part, gweight, gbias)
+    name = f"conv_sum<{TYPES[gbias.dtype]}>"
+    nvrtc.launch("conv.cu", name, packed, ceil_div((k + 1) * d, 32), 256, 0, part.device)

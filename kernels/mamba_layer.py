@@ -1,0 +1,197 @@
+"""A Mamba layer as one node of autograd: two products, the convolution, two products, the scan, and a product.
+
+Forward and backward are those of the parts, called one after the other. What it saves against a node for each: most of the host's time,
+which an eager step waits for; the pass that adds up the two gradients of the convolution's output, since the second of them is a product
+that adds to the first; and the rounding, and the conversion, of gradients of weights that are float32 themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .conv import cuda as cuda_conv
+from .derivatives import once
+from .gpu import nvrtc
+from .gpu.operands import in_one_piece
+from .norm import cuda as cuda_norm
+from .numerics import add_product, product
+from .scan import launches as cuda_backend
+from .scan.operands import Call
+from .scan.shapes import keeps_states
+from .seq import Seq
+
+Again = tuple[Callable[[Sequence[Tensor]], Tensor], list[Tensor]]
+
+
+class Weights(NamedTuple):
+    """The parameters of a layer; ``d`` channels, ``n`` states, ``r`` the rank of the step sizes, ``k`` the width of the filter."""
+
+    in_proj: Tensor  # (2 d, d_model)
+    in_bias: Tensor | None  # (2 d,)
+    conv: Tensor  # (d, 1, k)
+    conv_bias: Tensor | None  # (d,)
+    x_proj: Tensor  # (r + 2 n, d)
+    dt_proj: Tensor  # (d, r)
+    dt_bias: Tensor  # (d,)
+    A_log: Tensor  # (d, n)
+    D: Tensor  # (d,)
+    out_proj: Tensor  # (d_model, d)
+    out_bias: Tensor | None  # (d_model,)
+    dt_norm: Tensor | None = None  # (r,), and those of B and C, (n,): where these are normalised, and it is learned how
+    B_norm: Tensor | None = None
+    C_norm: Tensor | None = None
+
+
+_NORMS = ("dt_norm", "B_norm", "C_norm")
+
+
+class Marks(NamedTuple):
+    """Where documents and padding are: ``(b, l)`` each, if there are any."""
+
+    doc: Tensor | None = None
+    reset: Tensor | None = None
+    valid: Tensor | None = None
+
+
+def _split(given: Tensor, n: int) -> list[Tensor]:
+    # the step sizes' low-rank form, B and C
+    return list(given.split([given.shape[-1] - 2 * n, n, n], dim=-1))
+
+
+def _normed(given: Tensor, n: int, norms: Sequence[Tensor | None], eps: float | None) -> list[Tensor]:
+    parts = _split(given, n)
+    if eps is None:
+        return parts
+    return [cuda_norm.forward(x, w, eps, x.dtype)[0] for x, w in zip(parts, norms, strict=True)]
+
+
+def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, marks: Marks) -> cuda_conv.Call:
+    return cuda_conv.Call.of(x, weight.squeeze(1), bias, None, marks.doc, True)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, eps: float | None, again: Again | None, marks: Marks, x: Tensor, *tensors: Any
+    ) -> Tensor:
+        w = Weights(*tensors)
+        ctx.dtype, ctx.eps, ctx.types = dtype, eps, [None if m is None else m.dtype for m in (x, *tensors)]
+        w_in, w_x, w_dt, w_out = (_in(m, dtype) for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj))
+        b_in, b_out = (None if m is None else _in(m, dtype) for m in (w.in_bias, w.out_bias))
+        x = _in(x, dtype)
+        xz = F.linear(x, w_in, b_in)
+        u, z = xz.chunk(2, dim=-1)
+        u = cuda_conv.forward(_filter(u, w.conv, w.conv_bias, marks))
+        given = F.linear(u, w_x)
+        A_log, D, bias = (in_one_piece(m, torch.float32) for m in (w.A_log, w.D, w.dt_bias))
+        A = A_log.exp().neg_()
+        norms = w.dt_norm, w.B_norm, w.C_norm
+        low, B, C = _normed(given, A.shape[1], norms, eps)
+        call = Call(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid, True)
+        out, _, states = cuda_backend.forward(call, keeps_states(A.shape[1]), final=False)
+        ctx.form, kept = again or (None, [x])
+        made, read = (xz, given, states), (w_in, w.conv, w.conv_bias, w_x, w_dt, bias, A, D, w_out)
+        ctx.save_for_backward(*made, *read, *norms, *marks, *kept)
+        return F.linear(out, w_out, b_out)
+
+    @staticmethod
+    @once("Mamba")
+    def backward(ctx: Any, gy: Tensor) -> tuple:
+        # in autograd's thread this may be what comes first, and cuBLAS warns where there is no context
+        nvrtc.enter(gy.device)
+        with torch.autocast(gy.device.type, enabled=False):
+            return (None, None, None, None, *_gradients(ctx, gy))
+
+
+def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
+    xz, given, states, w_in, conv, conv_bias, w_x, w_dt, bias, A, D, w_out, *others = ctx.saved_tensors
+    norms, marks, kept, n = others[:3], Marks(*others[3:6]), others[6:], A.shape[1]
+    types = dict(zip(("x", *Weights._fields), ctx.types, strict=True))
+    wanted = dict(zip(types, ctx.needs_input_grad[4:], strict=True))
+    grads: dict[str, Any] = {}
+
+    def weight(name: str, g: Tensor, of: Tensor) -> None:
+        if wanted[name]:
+            grads[name] = product(_flat(g).t(), _flat(of), types[name])
+
+    def offset(name: str, g: Tensor) -> None:
+        if wanted[name]:
+            grads[name] = _flat(g).sum(0, dtype=torch.float32)
+
+    u, z = xz.chunk(2, dim=-1)
+    gxz = torch.empty_like(xz)
+    ghalf, gz = gxz.chunk(2, dim=-1)
+    filtered = _filter(u, conv, conv_bias, marks)
+    u, (low, B, C) = cuda_conv.forward(filtered), _normed(given, n, norms, ctx.eps)
+    call = Call(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid, True)
+    gout = F.linear(gy, w_out.t())
+    out = torch.empty_like(u) if wanted["out_proj"] else None
+    gu, gdt, gA, gB, gC, grads["D"], _, grads["dt_bias"], _ = cuda_backend.backward(
+        call, gout, None, states, into=call.gradients(gz=gz), out=out
+    )
+    grads["A_log"] = gA.mul_(A)
+    del call, gout  # the step sizes too
+    if out is not None:
+        weight("out_proj", gy, out)
+    offset("out_bias", gy)
+    del out
+    weight("dt_proj", gdt, low)
+    each = [F.linear(gdt, w_dt.t()), gB, gC]
+    del gdt
+    if ctx.eps is not None:
+        for i, (name, x) in enumerate(zip(_NORMS, _split(given, n), strict=True)):
+            each[i], grads[name], _ = cuda_norm.backward(x, norms[i], ctx.eps, each[i], None, wanted[name])
+    ggiven = torch.cat(each, dim=-1)
+    weight("x_proj", ggiven, u)
+    add_product(_flat(gu), _flat(ggiven), w_x)
+    _, gconv, grads["conv_bias"], _ = cuda_conv.backward(filtered, gu, gx=ghalf)
+    grads["conv"] = gconv.unsqueeze(1)
+    del u, gu
+    if wanted["in_proj"]:
+        weight("in_proj", gxz, _in(ctx.form(kept) if ctx.form else kept[0], ctx.dtype))
+    offset("in_bias", gxz)
+    if wanted["x"]:
+        grads["x"] = F.linear(gxz, w_in.t())
+    return [_in(grads[m], types[m]) if wanted[m] else None for m in types]
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # cheaper than to ask the tensor
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def mamba_layer(
+    x: Tensor,
+    weights: Weights,
+    seq: Seq | None,
+    dtype: torch.dtype,
+    again: Again | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Mamba (arXiv:2312.00752, Figure 3) on an NVIDIA GPU, from a fresh state, where a gradient is wanted.
+
+    Args:
+        x: ``(b, l, d_model)``.
+        weights: The layer's parameters.
+        seq: Documents and padding.
+        dtype: What products and scan read: float32, bfloat16 or float16.
+        again: What forms ``x`` for the backward, and from which tensors, which are kept in its place.
+        eps: That of the norms of dt, B and C (RMSNorm), where these are normalised.
+
+    Returns:
+        ``(b, l, d_model)`` in ``dtype``; once differentiable, in x and all weights.
+
+    Raises:
+        ValueError: ``seq`` describes other rows.
+    """
+    checks.fits("Mamba", seq, *x.shape[:2])
+    marks = Marks() if seq is None else Marks(seq.doc if seq.packed else None, *seq.marks())
+    return _Layer.apply(dtype, eps, again, marks, x, *weights)

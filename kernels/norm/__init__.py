@@ -1,0 +1,1 @@
+"""RMSNorm in front of a residual branch."""

@@ -1,0 +1,239 @@
+"""The CUDA RMSNorm: launches of ``norm.cu``, and the ``torch.library`` ops around them.
+
+Types are free: the input, what is added to it, the weight and the output may each be float32, bfloat16 or float16; sums are float32,
+and what is written is rounded once.
+"""
+
+import ctypes
+import functools
+from ctypes import c_float, c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..derivatives import differentiable_once, once
+from ..gpu import nvrtc, structs
+from ..gpu.device import processors
+from ..gpu.operands import TYPES, UNALIGNED, ceil_div, eager, refuse_tensors, whole
+from ..gpu.sums import add_up
+from ..operators import custom_op
+
+MAX_D = 8192
+# elements of one access, and accesses that a thread's registers have room for
+N, VECTORS = 4, 6
+# a flag of norm.cu
+ADD = 8
+
+
+class Params(ctypes.Structure):
+    """``NormParams`` of ``norm.cu``."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in "x add weight h sum gh past gx gadd part".split()),
+        *((name, c_longlong) for name in "x_row add_row gh_row past_row m".split()),
+        ("eps", c_float),
+        *((name, c_int) for name in "d blocks".split()),
+    ]
+
+
+def refuse(facts: dict[str, Any]) -> str | None:
+    """Why the CUDA norm cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+    reason, d = refuse_tensors(facts), facts.get("d", 1)
+    for dtype in facts.get("dtypes", ()):
+        reason = reason or refuse_tensors(facts | {"dtype": dtype})
+    if reason is None and not 1 <= d <= MAX_D:
+        return f"the CUDA kernels normalise 1 to {MAX_D} channels, got {d}"
+    return reason or nvrtc.unavailable()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch: the struct behind its pointers, the template arguments, blocks, and threads in each."""
+
+    tail: bytes
+    arguments: str
+    blocks: int
+    threads: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(types: tuple, m: int, d: int, strides: tuple, aligned: bool, eps: float, count: int, backward: bool) -> Plan:
+    """How m rows of d channels are cut into blocks.
+
+    Args:
+        types: Of the input, what is added to it (``None``: nothing is, or its gradient has no type of its own), the output and the weight.
+        m: Rows.
+        d: Channels.
+        strides: Elements from row to row of the input, what is added to it, and the two gradients that come in.
+        aligned: Whether addresses are multiples of the bytes of an access.
+        eps: Added to the mean square.
+        count: Multiprocessors.
+        backward: Which of the two kernels.
+    """
+    vectors = ceil_div(d, N)
+    lanes = next(n for n in (8, 16, 32, 64, 128, 256, 512) if n * VECTORS >= vectors)
+    threads = max(lanes, 256)
+    flags = 0 if aligned and not any(s % N for s in (d, *strides)) else UNALIGNED
+    if types[1] is not None:
+        flags |= ADD
+    # blocks of 256 threads whose registers fit beside each other: 128 for a thread in the backward, 85 in the forward
+    resident = ceil_div((2 if backward or flags == ADD | UNALIGNED else 3) * 256, threads)
+    blocks = min(ceil_div(m, threads // lanes), resident * count)
+    x_row, add_row, gh_row, past_row = strides
+    rest = Params(x_row=x_row, add_row=add_row, gh_row=gh_row, past_row=past_row, m=m, eps=eps, d=d, blocks=blocks)
+    names = ", ".join(TYPES[dtype or types[0]] for dtype in types)
+    arguments = f"<{names}, {lanes}, {ceil_div(vectors, lanes)}, {flags}, {resident}>"
+    return Plan(structs.tail(rest), arguments, blocks, threads)
+
+
+def _rows(x: Tensor | None, m: int, d: int) -> tuple[Tensor | None, int]:
+    """A tensor as rows with unit strides along the channels, in place where that can be, and the elements from one to the next."""
+    if x is None or x.is_contiguous():
+        return x, d
+    x = x.reshape(m, d)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0) if m > 1 else d
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    return all(x is None or x.data_ptr() % (N * x.element_size()) == 0 for x in tensors)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The outputs (..., d), in ``dtype``, and x, or the sum of x and ``add`` in x's type, whose norm it is."""
+    d, device = x.shape[-1], x.device
+    h = torch.empty(x.shape, dtype=dtype, device=device)
+    past = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=device)
+    m = h.numel() // d
+    if m:
+        (rows, x_row), (more, add_row) = _rows(x, m, d), _rows(add, m, d)
+        weight = whole(weight, weight.dtype) if weight is not None else None
+        added, total = (None, None) if add is None else (add.dtype, past)
+        types = (x.dtype, added, dtype, torch.float32 if weight is None else weight.dtype)
+        strides, aligned = (x_row, add_row, d, d), _aligned(rows, more)
+        cut = plan(types, m, d, strides, aligned, eps, processors(device), False)
+        packed = structs.pack(cut.tail, rows, more, weight, h, total, None, None, None, None, None)
+        nvrtc.launch("norm.cu", "norm_forward" + cut.arguments, packed, cut.blocks, cut.threads, 0, device)
+    return h, past
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gh: Tensor,
+    past: Tensor | None,
+    wanted: bool,
+    add: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, ``past`` added; of the weight, where that is ``wanted``; and of what was added to x, of the type ``add``."""
+    d, device = x.shape[-1], x.device
+    gx = torch.empty(x.shape, dtype=x.dtype, device=device)
+    gadd = gx if add == x.dtype else None if add is None else torch.empty(x.shape, dtype=add, device=device)
+    gweight = torch.empty(d, dtype=weight.dtype, device=device) if wanted and weight is not None else None
+    m = gx.numel() // d
+    if not m:
+        return gx, None if gweight is None else gweight.zero_(), gadd
+    (rows, x_row), (gh, gh_row), (past, past_row) = (_rows(each, m, d) for each in (x, gh, past))  # type: ignore[assignment]
+    weight = whole(weight, weight.dtype) if weight is not None else None
+    added, converted = (None, None) if gadd is gx else (add, gadd)
+    types = (x.dtype, added, gh.dtype, torch.float32 if weight is None else weight.dtype)
+    strides, aligned = (x_row, d, gh_row, past_row), _aligned(rows, gh, past)
+    cut = plan(types, m, d, strides, aligned, eps, processors(device), True)
+    part = None
+    if gweight is not None:
+        part = torch.empty((cut.blocks, 1, d), dtype=torch.float32, device=device)
+    packed = structs.pack(cut.tail, rows, None, weight, None, None, gh, past, gx, converted, part)
+    nvrtc.launch("norm.cu", "norm_backward" + cut.arguments, packed, cut.blocks, cut.threads, 0, device)
+    if part is not None and gweight is not None:
+        add_up(part, None, gweight)
+    return gx, gweight, gadd
+
+
+@custom_op("hybridzoo::rms_norm_cuda", mutates_args=())
+def norm_op(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """The norm, (..., d) in ``dtype``."""
+    return forward(x, weight, eps, dtype)[0]
+
+
+@norm_op.register_fake
+def _norm_fake(x, weight, eps, dtype):
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@custom_op("hybridzoo::rms_norm_cuda_backward", mutates_args=())
+def norm_backward_op(gh: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the weight; the latter is empty where there is none."""
+    gx, gweight, _ = backward(x, weight, eps, gh, None, True)
+    return gx, x.new_empty(0) if gweight is None else gweight
+
+
+differentiable_once(norm_backward_op)
+
+
+@norm_backward_op.register_fake
+def _norm_backward_fake(gh, x, weight, eps):
+    gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return gx, x.new_empty(0) if weight is None else torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, gh: Tensor) -> tuple:
+    # read once: activation checkpointing recomputes them at the first access and refuses a second
+    x, weight = ctx.saved_tensors
+    gx, gweight = torch.ops.hybridzoo.rms_norm_cuda_backward(gh, x, weight, ctx.eps)
+    return gx, None if weight is None else gweight, None, None
+
+
+norm_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The op without the dispatcher, which costs a small call more time than the kernel; and x on its way past it.
+
+    An op may not return what it was given. Here it does, and so the one kernel of the backward sees both gradients of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, add: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.eps, ctx.add = eps, None if add is None else add.dtype
+        ctx.set_materialize_grads(False)
+        h, past = forward(x, weight, eps, dtype, add)
+        ctx.save_for_backward(past, weight)
+        return h, past
+
+    @staticmethod
+    @once("rms_norm")
+    def backward(ctx: Any, gh: Tensor | None, past: Tensor | None) -> tuple:
+        x, weight = ctx.saved_tensors
+        add = ctx.add if ctx.needs_input_grad[2] else None
+        if gh is None:
+            return past, None, None if add is None or past is None else past.to(add), None, None
+        gx, gweight, gadd = backward(x, weight, ctx.eps, gh, past, ctx.needs_input_grad[1], add)
+        return gx, gweight, gadd, None, None
+
+
+def branch_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`.op.branch_rms_norm` on an NVIDIA GPU; the same arguments and results."""
+    # what is traced, or is not a plain tensor, needs the registered op; a compiler puts the sum where it likes
+    if not eager(x) or (add is not None and not eager(add)):
+        x = x if add is None else x + add
+        return torch.ops.hybridzoo.rms_norm_cuda(x, weight, eps, dtype), x
+    passed = x.requires_grad or (add is not None and add.requires_grad)
+    if torch.is_grad_enabled() and (passed or (weight is not None and weight.requires_grad)):
+        h, past = _Eager.apply(x, weight, add, eps, dtype)
+        return h, past if passed else x if add is None else past.detach()
+    return forward(x, weight, eps, dtype, add)

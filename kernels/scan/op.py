@@ -1,0 +1,150 @@
+"""The public ops on whole sequences: what they mean, what they accept, and which backend answers.
+
+Dimension letters are those of the package's docstring. ``seq`` says where documents and padding are (:class:`.seq.Seq`); states are
+float32, or float64 when the inputs are.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks
+from ..dispatch import _facts, choose
+from ..gpu import launch_plans as cuda_again
+from ..seq import Seq, _cleared, _marks
+from . import chunked, low_rank, reference
+from . import cuda as cuda_ops
+from . import library as libraries
+from .paths import over_paths, per_path, walks
+
+_SCANS: dict[str, Callable] = {
+    "cuda": cuda_ops.selective_scan,
+    "reference": reference.selective_scan,
+    "chunked": chunked.selective_scan,
+    "mamba_ssm": libraries.selective_scan,
+}
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_weight: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    seq: Seq | None = None,
+    paths: Sequence[Sequence[int]] | None = None,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """The selective scan of Mamba (arXiv:2312.00752, Algorithm 2), B discretised by Euler's rule as in the authors' code.
+
+    ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t``, ``y_t = C_t . h_t + D u_t``, ``out = y * silu(z)``.
+
+    Args:
+        u: ``(b, l, d)``, the input.
+        dt: ``(b, l, d)``, step sizes before bias and softplus; not negative after them.
+        A: ``(d, n)``, decay rates, negative.
+        B: ``(b, l, g, n)`` or ``(b, l, n)``, how inputs enter the state; channel c belongs to group ``c // (d / g)``.
+        C: As B, how the state is read.
+        D: ``(d,)``, the skip.
+        z: ``(b, l, d)``, the gate.
+        dt_bias: ``(d,)``, added to ``dt``.
+        dt_weight: ``(d, r)``: ``dt`` is ``(b, l, r)``, and its product with this weight, read in its type, are the step sizes. Our
+            CUDA kernels form them as they scan (16 bits, d_state up to 16, r up to 16); other calls, in a product in front.
+        dt_softplus: Pass the biased ``dt`` through softplus.
+        initial_state: ``(b, d, n)``, what an earlier call left; zeros if absent. Differentiable.
+        seq: Documents and padding: the state is dropped where a document starts, and padding leaves it alone.
+        paths: Walks ``(n_outer, n_inner, stride_outer, stride_inner, reverse)`` over the same ``l`` tokens: step t visits token
+            ``(t // n_inner) * stride_outer + (t % n_inner) * stride_inner``, from the end if reversed. One scan per path, outputs
+            summed at the tokens. ``dt, A, B, C, D, dt_bias, dt_weight, initial_state`` are shared, or have a leading axis of one per path.
+        return_final_state: Also return the state after each row's last real token. Differentiable.
+        backend: ``"chunked"``, ``"reference"``, ...; chosen automatically if absent (:mod:`hybridzoo.kernels.dispatch`).
+
+    Returns:
+        ``(b, l, d)`` in u's dtype, or that and the state ``(b, d, n)``, with paths ``(k, b, d, n)``. Values at padding mean nothing. NaN
+        and infinity stay in their own document, gradients included (those of weights add up over all documents).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+        BackendError: The backend asked for cannot do this call.
+    """
+    where, plain = "selective_scan", seq is None and paths is None
+    seen = (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_weight)
+    launches = cuda_again.find(where, seen, dt_softplus, backend) if plain else None
+    if launches is not None:
+        out, state = cuda_ops.selective_scan(
+            u, dt, A, B, C, D, z, dt_bias, initial_state, None, None, dt_softplus,
+            final=return_final_state, launches=launches, dt_weight=dt_weight,
+        )  # fmt: skip
+        return (out, state) if return_final_state else out
+    checks.floating(where, "u", u, 3, "(b, l, d)")
+    b, l, d = u.shape
+    checks.shape(where, "z", z, (b, l, d), "(b, l, d) like u")
+    others = {"dt_bias": dt_bias, "dt_weight": dt_weight, "initial_state": initial_state}
+    others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z} | others
+    checks.floats(where, u=u, **others)
+    checks.same_device(where, "u", u, **others)
+    checks.fits(where, seq, b, l)
+    u, dt, B, C, z = _cleared(seq, u, dt, B, C, z)
+    leaves = (dt, A, B, C, dt_bias, initial_state, dt_weight)
+    facts = _facts(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])
+    # without a token there is nothing for a kernel to do
+    backend = backend if l else "reference"
+    chosen = choose(where, backend=backend, **facts)
+    if chosen.name != "cuda" or paths is not None:
+        B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
+    walked = None if paths is None else walks(where, paths, l, seq)
+    own = chosen.name == "cuda" and (walked is None or choose("paths", backend=backend, **facts).name == "cuda")
+    varied = (dt, A, B, C, D, dt_bias, initial_state, dt_weight)
+    for each in [varied] if walked is None else per_path(len(walked), *varied):
+        _check_scan(where, u, *each)
+    if dt_weight is not None and not own:
+        dt, dt_weight = low_rank.step_sizes(dt, dt_weight), None
+    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    if own:
+        out, state = cuda_ops.selective_scan(*operands, *_marks(seq), dt_softplus, walked, dt_weight=dt_weight)
+        # whether a low-rank form of another rank can be read as it is depends on what lies behind its last row
+        if plain and (dt_weight is None or dt_weight.shape[-1] % 8 == 0):
+            cuda_again.learn(where, seen, lambda: cuda_ops.plan_of(seen, out, dt_softplus), dt_softplus, backend)
+    elif walked is None:
+        out, state = _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)
+    else:
+        out, state = over_paths(lambda *x: _SCANS[chosen.name](*x, None, None, dt_softplus), walked, *operands)
+    (out,) = _cleared(seq, out)
+    return (out, state) if return_final_state else out
+
+
+def _check_scan(
+    where: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, dt_bias: Any, state: Any, dt_weight: Any
+) -> None:
+    b, l, d = u.shape
+    checks.floating(where, "A", A, 2, "(d, n)")
+    checks.floating(where, "B", B, 3 if B.dim() == 3 else 4, "(b, l, g, n) or (b, l, n)")
+    n, g = A.shape[1], B.shape[2] if B.dim() == 4 else 1
+
+    def rows(m: Tensor) -> tuple[tuple[int, ...], str]:
+        return ((b, l, n), "(b, l, n)") if m.dim() == 3 and g == 1 else ((b, l, g, n), "(b, l, g, n)")
+
+    checks.groups(where, d, g, "d")
+    if dt_weight is None:
+        checks.shape(where, "dt", dt, (b, l, d), "(b, l, d) like u")
+    else:
+        r = dt.shape[-1]
+        checks.shape(where, "dt", dt, (b, l, r), "(b, l, r), beside a dt_weight")
+        checks.floating(where, "dt_weight", dt_weight, 2, "(d, r)")
+        checks.shape(where, "dt_weight", dt_weight, (d, r), "(d, r), dt being (b, l, r)")
+    checks.shape(where, "A", A, (d, n), "(d, n)")
+    checks.shape(where, "B", B, *rows(B))
+    want, letters = rows(C)
+    checks.shape(where, "C", C, want, f"{letters} like B")
+    checks.shape(where, "D", D, (d,), "(d,)")
+    checks.shape(where, "dt_bias", dt_bias, (d,), "(d,)")
+    checks.shape(where, "initial_state", state, (b, d, n), "(b, d, n)")

@@ -1,0 +1,100 @@
+"""Scans that walk over the tokens in another order: rows, columns, back to front, without a flipped or transposed copy in the caller.
+
+A path is five integers, ``(n_outer, n_inner, stride_outer, stride_inner, reverse)``: step t visits token ``(t // n_inner) *
+stride_outer + (t % n_inner) * stride_inner``, from the end if reversed. Text is ``(1, l, 0, 1, 0)``; an H x W image in row-major order
+has its rows as ``(H, W, W, 1, 0)`` and its columns as ``(W, H, 1, W, 0)``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..seq import Seq
+
+Path = tuple[int, int, int, int, bool]
+# what may be given per path, and its dimensions where it is shared
+PER_PATH = {"dt": 3, "A": 2, "B": 4, "C": 4, "D": 1, "dt_bias": 1, "initial_state": 3, "dt_weight": 2}
+
+
+def walks(where: str, paths: Sequence[Sequence[int]], l: int, seq: Seq | None) -> list[Path]:
+    """The paths as tuples; raises unless each visits every one of ``l`` tokens once."""
+    if seq is not None:
+        raise ValueError(
+            f"{where}: paths and seq exclude each other: padding and packing are those of text, read in one direction."
+        )
+    if len(paths) == 0:
+        raise ValueError(
+            f"{where}: paths is empty, expected at least one (n_outer, n_inner, stride_outer, stride_inner, reverse)."
+        )
+    out = []
+    for k, path in enumerate(paths):
+        if len(path) != 5:
+            raise ValueError(
+                f"{where}: paths[{k}] has {len(path)} entries, expected 5: (n_outer, n_inner, stride_outer, stride_inner, reverse)."
+            )
+        outer, inner, far, near, reverse = path
+        if outer * inner != l:
+            raise ValueError(
+                f"{where}: paths[{k}] walks {outer} * {inner} = {outer * inner} tokens, the input has {l}."
+            )
+        # one digit must count single tokens, and the other whole runs of it
+        rows = (near == 1 or inner == 1) and (far == inner or outer == 1)
+        columns = (far == 1 or outer == 1) and (near == outer or inner == 1)
+        if not (rows or columns):
+            raise ValueError(
+                f"{where}: paths[{k}] with strides ({far}, {near}) over ({outer}, {inner}) does not visit every token once. "
+                f"Rows are ({outer}, {inner}, {inner}, 1), columns ({outer}, {inner}, 1, {outer})."
+            )
+        out.append((outer, inner, far, near, bool(reverse)))
+    return out
+
+
+def path_index(path: Path, device: torch.device) -> Tensor:
+    """The token visited at each step, ``(l,)`` int64."""
+    outer, inner, far, near, reverse = path
+    t = torch.arange(outer * inner, device=device)
+    if reverse:
+        t = t.flip(0)
+    return (t // inner) * far + (t % inner) * near
+
+
+def per_path(k: int, *operands: Any) -> list[tuple[Any, ...]]:
+    """For each of k paths its share of ``PER_PATH``, in that order; what is not shared has a leading axis of one per path."""
+    each = []
+    for (name, dims), x in zip(PER_PATH.items(), operands, strict=True):
+        own = x is not None and x.dim() == dims + 1
+        if own and x.shape[0] != k:
+            raise ValueError(f"selective_scan: {name} is given for {x.shape[0]} paths, paths has {k}.")
+        each.append(x.unbind(0) if own else [x] * k)
+    return list(zip(*each, strict=True))
+
+
+def over_paths(
+    scan: Callable,
+    paths: list[Path],
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Any,
+    z: Any,
+    dt_bias: Any,
+    state: Any,
+) -> tuple[Tensor, Tensor]:
+    """One scan per path over gathered tokens, outputs summed where the tokens are."""
+    acc = torch.promote_types(u.dtype, torch.float32)
+    # float32 until the sum is complete: one rounding, not one per path
+    total, last, x = torch.zeros_like(u, dtype=acc), [], u.to(acc)
+    each = per_path(len(paths), dt, A, B, C, D, dt_bias, state, None)
+    for path, (dt_k, A_k, B_k, C_k, D_k, bias_k, state_k, _) in zip(paths, each, strict=True):
+        order = path_index(path, u.device)
+        y, h = scan(x[:, order], dt_k[:, order], A_k, B_k[:, order], C_k[:, order], D_k, None, bias_k, state_k)
+        total = total.index_add(1, order, y)
+        last.append(h)
+    if z is not None:
+        total = total * F.silu(z.to(acc))
+    return total.to(u.dtype), torch.stack(last)

@@ -1,0 +1,94 @@
+"""The public op: what it means, what it accepts, and which backend answers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks
+from ..dispatch import _facts, choose
+from ..seq import Seq, _cleared, _marks
+from . import chunked as chunked_ssd
+from . import library, reference
+
+_SSDS: dict[str, Callable] = {"chunked": chunked_ssd.ssd, "mamba_ssm": library.ssd}
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    seq: Seq | None = None,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Mamba-2's scan (arXiv:2405.21060): :func:`selective_scan` with one decay rate per head, in matrix products.
+
+    Args:
+        x: ``(b, l, h, p)``, the input.
+        dt: ``(b, l, h)``, step sizes before bias, softplus and limits.
+        A: ``(h,)``, decay rates, negative.
+        B: ``(b, l, g, n)``; head i belongs to group ``i // (h / g)``.
+        C: As B.
+        D: ``(h,)`` or ``(h, p)``, the skip.
+        z: ``(b, l, h, p)``, the gate: the output is multiplied by ``silu(z)``.
+        dt_bias: ``(h,)``, added to ``dt``.
+        dt_softplus: Pass the biased ``dt`` through softplus.
+        dt_limit: Step sizes are clamped to this range after softplus.
+        chunk_size: Tokens per matrix product; changes speed and memory, not the result.
+        initial_state: ``(b, h, p, n)``, what an earlier call left; zeros if absent. Differentiable.
+        seq: Documents and padding, as for :func:`selective_scan`.
+        return_final_state: Also return the state after each row's last real token. Differentiable.
+        backend: As for :func:`selective_scan`.
+
+    Returns:
+        ``(b, l, h, p)`` in x's dtype, or that and the state ``(b, h, p, n)``. Values at padding mean nothing.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices, limits or the chunk size do not fit.
+        BackendError: The backend asked for cannot do this call.
+    """
+    where = "ssd"
+    checks.floating(where, "x", x, 4, "(b, l, h, p)")
+    b, l, h, p = x.shape
+    checks.floating(where, "B", B, 4, "(b, l, g, n)")
+    g, n = B.shape[2:]
+    checks.groups(where, h, g, "h")
+    checks.shape(where, "dt", dt, (b, l, h), "(b, l, h)")
+    checks.shape(where, "A", A, (h,), "(h,)")
+    checks.shape(where, "B", B, (b, l, g, n), "(b, l, g, n)")
+    checks.shape(where, "C", C, (b, l, g, n), "(b, l, g, n) like B")
+    if D is not None and D.dim() != 2:
+        checks.shape(where, "D", D, (h,), "(h,), or (h, p)")
+    elif D is not None:
+        checks.shape(where, "D", D, (h, p), "(h, p), or (h,)")
+    checks.shape(where, "z", z, (b, l, h, p), "(b, l, h, p) like x")
+    checks.shape(where, "dt_bias", dt_bias, (h,), "(h,)")
+    checks.shape(where, "initial_state", initial_state, (b, h, p, n), "(b, h, p, n)")
+    others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
+    checks.floats(where, x=x, **others)
+    checks.same_device(where, "x", x, **others)
+    checks.fits(where, seq, b, l)
+    lo, hi = (float(limit) for limit in dt_limit)
+    if not 0 <= lo <= hi:
+        raise ValueError(f"{where}: dt_limit is ({lo}, {hi}), expected 0 <= lower <= upper.")
+    if chunk_size < 1:
+        raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
+    x, dt, B, C, z = _cleared(seq, x, dt, B, C, z)
+    facts = _facts(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n)
+    chosen = choose(where, backend=backend if l else "reference", **facts)
+    operands = (x, dt, A, B, C, D, z, dt_bias, initial_state, *_marks(seq), dt_softplus, (lo, hi))
+    out, state = reference.ssd(*operands) if chosen.name == "reference" else _SSDS[chosen.name](*operands, chunk_size)
+    (out,) = _cleared(seq, out)
+    return (out, state) if return_final_state else out
