@@ -21,14 +21,14 @@ from .zoo.autoregister import register_when_loaded
 if TYPE_CHECKING:
     from .eval.run import evaluate as evaluate
     from .layers import Mixer
-    from .zoo.build import build, param_groups
-    from .zoo.captured import CapturedStep
     from .zoo.checkpoint import load, save
-    from .zoo.config import load_config as config
+    from .zoo.config.resolve import load_config as config
+    from .zoo.config.shipped import list_models
     from .zoo.importing import import_mixers
+    from .zoo.models.build import build, param_groups
     from .zoo.registry import ConfigError, list_mixers, register_mixer
-    from .zoo.shipped import list_models
-    from .zoo.train import train as train
+    from .zoo.train.captured_step import CapturedStep
+    from .zoo.train.run import train as train
 
 __all__ = [
     "CapturedStep",
@@ -47,19 +47,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 # not in __all__: `from hybridzoo import *` works without the extras, and does not wait for transformers and lm-eval
-_WITH_EXTRAS = {"evaluate": (".eval.run", "evaluate"), "train": (".zoo.train", "train")}
+_WITH_EXTRAS = {"evaluate": (".eval.run", "evaluate"), "train": (".zoo.train.run", "train")}
 # name: where it is, and what it is called there; loaded when first asked for, so that `zoo --help` does not wait for torch
 _PUBLIC = {
-    "CapturedStep": (".zoo.captured", "CapturedStep"),
+    "CapturedStep": (".zoo.train.captured_step", "CapturedStep"),
     "ConfigError": (".zoo.registry", "ConfigError"),
     "Mixer": (".layers", "Mixer"),
-    "build": (".zoo.build", "build"),
-    "config": (".zoo.config", "load_config"),
+    "build": (".zoo.models.build", "build"),
+    "config": (".zoo.config.resolve", "load_config"),
     "import_mixers": (".zoo.importing", "import_mixers"),
     "list_mixers": (".zoo.registry", "list_mixers"),
-    "list_models": (".zoo.shipped", "list_models"),
+    "list_models": (".zoo.config.shipped", "list_models"),
     "load": (".zoo.checkpoint", "load"),
-    "param_groups": (".zoo.build", "param_groups"),
+    "param_groups": (".zoo.models.build", "param_groups"),
     "register_mixer": (".zoo.registry", "register_mixer"),
     "save": (".zoo.checkpoint", "save"),
 } | _WITH_EXTRAS

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..kernels import dispatch
-from ..zoo.build import build
-from ..zoo.captured import CapturedStep
+from ..zoo.models.build import build
+from ..zoo.train.captured_step import CapturedStep
 from .timing import iqr, wall_ms
 
 Row = dict[str, Any]

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..zoo.checkpoint.files import write_whole
-from ..zoo.data import fingerprint, mix, pack, topics
-from ..zoo.lm import CausalLM
-from ..zoo.stats import stats
+from ..zoo.models.causal_lm import CausalLM
+from ..zoo.models.stats import stats
 from ..zoo.tokenizer import ByteTokenizer
+from ..zoo.train.data import fingerprint, mix, pack, topics
 from .drills import induction_drills, mqar_drills, selective_copying_drills
 from .report import write_report
 from .tasks import sizes as sizes_of
@@ -140,7 +140,7 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
 
 def work(name: str, out: str, fresh: bool) -> None:
     """One model's part of the demo, in a process of its own: train it, score it, leave both in ``out``."""
-    from ..zoo.train import DifferentRun, train
+    from ..zoo.train.run import DifferentRun, train
 
     folder = Path(out)
     settings: dict[str, Any] = {

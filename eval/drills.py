@@ -1,7 +1,7 @@
 """Training documents for the recall tasks, with many questions each: the tasks' formats, and a signal at every turn.
 
 A task asks once per key, or once per document, which is right for a test and thin for learning. A drill goes on asking in the
-same document. Documents are token ids for :func:`~hybridzoo.zoo.data.pack`, with ``~id`` for what is read and not predicted:
+same document. Documents are token ids for :func:`~hybridzoo.zoo.train.data.pack`, with ``~id`` for what is read and not predicted:
 everything but the answers.
 """
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..zoo.config import list_models
-from ..zoo.finite import check_finite
-from ..zoo.generate import check_finite_logits
+from ..zoo.config.resolve import list_models
 from ..zoo.hf import HybridZooForCausalLM
-from ..zoo.lm import CausalLM
+from ..zoo.models.causal_lm import CausalLM
+from ..zoo.models.finite import check_finite
+from ..zoo.models.generate import check_finite_logits
 from ..zoo.registry import nearest
 from ..zoo.tokenizer import appends_end
 from .pretrained import fingerprint, open_model, open_tokenizer, reachable, usable_device, window

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..zoo.layout import expand
+from ..zoo.layout.expand import expand
 from .parity import redraw
 from .parity_cases import CASES, VOCAB
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ..zoo.build import build
 from ..zoo.checkpoint import CheckpointError, export, load
+from ..zoo.models.build import build
 from ..zoo.registry import ConfigError
 from . import markdown
 from .bench import header, write

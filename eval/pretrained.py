@@ -15,15 +15,15 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.models.utils_hf import get_dtype
 from transformers import PreTrainedTokenizerBase
 
-from ..zoo.build import build
 from ..zoo.checkpoint import CheckpointError, load
 from ..zoo.checkpoint.files import open_source
 from ..zoo.checkpoint.reading import detect
-from ..zoo.config import list_models
+from ..zoo.config.resolve import list_models
 from ..zoo.device import pick_device
 from ..zoo.hf import HybridZooForCausalLM, byte_tokenizer
 from ..zoo.hub import unreachable
-from ..zoo.lm import CausalLM
+from ..zoo.models.build import build
+from ..zoo.models.causal_lm import CausalLM
 from ..zoo.tokenizer import from_transformers, whose
 
 __all__ = ["fingerprint", "open_model", "open_tokenizer", "reachable", "usable_device", "window"]

@@ -271,7 +271,7 @@ def test_the_first_line_names_the_fault(mixer):
 
 
 def test_every_fault_that_is_looked_for_breaks_a_promise_that_exists():
-    from hybridzoo.layers.testing_faults import _FAULTS
+    from hybridzoo.layers.testing.faults import _FAULTS
 
     assert {p for promises, _ in _FAULTS for p in promises} <= set(PROMISES)
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError, convert, export
 from hybridzoo.zoo.checkpoint.family import Fields, families
-from hybridzoo.zoo.lm import CausalLM
-from hybridzoo.zoo.stats import stored_dtype
+from hybridzoo.zoo.models.causal_lm import CausalLM
+from hybridzoo.zoo.models.stats import stored_dtype
 
 CFG = {
     "vocab_size": 19, "d_model": 16, "layers": "(attention moe) * 2", "tie_embeddings": False, "norm": {"type": "rmsnorm", "eps": 1e-5},

@@ -216,7 +216,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     def broken(pattern):
         raise KeyError("ours")
 
-    monkeypatch.setattr("hybridzoo.zoo.shipped.list_models", broken)
+    monkeypatch.setattr("hybridzoo.zoo.config.shipped.list_models", broken)
     assert isinstance(CliRunner().invoke(app, ["list"]).exception, KeyError)
 
 
@@ -231,7 +231,7 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch):
     def interrupted(pattern):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("hybridzoo.zoo.shipped.list_models", interrupted)
+    monkeypatch.setattr("hybridzoo.zoo.config.shipped.list_models", interrupted)
     result = invoke("list", status=130)
     assert result.stderr == "interrupted\n"
 

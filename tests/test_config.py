@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 import hybridzoo as zoo
-from hybridzoo.zoo.config import block_specs, find_config, list_models, load_config, validate
+from hybridzoo.zoo.config.resolve import block_specs, find_config, list_models, load_config, validate
 from hybridzoo.zoo.registry import ConfigError, nearest
 
 

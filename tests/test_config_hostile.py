@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import hybridzoo as zoo
-from hybridzoo.zoo import config_file
-from hybridzoo.zoo.config import ConfigSchema, block_specs, validate
-from hybridzoo.zoo.plain import plain
+from hybridzoo.zoo.config import files as config_file
+from hybridzoo.zoo.config.plain import plain
+from hybridzoo.zoo.config.resolve import ConfigSchema, block_specs, validate
+from hybridzoo.zoo.config.yaml_text import parse_yaml
 from hybridzoo.zoo.registry import ConfigError, get_mixer, list_mixers
-from hybridzoo.zoo.yaml_text import parse_yaml
 
 HEAD = "vocab_size: 16\nd_model: 32\n"
 PLAIN = HEAD + "layers: mamba\nmixers: {mamba: {}}\n"

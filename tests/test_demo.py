@@ -21,8 +21,8 @@ from hybridzoo.eval.report import write_report
 from hybridzoo.eval.tasks import render
 from hybridzoo.eval.tasks.generators import evaluation_rng
 from hybridzoo.eval.workers import WorkerError, run_side_by_side
-from hybridzoo.zoo.data import topics
-from hybridzoo.zoo.stats import stats
+from hybridzoo.zoo.models.stats import stats
+from hybridzoo.zoo.train.data import topics
 
 
 def text_of(ids):

@@ -59,7 +59,7 @@ def test_functions_refuse_before_they_begin(tmp_path):
         zoo.load(tmp_path / "nothing-is-here", device="tpu")
     assert zoo.build("mamba-tiny", device="meta").lm_head.weight.is_meta
 
-    train = pytest.importorskip("hybridzoo.zoo.train").train
+    train = pytest.importorskip("hybridzoo.zoo.train.run").train
     with pytest.raises(ValueError, match="device='cuda'"):
         train("mamba-tiny", np.zeros((4, 8), dtype=np.int64), tmp_path / "run", device="cuda")
     assert not (tmp_path / "run").exists()

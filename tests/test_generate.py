@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.generate import sample
+from hybridzoo.zoo.models.generate import sample
 
 CFG = {
     "task": "causal_lm", "vocab_size": 50, "pad_vocab_size_multiple": 16, "d_model": 32, "layers": "mamba attention mamba2 moe", "tie_embeddings": False,

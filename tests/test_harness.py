@@ -21,8 +21,8 @@ from hybridzoo.eval.harness import HybridZooLM
 from hybridzoo.eval.run import evaluate, lm_eval_main, table, task_manager
 from hybridzoo.eval.tasks import FOLDER
 from hybridzoo.zoo.checkpoint import CheckpointError
-from hybridzoo.zoo.data import topics
-from hybridzoo.zoo.lm import CausalLM
+from hybridzoo.zoo.models.causal_lm import CausalLM
+from hybridzoo.zoo.train.data import topics
 
 VOCAB, LENGTH = 384, 96
 EOS = "<|endoftext|>"

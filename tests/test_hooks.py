@@ -6,8 +6,8 @@ from torch import nn
 
 import hybridzoo as zoo
 from hybridzoo.layers.base import Mixer
-from hybridzoo.zoo.block import Stream
-from hybridzoo.zoo.lm import CausalLMOutput
+from hybridzoo.zoo.models.block import Stream
+from hybridzoo.zoo.models.causal_lm import CausalLMOutput
 
 CFG = {
     "vocab_size": 60, "d_model": 32, "layers": "mamba attention@a mamba2 + mlp attention@a moe", "tie_embeddings": False,

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import hybridzoo as zoo
-import hybridzoo.zoo.loss as loss_module
-from hybridzoo.zoo.loss import IGNORE, next_token_loss
+import hybridzoo.zoo.models.loss as loss_module
+from hybridzoo.zoo.models.loss import IGNORE, next_token_loss
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 V, D = 50, 16

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import hybridzoo as zoo
 from hybridzoo.layers.base import Mixer
-from hybridzoo.zoo.loss import IGNORE, next_token_loss, shift_labels
+from hybridzoo.zoo.models.loss import IGNORE, next_token_loss, shift_labels
 
 BASE = {
     "task": "causal_lm",
@@ -223,7 +223,7 @@ def test_shared_blocks_are_one_module_and_their_states_are_not():
 
 
 def test_the_sliced_loss_equals_the_whole_one_and_holds_only_slices(monkeypatch):
-    import hybridzoo.zoo.loss as loss_module
+    import hybridzoo.zoo.models.loss as loss_module
 
     head = torch.nn.Linear(16, 50, bias=False)
     hidden = torch.randn(3, 41, 16, requires_grad=True)

@@ -13,11 +13,11 @@ import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint.family import Fields, families
 from hybridzoo.zoo.checkpoint.keys import View
 from hybridzoo.zoo.checkpoint.writing import signature
-from hybridzoo.zoo.layout import from_jamba, from_megatron
-from hybridzoo.zoo.lm import CausalLM
+from hybridzoo.zoo.config.shipped import NUMBERS
+from hybridzoo.zoo.layout.expand import from_jamba, from_megatron
+from hybridzoo.zoo.models.causal_lm import CausalLM
+from hybridzoo.zoo.models.stats import numbers, stats
 from hybridzoo.zoo.registry import ConfigError
-from hybridzoo.zoo.shipped import NUMBERS
-from hybridzoo.zoo.stats import numbers, stats
 
 # published: the checkpoints of state-spaces (the counts follow from the shapes in their files) and of ai21labs
 PUBLISHED = {

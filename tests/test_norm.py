@@ -11,7 +11,7 @@ from hybridzoo.kernels import BackendError, branch_rms_norm, rms_norm
 from hybridzoo.kernels.dispatch import TABLES, explain
 from hybridzoo.layers import RMSNorm, make_norm
 from hybridzoo.layers.common import dtype_read, scaled
-from hybridzoo.zoo.block import Stream
+from hybridzoo.zoo.models.block import Stream
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 MIXERS = {

@@ -127,11 +127,11 @@ def test_hugging_faces_kernels_stays_what_it_is(installed):
 
 def test_training_and_evaluating_are_public_and_name_their_extra(monkeypatch):
     from hybridzoo.eval.run import evaluate
-    from hybridzoo.zoo.train import train
+    from hybridzoo.zoo.train.run import train
 
     assert zoo.train is train and zoo.evaluate is evaluate and {"train", "evaluate"} <= set(dir(zoo))
     for name, extra, module, missing in (
-        ("train", "train", "hybridzoo.zoo.train", "transformers"),
+        ("train", "train", "hybridzoo.zoo.train.run", "transformers"),
         ("evaluate", "eval", "hybridzoo.eval.run", "lm_eval"),
     ):
         monkeypatch.delitem(vars(zoo), name)

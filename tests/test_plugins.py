@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import hybridzoo as zoo
 from hybridzoo.zoo import importing, registry
 from hybridzoo.zoo.cli import app
-from hybridzoo.zoo.config import validate
+from hybridzoo.zoo.config.resolve import validate
 
 MINE = '''
 from torch import nn

@@ -7,8 +7,8 @@ import torch
 
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError, export
+from hybridzoo.zoo.models.stats import stats
 from hybridzoo.zoo.registry import ConfigError
-from hybridzoo.zoo.stats import stats
 
 CONFIG = {
     "vocab_size": 64,

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 import hybridzoo as zoo
 from hybridzoo.zoo.cli import app
-from hybridzoo.zoo.shipped import find_models
-from hybridzoo.zoo.stats import Row, stats
+from hybridzoo.zoo.config.shipped import find_models
+from hybridzoo.zoo.models.stats import Row, stats
 from hybridzoo.zoo.tables import fold, in_gigabytes, in_units
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from hybridzoo.eval.run import task_manager
 from hybridzoo.eval.tasks import FOLDER, generators, names, render
-from hybridzoo.zoo.data import fingerprint, topics
+from hybridzoo.zoo.train.data import fingerprint, topics
 
 RECALL = sorted(set(names()) - {"hybridzoo_bpb", "hybridzoo_mmlu_dev"})
 

@@ -152,7 +152,7 @@ def test_code_of_a_tokenizer_is_never_run_nor_asked_about(where, folder, monkeyp
     from hybridzoo.eval.harness import HybridZooLM
     from hybridzoo.eval.pretrained import open_tokenizer
     from hybridzoo.zoo.hf import HybridZooForCausalLM
-    from hybridzoo.zoo.train import train
+    from hybridzoo.zoo.train.run import train
 
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked"))
     other, mark = needs_code(tmp_path / "other", tmp_path / "ran"), tmp_path / "ran"

@@ -15,10 +15,10 @@ import torch
 
 import hybridzoo as zoo
 from hybridzoo.zoo.cli import main
-from hybridzoo.zoo.data import Rows, pack, topics
 from hybridzoo.zoo.tokenizer import ByteTokenizer
-from hybridzoo.zoo.train import DifferentRun, TrainResult, train
-from hybridzoo.zoo.train_loop import ZooTrainer
+from hybridzoo.zoo.train.data import Rows, pack, topics
+from hybridzoo.zoo.train.loop import ZooTrainer
+from hybridzoo.zoo.train.run import DifferentRun, TrainResult, train
 
 QUIET = {"report_to": "none", "device": "cpu"}
 
@@ -76,7 +76,7 @@ def losses_of(result: TrainResult) -> dict[int, float]:
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(small, rows, tmp_path, monkeypatch):
     whole = train(small, rows, tmp_path / "whole", **settings())
     InterruptedRows.at, InterruptedRows.reads = 9, 0
-    monkeypatch.setattr("hybridzoo.zoo.train.Rows", InterruptedRows)
+    monkeypatch.setattr("hybridzoo.zoo.train.run.Rows", InterruptedRows)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(small, rows, tmp_path / "cut", **settings() | {"save_every": 100})

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError
-from hybridzoo.zoo.digests import digest_file, digest_weights
-from hybridzoo.zoo.run_folder import _whole as whole_manifest
-from hybridzoo.zoo.train import DifferentRun, Diverged, Interrupted, train
-from hybridzoo.zoo.train_loop import ZooTrainer
-from hybridzoo.zoo.train_options import TrainOptions, default_out, holds_weights
+from hybridzoo.zoo.train.digests import digest_file, digest_weights
+from hybridzoo.zoo.train.loop import ZooTrainer
+from hybridzoo.zoo.train.options import TrainOptions, default_out, holds_weights
+from hybridzoo.zoo.train.run import DifferentRun, Diverged, Interrupted, train
+from hybridzoo.zoo.train.run_folder import _whole as whole_manifest
 
 SMALL = ["d_model=16", "mixers.mlp.d_intermediate=16", "mixers.attention.nheads=2", "layers=attention mlp"]
 SETTINGS = {"steps": 6, "batch_size": 2, "save_every": 2, "lr": 1e-2, "seed": 3, "report_to": "none", "device": "cpu"}
@@ -101,7 +101,7 @@ def test_a_logged_loss_counts_the_steps_before_a_stop(tmp_path, monkeypatch):
             super().__init__(*args, **kwargs)
             self.args.logging_steps = 5
 
-    monkeypatch.setattr("hybridzoo.zoo.train.ZooTrainer", Seldom)
+    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Seldom)
     expected = facts(train(config(), ROWS, tmp_path / "whole", **SETTINGS))
     begun(tmp_path / "cut", 4)
     resumed = train(config(), ROWS, tmp_path / "cut", **SETTINGS)
@@ -363,7 +363,7 @@ def test_a_run_stops_at_the_first_step_that_is_not_finite(tmp_path, monkeypatch,
             self.args.logging_steps, self.args.save_steps, self.asks_at_once = 4, 4, asks_at_once
 
     model, seen = zoo.build(config()), []
-    monkeypatch.setattr("hybridzoo.zoo.train.ZooTrainer", Seldom)
+    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Seldom)
     # finite, but not what comes of it
     poison = poisoned(model, "backbone.layers.1.mixer.fc1.weight", 5, 3e38)
 
@@ -457,6 +457,6 @@ def test_what_is_said_without_a_terminal(tmp_path, capsys):
 def test_numbers_that_cannot_work_are_refused_before_a_model_is_built(tmp_path, monkeypatch, change, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**change)
-    monkeypatch.setattr("hybridzoo.zoo.train.build", lambda *a: pytest.fail("was built"))
+    monkeypatch.setattr("hybridzoo.zoo.train.run.build", lambda *a: pytest.fail("was built"))
     with pytest.raises(ValueError, match=message):
         train("mamba-tiny", ROWS, tmp_path / "out", **SETTINGS | change)

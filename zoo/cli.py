@@ -146,10 +146,10 @@ def list_(
     refresh: Annotated[bool, typer.Option("--refresh", hidden=True)] = False,
 ) -> None:
     """List the models that come with the zoo; the state is what a sequence of 1,024 tokens leaves behind."""
-    from .shipped import NUMBERS, find_models, list_models
+    from .config.shipped import NUMBERS, find_models, list_models
 
     if refresh:
-        from .stats import numbers
+        from .models.stats import numbers
 
         rows = (f"  {json.dumps(name)}: {json.dumps(numbers(name))}" for name in list_models())
         NUMBERS.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
@@ -177,8 +177,8 @@ def show(
     check_model(model, hub=False)
     import torch
 
-    from .build import build
-    from .stats import config_of, stats, stored_dtype
+    from .models.build import build
+    from .models.stats import config_of, stats, stored_dtype
 
     saved = Path(model).is_dir()
     kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if saved else None
@@ -222,7 +222,7 @@ def train(
 ) -> None:
     """Train a model on your text. Ctrl-C saves; the same command continues."""
     from .named import check_model
-    from .train_options import TrainOptions, check_out, check_path, default_out
+    from .train.options import TrainOptions, check_out, check_path, default_out
 
     # what can be wrong without a model is found before seconds of imports
     options = TrainOptions(
@@ -236,8 +236,8 @@ def train(
     from .device import pick_device
 
     pick_device(device, numbered=False)  # torch alone is there in a third of the time that transformers takes
-    from .train import Interrupted
-    from .train import train as run
+    from .train.run import Interrupted
+    from .train.run import train as run
 
     try:
         result = run(model, data, out, overrides=overrides, **dataclasses.asdict(options))
@@ -273,12 +273,12 @@ def generate(
     check_model(model)
     import torch
 
-    from .build import build
     from .checkpoint import load
     from .device import pick_device
-    from .finite import check_finite
+    from .models.build import build
+    from .models.finite import check_finite
     from .tokenizer import encode_prompt, ends_of_text
-    from .train_options import holds_weights
+    from .train.options import holds_weights
 
     at = pick_device(device)
     torch.manual_seed(seed)

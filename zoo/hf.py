@@ -1,7 +1,7 @@
 """One thin adapter to transformers: Trainer, ``generate``, lm-eval's HFLM and ``AutoModelForCausalLM`` see a zoo model through it.
 
 The only file that imports transformers for modelling. The adapter owns no weights: its submodules *are* those of the
-:class:`~hybridzoo.zoo.lm.CausalLM` in ``core``, so the state-dict keys are the same.
+:class:`~hybridzoo.zoo.models.causal_lm.CausalLM` in ``core``, so the state-dict keys are the same.
 """
 
 import copy
@@ -30,13 +30,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..layers.base import Mixer
 from .checkpoint.files import GENERATION, publishing, steady
 from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded, write_config
-from .config import validate
-from .generate import check_finite_logits
+from .config.resolve import validate
 from .hf_arguments import Rows, refuse_others
-from .layout import expand
-from .lm import CausalLM, padded_vocab
-from .redraw import redraw
-from .state import StateCache
+from .layout.expand import expand
+from .models.causal_lm import CausalLM, padded_vocab
+from .models.generate import check_finite_logits
+from .models.redraw import redraw
+from .models.state import StateCache
 from .tokenizer import EOS_TOKEN, tokenizer_files
 
 __all__ = ["HybridZooConfig", "HybridZooForCausalLM", "StateCache", "byte_tokenizer"]

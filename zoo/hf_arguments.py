@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.seq import Seq
-from .lm import number_documents
-from .state import StateCache
+from .models.causal_lm import number_documents
+from .models.state import StateCache
 
 __all__ = ["Rows", "refuse_others"]
 

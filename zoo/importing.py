@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from . import registry
-from .plain import first_line
+from .config.plain import first_line
 
 __all__ = ["import_mixers"]
 

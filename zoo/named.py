@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from .shipped import list_models
+from .config.shipped import list_models
 
 __all__ = ["HUB_ID", "check_model", "near_path", "option_pairs"]
 

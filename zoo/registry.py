@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE
 from ..layers.base import OptionError
+from .config.plain import first_line
 from .errors import ConfigError, printable
-from .plain import first_line
 
 __all__ = [
     "ConfigError",

@@ -12,7 +12,7 @@ from rich.text import Text
 from .errors import printable
 
 if TYPE_CHECKING:
-    from .stats import Row, Stats
+    from .models.stats import Row, Stats
 
 __all__ = ["columns", "fold", "in_bytes", "listed", "output", "shown"]
 

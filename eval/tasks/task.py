@@ -23,7 +23,7 @@ import yaml
 from lm_eval.api.registry import model_registry
 from lm_eval.api.task import ConfigurableTask
 
-from ...zoo.data import fingerprint, topics
+from ...zoo.train.data import fingerprint, topics
 from . import render
 from .generators import evaluation_rng
 
@@ -98,7 +98,7 @@ passkey = functools.partial(_recall, render.passkey_documents)
 
 
 def bpb() -> Built:
-    """The held-out documents of :func:`hybridzoo.zoo.data.topics`, whole; the text varies with the Python version."""
+    """The held-out documents of :func:`hybridzoo.zoo.train.data.topics`, whole; the text varies with the Python version."""
     held_out = topics()["validation"]
     facts = {
         "text_sha256": fingerprint(held_out),

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
-import hybridzoo.zoo.loss as loss_module
+import hybridzoo.zoo.models.loss as loss_module
 from hybridzoo.kernels import cross_entropy, dispatch
 from hybridzoo.kernels.loss import cuda as cuda_loss
-from hybridzoo.zoo.loss import IGNORE, next_token_loss
+from hybridzoo.zoo.models.loss import IGNORE, next_token_loss
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ from hybridzoo.kernels.conv import op as conv_op
 from hybridzoo.kernels.scan import launches as cuda_backend
 from hybridzoo.kernels.scan import op as scan_op
 from hybridzoo.layers import Mamba, RMSNorm, Seq
-from hybridzoo.zoo.block import Stream
+from hybridzoo.zoo.models.block import Stream
 
 pytestmark = pytest.mark.gpu
 

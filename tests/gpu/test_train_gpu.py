@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.digests import digest_weights
-from hybridzoo.zoo.train import Diverged, train
-from hybridzoo.zoo.train_loop import ZooTrainer
+from hybridzoo.zoo.train.digests import digest_weights
+from hybridzoo.zoo.train.loop import ZooTrainer
+from hybridzoo.zoo.train.run import Diverged, train
 
 pytestmark = pytest.mark.gpu
 ROWS = np.random.default_rng(0).integers(1, 200, (40, 64))
@@ -20,7 +20,7 @@ def test_a_run_stops_at_the_first_step_that_is_not_finite(tmp_path, monkeypatch)
             super().__init__(*args, **kwargs)
             self.args.logging_steps, self.args.save_steps = 4, 4
 
-    monkeypatch.setattr("hybridzoo.zoo.train.ZooTrainer", Seldom)
+    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Seldom)
     model, seen = zoo.build("jamba-tiny"), []
 
     def on_step(step, loss):
@@ -46,7 +46,7 @@ def test_steps_wait_for_the_device_only_where_something_is_logged(tmp_path, monk
                 torch.cuda.set_sync_debug_mode("error")
             return super()._clip_grad_norm(model)
 
-    monkeypatch.setattr("hybridzoo.zoo.train.ZooTrainer", Seldom)
+    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Seldom)
     done = []
 
     def on_step(step, loss):

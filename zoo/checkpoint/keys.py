@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..config import block_specs
-from ..lm import CausalLM
-from .resolved import resolved
+from ..config.resolve import block_specs
+from ..models.causal_lm import CausalLM
+from .effective_options import resolved
 
 __all__ = ["Part", "Piece", "View", "attention", "experts", "gated_mlp", "halves", "layer_count", "rows", "same"]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ...layers.base import Mixer
 from ...layers.common import weight_dtype
-from ..config import validate
-from ..config_file import read_config as read_yaml
-from ..lm import CausalLM
+from ..config.files import read_config as read_yaml
+from ..config.resolve import validate
+from ..models.causal_lm import CausalLM
 from ..tokenizer import tokenizer_files, tokenizer_folder
 from .files import GENERATION, SPECIAL_IDS, CheckpointError, dump, open_regular, publishing, read_json, write_whole
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.moe import Router
-from ..config import block_specs
+from ..config.resolve import block_specs
 from ..device import pick_device
-from ..lm import CausalLM
+from ..models.causal_lm import CausalLM
 from ..registry import ConfigError, nearest
 from . import native
 from .blame import culprit, in_words_of_file

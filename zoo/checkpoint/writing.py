@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..layout import expand, split_token
-from ..lm import CausalLM, padded_vocab
+from ..layout.expand import expand, split_token
+from ..models.causal_lm import CausalLM, padded_vocab
 from . import native
 from .family import Family, Fields, families
 from .files import GENERATION, SPECIAL_IDS, CheckpointError, check_new, dump, new_folder, open_source

@@ -1,0 +1,150 @@
+"""A mixer under test, and what its tests share."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import Mixer, State, map_state
+
+# in bfloat16, ways to the same number differ by the roundings of what they store in between
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+PROMISES: "dict[str, Callable[[Case], None]]" = {}
+
+
+def promise(fn: "Callable[[Case], None]") -> "Callable[[Case], None]":
+    """Enter a test in the table; its docstring is the promise, in a sentence."""
+    PROMISES[fn.__name__] = fn
+    return fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mixer under test.
+
+    Attributes:
+        make: Builds it: ``make(d_model=..., **options)``.
+        d_model: Channels of the residual stream.
+        options: The mixer's options.
+        name: For messages; the class's name by default.
+        seed: Of the parameters and inputs.
+        dtype: Of the comparisons; float32 for a mixer that cannot compute in float64.
+        device: Where the mixer runs.
+    """
+
+    make: Callable[..., Mixer]
+    d_model: int = 32
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str | None = None
+    seed: int = 0
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return self.name or str(getattr(self.make, "__name__", self.make))
+
+    def build(self, dtype: torch.dtype | None = None, seed: int | None = None) -> Mixer:
+        """The mixer in ``dtype``, with no parameter left at a value that hides its use (zeros, equal ones)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed if seed is None else seed)
+            mixer = self.make(d_model=self.d_model, **self.options)
+            with torch.no_grad():
+                for p in mixer.parameters():
+                    p.mul_(1 + 0.2 * (2 * torch.rand_like(p) - 1))
+                    if not p.any():
+                        p.normal_(std=0.1)
+        return mixer.to(self.device, dtype or self.dtype)
+
+    def x(self, b: int, length: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """Random inputs, ``(b, length, d_model)``."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + 10 * seed + b)
+        return torch.randn(b, length, self.d_model, generator=generator, dtype=torch.float64).to(
+            self.device, dtype or self.dtype
+        )
+
+    def close(self, got: Tensor, want: Tensor, what: str) -> None:
+        """Fail unless the two agree to the dtype's tolerance, relative to the larger of 1 and the values."""
+        ensure(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        error = (got - want).abs().max().item() if want.numel() else 0.0
+        limit = fault_limit(self, want)
+        ensure(error <= limit, f"{what}: differs by {error:.2e}, the limit is {limit:.2e}")
+
+
+class Fault(AssertionError):
+    """A fault with a name: what is wrong, in a few words, and the remedy; ``promise`` is the one it breaks."""
+
+    promise = "shapes_and_dtypes"
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(what)
+        self.what, self.remedy = what, remedy
+
+
+def fault_limit(case: Case, want: Tensor) -> float:
+    """The difference that is no fault yet: the tolerance of the dtype, relative to the larger of 1 and the values."""
+    return _TOLERANCE[case.dtype] * max(1.0, want.abs().max().item() if want.numel() else 0.0)
+
+
+def ensure(ok: bool, message: str) -> None:
+    """Fail with ``message`` unless ``ok``; unlike ``assert``, also under ``python -O``."""
+    if not ok:
+        raise AssertionError(message)
+
+
+def run_in_pieces(mixer: Mixer, x: Tensor, lengths: Collection[int], state: Any = None) -> tuple[Tensor, Any]:
+    """Feed ``x`` in pieces of these lengths, carrying the state."""
+    ys = []
+    for piece in x.split(list(lengths), dim=1):
+        y, state = mixer(piece, state, return_state=True)
+        ys.append(y)
+    return torch.cat(ys, 1), state
+
+
+@torch.no_grad()
+def decode(mixer: Mixer, x: Tensor, state: Any) -> Tensor:
+    """Feed ``x`` token by token through ``step``."""
+    return torch.stack([mixer.step(token, state) for token in x.unbind(1)], 1)
+
+
+def refuses(mixer: Mixer, capability: str, call: Callable[[], Any]) -> bool:
+    """Whether the mixer lacks the capability; if so, asking for it must raise."""
+    if capability in mixer.capabilities:
+        return False
+    try:
+        call()
+    except NotImplementedError:
+        return True
+    raise AssertionError(f"{capability!r} is not declared, but asking for it did not raise NotImplementedError")
+
+
+def state_at(mixer: Mixer, x: Tensor) -> Any:
+    """The state after ``x``."""
+    return mixer(x, return_state=True)[1]
+
+
+def trained(mixer: Mixer) -> dict[str, Tensor]:
+    """The parameters that take a gradient, by name."""
+    return {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+
+
+def tensors_of(state: Any) -> list[tuple[str, Tensor]]:
+    """Every tensor of a state or a tuple of states, with its field's name."""
+    if isinstance(state, State):
+        return list(state.tensors())
+    ensure(isinstance(state, tuple), f"a state is a State or a tuple of states, got {type(state).__name__}")
+    return [pair for part in state for pair in tensors_of(part)]
+
+
+def row_of(state: Any, row: int) -> Any:
+    """One row of a state, as a state of batch 1."""
+    return map_state(state, lambda t: t[row : row + 1].clone())
+
+
+def same_future(case: Case, mixer: Mixer, a: Any, b: Any, what: str) -> None:
+    """Two states lead to the same outputs, through forward and through step."""
+    x = case.x(1, 4, seed=7)
+    case.close(mixer(x, a), mixer(x, b), f"forward {what}")
+    case.close(decode(mixer, x, a), decode(mixer, x, b), f"steps {what}")

@@ -1,0 +1,281 @@
+"""The commonest faults of a new mixer, named as what they are.
+
+A mixer that reads later tokens also steps wrongly, chunks wrongly and pads wrongly, and the first promise that happens to be
+tested says so in its own terms. Each function here looks for one fault and says its name and the remedy; :func:`diagnose` runs
+them in an order in which none can be mistaken for another: what a plain forward does, then the state, then ``step``, then ``seq``.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import Mixer, Seq, State, map_state
+from .case import Case, Fault, fault_limit, tensors_of
+
+__all__ = ["diagnose"]
+
+_BATCH, _LENGTH, _CUT = 2, 8, 5
+_FAULTS: list[tuple[tuple[str, ...], Callable[[Case, Mixer], None]]] = []
+
+
+def diagnose(case: Case, skip: Collection[str]) -> None:
+    """Raise :class:`Fault` for the first fault found, unless every promise that it breaks is skipped."""
+    mixer = _built(case)
+    with torch.no_grad():
+        for promises, look in _FAULTS:
+            if broken := [p for p in promises if p not in skip]:
+                try:
+                    look(case, mixer)
+                except Fault as e:
+                    e.promise = broken[0]
+                    raise
+
+
+def _breaks(*promises: str) -> Callable[[Callable[[Case, Mixer], None]], Callable[[Case, Mixer], None]]:
+    def enter(look: Callable[[Case, Mixer], None]) -> Callable[[Case, Mixer], None]:
+        _FAULTS.append((promises, look))
+        return look
+
+    return enter
+
+
+def _built(case: Case) -> Mixer:
+    try:
+        mixer = case.build()
+    except Exception as e:
+        raise Fault(
+            f"cannot be built: {_first_line(e)}",
+            "A mixer takes d_model first, then its options, all with annotations and defaults.",
+        ) from e
+    if not isinstance(mixer, Mixer):
+        raise Fault(f"is no hybridzoo.Mixer but a {type(mixer).__name__}", "Derive the class from hybridzoo.Mixer.")
+    return mixer
+
+
+def _call(what: str, fn: Callable[[], Any]) -> Any:
+    try:
+        return fn()
+    except Exception as e:
+        raise Fault(f"{what} raises {_first_line(e)}", "layers/base.py says what every call takes and returns.") from e
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).strip() or 'without a message').splitlines()[0]}"
+
+
+def _shown(y: Any) -> str:
+    return f"{tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+
+
+def _far(case: Case, a: Tensor, b: Tensor) -> float:
+    """By how much two tensors differ; 0 within the tolerance."""
+    error = (a - b).abs().max().item()
+    return error if error > fault_limit(case, b) else 0.0
+
+
+@_breaks("shapes_and_dtypes")
+def _shape(case: Case, mixer: Mixer) -> None:
+    x = case.x(_BATCH, _LENGTH)
+    y = _call("forward(x)", lambda: mixer(x.clone()))
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        raise Fault(
+            f"wrong output: forward of {tuple(x.shape)} gives {_shown(y)}",
+            "Without return_state, forward gives one tensor of its input's shape, (b, l, d).",
+        )
+
+
+@_breaks("shapes_and_dtypes", "batch_invariance", "chunks_equal_whole")
+def _input(case: Case, mixer: Mixer) -> None:
+    x = case.x(_BATCH, _LENGTH)
+    mixer(given := x.clone())
+    if not torch.equal(given, x):
+        raise Fault(
+            "changes its input in place",
+            "Write y = f(x) instead of x.f_() or x += ...; the residual stream still needs x.",
+        )
+
+
+@_breaks("copies", "initialisation", "batch_invariance")
+def _parameters(case: Case, mixer: Mixer) -> None:
+    x, before = case.x(_BATCH, _LENGTH), {name: t.clone() for name, t in mixer.state_dict().items()}
+    first = mixer(x.clone())
+    for name, t in mixer.state_dict().items():
+        if not torch.equal(t, before[name]):
+            raise Fault(
+                f"parameters re-initialised: forward changes {name}",
+                "Draw initial values in reset_parameters, which __init__ calls once, and nowhere else.",
+            )
+    if far := _far(case, mixer(x.clone()), first):
+        raise Fault(
+            f"not reproducible: the same call twice differs by {far:.1e}",
+            "A mixer draws no random numbers in forward; it has no dropout of its own.",
+        )
+    other = case.build(seed=case.seed + 1)
+    other.load_state_dict(before)
+    if far := _far(case, other(x.clone()), first):
+        raise Fault(
+            f"parameters re-initialised: after load_state_dict the output differs by {far:.1e}",
+            "Everything that forward reads is a parameter or a buffer, and nothing is drawn once it is loaded.",
+        )
+
+
+@_breaks("batch_invariance")
+def _rows(case: Case, mixer: Mixer) -> None:
+    x = case.x(_BATCH, _LENGTH)
+    changed = torch.cat([x[:1], case.x(_BATCH, _LENGTH, seed=1)[1:]])
+    if far := _far(case, mixer(changed)[0], mixer(x)[0]):
+        raise Fault(
+            f"mixes the rows of the batch: row 0 changes by {far:.1e} when only row 1 does",
+            "Dimension 0 is the batch and dimension 1 the tokens; nothing is averaged or normalised over the batch.",
+        )
+
+
+@_breaks("causality")
+def _causal(case: Case, mixer: Mixer) -> None:
+    x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
+    for t in (_CUT, 1):
+        changed = torch.cat([x[:, :t], other[:, t:]], 1)
+        if far := _far(case, mixer(changed)[:, :t], mixer(x)[:, :t]):
+            raise Fault(
+                f"not causal: outputs before token {t} change by {far:.1e} when only later tokens do",
+                "Output t may read tokens 0 to t: pad a convolution on the left only, mask attention, and take no mean, "
+                "norm or softmax over the tokens.",
+            )
+
+
+def _after(case: Case, mixer: Mixer, x: Tensor, *state: Any) -> tuple[Tensor, Any]:
+    """Output and state of a call that asks for the state, checked to be that."""
+    call = "forward(x, state, return_state=True)" if state else "forward(x, return_state=True)"
+    out = _call(call, lambda: mixer(x.clone(), *state, return_state=True))
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Tensor)):
+        raise Fault(
+            f"state not returned: {call} gives {_shown(out)}", "Return (y, state) then; without a state, (y, ())."
+        )
+    if not _is_state(out[1]):
+        raise Fault(
+            f"state of a wrong kind: {call} gives {_shown(out[1])} as the state",
+            "A state is a dataclass of tensors, batch first, that derives from hybridzoo.layers.State; () for a mixer without one.",
+        )
+    return out
+
+
+def _is_state(state: Any) -> bool:
+    return isinstance(state, State) or (isinstance(state, tuple) and all(_is_state(s) for s in state))
+
+
+def _mixes_tokens(case: Case, mixer: Mixer) -> bool:
+    x = case.x(_BATCH, _LENGTH)
+    return bool(_far(case, mixer(x[:, _CUT:].clone()), mixer(x.clone())[:, _CUT:]))
+
+
+@_breaks("chunks_equal_whole", "steps_equal_forward", "state_size")
+def _state(case: Case, mixer: Mixer) -> None:
+    if "state" not in mixer.capabilities:
+        return
+    x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
+    whole = mixer(x.clone())
+    _, state = _after(case, mixer, x[:, :_CUT])
+    if not _mixes_tokens(case, mixer):
+        return
+    if not tensors_of(state):
+        raise Fault(
+            "state not returned: forward(x, return_state=True) gives (), although outputs depend on earlier tokens",
+            "Return what the next token needs to know, as a dataclass that derives from hybridzoo.layers.State; or, if that cannot be, "
+            "declare capabilities without 'state'.",
+        )
+    _, unlike = _after(case, mixer, other[:, :_CUT])
+    if all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_of(state), tensors_of(unlike), strict=True)):
+        raise Fault(
+            "state forgotten: the returned state is the same after other tokens",
+            "Return the state after the last token, not the one that the call began with.",
+        )
+    kept = map_state(state, torch.clone)
+    y, _ = _after(case, mixer, x[:, _CUT:], state)
+    if not all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_of(state), tensors_of(kept), strict=True)):
+        raise Fault(
+            "changes the state it is given: forward is functional, and only step works in place",
+            "Compute a new state (state = state.map(torch.clone) at the start, or h = a * h + b instead of h.mul_(a)).",
+        )
+    far, ignored = _far(case, y, whole[:, _CUT:]), not _far(case, y, mixer(x[:, _CUT:].clone()))
+    if far and ignored:
+        raise Fault(
+            "state ignored: forward gives the same with the state of earlier tokens and without",
+            "Start from the state that is given; init_state, or zeros, only where it is None.",
+        )
+    if far:
+        raise Fault(
+            f"state wrong: {_CUT} tokens and then {_LENGTH - _CUT} differ by {far:.1e} from all {_LENGTH} at once",
+            "The state must hold everything that later tokens need: the recurrence, the convolution's last inputs, the position.",
+        )
+
+
+@_breaks("steps_equal_forward")
+def _step(case: Case, mixer: Mixer) -> None:
+    if "state" not in mixer.capabilities:
+        return
+    x = case.x(_BATCH, _LENGTH)
+    whole, (_, left) = mixer(x.clone()), _after(case, mixer, x)
+    state = _call("init_state(batch, max_len)", lambda: mixer.init_state(_BATCH, _LENGTH))
+    if bool(tensors_of(left)) != (_is_state(state) and bool(tensors_of(state))):
+        raise Fault(
+            f"no first state: init_state gives {_shown(state)}, and forward leaves a {type(left).__name__}",
+            "init_state returns the state before the first token, of the same class as forward's.",
+        )
+    before = map_state(state, torch.clone)
+    for t in range(_LENGTH):
+        token = x[:, t].clone()
+        y = _call("step(x, state)", functools.partial(mixer.step, token, state))
+        if not isinstance(y, Tensor) or y.shape != token.shape:
+            raise Fault(
+                f"wrong output: step of {tuple(token.shape)} gives {_shown(y)}",
+                "step takes one token per row, (b, d), gives (b, d), and updates the state in place.",
+            )
+        if t == 0 and tensors_of(state) and _same(state, before) and _mixes_tokens(case, mixer):
+            raise Fault("step does not update the state", "step works in place: copy_state(state, new) at its end.")
+        if not torch.equal(token, x[:, t]):
+            raise Fault("step changes its input in place", "Write y = f(x) instead of x.f_() or x += ...")
+        if far := _far(case, y, whole[:, t]):
+            raise Fault(
+                f"step disagrees with forward: token {t} differs by {far:.1e}",
+                "step and forward are two ways to one result; without a step of its own, a mixer has one that calls forward.",
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    return all(torch.equal(s, t) for (_, s), (_, t) in zip(tensors_of(a), tensors_of(b), strict=True))
+
+
+@_breaks("packing")
+def _documents(case: Case, mixer: Mixer) -> None:
+    if "packing" not in mixer.capabilities:
+        return
+    x = case.x(1, _LENGTH)
+    seq = Seq.from_cu_seqlens(torch.tensor([0, _CUT, _LENGTH], device=x.device), 1, _LENGTH)
+    y = _call("forward(x, seq=...) of packed documents", lambda: mixer(x.clone(), seq=seq))
+    if (far := _far(case, y[:, _CUT:], mixer(x[:, _CUT:].clone()))) and not _far(case, y, mixer(x.clone())):
+        raise Fault(
+            f"ignores seq: a packed document sees the one before it, which changes it by {far:.1e}",
+            "Honour seq (layers/mamba.py shows how), or declare what you can do, capabilities = frozenset({'state'}), and call "
+            "self.require('packing') where seq is given.",
+        )
+
+
+@_breaks("padding")
+def _pads(case: Case, mixer: Mixer) -> None:
+    if "padding" not in mixer.capabilities:
+        return
+    x, mask = case.x(_BATCH, _LENGTH), torch.ones(_BATCH, _LENGTH, dtype=torch.long)
+    mask[0, : _LENGTH - _CUT] = 0
+    seq = Seq.from_mask(mask.to(x.device))
+    assert seq is not None
+    y = _call("forward(x, seq=...) of padded rows", lambda: seq.restore(mixer(seq.align(x.clone()), seq=seq)))
+    alone = mixer(x[:1, _LENGTH - _CUT :].clone())
+    if (far := _far(case, y[:1, _LENGTH - _CUT :], alone)) and not _far(case, y, seq.restore(mixer(seq.align(x)))):
+        raise Fault(
+            f"ignores seq: padding changes the tokens after it by {far:.1e}",
+            "Honour seq (layers/mamba.py shows how), or declare what you can do, capabilities = frozenset({'state'}), and call "
+            "self.require('padding') where seq is given.",
+        )

@@ -1,0 +1,53 @@
+"""The configs that come with the package, by name. Reads files and imports nothing heavy: ``zoo list`` answers at once."""
+
+import difflib
+import fnmatch
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CONFIGS", "NUMBERS", "describe", "find_models", "list_models"]
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NUMBERS = CONFIGS / "lm" / "numbers.json"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the shipped configs that match an fnmatch ``pattern``, sorted."""
+    return sorted(path.stem for path in CONFIGS.glob("lm/*.yaml") if fnmatch.fnmatchcase(path.stem, pattern))
+
+
+def find_models(pattern: str) -> list[dict[str, Any]]:
+    """What ``zoo list`` prints: name, size, state and a sentence about each shipped model that matches.
+
+    The sizes come from a file beside the configs, which ``zoo list --refresh`` writes and a test compares with the models.
+
+    Args:
+        pattern: Shell wildcards; a text without any finds the names that contain it.
+
+    Raises:
+        ValueError: Nothing matches; the message says what is near.
+    """
+    wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern.lower()}*"
+    found = list_models(wild)
+    if not found:
+        names = list_models()
+        families = {name.split("-")[0]: name for name in names}
+        near = difflib.get_close_matches(pattern, names, n=3) or difflib.get_close_matches(pattern, families, n=1)
+        hint = f" Near to it: {', '.join(near)}." if near else ""
+        raise ValueError(f"no model matches {pattern!r}.{hint} `zoo list` prints every name.")
+    return [{"name": name, "about": describe(name), **_numbers().get(name, {})} for name in found]
+
+
+@functools.cache
+def _numbers() -> dict[str, Any]:
+    return json.loads(NUMBERS.read_text(encoding="utf-8"))
+
+
+def describe(name: str) -> str:
+    """The first sentence of the comment at the head of a shipped config."""
+    lines = (CONFIGS / "lm" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    head = " ".join(line.lstrip("# ") for line in lines[: next((i for i, x in enumerate(lines) if x[:1] != "#"), None)])
+    return re.split(r"(?<=\.) (?=[A-Z])", head)[0].rstrip(".")

@@ -1,0 +1,1 @@
+"""Networks assembled from resolved configs, and what one asks of them."""

@@ -1,0 +1,76 @@
+"""From a config name to a model, and from a model to its optimiser groups."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...layers.base import Mixer
+from ..config.resolve import ConfigSchema, load_config
+from ..device import pick_device
+from ..errors import ConfigError
+from ..registry import nearest
+from .causal_lm import CausalLM
+
+__all__ = ["build", "param_groups"]
+
+
+def build(
+    config: Any,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **changes: Any,
+) -> CausalLM:
+    """Build an untrained model.
+
+    Args:
+        config: A name from ``zoo.list_models()``, a path to a YAML file, or a config (``zoo.config(...)``, a dict, a ``DictConfig``).
+        overrides: Dotlist changes, such as ``["d_model=256", "mixers.mamba.d_state=8"]``, or a mapping of keys, dotted or nested.
+        device: Where the weights are created, the CPU by default; ``"meta"`` allocates nothing.
+        dtype: Of the weights; parameters that must stay float32 do.
+        **changes: Keys of the config, applied last: ``d_model=256``.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ConfigError: The config is not valid; nothing has been allocated then.
+        ValueError: The device is not there.
+    """
+    arguments = ["overrides", "device", "dtype", *(field.name for field in dataclasses.fields(ConfigSchema))]
+    for key in changes:
+        if key not in arguments:
+            raise ConfigError(
+                f"{key}: is neither an argument of zoo.build nor a key of configs.{nearest(key, arguments)} Known: {', '.join(arguments)}."
+            )
+    cfg = load_config(config, overrides, **changes)
+    return CausalLM(cfg, device=None if device is None else pick_device(device, meta=True), dtype=dtype)
+
+
+def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+    """Split the parameters for an optimiser: those that weight decay may touch, and the rest.
+
+    Matrices decay. Vectors (norms, biases) do not, nor what a mixer names in ``no_decay_parameters`` (decay rates, step biases).
+
+    Args:
+        model: A model, or any module that contains mixers.
+        weight_decay: Of the first group.
+
+    Returns:
+        ``[{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}]``.
+    """
+    exempt = {
+        id(p)
+        for mixer in model.modules()
+        if isinstance(mixer, Mixer)
+        for name, p in mixer.named_parameters()
+        if name in mixer.no_decay_parameters
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2 and id(p) not in exempt]
+    rest = [p for p in trained if p.dim() < 2 or id(p) in exempt]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -1,0 +1,197 @@
+"""Text from a language model: prefill the prompt in one forward, then one step per token on the states."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .causal_lm import CausalLM
+
+__all__ = ["check_finite_logits", "generate", "sample"]
+
+
+@torch.no_grad()
+def generate(
+    model: "CausalLM",
+    input_ids: Tensor,
+    max_new_tokens: int = 100,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    attention_mask: Tensor | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue every row of a batch of prompts.
+
+    Args:
+        model: The language model; its training mode is left as it is, dropout-free models do not care.
+        input_ids: ``(b, l)`` int64 prompts, ``l >= 1``.
+        max_new_tokens: Tokens to add, at least 0.
+        temperature: 0 is greedy; otherwise logits are divided by it before sampling.
+        top_k: Keep only the k most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        repetition_penalty: Above 1, tokens already in the row become less likely (arXiv:1909.05858, section 4.1).
+        attention_mask: ``(b, l)``, nonzero at real tokens; rows of unequal length may be padded on either side.
+        eos_token_id: A row is finished once it produced one of these; the others go on.
+        pad_token_id: Written after a row's end; the first ``eos_token_id`` by default, else 0.
+        generator: Source of randomness for sampling, on the model's device.
+
+    Returns:
+        ``(b, l + new)`` int64: the prompts as given, then the new tokens. Stops early when every row is finished.
+
+    Raises:
+        ValueError: An argument out of range, a row without a real token, or logits that are not finite.
+    """
+    _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    b, l = input_ids.shape
+    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    pad = pad_token_id if pad_token_id is not None else (eos[0] if eos else 0)
+    if max_new_tokens == 0:
+        return input_ids
+    logits, state = _prefill(model, input_ids, attention_mask, l + max_new_tokens)
+    vocab = model.cfg.vocab_size  # rows that only pad the table are never produced
+    seen = _seen(input_ids, attention_mask, vocab) if repetition_penalty != 1.0 else None
+    finished = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
+    stops = torch.tensor(eos, dtype=torch.long, device=input_ids.device)
+    out, broken = [input_ids], torch.zeros_like(finished)
+    for i in range(max_new_tokens):
+        logits = logits[:, :vocab].float()
+        wrong = _not_finite(logits) & ~finished
+        if i == 0 or not logits.is_cuda:
+            _refuse(wrong)
+        else:
+            # asking a GPU takes time, so it is asked in the end, and what it samples from meanwhile must be numbers
+            broken |= wrong
+            logits = logits.masked_fill(wrong[:, None], 0) if temperature else logits
+        token = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
+        token = token.masked_fill(finished, pad)
+        out.append(token[:, None])
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        if eos:
+            finished |= torch.isin(token, stops)
+            if bool(finished.all()):
+                break
+        if i + 1 < max_new_tokens:
+            logits = model.step(token, state)
+    _refuse(broken)
+    return torch.cat(out, 1)
+
+
+def check_finite_logits(logits: Tensor) -> None:
+    """Raise a ``ValueError`` where the best of a row's logits, ``(..., v)``, is no number."""
+    _refuse(_not_finite(logits))
+
+
+def _not_finite(logits: Tensor) -> Tensor:
+    # NaN is the largest of all; -inf may be somebody's way to forbid a token
+    return ~logits.amax(-1).isfinite()
+
+
+def _refuse(wrong: Tensor) -> None:
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"logits: those of row {row} are not finite. The weights are damaged (a diverged training run, say), or the numbers too large "
+            "for their dtype: load a good checkpoint, or use dtype=torch.float32."
+        )
+
+
+def sample(
+    logits: Tensor,
+    seen: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Choose one token per row: penalty, temperature, top-k, top-p, in that order.
+
+    Args:
+        logits: ``(b, v)``.
+        seen: ``(b, v)`` bool, tokens the penalty applies to.
+        temperature: As in :func:`generate`.
+        top_k: As in :func:`generate`.
+        top_p: As in :func:`generate`.
+        repetition_penalty: As in :func:`generate`.
+        generator: As in :func:`generate`.
+
+    Returns:
+        ``(b,)`` int64.
+    """
+    logits = logits.float()
+    if seen is not None:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, index = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        # a token stays while the more likely ones have not yet reached top_p; the first always stays
+        drop = torch.empty_like(before, dtype=torch.bool).scatter_(1, index, before >= top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+def _prefill(model: "CausalLM", input_ids: Tensor, attention_mask: Tensor | None, max_len: int):
+    b, l = input_ids.shape
+    state = model.init_state(b, max_len, device=input_ids.device)  # weights may be elsewhere until they are called
+    if attention_mask is None:
+        out = model(input_ids, state=state, return_state=True, logits_to_keep=1)
+        return out.logits[:, -1], out.state
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: shape {tuple(attention_mask.shape)} differs from the prompts' {tuple(input_ids.shape)}."
+        )
+    last = ((attention_mask.to(input_ids.device) != 0) * torch.arange(1, l + 1, device=input_ids.device)).amax(1) - 1
+    if bool((last < 0).any()):
+        row = int((last < 0).nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} has no real token. Give every prompt at least one token (the BOS token, say)."
+        )
+    # of the logits, only those of positions that some row ends at
+    ends = last.unique()
+    out = model(input_ids, None, attention_mask, state=state, return_state=True, logits_to_keep=ends)
+    return out.logits[torch.arange(b, device=last.device), torch.searchsorted(ends, last)], out.state
+
+
+def _seen(input_ids: Tensor, attention_mask: Tensor | None, vocab: int) -> Tensor:
+    seen = torch.zeros(input_ids.shape[0], vocab, dtype=torch.bool, device=input_ids.device)
+    real = (
+        torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.to(input_ids.device) != 0
+    )
+    rows, columns = real.nonzero(as_tuple=True)
+    seen[rows, input_ids[rows, columns].clamp(max=vocab - 1)] = True
+    return seen
+
+
+def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}. Give every prompt at least one token."
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} is negative.")
+    if temperature < 0:
+        raise ValueError(
+            f"temperature: {temperature} is negative. Use 0 for greedy decoding, 1 to sample from the model as it is."
+        )
+    if top_k < 0:
+        raise ValueError(f"top_k: {top_k} is negative. Use 0 to keep all tokens.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: {top_p} is not in (0, 1]. Use 1 to keep all tokens.")
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty: {repetition_penalty} is not positive. Use 1 for none.")

@@ -1,0 +1,288 @@
+"""Next-token cross-entropy that never holds more than a slice of the logits, and forms them once.
+
+The logits of a language model are its largest tensor: 8 x 2048 tokens over 50 280 words are 1.6 GB in bfloat16. They are formed, reduced
+and differentiated one slice of tokens at a time, in their own dtype and while the loss is formed: its backward only multiplies.
+"""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from ...kernels import cross_entropy
+from ...kernels.derivatives import plain, transformed
+from ...kernels.numerics import add_product, product
+from ...kernels.seq import Seq
+from ...layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere, upcast, weight_dtype, why_called
+
+__all__ = ["IGNORE", "next_token_loss", "shift_labels"]
+
+IGNORE = -100
+# Logits per slice. Every slice also reads and writes the gradient of the whole head, so few large ones move fewer bytes.
+_SLICE_BYTES = 1 << 28
+
+
+def shift_labels(labels: Tensor, seq: Seq | None) -> Tensor:
+    """The target of every position: the next token's label, where that token belongs to the same document.
+
+    Args:
+        labels: ``(b, l)`` int64 aligned with the input tokens (not shifted), -100 where no loss is wanted; in ``seq``'s order.
+        seq: Padding or packing of the rows.
+
+    Returns:
+        ``(b, l)`` int64 with -100 at the end of every document and at padding.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if seq is not None:
+        following = F.pad(seq.doc[:, 1:], (0, 1), value=-1)
+        targets = targets.masked_fill((following != seq.doc) | ~seq.valid, IGNORE)
+    return targets
+
+
+def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Mean cross-entropy in nats per target.
+
+    Args:
+        hidden: ``(b, l, d)``, the output of the final norm.
+        head: The projection to ``v`` logits; called as a module, so that hooks and adapters on it count.
+        targets: ``(b, l)`` int64, -100 where there is none (:func:`shift_labels`).
+        num_items: Divide by this instead of by the number of targets: the targets of a whole accumulated batch; 0 if it has none.
+
+    Returns:
+        A scalar in at least float32; 0 when there is no target. Its gradient is known with it, so there is no second derivative.
+    """
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    run = _differentiated if _can_differentiate(hidden, head) else _recomputed
+    total = run(hidden, head, targets, _slice_tokens(hidden, width(head)))
+    return total / _items(targets, num_items)
+
+
+def share_of_items(targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """The share that these targets have in the items, in [0, 1]: 1 where they are all, 0 where there are none."""
+    return (targets != IGNORE).sum() / _items(targets, num_items)
+
+
+def width(head: nn.Module) -> int:
+    """The logits of a token, also of a head whose weight is not a matrix of numbers (quantised)."""
+    known = getattr(head, "out_features", None)
+    return head.weight.shape[0] if known is None else known  # type: ignore[return-value, index]
+
+
+def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    # none among none are a loss of 0, and not 0 / 0
+    items = (targets != IGNORE).sum() if num_items is None else num_items
+    return items + (items == 0)
+
+
+def _slice_tokens(hidden: Tensor, v: int) -> int:
+    """How many tokens make a slice: as many as the budget allows, in slices of about one size, whole tiles of a matmul where possible."""
+    most = max(1, _SLICE_BYTES // (v * dtype_read(hidden).itemsize))
+    tile = 128 if most >= 128 else 1
+    most -= most % tile
+    slices = max(1, -(-hidden.shape[0] // most))
+    even = -(-hidden.shape[0] // slices)
+    return max(1, even + -even % tile)
+
+
+def _can_differentiate(hidden: Tensor, head: nn.Module) -> bool:
+    """Whether the head may be differentiated inside a forward.
+
+    Not where it has no weights to differentiate (quantised ones may pass no gradient at all, which is for who asks for it), not while a
+    graph is traced or transformed or is to have other derivatives than first ones backwards, not where a sharded head gathers its weights
+    and scatters their gradients by itself, and not where a hook waits for the gradient of a weight, which is to see it once.
+    """
+    if torch.compiler.is_compiling() or plain() or weight_dtype(head) is None:
+        return False
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
+    if fsdp and any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in head.modules()):
+        return False
+    tensors = (hidden, *head.parameters())
+    return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and not any(x._backward_hooks for x in tensors[1:])
+
+
+def _recomputed(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> Tensor:
+    """The summed loss as autograd sees it; the logits of a slice are dropped after its loss and formed again in the backward."""
+
+    def slice_loss(h: Tensor, t: Tensor) -> Tensor:
+        return cross_entropy(head(h), t, ignore_index=IGNORE)[0].sum()
+
+    # transforms know no saved tensors that are formed again
+    if hidden.shape[0] <= size or transformed() is not None:
+        return slice_loss(hidden, targets)
+    total = upcast(hidden.new_zeros(()))
+    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+        total = total + checkpoint(slice_loss, h, t, use_reentrant=False)
+    return total
+
+
+def _differentiated(hidden: Tensor, head: nn.Linear, targets: Tensor, size: int) -> Tensor:
+    """The summed loss with its gradients, which are formed slice by slice and kept."""
+    total, ghidden, scale = hidden.new_zeros(()), None, 1.0
+    parts = _Products(hidden, head) if _is_linear(hidden, head) else _Calls(hidden, head)
+    for h, t, at in zip(hidden.detach().split(size), targets.split(size), itertools.count(0, size), strict=False):
+        logits = parts.logits(h)
+        scale = _scale(logits.dtype, size)
+        with torch.autocast(hidden.device.type, enabled=False) if autocasts(hidden) else nullcontext():
+            losses, g = cross_entropy(logits, t, ignore_index=IGNORE, want_gradient=parts.wanted, scale=scale)
+            del logits
+            total = total + losses.sum()
+            if g is None:
+                continue
+            gh = parts.differentiated(g)
+            del g
+            if gh is not None:
+                if ghidden is None:
+                    ghidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+                ghidden[at : at + size] = gh
+    leaves, gradients = parts.leaves, parts.gradients
+    if ghidden is not None:
+        leaves, gradients = [hidden, *leaves], [ghidden, *gradients]
+    return _Known.apply(total, scale, gradients, *leaves) if leaves else total
+
+
+def _is_linear(hidden: Tensor, head: nn.Module) -> bool:
+    """Whether two products are all there is to a head: no adapter, no hook, no mixture of types that ``F.linear`` would refuse."""
+    if hooked_everywhere() or why_called(head, nn.Linear):
+        return False
+    return all(dtype_read(p) == dtype_read(hidden) for p in head.parameters())
+
+
+class _Products:
+    """Slices of a linear head. The gradients of its weight and bias add up in float32 as they come out of the products."""
+
+    def __init__(self, hidden: Tensor, head: nn.Linear):
+        trained = torch.is_grad_enabled()
+        self.dtype, self.to_hidden = dtype_read(hidden), trained and hidden.requires_grad
+        self.weight, self.bias = (None if p is None else p.detach().to(self.dtype) for p in (head.weight, head.bias))
+        self.leaves = [p for p in (head.weight, head.bias) if p is not None and trained and p.requires_grad]
+        self.wanted = self.to_hidden or bool(self.leaves)
+        self.gradients: list[Tensor] = []
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Those of a slice (m, d)."""
+        self.h = h.to(self.dtype)
+        return F.linear(self.h, self.weight, self.bias)
+
+    def differentiated(self, g: Tensor) -> Tensor | None:
+        """Add to the leaves' gradients, from that of the slice's logits; that of the slice, where it is wanted."""
+        before: Sequence[Tensor | None] = self.gradients or [None] * len(self.leaves)
+        self.gradients = [self._sum(p, g, x) for p, x in zip(self.leaves, before, strict=True)]
+        return g @ self.weight if self.to_hidden else None
+
+    def _sum(self, p: Tensor, g: Tensor, before: Tensor | None) -> Tensor:
+        acc = acc_dtype(self.dtype)
+        if p.dim() == 1:
+            part = g.sum(0, dtype=acc)
+            return part if before is None else before.add_(part)
+        return product(g.t(), self.h, acc) if before is None else add_product(before, g.t(), self.h)
+
+
+class _Calls:
+    """Slices of whatever the head is, called as a module and differentiated by autograd."""
+
+    def __init__(self, hidden: Tensor, head: nn.Module):
+        self.head, self.to_hidden, self.wanted = head, hidden.requires_grad, False
+        self.leaves: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.edge: Any = None
+
+    def logits(self, h: Tensor) -> Tensor:
+        """As of :class:`_Products`."""
+        self.h, first = h.requires_grad_(self.to_hidden), self.edge is None
+        # what others do to saved tensors (offloading, recomputation) is not for a graph that ends here
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            logits = self.head(self.h)
+        self.wanted = logits.requires_grad
+        if self.wanted:
+            self.edge = get_gradient_edge(logits)
+            self.leaves = _leaves(logits, self.h, self.head) if first else self.leaves
+        return logits
+
+    def differentiated(self, g: Tensor) -> Tensor | None:
+        """As of :class:`_Products`."""
+        inputs = [self.h, *self.leaves] if self.to_hidden else self.leaves
+        # in this thread: another would have to be waited for, and may not have a CUDA context yet
+        with torch.autograd.set_multithreading_enabled(False):
+            found = list(torch.autograd.grad([self.edge], inputs, [g]))
+        gh = found.pop(0) if self.to_hidden else None
+        if not self.gradients:
+            self.gradients = found
+        else:
+            self.gradients = [x.add_(part) for x, part in zip(_addable(self.gradients), found, strict=True)]
+        return gh
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+def _scale(dtype: torch.dtype, tokens: int) -> float:
+    """A power of two for the logits' gradient, taken out again in the backward.
+
+    The gradient of the *sum* of the losses has entries up to 1, and every token of a slice may add one to the gradient of a weight. With
+    float16, which ends at 65504, they are made to add up to 1024 at most, times an activation; nothing smaller, because probabilities of
+    1e-5 have few bits left as it is. bfloat16 has float32's range.
+    """
+    return 0.5 ** max(0, (tokens - 1).bit_length() - 10) if dtype == torch.float16 else 1.0
+
+
+def _leaves(logits: Tensor, h: Tensor, head: nn.Module) -> list[Tensor]:
+    """What the logits depend on besides ``h``: trained parameters of the head, and what its hooks brought in."""
+    made: dict[Any, list[Tensor]] = {}
+    for p in head.parameters():
+        if p.grad_fn is not None:  # parameters that a caller has replaced by functions of others
+            made.setdefault(p.grad_fn, []).append(p)
+    found: list[Tensor] = []
+    todo, seen = [logits.grad_fn], set()
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            found += made[node]
+        elif hasattr(node, "variable"):
+            found += [node.variable] if node.variable is not h else []
+        else:
+            todo += [n for n, _ in node.next_functions]
+    return found
+
+
+def _addable(gradients: list[Tensor]) -> list[Tensor]:
+    """The same in at least float32, to be added to in place: two weights may share a gradient, and one may be a number expanded."""
+    at = [g.untyped_storage().data_ptr() for g in gradients]
+    return [
+        g.to(acc_dtype(g.dtype), copy=at.count(x) > 1 or not g.is_contiguous())
+        for g, x in zip(gradients, at, strict=True)
+    ]
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.scale, ctx.dtypes = scale, [x.dtype for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gout: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "next_token_loss: its gradient has no gradient (create_graph=True). "
+                "Form the loss from out.logits instead, or set HYBRIDZOO_BACKEND=reference."
+            )
+        results = []
+        for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            # of one dimension more than none, or the factor would be rounded to g's dtype first
+            factor = (gout / ctx.scale).reshape((1,) * g.dim())
+            results.append(torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype)))
+        return None, None, None, *results

@@ -1,0 +1,42 @@
+"""Initial values for single tensors of a model that exists, as a new model has them."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ...layers.norm import make_norm
+from ..config.specs import block_specs
+from .block import Block
+from .causal_lm import CausalLM
+
+__all__ = ["redraw"]
+
+_PART = re.compile(r"(backbone\.layers\.(?P<block>\d+)|backbone\.norm_f|backbone\.embedding|lm_head)\.(?P<rest>.+)")
+
+
+@torch.no_grad()
+def redraw(model: CausalLM, names: Iterable[str]) -> None:
+    """Draw parameters anew, in place; the others keep their values.
+
+    Args:
+        model: The parameters have memory. A block is built a second time for those in it, on the CPU and in float32.
+        names: As in ``model.named_parameters()``.
+    """
+    cfg, specs = model.cfg, block_specs(model.cfg)
+    norm = {"type": cfg.norm.type, "eps": cfg.norm.eps}
+    fresh: dict[str, nn.Module] = {}
+    for name in names:
+        place, tensor = _PART.fullmatch(name), model.get_parameter(name)
+        assert place is not None
+        part, rest = place[1], place["rest"]
+        if part not in fresh and place["block"]:
+            spec = specs[int(place["block"])]
+            fresh[part] = Block(spec, cfg.d_model, len(specs), norm, cfg.residual_multiplier, dtype=torch.float32)
+        elif part == "backbone.norm_f":
+            fresh[part] = make_norm(norm["type"], cfg.d_model, norm["eps"], dtype=torch.float32)
+        if part in fresh:
+            tensor.copy_(fresh[part].get_parameter(rest))
+        else:  # embedding and head
+            nn.init.normal_(tensor, std=cfg.initializer_range)

@@ -1,0 +1,22 @@
+"""Training through transformers' Trainer."""
+
+from typing import TYPE_CHECKING
+
+from ..lazily import lazily
+
+if TYPE_CHECKING:
+    from .captured_step import CapturedStep
+    from .diverged import Diverged
+    from .options import TrainOptions
+    from .run import train
+    from .run_folder import DifferentRun
+
+__all__ = ["CapturedStep", "DifferentRun", "Diverged", "TrainOptions", "train"]
+__getattr__ = lazily(
+    __name__,
+    CapturedStep="captured_step",
+    DifferentRun="run_folder",
+    Diverged="diverged",
+    TrainOptions="options",
+    train="run",
+)

@@ -1,0 +1,92 @@
+"""When a training's numbers are no longer finite: the error, and where the first of them came from."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.causal_lm import CausalLM
+
+__all__ = ["Diverged", "first_nonfinite", "nonfinite_weight"]
+
+
+class Diverged(FloatingPointError):
+    """A loss, a gradient or a weight is not finite; nothing of it has been saved.
+
+    Attributes:
+        step: The optimiser step that could not be taken (or, for weights, the last one that was).
+        rows: Of the data, in that step's batch of this process.
+        where: The first value that is not finite: a layer's output, a gradient or a weight.
+    """
+
+    def __init__(self, message: str, step: int = 0, rows: tuple[int, ...] = (), where: str = ""):
+        super().__init__(message)
+        self.step, self.rows, self.where = step, rows, where
+
+
+def nonfinite_weight(model: torch.nn.Module) -> str | None:
+    """The name of the first parameter that holds a value that is not finite."""
+    named = list(model.named_parameters())
+    # one answer for all, so that a device is waited for once
+    if not named or bool(torch.stack([torch.isfinite(p.detach()).all() for _, p in named]).all()):
+        return None
+    return next(name for name, p in named if not torch.isfinite(p.detach()).all())
+
+
+def first_nonfinite(model: CausalLM, input_ids: Tensor, labels: Tensor) -> str | None:
+    """Run one batch forward and back, and name the first value on the way that is not finite; gradients are dropped.
+
+    Args:
+        model: In the state that the failed step started from.
+        input_ids: ``(b, l)`` int64.
+        labels: As for :meth:`CausalLM.forward`.
+    """
+    if (weight := nonfinite_weight(model)) is not None:
+        return f"the weight {weight}"
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(bool(torch.isfinite(t).all()) for t in _tensors(output)):
+                found.append(f"the output of {name}")
+
+        return hook
+
+    def look_back(name: str) -> Any:
+        def hook(p: Tensor) -> None:
+            if not found and p.grad is not None and not torch.isfinite(p.grad).all():
+                found.append(f"the gradient of {name}")
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks += [p.register_post_accumulate_grad_hook(look_back(name)) for name, p in trained]
+    try:
+        model.zero_grad()
+        loss = model(input_ids, labels).loss
+        if loss is not None and not found:
+            if not torch.isfinite(loss):
+                found.append("the loss")
+            else:
+                loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    return found[0] if found else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value.detach()
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])

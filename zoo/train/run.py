@@ -1,0 +1,328 @@
+"""Training through transformers' ``Trainer``, on the one adapter.
+
+A run is a folder::
+
+    OUT/train.json         settings and the logged losses
+    OUT/tensorboard/       the same, for TensorBoard
+    OUT/checkpoints/       what a resumed run continues from: weights, optimiser, schedule, random states
+    OUT/model.safetensors, config.yaml, ...    the trained model, as ``zoo.save`` writes it
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from omegaconf import OmegaConf
+from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoint import load, save
+from ..checkpoint.native import as_saved
+from ..device import pick_device
+from ..hf import HybridZooForCausalLM
+from ..models.build import build
+from ..models.causal_lm import CausalLM
+from ..models.finite import check_finite
+from ..tokenizer import document_encoder
+from .data import Rows, rows_from, rows_with_targets
+from .digests import digest_rows, digest_weights
+from .diverged import Diverged
+from .loop import NumberedRows, ZooTrainer, load_weights
+from .options import TrainOptions, check_out, check_path, holds_weights
+from .run_folder import LOG, Checkpoint, DifferentRun, RunFolder, loss_entries
+from .session import Session
+
+__all__ = ["DifferentRun", "Diverged", "Interrupted", "TrainResult", "train"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, once what is needed to go on has been saved.
+
+    Attributes:
+        step: The step of the newest checkpoint; 0 if there is none.
+        steps: Of the whole run.
+        folder: The run's.
+    """
+
+    def __init__(self, step: int, steps: int, folder: Path):
+        super().__init__(f"step {step} of {steps} is saved in {folder}; the same call goes on from there")
+        self.step, self.steps, self.folder = step, steps, folder
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        model: The trained model, in evaluation mode.
+        history: ``{"step", "loss", "learning_rate", "grad_norm", "seconds"}`` per logged step; the loss is the mean
+            since the last one, in nats per token, and the seconds are those spent training, over all sessions, without what an interruption
+            lost.
+        tokens: Read in all steps.
+        seconds: Spent training, over all sessions.
+        resumed_from: The step that this call started at.
+    """
+
+    model: CausalLM
+    history: list[dict[str, float]]
+    tokens: int
+    seconds: float
+    resumed_from: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training throughput."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(
+    model: Any,
+    data: str | Path | np.ndarray,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    steps: int = 1000,
+    batch_size: int = 8,
+    length: int | None = None,
+    lr: float = 1e-3,
+    warmup: float = 0.1,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+    save_every: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    report_to: str = "tensorboard",
+    device: str | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainResult:
+    """Train a language model: AdamW, linear warm-up, cosine decay to zero, gradients clipped at norm 1.
+
+    An interrupted run (Ctrl-C, a crash) continues from its last checkpoint when it is called again, with the numbers of a run that was
+    not interrupted, and a finished one is read from its folder. Rows in which nothing is to be predicted are left out.
+
+    Args:
+        model: A config (name, path, ``zoo.config(...)``) for a fresh model; or what is trained further: a model, or the folder or hub id of
+            one, whose weights are read in float32.
+        data: ``(n, l)`` token ids (see :func:`~hybridzoo.zoo.train.data.pack`), or a path that
+            :func:`~hybridzoo.zoo.train.data.read_documents` understands.
+        out: The run's folder.
+        overrides: Changes to a config, as :func:`~hybridzoo.zoo.models.build.build` takes them.
+        steps: Optimiser steps.
+        batch_size: Rows per step and device.
+        length: Tokens per row if ``data`` is a path; by default a table's own, or the config's ``max_length``, at most 512.
+        lr: Peak learning rate.
+        warmup: Steps until the peak, or their share of all steps if below 1.
+        weight_decay: Of matrices; see :func:`~hybridzoo.zoo.models.build.param_groups`.
+        seed: Of the weights and of the order of the rows.
+        save_every: Steps between checkpoints; by default a tenth of all. The last two are kept.
+        resume: Continue what is in ``out``; otherwise start again.
+        overwrite: Replace what is in ``out``, a model of another origin or a run with other settings.
+        report_to: ``tensorboard`` or ``none``.
+        device: ``cpu`` or ``cuda``; by default the accelerator that is there.
+        on_step: Called with the number of steps done and the last logged loss, after every step.
+
+    Raises:
+        CheckpointError: Weights that cannot be read, or a run without a whole checkpoint.
+        ConfigError: The config is not valid.
+        DifferentRun: ``out`` holds something else, or another process is training there.
+        Diverged: A loss, gradient or weight is no longer finite; the last checkpoint is kept.
+        FileNotFoundError: No data.
+        NotADirectoryError: ``out`` is a file.
+        Interrupted: After Ctrl-C, when the state has been saved; a KeyboardInterrupt.
+        ValueError: Data that cannot be read, ids outside the vocabulary, a device that is not there, or numbers that cannot work.
+    """
+    options = TrainOptions(
+        steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay, seed=seed,
+        save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
+    )  # fmt: skip
+    out = Path(out)
+    check_out(out)
+    if isinstance(data, str | os.PathLike):
+        check_path(data)
+    use_cpu = device is not None and pick_device(device, numbered=False).type == "cpu"
+    steps, batch_size, length = options.steps, options.batch_size, options.length
+    torch.manual_seed(options.seed)
+    core, header = _start(model, overrides, out)
+    table = _table(data, core, length)
+    rows = NumberedRows(Rows(table), rows_with_targets(table))
+    devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
+    tokens = steps * batch_size * devices * table.shape[1]
+    run = RunFolder(out)
+    with contextlib.ExitStack() as claimed:
+        log, settings = None, {}
+        # torchrun says which process is the first, before they know each other
+        if os.environ.get("RANK", "0") == "0":
+            settings = {
+                "config": OmegaConf.to_container(core.cfg), "data": digest_rows(table), "steps": options.steps,
+                "batch_size": options.batch_size, "devices": devices, "lr": options.lr, "warmup": options.warmup,
+                "weight_decay": options.weight_decay, "seed": options.seed,
+                "start": digest_weights(core) if isinstance(model, torch.nn.Module) or holds_weights(model) else None,
+            }  # fmt: skip
+            log = run.finished(settings) if resume else None
+            if log is None:
+                claimed.enter_context(run.claim())
+        args = _arguments(out, options, use_cpu)
+        log, checkpoint = _in_main_process(args, lambda: (log, None if log else run.open(settings, resume, overwrite)))
+        if log is not None:
+            return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=steps)
+        source = f" from {data}" if isinstance(data, str | os.PathLike) else ""
+        header += _described(core, rows, source, tokens, args)
+        session = Session(header, tokens // steps, checkpoint, on_step)
+        try:
+            history = _run(core, rows, args, run, session, checkpoint, report_to)
+            if args.process_index == 0:
+                save(core, out)
+                run.finish(history, session.saved_seconds)
+        except KeyboardInterrupt:
+            raise Interrupted(run.last_step(), steps, out) from None
+    return TrainResult(core.eval(), history, tokens, session.saved_seconds, session.first_step)
+
+
+def _arguments(out: Path, options: TrainOptions, use_cpu: bool) -> TrainingArguments:
+    steps = options.steps
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"), max_steps=steps, per_device_train_batch_size=options.batch_size, seed=options.seed,
+        learning_rate=options.lr, lr_scheduler_type="cosine", warmup_steps=options.warmup, weight_decay=options.weight_decay,
+        # fused: it can be told on the device to leave the weights alone
+        optim="adamw_torch_fused", logging_steps=max(1, steps // 200), save_steps=options.save_every or max(1, steps // 10),
+        # what is not finite is an error, and looking for it after every step would wait for the device
+        logging_nan_inf_filter=False,
+        use_cpu=use_cpu, dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
+        remove_unused_columns=False, disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+
+
+def _run(
+    core: CausalLM, rows: NumberedRows, args: TrainingArguments, run: RunFolder, session: Session,
+    checkpoint: Checkpoint | None, report_to: str,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Take the steps that are left, and give what was logged in all of them."""
+    if checkpoint is not None and checkpoint.step >= args.max_steps:
+        # stopped after its last step: there is nothing left to train
+        load_weights(core, checkpoint.folder)
+        return checkpoint.history()
+    callbacks: list[TrainerCallback] = []
+    if report_to == "tensorboard" and args.process_index == 0:
+        callbacks.append(_tensorboard(run.path / "tensorboard", session.first_step))
+    trainer = ZooTrainer(
+        HybridZooForCausalLM.wrap(core), args, train_dataset=rows, callbacks=callbacks, run=run, session=session,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    # a backward of one device in a thread of its own costs a sixth of a small model's step; several devices need their threads
+    apart = torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ
+    with session.saving_on_interrupt(), _quiet(), torch.autograd.set_multithreading_enabled(apart):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    if trainer.state.global_step < args.max_steps:
+        raise KeyboardInterrupt
+    return loss_entries(trainer.state.log_history)
+
+
+def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out: Path) -> tuple[CausalLM, list[str]]:
+    """The model that training starts from, and what there is to say of it."""
+    if isinstance(model, HybridZooForCausalLM):
+        model = model.core
+    weights, named = holds_weights(model), f"{model}: " if isinstance(model, str | os.PathLike) else ""
+    if named and os.path.exists(Path(model) / LOG) and not RunFolder(Path(model)).is_finished():
+        raise ValueError(
+            f"{model}: holds a training that has not ended. Go on with the call that began it, or name another model to start from."
+        )
+    if overrides and (weights or isinstance(model, CausalLM)):
+        raise ValueError(
+            f"overrides: {next(iter(overrides))!r} would change the config that the weights were made for. Leave it out, or name a config "
+            "to train a fresh model."
+        )
+    if isinstance(model, CausalLM):
+        as_saved(model)  # a model that could not be saved is refused before it is trained
+        return model, []
+    if not weights:
+        return build(model, overrides), [f"{named}a fresh model"] if named else []
+    if out.exists() and os.path.exists(model) and os.path.samefile(out, model):
+        raise DifferentRun(
+            f"{out}: is the folder that the weights come from, which training would replace. Use another folder for what becomes of them."
+        )
+    # in half precision most updates would be rounded away
+    core = load(model, dtype=torch.float32)
+    check_finite(core, str(model))  # the first loss need not see it
+    return core.train(), [f"{named}starts from the weights there"]
+
+
+def _table(data: Any, model: CausalLM, length: int | None) -> np.ndarray:
+    if isinstance(data, str | os.PathLike):
+        default = min(512, model.cfg.max_length or 512)
+        table = rows_from(Path(data), length, *document_encoder(model.tokenizer), default)
+    else:
+        table = np.asarray(data)
+    if table.ndim != 2 or table.dtype.kind not in "iu" or table.shape[0] == 0 or table.shape[1] < 2:
+        raise ValueError(
+            f"data: expected a path, or a table (n, l) of integers with l >= 2, got {table.dtype} of shape {table.shape}. "
+            "Use hybridzoo.zoo.train.data.pack to make one."
+        )
+    if (highest := max(int(table.max()), ~int(table.min()))) >= model.cfg.vocab_size:
+        raise ValueError(
+            f"data: token id {highest} is outside the model's vocabulary of {model.cfg.vocab_size}. Set vocab_size, or "
+            f"tokenize with the config's tokenizer ({model.cfg.tokenizer})."
+        )
+    if len(rows_with_targets(table)) == 0:
+        raise ValueError("data: no row holds anything to predict; ids below 0 stand for tokens that are only read.")
+    return table
+
+
+def _described(core: CausalLM, rows: NumberedRows, source: str, tokens: int, args: TrainingArguments) -> list[str]:
+    """What is trained, on what and on which device, in lines."""
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in core.parameters()})
+    devices = args.world_size * max(1, args.n_gpu)
+    where = f"{devices} x {args.device.type}" if devices > 1 else str(args.device)
+    length = rows.rows.table.shape[1]
+    once = len(rows) * length
+    lines = [
+        f"{core.num_params():,} parameters in {' and '.join(kinds)}, on {where}",
+        f"{len(rows):,} rows of {length:,} tokens ({once:,}){source}",
+        f"{args.max_steps:,} steps of {args.train_batch_size * args.world_size:,} rows: {tokens:,} tokens, "
+        f"the data {tokens / once:.3g} times; into {Path(args.output_dir).parent}",
+    ]
+    if left := len(rows.rows) - len(rows):
+        lines.insert(2, f"{left:,} rows hold nothing to predict and are left out")
+    return lines
+
+
+def _in_main_process(args: TrainingArguments, work: Callable[[], Any]) -> Any:
+    """Do something once, where torchrun has started several processes, and give all of them the result or the error."""
+    if args.world_size == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            answer[0] = work()
+        except Exception as e:  # raised below, in every process
+            answer[1] = e
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # every checkpoint would otherwise draw a bar of its own, and remark on the file system
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
+def _tensorboard(folder: Path, step: int) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    # what an interrupted run logged after its last checkpoint is logged again
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=step + 1 if step else None))
