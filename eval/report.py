@@ -22,7 +22,7 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
     """Write the page.
 
     Args:
-        results: What :func:`hybridzoo.eval.demo.run` collects.
+        results: What :func:`hybridzoo.eval.demo.run.run` collects.
         path: The HTML file.
 
     Returns:

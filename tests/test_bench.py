@@ -8,7 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from hybridzoo.eval import bench, bench_ops, bench_show, bench_train, cases, peers, readme, timing
+from hybridzoo.eval.bench import ops as bench_ops
+from hybridzoo.eval.bench import peers, readme, timing
+from hybridzoo.eval.bench import run as bench
+from hybridzoo.eval.bench import shapes as cases
+from hybridzoo.eval.bench import show as bench_show
+from hybridzoo.eval.bench import train as bench_train
 from hybridzoo.kernels import selective_scan
 from hybridzoo.kernels.gpu import nvrtc
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
-from hybridzoo.eval.parity import Pair, ratio, tensors_of
-from hybridzoo.eval.parity_cases import CASES
-from hybridzoo.eval.parity_cases import VOCAB as V
+from hybridzoo.eval.parity.models import CASES
+from hybridzoo.eval.parity.models import VOCAB as V
+from hybridzoo.eval.parity.run import Pair, ratio, tensors_of
 from hybridzoo.zoo.checkpoint import convert, export
 
 transformers = pytest.importorskip("transformers")

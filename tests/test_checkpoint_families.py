@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 import hybridzoo as zoo
-from hybridzoo.eval.parity import Pair, gradients, ratio, redraw, tensors_of
-from hybridzoo.eval.parity_cases import CASES, ZAMBA2
-from hybridzoo.eval.parity_cases import VOCAB as V
+from hybridzoo.eval.parity.models import CASES, ZAMBA2
+from hybridzoo.eval.parity.models import VOCAB as V
+from hybridzoo.eval.parity.run import Pair, gradients, ratio, redraw, tensors_of
 from hybridzoo.zoo.checkpoint import export
 
 transformers = pytest.importorskip("transformers")

@@ -140,7 +140,7 @@ def test_doctor_names_a_backend_for_every_op():
 
 
 def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
-    import hybridzoo.eval.bench as bench
+    import hybridzoo.eval.bench.run as bench
 
     def fake(what, vs, out, parts, profile):
         print("a table")

@@ -8,11 +8,11 @@ import torch
 from omegaconf import OmegaConf
 
 import hybridzoo as zoo
-from hybridzoo.eval import parity_fuzz
-from hybridzoo.eval.parity import ratio, redraw
-from hybridzoo.eval.parity_cases import CASES
-from hybridzoo.eval.parity_draws import Base
-from hybridzoo.eval.parity_fuzz import GOOD, edit_outcomes, export_outcomes, tokens, try_edit, try_export
+from hybridzoo.eval.parity import fuzz as parity_fuzz
+from hybridzoo.eval.parity.draws import Base
+from hybridzoo.eval.parity.fuzz import GOOD, edit_outcomes, export_outcomes, tokens, try_edit, try_export
+from hybridzoo.eval.parity.models import CASES
+from hybridzoo.eval.parity.run import ratio, redraw
 from hybridzoo.zoo.checkpoint import CheckpointError, export
 
 transformers = pytest.importorskip("transformers")

@@ -64,9 +64,9 @@ def test_the_annotated_tree_names_what_is_there():
 
 
 def test_the_table_of_checkpoints_is_the_committed_run_and_covers_every_case():
-    from hybridzoo.eval.parity import section
-    from hybridzoo.eval.parity_cases import CASES, PUBLISHED
-    from hybridzoo.eval.readme import END, PARITY
+    from hybridzoo.eval.bench.readme import END, PARITY
+    from hybridzoo.eval.parity.models import CASES, PUBLISHED
+    from hybridzoo.eval.parity.run import section
     from hybridzoo.zoo.checkpoint.family import families
 
     shown = TEXT.split(PARITY)[1].split(END)[0].strip()
@@ -80,7 +80,7 @@ def test_the_table_of_checkpoints_is_the_committed_run_and_covers_every_case():
 
 
 def test_the_figures_are_the_committed_ones():
-    from hybridzoo.eval.readme import END, START, performance
+    from hybridzoo.eval.bench.readme import END, START, performance
 
     shown = TEXT.split(START)[1].split(END)[0].strip()
     assert shown == performance(ROOT / "eval/results"), "run: zoo bench readme"

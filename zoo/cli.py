@@ -425,7 +425,7 @@ def bench(
 ) -> None:
     """Time an op, or a model's training step, against other implementations on the same device; or compare checkpoints with them."""
     if what == "plot":
-        from ..eval.bench_show import plot
+        from ..eval.bench.show import plot
 
         if file is None:
             raise ValueError("bench plot: name the JSON file of results to draw.")
@@ -435,20 +435,20 @@ def bench(
         drawn = plot(results, out or file.with_suffix(".svg"))
         return _say(f"wrote {drawn}")
     if what == "parity":
-        from ..eval.parity import parity, table
+        from ..eval.parity.run import parity, table
 
         if part == ["fuzz"]:
-            from ..eval.parity_fuzz import fuzz, summary
+            from ..eval.parity.fuzz import fuzz, summary
 
             tried = fuzz(out)
             return _print_json(tried) if as_json else Console(soft_wrap=True, markup=False).print(summary(tried))
         measured = parity(out)
         return _print_json(measured) if as_json else Console(soft_wrap=True, markup=False).print(table(measured))
     if what == "readme":
-        from ..eval.readme import refresh
+        from ..eval.bench.readme import refresh
 
         return _say("wrote " + ", ".join(str(p) for p in refresh(file or Path("README.md"))))
-    from ..eval.bench import run_bench
+    from ..eval.bench.run import run_bench
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = run_bench(what, vs, out, part, profile)
@@ -494,7 +494,7 @@ def demo(
     """Train three tiny models of one budget, evaluate them, and write a page that compares them."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file. Name a folder.")
-    from ..eval.demo import run
+    from ..eval.demo.run import run
 
     run(out, fresh=fresh)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ..kernels.gpu import nvrtc
+from ...kernels.gpu import nvrtc
 
 Call = Callable[[], object]
 

@@ -120,7 +120,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     """Draw a result: times per case beside the peer's, the floor as a line, and the ratio on top; or training speed.
 
     Args:
-        result: As :func:`hybridzoo.eval.bench.run_bench` returns it.
+        result: As :func:`hybridzoo.eval.bench.run.run_bench` returns it.
         path: An .svg or .png file.
 
     Raises:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import parity
-from .bench_show import plot, spread
-from .markdown import paragraph, table
+from ..markdown import paragraph, table
+from ..parity import run as parity
+from .show import plot, spread
 
 __all__ = ["performance", "refresh"]
 

@@ -24,16 +24,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..zoo.checkpoint.files import write_whole
-from ..zoo.models.causal_lm import CausalLM
-from ..zoo.models.stats import stats
-from ..zoo.tokenizer import ByteTokenizer
-from ..zoo.train.data import fingerprint, mix, pack, topics
+from ...zoo.checkpoint.files import write_whole
+from ...zoo.models.causal_lm import CausalLM
+from ...zoo.models.stats import stats
+from ...zoo.tokenizer import ByteTokenizer
+from ...zoo.train.data import fingerprint, mix, pack, topics
+from ..report import write_report
+from ..tasks import sizes as sizes_of
+from ..tasks.generators import training_rng
 from .drills import induction_drills, mqar_drills, selective_copying_drills
-from .report import write_report
-from .tasks import sizes as sizes_of
-from .tasks.generators import training_rng
-from .workers import message, run_side_by_side
+from .subprocesses import message, run_side_by_side
 
 __all__ = ["command", "run", "score", "training_rows", "work"]
 
@@ -117,7 +117,9 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
     console.print(
         f"each learns for {STEPS} steps of {BATCH} x {LENGTH} tokens; Ctrl-C saves, the same command continues"
     )
-    jobs = {n: f"from hybridzoo.eval.demo import work; work({n!r}, {str(out / n)!r}, {fresh})" for n in LEARNING_RATES}
+    jobs = {
+        n: f"from hybridzoo.eval.demo.run import work; work({n!r}, {str(out / n)!r}, {fresh})" for n in LEARNING_RATES
+    }
     run_side_by_side(jobs, out, console)
     models = []
     for name, b in budgets.items():
@@ -140,7 +142,7 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
 
 def work(name: str, out: str, fresh: bool) -> None:
     """One model's part of the demo, in a process of its own: train it, score it, leave both in ``out``."""
-    from ..zoo.train.run import DifferentRun, train
+    from ...zoo.train.run import DifferentRun, train
 
     folder = Path(out)
     settings: dict[str, Any] = {
@@ -175,8 +177,8 @@ def work(name: str, out: str, fresh: bool) -> None:
 
 def score(model: CausalLM, output: Path) -> dict[str, Any]:
     """Evaluate a model through lm-eval on what the demo trains for, and let it write."""
-    from .run import evaluate
-    from .run import table as rows_of
+    from ..run import evaluate
+    from ..run import table as rows_of
 
     # a prompt begins a document, and in training every document begins after the separator
     results = evaluate(model, _tasks(), metadata=_resized(), add_bos_token=True, output=output, progress=False)

@@ -7,7 +7,7 @@ everything but the answers.
 
 import numpy as np
 
-from .tasks.render import selective_copying_documents, symbols
+from ..tasks.render import selective_copying_documents, symbols
 
 __all__ = ["induction_drills", "mqar_drills", "selective_copying_drills"]
 

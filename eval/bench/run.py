@@ -18,11 +18,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from ..zoo.checkpoint.files import write_whole
-from . import bench_ops, bench_train, timing
-from .bench_show import show
-from .cases import CASES
+from ...zoo.checkpoint.files import write_whole
+from . import ops as bench_ops
+from . import timing
+from . import train as bench_train
 from .peers import PEERS, default_peers, version
+from .shapes import CASES
+from .show import show
 
 Result = dict[str, Any]
 BENCHES = (*CASES, "train")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..zoo.layout.expand import expand
-from .parity import redraw
-from .parity_cases import CASES, VOCAB
+from ...zoo.layout.expand import expand
+from .models import CASES, VOCAB
+from .run import redraw
 
 __all__ = ["ABSENT", "Base", "Options", "edits", "theirs"]
 

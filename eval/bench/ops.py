@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import timing
-from .cases import CASES, Case, counts, floor_ms
 from .peers import PEERS, Timed, ours
+from .shapes import CASES, Case, counts, floor_ms
 
 Row = dict[str, Any]
 Tick = Callable[[str], None]

@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ..zoo.checkpoint import CheckpointError, export, load
-from ..zoo.models.build import build
-from ..zoo.registry import ConfigError
-from . import markdown
-from .bench import header, write
-from .parity import ratio, redraw
-from .parity_cases import CASES, VOCAB
-from .parity_draws import ABSENT, Base, Options, edits, theirs
+from ...zoo.checkpoint import CheckpointError, export, load
+from ...zoo.models.build import build
+from ...zoo.registry import ConfigError
+from .. import markdown
+from ..bench.run import header, write
+from .draws import ABSENT, Base, Options, edits, theirs
+from .models import CASES, VOCAB
+from .run import ratio, redraw
 
 __all__ = [
     "GOOD",

@@ -14,10 +14,10 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..zoo.checkpoint import export, load
-from . import markdown
-from .bench import header, write
-from .parity_cases import CASES, PUBLISHED, VOCAB
+from ...zoo.checkpoint import export, load
+from .. import markdown
+from ..bench.run import header, write
+from .models import CASES, PUBLISHED, VOCAB
 
 __all__ = ["Pair", "gradients", "parity", "ratio", "redraw", "section", "tensors_of"]
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..kernels import dispatch
-from ..zoo.models.build import build
-from ..zoo.train.captured_step import CapturedStep
+from ...kernels import dispatch
+from ...zoo.models.build import build
+from ...zoo.train.captured_step import CapturedStep
 from .timing import iqr, wall_ms
 
 Row = dict[str, Any]
@@ -92,7 +92,7 @@ def measure(vs: list[str], parts: list[str], tick: Tick, profile: bool = False) 
 def _run(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     out = Path(folder) / "result.json"
     env = os.environ | ({"HYBRIDZOO_BACKEND": "mamba_ssm"} if spec.get("variant") == "mamba_ssm-scan" else {})
-    code = "from hybridzoo.eval.bench_train import main; main()"
+    code = "from hybridzoo.eval.bench.train import main; main()"
     # -P: the folder we are in is no place to import from
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, json.dumps(spec | {"out": str(out)})],

@@ -1,0 +1,1 @@
+"""The demo: three kinds of model of one budget, side by side."""
