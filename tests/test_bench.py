@@ -9,9 +9,8 @@ import torch
 from rich.console import Console
 
 from hybridzoo.eval.bench import ops as bench_ops
-from hybridzoo.eval.bench import peers, readme, timing
+from hybridzoo.eval.bench import peers, readme, timing, workloads
 from hybridzoo.eval.bench import run as bench
-from hybridzoo.eval.bench import shapes as cases
 from hybridzoo.eval.bench import show as bench_show
 from hybridzoo.eval.bench import train as bench_train
 from hybridzoo.kernels import selective_scan
@@ -38,9 +37,11 @@ class Clock:
 
 @pytest.fixture
 def small(monkeypatch):
-    scan = cases.Case("small", "scan", {"b": 1, "l": 64, "d": 8, "n": 4}, goals={("mambapy", "forward"): 2.0})
-    monkeypatch.setitem(cases.CASES, "scan", [scan])
-    monkeypatch.setitem(cases.CASES, "ssd", [cases.Case("small", "ssd", {"b": 1, "l": 70, "h": 2, "p": 4, "n": 4})])
+    scan = workloads.Workload("small", "scan", {"b": 1, "l": 64, "d": 8, "n": 4}, goals={("mambapy", "forward"): 2.0})
+    monkeypatch.setitem(workloads.WORKLOADS, "scan", [scan])
+    monkeypatch.setitem(
+        workloads.WORKLOADS, "ssd", [workloads.Workload("small", "ssd", {"b": 1, "l": 70, "h": 2, "p": 4, "n": 4})]
+    )
     monkeypatch.setattr(bench_ops, "LENGTHS", (256,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(timing, "ceilings", lambda device: CEILINGS)
@@ -149,7 +150,7 @@ def first(inputs, op):
     [("scan", {"b": 2, "l": 9, "d": 6, "n": 3, "g": 2}), ("conv", {"b": 2, "l": 9, "d": 6, "k": 3})],
 )
 def test_layouts_with_channels_first_are_compared_in_ours(op, shape):
-    case = cases.Case("x", op, shape)
+    case = workloads.Workload("x", op, shape)
     inputs = case.inputs()
     theirs, inner = first(inputs, op)
     theirs.leaves = inner.leaves  # what has a gradient; its layout is ours already, so it is turned round
@@ -167,16 +168,16 @@ def test_walks_are_compared_with_four_copies(monkeypatch):
 
     library = types.SimpleNamespace(selective_scan_fn=channels_first)
     monkeypatch.setattr(peers, "import_module", lambda name: library)
-    case = cases.Case("x", "paths", {"b": 2, "l": 9, "d": 4, "n": 3, "k": 4, "r": 2})
+    case = workloads.Workload("x", "paths", {"b": 2, "l": 9, "d": 4, "n": 3, "k": 4, "r": 2})
     inputs = case.inputs()
     errors = bench_ops.agreement(peers.ours("paths", inputs), peers.PEERS["paths"]["mamba_ssm"](inputs), gradients=True)
     assert len(errors) == 1 + len(inputs) and max(errors.values()) < 1e-5
     # by hand: u and the output, and four times what the projection leaves
-    assert cases.counts(case, "forward") == (18 * 4 * (2 * 4 + 4 * 8), 18 * 4 * 4 * 3)
+    assert workloads.counts(case, "forward") == (18 * 4 * (2 * 4 + 4 * 8), 18 * 4 * 4 * 3)
 
 
 def test_a_wrong_gradient_is_found():
-    inputs = cases.Case("x", "conv", {"b": 2, "l": 9, "d": 6, "k": 3}).inputs()
+    inputs = workloads.Workload("x", "conv", {"b": 2, "l": 9, "d": 6, "k": 3}).inputs()
     mine, theirs = (peers.ours("conv", inputs) for _ in range(2))
     call = theirs.call
     theirs.call = lambda: call() + theirs.leaves["bias"] - theirs.leaves["bias"].detach()
@@ -190,7 +191,7 @@ def test_nan_is_not_close():
 
 
 def test_saved_bytes_count_what_the_leaves_do_not_hold():
-    inputs = cases.Case("x", "conv", {"b": 2, "l": 9, "d": 6, "k": 3}).inputs()
+    inputs = workloads.Workload("x", "conv", {"b": 2, "l": 9, "d": 6, "k": 3}).inputs()
     mine = peers.ours("conv", inputs)
     before = mine.saved_bytes()
     mine.call = lambda: (mine.leaves["x"] * 2).square()
@@ -198,16 +199,16 @@ def test_saved_bytes_count_what_the_leaves_do_not_hold():
 
 
 def test_every_case_of_the_issue_is_there_with_its_goals():
-    table = [c for c in cases.CASES["scan"] if c.device == "cuda" and c.part == "table"]
+    table = [c for c in workloads.WORKLOADS["scan"] if c.device == "cuda" and c.part == "table"]
     assert [tuple(c.shape[k] for k in "bld") + tuple(c.goals.values()) for c in table] == [
         (8, 2048, 4096, 3, 3), (4, 2048, 5120, 3, 3), (8, 2048, 1536, 3, 3), (1, 16384, 4096, 3, 3), (1, 2048, 1536, 2, 2.5),
         (64, 3136, 768, 6, 5), (64, 196, 3072, 6, 4),
     ]  # fmt: skip
-    parts = {c.part for c in cases.CASES["scan"] if c.device == "cuda"}
+    parts = {c.part for c in workloads.WORKLOADS["scan"] if c.device == "cuda"}
     assert parts == {"table", "paths", "length", "state", "dtype", "decode", "conv"}
     # by hand: the floors that the issue gives for its first shape
-    assert cases.floor_ms(table[0], "forward", CEILINGS) == (pytest.approx(0.290, abs=1e-3), "exponentials")
-    assert cases.counts(table[0], "forward")[0] / 3e9 == pytest.approx(0.180, abs=1e-3)
+    assert workloads.floor_ms(table[0], "forward", CEILINGS) == (pytest.approx(0.290, abs=1e-3), "exponentials")
+    assert workloads.counts(table[0], "forward")[0] / 3e9 == pytest.approx(0.180, abs=1e-3)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -226,11 +227,11 @@ def gpu_rows(monkeypatch):
     monkeypatch.setattr(timing, "captured", lambda call: call)
     goals = {("mamba_ssm", "forward"): 3.0, ("mamba_ssm", "forward+backward"): 2.0}
     small = [
-        cases.Case("train", "scan", {"b": 1, "l": 9, "d": 4, "n": 2}, goals=goals),
-        cases.Case("length-1k", "scan", {"b": 1, "l": 8, "d": 4, "n": 2}, part="length"),
-        cases.Case("length-4k", "scan", {"b": 1, "l": 16, "d": 4, "n": 2}, part="length"),
-        cases.Case("conv-w4", "conv", {"b": 1, "l": 9, "d": 4, "k": 4}, part="conv"),
-        cases.Case("decode-b1", "decode", {"b": 1, "d": 4, "n": 2}, part="decode"),
+        workloads.Workload("train", "scan", {"b": 1, "l": 9, "d": 4, "n": 2}, goals=goals),
+        workloads.Workload("length-1k", "scan", {"b": 1, "l": 8, "d": 4, "n": 2}, part="length"),
+        workloads.Workload("length-4k", "scan", {"b": 1, "l": 16, "d": 4, "n": 2}, part="length"),
+        workloads.Workload("conv-w4", "conv", {"b": 1, "l": 9, "d": 4, "k": 4}, part="conv"),
+        workloads.Workload("decode-b1", "decode", {"b": 1, "d": 4, "n": 2}, part="decode"),
     ]
 
     def rows(*parts):

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
-from hybridzoo.eval.parity.models import CASES
-from hybridzoo.eval.parity.models import VOCAB as V
+from hybridzoo.eval.parity.configs import CONFIGS
+from hybridzoo.eval.parity.configs import VOCAB as V
 from hybridzoo.eval.parity.run import Pair, ratio, tensors_of
 from hybridzoo.zoo.checkpoint import convert, export
 
 transformers = pytest.importorskip("transformers")
-FAMILIES = [name for name in CASES if "-" not in name]
+FAMILIES = [name for name in CONFIGS if "-" not in name]
 ATTENTION_ONLY = {"granitemoe", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
 ON_RECORD = ("5.23.", "5.24.")
 LIMITED = ["bamba-biases-tied-limits", "mamba2-biases-tied", "zamba2-one-block-biases-limits"]
@@ -22,7 +22,7 @@ LIMITED = ["bamba-biases-tied-limits", "mamba2-biases-tied", "zamba2-one-block-b
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory, judged):
-    judged(CASES[request.param][0])
+    judged(CONFIGS[request.param][0])
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -161,7 +161,7 @@ def test_the_defects_of_transformers_are_those_on_record(pair):
 @pytest.mark.parametrize("name", LIMITED)
 @torch.no_grad()
 def test_step_size_limits_hold_in_decoding_too(name, tmp_path, judged):
-    judged(CASES[name][0])
+    judged(CONFIGS[name][0])
     pair, ids = Pair(name, tmp_path), torch.randint(1, V, (2, 12))
     expected = pair.theirs(ids, use_cache=False).logits[:, 9:]
     state = pair.ours(ids[:, :9]).state
@@ -187,7 +187,7 @@ CONSTANT_STEP_SIZE = {"jamba": 0.693, "bamba": 1.313, "granite": 1.313, "falcon_
 
 @pytest.mark.parametrize("name", MANY_STEP_SIZES)
 def test_training_from_scratch_starts_as_the_papers_do(name, tmp_path, judged):
-    kind, options = CASES[name]
+    kind, options = CONFIGS[name]
     judged(kind)
     config = getattr(transformers, f"{kind}Config")(**({"vocab_size": V} | options | MANY_STEP_SIZES[name]))
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config)

@@ -7,17 +7,17 @@ import torch
 from safetensors.torch import save_file
 
 import hybridzoo as zoo
-from hybridzoo.eval.parity.models import CASES, ZAMBA2
-from hybridzoo.eval.parity.models import VOCAB as V
+from hybridzoo.eval.parity.configs import CONFIGS, ZAMBA2
+from hybridzoo.eval.parity.configs import VOCAB as V
 from hybridzoo.eval.parity.run import Pair, gradients, ratio, redraw, tensors_of
 from hybridzoo.zoo.checkpoint import export
 
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CONFIGS)
 def pair(request, tmp_path_factory, judged):
-    judged(CASES[request.param][0])
+    judged(CONFIGS[request.param][0])
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 

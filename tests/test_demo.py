@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hybridzoo.eval.demo import run as demo
 from hybridzoo.eval.demo.drills import induction_drills, mqar_drills, selective_copying_drills
-from hybridzoo.eval.demo.subprocesses import WorkerError, run_side_by_side
+from hybridzoo.eval.demo.side_by_side import WorkerError, run_side_by_side
 from hybridzoo.eval.report import write_report
 from hybridzoo.eval.tasks import render
 from hybridzoo.eval.tasks.generators import evaluation_rng
@@ -191,7 +191,7 @@ def test_other_settings_start_again_and_say_so(small_demo, tmp_path, capsys, mon
 
 def test_jobs_report_and_a_failing_one_names_its_log(tmp_path):
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
-    tell = "from hybridzoo.eval.demo.subprocesses import message\n"
+    tell = "from hybridzoo.eval.demo.side_by_side import message\n"
     run_side_by_side({"good": tell + "message(done=1, total=2, note='x'); message(say='hello')"}, tmp_path, console)
     assert "good: hello" in console.export_text()
     with pytest.raises(WorkerError, match="bad: ended with status 1") as e:
@@ -214,7 +214,7 @@ def test_ctrl_c_reaches_every_job_once(tmp_path):
         "import json, pathlib, os, sys\n"
         "os.sched_getaffinity = lambda pid: {0, 1}\n"
         "from rich.console import Console\n"
-        "from hybridzoo.eval.demo.subprocesses import run_side_by_side\n"
+        "from hybridzoo.eval.demo.side_by_side import run_side_by_side\n"
         f"run_side_by_side(json.loads({json.dumps(jobs)!r}), pathlib.Path({str(tmp_path)!r}), Console())\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)

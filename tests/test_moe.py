@@ -210,7 +210,7 @@ def test_active_parameters_are_those_of_the_chosen_experts():
 def test_a_model_has_one_balancing_loss_over_all_layers_as_transformers(tmp_path, judged, family, checkpointed):
     import transformers
 
-    from hybridzoo.eval.parity.models import GRANITE, HEADS, JAMBA, QWEN3_MOE
+    from hybridzoo.eval.parity.configs import GRANITE, HEADS, JAMBA, QWEN3_MOE
     from hybridzoo.eval.parity.run import redraw
 
     judged(family)

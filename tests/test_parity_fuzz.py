@@ -11,7 +11,7 @@ import hybridzoo as zoo
 from hybridzoo.eval.parity import fuzz as parity_fuzz
 from hybridzoo.eval.parity.draws import Base
 from hybridzoo.eval.parity.fuzz import GOOD, edit_outcomes, export_outcomes, tokens, try_edit, try_export
-from hybridzoo.eval.parity.models import CASES
+from hybridzoo.eval.parity.configs import CONFIGS
 from hybridzoo.eval.parity.run import ratio, redraw
 from hybridzoo.zoo.checkpoint import CheckpointError, export
 
@@ -36,7 +36,7 @@ def base(tmp_path_factory, judged):
     made = {}
 
     def get(name):
-        judged(CASES[name][0])
+        judged(CONFIGS[name][0])
         if name not in made:
             made[name] = Base(name, tmp_path_factory.mktemp("base"))
         return made[name]
@@ -126,14 +126,14 @@ def test_changed_options(base, tmp_path, name, options, family):
 
 @pytest.mark.parametrize("name", ["bamba", "granite", "llama-stretched", "nemotron_h", "smollm3"])
 def test_a_few_fields_drawn_at_random(name, judged):
-    judged(CASES[name][0])
+    judged(CONFIGS[name][0])
     wrong = [outcome for outcome in edit_outcomes(name, 8, seed=3) if outcome.kind not in GOOD]
     assert not wrong
 
 
 @pytest.mark.parametrize("name", ["mixtral", "mamba2", "qwen3"])
 def test_a_few_options_drawn_at_random(name, judged):
-    judged(CASES[name][0])
+    judged(CONFIGS[name][0])
     outcomes = list(export_outcomes(name, 3, seed=3))
     assert [outcome for outcome in outcomes if outcome.kind == "equal"]
     assert not [outcome for outcome in outcomes if outcome.kind not in GOOD]

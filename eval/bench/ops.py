@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import timing
 from .peers import PEERS, Timed, ours
-from .shapes import CASES, Case, counts, floor_ms
+from .workloads import WORKLOADS, Workload, counts, floor_ms
 
 Row = dict[str, Any]
 Tick = Callable[[str], None]
@@ -26,19 +26,19 @@ LINEAR_WITHIN = 1.1
 def measure(
     what: str, vs: list[str], parts: list[str], timer: timing.Timer, ceilings: dict[str, float], tick: Tick
 ) -> tuple[list[Row], list[str]]:
-    """Rows of every case of the parts that this device is for, against every peer; and what failed, which the rest survives."""
+    """Rows of every workload of the parts that this device is for, against every peer; and what failed, which the rest survives."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[Row] = []
     failed: list[str] = []
-    for case in CASES[what]:
-        if case.device != device or case.part not in parts:
+    for workload in WORKLOADS[what]:
+        if workload.device != device or workload.part not in parts:
             continue
-        for name in peers_of(case, vs):
-            tick(f"{case.name}, {name}")
+        for name in peers_of(workload, vs):
+            tick(f"{workload.name}, {name}")
             try:
-                rows += compare(case, name, timer, ceilings)
+                rows += compare(workload, name, timer, ceilings)
             except (AssertionError, RuntimeError) as e:
-                failed.append(f"{case.name}, {name}: {type(e).__name__}: {e}")
+                failed.append(f"{workload.name}, {name}: {type(e).__name__}: {e}")
             if device == "cuda":
                 torch.cuda.empty_cache()
     _judge_lengths(rows)
@@ -48,40 +48,40 @@ def measure(
     return rows, failed
 
 
-def peers_of(case: Case, vs: list[str]) -> list[str]:
-    """The peers of a case among ``vs``; who calls for mamba_ssm gets the library that it convolves with."""
-    return list(PEERS["conv"]) if case.op == "conv" else [name for name in vs if name in PEERS[case.op]]
+def peers_of(workload: Workload, vs: list[str]) -> list[str]:
+    """The peers of a workload among ``vs``; who calls for mamba_ssm gets the library that it convolves with."""
+    return list(PEERS["conv"]) if workload.op == "conv" else [name for name in vs if name in PEERS[workload.op]]
 
 
-def compare(case: Case, name: str, timer: timing.Timer, ceilings: dict[str, float]) -> list[Row]:
-    """Check that both sides compute the same, then time every pass of a case.
+def compare(workload: Workload, name: str, timer: timing.Timer, ceilings: dict[str, float]) -> list[Row]:
+    """Check that both sides compute the same, then time every pass of a workload.
 
     Raises:
         ValueError: The peer's library is missing.
         AssertionError: Outputs or gradients are not close.
     """
-    inputs = case.inputs()
-    mine = ours(case.op, inputs)
+    inputs = workload.inputs()
+    mine = ours(workload.op, inputs)
     try:
-        theirs = PEERS[case.op][name](inputs)
+        theirs = PEERS[workload.op][name](inputs)
     except ImportError as e:
         raise ValueError(
             f"bench: the peer {name!r} needs a library that is not here ({e}). Install it, or leave it out."
         ) from e
-    on_gpu = case.device == "cuda"
+    on_gpu = workload.device == "cuda"
     # on a CPU some peers need minutes for a backward, and the tests compare gradients there
-    errors = agreement(mine, theirs, gradients=on_gpu and case.op != "decode")
-    limit = TOLERANCE[case.dtype]
+    errors = agreement(mine, theirs, gradients=on_gpu and workload.op != "decode")
+    limit = TOLERANCE[workload.dtype]
     for what, error in errors.items():
         if not error <= limit:
             raise AssertionError(f"{what} is not close: relative error {error:.2e}, limit {limit:.0e}")
     saved: Row = {}
-    if on_gpu and case.op != "decode":
+    if on_gpu and workload.op != "decode":
         saved = {"ours_saved_MB": mine.saved_bytes() / 1e6, "peer_saved_MB": theirs.saved_bytes() / 1e6}
     rows = []
-    for what in case.passes:
+    for what in workload.passes:
         calls = [_call(side, what) for side in (mine, theirs)]
-        row = _row(case, what, name, timer.compare(*calls), ceilings)
+        row = _row(workload, what, name, timer.compare(*calls), ceilings)
         if on_gpu:
             row["ours_host_ms"], row["peer_host_ms"] = (timer.host(call) for call in calls)
         row |= {"backend": mine.backend, "error": max(errors.values()), "error_limit": limit}
@@ -100,17 +100,17 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _row(case: Case, what: str, name: str, times: list[list[float]], ceilings: dict[str, float]) -> Row:
+def _row(workload: Workload, what: str, name: str, times: list[list[float]], ceilings: dict[str, float]) -> Row:
     a, b = times
     mine, theirs = statistics.median(a), statistics.median(b)
-    goal = case.goals.get((name, what))
-    tokens = case.shape["b"] * case.shape.get("l", 1)
+    goal = workload.goals.get((name, what))
+    tokens = workload.shape["b"] * workload.shape.get("l", 1)
     row: Row = {
-        "name": case.name,
-        "part": case.part,
-        "op": what if case.op in ("scan", "ssd") else f"{case.op} {what}",
-        "shape": case.shape,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "name": workload.name,
+        "part": workload.part,
+        "op": what if workload.op in ("scan", "ssd") else f"{workload.op} {what}",
+        "shape": workload.shape,
+        "dtype": str(workload.dtype).removeprefix("torch."),
         "ours_ms": mine,
         "ours_iqr_ms": timing.iqr(a),
         "ours_repeats": len(a),
@@ -122,11 +122,11 @@ def _row(case: Case, what: str, name: str, times: list[list[float]], ceilings: d
         "goal_ratio": goal,
         "met": None if goal is None else theirs / mine >= goal,
     }
-    if case.op == "ssd":
+    if workload.op == "ssd":
         return row  # matrix products: another floor, not measured yet
-    floor, bound = floor_ms(case, what, ceilings)
+    floor, bound = floor_ms(workload, what, ceilings)
     return row | {
-        "ours_GBs": counts(case, what)[0] / mine / 1e6,
+        "ours_GBs": counts(workload, what)[0] / mine / 1e6,
         "floor_ms": floor,
         "floor": bound,
         "share_of_floor": floor / mine,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import causal_conv1d, dispatch, selective_scan, selective_state_update, ssd
-from .shapes import Inputs
+from .workloads import Inputs
 
 # what has a value per token or per row, and so another layout where channels come first
 _PER_TOKEN = ("u", "x", "dt", "z", "B", "C")

@@ -23,11 +23,11 @@ from . import ops as bench_ops
 from . import timing
 from . import train as bench_train
 from .peers import PEERS, default_peers, version
-from .shapes import CASES
 from .show import show
+from .workloads import WORKLOADS
 
 Result = dict[str, Any]
-BENCHES = (*CASES, "train")
+BENCHES = (*WORKLOADS, "train")
 
 
 def run_bench(
@@ -85,7 +85,7 @@ def run_bench(
 
 
 def _parts(what: str, parts: list[str] | None) -> list[str]:
-    known = list(bench_train.PARTS) if what == "train" else list(dict.fromkeys(case.part for case in CASES[what]))
+    known = list(bench_train.PARTS) if what == "train" else list(dict.fromkeys(work.part for work in WORKLOADS[what]))
     for part in parts or []:
         if part not in (*known, "all"):
             raise ValueError(f"bench: unknown part {part!r} of {what}. Known: {', '.join(known)}, all.")

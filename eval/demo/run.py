@@ -33,7 +33,7 @@ from ..report import write_report
 from ..tasks import sizes as sizes_of
 from ..tasks.generators import training_rng
 from .drills import induction_drills, mqar_drills, selective_copying_drills
-from .subprocesses import message, run_side_by_side
+from .side_by_side import message, run_side_by_side
 
 __all__ = ["command", "run", "score", "training_rows", "work"]
 

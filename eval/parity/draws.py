@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...zoo.layout.expand import expand
-from .models import CASES, VOCAB
+from .configs import CONFIGS, VOCAB
 from .run import redraw
 
 __all__ = ["ABSENT", "Base", "Options", "edits", "theirs"]
@@ -56,14 +56,14 @@ class Base:
     """A config of transformers in a file, to be edited field by field.
 
     Args:
-        name: A key of :data:`CASES`.
+        name: A key of :data:`CONFIGS`.
         folder: An empty folder.
     """
 
     def __init__(self, name: str, folder: Path):
         import transformers
 
-        kind, options = CASES[name]
+        kind, options = CONFIGS[name]
         self.config = getattr(transformers, f"{kind}Config")(**({"vocab_size": VOCAB, "pad_token_id": 0} | options))
         self.family, self.folder = str(self.config.model_type), folder
         self.model = theirs(copy.deepcopy(self.config))

@@ -28,8 +28,8 @@ from ...zoo.models.build import build
 from ...zoo.registry import ConfigError
 from .. import markdown
 from ..bench.run import header, write
+from .configs import CONFIGS, VOCAB
 from .draws import ABSENT, Base, Options, edits, theirs
-from .models import CASES, VOCAB
 from .run import ratio, redraw
 
 __all__ = [
@@ -187,7 +187,7 @@ def _found(cfg: Any, name: str) -> Any:
 
 
 def edit_outcomes(name: str, count: int | None, seed: int = 0) -> Iterator[Outcome]:
-    """Edits of one of :data:`CASES`, in a random order: ``count`` of them, or all."""
+    """Edits of one of :data:`CONFIGS`, in a random order: ``count`` of them, or all."""
     with tempfile.TemporaryDirectory() as place:
         base = Base(name, Path(place, "base"))
         todo = list(edits(base))
@@ -198,7 +198,7 @@ def edit_outcomes(name: str, count: int | None, seed: int = 0) -> Iterator[Outco
 
 
 def export_outcomes(name: str, count: int, seed: int = 0) -> Iterator[Outcome]:
-    """Exports of changed options of one of :data:`CASES`, until ``count`` were written; what was refused comes along."""
+    """Exports of changed options of one of :data:`CONFIGS`, until ``count`` were written; what was refused comes along."""
     with tempfile.TemporaryDirectory() as place:
         base = Base(name, Path(place, "base"))
         plain: Any = OmegaConf.to_container(load(base.folder).cfg)
@@ -235,7 +235,7 @@ def fuzz(out: Path | None = None, edits_each: int = 110, exports_each: int = 26,
     bad: list[dict[str, str]] = []
     console = Console(stderr=True)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_tried, name, edits_each, exports_each, seed) for name in CASES]
+        jobs = [pool.submit(_tried, name, edits_each, exports_each, seed) for name in CONFIGS]
         for job in track(as_completed(jobs), "fuzz", len(jobs), console=console, disable=not console.is_terminal):
             for direction, name, outcome in job.result():
                 counts.setdefault((outcome.family, direction), Counter())[outcome.kind] += 1

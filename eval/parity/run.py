@@ -17,7 +17,7 @@ from torch import Tensor
 from ...zoo.checkpoint import export, load
 from .. import markdown
 from ..bench.run import header, write
-from .models import CASES, PUBLISHED, VOCAB
+from .configs import CONFIGS, PUBLISHED, VOCAB
 
 __all__ = ["Pair", "gradients", "parity", "ratio", "redraw", "section", "tensors_of"]
 
@@ -53,14 +53,14 @@ class Pair:
     """One case: transformers' model in ``theirs``, saved to ``folder``, and what we read there in ``ours``.
 
     Args:
-        name: A key of :data:`CASES`.
+        name: A key of :data:`CONFIGS`.
         folder: An empty folder.
     """
 
     def __init__(self, name: str, folder: Path):
         import transformers
 
-        kind, options = CASES[name]
+        kind, options = CONFIGS[name]
         torch.manual_seed(0)
         config = getattr(transformers, f"{kind}Config")(**({"vocab_size": VOCAB, "pad_token_id": 0} | options))
         self.cls: Any = getattr(transformers, f"{kind}ForCausalLM")
@@ -109,7 +109,7 @@ def parity(out: Path | None = None) -> dict[str, Any]:
         loaded by transformers with no key missing or left over.
     """
     rows, console = [], Console(stderr=True)
-    for name in track(CASES, "parity", console=console, transient=True, disable=not console.is_terminal):
+    for name in track(CONFIGS, "parity", console=console, transient=True, disable=not console.is_terminal):
         with tempfile.TemporaryDirectory() as folder:
             rows.append(_measure(name, Path(folder)))
     result = header("parity", "zoo bench parity", "cpu", ["transformers"]) | {"cases": rows}

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-__all__ = ["CASES", "PUBLISHED", "VOCAB", "ZAMBA2"]
+__all__ = ["CONFIGS", "PUBLISHED", "VOCAB", "ZAMBA2"]
 
 VOCAB = 61
 MAMBA = {"hidden_size": 36, "state_size": 5, "num_hidden_layers": 3, "vocab_size": VOCAB}
@@ -54,7 +54,7 @@ ZAMBA2 = {
     "num_hidden_layers": 6, "num_mem_blocks": 2, "num_attention_heads": 3, "mamba_d_state": 6, "n_mamba_heads": 6, "mamba_ngroups": 3,
     "chunk_size": 16, "adapter_rank": 4, "use_shared_attention_adapter": True, "use_mem_rope": True,
 }  # fmt: skip
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba2": ("Zamba2", ZAMBA2),
     "zamba2-one-block-biases-limits": (
         "Zamba2",
