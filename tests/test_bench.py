@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from hybridzoo.eval import result_file
 from hybridzoo.eval.bench import ops as bench_ops
 from hybridzoo.eval.bench import peers, readme, timing, workloads
 from hybridzoo.eval.bench import run as bench
@@ -265,17 +266,17 @@ def test_rows_say_whether_goals_are_met(gpu_rows):
 
 def test_parts_of_one_commit_end_in_one_file(gpu_rows, tmp_path):
     path = tmp_path / "scan.json"
-    bench.write(result_of(gpu_rows("table")), path)
+    result_file.write(result_of(gpu_rows("table")), path)
     after = result_of(gpu_rows("length", "table"), command="again")
-    both = bench.merged(bench._same_run(path, after), after)
+    both = result_file.merged(result_file.same_run(path, after), after)
     assert len(both["cases"]) == 6 and [run["command"] for run in both["runs"]] == ["zoo bench scan", "again"]
-    third = bench.merged(both, result_of(gpu_rows("conv"), command="third"))
+    third = result_file.merged(both, result_of(gpu_rows("conv"), command="third"))
     assert len(third["cases"]) == 8 and [run["command"] for run in third["runs"]][1:] == ["again", "third"]
-    assert bench._same_run(path, result_of([], commit="def")) is None
-    assert bench._same_run(path, result_of([], device="other")) is None
+    assert result_file.same_run(path, result_of([], commit="def")) is None
+    assert result_file.same_run(path, result_of([], device="other")) is None
     path.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        bench._same_run(path, after)
+        result_file.same_run(path, after)
 
 
 def test_results_are_shown_and_drawn(gpu_rows, tmp_path, monkeypatch):
@@ -294,7 +295,7 @@ def test_results_are_shown_and_drawn(gpu_rows, tmp_path, monkeypatch):
 def test_the_readme_shows_what_was_measured_and_what_was_missed(gpu_rows, tmp_path):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "eval" / "results"
-    bench.write(
+    result_file.write(
         result_of(gpu_rows("table", "length", "conv"), versions={"torch": "2", "mamba_ssm": "1"}),
         folder / "scan-h100.json",
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module, metadata
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -264,15 +264,3 @@ def default_peers(what: str) -> list[str]:
     if torch.cuda.is_available():
         return ["mamba_ssm"]
     return [name for name in PEERS[what] if name != "mamba_ssm"]
-
-
-def version(name: str) -> str:
-    """Of a peer's library; some come without metadata and know it themselves."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        pass
-    try:
-        return str(getattr(import_module(name), "__version__", "unknown"))
-    except ImportError:
-        return "not installed"

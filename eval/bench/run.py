@@ -1,32 +1,24 @@
-"""Benchmarks against what one would use instead, on one device: what is run, and the result as data.
+"""Benchmarks against what one would use instead, on one device: what is run, and where its result goes.
 
-A result is the dict of DESIGN section 9: ``ratio`` is the peer's median time over ours, and both are measured in turns, so that what
-disturbs the machine disturbs both. Peers are other people's code, called as they publish it and in the layout they want; before
-anything is timed, outputs and gradients are compared with ours.
+Both sides are measured in turns, so that what disturbs the machine disturbs both. Peers are other people's code, called as they
+publish it and in the layout they want; before anything is timed, outputs and gradients are compared with ours.
 """
 
-import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from ...zoo.checkpoint.files import write_whole
+from ..result_file import Result, header, merged, same_run, write
 from . import ops as bench_ops
 from . import timing
 from . import train as bench_train
-from .peers import PEERS, default_peers, version
+from .peers import PEERS, default_peers
 from .show import show
 from .workloads import WORKLOADS
 
-Result = dict[str, Any]
 BENCHES = (*WORKLOADS, "train")
 
 
@@ -47,7 +39,7 @@ def run_bench(
         profile: Print the kernels of a training step instead of timing it.
 
     Returns:
-        The result in the schema of DESIGN section 9.
+        The result (:mod:`hybridzoo.eval.result_file`).
 
     Raises:
         ValueError: An unknown benchmark, part or peer, a peer whose library is missing; or cases that failed, after the others have
@@ -77,7 +69,7 @@ def run_bench(
     result["command"] += "".join(f" --part {part}" for part in parts or [])
     show(result, console)
     if out is not None and not profile:
-        before = _same_run(Path(out), result)
+        before = same_run(Path(out), result)
         write(result if before is None else merged(before, result), Path(out))
     if result.get("failed"):
         raise ValueError("bench: failed, and left out:\n" + "\n".join(result["failed"]))
@@ -125,72 +117,3 @@ def bench(
     command = f"zoo bench {what} " + " ".join(f"--vs {name}" for name in vs)
     result = header(what, command, device, [*vs, *sorted(named)]) | {"ceilings": ceilings, "cases": rows}
     return result | {"failed": failed} if failed else result
-
-
-def header(what: str, command: str, device: str, libraries: list[str]) -> Result:
-    """What a result says of its run: what was run and when, on which commit, on which device of this type, with which libraries."""
-    return {
-        "what": what,
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: version(name) for name in dict.fromkeys(libraries)},
-    }
-
-
-def merged(before: Result, after: Result) -> Result:
-    """Both results in one, a case that is in both as it was measured last; what was run is kept under ``runs``."""
-    fresh = {_identity(row): row for row in after["cases"]}
-    cases = [fresh.pop(_identity(row), row) for row in before["cases"]]
-    cases += fresh.values()
-    runs = [{key: r[key] for key in ("command", "date", "ceilings")} for r in (before, after)]
-    return after | {
-        "versions": before["versions"] | after["versions"],
-        "cases": cases,
-        "runs": [*before.get("runs", runs[:1]), runs[1]],
-    }
-
-
-def _identity(row: dict[str, Any]) -> tuple:
-    return tuple(row.get(key) for key in ("name", "op", "dtype", "peer"))
-
-
-def _same_run(path: Path, result: Result) -> Result | None:
-    """What the file holds, if it is of the same benchmark, commit and device."""
-    if not path.exists():
-        return None
-    try:
-        before = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: is not JSON ({e}). Move it away, or give another --out.") from e
-    return before if all(before.get(key) == result[key] for key in ("what", "commit", "device")) else None
-
-
-def write(result: Result, path: Path) -> None:
-    """Write a result as JSON, whole or not at all."""
-    write_whole(path, json.dumps(result, indent=1) + "\n")
-
-
-def _commit() -> str:
-    # a copy of the tree without its history is told
-    told = os.environ.get("HYBRIDZOO_COMMIT")
-    if told:
-        return told
-    root = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, cwd=root
-        )
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

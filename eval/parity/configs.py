@@ -5,7 +5,7 @@
 
 from typing import Any
 
-__all__ = ["CONFIGS", "PUBLISHED", "VOCAB", "ZAMBA2"]
+__all__ = ["CONFIGS", "PUBLISHED", "VOCAB", "ZAMBA2", "config_of"]
 
 VOCAB = 61
 MAMBA = {"hidden_size": 36, "state_size": 5, "num_hidden_layers": 3, "vocab_size": VOCAB}
@@ -308,3 +308,11 @@ PUBLISHED = {
     "granite": "ibm-granite/granite-{3.0 to 3.3}-{2b, 8b}",
     "granitemoe": "ibm-granite/granite-3.*-{1b-a400m, 3b-a800m}",
 }
+
+
+def config_of(name: str) -> Any:
+    """Return transformers' config of an entry of :data:`CONFIGS`."""
+    import transformers
+
+    kind, options = CONFIGS[name]
+    return getattr(transformers, f"{kind}Config")(**({"vocab_size": VOCAB, "pad_token_id": 0} | options))

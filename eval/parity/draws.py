@@ -1,7 +1,4 @@
-"""What the fuzz draws from: fields of transformers' configs with values for each, and options of ours around a config.
-
-See :mod:`.parity_fuzz` for what is done with them.
-"""
+"""The draws of :mod:`.fuzz`: fields of transformers' configs with values for each, and options of ours around a config."""
 
 import copy
 import json
@@ -11,13 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...zoo.layout.expand import expand
-from .configs import CONFIGS, VOCAB
-from .run import redraw
+from .configs import CONFIGS, VOCAB, config_of
+from .run import their_model
 
-__all__ = ["ABSENT", "Base", "Options", "edits", "theirs"]
+__all__ = ["ABSENT", "Base", "Options", "edits"]
 
 _ROPES: list[Any] = [
     {}, {"rope_type": "default", "rope_theta": 300.0}, {"rope_theta": 50}, {"rope_theta": None}, {"rope_type": "linear", "factor": 4.0},
@@ -45,13 +40,6 @@ _LEFT = frozenset(
 ABSENT = object()
 
 
-def theirs(config: Any) -> Any:
-    """Transformers' model of a config, with weights that make every path matter."""
-    from transformers import AutoModelForCausalLM
-
-    return redraw(AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32))
-
-
 class Base:
     """A config of transformers in a file, to be edited field by field.
 
@@ -61,14 +49,11 @@ class Base:
     """
 
     def __init__(self, name: str, folder: Path):
-        import transformers
-
-        kind, options = CONFIGS[name]
-        self.config = getattr(transformers, f"{kind}Config")(**({"vocab_size": VOCAB, "pad_token_id": 0} | options))
+        self.config = config_of(name)
         self.family, self.folder = str(self.config.model_type), folder
-        self.model = theirs(copy.deepcopy(self.config))
-        self.model.save_pretrained(folder)
-        self.data = json.loads(self.config.to_json_string(use_diff=False)) | {"architectures": [f"{kind}ForCausalLM"]}
+        their_model(copy.deepcopy(self.config)).save_pretrained(folder)
+        architecture = {"architectures": [f"{CONFIGS[name][0]}ForCausalLM"]}
+        self.data = json.loads(self.config.to_json_string(use_diff=False)) | architecture
 
 
 def edits(base: Base) -> Iterator[tuple[str, Any]]:

@@ -27,10 +27,10 @@ from ...zoo.checkpoint import CheckpointError, export, load
 from ...zoo.models.build import build
 from ...zoo.registry import ConfigError
 from .. import markdown
-from ..bench.run import header, write
+from ..result_file import header, write
 from .configs import CONFIGS, VOCAB
-from .draws import ABSENT, Base, Options, edits, theirs
-from .run import ratio, redraw
+from .draws import ABSENT, Base, Options, edits
+from .run import ratio, redraw, their_model
 
 __all__ = [
     "GOOD",
@@ -51,7 +51,7 @@ _LIMIT = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of one try.
+    """The outcome of one try.
 
     Attributes:
         family: The ``model_type``.
@@ -114,7 +114,7 @@ def _written_by_transformers(data: dict[str, Any], folder: Path) -> tuple[int, T
 
     (folder / "config.json").write_text(json.dumps(data))
     config = AutoConfig.from_pretrained(folder)
-    model = theirs(config)
+    model = their_model(config)
     vocab = model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
         logits = model(tokens(vocab), use_cache=False).logits
@@ -226,7 +226,7 @@ def fuzz(out: Path | None = None, edits_each: int = 110, exports_each: int = 26,
         seed: Of what is drawn.
 
     Returns:
-        The result in the schema of DESIGN section 9: of each family and direction how often each outcome came up, and what went wrong.
+        The result (:mod:`hybridzoo.eval.result_file`): of each family and direction how often each outcome came up, and what went wrong.
 
     Raises:
         ValueError: Something went wrong, after the result has been written.

@@ -1,4 +1,4 @@
-"""Checkpoints against transformers' own classes: random weights, through a folder, in both directions, and how far apart the two are.
+"""Checkpoints against transformers' own classes: random weights, through a folder, in both directions, and the distances found.
 
 The tests hold each case to its limits; ``zoo bench parity`` writes what was measured, for the README's table.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ...zoo.checkpoint import export, load
 from .. import markdown
-from ..bench.run import header, write
-from .configs import CONFIGS, PUBLISHED, VOCAB
+from ..result_file import header, write
+from .configs import CONFIGS, PUBLISHED, VOCAB, config_of
 
-__all__ = ["Pair", "gradients", "parity", "ratio", "redraw", "section", "tensors_of"]
+__all__ = ["Pair", "gradients", "parity", "ratio", "redraw", "section", "tensors_of", "their_model"]
 
 
 def redraw(model: Any) -> Any:
@@ -37,6 +37,13 @@ def redraw(model: Any) -> Any:
             std = 0.75 if "adapter" in name else 1.0 if "shared_transformer" in name else 1.5
             p.data.normal_(std=std * p.shape[-1] ** -0.5, generator=generator)
     return model.eval()
+
+
+def their_model(config: Any) -> Any:
+    """Build transformers' model of a config, in float32, with weights that make every path matter."""
+    from transformers import AutoModelForCausalLM
+
+    return redraw(AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -58,13 +65,10 @@ class Pair:
     """
 
     def __init__(self, name: str, folder: Path):
-        import transformers
-
-        kind, options = CONFIGS[name]
         torch.manual_seed(0)
-        config = getattr(transformers, f"{kind}Config")(**({"vocab_size": VOCAB, "pad_token_id": 0} | options))
-        self.cls: Any = getattr(transformers, f"{kind}ForCausalLM")
-        self.theirs: Any = redraw(self.cls._from_config(config, attn_implementation="eager"))
+        config = config_of(name)
+        self.theirs = their_model(config)
+        self.cls: Any = type(self.theirs)
         self.folder = folder
         self.theirs.save_pretrained(folder)
         self.ours = load(folder)
@@ -72,7 +76,7 @@ class Pair:
 
 
 def gradients(pair: Pair, ids: Tensor, folder: Path) -> dict[str, float]:
-    """How far our gradients are from transformers', by the names that are on disk.
+    """Distances of our gradients from transformers', by the names that are on disk.
 
     They travel through the files like weights, so that every tensor meets its counterpart.
 
@@ -104,7 +108,7 @@ def parity(out: Path | None = None) -> dict[str, Any]:
         out: A JSON file to write, whole or not at all.
 
     Returns:
-        The result in the schema of DESIGN section 9. Of each case: the worst error of the logits of one pass and of 20 decoded steps
+        The result (:mod:`hybridzoo.eval.result_file`). Of each case: the worst error of the logits of one pass and of 20 decoded steps
         after a prefill, the worst error of any parameter's gradient, and whether what we write is bitwise what we read and is
         loaded by transformers with no key missing or left over.
     """
@@ -131,7 +135,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def section(folder: Path) -> str:
-    """What the README says about it, from ``parity.json`` in a folder of results."""
+    """Write the README's section about it from ``parity.json`` in a folder of results."""
     result = json.loads((folder / "parity.json").read_text(encoding="utf-8"))
     text = (
         f"Random weights in transformers {result['versions']['transformers']}'s own classes, saved, read by us, and written back "

@@ -1,0 +1,107 @@
+"""Results as data: one JSON object for a run, with a row for every case that was measured.
+
+``what``, ``command``, ``date``, ``commit``, ``device`` and ``versions`` say where the figures come from; in a row of ``cases``,
+``ratio`` is the peer's median time over ours, both of one process on one device.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..zoo.checkpoint.files import write_whole
+
+__all__ = ["Result", "header", "merged", "same_run", "version", "write"]
+
+Result = dict[str, Any]
+
+
+def header(what: str, command: str, device: str, libraries: list[str]) -> Result:
+    """The facts of a run that every result begins with: command and time, commit, device, versions of libraries."""
+    return {
+        "what": what,
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: version(name) for name in dict.fromkeys(libraries)},
+    }
+
+
+def merged(before: Result, after: Result) -> Result:
+    """Both results in one, a case that is in both as it was measured last; what was run is kept under ``runs``."""
+    fresh = {_identity(row): row for row in after["cases"]}
+    cases = [fresh.pop(_identity(row), row) for row in before["cases"]]
+    cases += fresh.values()
+    runs = [{key: r[key] for key in ("command", "date", "ceilings")} for r in (before, after)]
+    return after | {
+        "versions": before["versions"] | after["versions"],
+        "cases": cases,
+        "runs": [*before.get("runs", runs[:1]), runs[1]],
+    }
+
+
+def _identity(row: dict[str, Any]) -> tuple:
+    return tuple(row.get(key) for key in ("name", "op", "dtype", "peer"))
+
+
+def same_run(path: Path, result: Result) -> Result | None:
+    """The result in a file, if it is of the same benchmark, commit and device.
+
+    Raises:
+        ValueError: The file holds no JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: is not JSON ({e}). Move it away, or give another --out.") from e
+    return before if all(before.get(key) == result[key] for key in ("what", "commit", "device")) else None
+
+
+def write(result: Result, path: Path) -> None:
+    """Write a result as JSON, whole or not at all."""
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+
+
+def _commit() -> str:
+    # a copy of the tree without its history is told
+    told = os.environ.get("HYBRIDZOO_COMMIT")
+    if told:
+        return told
+    root = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, cwd=root
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def version(name: str) -> str:
+    """Return the version of a library; some come without metadata and know it themselves."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+    try:
+        return str(getattr(import_module(name), "__version__", "unknown"))
+    except ImportError:
+        return "not installed"
