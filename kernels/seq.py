@@ -1,8 +1,8 @@
-"""Which tokens belong together: padding and packing in one small description.
+"""Padding, packing and maps in one small description of the tokens of a batch.
 
 A batch row holds one document, or several one after another (packing), and may end in padding. Everything else, left padding and
 masks with holes, is brought into that form once per forward by :meth:`Seq.align` and undone by :meth:`Seq.restore`, so that a mixer
-has two things to honour: *reset at document boundaries* and *ignore the tail*.
+has two things to honour: *reset at document boundaries* and *ignore the tail*. Or every row is a map of one size, top row first.
 """
 
 import functools
@@ -29,6 +29,10 @@ class Seq:
         padded: Whether a row may end in padding.
         clean: Whether padding is known to hold zeros (:meth:`clear`), so that nothing behind has to see to it.
         known: The documents as :meth:`documents` gives them, where they were described by the host and the tokens are elsewhere.
+        grid: ``(h, w)`` of the maps that the rows are, top row first, one size for all; ``None`` for text.
+
+    Raises:
+        ValueError: ``grid`` is of another number of tokens, or of rows that are packed or padded.
     """
 
     doc: Tensor
@@ -41,6 +45,19 @@ class Seq:
     padded: bool
     clean: bool = False
     known: tuple[tuple[int, int, int], ...] | None = None
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid is None:
+            return
+        (h, w), l = self.grid, self.doc.shape[1]
+        if self.packed or self.padded:
+            way = "packed" if self.packed else "padded"
+            raise ValueError(f"grid: rows that are {way} are no maps of {h} x {w}. Leave out one of the two.")
+        if h < 1 or h * w != l:
+            raise ValueError(
+                f"grid: {h} x {w} is a map of {h * w} tokens, the rows have {l}. Use sizes whose product is {l}."
+            )
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "Seq | None":
@@ -123,13 +140,31 @@ class Seq:
         resets = first & valid & (at > 0)
         return cls(doc, pos, valid.sum(1), valid, resets, None, packed=True, padded=True)
 
+    @classmethod
+    def from_grid(cls, grid: tuple[int, int], batch: int, length: int, device: Any = None) -> "Seq":
+        """Describe rows that are maps.
+
+        Args:
+            grid: ``(h, w)``, height and width in tokens.
+            batch: Rows of the batch.
+            length: Tokens in a row, ``h * w``.
+            device: Where the tokens are.
+
+        Raises:
+            ValueError: ``h * w`` is not ``length``.
+        """
+        doc = torch.zeros(batch, length, dtype=torch.long, device=device)
+        pos, none = torch.arange(length, device=device).expand_as(doc), torch.zeros_like(doc, dtype=torch.bool)
+        size = (int(grid[0]), int(grid[1]))
+        return cls(doc, pos, torch.full_like(doc[:, 0], length), ~none, none, None, False, False, grid=size)
+
     def _on(self, device: torch.device) -> "Seq":
         documents, fields = self.documents(), ("doc", "pos", "lengths", "valid", "resets")
         sent: dict[str, Any] = {name: _sent(getattr(self, name), device) for name in fields}
         return replace(self, **sent, known=None if documents is None else tuple(documents))
 
     def marks(self) -> tuple[Tensor | None, Tensor | None]:
-        """Where the state is dropped, and which tokens are real; ``None`` where nothing is, and where all are."""
+        """Marks of where the state is dropped and of the real tokens; ``None`` where nothing is dropped, and where all are real."""
         return self.resets if self.packed else None, self.valid if self.padded else None
 
     def align(self, x: Tensor) -> Tensor:

@@ -152,8 +152,12 @@ class Mixer(Sharing):
     among the residual blocks, for initialisation), ``device`` and ``dtype``. Its ``__init__`` ends with ``reset_parameters``.
 
     Attributes:
-        capabilities: What the mixer can do beyond a plain forward: ``"state"`` (carry one across calls, and ``step``),
-            ``"packing"`` (several documents in a row), ``"padding"``. Asking for one that is missing is an error that says so.
+        capabilities: What the mixer can do beyond a plain forward; asking for one that is missing is an error that says so.
+            ``"state"``: carry one across calls, and ``step``. ``"packing"``: several documents in a row. ``"padding"``.
+            ``"causal"``: no output depends on a later token, as language models need; implied by ``"state"``, since a row in pieces is
+            the row at once. ``"grid"``: a row is a map where ``seq.grid`` says so, and has neighbours above and below; such a mixer
+            may refuse a row that is none (:meth:`grid_of`). The others see the tokens of a map as those of a row, top row first, as Vim
+            and MambaVision scan images, so that Mamba, attention and a 2-D scan may stand in one pattern.
         fp32_parameters: Dotted names, inside the mixer, of parameters that stay float32 when it is cast to half precision (decay
             rates, step biases). By name and not by a mark on the tensor: loaders and wrappers replace tensors.
         no_decay_parameters: Dotted names of parameters that weight decay must not touch; ``zoo.param_groups`` honours them.
@@ -161,7 +165,7 @@ class Mixer(Sharing):
             over rounded; a mixer that scales or routes by it first gets it in its parameters' dtype.
     """
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"state", "packing", "padding"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"state", "packing", "padding", "causal"})
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
     no_decay_parameters: ClassVar[tuple[str, ...]] = ()
     rounds_input: bool = False
@@ -178,9 +182,10 @@ class Mixer(Sharing):
         """Mix a batch of token rows.
 
         Args:
-            x: ``(b, l, d)``, any ``l >= 1``. With ``seq``, rows are in its order (:meth:`Seq.align`).
+            x: ``(b, l, d)``, any ``l >= 1``, unless the mixer needs a map. With ``seq``, rows are in its order (:meth:`Seq.align`).
             state: What an earlier call returned, or ``init_state``; never modified. ``None`` starts fresh.
-            seq: Padding or packing of the rows; ``None`` means one full document per row. Packing takes no ``state``.
+            seq: Padding or packing of the rows, or the size of the maps that they are; ``None`` means one full document per row.
+                Packing takes no ``state``.
             aux: A dict to fill: ``aux["loss"]`` collects weighted scalar losses, ``aux["router"]`` statistics. A list that the caller
                 put under ``"balance"`` collects what is balanced over several layers, see :func:`.moe.balance_loss`.
             return_state: Also return the state after each row's last real token.
@@ -220,19 +225,40 @@ class Mixer(Sharing):
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
         """Draw the initial values, knowing the layer's place among ``n_layer`` residual blocks. Called once, by ``__init__``."""
 
+    def reach(self, length: int, grid: tuple[int, int] | None = None) -> Tensor | None:
+        """The inputs that each output depends on, ``(l, l)`` bool, output by input, in a mixer that is not causal; ``None`` for all."""
+        return None
+
+    def can(self, capability: str) -> bool:
+        """Whether ``capability`` is declared, or implied by what is."""
+        return capability in self.capabilities or (capability == "causal" and "state" in self.capabilities)
+
     def require(self, capability: str) -> None:
-        """Raise ``NotImplementedError`` with the mixer's name unless ``capability`` is declared."""
-        if capability not in self.capabilities:
+        """Raise ``NotImplementedError`` with the mixer's name unless it can."""
+        if not self.can(capability):
             has = ", ".join(sorted(self.capabilities)) or "none"
             raise NotImplementedError(
                 f"{type(self).__name__} does not support {capability!r} (it declares: {has}). Choose another mixer for this use."
             )
 
-    def _enter(self, x: Tensor, seq: Seq | None) -> tuple[Tensor, Seq | None]:
-        """The input with zeros at padding, and the rows' description that says so; inside a model both come like that."""
-        if seq is None:
-            return x, None
+    def grid_of(self, x: Tensor, seq: Seq | None) -> tuple[int, int]:
+        """``(h, w)`` of the maps that the rows of ``x`` are.
+
+        Raises:
+            ValueError: Nothing says that they are maps, or of other numbers of tokens.
+        """
         checks.fits(type(self).__name__, seq, *x.shape[:2])
+        if seq is None or seq.grid is None:
+            raise ValueError(
+                f"{type(self).__name__}: mixes maps, and got rows of {x.shape[1]} tokens. Pass seq=Seq.from_grid((h, w), b, l)."
+            )
+        return seq.grid
+
+    def _enter(self, x: Tensor, seq: Seq | None) -> tuple[Tensor, Seq | None]:
+        """The input with zeros at padding, and the rows' description if there is more to say than that they are maps."""
+        checks.fits(type(self).__name__, seq, *x.shape[:2])
+        if seq is None or not (seq.packed or seq.padded):
+            return x, None
         return seq.clear(x), seq.cleared
 
     @staticmethod

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hybridzoo.layers import Mixer, State, copy_state
-from hybridzoo.layers.testing import PROMISES, check_mixer
+import hybridzoo as zoo
+from hybridzoo.layers import Mixer, Seq, State, copy_state
+from hybridzoo.layers.testing import PROMISES, Case, check_mixer
+from hybridzoo.zoo import registry
 
 D = 8
 
@@ -223,6 +225,82 @@ class NoSize(Good):
         super().__init__(width)
 
 
+class Pool(Good):
+    """Every output depends on every token, later ones too."""
+
+    capabilities = frozenset({"packing", "padding"})
+
+    def forward(self, x, state=None, seq=None, aux=None, *, return_state=False):
+        if return_state or state is not None:
+            self.require("state")
+        if seq is None:
+            return x + self.rate * x.mean(1, keepdim=True)
+        doc = seq.doc.where(seq.valid, -1)
+        same = (doc[:, :, None] == doc[:, None]).to(x.dtype)
+        return x + self.rate * (same @ seq.clear(x)) / same.sum(-1, keepdim=True)
+
+
+class Nearsighted(Pool):
+    def forward(self, x, state=None, seq=None, aux=None, *, return_state=False):
+        y = super().forward(x, state, seq, aux, return_state=return_state)
+        return y if seq is not None else x + self.rate * nn.functional.pad(x, (0, 0, 0, 1))[:, 1:]
+
+
+class Stencil(Mixer):
+    """A convolution over maps, 3 x 3."""
+
+    capabilities = frozenset({"grid"})
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.conv = nn.Conv2d(d_model, d_model, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1):
+        self.conv.reset_parameters()
+
+    def forward(self, x, state=None, seq=None, aux=None, *, return_state=False):
+        if return_state or state is not None:
+            self.require("state")
+        if seq is not None and (seq.packed or seq.padded):
+            self.require("packing" if seq.packed else "padding")
+        return self.conv(x.mT.unflatten(2, self.sizes(x, seq)).contiguous()).flatten(2).mT
+
+    def sizes(self, x, seq):
+        return self.grid_of(x, seq)
+
+    def reach(self, length, grid=None):
+        rows, cols = torch.arange(length) // grid[1], torch.arange(length) % grid[1]
+        return ((rows[:, None] - rows).abs() <= 1) & ((cols[:, None] - cols).abs() <= 1)
+
+    def flops(self, seq_len):
+        return 2 * self.conv.weight.numel()
+
+
+class Flat(Stencil):
+    def sizes(self, x, seq):
+        return 1, x.shape[1]
+
+
+class Swapped(Stencil):
+    def sizes(self, x, seq):
+        return self.grid_of(x, seq)[::-1]
+
+
+class Wide(Stencil):
+    def reach(self, length, grid=None):
+        return None
+
+
+class Strict(Good):
+    """A mixer of rows that takes the maps' sizes for something else."""
+
+    def forward(self, x, state=None, seq=None, aux=None, *, return_state=False):
+        if seq is not None and seq.grid is not None:
+            return 2 * super().forward(x)
+        return super().forward(x, state, seq, aux, return_state=return_state)
+
+
 FIRST_LINES = {
     Doubled: r"wrong output: forward of (2, 8, 8) gives (2, 8, 16).",
     Last: r"wrong output: forward of (2, 8, 8) gives (2, 8).",
@@ -250,6 +328,9 @@ FIRST_LINES = {
     Row: "wrong output: step of (2, 8) gives (2, 1, 8).",
     OtherStep: "step disagrees with forward: token 0 differs by *.",
     Blind: "ignores seq: a packed document sees the one before it, which changes it by *.",
+    Nearsighted: "does not reach: the first output is the same when the last token changes.",
+    Wide: "does not reach: the first output is the same when the last token changes.",
+    Flat: "ignores seq.grid: maps of 2 x 4 and of 4 x 2 give the same.",
     Plain: "is no hybridzoo.Mixer but a Plain.",
     NoSize: "cannot be built: TypeError: NoSize.__init__() got an unexpected keyword argument 'd_model'.",
 }
@@ -281,5 +362,48 @@ def test_a_fault_is_not_looked_for_where_its_promises_are_skipped():
     check_mixer(Blind, d_model=D, skip=set(PROMISES))
 
 
-def test_the_good_one_passes():
-    check_mixer(Good, d_model=D, skip={"compiles"})
+@pytest.mark.parametrize("mixer", [Good, Pool, Stencil], ids=lambda m: m.__name__)
+def test_the_good_ones_pass(mixer):
+    check_mixer(mixer, d_model=D, skip=() if mixer is Stencil else {"compiles"})
+
+
+@pytest.mark.parametrize(
+    ("mixer", "promise", "message"),
+    [
+        (Nearsighted, "reach", "output 0 does not depend on input 2, and reach says otherwise"),
+        (Wide, "reach", "output 0 does not depend on input 2"),
+        (Swapped, "reach", "output 0 depends on input 3"),
+        (Flat, "grid", "maps of 5 x 3 and of 3 x 5 give the same"),
+        (Strict, "grid", "maps of 1 x 1 and rows of the same tokens"),
+    ],
+)
+def test_a_mixer_that_is_not_what_it_declares_is_caught(mixer, promise, message):
+    with pytest.raises(AssertionError, match=message):
+        PROMISES[promise](Case(mixer, D))
+    with pytest.raises(AssertionError, match=f"{mixer.__name__} breaks the promise '{promise}'"):
+        check_mixer(mixer, d_model=D, skip=set(PROMISES) - {promise})
+
+
+def test_a_mixer_of_maps_wants_to_know_their_size():
+    with pytest.raises(ValueError, match=r"Stencil: mixes maps, and got rows of 6 tokens. Pass seq=Seq.from_grid"):
+        Stencil(D)(torch.randn(2, 6, D))
+    with pytest.raises(ValueError, match=r"Stencil: seq describes \(2, 8\) tokens, the input has \(2, 6\)"):
+        Stencil(D)(torch.randn(2, 6, D), seq=Seq.from_grid((2, 4), 2, 8))
+
+
+def test_who_carries_a_state_is_causal_and_others_say_so():
+    assert Good(D).can("causal") and "causal" not in Good.capabilities
+    assert not Pool(D).can("causal") and Mixer().can("causal") and not Mixer().can("grid")
+    with pytest.raises(NotImplementedError, match=r"Pool does not support 'causal' \(it declares: packing, padding\)"):
+        Pool(D).require("causal")
+
+
+@pytest.mark.parametrize("layers", ["mlp pool", "mlp * 2 pool+mlp"])
+def test_a_language_model_takes_causal_mixers_only(layers, monkeypatch):
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    zoo.register_mixer("pool")(Pool)
+    block = "block 2" if "*" in layers else "block 1"
+    with pytest.raises(
+        zoo.ConfigError, match=rf"mixers.pool \(pool\): {block} .*'causal', and Pool does not declare it"
+    ):
+        zoo.config({"vocab_size": 8, "d_model": 8, "layers": layers, "mixers": {"pool": {}, "mlp": {}}})

@@ -1,6 +1,7 @@
 """Descriptions of rows: offsets in whatever holds integers, padding that is cleared, documents that the host knows."""
 
 import array
+import dataclasses
 
 import numpy as np
 import pytest
@@ -59,6 +60,21 @@ def test_padding_is_cleared_once():
     assert cleared.clear(x) is x and cleared.cleared is cleared
     assert torch.equal(seq.align(torch.tensor([[7, 8, 9]] * 2)), torch.tensor([[8, 9, 7], [7, 8, 9]]))
     assert Seq.from_cu_seqlens([0, 3], 1, 3).cleared.clear(x[:1]).isnan().any()
+
+
+def test_maps_have_one_size_and_no_padding():
+    seq = Seq.from_grid((2, 3), 4, 6)
+    assert seq.grid == (2, 3) and seq.lengths.tolist() == [6] * 4 and bool(seq.valid.all()) and not seq.resets.any()
+    x = torch.randn(4, 6, 2)
+    assert seq.align(x) is x and seq.restore(x) is x and seq.cleared.grid == (2, 3) and seq.marks() == (None, None)
+    for wrong in ((2, 4), (0, 6), (-2, -3)):
+        h, w = wrong
+        with pytest.raises(ValueError, match=f"grid: {h} x {w} is a map of {h * w} tokens, the rows have 6"):
+            Seq.from_grid(wrong, 4, 6)
+    padded, packed = Seq.from_mask(torch.tensor([[0, 1, 1, 1, 1, 1]])), Seq.from_cu_seqlens([0, 2, 6], 1, 6)
+    for rows, name in ((padded, "padded"), (packed, "packed")):
+        with pytest.raises(ValueError, match=f"grid: rows that are {name} are no maps of 2 x 3"):
+            dataclasses.replace(rows, grid=(2, 3))
 
 
 def test_documents_side_by_side():

@@ -30,6 +30,7 @@ __all__ = [
     "ConfigError",
     "MixerEntry",
     "build_mixer",
+    "check_capability",
     "check_mixer_options",
     "home_of",
     "list_mixers",
@@ -326,6 +327,27 @@ def build_mixer(
         return entry.cls(d_model=d_model, **options, **{k: v for k, v in shared.items() if k in accepted})
     except OptionError as e:
         raise ConfigError(f"{where}.{e.field} ({spec['type']}): {e.message}") from e
+
+
+def check_capability(capability: str, mixer: Mixer, spec: dict[str, Any], where: str, block: str) -> None:
+    """Refuse a mixer that lacks what every mixer of a model needs.
+
+    Args:
+        capability: One of :attr:`Mixer.capabilities`, ``"causal"`` for what predicts the next token.
+        mixer: As built, since options may decide it.
+        spec: ``{"type": name, **options}`` of it.
+        where: Dotted path of ``spec``.
+        block: The residual block, in words.
+
+    Raises:
+        ConfigError: It is not declared.
+    """
+    if not mixer.can(capability):
+        has = ", ".join(map(repr, sorted(mixer.capabilities))) or "none"
+        raise ConfigError(
+            f"{where} ({spec['type']}): {block} needs a mixer that is {capability!r}, and {type(mixer).__name__} does not declare it "
+            f"(it declares: {has}). Put another mixer there, or add {capability!r} to its capabilities if it is."
+        )
 
 
 for _name, _cls in {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention, "mlp": MLP, "moe": MoE}.items():

@@ -1,13 +1,14 @@
 """A mixer under test, and what its tests share."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import Mixer, State, map_state
+from ..base import Mixer, Seq, State, map_state
 
 # in bfloat16, ways to the same number differ by the roundings of what they store in between
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -46,11 +47,18 @@ class Case:
     def __str__(self) -> str:
         return self.name or str(getattr(self.make, "__name__", self.make))
 
+    def new(self) -> Mixer:
+        """The mixer as it is built; one that mixes maps takes the rows that say nothing of themselves as such."""
+        mixer = self.make(d_model=self.d_model, **self.options)
+        if isinstance(mixer, Mixer) and mixer.can("grid"):
+            mixer.register_forward_pre_hook(_on_maps, with_kwargs=True)
+        return mixer
+
     def build(self, dtype: torch.dtype | None = None, seed: int | None = None) -> Mixer:
         """The mixer in ``dtype``, with no parameter left at a value that hides its use (zeros, equal ones)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed if seed is None else seed)
-            mixer = self.make(d_model=self.d_model, **self.options)
+            mixer = self.new()
             with torch.no_grad():
                 for p in mixer.parameters():
                     p.mul_(1 + 0.2 * (2 * torch.rand_like(p) - 1))
@@ -71,6 +79,19 @@ class Case:
         error = (got - want).abs().max().item() if want.numel() else 0.0
         limit = fault_limit(self, want)
         ensure(error <= limit, f"{what}: differs by {error:.2e}, the limit is {limit:.2e}")
+
+
+def _on_maps(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    if len(args) > 2 or kwargs.get("seq") is not None:
+        return None
+    b, length, _ = args[0].shape
+    return args, {**kwargs, "seq": Seq.from_grid(squarish(length), b, length, args[0].device)}
+
+
+def squarish(length: int) -> tuple[int, int]:
+    """The sizes of a map of ``length`` tokens that is nearest to a square, and no higher than wide."""
+    h = next(h for h in range(math.isqrt(length), 0, -1) if length % h == 0)
+    return h, length // h
 
 
 class Fault(AssertionError):
@@ -111,7 +132,7 @@ def decode(mixer: Mixer, x: Tensor, state: Any) -> Tensor:
 
 def refuses(mixer: Mixer, capability: str, call: Callable[[], Any]) -> bool:
     """Whether the mixer lacks the capability; if so, asking for it must raise."""
-    if capability in mixer.capabilities:
+    if mixer.can(capability):
         return False
     try:
         call()

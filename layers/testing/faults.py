@@ -136,7 +136,7 @@ def _rows(case: Case, mixer: Mixer) -> None:
 @_breaks("causality")
 def _causal(case: Case, mixer: Mixer) -> None:
     x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
-    for t in (_CUT, 1):
+    for t in (_CUT, 1) if mixer.can("causal") else ():
         changed = torch.cat([x[:, :t], other[:, t:]], 1)
         if far := _far(case, mixer(changed)[:, :t], mixer(x)[:, :t]):
             raise Fault(
@@ -144,6 +144,36 @@ def _causal(case: Case, mixer: Mixer) -> None:
                 "Output t may read tokens 0 to t: pad a convolution on the left only, mask attention, and take no mean, "
                 "norm or softmax over the tokens.",
             )
+
+
+@_breaks("reach")
+def _near(case: Case, mixer: Mixer) -> None:
+    if mixer.can("causal") or mixer.reach(_LENGTH, (1, _LENGTH)) is not None:
+        return
+    x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
+    for t, s in ((0, -1), (-1, 0)):
+        changed = x.clone()
+        changed[:, s] = other[:, s]
+        if not _far(case, mixer(changed)[:, t], mixer(x)[:, t]):
+            ends = ("first", "last") if t == 0 else ("last", "first")
+            raise Fault(
+                f"does not reach: the {ends[0]} output is the same when the {ends[1]} token changes",
+                "Declare 'causal' if no output depends on a later token, or say in reach(length, grid) on which ones each depends.",
+            )
+
+
+@_breaks("grid")
+def _maps(case: Case, mixer: Mixer) -> None:
+    if not mixer.can("grid"):
+        return
+    x = case.x(_BATCH, _LENGTH)
+    high, wide = (Seq.from_grid(size, _BATCH, _LENGTH, x.device) for size in ((4, 2), (2, 4)))
+    y = _call("forward(x, seq=...) of maps", lambda: mixer(x.clone(), seq=wide))
+    if not _far(case, mixer(x.clone(), seq=high), y):
+        raise Fault(
+            "ignores seq.grid: maps of 2 x 4 and of 4 x 2 give the same",
+            "Read the size of the maps, h, w = self.grid_of(x, seq), or declare no 'grid': then a map is a row of tokens.",
+        )
 
 
 def _after(case: Case, mixer: Mixer, x: Tensor, *state: Any) -> tuple[Tensor, Any]:
@@ -173,7 +203,7 @@ def _mixes_tokens(case: Case, mixer: Mixer) -> bool:
 
 @_breaks("chunks_equal_whole", "steps_equal_forward", "state_size")
 def _state(case: Case, mixer: Mixer) -> None:
-    if "state" not in mixer.capabilities:
+    if not mixer.can("state"):
         return
     x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
     whole = mixer(x.clone())
@@ -214,7 +244,7 @@ def _state(case: Case, mixer: Mixer) -> None:
 
 @_breaks("steps_equal_forward")
 def _step(case: Case, mixer: Mixer) -> None:
-    if "state" not in mixer.capabilities:
+    if not mixer.can("state"):
         return
     x = case.x(_BATCH, _LENGTH)
     whole, (_, left) = mixer(x.clone()), _after(case, mixer, x)
@@ -250,7 +280,7 @@ def _same(a: Any, b: Any) -> bool:
 
 @_breaks("packing")
 def _documents(case: Case, mixer: Mixer) -> None:
-    if "packing" not in mixer.capabilities:
+    if not mixer.can("packing"):
         return
     x = case.x(1, _LENGTH)
     seq = Seq.from_cu_seqlens(torch.tensor([0, _CUT, _LENGTH], device=x.device), 1, _LENGTH)
@@ -265,7 +295,7 @@ def _documents(case: Case, mixer: Mixer) -> None:
 
 @_breaks("padding")
 def _pads(case: Case, mixer: Mixer) -> None:
-    if "padding" not in mixer.capabilities:
+    if not mixer.can("padding"):
         return
     x, mask = case.x(_BATCH, _LENGTH), torch.ones(_BATCH, _LENGTH, dtype=torch.long)
     mask[0, : _LENGTH - _CUT] = 0

@@ -66,7 +66,7 @@ def initialisation(case: Case) -> None:
         drawn = []
         for _ in range(2):
             torch.manual_seed(case.seed)
-            drawn.append(case.make(d_model=case.d_model, **case.options))
+            drawn.append(case.new())
         for (name, a), b in zip(drawn[0].named_parameters(), drawn[1].parameters(), strict=True):
             ensure(torch.equal(a, b), f"{name} differs between two builds from one seed")
         mixer = drawn[0]
@@ -106,7 +106,7 @@ def meta_device(case: Case) -> None:
     """Built on the meta device, no memory is taken; after to_empty and load_state_dict it is the same layer."""
     mixer, x = case.build(), case.x(2, 7)
     with torch.device("meta"):
-        ghost = case.make(d_model=case.d_model, **case.options)
+        ghost = case.new()
     for name, t in (*ghost.named_parameters(), *ghost.named_buffers()):
         ensure(t.is_meta, f"{name} was allocated on {t.device}")
     ensure(ghost.flops(64) > 0, "flops on the meta device")
@@ -123,7 +123,7 @@ def poisoned_memory(case: Case) -> None:
         mixer = case.build()
         y = mixer(x)
         (grad,) = torch.autograd.grad(y.square().sum(), x)
-        if "state" in mixer.capabilities:
+        if mixer.can("state"):
             steps = decode(mixer, x.detach(), mixer.init_state(2, 7))
             case.close(steps, y.detach(), "steps")
     case.close(y.detach(), want(x).detach(), "forward")
@@ -192,7 +192,7 @@ def autocast(case: Case) -> None:
     with torch.autocast(case.device, dtype=torch.bfloat16):
         y = mixer(x)
         ys = [("forward", y)]
-        if "state" in mixer.capabilities:
+        if mixer.can("state"):
             ys.append(("steps", decode(mixer, x, mixer.init_state(2, 9))))
             state = state_at(mixer, x[:, :4])
             ys.append(("steps after a prefill", torch.cat([y[:, :4], decode(mixer, x[:, 4:], state)], 1)))

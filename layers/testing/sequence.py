@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..base import Seq, map_state, nbytes_of
+from ..base import Mixer, Seq, map_state, nbytes_of
 from .case import (
     Case,
     decode,
@@ -13,6 +13,7 @@ from .case import (
     row_of,
     run_in_pieces,
     same_future,
+    squarish,
     state_at,
     tensors_of,
     trained,
@@ -33,13 +34,58 @@ def batch_invariance(case: Case) -> None:
 def causality(case: Case) -> None:
     """The gradient of an output reaches its own row's inputs up to its position, and nothing else."""
     mixer, x = case.build(), case.x(2, 9).requires_grad_()
-    for t in (0, 4, 8):
-        y = mixer(x)
-        (grad,) = torch.autograd.grad((y[0, t] * torch.linspace(1, 2, y.shape[-1]).to(y)).sum(), x)
+    for t in (0, 4, 8) if mixer.can("causal") else ():
+        grad = _gradient(mixer, x, t)
         ensure(bool(grad[0, t].any()), f"output {t} does not depend on input {t}")
         late = grad[0, t + 1 :].abs().max().item() if t < 8 else 0.0
         ensure(late == 0, f"output {t} depends on later inputs: gradient {late:.2e}")
         ensure(not grad[1].any(), f"output {t} of row 0 depends on row 1")
+
+
+def _gradient(mixer: Mixer, x: Tensor, t: int) -> Tensor:
+    y = mixer(x)
+    return torch.autograd.grad((y[0, t] * torch.linspace(1, 2, y.shape[-1]).to(y)).sum(), x)[0]
+
+
+@promise
+def reach(case: Case) -> None:
+    """Where causality is not promised, an output depends on every input of its own row, or on those that reach says, and no other."""
+    mixer, length = case.build(), 15
+    if mixer.can("causal"):
+        return
+    x, all_of_them = case.x(2, length).requires_grad_(), torch.ones(length, length, dtype=torch.bool)
+    reached = mixer.reach(length, squarish(length) if mixer.can("grid") else None)
+    for t, want in enumerate(all_of_them if reached is None else reached.cpu()):
+        grad = _gradient(mixer, x, t)
+        got = (grad[0] != 0).any(-1).cpu()
+        for s in (got != want).nonzero().flatten().tolist()[:1]:
+            ensure(
+                False,
+                f"output {t} {'does not depend' if want[s] else 'depends'} on input {s}, and reach says otherwise",
+            )
+        ensure(not grad[1].any(), f"output {t} of row 0 depends on row 1")
+
+
+@promise
+def grid(case: Case) -> None:
+    """Maps of any shape are mixed as such, each by itself; without that capability, as rows of the same tokens, or they are refused."""
+    mixer = case.build()
+    with torch.no_grad():
+        for h, w in ((1, 1), (1, 7), (7, 1), (3, 5), (5, 3), (4, 4)):
+            x, what = case.x(2, h * w), f"maps of {h} x {w}"
+            maps, one = (Seq.from_grid((h, w), b, h * w, case.device) for b in (2, 1))
+            if not mixer.can("grid"):
+                try:
+                    case.close(mixer(x, seq=maps), mixer(x), f"{what} and rows of the same tokens")
+                except NotImplementedError:
+                    return
+                continue
+            y = mixer(x, seq=maps)
+            ensure(y.shape == x.shape and bool(y.isfinite().all()), f"{what}: {tuple(y.shape)}, or not finite")
+            case.close(mixer(x[1:], seq=one), y[1:], f"one of two {what}")
+            if h * w == 15 and h > w:
+                same = torch.equal(mixer(x, seq=Seq.from_grid((w, h), 2, 15, case.device)), y)
+                ensure(not same, f"{what} and of {w} x {h} give the same: neighbours above and below do not count")
 
 
 @promise
@@ -102,7 +148,7 @@ def packing(case: Case) -> None:
         for row, spans in enumerate(pieces):
             for i, j in spans:
                 case.close(y[row : row + 1, i:j], mixer(rows[row : row + 1, i:j]), f"document {i}:{j} of row {row}")
-        if "state" not in mixer.capabilities:
+        if not mixer.can("state"):
             return
         _, state = mixer(rows, seq=Seq.from_documents(doc), return_state=True)
         for row, spans in enumerate(pieces):
@@ -129,7 +175,7 @@ def padding(case: Case) -> None:
     if refuses(mixer, "padding", lambda: mixer(seq.align(x), seq=seq)):
         return
     x, noisy = (torch.where(mask[..., None] > 0, x, 100 * pads) for pads in (other, -other))
-    stateful = "state" in mixer.capabilities
+    stateful = mixer.can("state")
     with torch.no_grad():
         y = seq.restore(mixer(seq.align(x), seq=seq))
         real = mask > 0
@@ -160,7 +206,7 @@ def padding(case: Case) -> None:
 def state_gradient(case: Case) -> None:
     """The gradient through a carried state is the gradient of the whole sequence."""
     mixer = case.build()
-    if "state" not in mixer.capabilities:
+    if not mixer.can("state"):
         return
     x, weight = case.x(2, 12), case.x(2, 12, seed=1)
     grads = []
@@ -181,7 +227,7 @@ def gradcheck(case: Case) -> None:
     mixer, x = case.build(), case.x(1, 5).requires_grad_()
     names = list(trained(mixer))
     values = [p.detach().clone().requires_grad_() for p in trained(mixer).values()]
-    stateful = "state" in mixer.capabilities
+    stateful = mixer.can("state")
     state = map_state(state_at(mixer, case.x(1, 4, seed=1)), torch.detach) if stateful else None
     fields = [t.requires_grad_() for _, t in tensors_of(state) if t.is_floating_point()] if stateful else []
 
@@ -201,7 +247,7 @@ def gradcheck(case: Case) -> None:
 def state_size(case: Case) -> None:
     """A state is a dataclass of tensors, batch first; state_bytes is what forward leaves and init_state allocates."""
     mixer = case.build()
-    if "state" not in mixer.capabilities:
+    if not mixer.can("state"):
         return
     for length in _LENGTHS:
         state = state_at(mixer, case.x(3, length))

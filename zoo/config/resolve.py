@@ -23,6 +23,7 @@ from ..layout.pattern import MAX_NAME
 from ..registry import (
     HOW_TO_IMPORT,
     build_mixer,
+    check_capability,
     check_mixer_options,
     home_of,
     list_mixers,
@@ -291,7 +292,10 @@ def _filled(name: str, entry: Any) -> dict[str, Any]:
 def _try_build(part: dict[str, Any], where: str, d_model: int, n_layer: int, spec: BlockSpec) -> None:
     d_in = spec.d_in(d_model)
     try:
-        build_mixer(part, where, d_model=d_model, d_in=d_in, layer_idx=spec.index, n_layer=n_layer, device="meta")
+        mixer = build_mixer(
+            part, where, d_model=d_model, d_in=d_in, layer_idx=spec.index, n_layer=n_layer, device="meta"
+        )
+        check_capability("causal", mixer, part, where, f"block {spec.index} ({spec.token}) of a causal language model")
     except ConfigError:
         raise
     except Exception as e:
