@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -436,3 +438,31 @@ def test_no_config_gives_anything_but_a_model_or_a_config_error(changes):
     except ConfigError:
         return
     assert validate(OmegaConf.create(OmegaConf.to_yaml(checked))) == checked
+
+
+def test_a_build_reads_and_checks_its_config_once(monkeypatch):
+    import hybridzoo.zoo.config.resolve as resolve_module
+    from hybridzoo.zoo import registry
+    from hybridzoo.zoo.config import check, specs
+    from hybridzoo.zoo.models.stats import stats
+
+    calls = []
+    for name, homes in {
+        "typed": [resolve_module],
+        "specs_of": [resolve_module],
+        "expand": [resolve_module, specs],
+        "check_mixer_options": [registry, check, specs],
+    }.items():
+        real = getattr(homes[0], name)
+        for home in homes:
+            monkeypatch.setattr(home, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+    model = zoo.build("zamba2-7b", device="meta")
+    stats(model)
+    assert sorted(calls) == ["check_mixer_options"] * 4 + ["expand", "specs_of", "typed"]
+    assert model.specs == block_specs(model.cfg)
+
+
+def test_shared_blocks_on_the_meta_device_do_not_import_the_compiler():
+    code = "import sys, hybridzoo as zoo; zoo.build('zamba2-7b', device='meta'); print('sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hybridzoo.kernels import Seq
 from hybridzoo.layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE, OptionError, State, copy_state, map_state
 from hybridzoo.layers.testing import PROMISES, Case, check_mixer, counted_flops
-from hybridzoo.zoo.registry import build_mixer, list_mixers
+from hybridzoo.zoo.registry import build_mixer, check_mixer_options, list_mixers
 
 MAMBA2 = {"d_state": 8, "headdim": 16, "chunk_size": 4}
 HEADS = {"nheads": 4, "nheads_kv": 2}
@@ -80,7 +80,7 @@ def cases():
 
 
 def make(name, d_model, **options):
-    return build_mixer({"type": name, **options}, "mixer", d_model=d_model)
+    return build_mixer(check_mixer_options({"type": name, **options}, "mixer"), "mixer", d_model=d_model)
 
 
 @pytest.mark.parametrize(("name", "options", "promise"), list(cases()))

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 import hybridzoo as zoo
 from hybridzoo.eval.parity import fuzz as parity_fuzz
+from hybridzoo.eval.parity.configs import CONFIGS
 from hybridzoo.eval.parity.draws import Base
 from hybridzoo.eval.parity.fuzz import GOOD, edit_outcomes, export_outcomes, tokens, try_edit, try_export
-from hybridzoo.eval.parity.configs import CONFIGS
 from hybridzoo.eval.parity.run import ratio, redraw
 from hybridzoo.zoo.checkpoint import CheckpointError, export
 

@@ -300,7 +300,7 @@ def build_mixer(
     """Construct the mixer that ``spec`` describes.
 
     Args:
-        spec: ``{"type": name, **options}``.
+        spec: ``{"type": name, **options}``, as :func:`check_mixer_options` returns it; not checked again.
         where: Dotted path of ``spec``, for messages.
         d_model: Channels of the residual stream.
         d_in: Channels of the input, where they are not ``d_model``.
@@ -310,9 +310,9 @@ def build_mixer(
         dtype: As for ``torch.nn.Linear``.
 
     Raises:
-        ConfigError: As :func:`check_mixer_options`, or a combination of values that the mixer refuses.
+        ConfigError: A combination of values that the mixer refuses.
     """
-    options = check_mixer_options(spec, where)
+    options = copy.deepcopy(spec)
     entry = get_mixer(options.pop("type"), f"{where}.type")
     shared = {"layer_idx": layer_idx, "n_layer": n_layer, "device": device, "dtype": dtype}
     accepted = inspect.signature(entry.cls.__init__).parameters

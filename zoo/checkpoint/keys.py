@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..config.resolve import block_specs
 from ..models.causal_lm import CausalLM
 from .effective_options import resolved
 
@@ -52,7 +51,7 @@ class View:
         self.cfg, self.stored = model.cfg, stored
         # shared blocks once, under their first name
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        specs = block_specs(model.cfg)
+        specs = model.specs
         self.streams = [(spec.reads, spec.writes) for spec in specs]
         # for each block the one whose weights it has: itself, or the first with its label
         labels = [spec.label or f"block {spec.index}" for spec in specs]

@@ -1,4 +1,4 @@
-"""What stands in each block of a resolved config: the pattern and the table of mixers, put together."""
+"""The blocks of a config: the pattern and the table of mixers, put together."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
-from ..layout.expand import READS, WRITES, BlockSpec, expand, split_token
+from ..layout import READS, WRITES, BlockSpec, expand, split_token
 from ..layout.pattern import MAX_BLOCKS
 from ..registry import check_mixer_options, list_mixers, nearest
 
-__all__ = ["STREAMS", "block_specs", "without_streams"]
+__all__ = ["STREAMS", "block_specs", "specs_of", "without_streams"]
 
 # what an entry of `mixers` may say besides the mixer's own options; the first of each is the default
 STREAMS = {"reads": READS, "writes": WRITES}
@@ -19,13 +19,22 @@ _MAX_EXCEPTIONS = 256
 
 
 def block_specs(cfg: Any) -> list[BlockSpec]:
-    """What stands in each residual block of a resolved config, exceptions from ``override`` applied.
+    """Return the residual blocks of a resolved config: those that a model has under ``specs``."""
+    data: Any = OmegaConf.to_container(cfg) if isinstance(cfg, DictConfig) else cfg
+    return specs_of(expand(data["layers"]), data)
+
+
+def specs_of(tokens: list[str], data: Mapping[str, Any]) -> list[BlockSpec]:
+    """Return the residual blocks of a pattern, exceptions from ``override`` applied.
+
+    Args:
+        tokens: One per block, as :func:`~hybridzoo.zoo.layout.expand.expand` gives them.
+        data: A config whose ``mixers`` are complete.
 
     Raises:
         ConfigError: A token, an index or an option that does not exist, or a label on two different mixers.
     """
-    data: Any = OmegaConf.to_container(cfg) if isinstance(cfg, DictConfig) else cfg
-    tokens, mixers = expand(data["layers"]), data["mixers"]
+    mixers = data["mixers"]
     # blocks of one mixer have one table of options, of which exceptions make others
     options = {name: without_streams(entry) for name, entry in mixers.items()}
     specs = []

@@ -206,8 +206,9 @@ def share(twin: nn.Module, first: nn.Module) -> None:
     if isinstance(twin, Block) and isinstance(first, Block):
         twin.owner = (first,)
     if isinstance(twin, Adapter) and isinstance(first, Adapter):
-        twin.to_empty(device=first.down.weight.device)
-        twin.reset_parameters()
+        if not first.down.weight.is_meta:  # there, both would import sympy: seconds
+            twin.to_empty(device=first.down.weight.device)
+            twin.reset_parameters()
         return
     twin._parameters.update(first._parameters)
     for name, child in list(twin.named_children()):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...layers.base import Mixer
-from ..config.resolve import ConfigSchema, load_config
+from ..config.resolve import ConfigSchema, resolve
 from ..device import pick_device
 from ..errors import ConfigError
 from ..registry import nearest
@@ -47,8 +47,8 @@ def build(
             raise ConfigError(
                 f"{key}: is neither an argument of zoo.build nor a key of configs.{nearest(key, arguments)} Known: {', '.join(arguments)}."
             )
-    cfg = load_config(config, overrides, **changes)
-    return CausalLM(cfg, device=None if device is None else pick_device(device, meta=True), dtype=dtype)
+    resolved = resolve(config, overrides, changes)
+    return CausalLM(resolved, device=None if device is None else pick_device(device, meta=True), dtype=dtype)
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from ...layers.base import Mixer, Seq, shapes, tree
 from ...layers.common import dtype_read, scaled, weight_dtype
 from ...layers.moe import balance_loss
 from ...layers.norm import make_norm
-from ..config.resolve import block_specs, validate
+from ..config.resolve import Resolved, resolve
 from ..tokenizer import load_tokenizer
 from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
 from .generate import generate
@@ -76,9 +76,9 @@ class Backbone(nn.Module):
     Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all parts but those.
     """
 
-    def __init__(self, cfg: DictConfig, device=None, dtype=None):
+    def __init__(self, resolved: Resolved, device=None, dtype=None):
         super().__init__()
-        specs = block_specs(cfg)
+        cfg, specs = resolved.config, resolved.specs
         norm = {"type": cfg.norm.type, "eps": cfg.norm.eps}
         table = torch.empty(padded_vocab(cfg), cfg.d_model, device=device, dtype=dtype)
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
@@ -197,6 +197,7 @@ class CausalLM(nn.Module):
 
     Attributes:
         cfg: The resolved config.
+        specs: The mixers of each residual block, as the config says.
         source: The folder that the model was loaded from, where its tokenizer's files are; ``None`` if it was built.
         metadata: What that folder says about text and not about the network, by file: the ids of special tokens under
             ``"config.json"``, everything under ``"generation_config.json"``. Saving writes it back.
@@ -206,13 +207,14 @@ class CausalLM(nn.Module):
 
     def __init__(self, cfg: Any, device=None, dtype=None):
         super().__init__()
-        self.cfg = validate(cfg)
+        resolved = resolve(cfg)
+        self.cfg, self.specs = resolved.config, resolved.specs
         self.source: Path | None = None
         self.metadata: dict[str, dict[str, Any]] = {}
         # the published family whose files it was read from, which an export tries first
         self.family: str | None = None
         self._hooks = Hooks()
-        self.backbone = Backbone(self.cfg, device=device, dtype=dtype)
+        self.backbone = Backbone(resolved, device=device, dtype=dtype)
         self.lm_head = nn.Linear(self.cfg.d_model, padded_vocab(self.cfg), bias=False, device=device, dtype=dtype)
         self._init_embeddings()
         if self.cfg.tie_embeddings:

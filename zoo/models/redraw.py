@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ...layers.norm import make_norm
-from ..config.specs import block_specs
 from .block import Block
 from .causal_lm import CausalLM
 
@@ -24,7 +23,7 @@ def redraw(model: CausalLM, names: Iterable[str]) -> None:
         model: The parameters have memory. A block is built a second time for those in it, on the CPU and in float32.
         names: As in ``model.named_parameters()``.
     """
-    cfg, specs = model.cfg, block_specs(model.cfg)
+    cfg, specs = model.cfg, model.specs
     norm = {"type": cfg.norm.type, "eps": cfg.norm.eps}
     fresh: dict[str, nn.Module] = {}
     for name in names:

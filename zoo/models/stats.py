@@ -16,7 +16,6 @@ from ..checkpoint import native
 from ..checkpoint.files import open_regular
 from ..checkpoint.reading import detect, read_config
 from ..checkpoint.tensors import READABLE, stored_in
-from ..config.resolve import block_specs
 from .build import build
 from .causal_lm import CausalLM
 
@@ -93,14 +92,13 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
     seen: set[int] = set()
     head_flops = 2 * model.lm_head.weight.numel()
     rows = [_row(None, "embedding", model.backbone.embedding, seen)]
-    specs = block_specs(model.cfg)
-    for spec, block in zip(specs, model.backbone.blocks, strict=True):
+    for spec, block in zip(model.specs, model.backbone.blocks, strict=True):
         state_bytes = block.mixer.state_bytes(seq_len)
         rows.append(_row(spec.index, spec.token, block, seen, block.flops(seq_len), state_bytes))
     rows.append(_row(None, "norm_f", model.backbone.norm_f, seen))
     rows.append(_row(None, "lm_head", model.lm_head, seen, head_flops))
 
-    types = [[part["type"] for _, part, _ in spec.parts] for spec in specs]
+    types = [[part["type"] for _, part, _ in spec.parts] for spec in model.specs]
     attention = sum("attention" in spec for spec in types)
     # what mixes tokens leaves a state behind; channel mixers leave none
     mixers = sum(row.state_bytes > 0 for row in rows)
@@ -115,7 +113,7 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         state_bytes=sum(row.state_bytes for row in rows),
         attention_of_mixers=attention / mixers if mixers else None,
-        attention_of_blocks=attention / len(specs),
+        attention_of_blocks=attention / len(model.specs),
     )
 
 

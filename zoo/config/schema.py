@@ -1,0 +1,153 @@
+"""The keys of a config: their names, types, defaults and ranges."""
+
+import dataclasses
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import ConfigError
+from ..registry import nearest, of_another_kind
+from .plain import first_line
+
+__all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "typed"]
+
+_NORMS = ("rmsnorm", "layernorm")
+# nobody writes down more; each is checked and built on the meta device, which takes milliseconds
+MAX_MIXERS = 256
+# the largest sizes that anybody means; beyond them lies a slip of the keyboard, or an overflow
+_RANGES = {
+    "vocab_size": (1, 2**24),
+    "pad_vocab_size_multiple": (1, 2**16),
+    "d_model": (1, 2**20),
+    "max_length": (1, 2**31),
+    "initializer_range": (0, 10),
+    "norm.eps": (0, 1),
+    "embedding_multiplier": (0, 2**20),
+    "residual_multiplier": (0, 2**20),
+    "logits_multiplier": (0, 2**20),
+}
+
+
+@dataclasses.dataclass
+class NormSchema:
+    """The norm in front of every block and after the last: ``rmsnorm`` or ``layernorm``."""
+
+    type: str = "rmsnorm"
+    eps: float = 1e-5
+
+
+@dataclasses.dataclass
+class ConfigSchema:
+    """The keys of a config file.
+
+    Attributes:
+        task: What the model does; ``causal_lm``, or another that is registered (:mod:`hybridzoo.zoo.models.tasks`).
+        base: A config to inherit from: a shipped name, or a path relative to this file.
+        vocab_size: Token ids that exist.
+        pad_vocab_size_multiple: The embedding table is rounded up to a multiple of this.
+        d_model: Channels of the residual stream.
+        layers: The pattern, see :mod:`hybridzoo.zoo.layout.expand`.
+        mixers: What each name of the pattern is: ``{type: registered mixer, **options}``. Two options are the block's and not the
+            mixer's. ``reads``: the ``residual`` stream (default); ``residual_and_embedding``, it and the embedded tokens side by
+            side; the ``side`` stream; or ``residual_plus_side``, the side stream added after a linear layer. ``writes``: add to the
+            ``residual`` stream (default), or replace the ``side`` stream.
+        override: Exceptions by index of the residual block: ``{at: 0 | [0, -1], set: {option: value}}``.
+        norm: See :class:`NormSchema`.
+        tie_embeddings: Whether the head is the embedding table.
+        residual_in_fp32: Whether the residual stream stays float32 in a half-precision model.
+        max_length: Tokens that evaluation gives the model at once; where nothing is stated, what the tokenizer states.
+        tokenizer: ``byte``, a hub id or a folder.
+        initializer_range: Standard deviation of the embedding at initialisation.
+        embedding_multiplier: Factor of the embedded tokens (muP, arXiv:2203.03466; Granite, Falcon-H1).
+        residual_multiplier: Factor of what every block adds to the residual stream.
+        logits_multiplier: Factor of the logits.
+        imports: Filled in: the Python module that each registered mixer of somebody else's came from, ``{my_mixer: mine}``. A name to
+            import, for the message where the mixer is not registered; reading a config never imports it.
+    """
+
+    task: str = "causal_lm"
+    base: str | None = None
+    vocab_size: int = MISSING
+    pad_vocab_size_multiple: int = 1
+    d_model: int = MISSING
+    layers: Any = MISSING
+    mixers: dict[str, Any] = MISSING
+    override: list[Any] = dataclasses.field(default_factory=list)
+    norm: NormSchema = dataclasses.field(default_factory=NormSchema)
+    tie_embeddings: bool = True
+    residual_in_fp32: bool = False
+    max_length: int | None = None
+    tokenizer: str = "byte"
+    initializer_range: float = 0.02
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    imports: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# the keys of each task's configs; a task that is registered adds its own
+SCHEMAS: dict[str, type] = {"causal_lm": ConfigSchema}
+# checked by who knows what is in them, and not by OmegaConf
+_NESTED = ("layers", "mixers", "override")
+_KINDS = {
+    "mixers": (dict, "a mapping, such as {mamba: {d_state: 16}}"),
+    "norm": (dict, "a mapping, such as {type: rmsnorm, eps: 1.0e-5}"),
+    "imports": (dict, "a mapping, such as {my_mixer: my_package.mixers}"),
+    "override": (list, "a list, such as [{at: 0, set: {d_state: 128}}]"),
+}
+
+
+def typed(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the top level with defaults filled in, unknown keys refused and every scalar of its type and in its range.
+
+    Raises:
+        ConfigError: With the key, what was found, and what is expected.
+    """
+    given = {key: value for key, value in data.items() if key != "base"}
+    task = given.get("task")
+    schema = SCHEMAS.get(task if isinstance(task, str) else "", ConfigSchema)
+    _check_keys(given, schema)
+    try:
+        scalars = {key: value for key, value in given.items() if key not in _NESTED}
+        values: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), scalars))
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as e:
+        raise ConfigError(f"{getattr(e, 'full_key', None) or 'config'}: {first_line(e)}. Correct the value.") from None
+    values |= {key: given[key] for key in _NESTED if key in given}
+    for key, value in values.items():
+        if value == MISSING:
+            raise ConfigError(f"{key}: is missing (found {MISSING!r}). Give it a value.")
+        if key in scalars and (problem := of_another_kind(scalars[key], value)):
+            raise ConfigError(f"{key}: {problem}.")
+    del values["base"]
+    leaves = values | {f"norm.{key}": value for key, value in values["norm"].items()}
+    for key, choices in (("task", tuple(SCHEMAS)), ("norm.type", _NORMS)):
+        if (value := leaves[key]) not in choices:
+            raise ConfigError(f"{key}: unknown value {value!r}.{nearest(value, choices)} Known: {', '.join(choices)}.")
+    for key, (low, high) in _RANGES.items():
+        if (value := leaves.get(key)) is not None and not low <= value <= high:
+            raise ConfigError(f"{key}: is {value}, outside {low} to {high}. Choose a value in that range.")
+    return values
+
+
+def _check_keys(given: dict[str, Any], schema: type) -> None:
+    """Refuse keys that do not exist, those that every config has where they are missing, and values of another kind or size."""
+    for prefix, keys, of in (("", given, schema), ("norm.", given.get("norm"), NormSchema)):
+        known = [f.name for f in dataclasses.fields(of)]
+        for key in keys if isinstance(keys, dict) else ():
+            if key not in known:
+                raise ConfigError(f"{prefix}{key}: unknown key.{nearest(key, known)} Keys: {', '.join(known)}.")
+    needed = [f.name for f in dataclasses.fields(schema) if f.default == MISSING]
+    needed.sort(key=lambda key: key != "d_model")
+    for key in needed:
+        if given.get(key, MISSING) in (None, MISSING):
+            every = f"{', '.join(needed[:-1])} and {needed[-1]}"
+            raise ConfigError(f"{key}: is missing. Every config sets {every}, itself or through base.")
+    for key, (kind, example) in _KINDS.items():
+        if not isinstance(value := given.get(key, kind()), kind):
+            raise ConfigError(f"{key}: found {value!r}, expected {example}.")
+        if kind is dict and len(value) > MAX_MIXERS:
+            raise ConfigError(f"{key}: has {len(value)} entries, more than {MAX_MIXERS}. Leave out unused ones.")
+    for name, module in given.get("imports", {}).items():
+        if not isinstance(module, str) or not all(part.isidentifier() for part in module.split(".")):
+            raise ConfigError(f"imports.{name}: found {module!r}, expected the name of a Python module.")
