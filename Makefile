@@ -12,7 +12,7 @@ PYTEST ?= .venv/bin/pytest
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-LINTED := zoo layers kernels eval
+LINTED := zoo layers kernels eval __main__
 
 # the checkout is the package, and mypy takes the package's name from the folder: a link gives it the right one, whatever the folder's
 MYPY_ROOT := .venv/lint

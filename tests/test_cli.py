@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import hybridzoo as zoo
-from hybridzoo.zoo.cli import app
+from hybridzoo.__main__ import app
 from hybridzoo.zoo.tokenizer import ByteTokenizer
 
 COMMANDS = ["list", "show", "train", "generate", "convert", "eval", "lm-eval", "bench", "doctor", "demo"]
@@ -239,13 +239,13 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch):
 def test_a_warning_is_one_line(monkeypatch, capsys):
     import warnings
 
-    from hybridzoo.zoo import cli
+    import hybridzoo.__main__ as command_line
 
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back when the test ends
-    monkeypatch.setattr(cli, "app", lambda: warnings.warn("something is off", stacklevel=1))
+    monkeypatch.setattr(command_line, "app", lambda: warnings.warn("something is off", stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        cli.main()
+        command_line.main()
         assert capsys.readouterr().err == "warning: something is off\n"
 
 
@@ -269,7 +269,7 @@ def test_a_terminal_gets_no_commands_from_a_model(folder, monkeypatch):
     assert said in invoke("generate", folder, "--max-new-tokens", "1").stdout
     out = invoke("generate", folder, "--max-new-tokens", "1", "--json").stdout
     assert json.loads(out)["text"] == said and not set(out) & set("\x1b\x07\x9b")
-    monkeypatch.setattr("hybridzoo.zoo.cli._is_terminal", lambda: True)
+    monkeypatch.setattr("hybridzoo.zoo.terminal._is_terminal", lambda: True)
     assert "a\\x1b]0;title\\x07\\x9bb\tc\nd é\n" in invoke("generate", folder, "--max-new-tokens", "1").stdout
 
 

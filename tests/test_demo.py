@@ -161,7 +161,7 @@ def test_the_second_run_uses_what_the_first_has_left(small_demo, tmp_path, capsy
 def test_the_printed_command_gives_the_printed_numbers(small_demo, tmp_path, capsys, monkeypatch):
     from typer.testing import CliRunner
 
-    from hybridzoo.zoo.cli import app
+    from hybridzoo.__main__ import app
 
     (model,) = demo.run(tmp_path / "with a blank")["models"]
     command = model["command"]

@@ -6,7 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 import hybridzoo as zoo
-from hybridzoo.zoo.cli import app
+from hybridzoo.__main__ import app
 from hybridzoo.zoo.device import pick_device
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")

@@ -6,9 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 import hybridzoo as zoo
+from hybridzoo.__main__ import app
 from hybridzoo.zoo.checkpoint import CheckpointError
-from hybridzoo.zoo.cli import _say, app
 from hybridzoo.zoo.errors import printable
+from hybridzoo.zoo.terminal import say
 
 # colour, title of the window, line breaks of three kinds, right-to-left override, isolate, bell, C1 control, lone surrogate
 ACTING = ["\x1b[31m", "\x1b]0;x\x07", "\n", "\r", "\u2028", "\u202e", "\u2066", "\x07", "\x9b31m", "\udcff", "\x00"]
@@ -52,5 +53,5 @@ def test_a_file_does_not_reach_the_terminal_raw(tmp_path, capsys):
         assert e.value.__cause__ is None
         result = CliRunner().invoke(app, ["show", str(file)])
         assert result.exit_code == 1 and not {"\x1b", "\u202e", "\x07"} & set(result.stderr)
-    _say("a name from a file: \x1b[31m")
+    say("a name from a file: \x1b[31m")
     assert "\x1b" not in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_a_slip_is_found_before_the_heavy_imports(workspace):
     code = (
         "import json, sys\n"
         "from typer.testing import CliRunner\n"
-        "from hybridzoo.zoo.cli import app\n"
+        "from hybridzoo.__main__ import app\n"
         "for command in json.loads(sys.argv[1]):\n"
         "    result = CliRunner().invoke(app, command)\n"
         "    heavy = sorted({'torch', 'transformers', 'lm_eval', 'datasets', 'omegaconf'} & set(sys.modules))\n"

@@ -84,7 +84,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         "eval/report.html",
         "eval/tasks/_recall.yaml",
         "eval/tasks/hybridzoo_mqar.yaml",
-        "zoo/cli.py",
+        "zoo/commands.py",
     ):
         assert f"hybridzoo/{file}" in names
     modules = {
@@ -103,7 +103,7 @@ def test_the_wheel_declares_what_it_needs(wheel):
     assert core == {"torch", "omegaconf", "einops", "safetensors", "typer", "rich", "numpy"}
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: >=3.11" in metadata
     points = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt"))).decode()
-    assert "zoo = hybridzoo.zoo.cli:main" in points
+    assert "zoo = hybridzoo.__main__:main" in points
     # what others load of their own accord must not be ours to break: torch loads its group at every `import torch`
     assert set(re.findall(r"^\[(.+)\]$", points, re.M)) == {"console_scripts", "lm_eval.models"}
 
@@ -162,7 +162,7 @@ def test_the_command_line_answers_without_torch(command):
     code = (
         "import sys\n"
         f"sys.argv = ['zoo', *{command!r}]\n"
-        "from hybridzoo.zoo.cli import main\n"
+        "from hybridzoo.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
@@ -177,9 +177,25 @@ def test_generating_text_imports_neither_transformers_nor_the_compiler(tmp_path)
     code = (
         "import sys\n"
         f"sys.argv = ['zoo', 'generate', {str(folder)!r}, '--prompt', 'a', '--max-new-tokens', '2']\n"
-        "from hybridzoo.zoo.cli import main\n"
+        "from hybridzoo.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
         "assert 'torch' in sys.modules\n"
         "print(sorted({'torch._dynamo', 'sympy', 'transformers', 'tokenizers', 'huggingface_hub', 'triton'} & set(sys.modules)))\n"
     )
     assert run(sys.executable, "-c", code).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_is_a_program_wherever_it_is_started(tmp_path):
+    for folder in (ROOT, tmp_path):
+        assert (
+            run(sys.executable, "-m", "hybridzoo", "--version", cwd=folder).stdout == f"hybridzoo {zoo.__version__}\n"
+        )
+    # as from the root of the checkout, where the folder `kernels` would be found for Hugging Face's package of that name
+    code = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "sys.argv = ['zoo', '--version']\n"
+        "try:\n    runpy.run_module('hybridzoo', run_name='__main__')\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        f"assert {str(ROOT)!r} not in sys.path\n"
+    )
+    run(sys.executable, "-c", code, cwd=tmp_path)

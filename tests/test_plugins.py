@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import hybridzoo as zoo
+from hybridzoo.__main__ import app
 from hybridzoo.zoo import importing, registry
-from hybridzoo.zoo.cli import app
 from hybridzoo.zoo.config.resolve import validate
 
 MINE = '''

@@ -39,7 +39,7 @@ def test_the_table_of_models_names_what_ships():
 def test_every_command_shown_exists_with_its_options():
     import typer
 
-    from hybridzoo.zoo.cli import app
+    from hybridzoo.__main__ import app
 
     commands = typer.main.get_command(app).commands
     shown = re.findall(r"`(zoo [^`]+)`", TEXT)

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import hybridzoo as zoo
-from hybridzoo.zoo.cli import app
+from hybridzoo.__main__ import app
 from hybridzoo.zoo.config.shipped import find_models
 from hybridzoo.zoo.models.stats import Row, stats
 from hybridzoo.zoo.tables import fold, in_gigabytes, in_units

@@ -325,7 +325,7 @@ def test_generate_on_the_command_line_writes_what_transformers_does(tmp_path):
     from transformers import MambaConfig, MambaForCausalLM
     from typer.testing import CliRunner
 
-    from hybridzoo.zoo.cli import app
+    from hybridzoo.__main__ import app
 
     torch.manual_seed(3)
     config = MambaConfig(

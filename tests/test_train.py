@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.cli import main
+from hybridzoo.__main__ import main
 from hybridzoo.zoo.tokenizer import ByteTokenizer
 from hybridzoo.zoo.train.data import Rows, pack, topics
 from hybridzoo.zoo.train.loop import ZooTrainer

@@ -20,7 +20,7 @@ _PACKAGES = (
     "hybridzoo", "torch", "numpy", "omegaconf", "einops", "safetensors", "transformers", "tokenizers", "accelerate",
     "tensorboard", "lm_eval", "datasets", "matplotlib", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "megablocks",
 )  # fmt: skip
-
+_SCRIPT = "hybridzoo.__main__:main"
 
 # what a call of each op usually looks like
 _TYPICAL: dict[str, dict[str, Any]] = {
@@ -122,10 +122,7 @@ def _cache(folder: Path | None, refused: str | None) -> str:
 def _system(device: str, dtype: torch.dtype) -> dict[str, str]:
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
-    # an entry point of earlier versions, which breaks `import torch` once the package has moved
-    stale = [e for e in importlib.metadata.entry_points(group="torch.backends") if e.name == "hybridzoo"]
-    said = {"installation": "stale: `import torch` loads it. Install hybridzoo again"} if stale else {}
-    return said | {
+    return _stale() | {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "cuda": ", ".join(cuda) if cuda else f"none (torch was built for {torch.version.cuda or 'the CPU'})",
@@ -133,6 +130,18 @@ def _system(device: str, dtype: torch.dtype) -> dict[str, str]:
         "HYBRIDZOO_BACKEND": os.environ.get("HYBRIDZOO_BACKEND", "not set: chosen call by call"),
         "hub cache": f"{home} ({'there' if home.is_dir() else 'not there yet'})",
     }
+
+
+def _stale() -> dict[str, str]:
+    """Say of an installation that it was made by an earlier version: its entry points lead to what has moved."""
+    found = importlib.metadata.entry_points
+    why = ["`import torch` loads it" for e in found(group="torch.backends") if e.name == "hybridzoo"]
+    why += [
+        f"its script `zoo` starts {e.value}"
+        for e in found(group="console_scripts")
+        if e.name == "zoo" and e.value.startswith("hybridzoo.") and e.value != _SCRIPT
+    ]
+    return {"installation": f"stale: {' and '.join(why)}. Install hybridzoo again"} if why else {}
 
 
 def _version(name: str) -> str:

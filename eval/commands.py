@@ -1,0 +1,167 @@
+"""The commands of evaluation. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..zoo.terminal import Device, Json, Model, print_json, print_report, say
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command(
+    "eval",
+    epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb,hybridzoo_mqar --add-bos-token[/bold]",
+)
+def eval_(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas; wildcards for ours: 'hybridzoo_*'.")],
+    limit: Annotated[float | None, typer.Option(help="Documents per task, or a share below 1.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.", min=0)] = None,
+    batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(help="Window in tokens.", show_default="the config's", min=1)
+    ] = None,
+    add_bos_token: Annotated[
+        bool, typer.Option("--add-bos-token", help="Start every prompt as a document of `zoo train` starts.")
+    ] = False,
+    metadata: Annotated[str | None, typer.Option(help='Sizes of tasks: \'{"hybridzoo_mqar": {"pairs": 4}}\'')] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write lm-eval's results to this JSON file.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model through lm-eval. `zoo lm-eval` takes every flag of lm-eval instead."""
+    from ..zoo.named import check_model
+    from .tasks import check_amounts, check_metadata, check_tasks
+
+    # what can be mistyped is looked at before seconds of imports
+    check_model(model)
+    asked, sizes = [task for task in tasks.split(",") if task], _read_json("--metadata", metadata)
+    check_amounts(limit, batch_size, ("--limit", "--batch-size"))
+    check_tasks(asked)
+    if sizes is not None:
+        check_metadata(asked, sizes)
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out: {out} is a folder. Name a JSON file.")
+    from .run import evaluate
+    from .run import table as rows_of
+
+    results = evaluate(
+        model, asked, limit=int(limit) if limit and limit >= 1 else limit, num_fewshot=num_fewshot,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size, max_length=max_length,
+        add_bos_token=add_bos_token or None, metadata=sizes, output=out, device=device,
+    )  # fmt: skip
+    if results is None:
+        return None
+    rows = rows_of(results)
+    if as_json:
+        return print_json(rows)
+    from ..zoo.tables import columns, output
+
+    table = columns("task", "metric", "value", "±", "chance", "n")
+    for row in rows:
+        numbers = ("" if row[k] is None else f"{row[k]:.4f}" for k in ("value", "stderr", "chance"))
+        table.add_row(row["task"], row["metric"], *numbers, str(row["n"]))
+    output().print(table)
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: [bold]zoo lm-eval --model hybridzoo --model_args pretrained=runs/mine --tasks hybridzoo_mqar[/bold]",
+)
+def lm_eval(ctx: typer.Context) -> None:
+    """The command line of lm-eval, all of it, with --model hybridzoo and our tasks known."""
+    from ..zoo.named import check_model, option_pairs
+    from .tasks import check_tasks
+
+    given = dict(option_pairs(ctx.args))
+    if not {"--include_path", "-h", "--help"} & set(given):
+        check_tasks([task for task in given.get("--tasks", given.get("-t", "")).split(",") if task])
+    if given.get("--model") == "hybridzoo":
+        arguments = dict(part.split("=", 1) for part in given.get("--model_args", "").split(",") if "=" in part)
+        check_model(arguments.get("pretrained", "mamba-tiny"))
+    from .run import lm_eval_main
+
+    lm_eval_main(ctx.args)
+
+
+@app.command(epilog="Example: [bold]zoo bench scan --vs transformers --vs mambapy[/bold]")
+def bench(
+    what: Annotated[
+        str, typer.Argument(help="scan, ssd, train or parity; plot draws a result, readme writes the README.")
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(help="The JSON file to plot, or the README to write.", show_default=False)
+    ] = None,
+    vs: Annotated[list[str] | None, typer.Option(help="A peer to compare with; may be repeated.")] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU;"
+            " a model, or model:variant, of train; fuzz of parity, which tries options drawn at random. May be repeated."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the result to this JSON file, beside what it holds of this commit.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Of train: print the kernels of a step.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time an op, or a model's training step, against other implementations on the same device; or compare checkpoints with them."""
+    if what == "plot":
+        from .bench.show import plot
+
+        if file is None:
+            raise ValueError("bench plot: name the JSON file of results to draw.")
+        results = _read_json(str(file), file.read_text(encoding="utf-8"))
+        if not isinstance(results, dict) or "cases" not in results:
+            raise ValueError(f"bench plot: {file} holds no result of zoo bench. Write one with --out.")
+        drawn = plot(results, out or file.with_suffix(".svg"))
+        return say(f"wrote {drawn}")
+    if what == "parity":
+        from .parity.run import parity, table
+
+        if part == ["fuzz"]:
+            from .parity.fuzz import fuzz, summary
+
+            tried = fuzz(out)
+            return print_json(tried) if as_json else print_report(summary(tried))
+        measured = parity(out)
+        return print_json(measured) if as_json else print_report(table(measured))
+    if what == "readme":
+        from .bench.readme import refresh
+
+        return say("wrote " + ", ".join(str(p) for p in refresh(file or Path("README.md"))))
+    from .bench.run import run_bench
+
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = run_bench(what, vs, out, part, profile)
+    if as_json:
+        print_json(result)
+
+
+@app.command(epilog="Example: [bold]zoo demo[/bold]")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing.")] = False,
+) -> None:
+    """Train three tiny models of one budget, evaluate them, and write a page that compares them."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file. Name a folder.")
+    from .demo.run import run
+
+    run(out, fresh=fresh)
+
+
+def _read_json(option: str, text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{option}: is not JSON ({e}). Quote it: {option} '{{\"docs\": 100}}'.") from e

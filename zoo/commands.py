@@ -1,0 +1,238 @@
+"""The zoo's commands. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
+
+import dataclasses
+import enum
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .errors import printable
+from .terminal import Device, Json, Model, given_imports, print_json, print_report, print_text, say
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the config: d_model=256 mixers.mamba.d_state=8", show_default=False),
+]
+Format = enum.StrEnum("Format", ["hf", "mamba_ssm", "hybridzoo"])
+Dtype = enum.StrEnum("Dtype", ["float32", "bfloat16", "float16"])
+
+
+@app.command("list", epilog="Example: [bold]zoo list jamba[/bold], or zoo list 'mamba2-*'")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="A part of the name, or shell wildcards.")] = "*",
+    as_json: Json = False,
+    refresh: Annotated[bool, typer.Option("--refresh", hidden=True)] = False,
+) -> None:
+    """List the models that come with the zoo; the state is what a sequence of 1,024 tokens leaves behind."""
+    from .config.shipped import NUMBERS, find_models, list_models
+
+    if refresh:
+        from .models.stats import numbers
+
+        rows = (f"  {json.dumps(name)}: {json.dumps(numbers(name))}" for name in list_models())
+        NUMBERS.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    models = find_models(pattern)
+    if as_json:
+        return print_json(models)
+    from .tables import listed
+
+    listed(models)
+
+
+@app.command(epilog="Example: [bold]zoo show mamba-130m d_model=512[/bold]")
+def show(
+    model: Annotated[str, typer.Argument(help="A name from `zoo list`, a YAML file, or a saved folder.")],
+    overrides: Overrides = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence, for which FLOPs are stated.", min=1)] = 2048,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights.", show_default="a folder's own, else float32")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print every layer of a model with its parameters, FLOPs and state; nothing is allocated."""
+    from .named import check_model
+
+    check_model(model, hub=False)
+    import torch
+
+    from .models.build import build
+    from .models.stats import config_of, stats, stored_dtype
+
+    saved = Path(model).is_dir()
+    kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if saved else None
+    built = build(config_of(model) if saved else model, overrides or [], device="meta", dtype=kind)
+    report = stats(built, seq_len)
+    lengths = sorted({seq_len, 4096, 32_768, 262_144})
+    state = {str(l): stats(built, l).state_bytes for l in lengths}
+    if as_json:
+        return print_json({"name": model, **dataclasses.asdict(report), "state_bytes_by_length": state})
+    from .tables import shown
+
+    shown(model, report, state)
+
+
+@app.command(epilog="Example: [bold]zoo train jamba-tiny d_model=64 --data texts/ --out runs/mine --steps 500[/bold]")
+def train(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `zoo list` or a YAML file, to train afresh; a saved folder or a hub id, to train its weights further."
+        ),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[Path, typer.Option(help="Text, .jsonl or .npy (token ids) file, or a folder of them.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/MODEL")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Rows per step and device.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens per row.", show_default="max_length, at most 512")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Steps until the peak; below 1, their share.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    save_every: Annotated[int | None, typer.Option(help="Steps.", show_default="a tenth of all")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or start again.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model or another run that is in the run's folder.")
+    ] = False,
+    report_to: Annotated[str, typer.Option(help="tensorboard or none.")] = "tensorboard",
+    device: Device = None,
+) -> None:
+    """Train a model on your text. Ctrl-C saves; the same command continues."""
+    from .named import check_model
+    from .train.options import TrainOptions, check_out, check_path, default_out
+
+    # what can be wrong without a model is found before seconds of imports
+    options = TrainOptions(
+        steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay, seed=seed,
+        save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
+    )  # fmt: skip
+    check_model(model)
+    check_path(data)
+    out = out or default_out(model)
+    check_out(out)
+    from .device import pick_device
+
+    pick_device(device, numbered=False)  # torch alone is there in a third of the time that transformers takes
+    from .train.run import Interrupted
+    from .train.run import train as run
+
+    try:
+        result = run(model, data, out, overrides=overrides, **dataclasses.asdict(options))
+    except Interrupted as e:
+        again = shlex.join(["zoo", *(part for part in sys.argv[1:] if part != "--no-resume")])
+        say(f"step {e.step:,} of {e.steps:,} is saved in {e.folder}" if e.step else "no step is saved yet")
+        say(f"to go on: {again}")
+        raise
+    if result.resumed_from == steps:
+        say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
+    loss = result.history[-1]["loss"]
+    say(f"{steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}")
+    again = shlex.join(["zoo", *given_imports(ctx), "generate", str(out), "--prompt", "The "])
+    say(f"the model is in {out}; next: {again}")
+
+
+@app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said becomes less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text."""
+    from .named import check_model
+
+    check_model(model)
+    import torch
+
+    from .checkpoint import load
+    from .device import pick_device
+    from .models.build import build
+    from .models.finite import check_finite
+    from .tokenizer import encode_prompt, ends_of_text
+    from .train.options import holds_weights
+
+    at = pick_device(device)
+    torch.manual_seed(seed)
+    if Path(model).is_dir() or holds_weights(model):
+        built = load(model, device=at)
+        check_finite(built, model)
+    else:
+        built = build(model, device=at).eval()
+        say(f"{model} is a config: the model is untrained, and babbles")
+    ids, ends = torch.tensor([encode_prompt(built, prompt)], device=at), ends_of_text(built)
+    new = built.generate(
+        ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+        eos_token_id=ends, generator=torch.Generator(at).manual_seed(seed),
+    )[0, ids.shape[1] :].tolist()  # fmt: skip
+    text = built.tokenizer.decode(new[: -1 if new[-1:] and new[-1] in ends else None])
+    if as_json:
+        return print_json({"model": model, "prompt": prompt, "text": text, "tokens": len(new)})
+    print_text(f"{prompt}{text}")
+
+
+@app.command(epilog="Example: [bold]zoo convert state-spaces/mamba-130m out/ --to hf[/bold]")
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A folder of ours, transformers' or mamba-ssm's, or a hub id.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="A new folder; it appears when it is complete.")],
+    to: Annotated[Format, typer.Option(help="The format to write.")] = Format.hf,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a checkpoint in another format, bit for bit, and print what matched."""
+    from .checkpoint import convert as run
+
+    # as a Text: in a plain string, brackets would be markup
+    with Console(stderr=True).status(Text(printable(f"{source} -> {folder}"))):
+        report = run(source, folder, to.value)
+    if as_json:
+        return print_json(dataclasses.asdict(report))
+    print_report(report)
+
+
+@app.command(epilog="Example: [bold]zoo doctor[/bold]")
+def doctor(device: Device = None, as_json: Json = False) -> None:
+    """Say what is installed, and which backend every op takes here, and why."""
+    from .device import pick_device
+    from .doctor import examine
+
+    report = examine(device)
+    if as_json:
+        print_json(report)
+    else:
+        _print_doctor(report)
+    pick_device(device)  # the report says what is wrong with a device, and the exit status that something is
+
+
+def _print_doctor(report: dict[str, Any]) -> None:
+    from .tables import output
+
+    console = output()
+    for title in (t for t in ("system", "gpu", "packages") if t in report):
+        table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold")
+        for key, value in report[title].items():
+            table.add_row(key, value)
+        console.print(table)
+    for op, backends in report["ops"].items():
+        table = Table(box=None, show_header=False, title=op, title_justify="left", title_style="bold")
+        for b in backends:
+            table.add_row("→" if b["chosen"] else " ", b["backend"], b["reason"], style="" if b["chosen"] else "dim")
+        console.print(table)

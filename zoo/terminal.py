@@ -1,0 +1,155 @@
+"""The frame around every command: options that several have, printing, and errors turned into exit statuses."""
+
+import json
+import re
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from .errors import printable
+
+__all__ = ["Device", "Json", "Model", "given_imports", "print_json", "print_report", "print_text", "program", "say"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a name from `zoo list` (untrained).")]
+
+_EXTRAS = {
+    "transformers": "train", "tokenizers": "train", "accelerate": "train", "tensorboard": "train", "lm_eval": "eval",
+    "datasets": "eval", "matplotlib": "bench",
+}  # fmt: skip
+# what terminals act on: C0 without tab and newline, DEL and C1
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def program(*parts: typer.Typer) -> typer.Typer:
+    """Return the program ``zoo``, made of the commands of ``parts``."""
+    app = typer.Typer(
+        cls=_Commands,
+        name="zoo",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="A zoo of sequence models: list, inspect, train, evaluate, compare.",
+        epilog="Example: [bold]zoo show jamba-tiny d_model=256[/bold]",
+    )
+    app.callback()(_options)
+    for part in parts:
+        app.add_typer(part)
+    return app
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can cause into one line on stderr and an exit status."""
+
+    def parse_args(self, ctx, args):
+        if args[-1:] == ["--import"]:
+            ctx.fail("Option '--import' requires an argument.")
+        return super().parse_args(ctx, _imports_first(args))
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+        except Exception as e:
+            message = _message(e)
+            if message is None:
+                raise
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            say(f"error: {message}")
+            raise typer.Exit(1) from e
+
+
+def _message(error: Exception) -> str | None:
+    # None for what is a defect of ours: that deserves its traceback
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
+        return f"this command needs {error.name}. Install it with: pip install 'hybridzoo[{extra}]'"
+    caused = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError)
+    return str(error) if caused or type(error).__name__ in ("BackendError", "WorkerError") else None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"hybridzoo {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version, and nothing else."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="HYBRIDZOO_DEBUG", help="Show where an error comes from.")
+    ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="FILE",
+            help="A Python file or module of yours that registers mixers, for any command. May be repeated.",
+        ),
+    ] = None,
+) -> None:
+    for source in imports or []:
+        from .importing import import_mixers
+
+        import_mixers(source)
+
+
+def _imports_first(args: list[str]) -> list[str]:
+    # `zoo show my.yaml --import mine.py` is what one writes; the option is of the program and not of each command
+    first: list[str] = []
+    rest: list[str] = []
+    i = 0
+    while i < len(args) and args[i] != "--":
+        if args[i] == "--import" and i + 1 < len(args):
+            first += args[i : i + 2]
+            i += 1
+        else:
+            (first if args[i].startswith("--import=") else rest).append(args[i])
+        i += 1
+    return first + rest + args[i:]
+
+
+def given_imports(ctx: typer.Context) -> list[str]:
+    """Return the words that a command needs so that it meets the same mixers as this one."""
+    return [word for source in ctx.find_root().params.get("imports") or [] for word in ("--import", source)]
+
+
+def say(text: str) -> None:
+    """Print to stderr; what a file says is no command to the terminal."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable(text, keep="\n"))
+
+
+def print_text(text: str) -> None:
+    """Print what a model says, which may be somebody else's, and is no command to a terminal."""
+    if _is_terminal():
+        text = _CONTROLS.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
+    sys.stdout.write(f"{text}\n")
+
+
+def print_report(report: object) -> None:
+    """Print lines as they are, however wide the terminal is."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(printable(report, keep="\n"))
+
+
+def print_json(content: Any) -> None:
+    """Print JSON, with control characters as escapes."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    sys.stdout.write(_CONTROLS.sub(lambda c: f"\\u{ord(c[0]):04x}", text) + "\n")
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
