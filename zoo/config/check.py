@@ -5,7 +5,16 @@ from typing import Any
 from ..errors import ConfigError
 from ..layout import BlockSpec
 from ..layout.pattern import MAX_NAME
-from ..registry import HOW_TO_IMPORT, build_mixer, check_mixer_options, home_of, list_mixers, nearest, refuse_broken
+from ..registry import (
+    HOW_TO_IMPORT,
+    build_mixer,
+    check_capability,
+    check_mixer_options,
+    home_of,
+    list_mixers,
+    nearest,
+    refuse_broken,
+)
 from .plain import first_line
 from .schema import MAX_MIXERS
 from .specs import STREAMS, without_streams
@@ -83,7 +92,10 @@ def check_mixers(specs: list[BlockSpec], d_model: int) -> None:
     for part, where, spec in built.values():
         place = {"d_in": spec.d_in(d_model), "layer_idx": spec.index, "n_layer": len(specs)}
         try:
-            build_mixer(part, where, d_model=d_model, device="meta", **place)
+            mixer = build_mixer(part, where, d_model=d_model, device="meta", **place)
+            check_capability(
+                "causal", mixer, part, where, f"block {spec.index} ({spec.token}) of a causal language model"
+            )
         except ConfigError:
             raise
         except Exception as e:
