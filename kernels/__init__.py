@@ -1,13 +1,17 @@
 """Ops and their backends: tensors in, tensors out, nothing of modules, YAML or transformers."""
 
-from .conv.op import causal_conv1d
+# ops stand in dispatch's tables, and so in what ``zoo doctor`` prints, in the order of these imports
+# isort: off
 from .dispatch import BackendError
-from .loss.op import cross_entropy
-from .norm.op import branch_rms_norm, rms_norm
 from .scan.op import selective_scan
-from .seq import Seq
 from .ssd.op import ssd
+from .conv.op import causal_conv1d
+from .loss.op import cross_entropy
 from .step.op import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
+from .norm.op import branch_rms_norm, rms_norm
+from .seq import Seq
+from . import mamba_layer as mamba_layer
+# isort: on
 
 __all__ = [
     "BackendError",

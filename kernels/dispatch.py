@@ -1,8 +1,9 @@
-"""Which backend answers a call, and why the others do not.
+"""Chooses the backend that answers a call, and says why the others do not.
 
-Order: the ``backend`` argument, then the environment variable ``HYBRIDZOO_BACKEND``, then the first backend in the table that can. Every
-backend answers *can you do this call?* with a reason; the reasons are what errors and ``zoo doctor`` print. Facts about a call
-are plain Python values (``device="cpu"``, ``dtype=torch.bfloat16``, ``packed=True``); what is not stated is the plain case.
+An op registers its backends where it is defined, in order of preference. Order: the ``backend`` argument, then the environment
+variable ``HYBRIDZOO_BACKEND``, then the first backend in the table that can. Every backend answers *can you do this call?* with a
+reason; the reasons are what errors and ``zoo doctor`` print. Facts about a call are plain Python values (``device="cpu"``,
+``dtype=torch.bfloat16``, ``packed=True``); what is not stated is the plain case.
 
 ``"reference"`` means, for every op, the one backend of plain differentiable PyTorch, whatever the op calls it; and it is what answers
 inside forward-mode differentiation and ``torch.func``'s transforms, which would drop tangents at a kernel without a word.
@@ -18,19 +19,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .conv import cuda as cuda_conv
 from .derivatives import ENV, transformed
-from .loss import cuda as cuda_loss
-from .norm import cuda as cuda_norm
-from .scan import cuda as cuda_ops
-from .scan import low_rank
 from .seq import Seq
-from .step import cuda as cuda_update
 
 Facts = dict[str, Any]
+TABLES: dict[str, dict[str, "Backend"]] = {}
+# what backends of several ops are called in a few words
+KERNELS = "our kernels, compiled at first use"
+CHUNKED = "vectorised PyTorch, memory linear in l"
+LOOP = "a loop over time, the definition"
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES)
 
 
 class BackendError(RuntimeError):
@@ -48,14 +49,21 @@ class Backend:
     Attributes:
         name: What ``backend=`` and ``HYBRIDZOO_BACKEND`` call it.
         summary: What it is, in a few words.
-        refuse: Why it cannot do a call with these facts, or ``None`` if it can.
+        refuse: Says why it cannot do a call with these facts, or ``None`` if it can, as always by default.
+        run: Does it, with the arguments that the op's backends agree on; absent where the op asks for the name alone.
         plain: Whether it consists of differentiable PyTorch operations, and so has every kind of derivative.
     """
 
     name: str
     summary: str
-    refuse: Callable[[Facts], str | None]
+    refuse: Callable[[Facts], str | None] = lambda facts: None
+    run: Any = None
     plain: bool = False
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Make these the backends of ``op``, in order of preference; one of them is plain."""
+    TABLES[op] = {backend.name: backend for backend in backends}
 
 
 def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
@@ -126,8 +134,10 @@ def library(name: str) -> ModuleType | str:
 
 
 _tried: dict[str, ModuleType | str] = {}
-_LIBRARIES = ("mamba_ssm", "causal_conv1d", "flash_attn", "megablocks")
-_installed = {name: importlib.util.find_spec(name) is not None for name in _LIBRARIES}
+installed = {
+    name: importlib.util.find_spec(name) is not None
+    for name in ("mamba_ssm", "causal_conv1d", "flash_attn", "megablocks")
+}
 
 
 def _asked(op: str, table: dict[str, Backend], name: str, where: str, facts: Facts) -> Backend:
@@ -165,17 +175,9 @@ def _table(op: str) -> dict[str, Backend]:
     return TABLES[op]
 
 
-def _never(facts: Facts) -> str | None:
-    return None
-
-
-def _cuda(facts: Facts) -> str | None:
-    return "there is no CUDA kernel of ours for this op yet"
-
-
-def _needs(name: str, facts: Facts, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What every optional GPU library needs."""
-    if not _installed[name]:
+def refuse_library(name: str, facts: Facts, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Say why an optional GPU library cannot do a call in ``dtypes``, or ``None`` if it may."""
+    if not installed[name]:
         return f"{name} is not installed"
     device, dtype = facts.get("device", "cpu"), facts.get("dtype", torch.float32)
     if device != "cuda":
@@ -188,139 +190,10 @@ def _needs(name: str, facts: Facts, dtypes: tuple[torch.dtype, ...]) -> str | No
     return module if isinstance(module, str) else None
 
 
-_HALF = (torch.float16, torch.bfloat16)
-_FLOAT = (torch.float32, *_HALF)
-
-
-def _mamba_ssm_scan(facts: Facts) -> str | None:
-    reason = _needs("mamba_ssm", facts, _FLOAT)
-    if reason is not None:
-        return reason
-    if facts.get("initial_state"):
-        return "mamba_ssm has no initial state in its selective scan"
-    if facts.get("packed"):
-        return "mamba_ssm has no packing in its selective scan"
-    if facts.get("padded"):
-        return "mamba_ssm has no padding in its selective scan"
-    if facts.get("final_state_grad"):
-        return "mamba_ssm drops the gradient of the final state"
-    if facts.get("d_state", 16) > 256:
-        return f"mamba_ssm scans up to d_state = 256, got {facts['d_state']}"
-    return None
-
-
-def _mamba_ssm_ssd(facts: Facts) -> str | None:
-    reason = _needs("mamba_ssm", facts, _FLOAT)
-    if reason is not None:
-        return reason
-    if facts.get("initial_state") and facts.get("packed"):
-        return "mamba_ssm takes an initial state or packed documents, not both"
-    if facts.get("dtype", torch.float32) == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        return "mamba_ssm rounds float32 matrices to TF32, which torch.backends.cuda.matmul.allow_tf32 rules out"
-    return None
-
-
-def _causal_conv1d(facts: Facts) -> str | None:
-    reason = _needs("causal_conv1d", facts, _FLOAT)
-    if reason is not None:
-        return reason
-    width, d = facts.get("width", 4), facts.get("d", 8)
-    if not 2 <= width <= 4:
-        return f"causal_conv1d takes widths 2 to 4, got {width}"
-    if d % 8:
-        return f"causal_conv1d needs a multiple of 8 channels, got {d}"
-    if facts.get("initial_state") and facts.get("packed"):
-        return "causal_conv1d takes an initial state or packed documents, not both"
-    return None
-
-
-def _flash_attn(facts: Facts) -> str | None:
-    reason = _needs("flash_attn", facts, _HALF)
-    if reason is None and facts.get("headdim", 64) > 256:
-        return f"flash_attn takes headdim up to 256, got {facts['headdim']}"
-    if reason is None and facts.get("masked"):
-        return "flash_attn takes no mask, which a carried state and packed documents need"
-    return reason
-
-
-def _megablocks(facts: Facts) -> str | None:
-    return _needs("megablocks", facts, _HALF)
-
-
-def _grouped_mm(facts: Facts) -> str | None:
-    if not hasattr(F, "grouped_mm"):
-        return "this torch has no grouped_mm (torch >= 2.10 has)"
-    dtype = facts.get("dtype", torch.float32)
-    if dtype not in _FLOAT:
-        return f"grouped_mm takes float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
-    for width in facts.get("widths", ()):
-        if width * dtype.itemsize % 16:
-            return f"grouped_mm needs rows of a multiple of 16 bytes, got {width} x {dtype.itemsize} = {width * dtype.itemsize}"
-    return None
-
-
-def _mamba_layer(facts: Facts) -> str | None:
-    for op in ("selective_scan", "causal_conv1d", *(["rms_norm"] if facts.get("normed") else [])):
-        try:
-            name = choose(op, **facts).name
-        except BackendError as e:
-            return str(e)
-        if name != "cuda":
-            return f"{op} is not by our kernels (backend: {name})"
-    return None
-
-
-def _ops(*backends: Backend) -> dict[str, Backend]:
-    return {backend.name: backend for backend in backends}
-
-
-_CUDA = Backend("cuda", "our kernels, compiled at first use", _cuda)
-_CUDA_SCAN = Backend("cuda", "our kernels, compiled at first use", cuda_ops.refuse)
-_CUDA_CONV = Backend("cuda", "our kernels, compiled at first use", cuda_conv.refuse)
-_CUDA_LOSS = Backend("cuda", "our kernel, compiled at first use", cuda_loss.refuse)
-_CUDA_NORM = Backend("cuda", "our kernels, compiled at first use", cuda_norm.refuse)
-_CUDA_UPDATE = Backend("cuda", "our kernels, compiled at first use", cuda_update.refuse)
-_CUDA_WALK = Backend("cuda", "our kernels walk over the tokens where they are", cuda_ops.refuse)
-_CUDA_RANK = Backend(
-    "cuda", "our scan forms the step sizes itself", lambda facts: cuda_ops.refuse(facts) or low_rank.refuse(facts)
-)
-_CHUNKED = Backend("chunked", "vectorised PyTorch, memory linear in l", _never)
-_REFERENCE = Backend("reference", "a loop over time, the definition", _never, plain=True)
-
-TABLES: dict[str, dict[str, Backend]] = {
-    "selective_scan": _ops(
-        _CUDA_SCAN, Backend("mamba_ssm", "mamba_ssm's CUDA scan", _mamba_ssm_scan), _CHUNKED, _REFERENCE
-    ),
-    "ssd": _ops(_CUDA, Backend("mamba_ssm", "mamba_ssm's Triton SSD", _mamba_ssm_ssd), _CHUNKED, _REFERENCE),
-    "causal_conv1d": _ops(
-        _CUDA_CONV, Backend("causal_conv1d", "causal_conv1d's CUDA kernel", _causal_conv1d), _CHUNKED, _REFERENCE
-    ),
-    "cross_entropy": _ops(_CUDA_LOSS, Backend("torch", "PyTorch operations", _never, plain=True)),
-    "update": _ops(_CUDA_UPDATE, Backend("chunked", "PyTorch operations", _never, plain=True)),
-    "rms_norm": _ops(_CUDA_NORM, Backend("torch", "PyTorch operations", _never, plain=True)),
-    "attention": _ops(
-        Backend("flash_attn", "flash-attn's CUDA kernel", _flash_attn),
-        Backend("sdpa", "torch's scaled_dot_product_attention", _never),
-        Backend("math", "the same in matrix products and a softmax", _never, plain=True),
-    ),
-    "moe": _ops(
-        Backend("grouped_mm", "torch's grouped matmul", _grouped_mm),
-        Backend("megablocks", "megablocks' grouped matmuls", _megablocks),
-        Backend("loop", "one matmul per expert", _never, plain=True),
-    ),
-    "mamba_layer": _ops(
-        Backend("cuda", "forward and backward of the layer as one node of autograd", _mamba_layer),
-        Backend("modules", "a call for each of its parts", _never, plain=True),
-    ),
-    # of a selective_scan by our kernels; every other backend scans what was gathered, and what was multiplied before
-    "paths": _ops(_CUDA_WALK, Backend("gather", "one scan per path over gathered tokens", _never, plain=True)),
-    "dt_weight": _ops(_CUDA_RANK, Backend("product", "a matrix product in front of the scan", _never, plain=True)),
-}
-
-
-def _facts(
+def facts_of(
     x: Tensor, initial_state: Tensor | None, seq: Seq | None, final: bool, *leaves: Tensor | None, **more: Any
-) -> dict[str, Any]:
+) -> Facts:
+    """Facts about a call on ``x``; ``leaves`` are what else may want a gradient through the ``final`` state, if that is asked for."""
     grad = final and torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (x, *leaves))
     return {
         "device": x.device.type,

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import checks
 from .conv import cuda as cuda_conv
 from .derivatives import once
+from .dispatch import Backend, BackendError, Facts, choose, register
 from .gpu import nvrtc
 from .gpu.operands import in_one_piece
 from .norm import cuda as cuda_norm
@@ -195,3 +196,21 @@ def mamba_layer(
     checks.fits("Mamba", seq, *x.shape[:2])
     marks = Marks() if seq is None else Marks(seq.doc if seq.packed else None, *seq.marks())
     return _Layer.apply(dtype, eps, again, marks, x, *weights)
+
+
+def _refuse(facts: Facts) -> str | None:
+    for op in ("selective_scan", "causal_conv1d", *(["rms_norm"] if facts.get("normed") else [])):
+        try:
+            name = choose(op, **facts).name
+        except BackendError as e:
+            return str(e)
+        if name != "cuda":
+            return f"{op} is not by our kernels (backend: {name})"
+    return None
+
+
+register(
+    "mamba_layer",
+    Backend("cuda", "forward and backward of the layer as one node of autograd", _refuse),
+    Backend("modules", "a call for each of its parts", plain=True),
+)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..kernels import contain
 from ..kernels.derivatives import ENV, refused_beyond
 from ..kernels.derivatives import plain as plain_only
-from ..kernels.dispatch import choose
+from ..kernels.dispatch import HALVES, Backend, Facts, choose, refuse_library, register
 from .adapter import Adapter
 from .base import Mixer, Seq
 from .common import check, check_positive, linear, refuse_packed_state, reset_linear, scaled
@@ -33,6 +33,23 @@ from .rope import rotate
 __all__ = ["Attention", "AttentionState"]
 
 _BLOCK = 1024
+
+
+def _refuse_flash(facts: Facts) -> str | None:
+    reason = refuse_library("flash_attn", facts, HALVES)
+    if reason is None and facts.get("headdim", 64) > 256:
+        return f"flash_attn takes headdim up to 256, got {facts['headdim']}"
+    if reason is None and facts.get("masked"):
+        return "flash_attn takes no mask, which a carried state and packed documents need"
+    return reason
+
+
+register(
+    "attention",
+    Backend("flash_attn", "flash-attn's CUDA kernel", _refuse_flash),
+    Backend("sdpa", "torch's scaled_dot_product_attention"),
+    Backend("math", "the same in matrix products and a softmax", plain=True),
+)
 
 
 class Attention(Mixer):

@@ -11,9 +11,30 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..kernels.derivatives import differentiable_once, plain
+from ..kernels.dispatch import FLOATS, HALVES, Backend, Facts, refuse_library, register
 from ..kernels.operators import custom_op
 
 __all__ = ["grouped_linear"]
+
+
+def _refuse_grouped_mm(facts: Facts) -> str | None:
+    if not hasattr(F, "grouped_mm"):
+        return "this torch has no grouped_mm (torch >= 2.10 has)"
+    dtype = facts.get("dtype", torch.float32)
+    if dtype not in FLOATS:
+        return f"grouped_mm takes float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+    for width in facts.get("widths", ()):
+        if width * dtype.itemsize % 16:
+            return f"grouped_mm needs rows of a multiple of 16 bytes, got {width} x {dtype.itemsize} = {width * dtype.itemsize}"
+    return None
+
+
+register(
+    "moe",
+    Backend("grouped_mm", "torch's grouped matmul", _refuse_grouped_mm),
+    Backend("megablocks", "megablocks' grouped matmuls", lambda facts: refuse_library("megablocks", facts, HALVES)),
+    Backend("loop", "one matmul per expert", plain=True),
+)
 
 
 def _runs(offsets: Tensor) -> list[tuple[int, int]]:

@@ -329,7 +329,7 @@ def sides(monkeypatch, tmp_path):
     monkeypatch.setitem(bench_train._MAKERS, "fake", peer)
     monkeypatch.setattr(bench_train, "TIMED", 3)
     monkeypatch.setattr(bench_train, "COMPARED", 4)
-    monkeypatch.setattr(bench_train.dispatch, "_installed", dict(bench_train.dispatch._installed))
+    monkeypatch.setattr(bench_train.dispatch, "installed", dict(bench_train.dispatch.installed))
     weights = str(tmp_path / "w.safetensors")
 
     def run(side, variant="default"):

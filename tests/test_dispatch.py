@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+import hybridzoo.layers  # noqa: F401, registers the backends of attention and moe
 from hybridzoo.kernels import BackendError, causal_conv1d, dispatch, selective_scan, ssd
 from hybridzoo.kernels.dispatch import choose, explain
 from hybridzoo.kernels.scan import library as libraries
@@ -24,15 +25,15 @@ def _no_wish(monkeypatch):
 @pytest.fixture
 def installed(monkeypatch):
     """All optional libraries seem to be there and to import."""
-    for name in dispatch._LIBRARIES:
-        monkeypatch.setitem(dispatch._installed, name, True)
+    for name in dispatch.installed:
+        monkeypatch.setitem(dispatch.installed, name, True)
         monkeypatch.setitem(dispatch._tried, name, types.ModuleType(name))
 
 
 @pytest.fixture
 def missing(monkeypatch):
-    for name in dispatch._LIBRARIES:
-        monkeypatch.setitem(dispatch._installed, name, False)
+    for name in dispatch.installed:
+        monkeypatch.setitem(dispatch.installed, name, False)
 
 
 @pytest.mark.parametrize("op", OPS[:3])
@@ -97,7 +98,7 @@ def test_unknown_names_suggest_the_nearest(monkeypatch):
         choose("selective_scan", backend="chunkd")
     with pytest.raises(BackendError, match="Known: cuda, mamba_ssm, chunked, reference"):
         choose("ssd", backend="tpu")
-    with pytest.raises(ValueError, match=r"op: unknown op 'scan'\. Known: selective_scan, ssd"):
+    with pytest.raises(ValueError, match=r"op: unknown op 'scan'\. Known: selective_scan, paths, dt_weight, ssd"):
         choose("scan")
     monkeypatch.setenv(dispatch.ENV, "referense")
     with pytest.raises(
@@ -188,7 +189,7 @@ def test_a_library_that_does_not_import_is_tried_once_and_its_reason_kept(monkey
         tries.append(name)
         raise ImportError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setitem(dispatch._installed, "mamba_ssm", True)
+    monkeypatch.setitem(dispatch.installed, "mamba_ssm", True)
     monkeypatch.delitem(dispatch._tried, "mamba_ssm", raising=False)
     monkeypatch.setattr(dispatch.importlib, "import_module", fails)
     for _ in range(2):

@@ -20,7 +20,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(nvrtc, "compiler_version", lambda: "13.0")
     monkeypatch.setattr(doctor, "_loaded_from", lambda library: f"/somewhere/{library}.13")
-    monkeypatch.setattr(dispatch, "_installed", dict.fromkeys(dispatch._installed, False))
+    monkeypatch.setattr(dispatch, "installed", dict.fromkeys(dispatch.installed, False))
     monkeypatch.setenv("HYBRIDZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HYBRIDZOO_BACKEND", raising=False)
     return tmp_path / "cache"

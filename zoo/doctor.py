@@ -12,6 +12,7 @@ import torch
 
 from ..kernels.dispatch import TABLES, explain
 from ..kernels.gpu import cache, nvrtc
+from ..layers import attention, experts  # noqa: F401, registers the backends of their ops
 from .device import pick_device
 
 __all__ = ["examine"]

@@ -196,8 +196,8 @@ def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
 def _ours(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     variant = spec["variant"]
     # what runs is ours, also where the peers' libraries are installed
-    for name in dispatch._installed:
-        dispatch._installed[name] &= name == "mamba_ssm" and variant == "mamba_ssm-scan"
+    for name in dispatch.installed:
+        dispatch.installed[name] &= name == "mamba_ssm" and variant == "mamba_ssm-scan"
     model = build(spec["model"], device=device).train()
     model.load_state_dict(load_file(spec["weights"], device=device))
     if variant == "compile":

@@ -5,7 +5,23 @@ import importlib
 import torch
 from torch import Tensor
 
+from ..dispatch import FLOATS, Facts, refuse_library
 from ..numerics import _half
+
+
+def refuse(facts: Facts) -> str | None:
+    """Say why the library cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+    reason = refuse_library("causal_conv1d", facts, FLOATS)
+    if reason is not None:
+        return reason
+    width, d = facts.get("width", 4), facts.get("d", 8)
+    if not 2 <= width <= 4:
+        return f"causal_conv1d takes widths 2 to 4, got {width}"
+    if d % 8:
+        return f"causal_conv1d needs a multiple of 8 channels, got {d}"
+    if facts.get("initial_state") and facts.get("packed"):
+        return "causal_conv1d takes an initial state or packed documents, not both"
+    return None
 
 
 def causal_conv1d(

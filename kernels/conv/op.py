@@ -1,25 +1,25 @@
 """The public op: what it means, what it accepts, and which backend answers."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .. import checks
 from ..checks import _is_silu
-from ..dispatch import _facts, choose
+from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
 from ..gpu import launch_plans as cuda_again
 from ..seq import Seq, _cleared
 from . import chunked as conv
 from . import cuda as cuda_conv
 from . import library, reference
 
-_CONVS: dict[str, Callable] = {
-    "cuda": cuda_conv.causal_conv1d,
-    "reference": reference.causal_conv1d,
-    "chunked": conv.causal_conv1d,
-    "causal_conv1d": library.causal_conv1d,
-}
+register(
+    "causal_conv1d",
+    Backend("cuda", KERNELS, cuda_conv.refuse, cuda_conv.causal_conv1d),
+    Backend("causal_conv1d", "causal_conv1d's CUDA kernel", library.refuse, library.causal_conv1d),
+    Backend("chunked", CHUNKED, run=conv.causal_conv1d),
+    Backend("reference", LOOP, run=reference.causal_conv1d, plain=True),
+)
 
 
 def causal_conv1d(
@@ -69,11 +69,11 @@ def causal_conv1d(
     silu = _is_silu(where, activation)
     (x,) = _cleared(seq, x)
     operands = (x, weight, bias, initial_state)
-    facts = _facts(x, initial_state, seq, False, width=k, d=d)
+    facts = facts_of(x, initial_state, seq, False, width=k, d=d)
     chosen = choose(where, backend=backend if l else "reference", **facts)
     # rows of one document read nothing behind padding, which stands at their end
     doc = seq.doc if seq is not None and seq.packed else None
-    (out,) = _cleared(seq, _CONVS[chosen.name](*operands, doc, silu))
+    (out,) = _cleared(seq, chosen.run(*operands, doc, silu))
     if chosen.name == "cuda" and plain:
         cuda_again.learn(where, operands, lambda: cuda_conv.plan_of(*operands, silu), activation, backend)
     return (out, conv.last_inputs(x, k, initial_state, seq)) if return_final_state else out

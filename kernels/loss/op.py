@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import choose
+from ..dispatch import Backend, choose, register
 from . import cuda as cuda_loss
 
 # elements of a group of rows that the operations pass over while it is in the cache
@@ -53,8 +53,7 @@ def cross_entropy(
         )
     subclass = type(logits).__name__ if type(logits) not in (Tensor, torch.nn.Parameter) else None
     chosen = choose(where, backend=backend, device=logits.device.type, dtype=logits.dtype, subclass=subclass)
-    run = cuda_loss.cross_entropy if chosen.name == "cuda" else _cross_entropy
-    return run(logits.detach() if want_gradient else logits, targets, ignore_index, want_gradient, scale)
+    return chosen.run(logits.detach() if want_gradient else logits, targets, ignore_index, want_gradient, scale)
 
 
 def _cross_entropy(
@@ -82,3 +81,10 @@ def _cross_entropy(
         if p is not out:
             out.copy_(p)
     return losses, gradient
+
+
+register(
+    "cross_entropy",
+    Backend("cuda", "our kernel, compiled at first use", cuda_loss.refuse, cuda_loss.cross_entropy),
+    Backend("torch", "PyTorch operations", run=_cross_entropy, plain=True),
+)

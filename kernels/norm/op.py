@@ -3,7 +3,6 @@
 What the branch before adds to x may come in with it, so that the sum and its norm are one pass.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import choose
+from ..dispatch import KERNELS, Backend, choose, register
 from ..gpu import launch_plans as cuda_again
 from . import cuda as cuda_norm
 
@@ -62,10 +61,10 @@ def branch_rms_norm(
     # of the weight's and the addend's dtype only that it can be read
     dtypes = (out, *(m.dtype for m in (weight, add) if m is not None))
     facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "dtypes": dtypes, "d": x.shape[-1]}
-    chosen = choose(where, backend=backend, **facts).name
-    if chosen == "cuda":
+    chosen = choose(where, backend=backend, **facts)
+    if chosen.name == "cuda":
         cuda_again.learn(where, given, lambda: ((x, weight, add), True), eps, dtype, backend)
-    return _NORMS[chosen](x, weight, eps, out, add)
+    return chosen.run(x, weight, eps, out, add)
 
 
 def _check(x: Tensor, weight: Tensor | None, add: Tensor | None) -> None:
@@ -90,4 +89,8 @@ def _torch(
     return F.rms_norm(x, x.shape[-1:], weight, eps).to(dtype), x
 
 
-_NORMS: dict[str, Callable] = {"cuda": cuda_norm.branch_rms_norm, "torch": _torch}
+register(
+    "rms_norm",
+    Backend("cuda", KERNELS, cuda_norm.refuse, cuda_norm.branch_rms_norm),
+    Backend("torch", "PyTorch operations", run=_torch, plain=True),
+)

@@ -1,13 +1,25 @@
-"""Optional libraries behind our signatures; :mod:`.dispatch` only sends calls here that they can do.
-
-mamba-ssm 2.3 and causal-conv1d 1.7, channels first where ours are channels last.
-"""
+"""mamba-ssm behind our signature of the selective scan: version 2.3, channels first where ours are channels last."""
 
 import importlib
 
 from torch import Tensor
 
+from ..dispatch import FLOATS, Facts, refuse_library
 from ..numerics import _full
+
+
+def refuse(facts: Facts) -> str | None:
+    """Say why mamba_ssm cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+    reason = refuse_library("mamba_ssm", facts, FLOATS)
+    if reason is not None:
+        return reason
+    for fact, name in (("initial_state", "initial state"), ("packed", "packing"), ("padded", "padding")):
+        if facts.get(fact):
+            return f"mamba_ssm has no {name} in its selective scan"
+    if facts.get("final_state_grad"):
+        return "mamba_ssm drops the gradient of the final state"
+    n = facts.get("d_state", 16)
+    return f"mamba_ssm scans up to d_state = 256, got {n}" if n > 256 else None
 
 
 def selective_scan(

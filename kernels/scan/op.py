@@ -4,13 +4,13 @@ Dimension letters are those of the package's docstring. ``seq`` says where docum
 float32, or float64 when the inputs are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import _facts, choose
+from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
 from ..gpu import launch_plans as cuda_again
 from ..seq import Seq, _cleared, _marks
 from . import chunked, low_rank, reference
@@ -18,12 +18,26 @@ from . import cuda as cuda_ops
 from . import library as libraries
 from .paths import over_paths, per_path, walks
 
-_SCANS: dict[str, Callable] = {
-    "cuda": cuda_ops.selective_scan,
-    "reference": reference.selective_scan,
-    "chunked": chunked.selective_scan,
-    "mamba_ssm": libraries.selective_scan,
-}
+register(
+    "selective_scan",
+    Backend("cuda", KERNELS, cuda_ops.refuse, cuda_ops.selective_scan),
+    Backend("mamba_ssm", "mamba_ssm's CUDA scan", libraries.refuse, libraries.selective_scan),
+    Backend("chunked", CHUNKED, run=chunked.selective_scan),
+    Backend("reference", LOOP, run=reference.selective_scan, plain=True),
+)
+# of a scan by our kernels; every other backend scans what was gathered, and what was multiplied before
+register(
+    "paths",
+    Backend("cuda", "our kernels walk over the tokens where they are", cuda_ops.refuse),
+    Backend("gather", "one scan per path over gathered tokens", plain=True),
+)
+register(
+    "dt_weight",
+    Backend(
+        "cuda", "our scan forms the step sizes itself", lambda facts: cuda_ops.refuse(facts) or low_rank.refuse(facts)
+    ),
+    Backend("product", "a matrix product in front of the scan", plain=True),
+)
 
 
 def selective_scan(
@@ -95,7 +109,7 @@ def selective_scan(
     checks.fits(where, seq, b, l)
     u, dt, B, C, z = _cleared(seq, u, dt, B, C, z)
     leaves = (dt, A, B, C, dt_bias, initial_state, dt_weight)
-    facts = _facts(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])
+    facts = facts_of(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])
     # without a token there is nothing for a kernel to do
     backend = backend if l else "reference"
     chosen = choose(where, backend=backend, **facts)
@@ -115,9 +129,9 @@ def selective_scan(
         if plain and (dt_weight is None or dt_weight.shape[-1] % 8 == 0):
             cuda_again.learn(where, seen, lambda: cuda_ops.plan_of(seen, out, dt_softplus), dt_softplus, backend)
     elif walked is None:
-        out, state = _SCANS[chosen.name](*operands, *_marks(seq), dt_softplus)
+        out, state = chosen.run(*operands, *_marks(seq), dt_softplus)
     else:
-        out, state = over_paths(lambda *x: _SCANS[chosen.name](*x, None, None, dt_softplus), walked, *operands)
+        out, state = over_paths(lambda *x: chosen.run(*x, None, None, dt_softplus), walked, *operands)
     (out,) = _cleared(seq, out)
     return (out, state) if return_final_state else out
 

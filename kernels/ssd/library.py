@@ -5,7 +5,20 @@ import importlib
 import torch
 from torch import Tensor
 
+from ..dispatch import FLOATS, Facts, refuse_library
 from ..numerics import _full, _half, step_sizes
+
+
+def refuse(facts: Facts) -> str | None:
+    """Say why mamba_ssm cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+    reason = refuse_library("mamba_ssm", facts, FLOATS)
+    if reason is not None:
+        return reason
+    if facts.get("initial_state") and facts.get("packed"):
+        return "mamba_ssm takes an initial state or packed documents, not both"
+    if facts.get("dtype", torch.float32) == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "mamba_ssm rounds float32 matrices to TF32, which torch.backends.cuda.matmul.allow_tf32 rules out"
+    return None
 
 
 def ssd(

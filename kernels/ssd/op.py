@@ -1,18 +1,23 @@
 """The public op: what it means, what it accepts, and which backend answers."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import _facts, choose
+from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
 from ..seq import Seq, _cleared, _marks
 from . import chunked as chunked_ssd
 from . import library, reference
 
-_SSDS: dict[str, Callable] = {"chunked": chunked_ssd.ssd, "mamba_ssm": library.ssd}
+register(
+    "ssd",
+    Backend("cuda", KERNELS, lambda facts: "there is no CUDA kernel of ours for this op yet"),
+    Backend("mamba_ssm", "mamba_ssm's Triton SSD", library.refuse, library.ssd),
+    Backend("chunked", CHUNKED, run=chunked_ssd.ssd),
+    Backend("reference", LOOP, run=reference.ssd, plain=True),
+)
 
 
 def ssd(
@@ -86,9 +91,9 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
     x, dt, B, C, z = _cleared(seq, x, dt, B, C, z)
-    facts = _facts(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n)
+    facts = facts_of(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n)
     chosen = choose(where, backend=backend if l else "reference", **facts)
-    operands = (x, dt, A, B, C, D, z, dt_bias, initial_state, *_marks(seq), dt_softplus, (lo, hi))
-    out, state = reference.ssd(*operands) if chosen.name == "reference" else _SSDS[chosen.name](*operands, chunk_size)
+    operands = (x, dt, A, B, C, D, z, dt_bias, initial_state, *_marks(seq), dt_softplus, (lo, hi), chunk_size)
+    out, state = chosen.run(*operands)
     (out,) = _cleared(seq, out)
     return (out, state) if return_final_state else out

@@ -20,6 +20,7 @@ def ssd(
     valid: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The same recurrence with one decay rate per head, ``x`` (b, l, h, p), ``dt`` (b, l, h), ``A`` (h,), state (b, h, p, n)."""
     acc = torch.promote_types(x.dtype, torch.float32)

@@ -5,7 +5,6 @@ states than a batch has entries: ``rows`` says which row of the states an entry 
 """
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,11 +12,16 @@ from torch import Tensor
 
 from .. import checks
 from ..checks import _is_silu
-from ..dispatch import choose
+from ..dispatch import KERNELS, Backend, choose, register
 from . import chunked as update_torch
 from . import cuda as cuda_update
 
-_BACKENDS: dict[str, ModuleType] = {"cuda": cuda_update, "chunked": update_torch}
+# each runs as a module, with a function for each of the four steps
+register(
+    "update",
+    Backend("cuda", KERNELS, cuda_update.refuse, cuda_update),
+    Backend("chunked", "PyTorch operations", run=update_torch, plain=True),
+)
 
 
 def selective_state_update(
@@ -265,14 +269,14 @@ def _check_heads(where: str, b: int, h: int, p: int, dt: Tensor, A: Tensor, D: A
 
 def _backend(
     backend: str | None, x: Tensor, state: Tensor | None, leaves: tuple, conv_state: Any = None, **facts: Any
-) -> ModuleType:
+) -> Any:
     grad = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (x, state, conv_state, *leaves))
     facts |= {"device": x.device.type, "dtype": x.dtype, "grad": grad}
     if state is not None:
         facts |= {"state_dtype": state.dtype, "whole_rows": _whole_rows(state)}
     if conv_state is not None:
         facts |= {"conv_dtype": conv_state.dtype, "whole_channels": conv_state.stride(-1) == 1}
-    return _BACKENDS[choose("update", backend=backend, **facts).name]
+    return choose("update", backend=backend, **facts).run
 
 
 def _whole_rows(state: Tensor) -> bool:

@@ -191,7 +191,7 @@ def test_autocast_keeps_inputs_and_filter_as_they_are():
 @pytest.mark.parametrize("case", ["plain", "state", "packed"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_no_further_from_the_truth_than_the_causal_conv1d_library(dtype, case):
-    if not dispatch._installed["causal_conv1d"] or isinstance(dispatch.library("causal_conv1d"), str):
+    if not dispatch.installed["causal_conv1d"] or isinstance(dispatch.library("causal_conv1d"), str):
         pytest.skip("causal_conv1d is not installed")
     inputs = operands(2, 515, 256, 4, dtype, dtype, state=case == "state")
     options = {"activation": "silu", "initial_state": inputs[3]}

@@ -177,7 +177,7 @@ def test_compiled_on_the_gpu_in_one_graph():
 
 
 def require(name):
-    module = dispatch.library(name) if dispatch._installed[name] else f"{name} is not installed"
+    module = dispatch.library(name) if dispatch.installed[name] else f"{name} is not installed"
     if isinstance(module, str):
         pytest.skip(module)
 

@@ -243,7 +243,7 @@ def _ask_for_cuda(monkeypatch):
     from hybridzoo.kernels import dispatch
 
     table = dispatch.TABLES["update"]
-    mine = dispatch.Backend("cuda", table["cuda"].summary, table["cuda"].refuse)
+    mine = dispatch.Backend("cuda", table["cuda"].summary, table["cuda"].refuse, table["cuda"].run)
     monkeypatch.setitem(dispatch.TABLES, "update", {"cuda": mine, "chunked": table["chunked"]})
 
 
