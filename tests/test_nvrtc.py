@@ -95,7 +95,7 @@ USUAL = [
     *(convolution(F32, F32, k, backward, k > 4) for k in (4, 8) for backward in (False, True)),
     convolution(BF16, F32, 4, True, packed=True),
     convolution(BF16, F32, 8, True, packed=True, aligned=1),
-    ("conv.cu", "conv_sum<bf16>"),
+    ("sums.cu", "column_sums<bf16>"),
     *(
         norm((F32, add, BF16, F32), d, backward)
         for add in (None, BF16)

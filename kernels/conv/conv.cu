@@ -4,7 +4,7 @@
 // the next U steps are in flight.  Threads of a warp stand side by side in the channels, so a step of a warp is one run of memory.  A
 // block is `columns` threads wide and 128 / `columns` strips long.  The backward walks the same way, recomputes the pre-activation,
 // carries the last K gradients along, and so finishes the gradient of the input K - 1 steps behind.  It reads K - 1 steps beyond its
-// strip instead of adding to a neighbour's results; sums for the filter are written per block and added up by `conv_sum` in a fixed order.
+// strip instead of adding to a neighbour's results; sums for the filter are written per block and added up by `column_sums` in a fixed order.
 #include "vector.cuh"
 
 struct ConvParams {
@@ -316,40 +316,4 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_backward(const ConvP
     ConvBackward<T, W, K, N, FLAGS> f(p);
     f.walk();
     f.add_up(sums);
-}
-
-struct ConvSumParams {
-    const float* part;     // (rows, k + 1, d)
-    void *gweight, *gbias;  // (d, k), (d) or null
-    int rows, k, d;
-};
-
-// 32 sums per block, eight threads each: thread m takes rows m, m + 8, ..., and the eight results are added in their order
-template <class W>
-__global__ void __launch_bounds__(256) conv_sum(const ConvSumParams p) {
-    SHARED_ARRAY(float, shared, 256);
-    const int lane = threadIdx.x % 32, m = threadIdx.x / 32;
-    const int64 size = (int64)(p.k + 1) * p.d, at = blockIdx.x * (int64)32 + lane;
-    float sum = 0.f;
-    if (at < size) {
-        int row = m;
-        for (; row + 24 < p.rows; row += 32) {
-            float part[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) part[i] = p.part[(row + 8 * i) * size + at];
-            sum += (part[0] + part[1]) + (part[2] + part[3]);
-        }
-        for (; row < p.rows; row += 8) sum += p.part[row * size + at];
-    }
-    shared[threadIdx.x] = sum;
-    __syncthreads();
-    if (m > 0 || at >= size) return;
-    float total[1] = {0.f};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) total[0] += shared[i * 32 + lane];
-    const int j = (int)(at / p.d), ch = (int)(at - (int64)j * p.d);
-    if (j < p.k)
-        write_channels<W, 1>((W*)p.gweight + (int64)ch * p.k + j, total);
-    else if (p.gbias != nullptr)
-        write_channels<W, 1>((W*)p.gbias + ch, total);
 }

@@ -11,7 +11,7 @@ from .operands import TYPES, ceil_div
 
 
 class SumParams(ctypes.Structure):
-    """``ConvSumParams`` of ``conv.cu``."""
+    """``ColumnSumsParams`` of ``sums.cu``."""
 
     _fields_ = [*((name, c_void_p) for name in "part gweight gbias".split()), *((n, c_int) for n in "rows k d".split())]
 
@@ -25,5 +25,5 @@ def add_up(part: Tensor, gweight: Tensor | None, gbias: Tensor) -> None:
     """Sum (rows, k + 1, d) float32 over the rows, always in the same order, into (d, k) and (d), of one type."""
     rows, k, d = part.shape[0], part.shape[1] - 1, part.shape[2]
     packed = structs.pack(_sum_tail(rows, k, d), part, gweight, gbias)
-    name = f"conv_sum<{TYPES[gbias.dtype]}>"
-    nvrtc.launch("conv.cu", name, packed, ceil_div((k + 1) * d, 32), 256, 0, part.device)
+    name = f"column_sums<{TYPES[gbias.dtype]}>"
+    nvrtc.launch("sums.cu", name, packed, ceil_div((k + 1) * d, 32), 256, 0, part.device)

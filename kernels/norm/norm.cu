@@ -4,7 +4,7 @@
 // Memory-bound: a row is read once, kept in registers until its sum is known, and written once.  LANES threads share a row, thread t has
 // vectors t, t + LANES, ... of N elements.  Up to 32 of them meet by shuffles and no warp waits for another; more meet at a barrier of
 // their own.  Blocks stay and take row after row, so that the weight is read once (forward) and its gradient is summed in registers
-// (backward): one row of partial sums per block, added up by `conv_sum` in a fixed order.  The backward forms the sum of squares again:
+// (backward): one row of partial sums per block, added up by `column_sums` in a fixed order.  The backward forms the sum of squares again:
 // it comes with the one that it needs anyway, and so nothing but x is kept for it.
 #include "vector.cuh"
 

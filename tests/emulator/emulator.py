@@ -19,7 +19,7 @@ PARAMS = {
     "sum_partials": "SumParams",
     "conv_forward": "ConvParams",
     "conv_backward": "ConvParams",
-    "conv_sum": "ConvSumParams",
+    "column_sums": "ColumnSumsParams",
     "norm_forward": "NormParams",
     "norm_backward": "NormParams",
     "conv_update": "ConvUpdateParams",
