@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..kernels import BackendError, selective_scan, selective_state_update
 from ..kernels.dispatch import ENV, choose
 from ..kernels.gpu.operands import eager
-from ..kernels.gpu.split_gradients import halves
 from ..kernels.mamba_layer import Weights, mamba_layer
 from .base import Mixer, Seq, State
 from .common import (
@@ -216,7 +215,7 @@ class Mamba(Mixer):
             y = mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
             return self._leave(y, given)
         with recomputing() as spared:
-            u, z = halves(self.in_proj(spared(x)))  # (b, l, d_inner)
+            u, z = self.in_proj(spared(x)).chunk(2, dim=-1)  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
             dt, dt_bias, A, B, C = self._scan_inputs(spared(u))

@@ -106,6 +106,20 @@ def test_slices_of_a_projection_are_read_in_place():
 
 
 @needs_compiler
+@pytest.mark.parametrize(("d", "dtype"), [(40, F32), (21, BF16), (40, BF16)], ids=["fp32", "odd", "bf16"])
+def test_the_convolution_writes_into_a_half_and_nowhere_else(d, dtype):
+    x, gout, weight = torch.randn(2, 70, d).to(dtype), torch.randn(2, 70, d).to(dtype), torch.randn(d, 4)
+    call = cuda_conv.Call.of(x, weight, None, torch.randn(2, 3, d).to(dtype), None, True)
+    want = cuda_conv.backward(call, gout)
+    for half in (0, 1):
+        around = torch.full((2, 70, 2 * d), float("nan"), dtype=dtype)
+        got = cuda_conv.backward(call, gout, gx=around.chunk(2, dim=-1)[half])
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w)
+        assert around.chunk(2, dim=-1)[1 - half].isnan().all()
+
+
+@needs_compiler
 def test_ops_are_registered_as_torch_wants_them():
     inputs = [x.requires_grad_() for x in operands(2, 9, 40, 4)]
     doc = Seq.from_documents(torch.tensor([[0, 0, 1, 1, 1, 2, 3, 3, -1]] * 2)).doc

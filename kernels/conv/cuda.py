@@ -17,7 +17,6 @@ from ..derivatives import differentiable_once, once
 from ..gpu import nvrtc, structs
 from ..gpu.device import processors
 from ..gpu.operands import RESET, TYPES, UNALIGNED, alignment, ceil_div, eager, in_types_of, refuse_tensors, whole
-from ..gpu.split_gradients import room
 from ..gpu.sums import add_up
 from ..operators import custom_op
 
@@ -202,9 +201,8 @@ def conv_backward_op(
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
-def _gradients(gout: Tensor, operands: tuple, edge: Any = (None, 0)) -> list[Tensor | None]:
-    call = Call.of(*operands)
-    return in_types_of(operands, backward(call, gout, gx=room(edge, call.x.dtype)))
+def _gradients(gout: Tensor, operands: tuple) -> list[Tensor | None]:
+    return in_types_of(operands, backward(Call.of(*operands), gout))
 
 
 differentiable_once(conv_backward_op)
@@ -243,7 +241,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once("causal_conv1d")
     def backward(ctx: Any, gout: Tensor) -> tuple:
-        return (None, None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu), ctx.next_functions[0]), None)
+        return (None, None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu)), None)
 
 
 def causal_conv1d(

@@ -14,7 +14,6 @@ from ..derivatives import differentiable_once, once
 from ..gpu import nvrtc
 from ..gpu.device import DRIVERS, shared_memory
 from ..gpu.operands import eager, in_types_of, refuse_tensors
-from ..gpu.split_gradients import room
 from ..operators import custom_op
 from . import cuda_paths, low_rank
 from . import launches as cuda_backend
@@ -134,15 +133,12 @@ def _gradients(
     saved: Tensor | None,
     operands: tuple,
     paths: Sequence[int] | None,
-    edge: Any = (None, 0),
 ) -> list[Tensor | None]:
-    # of u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight; the edge says where the gradient of z goes
+    # of u, dt, A, B, C, D, z, dt_bias, the initial state and dt_weight
     inputs, softplus, weight = operands[:9], operands[11], operands[12]
     grads: Sequence[Tensor | None]
     if paths is None:
-        call = Call.of(*operands)
-        into = call.gradients(gz=room(edge, call.u.dtype))
-        gu, gdt, *others = cuda_backend.backward(call, gout, glast, saved, into=into)
+        gu, gdt, *others = cuda_backend.backward(Call.of(*operands), gout, glast, saved)
         gdt, gweight = (gdt, None) if weight is None else low_rank.gradients(gdt, inputs[1], weight)
         grads = (gu, gdt, *others, gweight)
     else:
@@ -220,11 +216,8 @@ class _Eager(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         if gout is None:
             gout = torch.zeros_like(tensors[0])
-        D, z = tensors[5:7]
-        # there is an edge for every operand that is a tensor
-        edge = (None, 0) if z is None else ctx.next_functions[5 if D is None else 6]
         operands = (*tensors[:11], ctx.softplus, tensors[11])
-        *grads, gweight = _gradients(gout, glast, saved, operands, ctx.paths, edge)
+        *grads, gweight = _gradients(gout, glast, saved, operands, ctx.paths)
         return (None, None, None, None, *grads, None, None, gweight)
 
 
