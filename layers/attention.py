@@ -86,6 +86,8 @@ class Attention(Mixer):
         OptionError: An option cannot work.
     """
 
+    attends = True
+
     def __init__(
         self,
         d_model: int,
@@ -187,6 +189,19 @@ class Attention(Mixer):
                 "rope_scaling",
                 f"{list(scaling)} is not (factor, low, high, length). Llama 3.1 has (8, 1, 4, 8192).",
             )
+
+    @classmethod
+    def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
+        """As :meth:`Mixer.effective_options`."""
+        o = super().effective_options(options, d_model)
+        o["nheads_kv"] = o["nheads_kv"] or o["nheads"]
+        o["headdim"] = o["headdim"] or d_model // o["nheads"]
+        o["softmax_scale"] = o["headdim"] ** -0.5 if o["softmax_scale"] is None else o["softmax_scale"]
+        o["rotary_dim"] = o["rotary_dim"] or o["headdim"]
+        o["rope_scaling"] = o["rope_scaling"] and [float(number) for number in o["rope_scaling"]]
+        if o["rope"] is None:
+            o |= {"rotary_dim": None, "rope_interleaved": False, "rope_scaling": None}
+        return o if o["qk_norm"] else o | {"norm_eps": None}
 
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
         """Draw the weights as mamba-ssm does."""

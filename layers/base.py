@@ -161,6 +161,8 @@ class Mixer(Sharing):
         fp32_parameters: Dotted names, inside the mixer, of parameters that stay float32 when it is cast to half precision (decay
             rates, step biases). By name and not by a mark on the tensor: loaders and wrappers replace tensors.
         no_decay_parameters: Dotted names of parameters that weight decay must not touch; ``zoo.param_groups`` honours them.
+        without_effect: Options that decide initialisation, losses or speed, and nothing of what is computed.
+        attends: Whether it is attention, whose share in a model is stated.
         rounds_input: Whether nothing but linear layers reads the input. Under autocast they round it, so whoever makes it may hand it
             over rounded; a mixer that scales or routes by it first gets it in its parameters' dtype.
     """
@@ -168,6 +170,8 @@ class Mixer(Sharing):
     capabilities: ClassVar[frozenset[str]] = frozenset({"state", "packing", "padding", "causal"})
     fp32_parameters: ClassVar[tuple[str, ...]] = ()
     no_decay_parameters: ClassVar[tuple[str, ...]] = ()
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    attends: ClassVar[bool] = False
     rounds_input: bool = False
 
     def forward(
@@ -221,6 +225,19 @@ class Mixer(Sharing):
     def state_bytes(self, seq_len: int) -> int:
         """Bytes that one sequence of ``seq_len`` tokens leaves behind in this layer."""
         return nbytes_of(self.init_state(1, seq_len, device="meta"))
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through."""
+        return sum(p.numel() for p in self.parameters())
+
+    @classmethod
+    def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
+        """The options as they take effect, complete and comparable: derived values filled in, what decides nothing left out or ``None``.
+
+        Two mixers whose options agree in this form compute the same function of the same weights.
+        """
+        return {name: value for name, value in options.items() if name not in cls.without_effect}
 
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
         """Draw the initial values, knowing the layer's place among ``n_layer`` residual blocks. Called once, by ``__init__``."""

@@ -100,6 +100,10 @@ def _ours(device: torch.device, dtype: torch.dtype, d_state: int, width: int, no
         return False
 
 
+def _dt_rank(d_model: int) -> int:
+    return math.ceil(d_model / 16)
+
+
 class Mamba(Mixer):
     """Mamba's mixer: project, convolve, scan with input-dependent step sizes, gate, project.
 
@@ -129,6 +133,7 @@ class Mamba(Mixer):
 
     fp32_parameters = ("A_log", "D", "dt_proj.bias")
     no_decay_parameters = ("A_log", "D", "dt_proj.bias")
+    without_effect = frozenset({"dt_min", "dt_max", "dt_init_floor", "dt_scale"})
     rounds_input = True
 
     def __init__(
@@ -157,7 +162,7 @@ class Mamba(Mixer):
         check_dt(dt_min, dt_max, dt_init_floor)
         check(bcdt_norm_eps > 0, "bcdt_norm_eps", f"{bcdt_norm_eps} is not positive. The usual value is 1e-6.")
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, expand * d_model
-        self.dt_rank = dt_rank or math.ceil(d_model / 16)
+        self.dt_rank = dt_rank or _dt_rank(d_model)
         self.dt_range, self.dt_scale = (dt_min, dt_max, dt_init_floor), dt_scale
         pinned = acc_dtype(dtype)
 
@@ -176,6 +181,13 @@ class Mamba(Mixer):
             self.c_norm = RMSNorm(d_state, **norm)
         self.out_proj = linear(self.d_inner, d_model, bias, device, dtype)
         self.reset_parameters(layer_idx, n_layer)
+
+    @classmethod
+    def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
+        """As :meth:`Mixer.effective_options`."""
+        o = super().effective_options(options, d_model)
+        o["dt_rank"] = o["dt_rank"] or _dt_rank(d_model)
+        return o if o["bcdt_norm"] else o | {"bcdt_norm_affine": None, "bcdt_norm_eps": None}
 
     @torch.no_grad()
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:

@@ -86,6 +86,7 @@ class Mamba2(Mixer):
 
     fp32_parameters = ("A_log", "D", "dt_bias")
     no_decay_parameters = ("A_log", "D", "dt_bias")
+    without_effect = frozenset({"dt_min", "dt_max", "dt_init_floor", "A_init_range", "chunk_size"})
 
     def __init__(
         self,
@@ -175,6 +176,16 @@ class Mamba2(Mixer):
             f"{nheads} heads ({what} / headdim) cannot form ngroups = {ngroups} equal groups. "
             f"Pick ngroups from the divisors of {nheads}.",
         )
+
+    @classmethod
+    def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
+        """As :meth:`Mixer.effective_options`; ``d_inner`` in place of ``expand``."""
+        o = super().effective_options(options, d_model)
+        o["d_inner"] = o["d_inner"] or o["expand"] * d_model
+        del o["expand"]
+        o["d_ssm"] = o["d_ssm"] or o["d_inner"]
+        o |= {name: [float(number) for number in o[name]] for name in ("dt_limit", "multipliers")}
+        return o if o["rmsnorm"] else o | {"norm_before_gate": None, "norm_eps": None}
 
     @torch.no_grad()
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:

@@ -30,6 +30,10 @@ def activate(h: Tensor, activation: str, gated: bool, gate_multiplier: float = 1
     return value * act(scaled(gate, gate_multiplier))
 
 
+def _hidden(d_model: int, gated: bool) -> int:
+    return -(-(8 * d_model // 3 if gated else 4 * d_model) // 128) * 128
+
+
 class MLP(Mixer):
     """``fc2(value * act(gate))`` with ``value, gate = fc1(x)``, or ``fc2(act(fc1(x)))``.
 
@@ -73,8 +77,7 @@ class MLP(Mixer):
         check_positive(d_model=d_model, d_intermediate=d_intermediate)
         check_known("activation", activation, ACTIVATIONS)
         check(adapter_rank >= 0, "adapter_rank", f"{adapter_rank} is not a rank. Use 0 for no adapter, or 1 or more.")
-        if d_intermediate is None:
-            d_intermediate = -(-(8 * d_model // 3 if gated else 4 * d_model) // 128) * 128
+        d_intermediate = d_intermediate or _hidden(d_model, gated)
         self.activation, self.gated = activation, gated
         self.gate_multiplier, self.out_multiplier = gate_multiplier, out_multiplier
         self.fc1 = linear(d_model, d_intermediate * (2 if gated else 1), bias, device, dtype)
@@ -83,6 +86,12 @@ class MLP(Mixer):
             self.adapter = Adapter(d_model, [self.fc1.out_features], adapter_rank, device, dtype)
         self.fc2 = linear(d_intermediate, d_model, bias, device, dtype)
         self.reset_parameters(layer_idx, n_layer)
+
+    @classmethod
+    def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
+        """As :meth:`Mixer.effective_options`."""
+        o = super().effective_options(options, d_model)
+        return o | {"d_intermediate": o["d_intermediate"] or _hidden(d_model, o["gated"])}
 
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
         """Draw the weights as mamba-ssm does."""

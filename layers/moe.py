@@ -98,6 +98,7 @@ class MoE(Mixer):
 
     fp32_parameters = ("correction",)
     no_decay_parameters = ("correction",)
+    without_effect = frozenset({"aux_loss_coef", "z_loss_coef", "backend"})
 
     def __init__(
         self,
@@ -179,6 +180,15 @@ class MoE(Mixer):
             "top_groups",
             f"{top_groups} of {num_groups} groups hold {top_groups * size} experts, and top_k = {top_k}. Use more groups.",
         )
+
+    @classmethod
+    def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
+        """As :meth:`Mixer.effective_options`."""
+        o = super().effective_options(options, d_model)
+        # renormalising the softmax over all and the softmax over the best are the same weights
+        if o["router"] == "topk_softmax" or (o["router"] == "softmax_topk" and o["renormalize"]):
+            o |= {"router": "topk_softmax", "renormalize": True}
+        return o if o["num_groups"] > 1 else o | {"top_groups": 1}
 
     @torch.no_grad()
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
@@ -308,7 +318,7 @@ class MoE(Mixer):
     @property
     def active_parameters(self) -> int:
         """Parameters that one token passes through."""
-        return sum(p.numel() for p in self.parameters()) - (self.num_experts - self.top_k) * self._per_expert
+        return super().active_parameters - (self.num_experts - self.top_k) * self._per_expert
 
     @property
     def _per_expert(self) -> int:

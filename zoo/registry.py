@@ -21,8 +21,7 @@ import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE
-from ..layers.base import OptionError
+from ..layers.base import Mixer, OptionError
 from .config.plain import first_line
 from .errors import ConfigError, printable
 
@@ -350,6 +349,14 @@ def check_capability(capability: str, mixer: Mixer, spec: dict[str, Any], where:
         )
 
 
-for _name, _cls in {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention, "mlp": MLP, "moe": MoE}.items():
-    register_mixer(_name)(_cls)
+# the file of layers/, whose name configs use, and the class in it
+_SHIPPED = {
+    "attention": "Attention",
+    "mamba": "Mamba",
+    "mamba2": "Mamba2",
+    "mlp": "MLP",
+    "moe": "MoE",
+}
+for _name, _cls in _SHIPPED.items():
+    register_mixer(_name)(getattr(importlib.import_module(f"...layers.{_name}", __name__), _cls))
 _OURS = frozenset(_entries)

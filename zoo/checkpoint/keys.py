@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..models.causal_lm import CausalLM
-from .effective_options import resolved
+from ..registry import get_mixer
 
 __all__ = ["Part", "Piece", "View", "attention", "experts", "gated_mlp", "halves", "layer_count", "rows", "same"]
 
@@ -60,8 +60,11 @@ class View:
         for spec in specs:
             key = f"backbone.layers.{spec.index}.mixer"
             keys = [key] if len(spec.parts) == 1 else [f"{key}.branches.{i}" for i in range(len(spec.parts))]
-            parts = zip(spec.parts, keys, strict=True)
-            self.blocks.append([Part(o["type"], resolved(o, self.cfg.d_model), k) for (_, o, _), k in parts])
+            parts = []
+            for (_, options, where), k in zip(spec.parts, keys, strict=True):
+                mixer = get_mixer(options["type"], where).cls
+                parts.append(Part(options["type"], mixer.effective_options(options, self.cfg.d_model), k))
+            self.blocks.append(parts)
 
     @property
     def layout(self) -> list[str]:

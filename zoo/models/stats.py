@@ -98,8 +98,7 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
     rows.append(_row(None, "norm_f", model.backbone.norm_f, seen))
     rows.append(_row(None, "lm_head", model.lm_head, seen, head_flops))
 
-    types = [[part["type"] for _, part, _ in spec.parts] for spec in model.specs]
-    attention = sum("attention" in spec for spec in types)
+    attention = sum(any(getattr(m, "attends", False) for m in block.modules()) for block in model.backbone.blocks)
     # what mixes tokens leaves a state behind; channel mixers leave none
     mixers = sum(row.state_bytes > 0 for row in rows)
     return Stats(
