@@ -22,8 +22,7 @@ class Adapter(nn.Module):
         d_in: Channels in.
         sizes: Channels out, part by part: of q, k and v, say. Every part has a ``down`` of its own.
         rank: Channels between ``down`` and ``up``.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
+        device, dtype: As for ``torch.nn.Linear``.
     """
 
     def __init__(

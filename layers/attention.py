@@ -23,12 +23,12 @@ from ..kernels.derivatives import ENV, refused_beyond
 from ..kernels.derivatives import plain as plain_only
 from ..kernels.dispatch import HALVES, Backend, Facts, choose, refuse_library, register
 from .adapter import Adapter
-from .base import Mixer, Seq
-from .common import check, check_positive, linear, refuse_packed_state, reset_linear, scaled
+from .base import Aux, Mixer, Seq
+from .common import check, check_divides, check_positive, check_rank, linear, reset_linear, scaled
 from .conv import CausalConv1d
 from .kv import AttentionState, remember
 from .norm import RMSNorm
-from .rope import rotate
+from .rope import check_rope, rotate
 
 __all__ = ["Attention", "AttentionState"]
 
@@ -77,10 +77,8 @@ class Attention(Mixer):
         out_multiplier: Factor of the output.
         adapter_rank: Rank of an addition to q, k and v that is not shared where the block is, see :class:`Adapter`; 0 for none.
         d_in: Channels of the input, where they are not ``d_model``; the model decides it.
-        layer_idx: Index of the residual block.
-        n_layer: Number of residual blocks; ``out_proj`` is drawn smaller by its square root.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
+        layer_idx, n_layer: Place among the residual blocks; ``out_proj`` is drawn smaller by the square root of their number.
+        device, dtype: As for ``torch.nn.Linear``.
 
     Raises:
         OptionError: An option cannot work.
@@ -118,29 +116,16 @@ class Attention(Mixer):
         super().__init__()
         check_positive(d_model=d_model, nheads=nheads, nheads_kv=nheads_kv, headdim=headdim, window=window)
         check(d_conv >= 0, "d_conv", f"{d_conv} is not a filter width. Use 0 for no convolution, or 1 or more.")
-        check(adapter_rank >= 0, "adapter_rank", f"{adapter_rank} is not a rank. Use 0 for no adapter, or 1 or more.")
+        check_rank(adapter_rank)
         check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-6.")
-        check(
-            softmax_scale is None or softmax_scale > 0,
-            "softmax_scale",
-            f"{softmax_scale} is not positive, and PyTorch's kernels would give NaN. The usual value is headdim ** -0.5.",
-        )
-        check(
-            headdim is not None or d_model % nheads == 0,
-            "nheads",
-            f"d_model = {d_model} is not a multiple of nheads = {nheads}. "
-            f"Pick nheads from the divisors of {d_model}, or set headdim.",
-        )
-        check(
-            nheads_kv is None or nheads % nheads_kv == 0,
-            "nheads_kv",
-            f"nheads = {nheads} is not a multiple of nheads_kv = {nheads_kv}. "
-            f"Pick nheads_kv from the divisors of {nheads}.",
-        )
+        nan = f"{softmax_scale} is not positive, and PyTorch's kernels would give NaN. The usual value is headdim ** -0.5."
+        check(softmax_scale is None or softmax_scale > 0, "softmax_scale", nan)
+        if headdim is None:
+            check_divides("nheads", nheads, "d_model", d_model, ", or set headdim")
         self.nheads, self.nheads_kv = nheads, nheads_kv or nheads
+        check_divides("nheads_kv", self.nheads_kv, "nheads", nheads)
         self.headdim = headdim or d_model // nheads
-        self._check_rope(rope, rotary_dim, self.headdim)
-        self._check_scaling(rope_scaling)
+        check_rope(rope, rotary_dim, self.headdim, rope_scaling)
         self.rope, self.rope_interleaved = rope, rope_interleaved
         self.rope_scaling = None if rope_scaling is None else tuple(rope_scaling)
         self.rotary_dim = self.headdim if rotary_dim is None else rotary_dim
@@ -156,39 +141,10 @@ class Attention(Mixer):
         if adapter_rank:
             self.adapter = Adapter(d_in, [h * self.headdim for h in heads], adapter_rank, device, dtype)
         self.conv1d = CausalConv1d(d_qkv, d_conv, True, None, device, dtype) if d_conv else None
-        self.q_norm = RMSNorm(self.headdim, norm_eps, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = RMSNorm(self.headdim, norm_eps, device=device, dtype=dtype) if qk_norm else None
+        norms = [RMSNorm(self.headdim, norm_eps, device=device, dtype=dtype) if qk_norm else None for _ in "qk"]
+        self.q_norm, self.k_norm = norms
         self.out_proj = linear(nheads * self.headdim, d_model, out_bias, device, dtype)
         self.reset_parameters(layer_idx, n_layer)
-
-    @staticmethod
-    def _check_rope(rope: float | None, rotary_dim: int | None, headdim: int) -> None:
-        if rope is None:
-            return
-        check(rope > 0, "rope", f"{rope} is not a base of wavelengths. Use a positive number such as 10000.0, or null.")
-        if rotary_dim is None:
-            check(
-                headdim % 2 == 0,
-                "headdim",
-                f"{headdim} is odd, and rotary positions turn pairs. Use an even headdim or set rotary_dim.",
-            )
-        else:
-            check(
-                0 < rotary_dim <= headdim and rotary_dim % 2 == 0,
-                "rotary_dim",
-                f"{rotary_dim} is not an even number of channels up to headdim = {headdim}. "
-                "Pick one, or set rope to null for no positions.",
-            )
-
-    @staticmethod
-    def _check_scaling(scaling: tuple[float, ...] | None) -> None:
-        if scaling is not None:
-            ok = len(scaling) == 4 and all(number > 0 for number in scaling) and scaling[1] < scaling[2]
-            check(
-                ok,
-                "rope_scaling",
-                f"{list(scaling)} is not (factor, low, high, length). Llama 3.1 has (8, 1, 4, 8192).",
-            )
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
@@ -212,17 +168,10 @@ class Attention(Mixer):
         reset_linear(self.out_proj, shrink=n_layer**0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        state: AttentionState | None = None,
-        seq: Seq | None = None,
-        aux: dict[str, list] | None = None,
-        *,
-        return_state: bool = False,
+        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
-        refuse_packed_state(self, state, seq)
-        given, (x, seq) = seq, self._enter(x, seq)
+        given, (x, seq) = seq, self._enter(x, state, seq)
         qkv, conv = self._project(x), None
         if self.conv1d is not None:
             qkv, conv = self.conv1d(qkv, None if state is None else state.conv, seq, return_state)
@@ -234,24 +183,20 @@ class Attention(Mixer):
             pos = past.length[:, None] + pos
         q, k, v = self._heads(qkv, pos)
 
-        apart = None
-        if seq is not None and seq.packed and not torch.compiler.is_compiling():
-            apart = seq.side_by_side
-        doc = pos_k = doc_k = None
-        if past is not None:
-            k, v = (torch.cat([old[:, : past.used].to(new.dtype), new], 1) for old, new in ((past.k, k), (past.v, v)))
-            pos_k = torch.cat([past.pos[:, : past.used], pos], 1)
-        if apart is None and seq is not None and (seq.packed or past is not None):
-            # elsewhere padding stands behind the real tokens, where causality hides it anyway
-            doc = seq.doc
-            doc_k = F.pad(doc, (k.shape[1] - doc.shape[1], 0))
+        packed = seq is not None and seq.packed
+        apart = seq.side_by_side if seq is not None and packed and not torch.compiler.is_compiling() else None
         if apart is not None:
             y = self._mix_apart(q, k, v, *apart)
-        elif seq is not None and seq.packed:
+        elif seq is not None and packed:
             q, k, v, mark = contain.enter_attention(q, k, v, seq, self.window)
-            y = contain.leave_attention(self._mix(q, k, v, pos, pos, doc, doc_k), mark)
+            y = contain.leave_attention(self._mix(q, k, v, pos, pos, seq.doc, seq.doc), mark)
+        elif past is None:
+            # padding stands behind the real tokens, where causality hides it anyway
+            y = self._mix(q, k, v, pos, pos)
         else:
-            y = self._mix(q, k, v, pos, pos if pos_k is None else pos_k, doc, doc_k)
+            k, v = (torch.cat([old[:, : past.used].to(new.dtype), new], 1) for old, new in ((past.k, k), (past.v, v)))
+            docs = [] if seq is None else [seq.doc, F.pad(seq.doc, (past.used, 0))]
+            y = self._mix(q, k, v, pos, torch.cat([past.pos[:, : past.used], pos], 1), *docs)
         y = self._leave(self._finish(y), given)
         return (y, remember(state, k, v, conv, seq, x.shape[1], self.window)) if return_state else y
 
@@ -294,7 +239,14 @@ class Attention(Mixer):
         return sees if self.window is None else sees & (pos_k > pos_q - self.window)
 
     def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, pos_k: Tensor, doc: Tensor | None, doc_k: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pos: Tensor,
+        pos_k: Tensor,
+        doc: Tensor | None = None,
+        doc_k: Tensor | None = None,
     ) -> Tensor:
         # (b, lq, h, p), (b, lk, h_kv, p), and a position and a document for each; the last lq keys are the queries' own
         length, window = q.shape[1], self.window
@@ -335,7 +287,7 @@ class Attention(Mixer):
                 parts = (x.flatten(0, 1).index_select(0, flat).unflatten(0, batch.shape) for x in (q, k, v))
             q_, k_, v_ = parts
             mine = torch.arange(q_.shape[1], device=q.device)
-            ys.append(self._mix(q_, k_, v_, mine, mine, None, None).flatten(0, 1))
+            ys.append(self._mix(q_, k_, v_, mine, mine).flatten(0, 1))
         # for padding, which reads what nobody else does
         ys.append(q.new_zeros(1, self.nheads * self.headdim))
         return torch.cat(ys).index_select(0, place.flatten()).unflatten(0, place.shape)

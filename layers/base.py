@@ -55,7 +55,7 @@ def tree(cls: type) -> None:
 
 
 def shapes(x: Any) -> str:
-    """What stands in an output or a state, in a few words: shapes and dtypes, and no numbers."""
+    """Describe an output or a state in a few words: shapes and dtypes, and no numbers."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')}{tuple(x.shape)}"
     if dataclasses.is_dataclass(x):
@@ -68,7 +68,7 @@ def shapes(x: Any) -> str:
 
 @dataclasses.dataclass
 class State:
-    """What a sequence leaves behind in one layer. Subclasses are dataclasses of tensors whose first dimension is the batch."""
+    """Everything that a sequence leaves behind in one layer. Subclasses are dataclasses of tensors, batch first."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -119,6 +119,9 @@ def nbytes_of(state: Any) -> int:
     if isinstance(state, State):
         return sum(t.numel() * t.element_size() for _, t in state.tensors())
     return sum(nbytes_of(s) for s in state)
+
+
+Aux = dict[str, list] | None
 
 
 class Sharing(nn.Module):
@@ -175,13 +178,7 @@ class Mixer(Sharing):
     rounds_input: bool = False
 
     def forward(
-        self,
-        x: Tensor,
-        state: Any = None,
-        seq: Seq | None = None,
-        aux: dict[str, list] | None = None,
-        *,
-        return_state: bool = False,
+        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix a batch of token rows.
 
@@ -271,8 +268,13 @@ class Mixer(Sharing):
             )
         return seq.grid
 
-    def _enter(self, x: Tensor, seq: Seq | None) -> tuple[Tensor, Seq | None]:
+    def _enter(self, x: Tensor, state: Any, seq: Seq | None) -> tuple[Tensor, Seq | None]:
         """The input with zeros at padding, and the rows' description if there is more to say than that they are maps."""
+        if state is not None and seq is not None and seq.packed:
+            raise ValueError(
+                f"{type(self).__name__}: a packed row (packed=True) starts fresh documents and cannot continue a state. "
+                "Pass the state without packing, or pack without a state."
+            )
         checks.fits(type(self).__name__, seq, *x.shape[:2])
         if seq is None or not (seq.packed or seq.padded):
             return x, None

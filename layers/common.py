@@ -1,4 +1,4 @@
-"""What several layers need: option checks, and the precision and initialisation rules of the zoo."""
+"""Checks of options, and the precision and initialisation rules of the zoo, which several layers need."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import OptionError, Seq
+from .base import OptionError
 
 # linear layers that a residual stream sums up are drawn smaller in deeper models
 _A = math.sqrt(5)
@@ -29,22 +29,26 @@ def check_known(field: str, value: object, known: Any) -> None:
     check(value in known, field, f"unknown value {value!r}. Known: {', '.join(map(repr, known))}.")
 
 
+def check_divides(field: str, value: int, name: str, whole: int, instead: str = "") -> None:
+    """``value`` divides ``whole``, which the message calls ``name``."""
+    check(
+        whole % value == 0,
+        field,
+        f"{name} = {whole} is not a multiple of {field} = {value}. Pick {field} from the divisors of {whole}{instead}.",
+    )
+
+
 def check_dt(dt_min: float, dt_max: float, dt_init_floor: float) -> None:
     """The range that step sizes are drawn from is positive and not empty."""
     check(dt_min > 0, "dt_min", f"{dt_min} is not a positive step size. The usual value is 0.001.")
     check(dt_max >= dt_min, "dt_max", f"{dt_max} is below dt_min = {dt_min}. Use dt_max >= dt_min.")
-    check(
-        dt_init_floor >= 0, "dt_init_floor", f"{dt_init_floor} is negative. Use 0 or more; the usual value is 0.0001."
-    )
+    floor = f"{dt_init_floor} is negative. Use 0 or more; the usual value is 0.0001."
+    check(dt_init_floor >= 0, "dt_init_floor", floor)
 
 
-def refuse_packed_state(layer: nn.Module, state: Any, seq: Seq | None) -> None:
-    """A packed row starts with a fresh document, so it cannot continue a state."""
-    if state is not None and seq is not None and seq.packed:
-        raise ValueError(
-            f"{type(layer).__name__}: a packed row (packed=True) starts fresh documents and cannot continue a state. "
-            "Pass the state without packing, or pack without a state."
-        )
+def check_rank(adapter_rank: int) -> None:
+    """A rank may be 0, for no adapter."""
+    check(adapter_rank >= 0, "adapter_rank", f"{adapter_rank} is not a rank. Use 0 for no adapter, or 1 or more.")
 
 
 def acc_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -69,7 +73,7 @@ def weight_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where ``x`` is."""
+    """Return whether autocast is on where ``x`` is."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -89,7 +93,7 @@ def linear(
 
 
 def why_called(module: nn.Module | None, kind: type[nn.Module]) -> str | None:
-    """Why a module has to be called as such, or ``None`` if a ``kind`` of its parameters is all that it is: no adapter, no hook.
+    """Say why a module has to be called as such; ``None`` if a ``kind`` of its parameters is all that it is: no adapter, no hook.
 
     Hooks on all modules (:func:`hooked_everywhere`) are another matter.
     """
@@ -103,12 +107,12 @@ def why_called(module: nn.Module | None, kind: type[nn.Module]) -> str | None:
 
 
 def called(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module has to be called: whoever would rather read a ``kind``'s parameters may not."""
+    """Return whether a module has to be called: whoever would rather read a ``kind``'s parameters may not."""
     return why_called(module, kind) is not None or hooked_everywhere()
 
 
 def hooked_everywhere() -> bool:
-    """Whether there are hooks on all modules."""
+    """Return whether there are hooks on all modules."""
     # torch's own names for what it calls around every module
     every: Any = nn.modules.module
     return bool(

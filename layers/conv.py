@@ -24,8 +24,7 @@ class CausalConv1d(nn.Module):
         k: Filter width, in tokens.
         bias: Whether there is a bias.
         activation: ``"silu"`` or ``None``, applied to the output.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
+        device, dtype: As for ``torch.nn.Linear``.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from ..kernels import BackendError, selective_scan, selective_state_update
 from ..kernels.dispatch import ENV, choose
 from ..kernels.gpu.operands import eager
 from ..kernels.mamba_layer import Weights, mamba_layer
-from .base import Mixer, Seq, State
+from .base import Aux, Mixer, Seq, State
 from .common import (
     acc_dtype,
     called,
@@ -29,7 +29,6 @@ from .common import (
     dtype_read,
     hooked_everywhere,
     linear,
-    refuse_packed_state,
     reset_dt_bias,
     reset_linear,
     upcast,
@@ -44,7 +43,7 @@ __all__ = ["Mamba", "MambaState"]
 
 @dataclass
 class MambaState(State):
-    """What a sequence leaves behind in a Mamba layer.
+    """The state of a Mamba layer.
 
     Attributes:
         conv: ``(b, d_conv - 1, d_inner)``, the last inputs of the convolution.
@@ -122,10 +121,8 @@ class Mamba(Mixer):
         bcdt_norm: Whether dt, B and C are RMS-normalised (Jamba, arXiv:2403.19887; Falcon-Mamba, arXiv:2410.05355).
         bcdt_norm_affine: Whether those norms are learned (Jamba) or have no weight (Falcon-Mamba).
         bcdt_norm_eps: Their epsilon.
-        layer_idx: Index of the residual block.
-        n_layer: Number of residual blocks; ``out_proj`` is drawn smaller by its square root.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``; ``A_log``, ``D`` and ``dt_proj.bias`` are float32 at least.
+        layer_idx, n_layer: Place among the residual blocks; ``out_proj`` is drawn smaller by the square root of their number.
+        device, dtype: As for ``torch.nn.Linear``; ``A_log``, ``D`` and ``dt_proj.bias`` are float32 at least.
 
     Raises:
         OptionError: An option cannot work.
@@ -209,19 +206,11 @@ class Mamba(Mixer):
         reset_linear(self.out_proj, shrink=n_layer**0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        state: MambaState | None = None,
-        seq: Seq | None = None,
-        aux: dict[str, list] | None = None,
-        *,
-        return_state: bool = False,
+        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
-        refuse_packed_state(self, state, seq)
-        given, (x, seq) = seq, self._enter(x, seq)
-        weights = None if return_state or state is not None else self._as_one(x)
-        if weights is not None:
+        given, (x, seq) = seq, self._enter(x, state, seq)
+        if not return_state and state is None and (weights := self._as_one(x)) is not None:
             again = None if others_hooks() else recipe(x)
             eps = None if self.dt_norm is None else self.dt_norm.eps
             y = mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
@@ -230,25 +219,13 @@ class Mamba(Mixer):
             u, z = self.in_proj(spared(x)).chunk(2, dim=-1)  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
-            dt, dt_bias, A, B, C = self._scan_inputs(spared(u))
-            out = selective_scan(
-                u,
-                spared(dt),
-                A,
-                B,
-                C,
-                D=self.D,
-                z=z,
-                dt_bias=dt_bias,
-                dt_softplus=True,
-                initial_state=None if state is None else state.ssm,
-                seq=seq,
-                return_final_state=return_state,
-            )
-        if not return_state:
-            return self._leave(self.out_proj(out), given)
-        y, ssm = out
-        return self._leave(self.out_proj(y), given), MambaState(conv, ssm)
+            dt, A, B, C, options = self._scan_inputs(spared(u), z)
+            before = None if state is None else state.ssm
+            options |= {"initial_state": before, "seq": seq, "return_final_state": return_state}
+            out = selective_scan(u, spared(dt), A, B, C, **options)
+        y, ssm = out if return_state else (out, None)
+        y = self._leave(self.out_proj(y), given)
+        return (y, MambaState(conv, ssm)) if return_state else y
 
     def _as_one(self, x: Tensor) -> Weights | None:
         """The weights, where forward and backward may be one node of autograd: plain tensors, to be differentiated, on a GPU of ours."""
@@ -273,7 +250,7 @@ class Mamba(Mixer):
         return w if ours else None
 
     def _why_called(self) -> str | None:
-        """Why the parts have to be called one by one, or ``None``."""
+        """Say why the parts have to be called one by one; ``None`` if nothing asks for it."""
         if hooked_everywhere():
             return "there are hooks on all modules"
         norms = self.dt_norm, self.b_norm, self.c_norm
@@ -291,32 +268,19 @@ class Mamba(Mixer):
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv1d.step(u, state.conv)
-        dt, dt_bias, A, B, C = self._scan_inputs(u)
-        y = selective_state_update(
-            state.ssm,
-            u,
-            dt,
-            A,
-            B.unsqueeze(1),
-            C.unsqueeze(1),
-            D=self.D,
-            z=z,
-            dt_bias=dt_bias,
-            dt_softplus=True,
-        )
-        return self.out_proj(y)
+        dt, A, B, C, options = self._scan_inputs(u, z)
+        return self.out_proj(selective_state_update(state.ssm, u, dt, A, B.unsqueeze(1), C.unsqueeze(1), **options))
 
-    def _scan_inputs(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        # dt (..., d_inner) and what is still to be added to it, A (d_inner, n), B and C (..., n)
+    def _scan_inputs(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        # dt (..., d_inner), A (d_inner, n), B and C (..., n), and the rest by name
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
             dt, B, C = self.dt_norm(dt), self.b_norm(B), self.c_norm(C)
-        A = -upcast(self.A_log).exp()
         steps: Any = self.dt_proj
-        if called(steps, StepProjection) or steps.bias is None:
-            # a bias of somebody else's may be adapted, quantised, or elsewhere until the module is called
-            return steps(dt), None, A, B, C
-        return steps.product(dt), upcast(steps.bias), A, B, C
+        # a bias of somebody else's may be adapted, quantised, or elsewhere until the module is called
+        whole = called(steps, StepProjection) or steps.bias is None
+        options = {"D": self.D, "z": z, "dt_bias": None if whole else upcast(steps.bias), "dt_softplus": True}
+        return steps(dt) if whole else steps.product(dt), -upcast(self.A_log).exp(), B, C, options
 
     def init_state(
         self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None

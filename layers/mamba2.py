@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import conv_ssd_update, ssd, ssd_state_update
-from .base import Mixer, Seq, State
+from .base import Aux, Mixer, Seq, State
 from .common import (
     acc_dtype,
     called,
     check,
+    check_divides,
     check_dt,
     check_positive,
     linear,
-    refuse_packed_state,
     reset_dt_bias,
     reset_linear,
     scaled,
@@ -37,7 +37,7 @@ __all__ = ["Mamba2", "Mamba2State"]
 
 @dataclass
 class Mamba2State(State):
-    """What a sequence leaves behind in a Mamba-2 layer.
+    """The state of a Mamba-2 layer.
 
     Attributes:
         conv: ``(b, d_conv - 1, d_ssm + 2 * ngroups * d_state)``, the last inputs of the convolution.
@@ -75,10 +75,8 @@ class Mamba2(Mixer):
         in_multiplier: Factor of the input; this and the next two are muP's (arXiv:2203.03466), as in Falcon-H1.
         multipliers: Factors of the projected z, x, B, C and dt.
         out_multiplier: Factor of the output.
-        layer_idx: Index of the residual block.
-        n_layer: Number of residual blocks; ``out_proj`` is drawn smaller by its square root.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``; ``A_log``, ``D`` and ``dt_bias`` are float32 at least.
+        layer_idx, n_layer: Place among the residual blocks; ``out_proj`` is drawn smaller by the square root of their number.
+        device, dtype: As for ``torch.nn.Linear``; ``A_log``, ``D`` and ``dt_bias`` are float32 at least.
 
     Raises:
         OptionError: An option cannot work.
@@ -125,12 +123,7 @@ class Mamba2(Mixer):
         what = "expand * d_model" if d_inner is None else "d_inner"
         d_inner = d_inner or expand * d_model
         self._check_shapes(d_inner, what, d_ssm, headdim, ngroups)
-        low, high = A_init_range
-        check(
-            0 < low <= high, "A_init_range", f"({low}, {high}) is not a range of positive rates. Use 0 < low <= high."
-        )
-        low, high = dt_limit
-        check(0 <= low < high, "dt_limit", f"({low}, {high}) is not a range of step sizes. Use 0 <= low < high.")
+        self._check_ranges(A_init_range, dt_limit, multipliers)
         check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-5.")
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.d_ssm = d_ssm or d_inner
@@ -139,9 +132,6 @@ class Mamba2(Mixer):
         self.dt_limit, self.chunk_size, self.D_has_hdim = tuple(dt_limit), chunk_size, D_has_hdim
         self.in_multiplier, self.multipliers, self.out_multiplier = in_multiplier, tuple(multipliers), out_multiplier
         self.rounds_input = in_multiplier == 1
-        check(
-            len(self.multipliers) == 5, "multipliers", f"{len(self.multipliers)} numbers. Give 5, for z, x, B, C, dt."
-        )
         self.d_xBC = self.d_ssm + 2 * ngroups * d_state
         pinned = acc_dtype(dtype)
 
@@ -164,11 +154,7 @@ class Mamba2(Mixer):
             f"{d_ssm} exceeds {what} = {d_inner}. Use at most {d_inner}, or a larger {what.partition(' ')[0]}.",
         )
         width, what = (d_inner, what) if d_ssm is None else (d_ssm, "d_ssm")
-        check(
-            width % headdim == 0,
-            "headdim",
-            f"{what} = {width} is not a multiple of headdim = {headdim}. Pick headdim from the divisors of {width}.",
-        )
+        check_divides("headdim", headdim, what, width)
         nheads = width // headdim
         check(
             nheads % ngroups == 0,
@@ -176,6 +162,15 @@ class Mamba2(Mixer):
             f"{nheads} heads ({what} / headdim) cannot form ngroups = {ngroups} equal groups. "
             f"Pick ngroups from the divisors of {nheads}.",
         )
+
+    @staticmethod
+    def _check_ranges(A_init_range: tuple[float, float], dt_limit: tuple[float, float], multipliers: tuple) -> None:
+        low, high = A_init_range
+        rates = f"({low}, {high}) is not a range of positive rates. Use 0 < low <= high."
+        check(0 < low <= high, "A_init_range", rates)
+        low, high = dt_limit
+        check(0 <= low < high, "dt_limit", f"({low}, {high}) is not a range of step sizes. Use 0 <= low < high.")
+        check(len(multipliers) == 5, "multipliers", f"{len(multipliers)} numbers. Give 5, for z, x, B, C, dt.")
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
@@ -202,36 +197,23 @@ class Mamba2(Mixer):
         reset_linear(self.out_proj, shrink=n_layer**0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        state: Mamba2State | None = None,
-        seq: Seq | None = None,
-        aux: dict[str, list] | None = None,
-        *,
-        return_state: bool = False,
+        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
-        refuse_packed_state(self, state, seq)
-        given, (x, seq) = seq, self._enter(x, seq)
+        given, (x, seq) = seq, self._enter(x, state, seq)
         mlp, z, xBC, dt = self._project(x)
         xBC, conv = self.conv1d(xBC, None if state is None else state.conv, seq, return_state)
         u, B, C = self._heads(xBC)
-        out = ssd(
-            u,
-            dt,
-            -upcast(self.A_log).exp(),
-            B,
-            C,
-            **self._scan_options(z),
-            chunk_size=self.chunk_size,
-            initial_state=None if state is None else state.ssm,
-            seq=seq,
-            return_final_state=return_state,
-        )
-        if not return_state:
-            return self._leave(self._finish(out, z, mlp), given)
-        y, ssm = out
-        return self._leave(self._finish(y, z, mlp), given), Mamba2State(conv, ssm)
+        options = self._scan_options(z) | {
+            "chunk_size": self.chunk_size,
+            "seq": seq,
+            "return_final_state": return_state,
+        }
+        before = None if state is None else state.ssm
+        out = ssd(u, dt, -upcast(self.A_log).exp(), B, C, **options, initial_state=before)
+        y, ssm = out if return_state else (out, None)
+        y = self._leave(self._finish(y, z, mlp), given)
+        return (y, Mamba2State(conv, ssm)) if return_state else y
 
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Adapter
-from .base import Mixer, Seq
-from .common import check, check_known, check_positive, linear, reset_linear, scaled
+from .base import Aux, Mixer, Seq
+from .common import check_known, check_positive, check_rank, linear, reset_linear, scaled
 
 __all__ = ["MLP"]
 
@@ -47,10 +47,8 @@ class MLP(Mixer):
         gate_multiplier: Factor of the gate before its activation; this and the next are muP's, as in Falcon-H1.
         out_multiplier: Factor of the output.
         adapter_rank: Rank of an addition to ``fc1`` that is not shared where the block is, see :class:`Adapter`; 0 for none.
-        layer_idx: Index of the residual block.
-        n_layer: Number of residual blocks; ``fc2`` is drawn smaller by its square root.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
+        layer_idx, n_layer: Place among the residual blocks; ``fc2`` is drawn smaller by the square root of their number.
+        device, dtype: As for ``torch.nn.Linear``.
 
     Raises:
         OptionError: An option cannot work.
@@ -76,7 +74,7 @@ class MLP(Mixer):
         super().__init__()
         check_positive(d_model=d_model, d_intermediate=d_intermediate)
         check_known("activation", activation, ACTIVATIONS)
-        check(adapter_rank >= 0, "adapter_rank", f"{adapter_rank} is not a rank. Use 0 for no adapter, or 1 or more.")
+        check_rank(adapter_rank)
         d_intermediate = d_intermediate or _hidden(d_model, gated)
         self.activation, self.gated = activation, gated
         self.gate_multiplier, self.out_multiplier = gate_multiplier, out_multiplier
@@ -101,13 +99,7 @@ class MLP(Mixer):
         reset_linear(self.fc2, shrink=n_layer**0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        state: Any = None,
-        seq: Seq | None = None,
-        aux: dict[str, list] | None = None,
-        *,
-        return_state: bool = False,
+        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Map every token of ``(b, l, d)`` by itself; the state is ``()``."""
         h = self.fc1(x) if self.adapter is None else self.fc1(x) + self.adapter(x)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import dispatch
-from .base import Mixer, Seq
+from .base import Aux, Mixer, Seq
 from .common import acc_dtype, check, check_known, check_positive, linear, reset_linear, reset_weight, scaled, upcast
 from .experts import grouped_linear
 from .mlp import ACTIVATIONS, MLP, activate
@@ -39,9 +39,8 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.activation, self.gated = activation, gated
-        self.w1 = nn.Parameter(
-            torch.empty(num_experts, hidden * (2 if gated else 1), d_model, device=device, dtype=dtype)
-        )
+        into = hidden * (2 if gated else 1)
+        self.w1 = nn.Parameter(torch.empty(num_experts, into, d_model, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(num_experts, d_model, hidden, device=device, dtype=dtype))
 
     def reset_parameters(self, shrink: float = 1.0) -> None:
@@ -87,10 +86,8 @@ class MoE(Mixer):
             layers, as in transformers (``router_aux_loss_coef``), see :func:`balance_loss`.
         z_loss_coef: Weight of the router's z-loss (ST-MoE, arXiv:2202.08906).
         backend: ``"grouped_mm"``, ``"megablocks"`` or ``"loop"``; by default the first that can, which :meth:`explain` tells.
-        layer_idx: Index of the residual block.
-        n_layer: Number of residual blocks; ``w2`` is drawn smaller by its square root.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
+        layer_idx, n_layer: Place among the residual blocks; ``w2`` is drawn smaller by the square root of their number.
+        device, dtype: As for ``torch.nn.Linear``.
 
     Raises:
         OptionError: An option cannot work.
@@ -134,20 +131,13 @@ class MoE(Mixer):
         for field, coef in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
             check(coef >= 0, field, f"{coef} is negative. Use 0 to switch the loss off.")
         self.num_experts, self.top_k, self.router_type, self.renormalize = num_experts, top_k, router, renormalize
-        self.aux_loss_coef, self.z_loss_coef, self.backend, self.layer_idx = (
-            aux_loss_coef,
-            z_loss_coef,
-            backend,
-            layer_idx,
-        )
-
+        self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
+        self.backend, self.layer_idx = backend, layer_idx
         self.num_groups, self.top_groups, self.routed_scale = num_groups, top_groups, routed_scale
         self.router = linear(d_model, num_experts, False, device, dtype, Router)
-        self.correction: nn.Parameter | None = None
-        if router == "sigmoid":
-            # no gradient trains it: a balancing rule sets it (arXiv:2408.15664)
-            zeros = torch.zeros(num_experts, device=device, dtype=acc_dtype(dtype))
-            self.correction = nn.Parameter(zeros, requires_grad=False)
+        # no gradient trains it: a balancing rule sets it (arXiv:2408.15664)
+        zeros = torch.zeros(num_experts, device=device, dtype=acc_dtype(dtype))
+        self.correction = nn.Parameter(zeros, requires_grad=False) if router == "sigmoid" else None
         check_positive(d_latent=d_latent)
         self.latent_in = self.latent_out = None
         if d_latent is not None:
@@ -204,13 +194,7 @@ class MoE(Mixer):
             self.shared.reset_parameters(layer_idx, n_layer)
 
     def forward(
-        self,
-        x: Tensor,
-        state: Any = None,
-        seq: Seq | None = None,
-        aux: dict[str, list] | None = None,
-        *,
-        return_state: bool = False,
+        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Map every token of ``(b, l, d)`` by itself; the state is ``()``.
 

@@ -24,8 +24,7 @@ class RMSNorm(nn.Module):
         d: Channels.
         eps: Added to the mean square.
         affine: Whether there is a weight; Falcon-Mamba's norms on dt, B and C have none.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
+        device, dtype: As for ``torch.nn.Linear``.
     """
 
     def __init__(
@@ -80,8 +79,7 @@ class GatedRMSNorm(nn.Module):
         eps: Added to the mean square.
         group_size: Channels that share one root mean square; all of them by default.
         norm_before_gate: Normalise first, then gate. Mamba-2 gates first.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
+        device, dtype: As for ``torch.nn.Linear``.
     """
 
     def __init__(

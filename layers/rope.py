@@ -3,9 +3,30 @@
 import torch
 from torch import Tensor
 
-from .common import acc_dtype
+from .common import acc_dtype, check
 
-__all__ = ["rotate"]
+__all__ = ["check_rope", "rotate"]
+
+
+def check_rope(rope: float | None, rotary_dim: int | None, headdim: int, scaling: tuple[float, ...] | None) -> None:
+    """Check attention's options of positions: theta, channels that rotate, channels per head, and the stretching."""
+    if scaling is not None:
+        ok = len(scaling) == 4 and all(number > 0 for number in scaling) and scaling[1] < scaling[2]
+        given = f"{list(scaling)} is not (factor, low, high, length). Llama 3.1 has (8, 1, 4, 8192)."
+        check(ok, "rope_scaling", given)
+    if rope is None:
+        return
+    check(rope > 0, "rope", f"{rope} is not a base of wavelengths. Use a positive number such as 10000.0, or null.")
+    if rotary_dim is None:
+        odd = f"{headdim} is odd, and rotary positions turn pairs. Use an even headdim or set rotary_dim."
+        check(headdim % 2 == 0, "headdim", odd)
+    else:
+        check(
+            0 < rotary_dim <= headdim and rotary_dim % 2 == 0,
+            "rotary_dim",
+            f"{rotary_dim} is not an even number of channels up to headdim = {headdim}. "
+            "Pick one, or set rope to null for no positions.",
+        )
 
 
 def rotate(

@@ -6,6 +6,7 @@ them in an order in which none can be mistaken for another: what a plain forward
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -34,9 +35,15 @@ def diagnose(case: Case, skip: Collection[str]) -> None:
                     raise
 
 
-def _breaks(*promises: str) -> Callable[[Callable[[Case, Mixer], None]], Callable[[Case, Mixer], None]]:
-    def enter(look: Callable[[Case, Mixer], None]) -> Callable[[Case, Mixer], None]:
-        _FAULTS.append((promises, look))
+def _breaks(*promises: str, needed: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Look for a fault of mixers with the capability ``needed``, given inputs and others."""
+
+    def enter(look: Callable[..., None]) -> Callable[..., None]:
+        def with_inputs(case: Case, mixer: Mixer) -> None:
+            if needed is None or mixer.can(needed):
+                look(case, mixer, case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1))
+
+        _FAULTS.append((promises, with_inputs))
         return look
 
     return enter
@@ -71,14 +78,13 @@ def _shown(y: Any) -> str:
 
 
 def _far(case: Case, a: Tensor, b: Tensor) -> float:
-    """By how much two tensors differ; 0 within the tolerance."""
+    """Return by how much two tensors differ; 0 within the tolerance."""
     error = (a - b).abs().max().item()
     return error if error > fault_limit(case, b) else 0.0
 
 
 @_breaks("shapes_and_dtypes")
-def _shape(case: Case, mixer: Mixer) -> None:
-    x = case.x(_BATCH, _LENGTH)
+def _shape(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     y = _call("forward(x)", lambda: mixer(x.clone()))
     if not isinstance(y, Tensor) or y.shape != x.shape:
         raise Fault(
@@ -88,8 +94,7 @@ def _shape(case: Case, mixer: Mixer) -> None:
 
 
 @_breaks("shapes_and_dtypes", "batch_invariance", "chunks_equal_whole")
-def _input(case: Case, mixer: Mixer) -> None:
-    x = case.x(_BATCH, _LENGTH)
+def _input(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     mixer(given := x.clone())
     if not torch.equal(given, x):
         raise Fault(
@@ -99,8 +104,8 @@ def _input(case: Case, mixer: Mixer) -> None:
 
 
 @_breaks("copies", "initialisation", "batch_invariance")
-def _parameters(case: Case, mixer: Mixer) -> None:
-    x, before = case.x(_BATCH, _LENGTH), {name: t.clone() for name, t in mixer.state_dict().items()}
+def _parameters(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
+    before = {name: t.clone() for name, t in mixer.state_dict().items()}
     first = mixer(x.clone())
     for name, t in mixer.state_dict().items():
         if not torch.equal(t, before[name]):
@@ -113,9 +118,9 @@ def _parameters(case: Case, mixer: Mixer) -> None:
             f"not reproducible: the same call twice differs by {far:.1e}",
             "A mixer draws no random numbers in forward; it has no dropout of its own.",
         )
-    other = case.build(seed=case.seed + 1)
-    other.load_state_dict(before)
-    if far := _far(case, other(x.clone()), first):
+    loaded = case.build(seed=case.seed + 1)
+    loaded.load_state_dict(before)
+    if far := _far(case, loaded(x.clone()), first):
         raise Fault(
             f"parameters re-initialised: after load_state_dict the output differs by {far:.1e}",
             "Everything that forward reads is a parameter or a buffer, and nothing is drawn once it is loaded.",
@@ -123,20 +128,17 @@ def _parameters(case: Case, mixer: Mixer) -> None:
 
 
 @_breaks("batch_invariance")
-def _rows(case: Case, mixer: Mixer) -> None:
-    x = case.x(_BATCH, _LENGTH)
-    changed = torch.cat([x[:1], case.x(_BATCH, _LENGTH, seed=1)[1:]])
-    if far := _far(case, mixer(changed)[0], mixer(x)[0]):
+def _rows(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
+    if far := _far(case, mixer(torch.cat([x[:1], other[1:]]))[0], mixer(x)[0]):
         raise Fault(
             f"mixes the rows of the batch: row 0 changes by {far:.1e} when only row 1 does",
             "Dimension 0 is the batch and dimension 1 the tokens; nothing is averaged or normalised over the batch.",
         )
 
 
-@_breaks("causality")
-def _causal(case: Case, mixer: Mixer) -> None:
-    x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
-    for t in (_CUT, 1) if mixer.can("causal") else ():
+@_breaks("causality", needed="causal")
+def _causal(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
+    for t in (_CUT, 1):
         changed = torch.cat([x[:, :t], other[:, t:]], 1)
         if far := _far(case, mixer(changed)[:, :t], mixer(x)[:, :t]):
             raise Fault(
@@ -147,26 +149,21 @@ def _causal(case: Case, mixer: Mixer) -> None:
 
 
 @_breaks("reach")
-def _near(case: Case, mixer: Mixer) -> None:
+def _near(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     if mixer.can("causal") or mixer.reach(_LENGTH, (1, _LENGTH)) is not None:
         return
-    x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
-    for t, s in ((0, -1), (-1, 0)):
+    for (t, output), (s, token) in itertools.permutations(((0, "first"), (-1, "last"))):
         changed = x.clone()
         changed[:, s] = other[:, s]
         if not _far(case, mixer(changed)[:, t], mixer(x)[:, t]):
-            ends = ("first", "last") if t == 0 else ("last", "first")
             raise Fault(
-                f"does not reach: the {ends[0]} output is the same when the {ends[1]} token changes",
+                f"does not reach: the {output} output is the same when the {token} token changes",
                 "Declare 'causal' if no output depends on a later token, or say in reach(length, grid) on which ones each depends.",
             )
 
 
-@_breaks("grid")
-def _maps(case: Case, mixer: Mixer) -> None:
-    if not mixer.can("grid"):
-        return
-    x = case.x(_BATCH, _LENGTH)
+@_breaks("grid", needed="grid")
+def _maps(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     high, wide = (Seq.from_grid(size, _BATCH, _LENGTH, x.device) for size in ((4, 2), (2, 4)))
     y = _call("forward(x, seq=...) of maps", lambda: mixer(x.clone(), seq=wide))
     if not _far(case, mixer(x.clone(), seq=high), y):
@@ -201,11 +198,8 @@ def _mixes_tokens(case: Case, mixer: Mixer) -> bool:
     return bool(_far(case, mixer(x[:, _CUT:].clone()), mixer(x.clone())[:, _CUT:]))
 
 
-@_breaks("chunks_equal_whole", "steps_equal_forward", "state_size")
-def _state(case: Case, mixer: Mixer) -> None:
-    if not mixer.can("state"):
-        return
-    x, other = case.x(_BATCH, _LENGTH), case.x(_BATCH, _LENGTH, seed=1)
+@_breaks("chunks_equal_whole", "steps_equal_forward", "state_size", needed="state")
+def _state(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     whole = mixer(x.clone())
     _, state = _after(case, mixer, x[:, :_CUT])
     if not _mixes_tokens(case, mixer):
@@ -242,11 +236,8 @@ def _state(case: Case, mixer: Mixer) -> None:
         )
 
 
-@_breaks("steps_equal_forward")
-def _step(case: Case, mixer: Mixer) -> None:
-    if not mixer.can("state"):
-        return
-    x = case.x(_BATCH, _LENGTH)
+@_breaks("steps_equal_forward", needed="state")
+def _step(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     whole, (_, left) = mixer(x.clone()), _after(case, mixer, x)
     state = _call("init_state(batch, max_len)", lambda: mixer.init_state(_BATCH, _LENGTH))
     if bool(tensors_of(left)) != (_is_state(state) and bool(tensors_of(state))):
@@ -278,34 +269,28 @@ def _same(a: Any, b: Any) -> bool:
     return all(torch.equal(s, t) for (_, s), (_, t) in zip(tensors_of(a), tensors_of(b), strict=True))
 
 
-@_breaks("packing")
-def _documents(case: Case, mixer: Mixer) -> None:
-    if not mixer.can("packing"):
-        return
-    x = case.x(1, _LENGTH)
+@_breaks("packing", needed="packing")
+def _documents(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     seq = Seq.from_cu_seqlens(torch.tensor([0, _CUT, _LENGTH], device=x.device), 1, _LENGTH)
-    y = _call("forward(x, seq=...) of packed documents", lambda: mixer(x.clone(), seq=seq))
-    if (far := _far(case, y[:, _CUT:], mixer(x[:, _CUT:].clone()))) and not _far(case, y, mixer(x.clone())):
-        raise Fault(
-            f"ignores seq: a packed document sees the one before it, which changes it by {far:.1e}",
-            "Honour seq (layers/mamba.py shows how), or declare what you can do, capabilities = frozenset({'state'}), and call "
-            "self.require('packing') where seq is given.",
-        )
+    _honours(case, mixer, x[:1], seq, _CUT, "packing", "a packed document sees the one before it, which changes it")
 
 
-@_breaks("padding")
-def _pads(case: Case, mixer: Mixer) -> None:
-    if not mixer.can("padding"):
-        return
-    x, mask = case.x(_BATCH, _LENGTH), torch.ones(_BATCH, _LENGTH, dtype=torch.long)
+@_breaks("padding", needed="padding")
+def _pads(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
+    mask = torch.ones(_BATCH, _LENGTH, dtype=torch.long, device=x.device)
     mask[0, : _LENGTH - _CUT] = 0
-    seq = Seq.from_mask(mask.to(x.device))
-    assert seq is not None
-    y = _call("forward(x, seq=...) of padded rows", lambda: seq.restore(mixer(seq.align(x.clone()), seq=seq)))
-    alone = mixer(x[:1, _LENGTH - _CUT :].clone())
-    if (far := _far(case, y[:1, _LENGTH - _CUT :], alone)) and not _far(case, y, seq.restore(mixer(seq.align(x)))):
+    seq: Any = Seq.from_mask(mask)
+    _honours(case, mixer, x, seq, _LENGTH - _CUT, "padding", "padding changes the tokens after it")
+
+
+def _honours(case: Case, mixer: Mixer, x: Tensor, seq: Seq, start: int, capability: str, what: str) -> None:
+    """Compare what stands from ``start`` on in the first row with the same tokens alone."""
+    aligned = seq.align(x)
+    y = _call(f"forward(x, seq=...) with {capability}", lambda: seq.restore(mixer(aligned.clone(), seq=seq)))
+    far = _far(case, y[:1, start:], mixer(x[:1, start:].clone()))
+    if far and not _far(case, y, seq.restore(mixer(aligned))):
         raise Fault(
-            f"ignores seq: padding changes the tokens after it by {far:.1e}",
+            f"ignores seq: {what} by {far:.1e}",
             "Honour seq (layers/mamba.py shows how), or declare what you can do, capabilities = frozenset({'state'}), and call "
-            "self.require('padding') where seq is given.",
+            f"self.require({capability!r}) where seq is given.",
         )
