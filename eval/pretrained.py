@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..zoo.checkpoint import CheckpointError, load
 from ..zoo.checkpoint.files import open_source
-from ..zoo.checkpoint.reading import detect
+from ..zoo.checkpoint.inspect import detect
 from ..zoo.config.resolve import list_models
 from ..zoo.device import pick_device
 from ..zoo.hf import HybridZooForCausalLM, byte_tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..zoo.checkpoint.files import write_whole
+from ..zoo.checkpoint.publish import write_whole
 
 __all__ = ["Result", "header", "merged", "same_run", "version", "write"]
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tqdm import tqdm
 
-from ..zoo.checkpoint.files import write_whole
+from ..zoo.checkpoint.publish import write_whole
 from ..zoo.device import pick_device
 from ..zoo.named import option_pairs
 from .harness import HybridZooLM

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError, convert, export
-from hybridzoo.zoo.checkpoint.family import Fields, families
+from hybridzoo.zoo.checkpoint.families import FAMILIES
+from hybridzoo.zoo.checkpoint.fields import Fields
+from hybridzoo.zoo.checkpoint.inspect import stored_dtype
 from hybridzoo.zoo.models.causal_lm import CausalLM
-from hybridzoo.zoo.models.stats import stored_dtype
 
 CFG = {
     "vocab_size": 19, "d_model": 16, "layers": "(attention moe) * 2", "tie_embeddings": False, "norm": {"type": "rmsnorm", "eps": 1e-5},
@@ -358,7 +359,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_their_exact_parameter_counts(name, tmp_path):
     config, count = PUBLISHED[name]
-    family = families()[config.get("model_type", "mamba_ssm")]
+    family = FAMILIES[config.get("model_type", "mamba_ssm")]
     cfg = family.read(Fields(config, tmp_path / "config.json"))
     assert CausalLM(cfg, device="meta").num_params() == count
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError, convert, export
-from hybridzoo.zoo.checkpoint.files import write_whole
+from hybridzoo.zoo.checkpoint.publish import write_whole
 
 MAMBA = {"vocab_size": 17, "d_model": 16, "layers": "mamba", "mixers": {"mamba": {}}, "residual_in_fp32": True}
 CFG = {"vocab_size": 17, "d_model": 8, "layers": "mlp * 4", "mixers": {"mlp": {"d_intermediate": 8}}}
@@ -113,7 +113,7 @@ def test_an_export_killed_at_any_operation_leaves_no_folder_or_a_whole_one(to, t
 
 
 def test_what_a_living_process_prepares_is_not_swept(tmp_path):
-    from hybridzoo.zoo.checkpoint.files import publishing
+    from hybridzoo.zoo.checkpoint.publish import publishing
 
     with publishing(tmp_path) as place:
         (place / "mine").write_text("1")

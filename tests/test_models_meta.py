@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.checkpoint.family import Fields, families
+from hybridzoo.zoo.checkpoint.families import FAMILIES
+from hybridzoo.zoo.checkpoint.fields import Fields
 from hybridzoo.zoo.checkpoint.keys import View
 from hybridzoo.zoo.checkpoint.writing import signature
 from hybridzoo.zoo.config.shipped import NUMBERS
@@ -185,7 +186,7 @@ def test_jamba_mini_is_transformers_jamba():
 
 def read(family, config):
     fields = Fields(config, Path("config.json"))
-    cfg = families()[family].read(fields)
+    cfg = FAMILIES[family].read(fields)
     fields.done()
     return CausalLM(cfg, device="meta")
 
@@ -195,7 +196,7 @@ def test_published_models_of_other_families_have_their_parameters(name):
     transformers = pytest.importorskip("transformers")
     family, count, config = READ[name]
     assert read(family, config).num_params() == count
-    cls = getattr(transformers, families()[family].architecture)
+    cls = getattr(transformers, FAMILIES[family].architecture)
     with torch.device("meta"):
         theirs = cls(cls.config_class(**config))
     theirs.tie_weights()
@@ -236,11 +237,11 @@ BESIDES = {
 
 def test_fields_of_published_configs_are_known():
     transformers = pytest.importorskip("transformers")
-    assert set(BESIDES) == set(families()) - {"mamba_ssm"}
+    assert set(BESIDES) == set(FAMILIES) - {"mamba_ssm"}
     for name, besides in BESIDES.items():
-        cls = getattr(transformers, families()[name].architecture).config_class
+        cls = getattr(transformers, FAMILIES[name].architecture).config_class
         fields = Fields(cls().to_dict() | besides, Path(name))
-        families()[name].read(fields)
+        FAMILIES[name].read(fields)
         fields.done()
 
 

@@ -66,8 +66,9 @@ def show(
     check_model(model, hub=False)
     import torch
 
+    from .checkpoint.inspect import config_of, stored_dtype
     from .models.build import build
-    from .models.stats import config_of, stats, stored_dtype
+    from .models.stats import stats
 
     saved = Path(model).is_dir()
     kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if saved else None

@@ -1,9 +1,10 @@
 """Errors about what a file says. Their texts go to terminals and logs, so they are one bounded line of printable characters."""
 
-__all__ = ["ConfigError", "SourceError", "printable"]
+__all__ = ["CheckpointError", "ConfigError", "SourceError", "printable", "shortened"]
 
 _LONGEST = 1200
 _TAIL = 300
+_QUOTED = 80
 
 
 class SourceError(ValueError):
@@ -19,6 +20,16 @@ class SourceError(ValueError):
 
 class ConfigError(SourceError):
     """A config that cannot work: the dotted key, what is wrong with it, and the remedy, in one line."""
+
+
+class CheckpointError(SourceError):
+    """A folder that does not hold a whole, matching model: which file, what is wrong with it, and the remedy."""
+
+
+def shortened(value: object) -> str:
+    """Return the ``repr`` of a value that an error quotes; of a long one, its beginning and its length."""
+    text = repr(value)
+    return text if len(text) <= _QUOTED else f"{text[:60]}... ({len(text)} characters)"
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -28,8 +28,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..layers.base import Mixer
-from .checkpoint.files import GENERATION, publishing, steady
 from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded, write_config
+from .checkpoint.publish import GENERATION, publishing, steady
 from .config.resolve import validate
 from .hf_arguments import Rows, refuse_others
 from .layout.expand import expand

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ...zoo.checkpoint.files import write_whole
+from ...zoo.checkpoint.publish import write_whole
 from ...zoo.models.causal_lm import CausalLM
 from ...zoo.models.stats import stats
 from ...zoo.tokenizer import ByteTokenizer

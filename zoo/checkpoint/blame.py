@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .family import Family, Fields
+from .family import Family
+from .fields import Fields
 
 __all__ = ["culprit", "in_words_of_file"]
 

@@ -7,26 +7,11 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import CheckpointError
 from ..hub import unreachable
-from .errors import CheckpointError
-from .publish import GENERATION, check_new, new_folder, publishing, steady, write_whole
+from .publish import GENERATION
 
-__all__ = [
-    "GENERATION",
-    "SPECIAL_IDS",
-    "CheckpointError",
-    "check_new",
-    "dump",
-    "is_deep",
-    "new_folder",
-    "open_regular",
-    "open_source",
-    "publishing",
-    "read_json",
-    "read_metadata",
-    "steady",
-    "write_whole",
-]
+__all__ = ["SPECIAL_IDS", "dump", "is_deep", "open_regular", "open_source", "read_json", "read_metadata"]
 
 # what transformers' generate reads; the rest of config.json is about the network, or the library's own
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -18,9 +18,11 @@ from ...layers.base import Mixer
 from ...layers.common import weight_dtype
 from ..config.files import read_config as read_yaml
 from ..config.resolve import validate
+from ..errors import CheckpointError, shortened
 from ..models.causal_lm import CausalLM
 from ..tokenizer import tokenizer_files, tokenizer_folder
-from .files import GENERATION, SPECIAL_IDS, CheckpointError, dump, open_regular, publishing, read_json, write_whole
+from .files import SPECIAL_IDS, dump, open_regular, read_json
+from .publish import GENERATION, publishing, write_whole
 
 __all__ = [
     "as_it_is",
@@ -269,13 +271,9 @@ def read_config(folder: Path) -> DictConfig:
         return cfg
     if (other := validate(twin)) != cfg:  # neither comments nor what is said by leaving it out make a difference
         key = next(str(key) for key in other if other[key] != cfg[key])
+        copied, counts = (shortened(dict(config)[key]) for config in (other, cfg))
         raise CheckpointError(
-            f"{twin}: says {key}: {_short(other[key])}, and {file.name} {_short(cfg[key])}. The latter (zoo) is what counts, for "
+            f"{twin}: says {key}: {copied}, and {file.name} {counts}. The latter (zoo) is what counts, for "
             f"zoo.load and for transformers; {CONFIG} is its copy. Make the change in both, or remove {CONFIG} if it is not what you mean."
         )
     return cfg
-
-
-def _short(value: Any) -> str:
-    text = repr(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
-    return text if len(text) < 80 else f"{text[:77]}..."

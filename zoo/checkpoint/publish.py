@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 try:
     import fcntl
 except ImportError:  # Windows has none: there, two processes that save to one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_new", "new_folder", "publishing", "steady", "write_whole"]
+__all__ = ["GENERATION", "check_new", "new_folder", "publishing", "steady", "write_whole"]
 
 GENERATION = "generation_config.json"
 _SAVING, _DECIDED, _REMOVE = ".saving-", ".decided", ".remove.json"

@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from ...layers.moe import Router
 from ..config.resolve import block_specs
 from ..device import pick_device
+from ..errors import CheckpointError
 from ..models.causal_lm import CausalLM
 from ..registry import ConfigError, nearest
 from . import native
-from .blame import culprit, in_words_of_file
-from .family import Family, Fields, families
-from .files import CheckpointError, open_source, read_json, read_metadata, steady
+from .blame import in_words_of_file
+from .family import Family
+from .fields import Fields
+from .files import open_source, read_json, read_metadata
+from .inspect import detect, read_config
 from .keys import Piece, View, layer_count
+from .publish import steady
 from .tensors import READABLE, Stored, check_one_set, stored_tensors
 
-__all__ = ["detect", "load", "read_config"]
+__all__ = ["load"]
 
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
@@ -167,63 +171,6 @@ def _one_precision(
         if stated == str(kind).removeprefix("torch."):
             return kind
     return functools.reduce(torch.promote_types, kinds)
-
-
-def detect(folder: Path) -> Family | None:
-    """The converter for a folder; ``None`` if the folder is the zoo's own. Where there is a ``config.json``, it says so."""
-    file = folder / "config.json"
-    if not file.exists():
-        if (folder / native.CONFIG).exists():
-            return None
-        raise CheckpointError(
-            f"{folder}: holds neither {native.CONFIG} nor config.json. Pass a folder that zoo.save, save_pretrained or mamba-ssm "
-            "has written."
-        )
-    config, known = read_json(file), families()
-    kind = config.get("model_type")
-    if kind is None and "d_model" in config and "n_layer" in config:
-        kind = "mamba_ssm"
-    if kind == "hybridzoo":
-        return None
-    if not isinstance(kind, str) or kind not in known:
-        raise CheckpointError(
-            f"{file}: model_type is {kind!r}, which the zoo does not know.{nearest(kind, known)} "
-            f"Known: hybridzoo, {', '.join(sorted(known))}."
-        )
-    return known[kind]
-
-
-def read_config(family: Family, folder: Path, tokenizer: str = "byte", deepest: int | None = None) -> dict[str, Any]:
-    """Our config for the ``config.json`` in a folder.
-
-    Args:
-        family: Its converter.
-        folder: The folder.
-        tokenizer: What the config shall say; converters that know better overrule it.
-        deepest: Layers that the stored tensors show; a config of many more is refused before it is built.
-    """
-    file = folder / "config.json"
-    fields = Fields(read_json(file), file)
-    try:
-        cfg = {"tokenizer": tokenizer} | family.read(fields)
-    except CheckpointError:
-        raise
-    except (TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, ValueError) as e:
-        name = culprit(family, fields)
-        what = "" if name is None else f": {name} is {fields.data[name]!r}"
-        raise CheckpointError(
-            f"{file}: describes no {family.model_type} model{what} ({type(e).__name__}: {e}). Correct the file."
-        ) from e
-    fields.done()
-    if "max_length" not in cfg and fields.data.get("max_position_embeddings") is not None:
-        # no field of the family's, but where it stands, every library takes it for the window
-        cfg["max_length"] = fields.take("max_position_embeddings")
-    layers = cfg["layers"]
-    if deepest is not None and isinstance(layers, list) and len(layers) > 4 * deepest + 8:
-        raise CheckpointError(
-            f"{file}: asks for {len(layers)} blocks, and the files hold {deepest} layers. They do not belong together."
-        )
-    return cfg
 
 
 def _checked(view: View, family: Family, stored: dict[str, Stored], folder: Path) -> dict[str, list[Piece]]:

@@ -9,8 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Fields
-from .files import CheckpointError
+from .fields import Fields
 
 __all__ = ["rotary", "written_rotary"]
 
@@ -49,17 +48,17 @@ def rotary(
     where, given = _settings(fields)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", *_SCALED):
-        raise CheckpointError(
-            f"{fields.file}: rope_type is {kind!r}; only 'default', 'linear' or 'llama3' in {where} can be computed by this version."
+        raise fields.error(
+            f"rope_type is {kind!r}; only 'default', 'linear' or 'llama3' in {where} can be computed by this version."
         )
     for key, value in given.items():
         if isinstance(value, dict):
-            raise CheckpointError(
-                f"{fields.file}: {where}.{key} is an object. Positions that differ by type of layer cannot be computed by this version."
+            raise fields.error(
+                f"{where}.{key} is an object. Positions that differ by type of layer cannot be computed by this version."
             )
         if key not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3, *_IDLE):
-            raise CheckpointError(
-                f"{fields.file}: unknown field {where}.{key}. If it does not change what the model computes, remove it."
+            raise fields.error(
+                f"unknown field {where}.{key}. If it does not change what the model computes, remove it."
             )
     part = _beside(fields, given, "partial_rotary_factor", partial if beside else None)
     options: dict[str, Any] = {
@@ -72,8 +71,8 @@ def rotary(
     if turning != size and (partial is None or turning % 2 or not 0 < turning < size):
         head = f"{size} channels of a head (head_dim, or hidden_size / num_attention_heads)"
         why = f"{turning} of {head} would turn" if partial is not None else "its class turns whole heads"
-        raise CheckpointError(
-            f"{fields.file}: partial_rotary_factor is {part} in or beside {where}; {why}, which cannot be computed by this version."
+        raise fields.error(
+            f"partial_rotary_factor is {part} in or beside {where}; {why}, which cannot be computed by this version."
         )
     options["rotary_dim"] = None if turning == size else turning
     if kind == "default":
@@ -113,9 +112,7 @@ def _settings(fields: Fields) -> tuple[str, dict[str, Any]]:
     fields.skip(*names, "rope_theta", "partial_rotary_factor")
     for name in names:
         if not isinstance(fields.data.get(name), dict | None):
-            raise CheckpointError(
-                f"{fields.file}: {name} is {fields.data[name]!r}, expected an object. Correct the file."
-            )
+            raise fields.wrong(name, fields.data[name], "an object")
     where = names[0] if fields.data.get(names[0]) else names[1]
     return where, fields.data.get(where) or {}
 
@@ -128,7 +125,5 @@ def _beside(fields: Fields, given: dict[str, Any], key: str, default: Any) -> An
 def _positive(fields: Fields, where: str, value: Any, key: str) -> float:
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not 0 < number < math.inf:
-        raise CheckpointError(
-            f"{fields.file}: {key} is {value!r} in or beside {where}, expected a positive number. Correct the file."
-        )
+        raise fields.error(f"{key} is {value!r} in or beside {where}, expected a positive number. Correct the file.")
     return number

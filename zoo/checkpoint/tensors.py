@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError, shortened
 from .files import open_regular, read_json
 
 __all__ = ["READABLE", "Stored", "check_one_set", "check_state_file", "stored_in", "stored_tensors"]
@@ -130,7 +130,7 @@ def _indexed(index: Path, single: Path) -> list[Path]:
         # a hub snapshot links to its blobs, so the name decides and not where the link leads
         if name in ("", ".", "..") or not name.isprintable() or set(name) & {"/", "\\"} or len(name.encode()) > 255:
             raise CheckpointError(
-                f"{index}: names {_short(name)} as a file, which no file of the folder is called. The index is damaged or hostile."
+                f"{index}: names {shortened(name)} as a file, which no file of the folder is called. The index is damaged or hostile."
             )
         if Path(name).suffix != single.suffix:
             raise CheckpointError(f"{index}: names {name!r}, which is no {single.suffix} file. Copy it again.")
@@ -323,17 +323,13 @@ def _check_names(file: Path, stream: Any, allowed: frozenset[str] | set[str]) ->
         elif op.name not in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
             continue
         raise CheckpointError(
-            f"{file}: is damaged, or wants to run code, which is refused ({_short(str(arg or op.name))}: plain tensors need none). "
+            f"{file}: is damaged, or wants to run code, which is refused ({shortened(str(arg or op.name))}: plain tensors need none). "
             "Get the weights as safetensors."
         )
 
 
 def _is_dtype(name: str) -> bool:
     return isinstance(getattr(torch, name, None), torch.dtype)
-
-
-def _short(text: str) -> str:
-    return repr(text) if len(text) < 80 else f"{text[:60]!r}... ({len(text)} letters)"
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:

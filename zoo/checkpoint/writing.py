@@ -10,13 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..layout.expand import expand, split_token
 from ..models.causal_lm import CausalLM, padded_vocab
 from . import native
-from .family import Family, Fields, families
-from .files import GENERATION, SPECIAL_IDS, CheckpointError, check_new, dump, new_folder, open_source
+from .families import FAMILIES
+from .family import Family
+from .fields import Fields
+from .files import SPECIAL_IDS, dump, open_source
+from .inspect import detect
 from .keys import Piece, View
-from .reading import detect, load, shape_of
+from .publish import GENERATION, check_new, new_folder
+from .reading import load, shape_of
 from .tensors import stored_tensors
 
 __all__ = ["Report", "convert", "export"]
@@ -142,7 +147,7 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
     """The first family whose config, read back, is the same model; ``first`` is tried before the others."""
     unlike: list[str] = []
     reasons: dict[str, str] = {}
-    for name, family in sorted(families().items(), key=lambda item: item[0] != first):
+    for name, family in sorted(FAMILIES.items(), key=lambda item: item[0] != first):
         if (name == "mamba_ssm") != (to == "mamba_ssm"):
             continue
         try:
@@ -164,7 +169,7 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
             return family, config
         options = differing(signature(back), signature(view))
         unlike = options if not unlike or len(options) < len(unlike) else unlike
-    what = "mamba-ssm" if to == "mamba_ssm" else f"no family of {', '.join(n for n in families() if n != 'mamba_ssm')}"
+    what = "mamba-ssm" if to == "mamba_ssm" else f"no family of {', '.join(n for n in FAMILIES if n != 'mamba_ssm')}"
     closest = f" The closest differs in {', '.join(unlike)}." if unlike else ""
     if first in reasons:
         closest = f" {first}: {reasons[first]}"

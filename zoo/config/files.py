@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shortened
 from ..registry import nearest
 from .plain import MAX_DEPTH, first_line, plain, refuse_interpolation
 from .shipped import CONFIGS, list_models
@@ -157,7 +157,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str] | Mapping[str
     if isinstance(overrides, Mapping):
         if not all(isinstance(key, str) for key in overrides):
             raise ConfigError(
-                f"overrides: found the keys {_short(list(overrides))}, expected texts, such as 'd_model'."
+                f"overrides: found the keys {shortened(list(overrides))}, expected texts, such as 'd_model'."
             )
         entries = [(key, value, f"{key}: {type(value).__name__}") for key, value in overrides.items()]
     elif isinstance(overrides, str) or not all(isinstance(entry, str) for entry in overrides):
@@ -186,19 +186,21 @@ def _read_override(entry: str) -> tuple[str, Any, str]:
         return key, parse_yaml(text), entry
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         raise ConfigError(
-            f"{key}: cannot be set by {_short(entry)}: {first_line(e)}. Write the value as in YAML."
+            f"{key}: cannot be set by {shortened(entry)}: {first_line(e)}. Write the value as in YAML."
         ) from None
 
 
 def _keys(key: str, entry: str) -> list[str]:
-    refuse_interpolation(key, _short(key))
+    refuse_interpolation(key, shortened(key))
     keys = re.sub(r"\[(\w*)\]", r".\1", key).split(".")
     if not all(keys) or len(keys) > MAX_DEPTH:
         raise ConfigError(
-            f"{_short(key)}: cannot be set by {_short(entry)}: is no dotted key. Write it as in 'norm.eps=1e-5'."
+            f"{shortened(key)}: cannot be set by {shortened(entry)}: is no dotted key. Write it as in 'norm.eps=1e-5'."
         )
     if keys[0] == "base":
-        raise ConfigError(f"base: cannot be overridden by {_short(entry)}. Name the other config in place of this one.")
+        raise ConfigError(
+            f"base: cannot be overridden by {shortened(entry)}. Name the other config in place of this one."
+        )
     return keys
 
 
@@ -211,13 +213,13 @@ def _put(data: dict[str, Any], key: str, value: Any, entry: str) -> None:
             if not re.fullmatch(r"-?\d{1,6}", name, re.ASCII) or not -len(node) <= int(name) < len(node):
                 at = ".".join([*parents, last][:i])
                 raise ConfigError(
-                    f"{key}: cannot be set by {_short(entry)}: {at} is a list of {len(node)}. Use an index of it."
+                    f"{key}: cannot be set by {shortened(entry)}: {at} is a list of {len(node)}. Use an index of it."
                 )
             name = int(name)
         elif not isinstance(node, dict):
             at = ".".join([*parents, last][:i])
             raise ConfigError(
-                f"{key}: cannot be set by {_short(entry)}: {at} is {_short(node)}, no mapping. Check the key."
+                f"{key}: cannot be set by {shortened(entry)}: {at} is {shortened(node)}, no mapping. Check the key."
             )
         elif i < len(parents) and node.get(name) is None:
             node[name] = {}
@@ -229,11 +231,6 @@ def _put(data: dict[str, Any], key: str, value: Any, entry: str) -> None:
     if last == "type" and node.get("type", value) != value:
         node.clear()  # as in _merge
     node[last] = _merge(node[last], value) if last in node else value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _merge(base: Any, over: Any) -> Any:

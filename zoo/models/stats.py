@@ -4,22 +4,15 @@ The model itself is built on the meta device and asked, so what is printed is wh
 """
 
 import dataclasses
-import math
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import native
-from ..checkpoint.files import open_regular
-from ..checkpoint.reading import detect, read_config
-from ..checkpoint.tensors import READABLE, stored_in
 from .build import build
 from .causal_lm import CausalLM
 
-__all__ = ["Row", "Stats", "config_of", "numbers", "stats", "stored_dtype"]
+__all__ = ["Row", "Stats", "numbers", "stats"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,31 +114,6 @@ def numbers(source: Any) -> dict[str, Any]:
     found = stats(source, 1024)
     kept = ("params", "active_params", "state_bytes")
     return {key: getattr(found, key) for key in kept} | {"pattern": found.layers}
-
-
-def config_of(folder: str | Path) -> Any:
-    """The config of a saved folder, in any format that ``zoo.load`` reads; no weights are looked at.
-
-    Raises:
-        CheckpointError: No model is saved there, or one of an unknown family.
-    """
-    family = detect(Path(folder))
-    return native.read_config(Path(folder)) if family is None else read_config(family, Path(folder))
-
-
-def stored_dtype(folder: str | Path) -> torch.dtype | None:
-    """The floating-point dtype that most weights of a saved folder have; ``None`` if no safetensors file holds any. Reads headers alone.
-
-    Raises:
-        CheckpointError: Such a file is damaged.
-    """
-    sizes: Counter[torch.dtype] = Counter()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with open_regular(file) as handle:
-            for _, tensor in stored_in(file, handle):
-                if isinstance(tensor.dtype, torch.dtype) and tensor.dtype in READABLE:
-                    sizes[tensor.dtype] += math.prod(tensor.shape)
-    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _row(index: int | None, token: str, module: nn.Module, seen: set[int], flops: int = 0, state_bytes: int = 0) -> Row:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from ..checkpoint.files import CheckpointError
 from ..checkpoint.tensors import stored_tensors
+from ..errors import CheckpointError
 from ..models.build import param_groups
 from ..models.causal_lm import CausalLM
 from .data import Rows

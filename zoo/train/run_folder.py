@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import CheckpointError, is_deep, write_whole
+from ..checkpoint.files import is_deep
+from ..checkpoint.publish import write_whole
 from ..checkpoint.tensors import check_state_file
+from ..errors import CheckpointError
 from .digests import digest_file
 
 __all__ = ["AGAIN", "LOG", "Checkpoint", "DifferentRun", "RunFolder"]

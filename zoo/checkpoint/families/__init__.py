@@ -1,11 +1,24 @@
-"""One converter per family; the order is the one in which an export tries them: the plainer first, then what has more options."""
+"""One converter per published format."""
 
-# isort: off
-from . import llama, qwen, smollm3, phi3, granite
-from . import bamba, falcon_h1, jamba, mamba, mamba2, mamba_ssm, nemotron_h, zamba2
+from ..family import Family
+from .bamba import Bamba
+from .falcon_h1 import FalconH1
+from .granite import Granite, GraniteHybrid, GraniteMoe
+from .jamba import Jamba
+from .llama import Llama, Mistral, Mixtral
+from .mamba import FalconMamba, Mamba, Mamba2
+from .mamba_ssm import MambaSSM
+from .nemotron_h import NemotronH
+from .phi3 import Phi3
+from .qwen import Qwen2, Qwen3, Qwen3Moe
+from .smollm3 import SmolLM3
+from .zamba2 import Zamba2
 
-# isort: on
+__all__ = ["FAMILIES"]
 
-__all__ = [
-    "bamba", "falcon_h1", "granite", "jamba", "llama", "mamba", "mamba2", "mamba_ssm", "nemotron_h", "phi3", "qwen", "smollm3", "zamba2",
-]  # fmt: skip
+_CONVERTERS: tuple[type[Family], ...] = (
+    Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3Moe, SmolLM3, Phi3, Granite, GraniteMoe, GraniteHybrid,
+    Bamba, FalconH1, Jamba, Mamba, FalconMamba, Mamba2, MambaSSM, NemotronH, Zamba2,
+)  # fmt: skip
+# by model_type, in the order in which an export tries them: the plainer first, then what has more options
+FAMILIES: dict[str, Family] = {cls.model_type: cls() for cls in _CONVERTERS}

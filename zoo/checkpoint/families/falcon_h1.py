@@ -6,64 +6,57 @@ MLP. The published models have no norm in the Mamba-2 mixer, only the gate.
 
 from typing import Any
 
-from ..family import Fields, register
-from ..files import CheckpointError
+from ..fields import Fields, Table, written
 from ..keys import View
-from ..rotary import rotary, written_rotary
-from .decoder import Decoder
+from .decoder import BIASES, SSM, Decoder, Defaults
 
 __all__ = ["FalconH1"]
 
+_FACTORS: Table = {
+    "embedding_multiplier": ("embedding_multiplier", 1.0),
+    "logits_multiplier": ("lm_head_multiplier", 1.0),
+}
 
-@register
+
 class FalconH1(Decoder):
     """The converter of ``falcon_h1``."""
 
     model_type = "falcon_h1"
     architecture = "FalconH1ForCausalLM"
     ignored = r".*\.(rotary_emb\.inv_freq|mup_vector)"
+    defaults = Defaults(vocab_size=128000, nheads_kv=8, eps=1e-5, max_length=8192)
+    tables = {
+        "mamba2": {
+            **SSM, "rmsnorm": ("mamba_rms_norm", False), "norm_before_gate": ("mamba_norm_before_gate", True),
+            "in_multiplier": ("ssm_in_multiplier", 1.0), "out_multiplier": ("ssm_out_multiplier", 1.0),
+        },
+        "attention": {
+            **BIASES, "key_multiplier": ("key_multiplier", 1.0),
+            "in_multiplier": ("attention_in_multiplier", 1.0), "out_multiplier": ("attention_out_multiplier", 1.0),
+        },
+        "mlp": {"d_intermediate": ("intermediate_size", 14336), "bias": ("mlp_bias", False)},
+    }  # fmt: skip
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        take, n, bias = fields.take, fields.take("num_hidden_layers", 32), fields.take("attention_bias", False)
         fields.skip("layer_types", "layers_block_type", "attn_layer_indices", "mamba_use_mlp", "mlp_expansion_factor")
-        cfg = self.trunk(fields, ["mamba2 + attention", "mlp"] * n, vocab=128000, d_model=4096, eps=1e-5, length=8192)
-        inner = fields.nullable("mamba_d_ssm", 1024)
-        mamba2 = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"], inner) | {
-            "rmsnorm": take("mamba_rms_norm", False), "norm_before_gate": take("mamba_norm_before_gate", True),
-            "in_multiplier": take("ssm_in_multiplier", 1.0), "out_multiplier": take("ssm_out_multiplier", 1.0),
-            "multipliers": fields.floats("ssm_multipliers", (1.0,) * 5),
-        }  # fmt: skip
-        if take("projectors_bias", False) != mamba2["bias"]:
-            raise CheckpointError(
-                f"{fields.file}: projectors_bias and mamba_proj_bias differ; only equal ones can be computed by this version."
+        cfg = self.trunk(fields, ["mamba2 + attention", "mlp"] * fields.take("num_hidden_layers", 32))
+        ssm = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"], fields.nullable("mamba_d_ssm", 1024))
+        ssm |= {"multipliers": fields.floats("ssm_multipliers", (1.0,) * 5)}
+        if fields.take("projectors_bias", False) != ssm["bias"]:
+            raise fields.error(
+                "projectors_bias and mamba_proj_bias differ; only equal ones can be computed by this version."
             )
-        heads = self.heads(fields, cfg["d_model"], 32, 8)
-        attention = heads | rotary(fields, heads["headdim"], length=8192) | {
-            "qkv_bias": bias, "out_bias": bias, "key_multiplier": take("key_multiplier", 1.0),
-            "in_multiplier": take("attention_in_multiplier", 1.0), "out_multiplier": take("attention_out_multiplier", 1.0),
-        }  # fmt: skip
+        attention = self.attention(fields, cfg["d_model"])
         gate, down = fields.floats("mlp_multipliers", (1.0, 1.0))
-        mlp = {
-            "type": "mlp", "d_intermediate": take("intermediate_size", 14336), "bias": take("mlp_bias", False),
-            "gate_multiplier": gate, "out_multiplier": down,
-        }  # fmt: skip
-        return cfg | {
-            "mixers": {"mamba2": mamba2, "attention": attention, "mlp": mlp},
-            "embedding_multiplier": take("embedding_multiplier", 1.0), "logits_multiplier": take("lm_head_multiplier", 1.0),
-        }  # fmt: skip
+        mlp = self.options(fields, "mlp") | {"gate_multiplier": gate, "out_multiplier": down}
+        return cfg | {"mixers": {"mamba2": ssm, "attention": attention, "mlp": mlp}} | fields.options(_FACTORS)
 
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
-        m, a, mlp, cfg = view.first("mamba2"), view.first("attention"), view.first("mlp"), view.cfg
-        ssm = self.written_ssm(view)
-        del ssm["mamba_expand"]  # the width is said outright, and may be less than the model's
-        return self.written_trunk(view) | self.written_heads(view) | ssm | written_rotary(a) | {
-            "mamba_d_ssm": m["d_ssm"], "mamba_rms_norm": m["rmsnorm"], "mamba_norm_before_gate": bool(m["norm_before_gate"]),
-            "ssm_in_multiplier": m["in_multiplier"], "ssm_multipliers": m["multipliers"], "ssm_out_multiplier": m["out_multiplier"],
-            "projectors_bias": m["bias"],
-            "attention_in_multiplier": a["in_multiplier"], "key_multiplier": a["key_multiplier"],
-            "attention_out_multiplier": a["out_multiplier"], "attention_bias": a["qkv_bias"], "mlp_bias": mlp["bias"],
-            "intermediate_size": mlp["d_intermediate"], "mlp_multipliers": [mlp["gate_multiplier"], mlp["out_multiplier"]],
-            "embedding_multiplier": cfg.embedding_multiplier, "lm_head_multiplier": cfg.logits_multiplier,
+        m, mlp, config = view.first("mamba2"), view.first("mlp"), super().write(view) | self.written_ssm(view)
+        del config["mamba_expand"]  # the width is said outright, and may be less than the model's
+        return config | written(view.cfg, _FACTORS) | {
+            "mamba_d_ssm": m["d_ssm"], "mamba_norm_before_gate": bool(m["norm_before_gate"]), "ssm_multipliers": m["multipliers"],
+            "projectors_bias": m["bias"], "mlp_multipliers": [mlp["gate_multiplier"], mlp["out_multiplier"]],
         }  # fmt: skip

@@ -7,34 +7,33 @@ with Mamba-2 in most layers and experts beside one dense MLP, where attention ha
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Fields, register
-from ..files import CheckpointError
+from ..fields import Fields, Table, used, written
 from ..keys import Part, Piece, View, halves, same
-from ..rotary import rotary, written_rotary
-from .decoder import Decoder, every_second
-from .llama import Llama
+from .decoder import BIASES, SSM, Decoder, every_second
+from .llama import Llama, Uniform
 
 __all__ = ["Granite", "GraniteHybrid", "GraniteMoe"]
 
 _TYPES = {"mamba": "mamba2", "linear_attention": "mamba2", "attention": "attention", "full_attention": "attention"}
+_FACTORS: Table = {
+    "embedding_multiplier": ("embedding_multiplier", 1.0), "residual_multiplier": ("residual_multiplier", 1.0),
+}  # fmt: skip
+_ATTENTION: Table = {**BIASES, "softmax_scale": ("attention_multiplier", 1.0)}
+_MOE: Table = {
+    "d_intermediate": ("intermediate_size", 11008), "num_experts": ("num_local_experts", 8), "top_k": ("num_experts_per_tok", 2),
+}  # fmt: skip
+_UNUSED = ("normalization_function", "init_method", "logits_to_keep")
 
 
 def _factors(fields: Fields) -> dict[str, Any]:
-    take, divisor = fields.take, fields.take("logits_scaling", 1.0)
+    divisor = fields.take("logits_scaling", 1.0)
     if not divisor:
-        raise CheckpointError(f"{fields.file}: logits_scaling is 0, and divides the logits. Correct the file.")
-    return {
-        "embedding_multiplier": take("embedding_multiplier", 1.0), "residual_multiplier": take("residual_multiplier", 1.0),
-        "logits_multiplier": 1 / divisor,
-    }  # fmt: skip
+        raise fields.error("logits_scaling is 0, and divides the logits. Correct the file.")
+    return fields.options(_FACTORS) | {"logits_multiplier": 1 / divisor}
 
 
 def _written_factors(view: View) -> dict[str, Any]:
-    cfg = view.cfg
-    return {
-        "embedding_multiplier": cfg.embedding_multiplier, "residual_multiplier": cfg.residual_multiplier,
-        "logits_scaling": 1 / cfg.logits_multiplier, "attention_multiplier": view.first("attention").get("softmax_scale", 1.0),
-    }  # fmt: skip
+    return written(view.cfg, _FACTORS) | {"logits_scaling": 1 / view.cfg.logits_multiplier}
 
 
 def _experts(view: View, part: Part, theirs: str) -> Iterator[Piece]:
@@ -47,116 +46,77 @@ def _experts(view: View, part: Part, theirs: str) -> Iterator[Piece]:
     yield Piece(f"{part.key}.router.weight", f"{theirs}.{names[2]}")
 
 
-@register
-class Granite(Llama):
+class Granite(Uniform):
     """The converter of ``granite``."""
 
     model_type = "granite"
     architecture = "GraniteForCausalLM"
+    tables = {"attention": _ATTENTION, "mlp": Llama.tables["mlp"]}
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        return self._with_factors(fields, self._mlp(fields), n=32)
-
-    def _mlp(self, fields: Fields) -> dict[str, Any]:
-        take = fields.take
-        return {
-            "mlp": {"type": "mlp", "d_intermediate": take("intermediate_size", 11008), "bias": take("mlp_bias", False)}
-        }
-
-    def _with_factors(self, fields: Fields, feed_forward: dict[str, Any], n: int) -> dict[str, Any]:
-        bias, scale = fields.take("attention_bias", False), fields.take("attention_multiplier", 1.0)
-        cfg = self.uniform(fields, feed_forward, n=n, heads=32, kv=None) | _factors(fields)
-        cfg["mixers"]["attention"] |= {"qkv_bias": bias, "out_bias": bias, "softmax_scale": scale}
-        return cfg
+        return super().read(fields) | _factors(fields)
 
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
         return super().write(view) | _written_factors(view)
 
 
-@register
 class GraniteMoe(Granite):
     """The converter of ``granitemoe``."""
 
     model_type = "granitemoe"
     architecture = "GraniteMoeForCausalLM"
-    names = {"attention": "self_attn", "moe": "block_sparse_moe"}  # noqa: RUF012
+    names = {"attention": "self_attn", "moe": "block_sparse_moe"}
+    fixed = {"moe": {"router": "topk_softmax"}}
+    tables = {"attention": _ATTENTION, "moe": _MOE}
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        take = fields.take
-        fields.skip("normalization_function", "init_method", "logits_to_keep")
-        moe = {
-            "type": "moe", "d_intermediate": take("intermediate_size", 11008), "num_experts": take("num_local_experts", 8),
-            "router": "topk_softmax", "top_k": take("num_experts_per_tok", 2), "aux_loss_coef": take("router_aux_loss_coef", 0.001),
-        }  # fmt: skip
-        return self._with_factors(fields, {"moe": moe}, n=32)
-
-    def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
-        a, moe = view.first("attention"), view.first("moe")
-        return self.written_trunk(view) | self.written_heads(view) | written_rotary(a) | _written_factors(view) | {
-            "attention_bias": a["qkv_bias"], "intermediate_size": moe["d_intermediate"], "num_local_experts": moe["num_experts"],
-            "num_experts_per_tok": moe["top_k"],
-        }  # fmt: skip
+        fields.skip(*_UNUSED)
+        return super().read(fields)
 
     def mixer(self, view: View, part: Part, theirs: str) -> Iterator[Piece]:
         """The experts are fused on disk too."""
         yield from _experts(view, part, theirs) if part.type == "moe" else super().mixer(view, part, theirs)
 
 
-@register
 class GraniteHybrid(Decoder):
     """The converter of ``granitemoehybrid``."""
 
     model_type = "granitemoehybrid"
     architecture = "GraniteMoeHybridForCausalLM"
-    norms = ("input_layernorm", "post_attention_layernorm")
-    last_norm = "model.norm"
-    names = {  # noqa: RUF012
-        "attention": "self_attn", "mamba2": "mamba", "mlp": "shared_mlp", "moe": "block_sparse_moe",
+    norms, last_norm, fixed = Granite.norms, Granite.last_norm, GraniteMoe.fixed
+    names = {"attention": "self_attn", "mamba2": "mamba", "mlp": "shared_mlp", "moe": "block_sparse_moe"}
+    tables = {
+        "mamba2": SSM, "attention": _ATTENTION, "mlp": {"d_intermediate": ("shared_intermediate_size", 1024)}, "moe": _MOE,
+    }  # fmt: skip
+    absent = {
+        "mamba2": {}, "attention": {"qkv_bias": False, "out_bias": False, "softmax_scale": 1.0},
+        "moe": {"d_intermediate": 1024, "num_experts": 0, "top_k": 1},
     }  # fmt: skip
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        take, n, e, bias = (
-            fields.take,
-            fields.take("num_hidden_layers", 32),
-            fields.take("num_local_experts", 8),
-            fields.take("attention_bias", False),
-        )
+        n = fields.take("num_hidden_layers", 32)
         kinds = fields.kinds(_TYPES, ["mamba"] * n, "layer_types", "layers_block_type")
-        layers = every_second(kinds, ["moe + mlp" if e else "mlp"] * n)
-        fields.skip("normalization_function", "init_method", "logits_to_keep")
-        cfg = self.trunk(fields, layers, vocab=32000, d_model=4096, eps=1e-6, length=2048)
-        heads = self.heads(fields, cfg["d_model"], 32, None)
-        turned = rotary(fields, heads["headdim"])
+        moe, mlp = self.options(fields, "moe"), self.options(fields, "mlp")
+        layers = every_second(kinds, ["moe + mlp" if moe["num_experts"] else "mlp"] * n)
+        fields.skip(*_UNUSED)
+        cfg = self.trunk(fields, layers)
+        attention = self.attention(fields, cfg["d_model"])
         if fields.expect("position_embedding_type", None, "rope", "nope") != "rope":
-            turned = {"rope": None}
-        mixers = {
-            "mamba2": self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"]),
-            "attention": heads | turned | {
-                "softmax_scale": take("attention_multiplier", 1.0), "qkv_bias": bias, "out_bias": bias,
-            },
-            "mlp": {"type": "mlp", "d_intermediate": take("shared_intermediate_size", 1024)},
-            "moe": {
-                "type": "moe", "d_intermediate": take("intermediate_size", 11008), "num_experts": e, "router": "topk_softmax",
-                "top_k": take("num_experts_per_tok", 2), "aux_loss_coef": take("router_aux_loss_coef", 0.001),
-            },
-        }  # fmt: skip
-        used = " ".join(layers).split()
-        return cfg | {"mixers": {name: spec for name, spec in mixers.items() if name in used}} | _factors(fields)
+            attention |= {"rope": None, "rope_scaling": None}
+        ssm = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"])
+        mixers = {"mamba2": ssm, "attention": attention, "mlp": mlp, "moe": moe}
+        return cfg | {"mixers": used(mixers, layers)} | _factors(fields)
 
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
-        a, moe = view.first("attention"), view.first("moe")
-        rope = written_rotary(a)
-        return self.written_trunk(view) | self.written_heads(view) | self.written_ssm(view) | rope | _written_factors(view) | {
+        config = super().write(view)
+        return config | self.written_ssm(view) | _written_factors(view) | {
             "layer_types": ["linear_attention" if token == "mamba2" else "full_attention" for token in view.layout[::2]],
-            "position_embedding_type": "rope" if rope else None, "attention_bias": a.get("qkv_bias", False),
-            "shared_intermediate_size": view.first("mlp")["d_intermediate"], "intermediate_size": moe.get("d_intermediate", 1024),
-            "num_local_experts": moe.get("num_experts", 0), "num_experts_per_tok": moe.get("top_k", 1),
+            "position_embedding_type": "rope" if "rope_parameters" in config else None,
         }  # fmt: skip
 
     def mixer(self, view: View, part: Part, theirs: str) -> Iterator[Piece]:

@@ -1,67 +1,53 @@
-"""transformers' ``mamba`` (state-spaces/mamba-130m-hf, ...) and ``falcon_mamba`` (tiiuae/falcon-mamba-7b).
+"""transformers' ``mamba`` (state-spaces/mamba-130m-hf, ...), ``falcon_mamba`` (tiiuae/falcon-mamba-7b) and ``mamba2`` (Mamba-Codestral).
 
-One Mamba block per layer. Falcon-Mamba normalises dt, B and C without weights. Key names are ours but for the embedding's.
+One mixer per layer. Falcon-Mamba normalises dt, B and C without weights. Key names are ours but for the embedding's.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-from ..family import Family, Fields, register
-from ..files import CheckpointError
+from ..family import Family
+from ..fields import Fields, Table, written
 from ..keys import Piece, View, same
 
-__all__ = ["FalconMamba", "Mamba"]
+__all__ = ["FalconMamba", "Mamba", "Mamba2"]
+
+_BIASES: Table = {"bias": ("use_bias", False), "conv_bias": ("use_conv_bias", True)}
+_TRAINING: Table = {
+    "dt_min": ("time_step_min", 0.001), "dt_max": ("time_step_max", 0.1), "dt_init_floor": ("time_step_floor", 1e-4),
+}  # fmt: skip
 
 
-@register
-class Mamba(Family):
-    """The converter of ``mamba``."""
+class OneMixer(Family):
+    """Base of these converters.
 
-    model_type = "mamba"
-    architecture = "MambaForCausalLM"
+    Attributes:
+        kind: The type of the mixer.
+        table: Its options that fields say.
+    """
 
-    def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
+    kind: ClassVar[str]
+    table: ClassVar[Table]
+
+    def trunk(self, fields: Fields, *, vocab_size: int, d_model: int, n_layer: int, tied: bool) -> dict[str, Any]:
+        """Our config; what is not a field's value is the class's default, but for ``d_model``."""
         take = fields.take
-        d_model = take("hidden_size", 768, "d_model")
         fields.expect("hidden_act", "silu")
-        # where a file has both and they disagree, transformers' classes take the width
-        inner = take("intermediate_size", take("expand", 2) * d_model)
-        expand, rest = divmod(inner, d_model)
-        if rest:
-            raise CheckpointError(
-                f"{fields.file}: intermediate_size is {inner}, which is no multiple of hidden_size {d_model}."
-            )
-        # the first checkpoints carry mamba-ssm's fields too
-        fields.skip("d_inner", "n_layer", "numb_hidden_layers", "pad_vocab_size_multiple", "ssm_cfg")
-        fields.skip("fused_add_norm")
         fields.expect("rms_norm", True)
-        rank = fields.data.get("time_step_rank", "auto")
-        mamba = {
-            "type": "mamba", "d_state": take("state_size", 16), "d_conv": take("conv_kernel", 4), "expand": expand,
-            "dt_rank": math.ceil(d_model / 16) if rank == "auto" else take("time_step_rank"),
-            "dt_min": take("time_step_min", 0.001), "dt_max": take("time_step_max", 0.1),
-            "dt_init_floor": take("time_step_floor", 1e-4), "dt_scale": take("time_step_scale", 1.0),
-            "bias": take("use_bias", False), "conv_bias": take("use_conv_bias", True),
-        }  # fmt: skip
-        fields.skip("time_step_rank")
+        mixer = {"type": self.kind, **fields.options(self.table), **fields.options(_TRAINING)}
         return {
-            "vocab_size": take("vocab_size", 50280), "d_model": d_model, "layers": ["mamba"] * take("num_hidden_layers", 32),
-            "mixers": {"mamba": mamba | self._norms(fields)},
-            "norm": {"type": "rmsnorm", "eps": take("layer_norm_epsilon", 1e-5)},
-            "residual_in_fp32": take("residual_in_fp32", True), "tie_embeddings": take("tie_word_embeddings", True),
+            "vocab_size": take("vocab_size", vocab_size), "d_model": d_model, "layers": [self.kind] * take("num_hidden_layers", n_layer),
+            "mixers": {self.kind: mixer}, "norm": {"type": "rmsnorm", "eps": take("layer_norm_epsilon", 1e-5)},
+            "residual_in_fp32": take("residual_in_fp32", True), "tie_embeddings": take("tie_word_embeddings", tied),
         }  # fmt: skip
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
-        mamba, cfg = view.first("mamba"), view.cfg
-        return {
+        """Their config, but for what only one class has."""
+        cfg = view.cfg
+        return written(view.first(self.kind), self.table) | {
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "num_hidden_layers": len(view.blocks),
-            "state_size": mamba["d_state"], "conv_kernel": mamba["d_conv"], "expand": mamba["expand"],
-            "intermediate_size": mamba["expand"] * cfg.d_model, "time_step_rank": mamba["dt_rank"],
-            "use_bias": mamba["bias"], "use_conv_bias": mamba["conv_bias"], "layer_norm_epsilon": cfg.norm.eps,
-            "residual_in_fp32": cfg.residual_in_fp32, "tie_word_embeddings": cfg.tie_embeddings,
+            "layer_norm_epsilon": cfg.norm.eps, "residual_in_fp32": cfg.residual_in_fp32, "tie_word_embeddings": cfg.tie_embeddings,
         }  # fmt: skip
 
     def keys(self, view: View) -> Iterator[Piece]:
@@ -70,21 +56,86 @@ class Mamba(Family):
         for i in range(len(view.blocks)):
             yield from same(view, f"backbone.layers.{i}", f"backbone.layers.{i}")
 
-    def _norms(self, fields: Fields) -> dict[str, Any]:
-        return {}
+
+class Mamba(OneMixer):
+    """The converter of ``mamba``."""
+
+    model_type = "mamba"
+    architecture = "MambaForCausalLM"
+    kind = "mamba"
+    table = {"d_state": ("state_size", 16), "d_conv": ("conv_kernel", 4), **_BIASES}
+
+    def read(self, fields: Fields) -> dict[str, Any]:
+        """Our config."""
+        d_model = fields.take("hidden_size", 768, "d_model")
+        # where a file has both and they disagree, transformers' classes take the width
+        inner = fields.take("intermediate_size", fields.take("expand", 2) * d_model)
+        expand, rest = divmod(inner, d_model)
+        if rest:
+            raise fields.error(f"intermediate_size is {inner}, which is no multiple of hidden_size {d_model}.")
+        # the first checkpoints carry mamba-ssm's fields too
+        fields.skip("d_inner", "n_layer", "numb_hidden_layers", "pad_vocab_size_multiple", "ssm_cfg", "fused_add_norm")
+        cfg = self.trunk(fields, vocab_size=50280, d_model=d_model, n_layer=32, tied=True)
+        cfg["mixers"]["mamba"] |= {
+            "expand": expand, "dt_rank": fields.automatic("time_step_rank", math.ceil(d_model / 16)),
+            "dt_scale": fields.take("time_step_scale", 1.0),
+        }  # fmt: skip
+        return cfg
+
+    def write(self, view: View) -> dict[str, Any]:
+        """Their config."""
+        mamba = view.first("mamba")
+        return super().write(view) | {
+            "expand": mamba["expand"], "intermediate_size": mamba["expand"] * view.cfg.d_model, "time_step_rank": mamba["dt_rank"],
+        }  # fmt: skip
 
 
-@register
 class FalconMamba(Mamba):
     """The converter of ``falcon_mamba``."""
 
     model_type = "falcon_mamba"
     architecture = "FalconMambaForCausalLM"
     ignored = r".*\.(dt|b|c)_layernorm\.weight"
+    table = Mamba.table | {"bcdt_norm_eps": ("mixer_rms_eps", 1e-6)}
+
+    def read(self, fields: Fields) -> dict[str, Any]:
+        """Our config."""
+        cfg = super().read(fields)
+        cfg["mixers"]["mamba"] |= {"bcdt_norm": True, "bcdt_norm_affine": False}
+        return cfg
+
+
+class Mamba2(OneMixer):
+    """The converter of ``mamba2``."""
+
+    model_type = "mamba2"
+    architecture = "Mamba2ForCausalLM"
+    kind = "mamba2"
+    table = {
+        "d_state": ("state_size", 128), "d_conv": ("conv_kernel", 4), "headdim": ("head_dim", 64), "ngroups": ("n_groups", 8), **_BIASES,
+    }  # fmt: skip
+
+    def read(self, fields: Fields) -> dict[str, Any]:
+        """Our config."""
+        take, d_model, expand = fields.take, fields.take("hidden_size", 4096), fields.take("expand", 2)
+        fields.skip("time_step_rank", "time_step_scale", "norm_before_gate", "intermediate_size")
+        cfg = self.trunk(fields, vocab_size=32768, d_model=d_model, n_layer=64, tied=False)
+        mamba2 = cfg["mixers"]["mamba2"]
+        mamba2 |= {
+            "expand": expand, "norm_eps": cfg["norm"]["eps"], "chunk_size": take("chunk_size", 256),
+            "dt_limit": fields.floats("time_step_limit", (0.0, float("inf"))),
+        }  # fmt: skip
+        inner = take("num_heads", 128) * mamba2["headdim"]
+        if inner != expand * d_model:
+            raise fields.error(
+                f"num_heads * head_dim = {inner} differs from expand * hidden_size = {expand * d_model}."
+            )
+        return cfg
 
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
-        return super().write(view) | {"mixer_rms_eps": view.first("mamba")["bcdt_norm_eps"]}
-
-    def _norms(self, fields: Fields) -> dict[str, Any]:
-        return {"bcdt_norm": True, "bcdt_norm_affine": False, "bcdt_norm_eps": fields.take("mixer_rms_eps", 1e-6)}
+        mamba2 = view.first("mamba2")
+        return super().write(view) | {
+            "expand": mamba2["d_inner"] // view.cfg.d_model, "num_heads": mamba2["d_ssm"] // mamba2["headdim"],
+            "time_step_limit": mamba2["dt_limit"],
+        }  # fmt: skip

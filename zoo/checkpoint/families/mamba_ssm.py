@@ -8,8 +8,8 @@ projections: that is ``attention + mlp``, and the projections' rows and columns 
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Family, Fields, register, written
-from ..files import CheckpointError
+from ..family import Family
+from ..fields import Fields, written
 from ..keys import Part, Piece, View, same
 
 __all__ = ["MambaSSM"]
@@ -29,7 +29,6 @@ _TRAINING = ("dt_min", "dt_max", "dt_init_floor", "dt_scale", "A_init_range", "c
 _NO_EFFECT = ("use_fast_path", "use_mem_eff_path", "dt_init", "conv_init", "sequence_parallel", "process_group")
 
 
-@register
 class MambaSSM(Family):
     """The converter of mamba-ssm's format, which has no ``model_type``."""
 
@@ -42,7 +41,7 @@ class MambaSSM(Family):
         d_model, n, width = take("d_model"), take("n_layer"), take("d_intermediate", 0)
         at = set(take("attn_layer_idx", []))
         if not all(isinstance(i, int) and 0 <= i < n for i in at):
-            raise CheckpointError(f"{fields.file}: attn_layer_idx is {sorted(at)}, expected layers from 0 to {n - 1}.")
+            raise fields.error(f"attn_layer_idx is {sorted(at)}, expected layers from 0 to {n - 1}.")
         vocab = take("vocab_size", 50277)
         fields.skip("fused_add_norm")
         ssm_name, ssm = self._ssm(fields, take("ssm_cfg", {}))
@@ -67,14 +66,14 @@ class MambaSSM(Family):
     def _ssm(self, fields: Fields, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         layer = given.get("layer", "Mamba1")
         if layer == "Mamba3":
-            raise CheckpointError(f"{fields.file}: ssm_cfg.layer is 'Mamba3', whose mixer is not yet part of the zoo.")
+            raise fields.error("ssm_cfg.layer is 'Mamba3', whose mixer is not yet part of the zoo.")
         if layer not in _SSM:
-            raise CheckpointError(f"{fields.file}: ssm_cfg.layer is {layer!r}. Known: {', '.join(_SSM)}.")
+            raise fields.error(f"ssm_cfg.layer is {layer!r}. Known: {', '.join(_SSM)}.")
         name = "mamba" if layer == "Mamba1" else "mamba2"
         options = {k: v for k, v in given.items() if k not in ("layer", *_NO_EFFECT)}
         for key in options:
             if key not in _SSM[layer] + _TRAINING:
-                raise CheckpointError(f"{fields.file}: unknown field ssm_cfg.{key}. Known: {', '.join(_SSM[layer])}.")
+                raise fields.error(f"unknown field ssm_cfg.{key}. Known: {', '.join(_SSM[layer])}.")
         if options.get("dt_rank") == "auto":
             del options["dt_rank"]
         return name, {"type": name, **options}
@@ -82,18 +81,16 @@ class MambaSSM(Family):
     def _attention(self, fields: Fields, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         left = dict(given)
         if not left.pop("causal", False):
-            raise CheckpointError(f"{fields.file}: attn_cfg.causal is not true, as a language model's must be.")
+            raise fields.error("attn_cfg.causal is not true, as a language model's must be.")
         rotary, base = left.pop("rotary_emb_dim", 0), left.pop("rotary_emb_base", 10000.0)
         # upstream rounds the two halves together
         width = -(-left.pop("mlp_dim", 0) // 256) * 128
         attention = {"type": "attention", "rope": float(base) if rotary else None, "rotary_dim": rotary or None}
         attention |= {option: left.pop(name, default) for option, (name, default) in _ATTENTION.items()}
         if left:
-            raise CheckpointError(
-                f"{fields.file}: unknown field attn_cfg.{min(left)}. If it changes nothing, remove it."
-            )
+            raise fields.error(f"unknown field attn_cfg.{min(left)}. If it changes nothing, remove it.")
         if width and (attention["qkv_bias"] or attention["out_bias"]):
-            raise CheckpointError(f"{fields.file}: attn_cfg has mlp_dim and biases, which this version cannot read.")
+            raise fields.error("attn_cfg has mlp_dim and biases, which this version cannot read.")
         return attention, {"type": "mlp", "d_intermediate": width} if width else None
 
     def write(self, view: View) -> dict[str, Any]:

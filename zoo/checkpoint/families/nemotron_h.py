@@ -9,8 +9,8 @@ ties the head.
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Family, Fields, lowest, register, written, written_lowest
-from ..files import CheckpointError
+from ..family import Family
+from ..fields import Fields, lowest, used, written, written_lowest
 from ..keys import Part, Piece, View, attention, same
 
 __all__ = ["NemotronH"]
@@ -42,7 +42,6 @@ _MOE = {
 }  # fmt: skip
 
 
-@register
 class NemotronH(Family):
     """The converter of ``nemotron_h``."""
 
@@ -75,11 +74,10 @@ class NemotronH(Family):
             "moe": {"type": "moe", "router": "sigmoid", "aux_loss_coef": 0.0, **plain, **moe},
         }  # fmt: skip
         if mlp["bias"] and moe["d_latent"]:
-            raise CheckpointError(f"{fields.file}: mlp_bias with moe_latent_size cannot be computed by this version.")
-        used = " ".join(layers).split()
+            raise fields.error("mlp_bias with moe_latent_size cannot be computed by this version.")
         return {
             "vocab_size": take("vocab_size", 131072), "d_model": take("hidden_size", 4096), "layers": layers,
-            "norm": {"type": "rmsnorm", "eps": eps}, "mixers": {name: spec for name, spec in mixers.items() if name in used},
+            "norm": {"type": "rmsnorm", "eps": eps}, "mixers": used(mixers, layers),
             "residual_in_fp32": False, "tie_embeddings": False, "max_length": take("max_position_embeddings", 4096),
         }  # fmt: skip
 

@@ -2,42 +2,46 @@
 
 from typing import Any
 
-from ..family import Fields
-from ..files import CheckpointError
+from ..fields import Fields
 from ..keys import View
+from .decoder import every_second
 
-__all__ = ["kinds_of_attention", "written_windows"]
+__all__ = ["with_windows", "written_windows"]
 
 _TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}
 
 
-def kinds_of_attention(
-    fields: Fields, windows: list[int | None], window: int | None, turns: list[bool] | None = None
-) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The name of every layer's attention, and what is special about each name.
+def with_windows(
+    fields: Fields,
+    cfg: dict[str, Any],
+    windows: list[int | None],
+    window: int | None,
+    turns: list[bool] | None = None,
+) -> dict[str, Any]:
+    """Return a config of attention and MLPs in which every kind of attention has a name of its own.
 
     Args:
-        fields: The config; its ``layer_types`` come before what the next argument says.
+        fields: Their config; its ``layer_types`` come before ``windows``.
+        cfg: Ours, with one attention for all layers.
         windows: Of each layer, how far it looks back.
         window: How far layers do that are listed as ``sliding_attention``; None if the config switches windows off.
         turns: Which layers have positions; all by default.
     """
     sliding = fields.kinds(_TYPES, [], "layer_types")
     if sliding and len(sliding) != len(windows):
-        raise CheckpointError(
-            f"{fields.file}: layer_types lists {len(sliding)} layers, and there are {len(windows)}. Correct the file."
-        )
+        raise fields.error(f"layer_types lists {len(sliding)} layers, and there are {len(windows)}. Correct the file.")
     if window is None and any(sliding):
-        raise CheckpointError(
-            f"{fields.file}: layer_types has sliding_attention, but use_sliding_window and sliding_window give it no window."
+        raise fields.error(
+            "layer_types has sliding_attention, but use_sliding_window and sliding_window give it no window."
         )
     windows = [window if slides else None for slides in sliding] if sliding else windows
-    names, specials = [], dict[str, dict[str, Any]]()
+    names, mixers = [], dict[str, Any]()
     for reach, turned in zip(windows, turns or [True] * len(windows), strict=True):
         name = ("attention" if reach is None else "local") + ("" if turned else "_nope")
-        specials[name] = {"window": reach} | ({} if turned else {"rope": None})
+        mixers[name] = cfg["mixers"]["attention"] | {"window": reach} | ({} if turned else {"rope": None})
         names.append(name)
-    return names, specials
+    mlp = {"mlp": cfg["mixers"]["mlp"]}
+    return cfg | {"layers": every_second(names, ["mlp"] * len(names)), "mixers": mixers | mlp}
 
 
 def written_windows(view: View) -> dict[str, Any]:

@@ -11,8 +11,8 @@ limit. A file with the older field ``time_step_limit`` was written for that code
 from collections.abc import Iterator
 from typing import Any
 
-from ..family import Family, Fields, lowest, register, written, written_lowest
-from ..files import CheckpointError
+from ..family import Family
+from ..fields import Fields, lowest, used, written, written_lowest
 from ..keys import Piece, View, attention, halves, same
 from ..rotary import rotary, written_rotary
 
@@ -29,7 +29,6 @@ _MAMBA2 = {
 _UNUSED = "kv_channels num_query_groups use_conv_bias use_mem_eff_path sliding_window ffn_hidden_size".split()
 
 
-@register
 class Zamba2(Family):
     """The converter of ``zamba2``."""
 
@@ -50,7 +49,7 @@ class Zamba2(Family):
         inner = ssm["expand"] * d
         if 2 * d % heads or inner % ssm_heads:
             what = f"num_attention_heads {heads} and n_mamba_heads {ssm_heads}"
-            raise CheckpointError(f"{fields.file}: hidden_size {d} does not fit {what}.")
+            raise fields.error(f"hidden_size {d} does not fit {what}.")
         size, rank = 2 * d // heads, take("adapter_rank", 128)
         # theirs writes these down, and reads them before what they follow from
         for name, value in (
@@ -60,13 +59,13 @@ class Zamba2(Family):
             fields.follows(name, value)
         kv, adapted = take("num_key_value_heads", None) or heads, take("use_shared_attention_adapter", False)
         if adapted and kv != heads:
-            raise CheckpointError(
-                f"{fields.file}: num_key_value_heads {kv} is not num_attention_heads {heads}, and use_shared_attention_adapter is on: "
+            raise fields.error(
+                f"num_key_value_heads {kv} is not num_attention_heads {heads}, and use_shared_attention_adapter is on: "
                 "its class makes adapters for equally many."
             )
         if rank < 1:
-            raise CheckpointError(
-                f"{fields.file}: adapter_rank is {rank}. Its class gives every use of a shared MLP an adapter; use 1 or more."
+            raise fields.error(
+                f"adapter_rank is {rank}. Its class gives every use of a shared MLP an adapter; use 1 or more."
             )
         turned = rotary(fields, size, length=4096)
         limit = lowest(fields, 0.0 if "time_step_limit" in fields.data else ssm["dt_min"])
@@ -84,10 +83,9 @@ class Zamba2(Family):
                 "activation": fields.expect("hidden_act", "gelu", "silu", "relu"), "reads": "side", "writes": "side",
             },
         }  # fmt: skip
-        used = {token.partition("@")[0] for token in layers}
         return {
             "vocab_size": take("vocab_size", 32000), "d_model": d, "layers": layers, "residual_in_fp32": False,
-            "mixers": {name: spec for name, spec in mixers.items() if name in used},
+            "mixers": used(mixers, layers),
             "norm": {"type": "rmsnorm", "eps": take("rms_norm_eps", 1e-5)}, "tie_embeddings": take("tie_word_embeddings", True),
             "max_length": take("max_position_embeddings", 4096),
         }  # fmt: skip
