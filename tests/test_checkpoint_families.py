@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import hybridzoo as zoo
-from hybridzoo.eval.parity.configs import CONFIGS, ZAMBA2
+from hybridzoo.eval.parity.configs import CONFIGS, SHARED
 from hybridzoo.eval.parity.configs import VOCAB as V
 from hybridzoo.eval.parity.run import Pair, gradients, ratio, redraw, tensors_of
 from hybridzoo.zoo.checkpoint import export
@@ -131,7 +131,7 @@ def test_names_in_memory_and_older_names_in_configs_are_read_too(pair, tmp_path)
 def test_zamba2_shares_its_blocks_where_transformers_does_not(tmp_path, judged):
     judged("Zamba2")
     # their class shares nothing unless it ties the head: it stores every copy, and would draw the ones that are missing
-    config = transformers.Zamba2Config(vocab_size=V, **ZAMBA2, tie_word_embeddings=False)
+    config = transformers.Zamba2Config(vocab_size=V, **SHARED["zamba2"], tie_word_embeddings=False)
     theirs = redraw(transformers.Zamba2ForCausalLM._from_config(config, attn_implementation="eager"))
     theirs.save_pretrained(tmp_path / "unequal")
     with pytest.raises(ValueError, match=r"layers\.1\..* and .*layers\.4\..* differ, and the model shares them"):
@@ -154,7 +154,7 @@ def test_zamba2_shares_its_blocks_where_transformers_does_not(tmp_path, judged):
 
 def test_zamba2_of_before_transformers_5_has_no_limit_on_step_sizes(tmp_path, judged):
     judged("Zamba2")
-    config = transformers.Zamba2Config(vocab_size=V, **ZAMBA2)
+    config = transformers.Zamba2Config(vocab_size=V, **SHARED["zamba2"])
     transformers.Zamba2ForCausalLM(config).save_pretrained(tmp_path / "new")
     (tmp_path / "old").mkdir()
     (tmp_path / "old/model.safetensors").symlink_to(tmp_path / "new/model.safetensors")

@@ -210,16 +210,16 @@ def test_active_parameters_are_those_of_the_chosen_experts():
 def test_a_model_has_one_balancing_loss_over_all_layers_as_transformers(tmp_path, judged, family, checkpointed):
     import transformers
 
-    from hybridzoo.eval.parity.configs import GRANITE, HEADS, JAMBA, QWEN3_MOE
+    from hybridzoo.eval.parity.configs import SHARED
     from hybridzoo.eval.parity.run import redraw
 
     judged(family)
     options = {
-        "Mixtral": HEADS | {"num_local_experts": 5, "num_experts_per_tok": 3},
-        "Jamba": JAMBA | {"expert_layer_period": 1, "expert_layer_offset": 0},
-        "GraniteMoe": HEADS | {"num_local_experts": 5},
-        "GraniteMoeHybrid": GRANITE,
-        "Qwen3Moe": HEADS | QWEN3_MOE | {"mlp_only_layers": [1]},
+        "Mixtral": SHARED["heads"] | {"num_local_experts": 5, "num_experts_per_tok": 3},
+        "Jamba": SHARED["jamba"] | {"expert_layer_period": 1, "expert_layer_offset": 0},
+        "GraniteMoe": SHARED["heads"] | {"num_local_experts": 5},
+        "GraniteMoeHybrid": SHARED["granite"],
+        "Qwen3Moe": SHARED["heads"] | SHARED["qwen3_moe"] | {"mlp_only_layers": [1]},
     }[family]
     config = getattr(transformers, f"{family}Config")(
         **options, vocab_size=61, pad_token_id=0, router_aux_loss_coef=0.3, output_router_logits=True
