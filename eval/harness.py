@@ -12,7 +12,6 @@ gives. What differs, and why:
 """
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,14 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..zoo.config.resolve import list_models
 from ..zoo.hf import HybridZooForCausalLM
 from ..zoo.models.causal_lm import CausalLM
 from ..zoo.models.finite import check_finite
 from ..zoo.models.generate import check_finite_logits
-from ..zoo.registry import nearest
 from ..zoo.tokenizer import appends_end
-from .pretrained import fingerprint, open_model, open_tokenizer, reachable, usable_device, window
+from .pretrained import explained, fingerprint, open_model, open_tokenizer, quiet, reachable, usable_device, window
 
 __all__ = ["HybridZooLM"]
 
@@ -97,7 +94,7 @@ class HybridZooLM(HFLM):
     ):
         self.report: Report | None = None
         self.truncated = 0
-        self._tick: Callable[[int], None] = _nothing
+        self._tick: Callable[[int], None] = lambda n: None
         self._rolling = False
         self._group: dist.ProcessGroup | None = None
         named = isinstance(pretrained, str | os.PathLike)
@@ -109,7 +106,7 @@ class HybridZooLM(HFLM):
             )
         # adapters, quantisation and the like are transformers' to load
         model, folder = (None, None) if unusual else open_model(pretrained, dtype, device, seed)
-        with _quiet_hflm(), _explain_unknown(pretrained):
+        with quiet(HFLM.__module__), explained(pretrained):
             super().__init__(
                 pretrained=reachable(str(pretrained), kwargs.get("revision")) if model is None else model,
                 tokenizer=open_tokenizer(tokenizer, model, folder, add_bos_token),
@@ -240,7 +237,7 @@ class HybridZooLM(HFLM):
         try:
             yield
         finally:
-            self.cache_hook, self._tick = hook, _nothing
+            self.cache_hook, self._tick = hook, lambda n: None
             bar.close()
 
     # batches and ranks
@@ -320,7 +317,7 @@ class HybridZooLM(HFLM):
             db.tablename = table
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval records about the model; no hub is asked."""
+        """Facts about the model that lm-eval records; no hub is asked."""
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
@@ -339,38 +336,3 @@ class _TickingHook(CacheHook):
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         super().add_partial(attr, req, res)
         self._tick(1)
-
-
-def _nothing(n: int) -> None:
-    pass
-
-
-@contextlib.contextmanager
-def _quiet_hflm() -> Iterator[None]:
-    # it warns of every model given as an object, and that ours is of a type it does not know
-    logger = logging.getLogger(HFLM.__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _explain_unknown(pretrained: Any) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        first = str(e).splitlines()[0]
-        raise ValueError(
-            f"pretrained={pretrained}: is neither a folder nor a config, and transformers cannot load it ({first})."
-            f"{nearest(pretrained, list_models())} See `zoo list` for the configs."
-        ) from e
-    except ValueError as e:
-        if "trust_remote_code" not in str(e):
-            raise
-        raise ValueError(
-            f"pretrained={pretrained}: is of a family that the zoo does not know, and needs code of its own, which is run for those alone "
-            "who pass trust_remote_code=True to lm-eval."
-        ) from e

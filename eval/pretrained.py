@@ -1,9 +1,12 @@
 """From what a user names to a model, its tokenizer and a device, for evaluation."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +27,10 @@ from ..zoo.hf import HybridZooForCausalLM, byte_tokenizer
 from ..zoo.hub import unreachable
 from ..zoo.models.build import build
 from ..zoo.models.causal_lm import CausalLM
+from ..zoo.registry import nearest
 from ..zoo.tokenizer import from_transformers, whose
 
-__all__ = ["fingerprint", "open_model", "open_tokenizer", "reachable", "usable_device", "window"]
+__all__ = ["explained", "fingerprint", "open_model", "open_tokenizer", "quiet", "reachable", "usable_device", "window"]
 
 
 def usable_device(device: str | None, named: bool) -> str | None:
@@ -95,7 +99,7 @@ def open_model(
 
 
 def reachable(name: str, revision: str | None = None) -> str:
-    """What transformers can load under a name without waiting for a hub that does not answer: it, or what was downloaded of it before.
+    """Return a name that transformers can load without waiting for a hub that does not answer: it, or the folder of its last download.
 
     Raises:
         OSError: There is no such folder, the hub does not answer, and nothing was downloaded.
@@ -138,6 +142,44 @@ def open_tokenizer(tokenizer: Any, model: Any, folder: Path | None, add_bos_toke
     if tokenizer is not None and add_bos_token is not None and getattr(tokenizer, "add_bos_token", None) is not None:
         tokenizer.add_bos_token = add_bos_token
     return tokenizer
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Silence loggers below errors: HFLM warns of every model given as an object, and of a type that it does not know."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def explained(pretrained: Any) -> Iterator[None]:
+    """Say in the zoo's words why transformers cannot load what ``pretrained`` names.
+
+    Raises:
+        ValueError: In place of transformers' OSError, and of its call for ``trust_remote_code``.
+    """
+    try:
+        yield
+    except OSError as e:
+        first = str(e).splitlines()[0]
+        raise ValueError(
+            f"pretrained={pretrained}: is neither a folder nor a config, and transformers cannot load it ({first})."
+            f"{nearest(pretrained, list_models())} See `zoo list` for the configs."
+        ) from e
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
+            raise
+        raise ValueError(
+            f"pretrained={pretrained}: is of a family that the zoo does not know, and needs code of its own, which is run for those alone "
+            "who pass trust_remote_code=True to lm-eval."
+        ) from e
 
 
 def fingerprint(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import contextlib
 import fnmatch
 import functools
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from ..zoo.checkpoint.publish import write_whole
 from ..zoo.device import pick_device
 from ..zoo.named import option_pairs
 from .harness import HybridZooLM
+from .pretrained import quiet
 from .tasks import FOLDER, check_amounts, check_metadata, check_tasks, names, unknown_task
 
 __all__ = ["evaluate", "lm_eval_main", "table", "task_manager"]
@@ -210,22 +210,15 @@ def _find(tasks: Sequence[str], metadata: dict[str, Any] | None) -> tuple[TaskMa
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers.tokenization_utils_base")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     with (
+        quiet("lm_eval", "transformers.tokenization_utils_base"),
         contextlib.redirect_stdout(sys.stderr),  # lm-eval prints about its search for a batch size
         mock.patch("lm_eval.api.task.tqdm", functools.partial(tqdm, disable=True)),
         # git complains outside of a checkout, and the description of the machine takes seconds
         mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None),
         mock.patch("lm_eval.evaluator.add_env_info", lambda results: None),
     ):
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
 
 
 @contextlib.contextmanager

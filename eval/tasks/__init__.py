@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 @functools.cache
 def sizes(name: str) -> dict[str, Any]:
-    """What a local task is sized by, with the values it has unless metadata says otherwise; ``{}`` for a task without sizes."""
+    """Sizes of a local task, with the values they have unless metadata says otherwise; ``{}`` for a task without sizes."""
     return yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), _Plain).get("dataset_kwargs", {})
 
 

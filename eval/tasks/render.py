@@ -11,6 +11,7 @@ MQAR's literal input.
 
 import dataclasses
 import string
+from typing import Any
 
 import numpy as np
 
@@ -67,36 +68,22 @@ class Document:
 
 
 def mqar_documents(
-    rng: np.random.Generator,
-    n: int,
-    length: int = 64,
-    pairs: int = 8,
-    vocab: int = 80,
-    *,
-    power: float = 0.01,
-    passes: int = 1,
-    random_non_queries: bool = True,
-    reveal: bool = True,
-    style: str = "chars",
-) -> list[Document]:
+    rng: np.random.Generator, n: int, length: int = 64, pairs: int = 8, vocab: int = 80, *,
+    reveal: bool = True, style: str = "chars", **settings: Any,
+) -> list[Document]:  # fmt: skip
     """Documents of :func:`~.generators.mqar`; the choices of a query are the values that the document's pairs hold.
 
     Args:
         rng: Source of randomness.
         n: Documents.
-        length: As in ``mqar``, in tokens; so are ``pairs``, ``vocab``, ``power``, ``passes`` and
-            ``random_non_queries``.
+        length: As in ``mqar``, in tokens; so are ``pairs``, ``vocab`` and ``settings``.
         pairs: See ``length``.
         vocab: See ``length``.
-        power: See ``length``.
-        passes: See ``length``.
-        random_non_queries: See ``length``.
         reveal: Write the value behind each query; otherwise the text is Zoology's input, letter for letter.
         style: ``"chars"`` or ``"words"``.
+        **settings: ``power``, ``passes`` and ``random_non_queries``.
     """
-    inputs, labels = mqar(
-        rng, n, length, pairs, vocab, power=power, passes=passes, random_non_queries=random_non_queries
-    )
+    inputs, labels = mqar(rng, n, length, pairs, vocab, **settings)
     names = _names(vocab, style)
     documents = []
     for ids, label in zip(inputs, labels, strict=True):
@@ -142,34 +129,25 @@ def selective_copying_documents(
 
 
 def copy_documents(
-    rng: np.random.Generator,
-    n: int,
-    length: int = 24,
-    min_length: int | None = None,
-    ngram: int = 2,
-    answer: int = 4,
-    vocab: int = 26,
-    *,
-    prefix: bool = True,
-    style: str = "chars",
-) -> list[Document]:
+    rng: np.random.Generator, n: int, *, ngram: int = 2, answer: int = 4, vocab: int = 26, prefix: bool = True, style: str = "chars",
+    **lengths: Any,
+) -> list[Document]:  # fmt: skip
     """Documents of :func:`~.generators.keyed_strings`; a question per symbol of the answer, all symbols to choose from.
 
     Args:
         rng: Source of randomness.
         n: Documents.
-        length: As in ``keyed_strings``; so are ``min_length``, ``ngram``, ``answer`` and ``vocab``.
-        min_length: See ``length``.
-        ngram: See ``length``.
-        answer: See ``length``.
-        vocab: See ``length``.
+        ngram: As in ``keyed_strings``, and so are ``answer``, ``vocab`` and ``lengths``.
+        answer: See ``ngram``.
+        vocab: See ``ngram``.
         prefix: Put the key in front, ``$key|string|answer.``, or else behind, ``$string|keyanswer.``.
         style: ``"chars"`` or ``"words"``.
+        **lengths: ``length`` and ``min_length``.
     """
     names = [*_names(vocab + 1, style)[1:], "$", "|", "."]
     start, bar, stop = vocab, vocab + 1, vocab + 2
     documents = []
-    for text, at in keyed_strings(rng, n, length, min_length, ngram, answer, vocab):
+    for text, at in keyed_strings(rng, n, ngram=ngram, answer=answer, vocab=vocab, **lengths):
         key, target = text[at : at + ngram], text[at + ngram : at + ngram + answer]
         head = [start, *key, bar, *text, bar] if prefix else [start, *text, bar, *key]
         asked = {len(head) - 1 + i: (list(range(vocab)), int(t)) for i, t in enumerate(target)}
