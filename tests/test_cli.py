@@ -154,7 +154,6 @@ def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
 
 
 def test_bench_plot_draws_what_a_file_holds(tmp_path):
-    pytest.importorskip("matplotlib")
     assert "name the JSON file" in invoke("bench", "plot", status=1).stderr
     row = {"name": "x", "op": "forward", "peer": "p", "ours_ms": 1.0, "peer_ms": 2.0, "ratio": 2.0}
     path = tmp_path / "scan.json"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from rich.console import Console
 
 from hybridzoo.eval.demo import run as demo
 from hybridzoo.eval.demo.drills import induction_drills, mqar_drills, selective_copying_drills
+from hybridzoo.eval.demo.page import headline, write_page
 from hybridzoo.eval.demo.side_by_side import WorkerError, run_side_by_side
-from hybridzoo.eval.report import write_report
 from hybridzoo.eval.tasks import render
 from hybridzoo.eval.tasks.generators import evaluation_rng
 from hybridzoo.zoo.models.stats import stats
@@ -101,12 +102,13 @@ def test_byte_frequencies_need_what_their_entropy_says():
 class Page(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
-        self.open, self.tags, self.texts, self.urls = [], [], [], []
+        self.open, self.tags, self.texts, self.urls, self.classes = [], [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.classes += [v for k, v in attrs if k == "class" and tag == "div"]
         self.urls += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
-        if tag not in ("meta", "path", "use", "rect", "line", "br"):
+        if tag not in ("meta", "path", "use", "rect", "line", "br", "circle", "polyline"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -128,13 +130,31 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path):
         "tasks": [{"name": "t", "title": "Task", "about": "What?", "chance": 0.25}],
         "text": {"unigram_bits_per_byte": 4.8}, "prompt": "The ", "facts": {"seed": "0"},
     }  # fmt: skip
-    file = write_report(results, tmp_path / "deep" / "report.html")
+    file = write_page(results, tmp_path / "deep" / "report.html")
     page = Page()
     page.feed(file.read_text())
-    assert page.open == [] and page.tags.count("svg") == 3 and page.urls == []
+    # one chart of losses, one of the text, one for the task
+    assert page.open == [] and sum("chart" in c for c in page.classes) == 3 and page.urls == ["report.json"]
+    assert json.loads((file.parent / page.urls[0]).read_text()) == results
+    ElementTree.fromstring((file.parent / "report.svg").read_text())
     assert any("zoo eval 'a b' --tasks t" in text for text in page.texts)
     assert "a <b> & {{title}}" in page.texts and "img" not in page.tags and "script" not in page.tags
-    assert write_report(results, tmp_path / "again.html").read_text() == file.read_text()
+    again = write_page(results, tmp_path / "report.html")
+    assert again.read_text() == file.read_text()
+
+
+def test_the_headline_says_who_is_best_and_knows_ties():
+    def said(**scores):
+        models = [{"name": f"{n}-tiny", "bits_per_byte": b, "accuracy": {"t": a}} for n, (b, a) in scores.items()]
+        return headline({"models": models})
+
+    assert said(mamba=(2.371, 0.9), jamba=(2.4, 0.974), other=(2.5, 0.966)) == (
+        "Mamba reads unseen text best, at 2.37 bits per byte; Jamba and Other recall best, with 97 % right"
+    )
+    assert (
+        said(mamba=(2.3, 0.9), jamba=(2.4, 0.8))
+        == "Mamba leads in both: 2.30 bits per byte of unseen text, 90 % of recall right"
+    )
 
 
 @pytest.fixture

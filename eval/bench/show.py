@@ -1,5 +1,6 @@
 """Benchmark results for people: tables on the terminal, and pictures."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["plot", "shape_text", "show", "spread"]
+from ..charts import Bar, Chart, Dots, bars, dots, picture
+from .train import VARIANTS
+from .workloads import title
+
+__all__ = ["peer_name", "plot", "shape_text", "show", "spread"]
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -83,7 +88,8 @@ def _timed(rows: list[dict[str, Any]], title: str) -> Table:
 
 def _steps(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    numbers = ("tokens/s", "spread", "peer", "spread", "ratio", "goal", "GiB", "peer", "ratio", "goal", "losses differ")
+    peer = next((peer_name(row["peer"]) for row in rows if row.get("peer")), "peer")
+    numbers = ("tokens/s", "spread", peer, "spread", "ratio", "goal", "GiB", peer, "ratio", "goal", "losses differ")
     _columns(table, ("model", "ours"), numbers)
     for row in rows:
         cells = [f"{row['ours_tokens_s']:,.0f}", spread(row, "ours")]
@@ -113,74 +119,75 @@ def _memory(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-_OURS, _PEER, _FLOOR = "#0072b2", "#d55e00", "#009e73"
-
-
 def plot(result: dict[str, Any], path: Path) -> Path:
-    """Draw a result: times per case beside the peer's, the floor as a line, and the ratio on top; or training speed.
+    """Draw a result beside its peers': dots of times on a logarithmic scale, or bars of training speed and memory.
 
     Args:
         result: As :func:`hybridzoo.eval.bench.run.run_bench` returns it.
-        path: An .svg or .png file.
+        path: An .svg file.
 
     Raises:
-        ValueError: The result holds nothing to draw.
+        ValueError: The result holds nothing to draw, or the file is to be something else than an SVG.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    panels = _panels(result)
-    if not panels:
+    if path.suffix != ".svg":
+        raise ValueError(f"bench plot: writes SVG, and {path} is none. Name a file that ends in .svg.")
+    rows = [row for row in result["cases"] if row.get("peer")]
+    if result["what"] != "train":
+        rows = [row for row in rows if row.get("part", "table") == "table"]
+    if not rows:
         raise ValueError(f"bench: {result['what']} has no rows with a peer to draw.")
-    style: Any = {"svg.hashsalt": result["what"], "svg.fonttype": "none", "font.size": 9, "axes.axisbelow": True}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
-        axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-        for ax, (title, unit, rows) in zip(axes, panels, strict=True):
-            _bars(ax, title, unit, rows)
-        figure.suptitle(f"{result['what']} on {result['device']}", fontsize=11)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else None, dpi=120)
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    key: list[tuple[str, int | None]] = [("hybridzoo", 0), *((peer_name(peer), i) for i, peer in enumerate(peers, 1))]
+    if any("floor_ms" in row for row in rows):
+        key.append(("the least time possible", None))
+    panels = _training(rows, peers) if result["what"] == "train" else _times(rows, peers)
+    words = {"scan": "The selective scan", "ssd": "Mamba-2's scan", "train": "Training"}.get(
+        result["what"], result["what"]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(picture(f"{words} on {result['device']}", panels, key), encoding="utf-8")
     return path
 
 
-def _panels(result: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, float, float, float, str]]]]:
-    """Title, unit and bars (label, ours, peer, floor, ratio) of every panel."""
-    rows = [row for row in result["cases"] if row.get("peer")]
-    if result["what"] == "train":
-        speed = [
-            (f"{r['name']}\n{r['variant']}", r["ours_tokens_s"], r["peer_tokens_s"], 0.0, f"{r['ratio']:.2f}x")
-            for r in rows
-        ]
-        memory = [
-            (f"{r['name']}\n{r['variant']}", r["ours_GiB"], r["peer_GiB"], 0.0, f"{r['memory_ratio']:.2f}x")
-            for r in rows
-        ]
-        return [("training", "tokens/s", speed), ("peak memory", "GiB", memory)] if rows else []
+def peer_name(peer: str) -> str:
+    """A library's name as its authors write it."""
+    return peer.replace("_", "-")
+
+
+def _times(rows: list[dict[str, Any]], peers: list[str]) -> list[tuple[str, Chart]]:
     panels = []
-    for op in dict.fromkeys(row["op"] for row in rows if row.get("part", "table") == "table"):
-        bars = [
-            (r["name"], r["ours_ms"], r["peer_ms"], r.get("floor_ms", 0.0), f"{r['ratio']:.1f}x")
-            for r in rows
-            if r["op"] == op and r.get("part", "table") == "table"
+    for op, (i, peer) in itertools.product(dict.fromkeys(row["op"] for row in rows), enumerate(peers, 1)):
+        shown = [
+            Dots(
+                title(row["name"]),
+                " × ".join(str(row["shape"][k]) for k in ("b", "l", "d") if k in row.get("shape", {})),
+                ((row["ours_ms"], 0), (row["peer_ms"], i)),
+                f"{row['ratio']:.1f}x",
+                row.get("floor_ms"),
+            )
+            for row in rows
+            if row["op"] == op and row["peer"] == peer
         ]
-        panels.append((op, "ms", bars))
+        if shown:
+            heading = op.replace("+", " and ") + (f", beside {peer_name(peer)}" if len(peers) > 1 else "")
+            panels.append((heading, dots(f"Milliseconds of {heading}", shown, "ms")))
     return panels
 
 
-def _bars(ax: Any, title: str, unit: str, rows: list[tuple[str, float, float, float, str]]) -> None:
-    for i, (_, mine, theirs, floor, ratio) in enumerate(rows):
-        label = i == 0
-        ax.bar(i - 0.2, mine, 0.38, color=_OURS, label="hybridzoo" if label else None)
-        ax.bar(i + 0.2, theirs, 0.38, color=_PEER, label="peer" if label else None)
-        if floor:
-            ax.plot([i - 0.42, i + 0.02], [floor] * 2, color=_FLOOR, linewidth=2, label="floor" if label else None)
-        ax.annotate(ratio, (i - 0.2, mine), xytext=(0, 2), textcoords="offset points", ha="center", fontweight="bold")
-    ax.set_xticks(range(len(rows)), [row[0] for row in rows])
-    ax.margins(y=0.1)  # room for what is written above the highest bar
-    if unit == "ms":
-        ax.set_yscale("log")
-    ax.set_ylabel(unit)
-    ax.set_title(title, loc="left")
-    ax.grid(axis="y", alpha=0.25, linewidth=0.6)
-    ax.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+def _training(rows: list[dict[str, Any]], peers: list[str]) -> list[tuple[str, Chart]]:
+    panels = []
+    for what, key, form, ratio in (
+        ("tokens per second", "tokens_s", ",.0f", "ratio"),
+        ("peak GiB", "GiB", ".1f", "memory_ratio"),
+    ):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            own = [row for row in rows if row["name"] == name]
+            shown = [
+                Bar(VARIANTS[r["variant"]][0], r[f"ours_{key}"], f"{r[f'ours_{key}']:{form}}  ({r[ratio]:.2f}x)", 0)
+                for r in own
+            ]
+            theirs = {row["peer"]: row[f"peer_{key}"] for row in own}
+            shown += [Bar(peer_name(p), value, f"{value:{form}}", 1 + peers.index(p)) for p, value in theirs.items()]
+            heading = f"{name.replace('-', ' ').title()}, {what}"
+            panels.append((heading, bars(heading, shown, max(bar.value for bar in shown))))
+    return panels

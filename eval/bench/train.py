@@ -29,25 +29,25 @@ Row = dict[str, Any]
 Tick = Callable[[str], None]
 
 PEERS = ["mamba_ssm"]
+# in words for a picture, and what it is
 VARIANTS = {
-    "default": "a plain loop: forward, loss.backward(), step",
-    "graph": "forward and backward recorded as one CUDA graph (CapturedStep)",
-    "one-thread": "as zoo train does it: backward in the caller's thread (torch.autograd.set_multithreading_enabled)",
-    "compile": "the backbone through torch.compile, block by block",
-    "logits": "the logits of all tokens at once in place of the chunked cross-entropy",
-    "mamba_ssm-scan": "mamba-ssm's scan inside our layers",
+    "default": ("plain loop", "a plain loop: forward, loss.backward(), step"),
+    "graph": ("CUDA graph", "forward and backward recorded as one CUDA graph (CapturedStep)"),
+    "one-thread": (
+        "as zoo train",
+        "as zoo train does it: backward in the caller's thread (torch.autograd.set_multithreading_enabled)",
+    ),
+    "compile": ("torch.compile", "the backbone through torch.compile, block by block"),
+    "logits": ("all logits", "the logits of all tokens at once in place of the chunked cross-entropy"),
+    "mamba_ssm-scan": ("mamba-ssm's scan", "mamba-ssm's scan inside our layers"),
 }
 PARTS = {
-    "mamba-130m": ("mamba-130m", "default"),
-    "mamba-130m:graph": ("mamba-130m", "graph"),
-    "mamba-130m:one-thread": ("mamba-130m", "one-thread"),
-    "mamba-370m": ("mamba-370m", "default"),
-    "mamba-370m:graph": ("mamba-370m", "graph"),
-    "mamba-370m:one-thread": ("mamba-370m", "one-thread"),
-    "mamba-130m:compile": ("mamba-130m", "compile"),
-    "mamba-130m:logits": ("mamba-130m", "logits"),
-    "mamba-130m:mamba_ssm-scan": ("mamba-130m", "mamba_ssm-scan"),
-    "mamba-370m:compile": ("mamba-370m", "compile"),
+    model if variant == "default" else f"{model}:{variant}": (model, variant)
+    for model, variant in (
+        *itertools.product(("mamba-130m", "mamba-370m"), ("default", "graph", "one-thread")),
+        *itertools.product(("mamba-130m",), ("compile", "logits", "mamba_ssm-scan")),
+        ("mamba-370m", "compile"),
+    )
 }
 SHAPE = {"b": 8, "l": 2048}
 GOAL_RATIO, GOAL_MEMORY = 2.0, 0.7
@@ -250,7 +250,7 @@ def _row(model: str, variant: str, mine: dict[str, Any], peer: str, theirs: dict
         "part": variant,
         "op": f"training step, {variant}",
         "variant": variant,
-        "about": VARIANTS[variant],
+        "about": VARIANTS[variant][1],
         "shape": SHAPE,
         "dtype": "bfloat16 autocast, AdamW",
         "params": mine["params"],

@@ -138,8 +138,8 @@ def _gpu_scans() -> list[Workload]:
         _on_gpu("table", "train-1.4b", "Mamba 1.4B, training", (3, 3), **rows, d=4096, n=16),
         _on_gpu("table", "train-2.8b", "Mamba 2.8B, training", (3, 3), b=4, l=2048, d=5120, n=16),
         _on_gpu("table", "train-130m", "Mamba 130M, training", (3, 3), **rows, d=1536, n=16),
-        _on_gpu("table", "prefill-b1", "Mamba 1.4B, one prompt of 16,384 tokens", (3, 3), b=1, l=16384, d=4096, n=16),
-        _on_gpu("table", "short-b1", "Mamba 130M, one row of 2,048 tokens", (2, 2.5), b=1, l=2048, d=1536, n=16),
+        _on_gpu("table", "prefill-b1", "Mamba 1.4B, prompt of 16,384 tokens", (3, 3), b=1, l=16384, d=4096, n=16),
+        _on_gpu("table", "short-b1", "Mamba 130M, row of 2,048 tokens", (2, 2.5), b=1, l=2048, d=1536, n=16),
         # four directions, each with its own B and C
         _on_gpu("table", "vision-stage1", "VMamba, 64 images of 56 × 56", (6, 5), b=64, l=3136, d=768, n=16, g=4),
         _on_gpu("table", "vision-stage3", "VMamba, 64 images of 14 × 14", (6, 4), b=64, l=196, d=3072, n=16, g=4),

@@ -7,7 +7,6 @@ learning to expect them would only be noise. Evaluation draws from seeds that tr
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -29,10 +28,11 @@ from ...zoo.models.causal_lm import CausalLM
 from ...zoo.models.stats import stats
 from ...zoo.tokenizer import ByteTokenizer
 from ...zoo.train.data import fingerprint, mix, pack, topics
-from ..report import write_report
+from ..result_file import header, version
 from ..tasks import sizes as sizes_of
 from ..tasks.generators import training_rng
 from .drills import induction_drills, mqar_drills, selective_copying_drills
+from .page import measures, write_page
 from .side_by_side import message, run_side_by_side
 
 __all__ = ["command", "run", "score", "training_rows", "work"]
@@ -100,7 +100,7 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
     """Train, evaluate and compare; what is done already is used again.
 
     Args:
-        out: Folder of the models and of ``report.html``.
+        out: Folder of the models, of ``report.html``, and of the same as ``report.json`` and ``report.svg``.
         fresh: Start again instead.
 
     Returns:
@@ -135,7 +135,7 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
     for model in models:
         console.print(f"\n[bold]{model['name']}[/bold] writes")
         console.print(PROMPT + model["sample"], markup=False, style="dim")
-    page = write_report(results, out / "report.html")
+    page = write_page(results, out / "report.html")
     console.print(f"\n{page} shows it all, with pictures. It took {results['facts']['time']}.")
     return results
 
@@ -226,7 +226,7 @@ def training_rows(text: list[str]) -> np.ndarray:
 
 
 def unigram_bits_per_byte(text: dict[str, list[str]]) -> float:
-    """What byte frequencies of the training text, add-one smoothed, need for a byte of the held-out text."""
+    """Bits that byte frequencies of the training text, add-one smoothed, need for a byte of the held-out text."""
     counts = Counter(b"".join(t.encode() for t in text["train"]))
     total = sum(counts.values()) + 256
     held_out = b"".join(t.encode() for t in text["validation"])
@@ -240,9 +240,9 @@ def _key(folder: Path) -> str:
         LENGTH,
         PROMPT,
         [sizes_of(t.name) for t in TASKS],
-        _version("hybridzoo"),
-        _version("lm_eval"),
-        _version("torch"),
+        version("hybridzoo"),
+        version("lm_eval"),
+        version("torch"),
     )
     return hashlib.sha256(repr(facts).encode() + (folder / "model.safetensors").read_bytes()).hexdigest()
 
@@ -257,7 +257,7 @@ def _sample(model: Any) -> str:
 
 def _results(models: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     text = topics()
-    return {
+    return header("demo", "zoo demo", "cpu", ["hybridzoo", "transformers", "lm_eval"]) | {
         "models": models,
         "tasks": [
             {"name": t.name, "title": t.title, "about": t.about, "chance": models[0]["chance"][t.name]} for t in TASKS
@@ -269,24 +269,12 @@ def _results(models: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    heads = ("model", "layers", "params", "tokens/s", "bits/byte", *(t["title"] for t in results["tasks"]))
-    for i, head in enumerate(heads):
+    table, rows = Table(box=None, header_style="bold", pad_edge=False), measures(results)
+    for i, head in enumerate(("model", "layers", *(row[0] for row in rows))):
         table.add_column(head, justify="left" if i < 2 else "right", no_wrap=i != 1, overflow="fold")
-    for m in results["models"]:
-        accuracy = (f"{100 * m['accuracy'][t['name']]:.1f} %" for t in results["tasks"])
-        table.add_row(
-            m["name"],
-            m["pattern"],
-            f"{m['params']:,}",
-            f"{m['tokens_per_second']:,.0f}",
-            f"{m['bits_per_byte']:.3f}",
-            *accuracy,
-        )
-    chance = (f"{100 * t['chance']:.1f} %" for t in results["tasks"])
-    table.add_row(
-        "without a model", "", "", "", f"{results['text']['unigram_bits_per_byte']:.3f}", *chance, style="dim"
-    )
+    for i, m in enumerate(results["models"], 1):
+        table.add_row(m["name"], m["pattern"], *(row[i] for row in rows))
+    table.add_row("without a model", "", *(row[-1] for row in rows), style="dim")
     return table
 
 
@@ -300,10 +288,6 @@ def _facts(text: dict[str, list[str]], seconds: float) -> dict[str, str]:
         "stream": f"{100 * TEXT_SHARE:.0f} % text, {100 - 100 * TEXT_SHARE:.0f} % drills; {STEPS} steps of {BATCH} rows of {LENGTH} tokens",
         "optimiser": f"AdamW, cosine decay; learning rates: {rates}; embeddings start with a deviation of {INITIALIZER_RANGE}",
         "seed": str(SEED),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in ("hybridzoo", "torch", "transformers", "lm_eval")),
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("hybridzoo", "torch", "transformers", "lm_eval")),
         "time": f"{seconds:.0f} s on {os.cpu_count()} CPU cores",
     }
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package.replace("_", "-"))
