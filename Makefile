@@ -17,7 +17,7 @@ LINTED := zoo layers kernels eval __main__
 # the checkout is the package, and mypy takes the package's name from the folder: a link gives it the right one, whatever the folder's
 MYPY_ROOT := .venv/lint
 
-.PHONY: demo test test-gpu lint clean help
+.PHONY: demo test test-gpu lint docs clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-gpu   run the tests that need a CUDA device"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       build the site (build/docs/index.html); broken links and references fail"
 	@echo "make clean      remove .venv, caches and runs/"
 
 demo: .venv/.demo
@@ -42,6 +43,10 @@ lint: .venv/.dev
 	.venv/bin/ruff format --check .
 	@mkdir -p $(MYPY_ROOT) && ln -sfn "$(CURDIR)" $(MYPY_ROOT)/hybridzoo
 	MYPYPATH=$(MYPY_ROOT) .venv/bin/mypy $(LINTED:%=-p hybridzoo.%)
+
+docs: .venv/.docs
+	.venv/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -71,3 +76,8 @@ clean:
 	@echo "installing hybridzoo with what its tests need (a few minutes, once)"
 	@$(PIP) -e '.[dev]'
 	@touch .venv/.demo $@
+
+.venv/.docs: .venv/.torch pyproject.toml
+	@echo "installing hybridzoo with what its site needs (a few minutes, once)"
+	@$(PIP) -e '.[eval,docs]'
+	@touch $@

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -296,24 +297,30 @@ def test_results_are_shown_and_drawn(gpu_rows, tmp_path, monkeypatch):
         bench_show.plot(result_of(gpu_rows("table")), tmp_path / "scan.png")
 
 
-def test_the_readme_shows_what_was_measured_and_what_was_missed(gpu_rows, tmp_path):
+def test_the_pages_show_what_was_measured_and_how_far_off_it_is(gpu_rows, tmp_path):
     folder = tmp_path / "eval" / "results"
     result_file.write(
         result_of(gpu_rows("table", "length", "conv"), versions={"torch": "2", "mamba_ssm": "1"}),
         folder / "scan-h100.json",
     )
-    page = tmp_path / "README.md"
-    page.write_text(f"# Title\n{readme.START}\nold\n{readme.END}\nrest\n")
-    assert readme.refresh(page) == [page, folder / "scan-h100.svg"]
-    text = page.read_text()
+    committed = Path(readme.__file__).parents[1] / "results"
+    (folder / "parity.json").write_bytes((committed / "parity.json").read_bytes())
+    pages = [tmp_path / name for name in readme.PAGES]
+    for page in pages:
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f"# Title\n{readme.START}\nold\n{readme.END}\nrest\n")
+    assert readme.refresh(pages[0]) == [*pages, folder / "scan-h100.svg"]
+    text = (tmp_path / "docs/performance.md").read_text()
     assert text.startswith("# Title\n") and text.endswith("\nrest\n") and "old" not in text
-    assert "| 2.50x | 3x, missed |" in text and "1 of 2 goals are met" in text and "mamba-ssm 1" in text
-    assert "(eval/results/scan-h100.svg)" in text and "conv-w4" in text
-    readme.refresh(page)
-    assert page.read_text() == text
-    page.write_text("nothing")
+    assert "| 2.50x | 83 % of 3x |" in text and "1 of 2 goals are reached" in text and "mamba-ssm 1" in text
+    assert "(../eval/results/scan-h100.svg)" in text and "conv-w4" in text
+    assert "(eval/results/scan-h100.json)" in pages[0].read_text()
+    before = [page.read_text() for page in pages]
+    readme.refresh(pages[0])
+    assert [page.read_text() for page in pages] == before
+    pages[1].write_text("nothing")
     with pytest.raises(ValueError, match="has no section between"):
-        readme.refresh(page)
+        readme.refresh(pages[0])
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -1,4 +1,4 @@
-"""The Performance section of the README, written from the committed results: no figure in it is typed by hand."""
+"""Figures in README and docs, written from the committed results: none of them is typed by hand."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,14 @@ from ..markdown import paragraph, table
 from ..parity import run as parity
 from .show import plot, spread
 
-__all__ = ["performance", "refresh"]
+__all__ = ["END", "PAGES", "START", "headline", "performance", "refresh", "section"]
 
 Result = dict[str, Any]
 START, END = "<!-- written by `zoo bench readme` from eval/results -->", "<!-- end of what is written -->"
-PARITY = "<!-- written by `zoo bench readme` from eval/results/parity.json -->"
 
 
 def refresh(readme: Path) -> list[Path]:
-    """Write the sections between the marks of a README, and the pictures beside the results they show.
+    """Write the section between the marks of every page, and the pictures beside the results they show.
 
     Args:
         readme: The README of a checkout, whose results are in ``eval/results``.
@@ -25,48 +24,73 @@ def refresh(readme: Path) -> list[Path]:
         What was written.
 
     Raises:
-        ValueError: The marks of the performance section are not there. Those of the checkpoints may be missing.
+        ValueError: The marks of a page are not there; nothing is written then.
     """
-    text = readme.read_text(encoding="utf-8")
-    folder = readme.parent / "eval" / "results"
-    if PARITY in text and (folder / "parity.json").exists():
-        text = _filled(readme, text, PARITY, parity.section(folder))
-    text = _filled(readme, text, START, performance(folder))
-    drawn = [plot(result, path.with_suffix(".svg")) for path, result in _results(folder) if _on_gpu(result)]
-    readme.write_text(text, encoding="utf-8")
-    return [readme, *drawn]
+    root, texts = readme.parent, {}
+    for page in PAGES:
+        path = root / page
+        before, start, rest = path.read_text(encoding="utf-8").partition(START)
+        _, end, after = rest.partition(END)
+        if not start or not end:
+            raise ValueError(f"{path}: has no section between {START!r} and {END!r}.")
+        texts[path] = f"{before}{start}\n\n{section(root, page)}\n\n{end}{after}"
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    folder = root / "eval" / "results"
+    shown = [*_results(folder, "scan", gpu=True), *_results(folder, "train")]
+    drawn = [plot(result, path.with_suffix(".svg")) for path, result in shown]
+    return [*texts, *drawn]
 
 
-def _filled(readme: Path, text: str, start: str, section: str) -> str:
-    before, found, rest = text.partition(start)
-    _, end, after = rest.partition(END)
-    if not found or not end:
-        raise ValueError(f"{readme}: has no section between {start!r} and {END!r}.")
-    return f"{before}{start}\n\n{section}\n\n{END}{after}"
+def section(root: Path, page: str) -> str:
+    """The section of one of :data:`PAGES` as Markdown, with links that work from there."""
+    up = "../" * page.count("/")
+    return PAGES[page](root / "eval" / "results").replace("](eval/", f"]({up}eval/")
+
+
+def headline(folder: Path) -> str:
+    """The three figures of the README: the scan, a training step, checkpoints."""
+    lines = []
+    for path, result in _results(folder, "scan", gpu=True):
+        rows = [row for row in result["cases"] if row["part"] == "table"]
+        ratios = [row["ratio"] for row in rows if row["name"].startswith("train")]
+        slow = min(rows, key=lambda row: row["ratio"])
+        lines.append(
+            f"- **Scan**: {min(ratios):.1f} to {max(ratios):.1f} times as fast as mamba-ssm's in training (bf16, {result['device']}), "
+            f"and {slow['ratio']:.2f} times where the sequence is short and alone ([figures](eval/results/{path.name}))."
+        )
+    for path, result in _results(folder, "train"):
+        best = max(result["cases"], key=lambda row: row["ratio"])
+        lines.append(
+            f"- **Training step**: {best['ratio']:.2f} times mamba-ssm's tokens per second in {best['memory_ratio']:.2f} of its memory "
+            f"({best['name']} on the same GPU, {best['about']}; [figures](eval/results/{path.name}))."
+        )
+    for path, result in _results(folder, "parity"):
+        errors = [max(row["logit_error"], row["decoding_error"]) for row in result["cases"]]
+        families = {row["family"] for row in result["cases"]}
+        lines.append(
+            f"- **Checkpoints**: {len(families)} families of transformers' give its logits within {max(errors):.0e}, and are written "
+            f"back bit for bit ([figures](eval/results/{path.name}))."
+        )
+    return "\n".join(lines)
 
 
 def performance(folder: Path) -> str:
-    """The section as Markdown, from every result in a folder."""
-    found = _results(folder)
-    pieces = []
-    for path, result in found:
-        if result["what"] == "scan" and _on_gpu(result):
-            pieces += _gpu_scan(path, result)
-    for path, result in found:
-        if result["what"] == "train":
-            pieces += _train(path, result)
-    for path, result in found:
-        if result["what"] == "scan" and not _on_gpu(result):
-            pieces += _cpu_scan(path, result)
+    """Times of ops and training steps beside other implementations, from every result in a folder."""
+    pieces = [
+        *(piece for path, result in _results(folder, "scan", gpu=True) for piece in _gpu_scan(path, result)),
+        *(piece for path, result in _results(folder, "train") for piece in _train(path, result)),
+        *(piece for path, result in _results(folder, "scan", gpu=False) for piece in _cpu_scan(path, result)),
+    ]
     return "\n\n".join(piece if piece.startswith("|") else paragraph(piece) for piece in pieces)
 
 
-def _results(folder: Path) -> list[tuple[Path, Result]]:
-    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+PAGES = {"README.md": headline, "docs/performance.md": performance, "docs/checkpoints.md": parity.section}
 
 
-def _on_gpu(result: Result) -> bool:
-    return "sfu_Gexps" in result.get("ceilings", {}) or result["what"] == "train"
+def _results(folder: Path, what: str, gpu: bool | None = None) -> list[tuple[Path, Result]]:
+    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return [(p, r) for p, r in found if r["what"] == what and gpu in (None, "sfu_Gexps" in r.get("ceilings", {}))]
 
 
 def _source(path: Path, result: Result) -> str:
@@ -74,67 +98,59 @@ def _source(path: Path, result: Result) -> str:
     return f"`{command}`, commit {result['commit']}, [figures](eval/results/{path.name})"
 
 
-def _shape(row: Result) -> str:
-    return " x ".join(str(row["shape"][k]) for k in ("b", "l", "d") if k in row["shape"])
-
-
-def _goal(row: Result) -> str:
-    if row.get("goal_ratio") is None:
-        return ""
-    return f"{row['goal_ratio']:g}x" + ("" if row["met"] else ", missed")
-
-
 def _versions(result: Result) -> str:
     named = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
     return ", ".join(f"{named.get(k, k)} {v}" for k, v in result["versions"].items() if k != "python")
 
 
+def _shape(row: Result) -> str:
+    return " ".join(f"{k}={v}" for k, v in row["shape"].items())
+
+
+def _of_goal(row: Result) -> str:
+    return f"{100 * row['ratio'] / row['goal_ratio']:.0f} % of {row['goal_ratio']:g}x"
+
+
 def _gpu_scan(path: Path, result: Result) -> list[str]:
-    rows, top = [row for row in result["cases"] if row.get("peer")], result["ceilings"]
-    main = [row for row in rows if row["part"] == "table"]
-    more = [row for row in rows if row["part"] != "table"]
-    met = sum(bool(row["met"]) for row in main)
-    pieces = [
+    top = result["ceilings"]
+    main, more = [], []
+    for row in result["cases"]:
+        if row.get("peer"):
+            (main if row["part"] == "table" else more).append(row)
+    slower = sum(row["ratio"] < 1 for row in more)
+    return [
         f"The selective scan on one {result['device']} ({_versions(result)}), bf16, n = 16, gate and softplus fused: medians "
         f"of one process in which both sides take turns, the cache overwritten before every call ({_source(path, result)}). "
         f"The floor is the larger of two times: the bytes that must move, at the {top['copy_TBs']:.2f} TB/s of a copy, and the "
         f"exponentials of the decays, at {top['sfu_Gexps']:,.0f}e9 a second, both measured in the same run. "
-        f"{met} of {len(main)} goals are met.",
+        f"{sum(row['met'] for row in main)} of {len(main)} goals are reached.",
         table(
-            ["case", "b x l x d", "pass", "ours, ms", "mamba-ssm, ms", "ratio", "goal", "of the floor", "saved, MB (theirs)"],
+            ["case", "shape", "pass", "ours, ms", "mamba-ssm, ms", "ratio", "of the goal", "of the floor", "saved, MB (theirs)"],
             [
                 [
                     row["name"], _shape(row), row["op"], f"{row['ours_ms']:.3f}", f"{row['peer_ms']:.3f}", f"{row['ratio']:.2f}x",
-                    _goal(row), f"{100 * row['share_of_floor']:.0f} %",
+                    _of_goal(row), f"{100 * row['share_of_floor']:.0f} %",
                     f"{row['ours_saved_MB']:.0f} ({row['peer_saved_MB']:.0f})" if "ours_saved_MB" in row else "",
                 ]
                 for row in main
             ],
         ),
-    ]  # fmt: skip
-    picture = path.with_suffix(".svg")
-    pieces.append(f"![Times of the scan beside mamba-ssm's](eval/results/{picture.name})")
-    if more:
-        missed = sum(row["met"] is False for row in more)
-        pieces.append(
-            f"<details><summary>Walks over images, lengths, state sizes, types, decoding and the convolution: {len(more)} rows, "
-            f"{missed} slower than the peer</summary>"
-        )
-        pieces.append(
-            table(
-                ["case", "shape", "type", "pass", "peer", "ours, ms", "peer, ms", "ratio", "goal", "per token, to longest"],
+        f"![Times of the scan beside mamba-ssm's](eval/results/{path.stem}.svg)",
+        f"<details><summary>Walks over images, lengths, state sizes, types, decoding and the convolution: {len(more)} rows, "
+        f"{slower} slower than the peer</summary>",
+        table(
+            ["case", "shape", "type", "pass", "peer", "ours, ms", "peer, ms", "ratio", "per token, to longest"],
+            [
                 [
-                    [
-                        row["name"], " ".join(f"{k}={v}" for k, v in row["shape"].items()), row["dtype"], row["op"], row["peer"],
-                        f"{row['ours_ms']:.4f}", f"{row['peer_ms']:.4f}", f"{row['ratio']:.2f}x", _goal(row),
-                        f"{row['cost_to_longest']:.2f}" if "cost_to_longest" in row else "",
-                    ]
-                    for row in more
-                ],
-            )
-        )  # fmt: skip
-        pieces.append("</details>")
-    return pieces
+                    row["name"], _shape(row), row["dtype"], row["op"], row["peer"],
+                    f"{row['ours_ms']:.4f}", f"{row['peer_ms']:.4f}", f"{row['ratio']:.2f}x",
+                    f"{row['cost_to_longest']:.2f}" if "cost_to_longest" in row else "",
+                ]
+                for row in more
+            ],
+        ),
+        "</details>",
+    ]  # fmt: skip
 
 
 def _train(path: Path, result: Result) -> list[str]:
@@ -145,13 +161,13 @@ def _train(path: Path, result: Result) -> list[str]:
         f"bf16 autocast, fused AdamW, beside mamba-ssm's own `MambaLMHeadModel` from the same weights ({_source(path, result)}). "
         "Spread: the middle half of the steps' times over their median; what is wide waits for its host.",
         table(
-            ["model", "ours", "tokens/s", "spread", "mamba-ssm", "spread", "ratio", "goal", "GiB", "mamba-ssm", "ratio", "goal"],
+            ["model", "ours", "tokens/s", "spread", "mamba-ssm", "spread", "ratio", "of the goal", "GiB", "mamba-ssm", "ratio", "at most"],
             [
                 [
                     row["name"], row["about"], f"{row['ours_tokens_s']:,}", spread(row, "ours"), f"{row['peer_tokens_s']:,}",
-                    spread(row, "peer"), f"{row['ratio']:.2f}x", _goal(row),
+                    spread(row, "peer"), f"{row['ratio']:.2f}x", _of_goal(row),
                     f"{row['ours_GiB']:.1f}", f"{row['peer_GiB']:.1f}", f"{row['memory_ratio']:.2f}x",
-                    f"{row['goal_memory_ratio']:g}x" + ("" if row["memory_met"] else ", missed"),
+                    f"{row['goal_memory_ratio']:g}x",
                 ]
                 for row in rows
             ],

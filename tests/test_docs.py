@@ -1,0 +1,131 @@
+"""README and docs are true: their snippets run, links lead somewhere, commands exist, tables name what ships, figures are committed ones."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hybridzoo as zoo
+from hybridzoo.eval.bench.readme import END, PAGES, START, section
+from hybridzoo.zoo import registry
+
+ROOT = Path(zoo.__file__).resolve().parent
+TEXTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = TEXTS["README.md"]
+
+
+def blocks(language):
+    """Every fenced block of a language, with the page it is on."""
+    return [
+        pytest.param(code, id=f"{page}:{text[: text.index(code)].count(chr(10)) + 1}")
+        for page, text in TEXTS.items()
+        for code in re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    ]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_snippets_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    exec(compile(code, "snippet", "exec"), {})
+
+
+@pytest.mark.parametrize("code", blocks("yaml"))
+def test_the_configs_shown_work(code, tmp_path):
+    (tmp_path / "my.yaml").write_text(code)
+    assert zoo.build(tmp_path / "my.yaml", device="meta").num_params() > 0
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_is_committed_without_output(tmp_path):
+    cells = json.loads((ROOT / "docs/four-jobs.ipynb").read_text(encoding="utf-8"))["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in codes)
+    (tmp_path / "cells.py").write_text("\n\n".join("".join(cell["source"]) for cell in codes), encoding="utf-8")
+    ran = subprocess.run([sys.executable, "cells.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1500
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", TEXTS[page]):
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}, target
+
+
+def test_the_table_of_models_names_what_ships():
+    table = TEXTS["docs/configs.md"].split("## Shipped models")[1]
+    assert sorted(set(re.findall(r"`([\w.]+(?:-[\w.]+)+)`", table))) == zoo.list_models()
+
+
+def test_every_command_shown_exists_with_its_options():
+    import typer
+
+    from hybridzoo.__main__ import app
+
+    commands = typer.main.get_command(app).commands
+    assert {line.split()[1] for line in re.findall(r"`(zoo [^`]+)`", README)} >= set(commands) - {"demo"}
+    everywhere = "\n".join(TEXTS.values())
+    shown = re.findall(r"`(zoo (?!layers )[^`\n]+)`", everywhere) + re.findall(r"^(zoo [^#\n]+)", everywhere, re.M)
+    for line in shown:
+        name, *words = shlex.split(line)[1:]
+        assert name in commands, line
+        if name != "lm-eval" and "NAME" not in words:
+            # --import is the program's own, and the one of those that may stand behind the command (test_plugins holds it to that)
+            known = {option for p in commands[name].params for option in p.opts} | {"--import"}
+            assert not {w for w in words if w.startswith("--")} - known, line
+
+
+def test_the_make_targets_shown_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"^make ([\w-]+)", "\n".join(TEXTS.values()), re.M)) <= targets
+
+
+def test_the_annotated_tree_names_what_is_there():
+    tree = README.split("## Where things are")[1].split("```")[1]
+    for line in tree.strip().splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"]
+    assert (citation["title"], citation["version"], citation["license"]) == ("hybridzoo", zoo.__version__, "Apache-2.0")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_figures_are_the_committed_ones(page):
+    assert TEXTS[page].split(START)[1].split(END)[0].strip() == section(ROOT, page), "run: zoo bench readme"
+
+
+def test_the_performance_page_has_every_result():
+    assert "| 1, 2048, 512, 16 | forward | transformers |" in TEXTS["docs/performance.md"]
+    assert not any("missed" in text for text in TEXTS.values())
+
+
+def test_the_table_of_checkpoints_covers_every_case():
+    from hybridzoo.eval.parity.configs import CONFIGS, PUBLISHED
+    from hybridzoo.zoo.checkpoint.family import families
+
+    rows = json.loads((ROOT / "eval/results/parity.json").read_text())["cases"]
+    assert [row["name"] for row in rows] == list(CONFIGS), "run: zoo bench parity --out eval/results/parity.json"
+    assert {row["family"] for row in rows} == set(PUBLISHED) == set(families()) - {"mamba_ssm"}
+    for row in rows:
+        assert row["logit_error"] < 1e-4 and row["decoding_error"] < 1e-4 and row["gradient_error"] < 1e-3, row
+        assert row["export_is_bitwise"] and row["transformers_reads_it"], row
