@@ -156,7 +156,8 @@ def test_layers_over_padding(kind, left):
 
 @pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny", "transformer-tiny", "zamba2-tiny", "jamba-tiny"])
 def test_models(name):
-    model = zoo.build(name, ["tie_embeddings=false"]).eval()
+    # in float64: an expert that gets another number of rows sums up in another order, and gradients here reach hundreds
+    model = zoo.build(name, ["tie_embeddings=false"]).double().eval()
     x = model.backbone.embed(torch.randint(1, 256, (1, 24))).detach()
     mask = torch.ones(1, 24, dtype=torch.long)
     mask[0, :3] = mask[0, 9] = 0
