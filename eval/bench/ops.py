@@ -1,6 +1,5 @@
-"""Ops beside their peers: what is compared before anything is timed, what is timed, and what a row says."""
+"""Ops beside their peers: both are compared before anything is timed, and every pass becomes a row."""
 
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +32,8 @@ def measure(
     for workload in WORKLOADS[what]:
         if workload.device != device or workload.part not in parts:
             continue
-        for name in peers_of(workload, vs):
+        # who calls for mamba_ssm gets the library that it convolves with
+        for name in PEERS["conv"] if workload.op == "conv" else [name for name in vs if name in PEERS[workload.op]]:
             tick(f"{workload.name}, {name}")
             try:
                 rows += compare(workload, name, timer, ceilings)
@@ -46,11 +46,6 @@ def measure(
         tick("memory")
         rows += _memory()
     return rows, failed
-
-
-def peers_of(workload: Workload, vs: list[str]) -> list[str]:
-    """The peers of a workload among ``vs``; who calls for mamba_ssm gets the library that it convolves with."""
-    return list(PEERS["conv"]) if workload.op == "conv" else [name for name in vs if name in PEERS[workload.op]]
 
 
 def compare(workload: Workload, name: str, timer: timing.Timer, ceilings: dict[str, float]) -> list[Row]:
@@ -101,9 +96,6 @@ def _rounded(value: Any) -> Any:
 
 
 def _row(workload: Workload, what: str, name: str, times: list[list[float]], ceilings: dict[str, float]) -> Row:
-    a, b = times
-    mine, theirs = statistics.median(a), statistics.median(b)
-    goal = workload.goals.get((name, what))
     tokens = workload.shape["b"] * workload.shape.get("l", 1)
     row: Row = {
         "name": workload.name,
@@ -111,20 +103,11 @@ def _row(workload: Workload, what: str, name: str, times: list[list[float]], cei
         "op": what if workload.op in ("scan", "ssd") else f"{workload.op} {what}",
         "shape": workload.shape,
         "dtype": str(workload.dtype).removeprefix("torch."),
-        "ours_ms": mine,
-        "ours_iqr_ms": timing.iqr(a),
-        "ours_repeats": len(a),
-        "peer": name,
-        "peer_ms": theirs,
-        "peer_iqr_ms": timing.iqr(b),
-        "peer_repeats": len(b),
-        "ratio": theirs / mine,
-        "goal_ratio": goal,
-        "met": None if goal is None else theirs / mine >= goal,
+        **timing.beside(*times, name, workload.goals.get((name, what))),
     }
     if workload.op == "ssd":
         return row  # matrix products: another floor, not measured yet
-    floor, bound = floor_ms(workload, what, ceilings)
+    (floor, bound), mine = floor_ms(workload, what, ceilings), row["ours_ms"]
     return row | {
         "ours_GBs": counts(workload, what)[0] / mine / 1e6,
         "floor_ms": floor,

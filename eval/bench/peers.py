@@ -61,7 +61,7 @@ class Timed:
         torch.autograd.grad(y, list(self.leaves.values()), self._random_like(y))
 
     def saved_bytes(self) -> int:
-        """What a call keeps for its backward besides the leaves, counting storage that is shared once."""
+        """Bytes that a call keeps for its backward besides the leaves, storage that is shared counted once."""
         kept: dict[int, int] = {}
         known = {x.untyped_storage().data_ptr() for x in self.leaves.values()}
 

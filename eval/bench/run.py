@@ -57,13 +57,8 @@ def run_bench(
     if not console.is_terminal:
         console = Console(width=200)  # a log has room for every column
     # no end in sight: steps differ a thousandfold in time
-    with Progress(
-        *Progress.get_default_columns()[:2],
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    columns = (*Progress.get_default_columns()[:2], TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         result = bench(what, vs, chosen, lambda text: bar.update(task, description=text), profile)
     result["command"] += "".join(f" --part {part}" for part in parts or [])
@@ -111,7 +106,7 @@ def bench(
     else:
         tick("ceilings")
         ceilings = timing.ceilings(device)
-        timer = timer or timing.timer_for(device)
+        timer = timer or (timing.EventTimer() if device == "cuda" else timing.HostTimer())
         rows, failed = bench_ops.measure(what, vs, parts or ["table"], timer, ceilings, tick)
     named = {row["peer"].split(",")[0] for row in rows if row.get("peer")}
     command = f"zoo bench {what} " + " ".join(f"--vs {name}" for name in vs)

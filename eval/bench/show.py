@@ -1,6 +1,7 @@
 """Benchmark results for people: tables on the terminal, and pictures."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def shape_text(shape: dict[str, int]) -> str:
     return " ".join(f"{k}{v}" for k, v in shape.items())
 
 
-def _columns(table: Table, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+def _columns(table: Table, left: Sequence[str], right: Sequence[str]) -> Table:
     for name in left:
         table.add_column(name, no_wrap=True)
     for name in right:
@@ -57,20 +58,7 @@ def _cell(row: dict[str, Any], key: str, form: str) -> str:
 
 def _timed(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    numbers = (
-        "ours ms",
-        "± iqr",
-        "peer ms",
-        "ratio",
-        "goal",
-        "GB/s",
-        "floor",
-        "host ms",
-        "peer host",
-        "saved MB",
-        "peer",
-        "to longest",
-    )
+    numbers = "ours ms,± iqr,peer ms,ratio,goal,GB/s,floor,host ms,peer host,saved MB,peer,to longest".split(",")
     _columns(table, ("case", "shape", "op", "peer"), numbers)
     for row in rows:
         op = row["op"].replace("forward", "fwd").replace("backward", "bwd")

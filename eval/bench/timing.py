@@ -1,10 +1,10 @@
-"""How long a call takes, and what the device could do at best: the timers and ceilings of the benchmarks."""
+"""Timers of calls, and the ceilings of a device: its best at copying and at exponentials."""
 
 import statistics
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -13,20 +13,8 @@ from ...kernels.gpu import nvrtc
 Call = Callable[[], object]
 
 
-class Timer(Protocol):
-    """Times calls on one device, all of them in turns, so that what disturbs the machine disturbs every one."""
-
-    def compare(self, *calls: Call) -> list[list[float]]:
-        """Milliseconds of every repetition of every call."""
-        ...
-
-    def host(self, call: Call) -> float:
-        """Median milliseconds that a call keeps its caller."""
-        ...
-
-
 class HostTimer:
-    """By the wall clock, for calls that return when they are done.
+    """Times calls by the wall clock, in turns, so that what disturbs the machine disturbs every one; they return when they are done.
 
     Args:
         repeats: Timed calls each.
@@ -37,7 +25,7 @@ class HostTimer:
         self.repeats, self.slow_ms = repeats, 1000 * slow_seconds
 
     def compare(self, *calls: Call) -> list[list[float]]:
-        """See :class:`Timer`; the first call is ours, and is always repeated."""
+        """Milliseconds of every repetition of every call; the first call is ours, and is always repeated."""
         firsts = [wall_ms(call) for call in calls]
         slow = [i > 0 and first > self.slow_ms for i, first in enumerate(firsts)]
         times = [[first] if once else [] for first, once in zip(firsts, slow, strict=True)]
@@ -48,12 +36,12 @@ class HostTimer:
         return times
 
     def host(self, call: Call) -> float:
-        """See :class:`Timer`."""
+        """Median milliseconds that a call keeps its caller."""
         return statistics.median(wall_ms(call) for _ in range(3))
 
 
 class EventTimer:
-    """By events on the GPU, the L2 cache overwritten before every call.
+    """Times calls in turns by events on the GPU, the L2 cache overwritten before every call.
 
     Overwriting takes about 0.1 ms, a head start for the host: what a call costs it shows only where it is more than that.
 
@@ -68,7 +56,7 @@ class EventTimer:
         self.flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
 
     def compare(self, *calls: Call) -> list[list[float]]:
-        """See :class:`Timer`."""
+        """Milliseconds of every repetition of every call."""
         for call in calls:
             call()
         guesses = [statistics.median(ms) for ms in self._turns(calls, 3)]
@@ -91,7 +79,7 @@ class EventTimer:
         return [[start.elapsed_time(end) for start, end in kept] for kept in marks]
 
     def host(self, call: Call) -> float:
-        """See :class:`Timer`; the work itself is not waited for."""
+        """Median milliseconds that a call keeps its caller; the work itself is not waited for."""
         times = []
         for _ in range(10):
             torch.cuda.synchronize()
@@ -100,9 +88,7 @@ class EventTimer:
         return statistics.median(times)
 
 
-def timer_for(device: str, repeats: int = 7) -> Timer:
-    """The timer of a device type."""
-    return EventTimer() if device == "cuda" else HostTimer(repeats)
+Timer = HostTimer | EventTimer
 
 
 def wall_ms(call: Call) -> float:
@@ -120,6 +106,15 @@ def iqr(times: Sequence[float]) -> float:
     return high - low
 
 
+def beside(mine: Sequence[float], theirs: Sequence[float], peer: str, goal: float | None) -> dict[str, Any]:
+    """Compare the times of two sides, in ms, as a row of a result does: medians, spreads, their ratio, and the goal for it."""
+    ours, other = statistics.median(mine), statistics.median(theirs)
+    return {
+        "ours_ms": ours, "ours_iqr_ms": iqr(mine), "ours_repeats": len(mine), "peer": peer, "peer_ms": other, "peer_iqr_ms": iqr(theirs),
+        "peer_repeats": len(theirs), "ratio": other / ours, "goal_ratio": goal, "met": None if goal is None else other / ours >= goal,
+    }  # fmt: skip
+
+
 def captured(call: Call) -> Call:
     """A call that replays ``call`` as a CUDA graph."""
     side = torch.cuda.Stream()
@@ -135,7 +130,7 @@ def captured(call: Call) -> Call:
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """What the device can do at best: TB/s read and written by a copy, and 10^9 exponentials per second."""
+    """Measure a device at its best: TB/s read and written by a copy, and 10^9 exponentials per second."""
     if device != "cuda":
         return _host_ceilings()
     timer = EventTimer()

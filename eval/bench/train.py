@@ -7,7 +7,6 @@ A variant changes one thing of ours, which says what that thing is worth.
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ...kernels import dispatch
 from ...zoo.models.build import build
 from ...zoo.train.captured_step import CapturedStep
-from .timing import iqr, wall_ms
+from .timing import beside, wall_ms
 
 Row = dict[str, Any]
 Tick = Callable[[str], None]
@@ -127,11 +126,8 @@ def side(spec: dict[str, Any], device: str, shape: dict[str, int] | None = None)
         ``{"losses", "times_ms", "peak_GiB", "params", "backends"}``.
     """
     shape = shape or SHAPE
-    if spec["side"] == "ours":
-        loss, model = _ours(spec, device)
-    else:
-        loss, model = _MAKERS[spec["side"]](spec, device)
-    ids = batch(model_rows(model), shape["b"], shape["l"]).to(device)
+    loss, model = _MAKERS[spec["side"]](spec, device)
+    ids = batch(model.get_parameter("backbone.embedding.weight").shape[0], shape["b"], shape["l"]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     captured = CapturedStep(model, ids, autocast=torch.bfloat16) if spec.get("variant") == "graph" else None
@@ -177,11 +173,6 @@ def batch(rows: int, b: int, l: int) -> Tensor:
     return (draw**3 * rows).long().clamp(max=rows - 1)
 
 
-def model_rows(model: nn.Module) -> int:
-    """Rows of the embedding."""
-    return model.get_parameter("backbone.embedding.weight").shape[0]
-
-
 def keep_weights(model: nn.Module, path: str) -> None:
     """Write all weights, tied ones under both names, which the format has no words for."""
     save_file({name: x.detach().clone().contiguous() for name, x in model.state_dict().items()}, path)
@@ -219,7 +210,7 @@ def _mamba_ssm(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Te
     return lambda ids: cross_entropy(model(ids).logits, ids), model
 
 
-_MAKERS = {"mamba_ssm": _mamba_ssm}
+_MAKERS = {"ours": _ours, "mamba_ssm": _mamba_ssm}
 
 
 def _step_times(step: Callable[[], Tensor], device: str) -> list[float]:
@@ -240,11 +231,10 @@ def _chosen(op: str, device: str) -> str:
 
 
 def _row(model: str, variant: str, mine: dict[str, Any], peer: str, theirs: dict[str, Any]) -> Row:
-    tokens = SHAPE["b"] * SHAPE["l"]
-    a, b = (statistics.median(s["times_ms"]) for s in (mine, theirs))
+    tokens, judged = SHAPE["b"] * SHAPE["l"], variant in ("default", "graph", "one-thread", "compile")
+    times = beside(mine["times_ms"], theirs["times_ms"], peer, GOAL_RATIO if judged else None)
     off = [abs(x - y) / y for x, y in zip(mine["losses"], theirs["losses"], strict=True)]
     memory = mine["peak_GiB"] / theirs["peak_GiB"]
-    judged = variant in ("default", "graph", "one-thread", "compile")
     return {
         "name": model,
         "part": variant,
@@ -255,18 +245,11 @@ def _row(model: str, variant: str, mine: dict[str, Any], peer: str, theirs: dict
         "dtype": "bfloat16 autocast, AdamW",
         "params": mine["params"],
         "backends": mine["backends"],
-        "ours_ms": round(a, 3),
-        "ours_iqr_ms": round(iqr(mine["times_ms"]), 3),
-        "ours_tokens_s": round(1000 * tokens / a),
+        **{key: round(value, 3) if isinstance(value, float) else value for key, value in times.items()},
+        "ours_tokens_s": round(1000 * tokens / times["ours_ms"]),
         "ours_GiB": round(mine["peak_GiB"], 3),
-        "peer": peer,
-        "peer_ms": round(b, 3),
-        "peer_iqr_ms": round(iqr(theirs["times_ms"]), 3),
-        "peer_tokens_s": round(1000 * tokens / b),
+        "peer_tokens_s": round(1000 * tokens / times["peer_ms"]),
         "peer_GiB": round(theirs["peak_GiB"], 3),
-        "ratio": round(b / a, 3),
-        "goal_ratio": GOAL_RATIO if judged else None,
-        "met": b / a >= GOAL_RATIO if judged else None,
         "memory_ratio": round(memory, 3),
         "goal_memory_ratio": GOAL_MEMORY,
         "memory_met": memory <= GOAL_MEMORY,

@@ -104,7 +104,7 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
         fresh: Start again instead.
 
     Returns:
-        What the page shows.
+        The results that the page shows.
     """
     start, out, console = time.monotonic(), Path(out), Console(highlight=False)
     if not console.is_terminal:
@@ -117,10 +117,8 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
     console.print(
         f"each learns for {STEPS} steps of {BATCH} x {LENGTH} tokens; Ctrl-C saves, the same command continues"
     )
-    jobs = {
-        n: f"from hybridzoo.eval.demo.run import work; work({n!r}, {str(out / n)!r}, {fresh})" for n in LEARNING_RATES
-    }
-    run_side_by_side(jobs, out, console)
+    code = "from hybridzoo.eval.demo.run import work; work({!r}, {!r}, {})"
+    run_side_by_side({n: code.format(n, str(out / n), fresh) for n in LEARNING_RATES}, out, console)
     models = []
     for name, b in budgets.items():
         facts = {"name": name, "pattern": b.layers, "params": b.params, "active_params": b.active_params}
@@ -157,9 +155,8 @@ def work(name: str, out: str, fresh: bool) -> None:
     except DifferentRun as e:
         message(say=f"starts again: {e}")
         result = train(name, rows, folder, resume=False, **settings)
-    how = {0: "trained", STEPS: "was trained before"}.get(
-        result.resumed_from, f"continued at step {result.resumed_from}"
-    )
+    at = result.resumed_from
+    how = {0: "trained", STEPS: "was trained before"}.get(at, f"continued at step {at}")
     loss = result.history[-1]["loss"]
     message(say=f"{how}, {result.tokens_per_second:,.0f} tokens/s, last loss {loss:.2f} nats per target")
     file, key = folder / _SCORES, _key(folder)
@@ -167,12 +164,12 @@ def work(name: str, out: str, fresh: bool) -> None:
         return message(say="was evaluated before")
     scores = score(result.model, folder / "lm_eval.json")
     message(say=f"evaluated, {scores['bits_per_byte']:.2f} bits per byte")
-    speed = {
+    scores |= {
         "history": result.history,
         "tokens_per_second": result.tokens_per_second,
         "tokens_per_step": BATCH * LENGTH,
     }
-    write_whole(file, json.dumps({"key": key, "results": speed | scores}, indent=1) + "\n")
+    write_whole(file, json.dumps({"key": key, "results": scores}, indent=1) + "\n")
 
 
 def score(model: CausalLM, output: Path) -> dict[str, Any]:
@@ -235,15 +232,8 @@ def unigram_bits_per_byte(text: dict[str, list[str]]) -> float:
 
 def _key(folder: Path) -> str:
     # scores hold for these weights, these tasks and this version of what computes them
-    facts = (
-        [dataclasses.asdict(t) for t in TASKS],
-        LENGTH,
-        PROMPT,
-        [sizes_of(t.name) for t in TASKS],
-        version("hybridzoo"),
-        version("lm_eval"),
-        version("torch"),
-    )
+    tasks, sizes = [dataclasses.asdict(t) for t in TASKS], [sizes_of(t.name) for t in TASKS]
+    facts = (tasks, LENGTH, PROMPT, sizes, *map(version, ("hybridzoo", "lm_eval", "torch")))
     return hashlib.sha256(repr(facts).encode() + (folder / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -259,9 +249,7 @@ def _results(models: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     text = topics()
     return header("demo", "zoo demo", "cpu", ["hybridzoo", "transformers", "lm_eval"]) | {
         "models": models,
-        "tasks": [
-            {"name": t.name, "title": t.title, "about": t.about, "chance": models[0]["chance"][t.name]} for t in TASKS
-        ],
+        "tasks": [dataclasses.asdict(t) | {"chance": models[0]["chance"][t.name]} for t in TASKS],
         "text": {"unigram_bits_per_byte": unigram_bits_per_byte(text)},
         "prompt": PROMPT,
         "facts": _facts(text, seconds),

@@ -65,24 +65,10 @@ def edits(base: Base) -> Iterator[tuple[str, Any]]:
         value = base.data.get(name)
         pool = _PLAIN if "rope" not in name else [*_ROPES, *_PLAIN]
         if isinstance(value, list) or "layer" in name or "block_type" in name or "pattern" in name:
-            pool = [
-                *pool,
-                *([word] * layers for word in _WORDS),
-                [0] * layers,
-                [1] * layers,
-                [0, 2],
-                [5],
-                "M*M-",
-                "M" * layers,
-            ]
+            pool = [*pool, *([word] * layers for word in (*_WORDS, 0, 1)), [0, 2], [5], "M*M-", "M" * layers]
             if isinstance(value, list) and value:
-                pool += [
-                    value[::-1],
-                    value[1:],
-                    [*value, value[0]],
-                    [value[0]] * len(value),
-                    [v for v in value if isinstance(v, str)],
-                ]
+                words = [v for v in value if isinstance(v, str)]
+                pool += [value[::-1], value[1:], [*value, value[0]], [value[0]] * len(value), words]
         if isinstance(value, list) and all(isinstance(v, float) for v in value):
             pool = [*pool, [0.01, 0.05], [0.0, 0.02], [0.03, {"__float__": "Infinity"}], [v * 1.5 for v in value]]
         if isinstance(value, str):
@@ -131,9 +117,8 @@ class Options:
         self.cfg, self.draw = cfg, draw
         # an option of a type of mixer: the same in all mixers of the type
         places = [("", key) for key in cfg if key not in _NOT_OURS] + [("norm", "eps"), ("norm", "type")]
-        places += [
-            (spec["type"], key) for spec in cfg["mixers"].values() for key in spec if key not in (*_NOT_OURS, "type")
-        ]
+        options = ((spec["type"], key) for spec in cfg["mixers"].values() for key in spec if key != "type")
+        places += [(kind, key) for kind, key in options if key not in _NOT_OURS]
         self.odds = {place: 1.0 if place[0] else 0.4 for place in places if _pool(cfg, place)}
 
     def __next__(self) -> tuple[dict[str, Any], list[str]]:
@@ -149,9 +134,8 @@ class Options:
             blocks = expand(layers)
             size = 2 if len(blocks) % 2 == 0 and len(blocks) > 2 else 1
             pairs = [blocks[i : i + size] for i in range(0, len(blocks), size)]
-            cfg["layers"] = [
-                token for pair in self.draw.choices(pairs, k=self.draw.choice([1, 2, 3, 4])) for token in pair
-            ]
+            drawn = self.draw.choices(pairs, k=self.draw.choice([1, 2, 3, 4]))
+            cfg["layers"] = [token for pair in drawn for token in pair]
             names.append("layers")
         return cfg, names
 
@@ -163,13 +147,9 @@ class Options:
 
 
 def _specs(cfg: dict[str, Any], of: str) -> list[dict[str, Any]]:
-    return (
-        [cfg]
-        if not of
-        else [cfg["norm"]]
-        if of == "norm"
-        else [spec for spec in cfg["mixers"].values() if spec["type"] == of]
-    )
+    if of in ("", "norm"):
+        return [cfg["norm"] if of else cfg]
+    return [spec for spec in cfg["mixers"].values() if spec["type"] == of]
 
 
 def _pool(cfg: dict[str, Any], place: tuple[str, str]) -> list[Any]:

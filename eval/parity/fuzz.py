@@ -33,17 +33,8 @@ from .draws import ABSENT, Base, Options, edits
 from .run import ratio, redraw, their_model
 
 __all__ = [
-    "GOOD",
-    "Outcome",
-    "edit_outcomes",
-    "export_outcomes",
-    "fuzz",
-    "quiet",
-    "summary",
-    "tokens",
-    "try_edit",
-    "try_export",
-]
+    "GOOD", "Outcome", "edit_outcomes", "export_outcomes", "fuzz", "quiet", "summary", "tokens", "try_edit", "try_export",
+]  # fmt: skip
 
 GOOD = ("equal", "refused", "not judged")
 _LIMIT = 1e-4
@@ -241,22 +232,13 @@ def fuzz(out: Path | None = None, edits_each: int = 110, exports_each: int = 26,
                 counts.setdefault((outcome.family, direction), Counter())[outcome.kind] += 1
                 if outcome.kind not in GOOD:
                     bad.append({"direction": direction, "case": name, **dataclasses.asdict(outcome)})
+    common = {"peer": "transformers", "dtype": "float32"}
     rows = [
-        {
-            "name": f"{family}-{direction}",
-            "family": family,
-            "op": direction,
-            "peer": "transformers",
-            "dtype": "float32",
-            **dict(count),
-        }
+        {"name": f"{family}-{direction}", "family": family, "op": direction} | common | dict(count)
         for (family, direction), count in sorted(counts.items())
     ]
-    result = header("parity_fuzz", "zoo bench parity --part fuzz", "cpu", ["transformers"]) | {
-        "seed": seed,
-        "cases": rows,
-        "failed": bad,
-    }
+    result = header("parity_fuzz", "zoo bench parity --part fuzz", "cpu", ["transformers"])
+    result |= {"seed": seed, "cases": rows, "failed": bad}
     if out is not None:
         write(result, out)
     if bad:

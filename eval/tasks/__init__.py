@@ -75,9 +75,13 @@ def unknown_task(task: str) -> str:
     own = {name.removeprefix("hybridzoo_"): name for name in names()}
     # one that begins like ours is not looked for elsewhere
     known = own if task.startswith("hybridzoo") else dict.fromkeys(_in_lm_eval()) | own
-    close = difflib.get_close_matches(task.removeprefix("hybridzoo_"), known, n=1)
-    near = f" Did you mean {own.get(close[0], close[0])!r}?" if close else ""
+    near = _near(task.removeprefix("hybridzoo_"), known, own)
     return f"tasks: unknown task {task!r}.{near} Local tasks: {', '.join(names())}; others: `zoo lm-eval ls tasks`."
+
+
+def _near(word: str, known: Iterable[str], names: Mapping[str, str] | None = None) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {(names or {}).get(close[0], close[0])!r}?" if close else ""
 
 
 def check_metadata(tasks: Sequence[str], metadata: Any) -> None:
@@ -104,22 +108,18 @@ def check_metadata(tasks: Sequence[str], metadata: Any) -> None:
 
 def _check_size(where: str, key: str, value: Any, known: Mapping[str, Any]) -> None:
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        near = f" Did you mean {close[0]!r}?" if close else ""
         listed = ", ".join(known) or "none, the task has no sizes"
-        raise ValueError(f"{where}: no task looks at it.{near} Known here: {listed}.")
+        raise ValueError(f"{where}: no task looks at it.{_near(key, known)} Known here: {listed}.")
     kind = type(known[key])
     if type(value) is not kind and not (kind is float and type(value) is int):
-        names_of = {
+        words = {
             dict: "an object of sizes",
             int: "a whole number",
             float: "a number",
             bool: "true or false",
             str: "a text",
         }
-        raise ValueError(
-            f"{where}: is {value!r}, expected {names_of.get(kind, kind.__name__)}, such as {known[key]!r}."
-        )
+        raise ValueError(f"{where}: is {value!r}, expected {words.get(kind, kind.__name__)}, such as {known[key]!r}.")
 
 
 @functools.cache
@@ -137,12 +137,7 @@ def _files() -> list[str]:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         return []
-    found, folders = [], [os.path.join(os.path.dirname(spec.origin), "tasks")]
-    while folders:
-        for entry in os.scandir(folders.pop()):
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            # what others include ends in _yaml, or has no ending at all
-            elif "." not in entry.name or entry.name.endswith("yaml") or entry.name.endswith(".yml"):
-                found.append(entry.path)
-    return found
+    found = os.walk(Path(spec.origin).with_name("tasks"))
+    # what others include ends in _yaml, or has no ending at all
+    files = (os.path.join(folder, name) for folder, _, inside in found for name in inside)
+    return [file for file in files if "." not in os.path.basename(file) or file.endswith(("yaml", ".yml"))]
