@@ -189,6 +189,14 @@ def test_positions_per_type_of_layer_are_refused_by_name(base, tmp_path):
         zoo.load(tmp_path)
 
 
+def test_bamba_takes_no_part_that_turns_from_beside_its_rope_parameters(base, tmp_path):
+    data = {name: value for name, value in base("bamba").data.items() if name != "rope_parameters"}
+    (tmp_path / "config.json").write_text(json.dumps(data | {"partial_rotary_factor": 0.25}))
+    (tmp_path / "model.safetensors").symlink_to(base("bamba").folder / "model.safetensors")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters["partial_rotary_factor"]
+    assert theirs == 0.5 and zoo.load(tmp_path).cfg.mixers.attention.rotary_dim == 4
+
+
 def test_the_fuzz_finds_what_is_wrong(monkeypatch, base, tmp_path):
     from hybridzoo.zoo.checkpoint import rotary
 

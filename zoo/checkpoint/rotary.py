@@ -60,13 +60,10 @@ def rotary(
             raise fields.error(
                 f"unknown field {where}.{key}. If it does not change what the model computes, remove it."
             )
-    part = _beside(fields, given, "partial_rotary_factor", partial if beside else None)
-    options: dict[str, Any] = {
-        "rope": _positive(fields, where, _beside(fields, given, "rope_theta", theta), "rope_theta")
-    }
-    part = _positive(
-        fields, where, (1.0 if partial is None else partial) if part is None else part, "partial_rotary_factor"
-    )
+    # in the object, else beside it, else the class's; a null in the object is no number, but for the part that turns
+    theta = _positive(fields, where, given.get("rope_theta", fields.data.get("rope_theta", theta)), "rope_theta")
+    part = given.get("partial_rotary_factor", fields.data.get("partial_rotary_factor") if beside else None)
+    part = _positive(fields, where, partial or 1.0 if part is None else part, "partial_rotary_factor")
     turning = int(size * part)
     if turning != size and (partial is None or turning % 2 or not 0 < turning < size):
         head = f"{size} channels of a head (head_dim, or hidden_size / num_attention_heads)"
@@ -74,13 +71,12 @@ def rotary(
         raise fields.error(
             f"partial_rotary_factor is {part} in or beside {where}; {why}, which cannot be computed by this version."
         )
-    options["rotary_dim"] = None if turning == size else turning
+    options = {"rope": theta, "rotary_dim": None if turning == size else turning}
     if kind == "default":
         return options
     context = fields.data.get("max_position_embeddings") or length
     given = {_LLAMA3[-1]: context} | given
-    names = _LLAMA3 if kind == "llama3" else _LLAMA3[:1]
-    numbers = [_positive(fields, where, given.get(name), name) for name in names]
+    numbers = [_positive(fields, where, given.get(name), name) for name in _LLAMA3[: 4 if kind == "llama3" else 1]]
     return options | {"rope_scaling": numbers if kind == "llama3" else [*numbers, *_LINEAR]}
 
 
@@ -111,15 +107,10 @@ def _settings(fields: Fields) -> tuple[str, dict[str, Any]]:
     names = ("rope_scaling", "rope_parameters")
     fields.skip(*names, "rope_theta", "partial_rotary_factor")
     for name in names:
-        if not isinstance(fields.data.get(name), dict | None):
-            raise fields.wrong(name, fields.data[name], "an object")
-    where = names[0] if fields.data.get(names[0]) else names[1]
-    return where, fields.data.get(where) or {}
-
-
-def _beside(fields: Fields, given: dict[str, Any], key: str, default: Any) -> Any:
-    # in the object, else beside it, else the class's; a null in the object is no number
-    return given[key] if key in given else fields.data.get(key, default)
+        if not isinstance(fields.raw(name), dict | None):
+            raise fields.wrong(name, fields.raw(name), "an object")
+    where = names[0] if fields.raw(names[0]) else names[1]
+    return where, fields.raw(where, {})
 
 
 def _positive(fields: Fields, where: str, value: Any, key: str) -> float:
