@@ -1,4 +1,4 @@
-"""Which field of a file is to blame: errors about our config, in the words of the file that it was read from.
+"""The field of a file that is to blame: errors about our config, in the words of the file that it was read from.
 
 No table says which field became which option. It is found out when it is needed: the file is read again with one field changed, and
 what changes of our config comes from that field.

@@ -36,5 +36,5 @@ class Family:
         raise NotImplementedError
 
     def keys(self, view: View) -> Iterator[Piece]:
-        """Which tensor is which, under the names that are on disk."""
+        """Say which tensor is which, under the names that are on disk."""
         raise NotImplementedError

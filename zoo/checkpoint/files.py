@@ -83,7 +83,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def is_deep(content: Any) -> bool:
-    """Whether data has more levels of nesting than any file that is meant well."""
+    """Tell whether data has more levels of nesting than any file that is meant well."""
     level = [content]
     for _ in range(_DEEPEST_JSON + 1):
         level = [value for value in level if isinstance(value, dict | list)]
@@ -94,7 +94,7 @@ def is_deep(content: Any) -> bool:
 
 
 def read_metadata(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a folder says about text, by file: ids of special tokens, how to generate; a file that says nothing is left out."""
+    """The facts that a folder states about text, by file: ids of special tokens, how to generate; a file that says nothing is left out."""
     config, generation = folder / "config.json", folder / GENERATION
     stated = read_json(config) if config.exists() else {}
     found = {config.name: {name: stated[name] for name in SPECIAL_IDS if name in stated}}

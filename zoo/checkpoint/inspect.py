@@ -1,4 +1,4 @@
-"""What the folder of a model says, before its weights are read: the format, the config, the precision."""
+"""A model's folder before its weights are read: the format, the config, the precision."""
 
 import math
 from collections import Counter
@@ -44,15 +44,17 @@ def detect(folder: Path) -> Family | None:
     return FAMILIES[kind]
 
 
-def read_config(family: Family, folder: Path, tokenizer: str = "byte", deepest: int | None = None) -> dict[str, Any]:
-    """Our config for the ``config.json`` in a folder.
+def read_config(family: Family | None, folder: Path, tokenizer: str = "byte", deepest: int | None = None) -> Any:
+    """Our config for the one in a folder; the further arguments are about other formats than ours.
 
     Args:
-        family: Its converter.
+        family: What :func:`detect` says of it.
         folder: The folder.
         tokenizer: What the config shall say; converters that know better overrule it.
         deepest: Layers that the stored tensors show; a config of many more is refused before it is built.
     """
+    if family is None:
+        return native.read_config(folder)
     file = folder / "config.json"
     fields = Fields(read_json(file), file)
     try:
@@ -83,8 +85,7 @@ def config_of(folder: str | Path) -> Any:
     Raises:
         CheckpointError: No model is saved there, or one of an unknown family.
     """
-    family = detect(Path(folder))
-    return native.read_config(Path(folder)) if family is None else read_config(family, Path(folder))
+    return read_config(detect(Path(folder)), Path(folder))
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype | None:

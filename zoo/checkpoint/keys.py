@@ -1,4 +1,4 @@
-"""Which of our tensors is which of theirs: rules as data, read in both directions.
+"""Rules that say which of our tensors is which of theirs: data, read in both directions.
 
 A :class:`Piece` says that a part of one of our parameters equals a part of one of their tensors. Loading copies theirs to ours,
 exporting ours to theirs, so what goes out is bit for bit what came in.
@@ -40,7 +40,7 @@ class Part:
 
 
 class View:
-    """What a converter sees of a model: its blocks, and the names and shapes of its parameters.
+    """A model as a converter sees it: its blocks, and the names and shapes of its parameters.
 
     Args:
         model: May be on the meta device. Shared weights are seen under the name of their first block.
@@ -84,12 +84,12 @@ class View:
         """The norm in front of a block."""
         return same(self, f"backbone.layers.{block}.norm", theirs)
 
-    def frame(self, embedding: str, norm: str, head: str = "lm_head.weight") -> Iterator[Piece]:
-        """What is not in a block: the embedding, the last norm, and the head unless it is tied."""
+    def frame(self, embedding: str, norm: str) -> Iterator[Piece]:
+        """The pieces that are in no block: the embedding, the last norm, and the head unless it is tied."""
         yield Piece("backbone.embedding.weight", embedding)
         yield from same(self, "backbone.norm_f", norm)
         if not self.cfg.tie_embeddings:
-            yield Piece("lm_head.weight", head)
+            yield Piece("lm_head.weight", "lm_head.weight")
 
 
 def same(view: View, ours: str, theirs: str, rename: Mapping[str, str] | None = None) -> Iterator[Piece]:

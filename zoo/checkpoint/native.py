@@ -23,18 +23,9 @@ from ..models.causal_lm import CausalLM
 from ..tokenizer import tokenizer_files, tokenizer_folder
 from .files import SPECIAL_IDS, dump, open_regular, read_json
 from .publish import GENERATION, publishing, write_whole
+from .tensors import READABLE
 
-__all__ = [
-    "as_it_is",
-    "as_saved",
-    "assign",
-    "fp32_names",
-    "hf_config",
-    "read_config",
-    "save",
-    "superseded",
-    "unique_tensors",
-]
+__all__ = ["as_it_is", "as_saved", "assign", "fp32_names", "hf_config", "read_config", "save", "superseded"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 # a tokenizer's files are one set, which is written whole or left alone
@@ -86,9 +77,7 @@ def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
         )
     with publishing(folder, lambda new: superseded(folder, new)) as place:
         save_file(
-            {k: v.detach().cpu().contiguous() for k, v in unique_tensors(core).items()},
-            place / WEIGHTS,
-            {"format": "pt"},
+            {k: v.detach().cpu().contiguous() for k, v in core.named_parameters()}, place / WEIGHTS, {"format": "pt"}
         )
         (place / "config.json").write_text(dump(hf_config(core)), encoding="utf-8")
         write_config(core.cfg, place)
@@ -104,18 +93,18 @@ def superseded(folder: Path, new: set[str]) -> Iterable[str]:
     return old | set(TOKENIZER if new & set(TOKENIZER) else ())
 
 
-def as_saved(model: CausalLM) -> CausalLM:
-    """What is saved of a model, or of transformers' adapter around one: the core, whose config and metadata say what is so.
+def as_saved(model: Any) -> CausalLM:
+    """The core of a model, or of transformers' adapter around one, with a config and metadata that say what is so.
 
     Raises:
         ValueError: As :func:`save`.
     """
     adapted = getattr(model, "core", None)
     core = as_it_is(model if adapted is None else adapted)
-    tensors = unique_tensors(core)
+    tensors = dict(core.named_parameters())
     if any(hasattr(p, "full_tensor") for p in tensors.values()):
         raise ValueError(_SHARDED)
-    described = {name: p.shape for name, p in unique_tensors(CausalLM(core.cfg, device="meta")).items()}
+    described = {name: p.shape for name, p in CausalLM(core.cfg, device="meta").named_parameters()}
     odd = sorted({name for name, p in tensors.items() if described.pop(name, None) != p.shape} | {*described})
     if odd:
         raise ValueError(
@@ -123,12 +112,16 @@ def as_saved(model: CausalLM) -> CausalLM:
             "adapters of PEFT are merged by merge_and_unload(), or saved by their own save_pretrained."
         )
     for name, p in tensors.items():
-        if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if p.is_meta or p.dtype not in READABLE:
             what = "has no values (it is on the meta device)" if p.is_meta else f"holds {p.dtype}"
             raise ValueError(
                 f"save: tensor {name!r} {what}, which cannot be loaded. Save the model in a floating-point precision."
             )
-    return core if adapted is None else _as_adapted(core, model)
+    if adapted is not None:
+        core = with_metadata(core, known_about_text(model))
+        if core.source is None and Path(model.name_or_path or "-").is_dir():
+            core.source = Path(model.name_or_path)
+    return core
 
 
 def as_it_is(model: CausalLM) -> CausalLM:
@@ -159,14 +152,6 @@ def as_it_is(model: CausalLM) -> CausalLM:
     return model
 
 
-def _as_adapted(core: CausalLM, adapter: Any) -> CausalLM:
-    """The core, with what transformers knows about text, and where it has loaded the model from."""
-    core = with_metadata(core, known_about_text(adapter))
-    if core.source is None and Path(adapter.name_or_path or "-").is_dir():
-        core.source = Path(adapter.name_or_path)
-    return core
-
-
 def with_metadata(model: CausalLM, metadata: dict[str, dict[str, Any]]) -> CausalLM:
     """The same model, with other metadata."""
     model = copy.copy(model)
@@ -188,7 +173,7 @@ def known_about_text(adapter: Any) -> dict[str, dict[str, Any]]:
 
 
 def write_config(cfg: DictConfig, place: Path) -> None:
-    """What people read, and what transformers runs where the package was not imported first."""
+    """Write what people read, and what transformers runs where the package was not imported first."""
     write_whole(place / CONFIG, OmegaConf.to_yaml(cfg))
     write_whole(place / "modeling_hybridzoo.py", _REMOTE_CODE)
 
@@ -222,11 +207,6 @@ def fp32_names(model: nn.Module) -> set[str]:
         if isinstance(module, Mixer)
         for name in module.fp32_parameters
     }
-
-
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, those shared by several modules once, under their first name."""
-    return dict(model.named_parameters())
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint's folder is read and written while other processes do the same.
+"""Reading and writing the folder of a checkpoint while other processes do the same.
 
 A save is decided by one rename. Its files are completed in ``.saving-*`` beside those that they replace, that folder is renamed to
 ``.decided``, and from then on it is the model: whoever comes next, be it a load or another save, moves the rest of the files into their
@@ -35,7 +35,7 @@ _held: set[tuple[int, int, int]] = set()
 
 
 def steady(folder: Path, read: Callable[[], T]) -> T:
-    """What ``read`` gives for a folder that nobody changes meanwhile; it is called again while somebody does.
+    """Return what ``read`` gives for a folder that nobody changes meanwhile; it is called again while somebody does.
 
     Args:
         folder: A checkpoint's folder. A save that was decided, and whose process died, is finished first.
@@ -48,7 +48,14 @@ def steady(folder: Path, read: Callable[[], T]) -> T:
     end = time.monotonic() + _PATIENCE
     while True:
         if os.path.lexists(folder / _DECIDED):
-            _finish_for_another(folder)
+            try:
+                with _locked(folder):
+                    _finish(folder)
+            except OSError as e:
+                raise CheckpointError(
+                    f"{folder}: a save to it was interrupted and cannot be finished here ({e.strerror}). Load it once as somebody who "
+                    "may write to it, or save again."
+                ) from e
         before = _identities(folder)
         error: Exception | None = None
         try:
@@ -67,7 +74,7 @@ def steady(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _identities(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Which files make up the model at this moment; a file that is replaced or written to is another one."""
+    """The files that make up the model at this moment; one that is replaced or written to is another one."""
     found: dict[str, tuple[int, ...]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -132,17 +139,6 @@ def _finish(folder: Path) -> None:
     shutil.rmtree(decided, ignore_errors=True)
 
 
-def _finish_for_another(folder: Path) -> None:
-    try:
-        with _locked(folder):
-            _finish(folder)
-    except OSError as e:
-        raise CheckpointError(
-            f"{folder}: a save to it was interrupted and cannot be finished here ({e.strerror}). Load it once as somebody who may write "
-            "to it, or save again."
-        ) from e
-
-
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """A new folder to prepare files in, which is gone afterwards unless it has been renamed; those of killed processes go before."""
@@ -161,10 +157,11 @@ def _sweep(folder: Path, pattern: str) -> None:
     """Remove what killed processes have left: old, and held by nobody."""
     for left in folder.glob(pattern):
         with contextlib.suppress(OSError):  # somebody else's, or swept by another process at this moment
-            inside = [] if left.is_symlink() or not left.is_dir() else list(left.iterdir())
+            is_folder = left.is_dir() and not left.is_symlink()
+            inside = list(left.iterdir()) if is_folder else []
             if time.time() - max(p.lstat().st_mtime for p in (left, *inside)) < _STALE:
                 continue
-            if left.is_symlink() or not left.is_dir():
+            if not is_folder:
                 left.unlink()
                 continue
             with _locked(left, patience=0):
@@ -218,10 +215,7 @@ def _sync(path: Path) -> None:
 
 def _complete(folder: Path) -> None:
     """Wait for all files of a scratch folder, with the rights that the umask leaves: safetensors' are for their owner alone."""
-    probe = folder / ".probe"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
+    mode = folder.stat().st_mode & 0o666  # the folder itself was made with them
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(mode)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ...layers.moe import Router
 from ..config.resolve import block_specs
@@ -63,14 +62,12 @@ def load(
 
         def opened() -> tuple[Family, Any, dict[str, Stored], dict[str, dict[str, Any]]]:
             files.close()  # those of an attempt that somebody's save has interrupted
-            family = detect(folder) or Own()
-            if isinstance(family, Own):
+            family = detect(folder)
+            if family is None:
                 check_one_set(folder)
             stored = files.enter_context(stored_tensors(folder))
-            if isinstance(family, Own):
-                return family, native.read_config(folder), stored, read_metadata(folder)
             cfg = read_config(family, folder, tokenizer=str(source), deepest=layer_count(frozenset(stored)))
-            return family, cfg, stored, read_metadata(folder)
+            return family or Own(), cfg, stored, read_metadata(folder)
 
         family, cfg, stored, metadata = steady(folder, opened)
         model, pieces = _matched(family, cfg, stored, folder)
@@ -87,7 +84,6 @@ class Own(Family):
     """The zoo's own folders, whose names are the model's."""
 
     model_type = "hybridzoo"
-    architecture = "HybridZooForCausalLM"
     ignored = r"(?!)"
 
     def keys(self, view: View) -> Iterator[Piece]:
@@ -139,9 +135,9 @@ def _check_size(cfg: Any, stored: dict[str, Any], folder: Path) -> None:
 def _equal(a: Stored, b: Stored) -> bool:
     if a.shape != b.shape:
         return False
-    a, b = (_floating(tensor, name).read() for tensor, name in ((a, EMBEDDING), (b, HEAD)))  # type: ignore[assignment]
-    both = torch.promote_types(a.dtype, b.dtype)  # type: ignore[arg-type]
-    return torch.equal(a.to(both), b.to(both))  # type: ignore[attr-defined]
+    table, head = _floating(a, EMBEDDING).read(), _floating(b, HEAD).read()
+    both = torch.promote_types(table.dtype, head.dtype)
+    return torch.equal(table.to(both), head.to(both))
 
 
 def _floating(tensor: Stored, name: str) -> Stored:
@@ -155,7 +151,7 @@ def _floating(tensor: Stored, name: str) -> Stored:
 def _one_precision(
     model: CausalLM, pieces: dict[str, list[Piece]], stored: dict[str, Stored], folder: Path
 ) -> torch.dtype | None:
-    """What weights of several precisions become; ``None`` if they are of one, as layers need them.
+    """Choose the precision of weights that are stored in several; ``None`` if they are of one, as layers need them.
 
     Apart are those that are kept in float32 anyway, and routers, which compute in a precision of their own.
     """
@@ -204,20 +200,11 @@ def shape_of(view: View, pieces: Iterable[Piece]) -> tuple[int, ...]:
     """The shape of the tensor of theirs that these pieces make up."""
     shape: list[int] = []
     for piece in pieces:
-        part = _indexed(view.shapes[piece.ours], piece.at)
+        part = [*torch.empty(view.shapes[piece.ours], device="meta")[piece.at].shape]
         for dim, cut in enumerate(piece.of):
             part[dim] = max(part[dim], cut.stop or 0)
         shape = [max(a, b) for a, b in zip(shape or part, part, strict=True)]
     return tuple(shape)
-
-
-def _indexed(shape: tuple[int, ...], index: tuple[slice | int, ...]) -> list[int]:
-    sizes = []
-    for dim, size in enumerate(shape):
-        cut = index[dim] if dim < len(index) else slice(None)
-        if isinstance(cut, slice):
-            sizes.append(len(range(*cut.indices(size))))
-    return sizes
 
 
 def _fill(
@@ -228,34 +215,24 @@ def _fill(
     dtype: torch.dtype | None,
 ) -> None:
     pinned = native.fp32_names(model)
-    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    started: dict[str, Tensor] = {}
     # which tensor of theirs is the first to fill a place; a family may store what is shared more than once
     filled: dict[tuple[str, str], str] = {}
-    left: dict[str, set[str]] = {}
-    for group in pieces.values():
-        for piece in group:
-            left.setdefault(piece.ours, set()).add(str(piece.at))
     for name, group in pieces.items():
         source = stored[name].read()
         for piece in group:
             to = dtype or source.dtype
             to = torch.promote_types(to, torch.float32) if piece.ours in pinned else to
+            parameter = model.get_parameter(piece.ours)
             first = filled.setdefault((piece.ours, str(piece.at)), name)
             if first != name:
-                so_far = started[piece.ours] if piece.ours in started else model.get_parameter(piece.ours)
-                if not torch.equal(so_far[piece.at], source[piece.of].to(device=device, dtype=to)):
+                if not torch.equal(parameter[piece.at], source[piece.of].to(device=device, dtype=to)):
                     raise CheckpointError(
                         f"{stored[name].file}: tensors {first!r} and {name!r} differ, and the model shares them. Make them equal."
                     )
-                continue
-            if not piece.at and not piece.of:
+            elif not piece.at and not piece.of:
                 # memory of its own, also where two parameters have one tensor
                 native.assign(model, piece.ours, (source if len(group) == 1 else source.clone()).to(device, to))
-                continue
-            if piece.ours not in started:
-                started[piece.ours] = torch.empty(parameters[piece.ours].shape, device=device, dtype=to)
-            started[piece.ours][piece.at] = source[piece.of].to(device=device, dtype=to)
-            left[piece.ours].remove(str(piece.at))
-            if not left[piece.ours]:
-                native.assign(model, piece.ours, started.pop(piece.ours))
+            else:
+                if parameter.is_meta:
+                    native.assign(model, piece.ours, torch.empty(parameter.shape, device=device, dtype=to))
+                model.get_parameter(piece.ours).data[piece.at] = source[piece.of].to(device=device, dtype=to)

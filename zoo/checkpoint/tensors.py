@@ -1,4 +1,4 @@
-"""Where the tensors of a folder lie, and how they are read: one file after the other, one tensor after the other.
+"""The stored tensors of a folder: one file after the other, one tensor after the other.
 
 Every file is opened once, and its header and its values come from that one opening, so that a model is never made of two saves. Nothing
 here runs code from a file: safetensors hold none, and ``.bin`` files go through ``torch.load(weights_only=True)``. What a small file may
@@ -6,6 +6,7 @@ ask for is bounded by its size: every tensor lies in the file, and no two share 
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -37,11 +38,10 @@ _KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 # all that a pickle of plain tensors names; the classes of storages come with it
-_PLAIN = {
+_PLAIN = frozenset({
     "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_parameter",
     "torch Size", "torch.serialization _get_layout",
-}  # fmt: skip
-
+})  # fmt: skip
 
 # and of the states of optimisers and random generators, which NumPy's is one of
 _STATES = _PLAIN | {
@@ -149,8 +149,10 @@ def stored_in(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
         raise _damaged(file, f"has {size} bytes, too few for its header")
     if n > _LARGEST_HEADER:
         raise _damaged(file, f"its header has {n} bytes, more than {_LARGEST_HEADER}")
+    text = bytearray(n)
+    _fill(handle, 8, memoryview(text), file)
     try:
-        header = json.loads(_exactly(handle, 8, n).decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         entries = sorted(
             (*_numbers(e["data_offsets"]), name, str(e["dtype"]), tuple(_numbers(e["shape"])))
@@ -161,14 +163,11 @@ def stored_in(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
     at = 0
     for begin, end, name, kind, shape in entries:
         dtype = _KINDS.get(kind, repr(kind))
-        if (
-            begin != at
-            or end < at
-            or (isinstance(dtype, torch.dtype) and end - begin != math.prod(shape) * dtype.itemsize)
-        ):
+        size_fits = not isinstance(dtype, torch.dtype) or end - begin == math.prod(shape) * dtype.itemsize
+        if begin != at or end < at or not size_fits:
             raise _damaged(file, f"tensor {name!r} of shape {shape} is said to lie at {begin} to {end}")
         at = end
-        yield name, Stored(file, shape, dtype, _Reader(file, handle, 8 + n + begin, shape, dtype))
+        yield name, Stored(file, shape, dtype, functools.partial(_values, file, handle, 8 + n + begin, shape, dtype))
     if at != size - 8 - n:
         raise _damaged(file, f"its tensors take {at} bytes, and {size - 8 - n} are there")
 
@@ -185,28 +184,14 @@ def _numbers(values: Any) -> list[int]:
     return values
 
 
-@dataclass(frozen=True)
-class _Reader:
-    file: Path
-    handle: BinaryIO
-    at: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str
-
-    def __call__(self) -> Tensor:
-        if not isinstance(self.dtype, torch.dtype):
-            raise _damaged(self.file, f"numbers of kind {self.dtype}")
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        if tensor.numel():
-            place: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-            _fill(self.handle, self.at, memoryview(place), self.file)
-        return tensor
-
-
-def _exactly(handle: BinaryIO, at: int, n: int) -> bytes:
-    content = bytearray(n)
-    _fill(handle, at, memoryview(content), Path(handle.name) if isinstance(handle.name, str) else Path())
-    return bytes(content)
+def _values(file: Path, handle: BinaryIO, at: int, shape: tuple[int, ...], dtype: torch.dtype | str) -> Tensor:
+    if not isinstance(dtype, torch.dtype):
+        raise _damaged(file, f"numbers of kind {dtype}")
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel():
+        place: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        _fill(handle, at, memoryview(place), file)
+    return tensor
 
 
 def _fill(handle: BinaryIO, at: int, place: memoryview, file: Path) -> None:
@@ -226,7 +211,7 @@ def _torch_file(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
     with _damage(file):
         # files of before torch 1.6 are no zip archives and cannot be mapped
         zipped = zipfile.is_zipfile(handle)
-        _check_pickles(file, handle, size, zipped)
+        _check_pickles(file, handle, zipped, _PLAIN)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     if not os.path.samestat(os.stat(file), os.fstat(handle.fileno())):
         raise CheckpointError(f"{file}: was replaced while it was read. Load it again when that is done.")
@@ -252,7 +237,7 @@ def _torch_file(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether several elements lie in one place, as after ``expand``."""
+    """Tell that several elements lie in one place, as after ``expand``."""
     span = 1
     for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if n > 1 and stride < span:
@@ -269,7 +254,7 @@ def check_state_file(file: Path) -> None:
     """
     with open_regular(file) as handle, _damage(file):
         size, zipped = os.fstat(handle.fileno()).st_size, zipfile.is_zipfile(handle)
-        _check_pickles(file, handle, size, zipped, _STATES)
+        _check_pickles(file, handle, zipped, _STATES)
         if file.name != "optimizer.pt":
             return
         level = [torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)]
@@ -283,9 +268,7 @@ def check_state_file(file: Path) -> None:
         level = [value for values in inner for value in values]
 
 
-def _check_pickles(
-    file: Path, handle: BinaryIO, size: int, zipped: bool, allowed: frozenset[str] | set[str] = frozenset(_PLAIN)
-) -> None:
+def _check_pickles(file: Path, handle: BinaryIO, zipped: bool, allowed: frozenset[str]) -> None:
     """Refuse what could run code or take memory, before torch looks at it: only what plain tensors need is let through."""
     if not zipped:
         handle.seek(0)
@@ -297,7 +280,7 @@ def _check_pickles(
         return
     with zipfile.ZipFile(handle) as archive:
         members = archive.infolist()
-        total = sum(member.file_size for member in members)
+        size, total = os.fstat(handle.fileno()).st_size, sum(member.file_size for member in members)
         packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
         if packed is not None or total > size:
             what = f"{packed!r} is compressed" if packed else f"its parts take {total} bytes, and it has {size}"
@@ -309,16 +292,14 @@ def _check_pickles(
                 _check_names(file, io.BytesIO(archive.read(member)), allowed)
 
 
-def _check_names(file: Path, stream: Any, allowed: frozenset[str] | set[str]) -> None:
+def _check_names(file: Path, stream: Any, allowed: frozenset[str]) -> None:
     start = stream.tell()
     for op, arg, at in pickletools.genops(stream):
         if at is not None and at - start > _LARGEST_HEADER:
             raise _damaged(file, f"its description of tensors has more than {_LARGEST_HEADER} bytes")
         if op.name == "GLOBAL":
             module, _, name = str(arg).partition(" ")
-            if arg in allowed or (
-                module in ("torch", "torch.storage") and (name.endswith("Storage") or _is_dtype(name))
-            ):
+            if arg in allowed or (module in ("torch", "torch.storage") and _names_numbers(name)):
                 continue
         elif op.name not in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
             continue
@@ -328,8 +309,8 @@ def _check_names(file: Path, stream: Any, allowed: frozenset[str] | set[str]) ->
         )
 
 
-def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
+def _names_numbers(name: str) -> bool:
+    return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:

@@ -18,7 +18,6 @@ from .families import FAMILIES
 from .family import Family
 from .fields import Fields
 from .files import SPECIAL_IDS, dump, open_source
-from .inspect import detect
 from .keys import Piece, View
 from .publish import GENERATION, check_new, new_folder
 from .reading import load, shape_of
@@ -32,7 +31,7 @@ _SHARD = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What :func:`convert` did.
+    """The outcome of :func:`convert`.
 
     Attributes:
         source: Format that was read: ``hybridzoo`` or a ``model_type``.
@@ -76,16 +75,15 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
     # before the weights are read, which may take minutes
     check_new(Path(folder))
     place = open_source(source)
-    family = detect(place)
     model = load(source)
     with new_folder(Path(folder)) as new:
         target = _write(model, new, to)
         files = tuple(sorted(p.name for p in new.iterdir()))
     with stored_tensors(place) as stored:
         names = frozenset(stored)
-    taken = {piece.theirs for piece in family.keys(View(model, names))} if family else names
+    taken = {piece.theirs for piece in FAMILIES[model.family].keys(View(model, names))} if model.family else names
     return Report(
-        source=family.model_type if family else "hybridzoo", target=target, tensors=len(native.unique_tensors(model)),
+        source=model.family or "hybridzoo", target=target, tensors=sum(1 for _ in model.parameters()),
         parameters=model.num_params(), pattern=model.cfg.layers, files=files, left_out=tuple(sorted(names - taken)),
     )  # fmt: skip
 
@@ -198,7 +196,7 @@ def signature(view: View) -> dict[str, Any]:
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What two signatures do not share: options by their names, in the order of ``b``."""
+    """List what two signatures do not share: options by their names, in the order of ``b``."""
     found = dict.fromkeys(key for key in b if key != "blocks" and a.get(key) != b[key])
     for ours, theirs in zip(b["blocks"], a["blocks"], strict=False):
         for (_, mine), (_, other) in zip(ours, theirs, strict=False):
@@ -231,7 +229,8 @@ def _as_stored(model: CausalLM) -> dict[str, Tensor]:
 
     So a half-precision checkpoint is written back as it was read, and decay rates that were trained further keep their digits.
     """
-    parameters, dtype = native.unique_tensors(model), model.lm_head.weight.dtype
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    dtype = model.lm_head.weight.dtype
     kinds: dict[str, list[str]] = {}
     for name in native.fp32_names(model) & parameters.keys():
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
@@ -259,14 +258,11 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
         batch[name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / native.WEIGHTS)
-        return
     index: dict[str, str] = {}
     for i, names in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else native.WEIGHTS
         (folder / f"shard-{i}").rename(folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / f"{native.WEIGHTS}.index.json").write_text(
-        dump({"metadata": {"total_size": total}, "weight_map": index}, sort=True), encoding="utf-8"
-    )
+    if len(shards) > 1:
+        content = dump({"metadata": {"total_size": total}, "weight_map": index}, sort=True)
+        (folder / f"{native.WEIGHTS}.index.json").write_text(content, encoding="utf-8")

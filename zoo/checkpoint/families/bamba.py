@@ -21,6 +21,7 @@ class Bamba(Decoder):
     tables = {
         "mamba2": SSM, "attention": BIASES, "mlp": {"d_intermediate": ("intermediate_size", 14336), "bias": ("mlp_bias", False)},
     }  # fmt: skip
+    unused = ("z_loss_coefficient", "layer_types", "layers_block_type", "attn_rotary_emb", "mamba_dt_rank")
     absent = {"mamba2": {}, "attention": {"qkv_bias": False, "out_bias": False}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
@@ -29,7 +30,6 @@ class Bamba(Decoder):
         layers = every_second(["attention" if i in at else "mamba2" for i in range(n)], ["mlp"] * n)
         if not isinstance(at, list):
             raise fields.wrong("attn_layer_indices", at, "a list")
-        fields.skip("z_loss_coefficient", "layer_types", "layers_block_type", "attn_rotary_emb", "mamba_dt_rank")
         cfg = self.trunk(fields, layers)
         attention = self.attention(fields, cfg["d_model"], beside=False)
         ssm = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"])

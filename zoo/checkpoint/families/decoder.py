@@ -52,6 +52,7 @@ class Decoder(Family):
         defaults: The class's.
         fixed: Options that every model of the class has, by type of mixer.
         tables: Options that fields say, by type of mixer.
+        unused: Fields that decide nothing, or follow from others.
         absent: Options to write of a type of mixer that no layer has; without an entry, a model must have one.
     """
 
@@ -65,6 +66,7 @@ class Decoder(Family):
     defaults: ClassVar[Defaults] = Defaults()
     fixed: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     tables: ClassVar[Mapping[str, Table]] = {}
+    unused: ClassVar[tuple[str, ...]] = ()
     absent: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def keys(self, view: View) -> Iterator[Piece]:
@@ -112,6 +114,7 @@ class Decoder(Family):
     def trunk(self, fields: Fields, layers: list[str]) -> dict[str, Any]:
         """Our config without its mixers."""
         take, default = fields.take, self.defaults
+        fields.skip(*self.unused)
         fields.expect("hidden_act", "silu")
         return {
             "vocab_size": take("vocab_size", default.vocab_size), "d_model": take("hidden_size", default.d_model), "layers": layers,

@@ -36,10 +36,10 @@ class FalconH1(Decoder):
         },
         "mlp": {"d_intermediate": ("intermediate_size", 14336), "bias": ("mlp_bias", False)},
     }  # fmt: skip
+    unused = ("layer_types", "layers_block_type", "attn_layer_indices", "mamba_use_mlp", "mlp_expansion_factor")
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        fields.skip("layer_types", "layers_block_type", "attn_layer_indices", "mamba_use_mlp", "mlp_expansion_factor")
         cfg = self.trunk(fields, ["mamba2 + attention", "mlp"] * fields.take("num_hidden_layers", 32))
         ssm = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"], fields.nullable("mamba_d_ssm", 1024))
         ssm |= {"multipliers": fields.floats("ssm_multipliers", (1.0,) * 5)}

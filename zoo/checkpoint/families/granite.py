@@ -22,7 +22,6 @@ _ATTENTION: Table = {**BIASES, "softmax_scale": ("attention_multiplier", 1.0)}
 _MOE: Table = {
     "d_intermediate": ("intermediate_size", 11008), "num_experts": ("num_local_experts", 8), "top_k": ("num_experts_per_tok", 2),
 }  # fmt: skip
-_UNUSED = ("normalization_function", "init_method", "logits_to_keep")
 
 
 def _factors(fields: Fields) -> dict[str, Any]:
@@ -70,11 +69,7 @@ class GraniteMoe(Granite):
     names = {"attention": "self_attn", "moe": "block_sparse_moe"}
     fixed = {"moe": {"router": "topk_softmax"}}
     tables = {"attention": _ATTENTION, "moe": _MOE}
-
-    def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
-        fields.skip(*_UNUSED)
-        return super().read(fields)
+    unused = ("normalization_function", "init_method", "logits_to_keep")
 
     def mixer(self, view: View, part: Part, theirs: str) -> Iterator[Piece]:
         """The experts are fused on disk too."""
@@ -86,7 +81,7 @@ class GraniteHybrid(Decoder):
 
     model_type = "granitemoehybrid"
     architecture = "GraniteMoeHybridForCausalLM"
-    norms, last_norm, fixed = Granite.norms, Granite.last_norm, GraniteMoe.fixed
+    norms, last_norm, fixed, unused = Granite.norms, Granite.last_norm, GraniteMoe.fixed, GraniteMoe.unused
     names = {"attention": "self_attn", "mamba2": "mamba", "mlp": "shared_mlp", "moe": "block_sparse_moe"}
     tables = {
         "mamba2": SSM, "attention": _ATTENTION, "mlp": {"d_intermediate": ("shared_intermediate_size", 1024)}, "moe": _MOE,
@@ -102,7 +97,6 @@ class GraniteHybrid(Decoder):
         kinds = fields.kinds(_TYPES, ["mamba"] * n, "layer_types", "layers_block_type")
         moe, mlp = self.options(fields, "moe"), self.options(fields, "mlp")
         layers = every_second(kinds, ["moe + mlp" if moe["num_experts"] else "mlp"] * n)
-        fields.skip(*_UNUSED)
         cfg = self.trunk(fields, layers)
         attention = self.attention(fields, cfg["d_model"])
         if fields.expect("position_embedding_type", None, "rope", "nope") != "rope":

@@ -32,18 +32,16 @@ class Jamba(Decoder):
             "d_intermediate": ("intermediate_size", 14336), "num_experts": ("num_experts", 16), "top_k": ("num_experts_per_tok", 2),
         },
     }  # fmt: skip
+    unused = ("n_ctx",)
     absent = {"mlp": {}, "moe": {}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
         take, n, moe = fields.take, fields.take("num_hidden_layers", 32), self.options(fields, "moe")
-        fields.skip("n_ctx")
         fields.expect("sliding_window", None)
         fields.expect("mamba_inner_layernorms", True)
-        attn, expert = (
-            (take(f"{kind}_layer_period", period), take(f"{kind}_layer_offset", offset))
-            for kind, period, offset in (("attn", 8, 4), ("expert", 2, 1))
-        )
+        attn = take("attn_layer_period", 8), take("attn_layer_offset", 4)
+        expert = take("expert_layer_period", 2), take("expert_layer_offset", 1)
         layers = every_second(
             ["attention" if i % attn[0] == attn[1] else "mamba" for i in range(n)],
             ["moe" if moe["num_experts"] > 1 and i % expert[0] == expert[1] else "mlp" for i in range(n)],

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..family import Family
-from ..fields import Fields, written
+from ..fields import Fields, used, written
 from ..keys import Part, Piece, View, same
 
 __all__ = ["MambaSSM"]
@@ -47,17 +47,15 @@ class MambaSSM(Family):
         ssm_name, ssm = self._ssm(fields, take("ssm_cfg", {}))
         attn_cfg = take("attn_cfg", {})
         attention, mlp = self._attention(fields, attn_cfg) if at else (None, None)
-        mixers = {ssm_name: ssm} if len(at) < n else {}
-        mixers |= {"attention": attention} if attention else {}
-        mixers |= {"mlp_in_attention": mlp} if mlp else {}
-        mixers |= {"mlp": {"type": "mlp", "d_intermediate": -(-width // 128) * 128}} if width else {}
+        beside = {"type": "mlp", "d_intermediate": -(-width // 128) * 128}
+        mixers = {ssm_name: ssm, "attention": attention, "mlp_in_attention": mlp, "mlp": beside}
         layers = []
         for i in range(n):
             layers.append(ssm_name if i not in at else "attention + mlp_in_attention" if mlp else "attention")
             layers += ["mlp"] if width else []
         cfg = {
             "vocab_size": vocab, "pad_vocab_size_multiple": take("pad_vocab_size_multiple", 8), "d_model": d_model, "layers": layers,
-            "mixers": mixers, "norm": {"type": "rmsnorm" if take("rms_norm", True) else "layernorm", "eps": 1e-5},
+            "mixers": used(mixers, layers), "norm": {"type": "rmsnorm" if take("rms_norm", True) else "layernorm", "eps": 1e-5},
             "residual_in_fp32": take("residual_in_fp32", True), "tie_embeddings": take("tie_embeddings", True),
         }  # fmt: skip
         # the format has no tokenizer files; all models of the Pile have this vocabulary

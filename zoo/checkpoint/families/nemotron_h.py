@@ -84,26 +84,17 @@ class NemotronH(Family):
     def write(self, view: View) -> dict[str, Any]:
         """Their config."""
         m, cfg = view.whole("mamba2"), view.cfg
-        mlps = {
-            len(block): block[-1] for block in view.blocks if block[-1].type == "mlp"
-        }  # 1: alone, 2: beside experts
-        config = {
+        config = written(m, _MAMBA2) | written(view.first("attention"), _ATTENTION) | written(view.first("moe"), _MOE) | {
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "layer_norm_epsilon": cfg.norm.eps,
             "tie_word_embeddings": False, "max_position_embeddings": cfg.max_length,
             "layers_block_type": [_TOKENS[token] for token in view.layout],
         }  # fmt: skip
         if m:
-            config |= {"mamba_num_heads": m["d_inner"] // m["headdim"]}
-        for size, name in ((1, "intermediate_size"), (2, "moe_shared_expert_intermediate_size")):
-            if size in mlps:
-                config |= {name: mlps[size]["d_intermediate"], "mlp_bias": mlps[size]["bias"]}
-        return (
-            config
-            | written(m, _MAMBA2)
-            | (written_lowest(m["dt_limit"]) if m else {})
-            | written(view.first("attention"), _ATTENTION)
-            | written(view.first("moe"), _MOE)
-        )
+            config |= {"mamba_num_heads": m["d_inner"] // m["headdim"]} | written_lowest(m["dt_limit"])
+        for *experts, mlp in (block for block in view.blocks if block[-1].type == "mlp"):
+            name = "moe_shared_expert_intermediate_size" if experts else "intermediate_size"
+            config |= {name: mlp["d_intermediate"], "mlp_bias": mlp["bias"]}
+        return config
 
     def keys(self, view: View) -> Iterator[Piece]:
         """``backbone`` on disk, ``model`` in memory."""
@@ -113,9 +104,8 @@ class NemotronH(Family):
             layer = f"{root}.layers.{i}"
             yield from view.norm(i, f"{layer}.norm")
             for part in block:
-                yield from self._mixer(
-                    view, part, f"{layer}.mixer" + (".shared_experts" if part.type == "mlp" and len(block) > 1 else "")
-                )
+                beside = ".shared_experts" if part.type == "mlp" and len(block) > 1 else ""
+                yield from self._mixer(view, part, f"{layer}.mixer{beside}")
 
     def _mixer(self, view: View, part: Part, theirs: str) -> Iterator[Piece]:
         if part.type == "attention":

@@ -21,10 +21,10 @@ class Phi3(Uniform):
     architecture = "Phi3ForCausalLM"
     defaults = Defaults(vocab_size=32064, d_model=3072, partial=1.0, eps=1e-5, max_length=4096)
     tables = {"attention": {"window": ("sliding_window", None)}, "mlp": {"d_intermediate": ("intermediate_size", 8192)}}
+    unused = ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings")
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        fields.skip("resid_pdrop", "embd_pdrop", "original_max_position_embeddings")
         # published files say these too
         for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
             fields.expect(name, False)

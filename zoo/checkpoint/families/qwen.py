@@ -9,8 +9,7 @@ from typing import Any
 from ..fields import Fields, used
 from ..keys import View
 from .decoder import BIASES, Defaults, every_second
-from .llama import Uniform
-from .windows import with_windows, written_windows
+from .llama import Uniform, with_windows, written_windows
 
 __all__ = ["Qwen2", "Qwen3", "Qwen3Moe"]
 
@@ -66,13 +65,13 @@ class Qwen3Moe(Uniform):
             "top_k": ("num_experts_per_tok", 8), "renormalize": ("norm_topk_prob", False),
         },
     }  # fmt: skip
+    unused = ("max_window_layers", "shared_expert_intermediate_size")
     absent = {"mlp": {}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
         cfg, step = super().read(fields), fields.take("decoder_sparse_step", 1)
         mixers, n, dense = cfg["mixers"], len(cfg["layers"]) // len(self.tables), fields.raw("mlp_only_layers") or []
-        fields.skip("max_window_layers", "shared_expert_intermediate_size")
         fields.expect("qkv_bias", False)
         fields.expect("use_qk_norm", True)
         sparse = [mixers["moe"]["num_experts"] > 0 and i not in dense and (i + 1) % step == 0 for i in range(n)]

@@ -6,8 +6,7 @@ from ..fields import Fields
 from ..keys import View
 from ..rotary import written_rotary
 from .decoder import NO_IDS, Defaults
-from .llama import Llama, Uniform
-from .windows import with_windows, written_windows
+from .llama import Llama, Uniform, with_windows, written_windows
 
 __all__ = ["SmolLM3"]
 
@@ -21,12 +20,13 @@ class SmolLM3(Uniform):
         vocab_size=128256, d_model=2048, n_layer=36, nheads=16, nheads_kv=4, theta=2e6, max_length=32768, tied=True
     )
     tables = Llama.tables
+    unused = (
+        "sliding_window",
+        "max_window_layers",
+    )  # the latter of Qwen's configs, from which the published one was made
 
     def read(self, fields: Fields) -> dict[str, Any]:
         """Our config."""
-        fields.skip(
-            "max_window_layers", "sliding_window"
-        )  # the former of Qwen's configs, from which the published one was made
         cfg = super().read(fields)
         turns = self._turns(fields, len(cfg["layers"]) // 2)
         window = fields.take("sliding_window", None) if fields.take("use_sliding_window", False) else None

@@ -99,11 +99,9 @@ class Zamba2(Family):
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "rms_norm_eps": cfg.norm.eps,
             "tie_word_embeddings": cfg.tie_embeddings, "max_position_embeddings": cfg.max_length, "num_hidden_layers": len(ends),
             "layers_block_type": ["hybrid" if view.layout[i - 1] == "mlp" else "linear_attention" for i in ends],
-            "n_mamba_heads": m["d_ssm"] // m["headdim"], "num_attention_heads": a["nheads"],
-            "num_key_value_heads": a["nheads_kv"], "use_mem_rope": a["rope"] is not None,
-            "hidden_act": mlp["activation"],
-            "use_shared_attention_adapter": a["adapter_rank"] > 0, "intermediate_size": mlp["d_intermediate"],
-            "adapter_rank": mlp["adapter_rank"],
+            "n_mamba_heads": m["d_ssm"] // m["headdim"], "num_attention_heads": a["nheads"], "num_key_value_heads": a["nheads_kv"],
+            "use_mem_rope": a["rope"] is not None, "use_shared_attention_adapter": a["adapter_rank"] > 0,
+            "hidden_act": mlp["activation"], "intermediate_size": mlp["d_intermediate"], "adapter_rank": mlp["adapter_rank"],
             "num_mem_blocks": len({s for s, token in zip(view.source, view.layout, strict=True) if token == "attention"}),
         }  # fmt: skip
 
@@ -120,12 +118,9 @@ class Zamba2(Family):
             if part.type != "mamba2":
                 for j in (j for j, source in enumerate(view.source) if source == view.source[i]):
                     block = f"model.layers.{layers[j]}.shared_transformer"
-                    copies = (
-                        f"{block}.pre_ff_layernorm.weight" in view.stored
-                        if view.stored
-                        else not view.cfg.tie_embeddings
-                    )
-                    yield from self._shared(view, i, block, use) if copies or view.source[j] == j else ()
+                    is_stored = f"{block}.pre_ff_layernorm.weight" in view.stored
+                    if view.source[j] == j or (is_stored if view.stored else not view.cfg.tie_embeddings):
+                        yield from self._shared(view, i, block, use)
                 continue
             if view.streams[i][0] == "residual_plus_side":
                 yield from same(view, f"backbone.layers.{i}.side_proj", f"{theirs}.linear")
