@@ -145,9 +145,9 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
     """The first family whose config, read back, is the same model; ``first`` is tried before the others."""
     unlike: list[str] = []
     reasons: dict[str, str] = {}
-    for name, family in sorted(FAMILIES.items(), key=lambda item: item[0] != first):
-        if (name == "mamba_ssm") != (to == "mamba_ssm"):
-            continue
+    tried = [name for name in FAMILIES if (name == "mamba_ssm") == (to == "mamba_ssm")]
+    for name in sorted(tried, key=lambda name: name != first):
+        family = FAMILIES[name]
         try:
             config = family.write(view)
             if view.cfg.max_length is None:
@@ -167,13 +167,12 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
             return family, config
         options = differing(signature(back), signature(view))
         unlike = options if not unlike or len(options) < len(unlike) else unlike
-    what = "mamba-ssm" if to == "mamba_ssm" else f"no family of {', '.join(n for n in FAMILIES if n != 'mamba_ssm')}"
+    none = "mamba-ssm cannot" if to == "mamba_ssm" else f"no family of {', '.join(tried)} can"
     closest = f" The closest differs in {', '.join(unlike)}." if unlike else ""
     if first in reasons:
         closest = f" {first}: {reasons[first]}"
     raise CheckpointError(
-        f"to={to!r}: {what} {'cannot express' if to == 'mamba_ssm' else 'can express'} the layers {view.cfg.layers!r} with their options."
-        f"{closest} "
+        f"to={to!r}: {none} express the layers {view.cfg.layers!r} with their options.{closest} "
         "Use to='hybridzoo', which transformers reads through AutoModelForCausalLM."
     )
 
