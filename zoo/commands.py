@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .terminal import Device, Json, Model, given_imports, print_json, print_report, print_text, say
+from .terminal import Device, Json, Model, given_imports, print_json, print_report, print_text, say, with_options
+from .train.options import TrainOptions
 
 __all__ = ["app"]
 
@@ -84,6 +85,7 @@ def show(
 
 
 @app.command(epilog="Example: [bold]zoo train jamba-tiny d_model=64 --data texts/ --out runs/mine --steps 500[/bold]")
+@with_options(TrainOptions)
 def train(
     ctx: typer.Context,
     model: Annotated[
@@ -95,67 +97,62 @@ def train(
     overrides: Overrides = None,
     data: Annotated[Path, typer.Option(help="Text, .jsonl or .npy (token ids) file, or a folder of them.")] = ...,  # type: ignore[assignment]
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/MODEL")] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Rows per step and device.")] = 8,
-    length: Annotated[int | None, typer.Option(help="Tokens per row.", show_default="max_length, at most 512")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    warmup: Annotated[float, typer.Option(help="Steps until the peak; below 1, their share.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
-    save_every: Annotated[int | None, typer.Option(help="Steps.", show_default="a tenth of all")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run, or start again.")] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model or another run that is in the run's folder.")
-    ] = False,
-    report_to: Annotated[str, typer.Option(help="tensorboard or none.")] = "tensorboard",
-    device: Device = None,
+    **given: Any,
 ) -> None:
     """Train a model on your text. Ctrl-C saves; the same command continues."""
     from .named import check_model
-    from .train.options import TrainOptions, check_out, check_path, default_out
+    from .train.options import check_out, check_path, default_out
 
     # what can be wrong without a model is found before seconds of imports
-    options = TrainOptions(
-        steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay, seed=seed,
-        save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
-    )  # fmt: skip
+    options = TrainOptions(**given)
     check_model(model)
     check_path(data)
     out = out or default_out(model)
     check_out(out)
     from .device import pick_device
 
-    pick_device(device, numbered=False)  # torch alone is there in a third of the time that transformers takes
+    pick_device(options.device, numbered=False)  # torch alone is there in a third of the time that transformers takes
     from .train.run import Interrupted
     from .train.run import train as run
 
     try:
-        result = run(model, data, out, overrides=overrides, **dataclasses.asdict(options))
+        result = run(model, data, out, overrides=overrides, **given)
     except Interrupted as e:
         again = shlex.join(["zoo", *(part for part in sys.argv[1:] if part != "--no-resume")])
         say(f"step {e.step:,} of {e.steps:,} is saved in {e.folder}" if e.step else "no step is saved yet")
         say(f"to go on: {again}")
         raise
-    if result.resumed_from == steps:
+    if result.resumed_from == options.steps:
         say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
     loss = result.history[-1]["loss"]
-    say(f"{steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}")
+    say(
+        f"{options.steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}"
+    )
     again = shlex.join(["zoo", *given_imports(ctx), "generate", str(out), "--prompt", "The "])
     say(f"the model is in {out}; next: {again}")
 
 
+@dataclasses.dataclass(kw_only=True)
+class Sampling:
+    """Options by which ``zoo generate`` chooses tokens."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this probability.")] = 1.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said becomes less likely.")] = 1.0
+
+
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
+@with_options(Sampling)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this probability.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said becomes less likely.")] = 1.0,
+    *,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = None,
     as_json: Json = False,
+    **sampling: Any,
 ) -> None:
     """Continue a text."""
     from .named import check_model
@@ -179,10 +176,8 @@ def generate(
         built = build(model, device=at).eval()
         say(f"{model} is a config: the model is untrained, and babbles")
     ids, ends = torch.tensor([encode_prompt(built, prompt)], device=at), ends_of_text(built)
-    new = built.generate(
-        ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-        eos_token_id=ends, generator=torch.Generator(at).manual_seed(seed),
-    )[0, ids.shape[1] :].tolist()  # fmt: skip
+    made = built.generate(ids, eos_token_id=ends, generator=torch.Generator(at).manual_seed(seed), **sampling)
+    new = made[0, ids.shape[1] :].tolist()
     text = built.tokenizer.decode(new[: -1 if new[-1:] and new[-1] in ends else None])
     if as_json:
         return print_json({"model": model, "prompt": prompt, "text": text, "tokens": len(new)})

@@ -1,9 +1,11 @@
 """The frame around every command: options that several have, printing, and errors turned into exit statuses."""
 
+import inspect
 import json
 import re
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +13,20 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from .errors import printable
+from .options import parameters_of
 
-__all__ = ["Device", "Json", "Model", "given_imports", "print_json", "print_report", "print_text", "program", "say"]
+__all__ = [
+    "Device",
+    "Json",
+    "Model",
+    "given_imports",
+    "print_json",
+    "print_report",
+    "print_text",
+    "program",
+    "say",
+    "with_options",
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
@@ -138,6 +152,28 @@ def print_text(text: str) -> None:
     if _is_terminal():
         text = _CONTROLS.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
     sys.stdout.write(f"{text}\n")
+
+
+def with_options(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that puts the fields of a dataclass in the place of a command's ``**options``, before what follows a ``*``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        last = [p for p in own if p.kind is p.KEYWORD_ONLY]
+        parameters = [*own[: len(own) - len(last)], *(_as_option(*field) for field in parameters_of(options)), *last]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _as_option(parameter: inspect.Parameter, about: Mapping[str, Any]) -> inspect.Parameter:
+    if not about:
+        return parameter  # in typer's words already
+    switch = [f"--{parameter.name.replace('_', '-')}"] if parameter.default is False else []
+    declared = typer.Option(*switch, help=about["help"], show_default=about["unset"] or parameter.default is not None)
+    return parameter.replace(annotation=Annotated[parameter.annotation, declared])
 
 
 def print_report(report: object) -> None:

@@ -1,73 +1,65 @@
-"""What a training asks for, checked before anything heavy is imported: the standard library is all that this needs."""
+"""Options of a training, checked before anything heavy is imported: the standard library is all that this needs."""
 
 import dataclasses
-import difflib
 import importlib.util
-import math
-import numbers
 import os
 from pathlib import Path
 from typing import Any
 
 from ..config.shipped import list_models
 from ..named import HUB_ID, near_path
+from ..options import at_least, check_options, option
 
-__all__ = ["REPORTS", "TrainOptions", "check_out", "check_path", "default_out", "holds_weights"]
+__all__ = ["TrainOptions", "check_out", "check_path", "default_out", "holds_weights"]
 
-REPORTS = ("tensorboard", "none")
+_SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How :func:`~hybridzoo.zoo.train.run.train` trains; it says what each of them means.
+    """Options of a training: those of :func:`~hybridzoo.zoo.train.run.train` and of ``zoo train``.
 
     Raises:
         ValueError: Numbers that no training can work with, or a report that there is not.
     """
 
-    steps: int = 1000
-    batch_size: int = 8
-    length: int | None = None
-    lr: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.1
-    seed: int = 0
-    save_every: int | None = None
-    resume: bool = True
-    overwrite: bool = False
-    report_to: str = "tensorboard"
-    device: str | None = None
+    steps: int = option(1000, "Optimiser steps.", trainer="max_steps")
+    batch_size: int = option(8, "Rows per step and device.", trainer="per_device_train_batch_size")
+    length: int | None = option(
+        None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False
+    )
+    lr: float = option(1e-3, "Peak learning rate.", bound=("above 0", lambda x: x > 0), trainer="learning_rate")
+    warmup: float = option(
+        0.1, "Steps until the peak; below 1, their share.", bound=at_least(0), trainer="warmup_steps"
+    )
+    weight_decay: float = option(0.1, "Of matrices.", bound=at_least(0), trainer="weight_decay")
+    seed: int = option(0, "Of weights and of the order of rows.", bound=_SEEDS, trainer="seed")
+    save_every: int | None = option(
+        None, "Steps between checkpoints; two are kept.", unset="a tenth of all", bound=at_least(1), setting=False
+    )
+    resume: bool = option(True, "Continue an interrupted run, or start again.", setting=False)
+    overwrite: bool = option(False, "Replace a model or another run that is in the run's folder.", setting=False)
+    report_to: str = option("tensorboard", "tensorboard or none.", choices=("tensorboard", "none"), setting=False)
+    device: str | None = option(None, "cpu or cuda; a GPU by default, if there is one.", setting=False)
 
     def __post_init__(self):
-        for field in ("steps", "batch_size", "length", "seed", "save_every"):
-            given = getattr(self, field)
-            if given is None and field in ("length", "save_every"):
-                continue
-            if not isinstance(given, numbers.Integral):
-                raise ValueError(f"train({field}={given!r}): must be an integer.")
-            object.__setattr__(self, field, int(given))
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"train(seed={self.seed}): must be at least 0, and below 2**32.")
+        check_options(self, "train")
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"train(steps={self.steps}, batch_size={self.batch_size}): both must be at least 1.")
-        for name, value, least in (("length", self.length, 2), ("save_every", self.save_every, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"train({name}={value}): must be at least {least}. Leave it out for the default.")
-        for name, number in (("lr", self.lr), ("warmup", self.warmup), ("weight_decay", self.weight_decay)):
-            real = isinstance(number, numbers.Real) and math.isfinite(number)
-            if not real or number < 0 or (name == "lr" and number == 0):
-                bound = "above" if name == "lr" else "at least"
-                raise ValueError(f"train({name}={number!r}): must be a number {bound} 0, and finite.")
-            object.__setattr__(self, name, float(number))  # NumPy's numbers are none to JSON
-        if self.report_to not in REPORTS:
-            close = difflib.get_close_matches(str(self.report_to), REPORTS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"report_to={self.report_to!r}: is not known.{hint} Known: {', '.join(REPORTS)}.")
         if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             raise ModuleNotFoundError(
                 "No module named 'tensorboard'; report_to='none' does without", name="tensorboard"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a run that is continued must have in common with its beginning, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("setting")}
+
+    def for_trainer(self) -> dict[str, Any]:
+        """Return what transformers' ``TrainingArguments`` take as it is, by their names."""
+        named = ((f.metadata.get("trainer"), f.name) for f in dataclasses.fields(self))
+        return {theirs: getattr(self, ours) for theirs, ours in named if theirs}
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -90,7 +82,7 @@ def check_out(out: Path) -> None:
 
 
 def holds_weights(model: Any) -> bool:
-    """Whether a model argument means trained weights, a folder that holds some or a hub id, and not a config to build from."""
+    """Return whether a model argument means trained weights, a folder that holds some or a hub id, and not a config to build from."""
     if not isinstance(model, str | os.PathLike) or model in list_models():
         return False
     path = Path(model)

@@ -29,6 +29,7 @@ from ..hf import HybridZooForCausalLM
 from ..models.build import build
 from ..models.causal_lm import CausalLM
 from ..models.finite import check_finite
+from ..options import called_with
 from ..tokenizer import document_encoder
 from .data import Rows, rows_from, rows_with_targets
 from .digests import digest_rows, digest_weights
@@ -38,7 +39,7 @@ from .options import TrainOptions, check_out, check_path, holds_weights
 from .run_folder import LOG, Checkpoint, DifferentRun, RunFolder, loss_entries
 from .session import Session
 
-__all__ = ["DifferentRun", "Diverged", "Interrupted", "TrainResult", "train"]
+__all__ = ["DifferentRun", "Diverged", "Interrupted", "TrainCall", "TrainResult", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -81,51 +82,40 @@ class TrainResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def train(
-    model: Any,
-    data: str | Path | np.ndarray,
-    out: str | Path,
-    *,
-    overrides: Sequence[str] | Mapping[str, Any] | None = None,
-    steps: int = 1000,
-    batch_size: int = 8,
-    length: int | None = None,
-    lr: float = 1e-3,
-    warmup: float = 0.1,
-    weight_decay: float = 0.1,
-    seed: int = 0,
-    save_every: int | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-    report_to: str = "tensorboard",
-    device: str | None = None,
-    on_step: Callable[[int, float], None] | None = None,
-) -> TrainResult:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCall(TrainOptions):
+    """Arguments of a call of :func:`train`."""
+
+    model: Any = dataclasses.field(
+        kw_only=False,
+        metadata={
+            "help": "A config (name, path, ``zoo.config(...)``) for a fresh model; or what is trained further: a model, or the folder or "
+            "hub id of one, whose weights are read in float32."
+        },
+    )
+    data: str | Path | np.ndarray = dataclasses.field(
+        kw_only=False,
+        metadata={
+            "help": "``(n, l)`` token ids (see :func:`~hybridzoo.zoo.train.data.pack`), or a path that "
+            ":func:`~hybridzoo.zoo.train.data.read_documents` understands."
+        },
+    )
+    out: str | Path = dataclasses.field(kw_only=False, metadata={"help": "The run's folder."})
+    overrides: Sequence[str] | Mapping[str, Any] | None = dataclasses.field(
+        default=None, metadata={"help": "Changes to a config, as :func:`~hybridzoo.zoo.models.build.build` takes them."}
+    )
+    on_step: Callable[[int, float], None] | None = dataclasses.field(
+        default=None, metadata={"help": "Called with the steps done and the last logged loss, after every step."}
+    )
+
+
+@called_with(TrainCall)
+def train(call: TrainCall) -> TrainResult:
     """Train a language model: AdamW, linear warm-up, cosine decay to zero, gradients clipped at norm 1.
 
     An interrupted run (Ctrl-C, a crash) continues from its last checkpoint when it is called again, with the numbers of a run that was
-    not interrupted, and a finished one is read from its folder. Rows in which nothing is to be predicted are left out.
-
-    Args:
-        model: A config (name, path, ``zoo.config(...)``) for a fresh model; or what is trained further: a model, or the folder or hub id of
-            one, whose weights are read in float32.
-        data: ``(n, l)`` token ids (see :func:`~hybridzoo.zoo.train.data.pack`), or a path that
-            :func:`~hybridzoo.zoo.train.data.read_documents` understands.
-        out: The run's folder.
-        overrides: Changes to a config, as :func:`~hybridzoo.zoo.models.build.build` takes them.
-        steps: Optimiser steps.
-        batch_size: Rows per step and device.
-        length: Tokens per row if ``data`` is a path; by default a table's own, or the config's ``max_length``, at most 512.
-        lr: Peak learning rate.
-        warmup: Steps until the peak, or their share of all steps if below 1.
-        weight_decay: Of matrices; see :func:`~hybridzoo.zoo.models.build.param_groups`.
-        seed: Of the weights and of the order of the rows.
-        save_every: Steps between checkpoints; by default a tenth of all. The last two are kept.
-        resume: Continue what is in ``out``; otherwise start again.
-        overwrite: Replace what is in ``out``, a model of another origin or a run with other settings.
-        report_to: ``tensorboard`` or ``none``.
-        device: ``cpu`` or ``cuda``; by default the accelerator that is there.
-        on_step: Called with the number of steps done and the last logged loss, after every step.
+    not interrupted, and a finished one is read from its folder. Rows in which nothing is to be predicted are left out. Weights decay
+    as :func:`~hybridzoo.zoo.models.build.param_groups` says.
 
     Raises:
         CheckpointError: Weights that cannot be read, or a run without a whole checkpoint.
@@ -137,60 +127,55 @@ def train(
         Interrupted: After Ctrl-C, when the state has been saved; a KeyboardInterrupt.
         ValueError: Data that cannot be read, ids outside the vocabulary, a device that is not there, or numbers that cannot work.
     """
-    options = TrainOptions(
-        steps=steps, batch_size=batch_size, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay, seed=seed,
-        save_every=save_every, resume=resume, overwrite=overwrite, report_to=report_to, device=device,
-    )  # fmt: skip
-    out = Path(out)
+    out, data = Path(call.out), call.data
     check_out(out)
     if isinstance(data, str | os.PathLike):
         check_path(data)
-    use_cpu = device is not None and pick_device(device, numbered=False).type == "cpu"
-    steps, batch_size, length = options.steps, options.batch_size, options.length
-    torch.manual_seed(options.seed)
-    core, header = _start(model, overrides, out)
-    table = _table(data, core, length)
+    use_cpu = call.device is not None and pick_device(call.device, numbered=False).type == "cpu"
+    torch.manual_seed(call.seed)
+    core, header = _start(call.model, call.overrides, out)
+    table = _table(data, core, call.length)
     rows = NumberedRows(Rows(table), rows_with_targets(table))
     devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
-    tokens = steps * batch_size * devices * table.shape[1]
+    tokens = call.steps * call.batch_size * devices * table.shape[1]
     run = RunFolder(out)
     with contextlib.ExitStack() as claimed:
         log, settings = None, {}
         # torchrun says which process is the first, before they know each other
         if os.environ.get("RANK", "0") == "0":
-            settings = {
-                "config": OmegaConf.to_container(core.cfg), "data": digest_rows(table), "steps": options.steps,
-                "batch_size": options.batch_size, "devices": devices, "lr": options.lr, "warmup": options.warmup,
-                "weight_decay": options.weight_decay, "seed": options.seed,
-                "start": digest_weights(core) if isinstance(model, torch.nn.Module) or holds_weights(model) else None,
-            }  # fmt: skip
-            log = run.finished(settings) if resume else None
+            start = (
+                digest_weights(core) if isinstance(call.model, torch.nn.Module) or holds_weights(call.model) else None
+            )
+            about = {"config": OmegaConf.to_container(core.cfg), "data": digest_rows(table)}
+            settings = about | call.settings() | {"devices": devices, "start": start}
+            log = run.finished(settings) if call.resume else None
             if log is None:
                 claimed.enter_context(run.claim())
-        args = _arguments(out, options, use_cpu)
-        log, checkpoint = _in_main_process(args, lambda: (log, None if log else run.open(settings, resume, overwrite)))
+        args = _arguments(out, call, use_cpu)
+        log, checkpoint = _in_main_process(
+            args, lambda: (log, None if log else run.open(settings, call.resume, call.overwrite))
+        )
         if log is not None:
-            return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=steps)
+            return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=call.steps)
         source = f" from {data}" if isinstance(data, str | os.PathLike) else ""
         header += _described(core, rows, source, tokens, args)
-        session = Session(header, tokens // steps, checkpoint, on_step)
+        session = Session(header, tokens // call.steps, checkpoint, call.on_step)
         try:
-            history = _run(core, rows, args, run, session, checkpoint, report_to)
+            history = _run(core, rows, args, run, session, checkpoint, call.report_to)
             if args.process_index == 0:
                 save(core, out)
                 run.finish(history, session.saved_seconds)
         except KeyboardInterrupt:
-            raise Interrupted(run.last_step(), steps, out) from None
+            raise Interrupted(run.last_step(), call.steps, out) from None
     return TrainResult(core.eval(), history, tokens, session.saved_seconds, session.first_step)
 
 
 def _arguments(out: Path, options: TrainOptions, use_cpu: bool) -> TrainingArguments:
-    steps = options.steps
     return TrainingArguments(
-        output_dir=str(out / "checkpoints"), max_steps=steps, per_device_train_batch_size=options.batch_size, seed=options.seed,
-        learning_rate=options.lr, lr_scheduler_type="cosine", warmup_steps=options.warmup, weight_decay=options.weight_decay,
+        output_dir=str(out / "checkpoints"), lr_scheduler_type="cosine", **options.for_trainer(),
         # fused: it can be told on the device to leave the weights alone
-        optim="adamw_torch_fused", logging_steps=max(1, steps // 200), save_steps=options.save_every or max(1, steps // 10),
+        optim="adamw_torch_fused",
+        logging_steps=max(1, options.steps // 200), save_steps=options.save_every or max(1, options.steps // 10),
         # what is not finite is an error, and looking for it after every step would wait for the device
         logging_nan_inf_filter=False,
         use_cpu=use_cpu, dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
