@@ -1,13 +1,14 @@
 """Interchangeable layers, one idea per file: modules for anybody's network, and the mixers of the zoo's models."""
 
 from .attention import Attention, AttentionState
-from .base import Mixer, OptionError, Seq, State, copy_state, map_state, nbytes_of
+from .base import Mixer, Seq, State, copy_state, map_state, nbytes_of
 from .conv import CausalConv1d
 from .mamba import Mamba, MambaState
 from .mamba2 import Mamba2, Mamba2State
 from .mlp import MLP
 from .moe import MoE
 from .norm import GatedRMSNorm, RMSNorm, make_norm
+from .options import OptionError
 
 __all__ = [
     "MLP",

@@ -24,10 +24,11 @@ from ..kernels.derivatives import plain as plain_only
 from ..kernels.dispatch import HALVES, Backend, Facts, choose, refuse_library, register
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
-from .common import check, check_divides, check_positive, check_rank, linear, reset_linear, scaled
+from .common import linear, reset_linear, scaled
 from .conv import CausalConv1d
 from .kv import AttentionState, remember
 from .norm import RMSNorm
+from .options import check, check_divides, check_positive, check_rank
 from .rope import check_rope, rotate
 
 __all__ = ["Attention", "AttentionState"]
@@ -238,22 +239,13 @@ class Attention(Mixer):
         sees = (pos_k >= 0) & (pos_k <= pos_q)
         return sees if self.window is None else sees & (pos_k > pos_q - self.window)
 
-    def _mix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pos: Tensor,
-        pos_k: Tensor,
-        doc: Tensor | None = None,
-        doc_k: Tensor | None = None,
-    ) -> Tensor:
-        # (b, lq, h, p), (b, lk, h_kv, p), and a position and a document for each; the last lq keys are the queries' own
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, pos_k: Tensor, *docs: Tensor) -> Tensor:
+        # (b, lq, h, p), (b, lk, h_kv, p), and the position of each, perhaps the document; the last lq keys are the queries' own
         length, window = q.shape[1], self.window
         if not length:
             return q.flatten(-2)
         past = k.shape[1] - length
-        plain = doc is None and not past
+        plain = not docs and not past
         backend = choose("attention", device=q.device.type, dtype=q.dtype, headdim=self.headdim, masked=not plain)
         if backend.name == "flash_attn":
             from flash_attn import flash_attn_func
@@ -270,8 +262,8 @@ class Attention(Mixer):
             first = 0 if window is None or i < window else past + i - window + 1
             rows, cols = slice(i, i + block), slice(first, past + i + block)
             mask = self._sees(pos[..., rows], pos_k[..., cols])
-            if doc is not None and doc_k is not None:
-                mask = mask & (doc[:, rows, None] == doc_k[:, None, cols])
+            if docs:
+                mask = mask & (docs[0][:, rows, None] == docs[1][:, None, cols])
             ys.append(self._attend(q[:, rows], k[:, cols], v[:, cols], mask))
         return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
 

@@ -17,15 +17,7 @@ from torch.utils import _pytree as pytree
 from ..kernels import checks
 from ..kernels.seq import Seq
 
-__all__ = ["Mixer", "OptionError", "Seq", "Sharing", "State", "copy_state", "map_state", "nbytes_of", "shapes", "tree"]
-
-
-class OptionError(ValueError):
-    """A mixer's option has a value that cannot work. ``field`` names the option, so that a config error can point at it."""
-
-    def __init__(self, field: str, message: str):
-        super().__init__(f"{field}: {message}")
-        self.field, self.message = field, message
+__all__ = ["Aux", "Mixer", "Seq", "Sharing", "State", "copy_state", "map_state", "nbytes_of", "shapes", "tree"]
 
 
 def tree(cls: type) -> None:
@@ -244,7 +236,7 @@ class Mixer(Sharing):
         return None
 
     def can(self, capability: str) -> bool:
-        """Whether ``capability`` is declared, or implied by what is."""
+        """Return whether ``capability`` is declared, or implied by what is."""
         return capability in self.capabilities or (capability == "causal" and "state" in self.capabilities)
 
     def require(self, capability: str) -> None:

@@ -23,9 +23,6 @@ from .base import Aux, Mixer, Seq, State
 from .common import (
     acc_dtype,
     called,
-    check,
-    check_dt,
-    check_positive,
     dtype_read,
     hooked_everywhere,
     linear,
@@ -36,6 +33,7 @@ from .common import (
 )
 from .conv import CausalConv1d
 from .norm import RMSNorm
+from .options import check, check_dt, check_positive
 from .recompute import left_alone, others_hooks, recipe, recomputing, repeatable
 
 __all__ = ["Mamba", "MambaState"]
@@ -75,17 +73,6 @@ def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     # what autocast made of the operands, wherever the backward runs
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype))
-
-
-# what a layer consists of, where nothing has been put around it or in its place
-_PARTS: dict[str, type[nn.Module]] = {
-    "in_proj": nn.Linear,
-    "conv1d": CausalConv1d,
-    "x_proj": nn.Linear,
-    "dt_proj": StepProjection,
-    "out_proj": nn.Linear,
-}
-_NORMS: dict[str, type[nn.Module]] = dict.fromkeys(("dt_norm", "b_norm", "c_norm"), RMSNorm)
 
 
 @functools.lru_cache(maxsize=256)
@@ -177,6 +164,8 @@ class Mamba(Mixer):
             self.b_norm = RMSNorm(d_state, **norm)
             self.c_norm = RMSNorm(d_state, **norm)
         self.out_proj = linear(self.d_inner, d_model, bias, device, dtype)
+        # where nothing has been put around a part or in its place
+        self.kinds = {name: type(part) for name, part in self.named_children()}
         self.reset_parameters(layer_idx, n_layer)
 
     @classmethod
@@ -253,14 +242,13 @@ class Mamba(Mixer):
         """Say why the parts have to be called one by one; ``None`` if nothing asks for it."""
         if hooked_everywhere():
             return "there are hooks on all modules"
-        norms = self.dt_norm, self.b_norm, self.c_norm
-        for name, kind in (_PARTS if norms == (None,) * 3 else _PARTS | _NORMS).items():
+        for name, kind in self.kinds.items():
             why = why_called(getattr(self, name), kind)
             if why is not None:
                 return f"{name} {why}"
         if self.x_proj.bias is not None or self.dt_proj.bias is None:
             return "x_proj has a bias, or dt_proj has none"
-        if len({None if m is None else m.eps for m in norms}) > 1:
+        if len({None if m is None else m.eps for m in (self.dt_norm, self.b_norm, self.c_norm)}) > 1:
             return "the norms of dt, B and C have different eps"
         return None
 

@@ -16,21 +16,10 @@ from torch import Tensor, nn
 
 from ..kernels import conv_ssd_update, ssd, ssd_state_update
 from .base import Aux, Mixer, Seq, State
-from .common import (
-    acc_dtype,
-    called,
-    check,
-    check_divides,
-    check_dt,
-    check_positive,
-    linear,
-    reset_dt_bias,
-    reset_linear,
-    scaled,
-    upcast,
-)
+from .common import acc_dtype, called, linear, reset_dt_bias, reset_linear, scaled, upcast
 from .conv import CausalConv1d
 from .norm import GatedRMSNorm
+from .options import check, check_divides, check_dt, check_positive
 
 __all__ = ["Mamba2", "Mamba2State"]
 

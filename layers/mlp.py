@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
-from .common import check_known, check_positive, check_rank, linear, reset_linear, scaled
+from .common import linear, reset_linear, scaled
+from .options import check_known, check_positive, check_rank
 
 __all__ = ["MLP"]
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..kernels import dispatch
 from .base import Aux, Mixer, Seq
-from .common import acc_dtype, check, check_known, check_positive, linear, reset_linear, reset_weight, scaled, upcast
+from .common import acc_dtype, linear, reset_linear, reset_weight, scaled, upcast
 from .experts import grouped_linear
 from .mlp import ACTIVATIONS, MLP, activate
+from .options import check, check_known, check_positive
 
 __all__ = ["Experts", "MoE", "balance_loss"]
 

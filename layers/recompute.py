@@ -20,26 +20,23 @@ __all__ = ["left_alone", "others_hooks", "recipe", "recomputing", "repeatable"]
 
 
 class Recipe:
-    """How to form a tensor again: a function without a random part, and the operands that it had."""
+    """A way to form a tensor again: a function without a random part, and the operands that it had."""
 
     __slots__ = ("form", "made", "operands", "value", "versions")
 
     def __init__(self, out: Tensor, form: Callable[..., Tensor], operands: tuple):
         self.form, self.operands = form, operands
-        self.versions = [x._version for x in self._tensors()]
+        self.versions = [x._version for x in self.tensors()]
         self.made = out._version
         self.value: Tensor | None = None
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """The operands that are tensors."""
         return [x for x in self.operands if isinstance(x, Tensor)]
 
     def changed(self) -> bool:
-        """Whether an operand was modified since."""
-        return [x._version for x in self._tensors()] != self.versions
-
-    def there(self) -> bool:
-        """Whether the operands still have memory: a module that FSDP shards by itself gives up its weights when it returns."""
-        return _have_memory(self._tensors())
+        """Return whether an operand was modified since."""
+        return [x._version for x in self.tensors()] != self.versions
 
     def tensor(self) -> Tensor:
         """The tensor; kept from the first call on, until the graph lets go of this recipe."""
@@ -51,7 +48,7 @@ class Recipe:
         return self.value
 
     def parts(self) -> tuple[Callable[[Sequence[Tensor]], Tensor], list[Tensor]]:
-        """What forms the tensor, and from which ones: for a node of autograd that saves these itself."""
+        """Return a function and the tensors that it forms the tensor from, for a node of autograd that saves these itself."""
         form, rest = self.form, [None if isinstance(x, Tensor) else (x,) for x in self.operands]
 
         def from_tensors(tensors: Sequence[Tensor]) -> Tensor:
@@ -61,7 +58,7 @@ class Recipe:
             with torch.no_grad():
                 return form(*(next(others) if x is None else x[0] for x in rest))
 
-        return from_tensors, self._tensors()
+        return from_tensors, self.tensors()
 
 
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
@@ -91,12 +88,13 @@ def repeatable(out: Tensor, form: Callable[..., Tensor], *operands: Any) -> Tens
 
 
 def recipe(x: Tensor) -> Recipe | None:
-    """How to form ``x`` again, for a node that is to keep no tensor that can be; ``None`` where it has to."""
+    """Find the way to form ``x`` again, for a node that is to keep no tensor that can be; ``None`` where it has to."""
     found = getattr(x, "_recipe", None)
     # nothing on the meta device has an address
     if found is None or not x.untyped_storage().data_ptr() or x._version != found.made or found.changed():
         return None
-    return found if found.there() else None
+    # a module that FSDP shards by itself gives up the memory of its weights when it returns
+    return found if _have_memory(found.tensors()) else None
 
 
 class _Recomputing(saved_tensors_hooks):
@@ -147,12 +145,12 @@ def recomputing() -> Any:
 
 
 def left_alone() -> bool:
-    """Whether autograd keeps nothing, or a compiler or a transform decides what is kept."""
+    """Return whether autograd keeps nothing, or a compiler or a transform decides what is kept."""
     return torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformed() is not None
 
 
 def others_hooks() -> bool:
-    """Whether somebody else's hooks take care of saved tensors."""
+    """Return whether somebody else's hooks take care of saved tensors."""
     autograd: Any = torch._C._autograd
     try:
         return (

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .common import acc_dtype, check
+from .common import acc_dtype
+from .options import check
 
 __all__ = ["check_rope", "rotate"]
 

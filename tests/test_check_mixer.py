@@ -328,9 +328,6 @@ FIRST_LINES = {
     Row: "wrong output: step of (2, 8) gives (2, 1, 8).",
     OtherStep: "step disagrees with forward: token 0 differs by *.",
     Blind: "ignores seq: a packed document sees the one before it, which changes it by *.",
-    Nearsighted: "does not reach: the first output is the same when the last token changes.",
-    Wide: "does not reach: the first output is the same when the last token changes.",
-    Flat: "ignores seq.grid: maps of 2 x 4 and of 4 x 2 give the same.",
     Plain: "is no hybridzoo.Mixer but a Plain.",
     NoSize: "cannot be built: TypeError: NoSize.__init__() got an unexpected keyword argument 'd_model'.",
 }

@@ -1,6 +1,10 @@
 """Errors about what a file says. Their texts go to terminals and logs, so they are one bounded line of printable characters."""
 
-__all__ = ["CheckpointError", "ConfigError", "SourceError", "printable", "shortened"]
+import difflib
+import re
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "ConfigError", "SourceError", "nearest", "printable", "shortened"]
 
 _LONGEST = 1200
 _TAIL = 300
@@ -43,3 +47,31 @@ def printable(text: object, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A ``Did you mean ...?`` sentence with a leading space if ``name`` is a slip of the keyboard for one of ``known``; else empty.
+
+    A slip leaves out, adds or swaps letters, one in five of them; a letter in another's place counts twice. Names that differ in their
+    digits, such as ``mamba`` and ``mamba2``, are different things.
+    """
+    name = str(name)[:100]
+    for close in difflib.get_close_matches(name, list(known), n=3):
+        if _slips(name, close) <= max(1, len(name) // 5) and re.findall(r"\d+", name) == re.findall(r"\d+", close):
+            return f" Did you mean {close!r}?"
+    return ""
+
+
+def _slips(a: str, b: str) -> int:
+    # edit distance with neighbours swapped at the price of one insertion
+    before: list[int] = []
+    last = list(range(len(b) + 1))
+    for i in range(1, len(a) + 1):
+        row = [i]
+        for j in range(1, len(b) + 1):
+            same = a[i - 1] == b[j - 1]
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] if same else last[j - 1] + 2))
+            if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1] and not same:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]

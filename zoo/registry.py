@@ -6,24 +6,23 @@ a YAML file is derived from that signature, so a third party's mixer is checked 
 
 import copy
 import dataclasses
-import difflib
 import importlib.metadata
 import inspect
 import math
-import re
 import threading
 import typing
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..layers.base import Mixer, OptionError
+from ..layers.base import Mixer
+from ..layers.options import OptionError
 from .config.plain import first_line
-from .errors import ConfigError, printable
+from .errors import ConfigError, nearest, printable
 
 __all__ = [
     "ConfigError",
@@ -63,34 +62,6 @@ _MAX_ITEMS = 1000  # in the value of one option
 _broken: dict[str, str] = {}  # plug-ins that cannot be used, and why
 _plugins_loaded = False
 _lock = threading.RLock()
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """A ``Did you mean ...?`` sentence with a leading space if ``name`` is a slip of the keyboard for one of ``known``; else empty.
-
-    A slip leaves out, adds or swaps letters, one in five of them; a letter in another's place counts twice. Names that differ in their
-    digits, such as ``mamba`` and ``mamba2``, are different things.
-    """
-    name = str(name)[:100]
-    for close in difflib.get_close_matches(name, list(known), n=3):
-        if _slips(name, close) <= max(1, len(name) // 5) and re.findall(r"\d+", name) == re.findall(r"\d+", close):
-            return f" Did you mean {close!r}?"
-    return ""
-
-
-def _slips(a: str, b: str) -> int:
-    # edit distance with neighbours swapped at the price of one insertion
-    before: list[int] = []
-    last = list(range(len(b) + 1))
-    for i in range(1, len(a) + 1):
-        row = [i]
-        for j in range(1, len(b) + 1):
-            same = a[i - 1] == b[j - 1]
-            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] if same else last[j - 1] + 2))
-            if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1] and not same:
-                row[j] = min(row[j], before[j - 2] + 1)
-        before, last = last, row
-    return last[-1]
 
 
 def register_mixer(name: str) -> Callable[[T], T]:
@@ -210,40 +181,35 @@ def check_mixer_options(spec: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: Unknown type or option, wrong type of value, or a required option that is missing.
     """
-    options = dict(spec)
+    options, kind = dict(spec), spec.get("type")
     entry = get_mixer(options.pop("type", None), f"{where}.type")
     known = [f.name for f in dataclasses.fields(entry.schema)]
+
+    def refuse(key: str, message: str) -> NoReturn:
+        raise ConfigError(f"{where}.{key} ({kind}): {message}") from None
+
     for key in options:
         if key in _SHARED:
-            raise ConfigError(
-                f"{where}.{key} ({spec['type']}): is decided by the model, not by a mixer. Remove it here."
-            )
+            refuse(key, "is decided by the model, not by a mixer. Remove it here.")
         if key not in known:
-            raise ConfigError(
-                f"{where}.{key} ({spec['type']}): unknown option.{nearest(key, known)} Options: {', '.join(known)}."
-            )
+            refuse(key, f"unknown option.{nearest(key, known)} Options: {', '.join(known)}.")
     if entry.schema not in _defaults:
         defaults: Any = OmegaConf.to_container(OmegaConf.structured(entry.schema))
         _defaults[entry.schema] = defaults
-    checked = {"type": spec["type"], **copy.deepcopy(_defaults[entry.schema])}
+    checked = {"type": kind, **copy.deepcopy(_defaults[entry.schema])}
     for key, value in options.items():
         if isinstance(value, list | dict) and len(value) > _MAX_ITEMS:
-            raise ConfigError(
-                f"{where}.{key} ({spec['type']}): has {len(value)} entries, more than {_MAX_ITEMS}. Shorten it."
-            )
+            refuse(key, f"has {len(value)} entries, more than {_MAX_ITEMS}. Shorten it.")
         try:
             checked[key] = _typed_option(entry.schema, key, value)
         except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as e:
-            at = getattr(e, "full_key", None) or key
             message = (getattr(e, "msg", None) or str(e)).splitlines()[0]
-            raise ConfigError(f"{where}.{at} ({spec['type']}): {message}. Options: {', '.join(known)}.") from None
+            refuse(getattr(e, "full_key", None) or key, f"{message}. Options: {', '.join(known)}.")
     for key in known:
         if checked[key] == MISSING:
-            raise ConfigError(
-                f"{where}.{key} ({spec['type']}): Missing mandatory value: {key}. Options: {', '.join(known)}."
-            )
+            refuse(key, f"Missing mandatory value: {key}. Options: {', '.join(known)}.")
         if problem := _no_number(checked[key], _defaults[entry.schema][key]):
-            raise ConfigError(f"{where}.{key} ({spec['type']}): {problem}. Choose a number within reason.")
+            refuse(key, f"{problem}. Choose a number within reason.")
     return checked
 
 
@@ -263,7 +229,7 @@ def _typed_option(schema: type, key: str, value: Any) -> Any:
 
 
 def of_another_kind(given: Any, typed: Any) -> str | None:
-    """What is wrong with a value that OmegaConf would convert all the same: a number as a text, or one that is not 0 or 1 as a flag."""
+    """Say what is wrong with a value that OmegaConf would convert all the same: a number as a text, or other than 0 and 1 as a flag."""
     if isinstance(typed, str) and not isinstance(given, str):
         return f"Value {given!r} of type {type(given).__name__!r} is no text. Write it in quotes"
     digits = isinstance(given, str) and given.strip("+-. ").isdigit()
@@ -273,7 +239,7 @@ def of_another_kind(given: Any, typed: Any) -> str | None:
 
 
 def _no_number(value: Any, default: Any) -> str | None:
-    """What is wrong with a number in an option's value; an infinite one is right where the default has one."""
+    """Say what is wrong with a number in an option's value; an infinite one is right where the default has one."""
     if isinstance(value, list | tuple | dict):
         parts = value.values() if isinstance(value, dict) else value
         return next((problem for part in parts if (problem := _no_number(part, default))), None)
@@ -329,18 +295,7 @@ def build_mixer(
 
 
 def check_capability(capability: str, mixer: Mixer, spec: dict[str, Any], where: str, block: str) -> None:
-    """Refuse a mixer that lacks what every mixer of a model needs.
-
-    Args:
-        capability: One of :attr:`Mixer.capabilities`, ``"causal"`` for what predicts the next token.
-        mixer: As built, since options may decide it.
-        spec: ``{"type": name, **options}`` of it.
-        where: Dotted path of ``spec``.
-        block: The residual block, in words.
-
-    Raises:
-        ConfigError: It is not declared.
-    """
+    """Raise a :class:`ConfigError` if a mixer, as built from ``spec``, lacks what ``block`` (in words) needs of every one."""
     if not mixer.can(capability):
         has = ", ".join(map(repr, sorted(mixer.capabilities))) or "none"
         raise ConfigError(
@@ -349,7 +304,7 @@ def check_capability(capability: str, mixer: Mixer, spec: dict[str, Any], where:
         )
 
 
-# the file of layers/, whose name configs use, and the class in it
+# a file of layers/ is named as configs name the class in it
 _SHIPPED = {
     "attention": "Attention",
     "mamba": "Mamba",

@@ -24,17 +24,7 @@ def promise(fn: "Callable[[Case], None]") -> "Callable[[Case], None]":
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A mixer under test.
-
-    Attributes:
-        make: Builds it: ``make(d_model=..., **options)``.
-        d_model: Channels of the residual stream.
-        options: The mixer's options.
-        name: For messages; the class's name by default.
-        seed: Of the parameters and inputs.
-        dtype: Of the comparisons; float32 for a mixer that cannot compute in float64.
-        device: Where the mixer runs.
-    """
+    """A mixer under test, and how it is tested: the arguments of :func:`.check_mixer`."""
 
     make: Callable[..., Mixer]
     d_model: int = 32
@@ -131,7 +121,7 @@ def decode(mixer: Mixer, x: Tensor, state: Any) -> Tensor:
 
 
 def refuses(mixer: Mixer, capability: str, call: Callable[[], Any]) -> bool:
-    """Whether the mixer lacks the capability; if so, asking for it must raise."""
+    """Return whether the mixer lacks the capability; if so, asking for it must raise."""
     if mixer.can(capability):
         return False
     try:

@@ -6,7 +6,6 @@ them in an order in which none can be mistaken for another: what a plain forward
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -146,31 +145,6 @@ def _causal(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
                 "Output t may read tokens 0 to t: pad a convolution on the left only, mask attention, and take no mean, "
                 "norm or softmax over the tokens.",
             )
-
-
-@_breaks("reach")
-def _near(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
-    if mixer.can("causal") or mixer.reach(_LENGTH, (1, _LENGTH)) is not None:
-        return
-    for (t, output), (s, token) in itertools.permutations(((0, "first"), (-1, "last"))):
-        changed = x.clone()
-        changed[:, s] = other[:, s]
-        if not _far(case, mixer(changed)[:, t], mixer(x)[:, t]):
-            raise Fault(
-                f"does not reach: the {output} output is the same when the {token} token changes",
-                "Declare 'causal' if no output depends on a later token, or say in reach(length, grid) on which ones each depends.",
-            )
-
-
-@_breaks("grid", needed="grid")
-def _maps(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
-    high, wide = (Seq.from_grid(size, _BATCH, _LENGTH, x.device) for size in ((4, 2), (2, 4)))
-    y = _call("forward(x, seq=...) of maps", lambda: mixer(x.clone(), seq=wide))
-    if not _far(case, mixer(x.clone(), seq=high), y):
-        raise Fault(
-            "ignores seq.grid: maps of 2 x 4 and of 4 x 2 give the same",
-            "Read the size of the maps, h, w = self.grid_of(x, seq), or declare no 'grid': then a map is a row of tokens.",
-        )
 
 
 def _after(case: Case, mixer: Mixer, x: Tensor, *state: Any) -> tuple[Tensor, Any]:

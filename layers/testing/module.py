@@ -44,7 +44,7 @@ def flops_cover_matmuls(case: Case) -> None:
 
 
 def counted_flops(mixer: Mixer, x: Tensor) -> dict[Any, int]:
-    """What PyTorch counts in a forward, by operator; without scaled_dot_product_attention, where it counts what a mask hides."""
+    """Count a forward as PyTorch does, by operator; without scaled_dot_product_attention, where it counts what a mask hides."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def no_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -208,7 +208,7 @@ def autocast(case: Case) -> None:
 
 @promise
 def auxiliary(case: Case) -> None:
-    """What goes into aux is scalar losses and dicts of statistics, and does not change the output."""
+    """Scalar losses and dicts of statistics go into aux, and do not change the output."""
     mixer, x = case.build(), case.x(2, 5)
     aux: dict[str, list] = {}
     case.close(mixer(x, aux=aux), mixer(x), "with aux")

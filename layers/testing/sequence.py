@@ -49,7 +49,7 @@ def _gradient(mixer: Mixer, x: Tensor, t: int) -> Tensor:
 
 @promise
 def reach(case: Case) -> None:
-    """Where causality is not promised, an output depends on every input of its own row, or on those that reach says, and no other."""
+    """An output depends on every input of its own row, or on those that reach says, and no other, where causality is not promised."""
     mixer, length = case.build(), 15
     if mixer.can("causal"):
         return
