@@ -13,8 +13,8 @@ import torch
 
 from ..base import Mixer
 from . import module, sequence  # noqa: F401  they fill the table
-from .case import PROMISES, Case, Fault
-from .faults import diagnose
+from .case import PROMISES, Case
+from .faults import Fault, diagnose
 from .module import counted_flops
 
 __all__ = ["PROMISES", "Case", "check_mixer", "counted_flops"]

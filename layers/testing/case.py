@@ -84,16 +84,6 @@ def squarish(length: int) -> tuple[int, int]:
     return h, length // h
 
 
-class Fault(AssertionError):
-    """A fault with a name: what is wrong, in a few words, and the remedy; ``promise`` is the one it breaks."""
-
-    promise = "shapes_and_dtypes"
-
-    def __init__(self, what: str, remedy: str):
-        super().__init__(what)
-        self.what, self.remedy = what, remedy
-
-
 def fault_limit(case: Case, want: Tensor) -> float:
     """The difference that is no fault yet: the tolerance of the dtype, relative to the larger of 1 and the values."""
     return _TOLERANCE[case.dtype] * max(1.0, want.abs().max().item() if want.numel() else 0.0)

@@ -13,12 +13,58 @@ import torch
 from torch import Tensor
 
 from ..base import Mixer, Seq, State, map_state
-from .case import Case, Fault, fault_limit, tensors_of
+from .case import Case, fault_limit, tensors_of
 
-__all__ = ["diagnose"]
+__all__ = ["Fault", "diagnose"]
 
 _BATCH, _LENGTH, _CUT = 2, 8, 5
+_HONOUR = (
+    "Honour seq (layers/mamba.py shows how), or declare what you can do, capabilities = frozenset({'state'}), and call "
+    "self.require('%s') where seq is given."
+)
+# by the beginning of the fault
+_REMEDIES = {
+    "cannot be built": "A mixer takes d_model first, then its options, all with annotations and defaults.",
+    "is no hybridzoo.Mixer": "Derive the class from hybridzoo.Mixer.",
+    "wrong output: forward": "Without return_state, forward gives one tensor of its input's shape, (b, l, d).",
+    "changes its input in place": "Write y = f(x) instead of x.f_() or x += ...; the residual stream still needs x.",
+    "parameters re-initialised: forward": "Draw initial values in reset_parameters, which __init__ calls once, and nowhere else.",
+    "not reproducible": "A mixer draws no random numbers in forward; it has no dropout of its own.",
+    "parameters re-initialised: after": "Everything that forward reads is a parameter or a buffer, and nothing is drawn once it is loaded.",
+    "mixes the rows": "Dimension 0 is the batch and dimension 1 the tokens; nothing is averaged or normalised over the batch.",
+    "not causal": "Output t may read tokens 0 to t: pad a convolution on the left only, mask attention, and take no mean, "
+    "norm or softmax over the tokens.",
+    "state not returned: forward(x, return_state=True) gives (), although": "Return what the next token needs to know, as a dataclass "
+    "that derives from hybridzoo.layers.State; or, if that cannot be, declare capabilities without 'state'.",
+    "state not returned": "Return (y, state) then; without a state, (y, ()).",
+    "state of a wrong kind": "A state is a dataclass of tensors, batch first, that derives from hybridzoo.layers.State; () for a mixer "
+    "without one.",
+    "state forgotten": "Return the state after the last token, not the one that the call began with.",
+    "changes the state it is given": "Compute a new state (state = state.map(torch.clone) at the start, or h = a * h + b instead of "
+    "h.mul_(a)).",
+    "state ignored": "Start from the state that is given; init_state, or zeros, only where it is None.",
+    "state wrong": "The state must hold everything that later tokens need: the recurrence, the convolution's last inputs, the position.",
+    "no first state": "init_state returns the state before the first token, of the same class as forward's.",
+    "wrong output: step": "step takes one token per row, (b, d), gives (b, d), and updates the state in place.",
+    "step does not update the state": "step works in place: copy_state(state, new) at its end.",
+    "step changes its input": "Write y = f(x) instead of x.f_() or x += ...",
+    "step disagrees": "step and forward are two ways to one result; without a step of its own, a mixer has one that calls forward.",
+    "ignores seq: a packed": _HONOUR % "packing",
+    "ignores seq: padding": _HONOUR % "padding",
+    "": "layers/base.py says what every call takes and returns.",
+}
 _FAULTS: list[tuple[tuple[str, ...], Callable[[Case, Mixer], None]]] = []
+
+
+class Fault(AssertionError):
+    """A fault with a name: what is wrong, in a few words, and the remedy; ``promise`` is the one it breaks."""
+
+    promise = "shapes_and_dtypes"
+
+    def __init__(self, what: str):
+        super().__init__(what)
+        self.what = what
+        self.remedy = next(remedy for start, remedy in _REMEDIES.items() if what.startswith(start))
 
 
 def diagnose(case: Case, skip: Collection[str]) -> None:
@@ -52,12 +98,9 @@ def _built(case: Case) -> Mixer:
     try:
         mixer = case.build()
     except Exception as e:
-        raise Fault(
-            f"cannot be built: {_first_line(e)}",
-            "A mixer takes d_model first, then its options, all with annotations and defaults.",
-        ) from e
+        raise Fault(f"cannot be built: {_first_line(e)}") from e
     if not isinstance(mixer, Mixer):
-        raise Fault(f"is no hybridzoo.Mixer but a {type(mixer).__name__}", "Derive the class from hybridzoo.Mixer.")
+        raise Fault(f"is no hybridzoo.Mixer but a {type(mixer).__name__}")
     return mixer
 
 
@@ -65,7 +108,7 @@ def _call(what: str, fn: Callable[[], Any]) -> Any:
     try:
         return fn()
     except Exception as e:
-        raise Fault(f"{what} raises {_first_line(e)}", "layers/base.py says what every call takes and returns.") from e
+        raise Fault(f"{what} raises {_first_line(e)}") from e
 
 
 def _first_line(e: Exception) -> str:
@@ -86,20 +129,14 @@ def _far(case: Case, a: Tensor, b: Tensor) -> float:
 def _shape(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     y = _call("forward(x)", lambda: mixer(x.clone()))
     if not isinstance(y, Tensor) or y.shape != x.shape:
-        raise Fault(
-            f"wrong output: forward of {tuple(x.shape)} gives {_shown(y)}",
-            "Without return_state, forward gives one tensor of its input's shape, (b, l, d).",
-        )
+        raise Fault(f"wrong output: forward of {tuple(x.shape)} gives {_shown(y)}")
 
 
 @_breaks("shapes_and_dtypes", "batch_invariance", "chunks_equal_whole")
 def _input(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     mixer(given := x.clone())
     if not torch.equal(given, x):
-        raise Fault(
-            "changes its input in place",
-            "Write y = f(x) instead of x.f_() or x += ...; the residual stream still needs x.",
-        )
+        raise Fault("changes its input in place")
 
 
 @_breaks("copies", "initialisation", "batch_invariance")
@@ -108,31 +145,19 @@ def _parameters(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     first = mixer(x.clone())
     for name, t in mixer.state_dict().items():
         if not torch.equal(t, before[name]):
-            raise Fault(
-                f"parameters re-initialised: forward changes {name}",
-                "Draw initial values in reset_parameters, which __init__ calls once, and nowhere else.",
-            )
+            raise Fault(f"parameters re-initialised: forward changes {name}")
     if far := _far(case, mixer(x.clone()), first):
-        raise Fault(
-            f"not reproducible: the same call twice differs by {far:.1e}",
-            "A mixer draws no random numbers in forward; it has no dropout of its own.",
-        )
+        raise Fault(f"not reproducible: the same call twice differs by {far:.1e}")
     loaded = case.build(seed=case.seed + 1)
     loaded.load_state_dict(before)
     if far := _far(case, loaded(x.clone()), first):
-        raise Fault(
-            f"parameters re-initialised: after load_state_dict the output differs by {far:.1e}",
-            "Everything that forward reads is a parameter or a buffer, and nothing is drawn once it is loaded.",
-        )
+        raise Fault(f"parameters re-initialised: after load_state_dict the output differs by {far:.1e}")
 
 
 @_breaks("batch_invariance")
 def _rows(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     if far := _far(case, mixer(torch.cat([x[:1], other[1:]]))[0], mixer(x)[0]):
-        raise Fault(
-            f"mixes the rows of the batch: row 0 changes by {far:.1e} when only row 1 does",
-            "Dimension 0 is the batch and dimension 1 the tokens; nothing is averaged or normalised over the batch.",
-        )
+        raise Fault(f"mixes the rows of the batch: row 0 changes by {far:.1e} when only row 1 does")
 
 
 @_breaks("causality", needed="causal")
@@ -140,11 +165,7 @@ def _causal(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     for t in (_CUT, 1):
         changed = torch.cat([x[:, :t], other[:, t:]], 1)
         if far := _far(case, mixer(changed)[:, :t], mixer(x)[:, :t]):
-            raise Fault(
-                f"not causal: outputs before token {t} change by {far:.1e} when only later tokens do",
-                "Output t may read tokens 0 to t: pad a convolution on the left only, mask attention, and take no mean, "
-                "norm or softmax over the tokens.",
-            )
+            raise Fault(f"not causal: outputs before token {t} change by {far:.1e} when only later tokens do")
 
 
 def _after(case: Case, mixer: Mixer, x: Tensor, *state: Any) -> tuple[Tensor, Any]:
@@ -152,14 +173,9 @@ def _after(case: Case, mixer: Mixer, x: Tensor, *state: Any) -> tuple[Tensor, An
     call = "forward(x, state, return_state=True)" if state else "forward(x, return_state=True)"
     out = _call(call, lambda: mixer(x.clone(), *state, return_state=True))
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Tensor)):
-        raise Fault(
-            f"state not returned: {call} gives {_shown(out)}", "Return (y, state) then; without a state, (y, ())."
-        )
+        raise Fault(f"state not returned: {call} gives {_shown(out)}")
     if not _is_state(out[1]):
-        raise Fault(
-            f"state of a wrong kind: {call} gives {_shown(out[1])} as the state",
-            "A state is a dataclass of tensors, batch first, that derives from hybridzoo.layers.State; () for a mixer without one.",
-        )
+        raise Fault(f"state of a wrong kind: {call} gives {_shown(out[1])} as the state")
     return out
 
 
@@ -180,33 +196,21 @@ def _state(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
         return
     if not tensors_of(state):
         raise Fault(
-            "state not returned: forward(x, return_state=True) gives (), although outputs depend on earlier tokens",
-            "Return what the next token needs to know, as a dataclass that derives from hybridzoo.layers.State; or, if that cannot be, "
-            "declare capabilities without 'state'.",
+            "state not returned: forward(x, return_state=True) gives (), although outputs depend on earlier tokens"
         )
     _, unlike = _after(case, mixer, other[:, :_CUT])
     if all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_of(state), tensors_of(unlike), strict=True)):
-        raise Fault(
-            "state forgotten: the returned state is the same after other tokens",
-            "Return the state after the last token, not the one that the call began with.",
-        )
+        raise Fault("state forgotten: the returned state is the same after other tokens")
     kept = map_state(state, torch.clone)
     y, _ = _after(case, mixer, x[:, _CUT:], state)
     if not all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_of(state), tensors_of(kept), strict=True)):
-        raise Fault(
-            "changes the state it is given: forward is functional, and only step works in place",
-            "Compute a new state (state = state.map(torch.clone) at the start, or h = a * h + b instead of h.mul_(a)).",
-        )
+        raise Fault("changes the state it is given: forward is functional, and only step works in place")
     far, ignored = _far(case, y, whole[:, _CUT:]), not _far(case, y, mixer(x[:, _CUT:].clone()))
     if far and ignored:
-        raise Fault(
-            "state ignored: forward gives the same with the state of earlier tokens and without",
-            "Start from the state that is given; init_state, or zeros, only where it is None.",
-        )
+        raise Fault("state ignored: forward gives the same with the state of earlier tokens and without")
     if far:
         raise Fault(
-            f"state wrong: {_CUT} tokens and then {_LENGTH - _CUT} differ by {far:.1e} from all {_LENGTH} at once",
-            "The state must hold everything that later tokens need: the recurrence, the convolution's last inputs, the position.",
+            f"state wrong: {_CUT} tokens and then {_LENGTH - _CUT} differ by {far:.1e} from all {_LENGTH} at once"
         )
 
 
@@ -215,28 +219,19 @@ def _step(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
     whole, (_, left) = mixer(x.clone()), _after(case, mixer, x)
     state = _call("init_state(batch, max_len)", lambda: mixer.init_state(_BATCH, _LENGTH))
     if bool(tensors_of(left)) != (_is_state(state) and bool(tensors_of(state))):
-        raise Fault(
-            f"no first state: init_state gives {_shown(state)}, and forward leaves a {type(left).__name__}",
-            "init_state returns the state before the first token, of the same class as forward's.",
-        )
+        raise Fault(f"no first state: init_state gives {_shown(state)}, and forward leaves a {type(left).__name__}")
     before = map_state(state, torch.clone)
     for t in range(_LENGTH):
         token = x[:, t].clone()
         y = _call("step(x, state)", functools.partial(mixer.step, token, state))
         if not isinstance(y, Tensor) or y.shape != token.shape:
-            raise Fault(
-                f"wrong output: step of {tuple(token.shape)} gives {_shown(y)}",
-                "step takes one token per row, (b, d), gives (b, d), and updates the state in place.",
-            )
+            raise Fault(f"wrong output: step of {tuple(token.shape)} gives {_shown(y)}")
         if t == 0 and tensors_of(state) and _same(state, before) and _mixes_tokens(case, mixer):
-            raise Fault("step does not update the state", "step works in place: copy_state(state, new) at its end.")
+            raise Fault("step does not update the state")
         if not torch.equal(token, x[:, t]):
-            raise Fault("step changes its input in place", "Write y = f(x) instead of x.f_() or x += ...")
+            raise Fault("step changes its input in place")
         if far := _far(case, y, whole[:, t]):
-            raise Fault(
-                f"step disagrees with forward: token {t} differs by {far:.1e}",
-                "step and forward are two ways to one result; without a step of its own, a mixer has one that calls forward.",
-            )
+            raise Fault(f"step disagrees with forward: token {t} differs by {far:.1e}")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -263,8 +258,4 @@ def _honours(case: Case, mixer: Mixer, x: Tensor, seq: Seq, start: int, capabili
     y = _call(f"forward(x, seq=...) with {capability}", lambda: seq.restore(mixer(aligned.clone(), seq=seq)))
     far = _far(case, y[:1, start:], mixer(x[:1, start:].clone()))
     if far and not _far(case, y, seq.restore(mixer(aligned))):
-        raise Fault(
-            f"ignores seq: {what} by {far:.1e}",
-            "Honour seq (layers/mamba.py shows how), or declare what you can do, capabilities = frozenset({'state'}), and call "
-            f"self.require({capability!r}) where seq is given.",
-        )
+        raise Fault(f"ignores seq: {what} by {far:.1e}")
