@@ -212,9 +212,9 @@ class Mamba(Mixer):
             before = None if state is None else state.ssm
             options |= {"initial_state": before, "seq": seq, "return_final_state": return_state}
             out = selective_scan(u, spared(dt), A, B, C, **options)
-        y, ssm = out if return_state else (out, None)
+        y, *ssm = out if return_state else (out,)
         y = self._leave(self.out_proj(y), given)
-        return (y, MambaState(conv, ssm)) if return_state else y
+        return (y, MambaState(conv, *ssm)) if return_state else y
 
     def _as_one(self, x: Tensor) -> Weights | None:
         """The weights, where forward and backward may be one node of autograd: plain tensors, to be differentiated, on a GPU of ours."""

@@ -200,9 +200,9 @@ class Mamba2(Mixer):
         }
         before = None if state is None else state.ssm
         out = ssd(u, dt, -upcast(self.A_log).exp(), B, C, **options, initial_state=before)
-        y, ssm = out if return_state else (out, None)
+        y, *ssm = out if return_state else (out,)
         y = self._leave(self._finish(y, z, mlp), given)
-        return (y, Mamba2State(conv, ssm)) if return_state else y
+        return (y, Mamba2State(conv, *ssm)) if return_state else y
 
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
