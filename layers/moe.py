@@ -123,6 +123,7 @@ class MoE(Mixer):
     ):
         super().__init__()
         check_positive(d_model=d_model, d_intermediate=d_intermediate, num_experts=num_experts, top_k=top_k)
+        check_positive(d_latent=d_latent, num_groups=num_groups, top_groups=top_groups)
         check(top_k <= num_experts, "top_k", f"{top_k} exceeds num_experts = {num_experts}. Use at most {num_experts}.")
         check_known("activation", activation, ACTIVATIONS)
         check_known("router", router, _ROUTERS)
@@ -139,7 +140,6 @@ class MoE(Mixer):
         # no gradient trains it: a balancing rule sets it (arXiv:2408.15664)
         zeros = torch.zeros(num_experts, device=device, dtype=acc_dtype(dtype))
         self.correction = nn.Parameter(zeros, requires_grad=False) if router == "sigmoid" else None
-        check_positive(d_latent=d_latent)
         self.latent_in = self.latent_out = None
         if d_latent is not None:
             self.latent_in = linear(d_model, d_latent, False, device, dtype)
@@ -156,7 +156,6 @@ class MoE(Mixer):
 
     @staticmethod
     def _check_groups(num_experts: int, top_k: int, router: str, num_groups: int, top_groups: int) -> None:
-        check_positive(num_groups=num_groups, top_groups=top_groups)
         if num_groups == 1:
             return
         size, rest = divmod(num_experts, num_groups)

@@ -14,7 +14,7 @@ from ..kernels import branch_rms_norm
 from .common import autocasts, upcast
 from .recompute import repeatable
 
-__all__ = ["GatedRMSNorm", "RMSNorm", "make_norm"]
+__all__ = ["NORMS", "GatedRMSNorm", "LayerNorm", "RMSNorm", "make_norm"]
 
 
 class RMSNorm(nn.Module):
@@ -133,11 +133,14 @@ class LayerNorm(nn.LayerNorm):
         return (h, x) if branch else h
 
 
+NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
 def make_norm(type: str, d: int, eps: float, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
     """The residual stream's norm by its config name.
 
     Args:
-        type: ``"rmsnorm"`` or ``"layernorm"``.
+        type: A name in :data:`NORMS`.
         d: Channels.
         eps: Added to the mean square, or the variance.
         device: As for ``torch.nn.Linear``.
@@ -146,8 +149,6 @@ def make_norm(type: str, d: int, eps: float, device: Any = None, dtype: torch.dt
     Raises:
         ValueError: Unknown type.
     """
-    if type == "rmsnorm":
-        return RMSNorm(d, eps, device=device, dtype=dtype)
-    if type == "layernorm":
-        return LayerNorm(d, eps, device=device, dtype=dtype)
-    raise ValueError(f"norm.type: unknown norm {type!r}. Known: 'rmsnorm', 'layernorm'.")
+    if type not in NORMS:
+        raise ValueError(f"norm.type: unknown norm {type!r}. Known: {', '.join(map(repr, NORMS))}.")
+    return NORMS[type](d, eps, device=device, dtype=dtype)

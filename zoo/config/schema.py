@@ -6,13 +6,13 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ...layers.norm import NORMS
 from ..errors import ConfigError
 from ..registry import nearest, of_another_kind
 from .plain import first_line
 
 __all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "typed"]
 
-_NORMS = ("rmsnorm", "layernorm")
 # nobody writes down more; each is checked and built on the meta device, which takes milliseconds
 MAX_MIXERS = 256
 # the largest sizes that anybody means; beyond them lies a slip of the keyboard, or an overflow
@@ -121,7 +121,7 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{key}: {problem}.")
     del values["base"]
     leaves = values | {f"norm.{key}": value for key, value in values["norm"].items()}
-    for key, choices in (("task", tuple(SCHEMAS)), ("norm.type", _NORMS)):
+    for key, choices in (("task", tuple(SCHEMAS)), ("norm.type", tuple(NORMS))):
         if (value := leaves[key]) not in choices:
             raise ConfigError(f"{key}: unknown value {value!r}.{nearest(value, choices)} Known: {', '.join(choices)}.")
     for key, (low, high) in _RANGES.items():

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 from ...layers.adapter import Adapter
 from ...layers.base import Mixer, Seq, Sharing
 from ...layers.common import dtype_read, linear, reset_linear, scaled
-from ...layers.norm import LayerNorm, RMSNorm, make_norm
+from ...layers.norm import NORMS, make_norm
 from ..layout.expand import BlockSpec
 from ..registry import build_mixer
 from .hooks import is_hooked
 
 __all__ = ["Block", "Parallel", "Stream", "is_plain_norm", "is_sharded", "keep_sharing", "share"]
-
-_NORMS = (RMSNorm, LayerNorm)
 
 
 class Stream(NamedTuple):
@@ -198,7 +196,7 @@ class Block(Sharing):
 
 def is_plain_norm(norm: nn.Module) -> bool:
     """Whether a norm is one of ours, without hooks: one that may be asked to add before, and for a second output."""
-    return type(norm) in _NORMS and not is_hooked(norm)
+    return type(norm) in NORMS.values() and not is_hooked(norm)
 
 
 def share(twin: nn.Module, first: nn.Module) -> None:
