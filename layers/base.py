@@ -158,6 +158,9 @@ class Mixer(Sharing):
         no_decay_parameters: Dotted names of parameters that weight decay must not touch; ``zoo.param_groups`` honours them.
         without_effect: Options that decide initialisation, losses or speed, and nothing of what is computed.
         attends: Whether it is attention, whose share in a model is stated.
+        shares: Names of values that mixers of this kind write for those in later blocks, such as RWKV-7's ``v_first``. One that names any
+            has a ``step`` of its own, and takes ``shared`` there and in ``forward``: a dict of per-token tensors, ``(b, l, ...)`` and
+            ``(b, ...)``, to read from and to write to; ``None`` outside a model.
         rounds_input: Whether nothing but linear layers reads the input. Under autocast they round it, so whoever makes it may hand it
             over rounded; a mixer that scales or routes by it first gets it in its parameters' dtype.
     """
@@ -167,6 +170,7 @@ class Mixer(Sharing):
     no_decay_parameters: ClassVar[tuple[str, ...]] = ()
     without_effect: ClassVar[frozenset[str]] = frozenset()
     attends: ClassVar[bool] = False
+    shares: ClassVar[tuple[str, ...]] = ()
     rounds_input: bool = False
 
     def forward(

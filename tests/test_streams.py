@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError, export
+from hybridzoo.zoo.models.block import Stream
 from hybridzoo.zoo.models.stats import stats
 from hybridzoo.zoo.registry import ConfigError
 
@@ -133,3 +135,89 @@ def test_what_shares_weights_is_not_exported_to_a_format_that_cannot():
 def test_what_cannot_work_is_said(config, message):
     with pytest.raises(ConfigError, match=message):
         zoo.config(config)
+
+
+class Valued(zoo.Mixer):
+    """Adds a share of the values that the first of its kind has seen, as RWKV-7 does (arXiv:2503.14456, section 4)."""
+
+    capabilities = frozenset({"state", "packing", "padding", "causal"})
+    shares = ("v_first",)
+
+    def __init__(self, d_model: int, share: float = 0.5, device=None, dtype=None):
+        super().__init__()
+        self.share, self.value = share, torch.nn.Linear(d_model, d_model, device=device, dtype=dtype)
+
+    def forward(self, x, state=None, seq=None, aux=None, *, return_state=False, shared=None):
+        y = self.step(x, (), shared)
+        y = y if seq is None else seq.clear(y)
+        return (y, ()) if return_state else y
+
+    def step(self, x, state, shared=None):
+        shared = {} if shared is None else shared
+        v = self.value(x)
+        first = shared.setdefault("v_first", v)
+        return torch.tanh(v + self.share * (first - v))
+
+
+@pytest.fixture
+def valued():
+    zoo.register_mixer("test_valued")(Valued)
+    mixers = {"v": {"type": "test_valued"}, "mamba": {"d_state": 4}, "mlp": {"d_intermediate": 24}}
+    return zoo.build({"vocab_size": 64, "d_model": 16, "layers": "mamba v mamba v + mlp v", "mixers": mixers}).eval()
+
+
+def first_values(model):
+    """What later blocks get: noted by hooks on the mixers, which are given it by keyword."""
+    seen = []
+    hook = lambda m, args, kwargs, out: seen.append(kwargs["shared"]["v_first"])  # noqa: E731
+    for i in (1, 3, 4):
+        model.backbone.layers[i].mixer.register_forward_hook(hook, with_kwargs=True)
+    return seen
+
+
+@torch.no_grad()
+def test_what_a_block_shares_reaches_all_later_ones_in_every_way_of_reading(valued):
+    test_decoding_chunks_padding_and_packing_are_one_full_pass(valued)
+    seen = first_values(valued)
+    valued(IDS)
+    assert seen[0] is seen[1] is seen[2] and seen[0].shape == (2, 20, 16)
+    seen.clear()
+    valued(IDS)
+    assert len(seen) == 3  # nothing is left over from the call before
+    assert Valued(16)(torch.randn(1, 3, 16)).shape == (1, 3, 16)  # and outside a model
+
+
+def test_what_blocks_share_is_recomputed_differentiated_and_compiled(valued):
+    valued(IDS, labels=IDS).loss.backward()
+    grads = {name: p.grad.clone() for name, p in valued.named_parameters()}
+    assert grads["backbone.layers.1.mixer.value.weight"].any()
+    seen: list = []
+    valued.train().gradient_checkpointing_enable()
+    for hooked in (False, True):
+        valued.zero_grad()
+        if hooked:
+            valued.backbone.layers[3].register_full_backward_hook(lambda m, given, got: seen.append(got[0].shape))
+        valued(IDS, labels=IDS).loss.backward()
+        for name, p in valued.named_parameters():
+            torch.testing.assert_close(p.grad, grads[name])
+    assert seen == [(2, 20, 16)]
+
+
+@pytest.mark.slow
+def test_what_blocks_share_is_compiled(valued):
+    compiled = torch.compile(valued, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS).logits, valued(IDS).logits)
+
+
+def test_a_stream_is_a_tree_and_goes_on_where_a_hook_gives_its_value_alone(model, valued):
+    x, e, v = torch.zeros(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 3)
+    stream = Stream(x, x, e, None, {"v": v})
+    leaves, spec = tree_flatten(stream)
+    assert [t for t in leaves if t is not None][-1] is v and type(tree_unflatten(leaves, spec)) is Stream
+    for after in (Stream(e), e):
+        assert stream.replaced_by(after)[2:] == stream[2:] and stream.replaced_by(after).sum() is e
+    for m in (model, valued):
+        want = m(IDS).logits
+        for block in m.backbone.layers:
+            block.register_forward_hook(lambda b, args, out: (Stream(out[0].sum()), *out[1:]))
+        torch.testing.assert_close(m(IDS).logits, want)

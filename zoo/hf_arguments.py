@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.seq import Seq
-from .models.causal_lm import number_documents
+from .models.rows import number_documents
 from .models.state import StateCache
 
 __all__ = ["Rows", "refuse_others"]

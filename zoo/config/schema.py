@@ -1,6 +1,7 @@
 """The keys of a config: their names, types, defaults and ranges."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -105,8 +106,9 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
         ConfigError: With the key, what was found, and what is expected.
     """
     given = {key: value for key, value in data.items() if key != "base"}
-    task = given.get("task")
-    schema = SCHEMAS.get(task if isinstance(task, str) else "", ConfigSchema)
+    if isinstance(task := given.get("task", ConfigSchema.task), str):  # other kinds are refused below
+        _check_choice("task", task, SCHEMAS)
+    schema = SCHEMAS[task] if isinstance(task, str) else ConfigSchema
     _check_keys(given, schema)
     try:
         scalars = {key: value for key, value in given.items() if key not in _NESTED}
@@ -121,13 +123,16 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{key}: {problem}.")
     del values["base"]
     leaves = values | {f"norm.{key}": value for key, value in values["norm"].items()}
-    for key, choices in (("task", tuple(SCHEMAS)), ("norm.type", tuple(NORMS))):
-        if (value := leaves[key]) not in choices:
-            raise ConfigError(f"{key}: unknown value {value!r}.{nearest(value, choices)} Known: {', '.join(choices)}.")
+    _check_choice("norm.type", leaves["norm.type"], tuple(NORMS))
     for key, (low, high) in _RANGES.items():
         if (value := leaves.get(key)) is not None and not low <= value <= high:
             raise ConfigError(f"{key}: is {value}, outside {low} to {high}. Choose a value in that range.")
     return values
+
+
+def _check_choice(key: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}: unknown value {value!r}.{nearest(value, choices)} Known: {', '.join(choices)}.")
 
 
 def _check_keys(given: dict[str, Any], schema: type) -> None:

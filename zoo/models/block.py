@@ -10,7 +10,7 @@ from ...layers.adapter import Adapter
 from ...layers.base import Mixer, Seq, Sharing
 from ...layers.common import dtype_read, linear, reset_linear, scaled
 from ...layers.norm import NORMS, make_norm
-from ..layout.expand import BlockSpec
+from ..config.resolve import Resolved
 from ..registry import build_mixer
 from .hooks import is_hooked
 
@@ -18,19 +18,35 @@ __all__ = ["Block", "Parallel", "Stream", "is_plain_norm", "is_sharded", "keep_s
 
 
 class Stream(NamedTuple):
-    """The residual stream between two blocks; the next norm adds up what the last one left, in one pass on a GPU.
+    """All that passes from one block to the next; the next norm adds up what the last one left, in one pass on a GPU.
 
     Attributes:
-        x: ``(b, l, d)``, or ``(b, d)`` for one token.
-        add: What is still to be added to it, of the same shape, if anything.
+        x: The residual stream, ``(b, l, d)``, or ``(b, d)`` for one token.
+        add: A tensor of the same shape that is still to be added to it, if anything is.
+        embedding: The residual stream's first value.
+        side: The side stream, once a block has written one.
+        shared: Tensors by name that earlier blocks have written for later ones (:attr:`Mixer.shares`).
     """
 
     x: Tensor
     add: Tensor | None = None
+    embedding: Tensor | None = None
+    side: Tensor | None = None
+    shared: dict[str, Tensor] | None = None
 
     def sum(self) -> Tensor:
         """The residual stream as one tensor."""
         return self.x if self.add is None else self.x + self.add
+
+    def summed(self) -> "Stream":
+        """The same with nothing left to add."""
+        return self if self.add is None else self._replace(x=self.x + self.add, add=None)
+
+    def replaced_by(self, after: "Stream | Tensor") -> "Stream":
+        """Return a stream in whose place a hook has put ``after``: as it is, or with the rest of this one where it is a value alone."""
+        if isinstance(after, Tensor):
+            return self._replace(x=after, add=None)
+        return after if after.embedding is not None else self._replace(x=after.x, add=after.add)
 
 
 class Branches(Sharing, nn.ModuleList):
@@ -45,24 +61,28 @@ class Parallel(Mixer):
         self.branches = Branches(branches)
         self.capabilities = frozenset.intersection(*(m.capabilities for m in branches))  # type: ignore[misc]
         self.rounds_input = all(m.rounds_input for m in branches)
+        self.shares = tuple(dict.fromkeys(name for m in branches for name in m.shares))  # type: ignore[misc]
 
     @property
     def mixers(self) -> list[Mixer]:
         """The branches, typed."""
         return cast(list[Mixer], list(self.branches))
 
-    def forward(self, x, state=None, seq=None, aux=None, *, return_state=False):
+    def forward(self, x, state=None, seq=None, aux=None, *, return_state=False, shared=None):
         """As :meth:`Mixer.forward`; the state is a tuple, one entry per branch."""
         states = [None] * len(self.branches) if state is None else state
-        outs = [m(x, s, seq, aux, return_state=return_state) for m, s in zip(self.mixers, states, strict=True)]
+        outs = [
+            m(x, s, seq, aux, return_state=return_state, **given_to(m, shared))
+            for m, s in zip(self.mixers, states, strict=True)
+        ]
         if not return_state:
             return sum(outs[1:], outs[0])
         ys = [y for y, _ in outs]
         return sum(ys[1:], ys[0]), tuple(s for _, s in outs)
 
-    def step(self, x: Tensor, state: Any) -> Tensor:
+    def step(self, x: Tensor, state: Any, shared: Any = None) -> Tensor:
         """As :meth:`Mixer.step`."""
-        ys = [m.step(x, s) for m, s in zip(self.mixers, state, strict=True)]
+        ys = [m.step(x, s, **given_to(m, shared)) for m, s in zip(self.mixers, state, strict=True)]
         return sum(ys[1:], ys[0])
 
     def init_state(self, batch, max_len=0, device=None, dtype=None):
@@ -78,42 +98,32 @@ class Block(Sharing):
     """One token of a pattern: pre-norm, mixer, residual addition.
 
     Args:
-        spec: The mixers of this block, options resolved, and the streams it reads and writes.
-        d_model: Channels.
-        n_layer: Residual blocks of the model, for initialisation.
-        norm: ``{"type": ..., "eps": ...}``.
-        multiplier: Factor of what the block adds to the residual stream.
+        resolved: The config and its blocks.
+        index: Of the block.
         device: As for ``torch.nn.Linear``.
         dtype: As for ``torch.nn.Linear``.
     """
 
-    def __init__(
-        self,
-        spec: BlockSpec,
-        d_model: int,
-        n_layer: int,
-        norm: dict[str, Any],
-        multiplier: float = 1.0,
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, resolved: Resolved, index: int, device=None, dtype=None):
         super().__init__()
+        cfg, spec = resolved.config, resolved.specs[index]
+        d_model, d_in = cfg.d_model, spec.d_in(cfg.d_model)
         # in a tuple, so that it is no child: the block that owns the parts which this one borrows
         self.owner: tuple[Block, ...] = ()
-        self.multiplier, self.reads, self.writes = multiplier, spec.reads, spec.writes
-        d_in, place = spec.d_in(d_model), {"layer_idx": spec.index, "n_layer": n_layer}
+        self.multiplier, self.reads, self.writes = cfg.residual_multiplier, spec.reads, spec.writes
         self.side_proj: nn.Linear | None = None
         if spec.reads == "residual_plus_side":
             self.side_proj = linear(d_model, d_model, False, device, dtype)
             reset_linear(self.side_proj)
-        self.norm = make_norm(norm["type"], d_in, norm["eps"], device=device, dtype=dtype)
+        self.norm = make_norm(cfg.norm.type, d_in, cfg.norm.eps, device=device, dtype=dtype)
+        place = {"layer_idx": index, "n_layer": len(resolved.specs)}
         mixers = [
             build_mixer(part, where, d_model=d_model, d_in=d_in, device=device, dtype=dtype, **place)
             for _, part, where in spec.parts
         ]
         self.mixer = mixers[0] if len(mixers) == 1 else Parallel(mixers)
         # kept here, because an adapter (PEFT) may stand in the mixer's place
-        self.rounds_input = self.mixer.rounds_input
+        self.rounds_input, self.shares = self.mixer.rounds_input, self.mixer.shares
 
     def forward(
         self,
@@ -121,81 +131,90 @@ class Block(Sharing):
         state: Any,
         seq: Seq | None,
         return_state: bool,
-        embedding: Tensor,
-        side: Tensor | None = None,
         run: nn.Module | None = None,
-    ) -> tuple[Stream | Tensor, Any, dict[str, list], Tensor | None]:
-        """One residual block over ``(b, l, d)``.
+        beside: Stream | None = None,
+    ) -> tuple[Stream | Tensor, Any, dict[str, list], Stream]:
+        """Run one residual block over ``(b, l, d)``.
 
         Args:
-            stream: The residual stream, or its value, in which case a value comes back: what backward hooks see.
-            state: What the rows left behind here, if anything.
+            stream: The stream; or the residual stream as one tensor, which backward hooks are given the gradient of.
+            state: The state that the rows left behind here, if any.
             seq: Padding or packing of the rows.
             return_state: Whether to return the new state.
-            embedding: The residual stream's first value.
-            side: The side stream, if an earlier block has written one.
             run: A block with parts in common to run instead, whose weights are there while this one is called (FSDP).
+            beside: The stream, where its value stands in ``stream``.
 
         Returns:
-            The new residual stream, whose value is ``stream.sum()``; the state (``None`` unless asked for); what the mixer put into
-            ``aux``, in a dict made here and not handed in, so that recomputing a checkpointed block does not fill it twice; and the
-            side stream.
+            The new stream, or its value where ``stream`` is one; the state (``None`` unless asked for); what the mixer put into ``aux``,
+            in a dict made here and not handed in, so that recomputing a checkpointed block does not fill it twice; and the new stream
+            once more, which is whole also where a hook puts a residual stream alone into the first place.
         """
         if run is not None:
-            return run(stream, state, seq, return_state, embedding, side)
+            return run(stream, state, seq, return_state, beside=beside)
+        before = stream if beside is None else beside.replaced_by(stream)
+        assert isinstance(before, Stream)
         aux: dict[str, list] = {"balance": []}
-        before = Stream(stream) if isinstance(stream, Tensor) else stream
-        h, before = self._normed(before, embedding, side)
+        h, x = self._normed(before)
+        shared = self._shared(before)
+        given = given_to(self, shared)
         if return_state:
-            y, state = self.mixer(h, state, seq, aux, return_state=True)
+            y, state = self.mixer(h, state, seq, aux, return_state=True, **given)
         else:
-            y, state = self.mixer(h, state, seq, aux), None
-        after, side = self._written(before, side, y)
-        return after.sum() if isinstance(stream, Tensor) else after, state, aux, side
+            y, state = self.mixer(h, state, seq, aux, **given), None
+        after = self._written(before, x, y, shared)
+        return after if beside is None else after.sum(), state, aux, after
 
-    def step(
-        self, stream: Stream, state: Any, embedding: Tensor, side: Tensor | None = None
-    ) -> tuple[Stream, Tensor | None]:
-        """One token per row, ``(b, d)``, to the new residual and side streams; ``state`` is updated in place."""
-        h, stream = self._normed(stream, embedding, side)
-        return self._written(stream, side, self.mixer.step(h, state))
+    def step(self, stream: Stream, state: Any) -> Stream:
+        """One token per row, ``(b, d)``, to the new stream; ``state`` is updated in place."""
+        h, x = self._normed(stream)
+        shared = self._shared(stream)
+        return self._written(stream, x, self.mixer.step(h, state, **given_to(self, shared)), shared)
 
     def flops(self, seq_len: int) -> int:
         """As :meth:`Mixer.flops`, for the mixer and what leads to it."""
         side = self.side_proj
         return self.mixer.flops(seq_len) + (0 if side is None else 2 * side.in_features * side.out_features)
 
-    def _normed(self, stream: Stream, embedding: Tensor, side: Any) -> tuple[Tensor, Stream]:
-        """What the mixer reads, and the residual stream to go on with, in one tensor."""
+    def _normed(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The mixer's input, and the residual stream to go on with."""
         plain = is_plain_norm(self.norm)
         if self.reads == "residual" and plain:
-            h, x = self.norm(stream.x, self._dtype_read(self.norm.weight), branch=True, add=stream.add)
-            return h, Stream(x)
+            return self.norm(stream.x, self._dtype_read(self.norm.weight), branch=True, add=stream.add)
         x = read = stream.sum()
+        side: Any = stream.side
         if self.reads == "residual_and_embedding":
-            read = torch.cat([x, embedding], dim=-1)
+            read = torch.cat([x, cast(Tensor, stream.embedding)], dim=-1)
         elif self.reads == "side":
             read = side
         elif self.side_proj is not None:
             read = x + self.side_proj(side)
         if plain:
-            return self.norm(read, self._dtype_read(self.norm.weight), branch=True)[0], Stream(x)
+            return self.norm(read, self._dtype_read(self.norm.weight), branch=True)[0], x
         # hooks, and what somebody has put in the norm's place, are given one tensor and give one
         h = self.norm(read)
-        return h.to(self._dtype_read(next(self.norm.parameters(), h))), Stream(x)
+        return h.to(self._dtype_read(next(self.norm.parameters(), h))), x
 
     def _dtype_read(self, weight: Any) -> torch.dtype:
         # a float32 residual stream meets half-precision weights, or autocast, here
         return dtype_read(weight) if self.rounds_input else weight.dtype
 
-    def _written(self, stream: Stream, side: Tensor | None, y: Tensor) -> tuple[Stream, Tensor | None]:
+    def _shared(self, stream: Stream) -> dict[str, Tensor] | None:
+        # a dict of this block's own: a checkpointed one is recomputed from what it was given
+        return dict(stream.shared or {}) if self.shares else stream.shared
+
+    def _written(self, before: Stream, x: Tensor, y: Tensor, shared: dict[str, Tensor] | None) -> Stream:
         if self.writes == "side":
-            return stream, y
-        return Stream(stream.x, scaled(y, self.multiplier)), side
+            return Stream(x, None, before.embedding, y, shared)
+        return Stream(x, scaled(y, self.multiplier), before.embedding, before.side, shared)
+
+
+def given_to(mixer: Any, shared: dict[str, Tensor] | None) -> dict[str, Any]:
+    """The argument ``shared`` of a mixer that declares to share something, or of a block around it; for others none."""
+    return {"shared": shared} if mixer.shares else {}
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
-    """Whether a norm is one of ours, without hooks: one that may be asked to add before, and for a second output."""
+    """Return whether a norm is one of ours, without hooks: one that may be asked to add before, and for a second output."""
     return type(norm) in NORMS.values() and not is_hooked(norm)
 
 
@@ -231,6 +250,6 @@ def keep_sharing(twin: nn.Module, first: nn.Module) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 shards a module by itself."""
+    """Return whether FSDP2 shards a module by itself."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
     return bool(fsdp) and isinstance(module, fsdp.FSDPModule)

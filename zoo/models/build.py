@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from ...layers.base import Mixer
-from ..config.resolve import ConfigSchema, resolve
+from ..config.resolve import resolve
+from ..config.schema import SCHEMAS
 from ..device import pick_device
 from ..errors import ConfigError
 from ..registry import nearest
-from .causal_lm import CausalLM
+from .model import Model
+from .tasks import task_of
 
 __all__ = ["build", "param_groups"]
 
@@ -24,7 +26,7 @@ def build(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **changes: Any,
-) -> CausalLM:
+) -> Model:
     """Build an untrained model.
 
     Args:
@@ -41,14 +43,17 @@ def build(
         ConfigError: The config is not valid; nothing has been allocated then.
         ValueError: The device is not there.
     """
-    arguments = ["overrides", "device", "dtype", *(field.name for field in dataclasses.fields(ConfigSchema))]
+    keys = dict.fromkeys(field.name for schema in SCHEMAS.values() for field in dataclasses.fields(schema))
+    arguments = ["overrides", "device", "dtype", *keys]
     for key in changes:
         if key not in arguments:
             raise ConfigError(
                 f"{key}: is neither an argument of zoo.build nor a key of configs.{nearest(key, arguments)} Known: {', '.join(arguments)}."
             )
     resolved = resolve(config, overrides, changes)
-    return CausalLM(resolved, device=None if device is None else pick_device(device, meta=True), dtype=dtype)
+    return task_of(resolved.config)(
+        resolved, device=None if device is None else pick_device(device, meta=True), dtype=dtype
+    )
 
 
 def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:

@@ -1,35 +1,27 @@
-"""The language model: embedding, residual blocks, final norm, head. Every family in the zoo is this class and a YAML file.
+"""The language model: tokens in, logits and the next-token loss out.
 
-State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.layers.N.{norm,mixer}.*``, ``backbone.norm_f.weight``,
-``lm_head.weight``.
+State-dict keys follow mamba-ssm: those of the trunk, and ``lm_head.weight``.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ...layers.adapter import Adapter
-from ...layers.base import Mixer, Seq, shapes, tree
-from ...layers.common import dtype_read, scaled, weight_dtype
+from ...layers.base import shapes, tree
+from ...layers.common import weight_dtype
 from ...layers.moe import balance_loss
-from ...layers.norm import make_norm
-from ..config.resolve import Resolved, resolve
 from ..tokenizer import load_tokenizer
-from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
 from .generate import generate
-from .hooks import Hooks, has_backward_hooks
 from .loss import next_token_loss, share_of_items, shift_labels
+from .model import Model
+from .rows import describe_rows, integers, number_documents
 from .state import ModelState
 
-__all__ = ["Backbone", "CausalLM", "CausalLMOutput", "number_documents"]
+__all__ = ["CausalLM", "CausalLMOutput", "number_documents", "padded_vocab"]
 
 
 @dataclasses.dataclass(repr=False)
@@ -70,155 +62,29 @@ class CausalLMOutput:
 tree(CausalLMOutput)
 
 
-class Backbone(nn.Module):
-    """Embedding, blocks and final norm.
+class CausalLM(Model):
+    """A decoder-only language model; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`."""
 
-    Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all parts but those.
-    """
-
-    def __init__(self, resolved: Resolved, device=None, dtype=None):
-        super().__init__()
-        cfg, specs = resolved.config, resolved.specs
-        norm = {"type": cfg.norm.type, "eps": cfg.norm.eps}
-        table = torch.empty(padded_vocab(cfg), cfg.d_model, device=device, dtype=dtype)
-        self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        blocks: list[Block] = []
-        shared: dict[str, Block] = {}
-        for spec in specs:
-            first = shared.get(spec.label) if spec.label else None
-            if first is None:
-                block = Block(spec, cfg.d_model, len(specs), norm, cfg.residual_multiplier, device=device, dtype=dtype)
-            elif any(isinstance(module, Adapter) for module in first.modules()):
-                block = Block(spec, cfg.d_model, len(specs), norm, cfg.residual_multiplier, device="meta", dtype=dtype)
-                share(block, first)
-            else:
-                block = first
-            if spec.label:
-                shared.setdefault(spec.label, block)
-            blocks.append(block)
-        self.layers = nn.ModuleList(blocks)
-        self.norm_f = make_norm(norm["type"], cfg.d_model, norm["eps"], device=device, dtype=dtype)
-        self.residual_in_fp32 = bool(cfg.residual_in_fp32)
-        self.embedding_multiplier, self.logits_multiplier = cfg.embedding_multiplier, cfg.logits_multiplier
-        self.gradient_checkpointing, self.checkpoint_every = False, 1
-        # under the name that transformers gives it, whose options (offloading, say) come with it
-        self._gradient_checkpointing_func: Any = checkpoint
-
-    @property
-    def blocks(self) -> list[Block]:
-        """``layers``, typed."""
-        return cast(list[Block], list(self.layers))
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids to the residual stream's first value, ``(...)`` to ``(..., d)``."""
-        return scaled(self.embedding(input_ids), self.embedding_multiplier)
-
-    def forward(
-        self,
-        x: Tensor,
-        seq: Seq | None,
-        state: ModelState | None,
-        return_state: bool,
-        passed: list[Tensor] | None = None,
-    ) -> tuple[Tensor, ModelState | None, dict[str, list]]:
-        """Run embedded tokens ``(b, l, d)``, in ``seq``'s order, through all blocks and the final norm.
-
-        ``passed``, a list to fill, collects the embedding and what every block leaves, the last one after the norm.
-        """
-        if passed is not None:
-            passed.append(x)
-        x = x.float() if self.residual_in_fp32 else x
-        before = (None,) * len(self.layers) if state is None else state.layers
-        after: list[Any] = []
-        aux: dict[str, list] = {}
-        stream, embedding, side = Stream(x), x, None
-        for i, (block, call, s) in enumerate(zip(self.blocks, self._callables(), before, strict=True)):
-            rest = s, seq, return_state, embedding, side
-            if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
-                # one tensor to keep, not two
-                call, stream = (
-                    partial(self._gradient_checkpointing_func, call, use_reentrant=False),
-                    Stream(stream.sum()),
-                )
-            value = stream.sum() if has_backward_hooks(block) else stream
-            value, s, extra, side = call(value, *rest)
-            stream = Stream(value) if isinstance(value, Tensor) else value
-            after.append(s)
-            if passed is not None and len(after) < len(before):
-                passed.append(stream.sum())
-            for key, values in extra.items():
-                aux.setdefault(key, []).extend(values)
-        new = None
-        if return_state:
-            seen = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long) if seq is None else seq.lengths
-            new = ModelState(tuple(after), seen if state is None else state.tokens + seen)
-        normed, hidden = self._final(stream)
-        if passed is not None:
-            passed.append(normed)
-        return hidden, new, aux
-
-    def step(self, x: Tensor, state: ModelState) -> Tensor:
-        """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
-        x = x.float() if self.residual_in_fp32 else x
-        stream, embedding, side = Stream(x), x, None
-        self._callables()
-        for block, s in zip(self.blocks, state.layers, strict=True):
-            stream, side = block.step(stream, s, embedding, side)
-        state.tokens += 1
-        return self._final(stream)[1]
-
-    def _callables(self) -> list[Callable[..., Any]]:
-        """The blocks, to be called; one whose owner is sharded by itself is called through that, which gathers the weights of both."""
-        blocks: list[Any] = self.blocks
-        for i, block in enumerate(blocks):
-            for owner in getattr(block, "owner", ()):
-                keep_sharing(block, owner)
-                if is_sharded(owner):
-                    blocks[i] = partial(owner, run=block)
-        return blocks
-
-    def _final(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """The normed stream, and what the head reads."""
-        norm, factor = self.norm_f, self.logits_multiplier
-        weight: Any = next(norm.parameters(), stream.x)
-        dtype = dtype_read(weight) if factor == 1 else stream.x.dtype
-        normed = norm(stream.x, dtype, add=stream.add) if is_plain_norm(norm) else norm(stream.sum()).to(dtype)
-        # the head is linear, so the factor may stand in front of it, where it is d and not v multiplications
-        return normed, normed if factor == 1 else (normed * factor).to(weight.dtype)
-
-
-class CausalLM(nn.Module):
-    """A decoder-only language model assembled from a config.
-
-    Args:
-        cfg: A config as ``zoo.config`` returns it, or anything ``zoo.build`` accepts.
-        device: As for ``torch.nn.Linear``; ``"meta"`` allocates nothing.
-        dtype: Of the weights; parameters that must stay float32 do.
-
-    Attributes:
-        cfg: The resolved config.
-        specs: The mixers of each residual block, as the config says.
-        source: The folder that the model was loaded from, where its tokenizer's files are; ``None`` if it was built.
-        metadata: What that folder says about text and not about the network, by file: the ids of special tokens under
-            ``"config.json"``, everything under ``"generation_config.json"``. Saving writes it back.
-    """
-
+    head_name, hf_class = "lm_head", "HybridZooForCausalLM"
+    lm_head: nn.Linear
     generate = generate
 
-    def __init__(self, cfg: Any, device=None, dtype=None):
-        super().__init__()
-        resolved = resolve(cfg)
-        self.cfg, self.specs = resolved.config, resolved.specs
-        self.source: Path | None = None
-        self.metadata: dict[str, dict[str, Any]] = {}
-        # the published family whose files it was read from, which an export tries first
-        self.family: str | None = None
-        self._hooks = Hooks()
-        self.backbone = Backbone(resolved, device=device, dtype=dtype)
-        self.lm_head = nn.Linear(self.cfg.d_model, padded_vocab(self.cfg), bias=False, device=device, dtype=dtype)
-        self._init_embeddings()
+    def make_embedding(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
+        """A table of ``padded_vocab`` rows."""
+        table = torch.empty(padded_vocab(self.cfg), self.cfg.d_model, device=device, dtype=dtype)
+        return nn.Embedding.from_pretrained(table, freeze=False)
+
+    def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
+        """A linear layer, whose weight is the table's where they are tied."""
+        head = nn.Linear(self.cfg.d_model, padded_vocab(self.cfg), bias=False, device=device, dtype=dtype)
         if self.cfg.tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
+            head.weight = self.backbone.embedding.weight  # type: ignore[assignment]
+        return head
+
+    def reset_ends(self) -> None:
+        """Draw the table, and the head where it is another."""
+        for weight in dict.fromkeys((self.backbone.embedding.weight, self.lm_head.weight)):
+            nn.init.normal_(weight, std=self.cfg.initializer_range)  # type: ignore[arg-type]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -263,7 +129,7 @@ class CausalLM(nn.Module):
             ValueError: Shapes that disagree, two kinds of row description, or a packed row with a state.
         """
         x = self._embed(input_ids, inputs_embeds)
-        seq = _describe_rows(x, attention_mask, cu_seqlens, seq_idx, state)
+        seq = describe_rows(x, attention_mask, cu_seqlens, seq_idx, state)
         if labels is not None and labels.shape != x.shape[:2]:
             raise ValueError(
                 f"labels: shape {tuple(labels.shape)} differs from the tokens' {tuple(x.shape[:2])}. Pass unshifted labels."
@@ -279,7 +145,7 @@ class CausalLM(nn.Module):
         aux_loss = _auxiliary(aux)
         loss = None
         if labels is not None:
-            labels = _numbers("labels", labels).long()
+            labels = integers("labels", labels).long()
             targets = shift_labels(labels if seq is None else seq.align(labels), seq)
             loss = next_token_loss(hidden, self.lm_head, targets, num_items)
             if aux_loss is not None:
@@ -310,7 +176,7 @@ class CausalLM(nn.Module):
                 f"{tuple(input_ids.shape)}."
             )
         if not self._hooks.anywhere(self, self._stepped):
-            return self.lm_head(self.backbone.step(self.backbone.embed(_numbers("input_ids", input_ids)), state))
+            return self.lm_head(self.backbone.step(self.backbone.embed(integers("input_ids", input_ids)), state))
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step: a CUDA graph cannot run the hooks on the model's modules when it is replayed. Remove the hooks, or do not capture."
@@ -325,41 +191,6 @@ class CausalLM(nn.Module):
         blocks: list[Any] = self.backbone.blocks
         return [*blocks, *(getattr(block, "mixer", None) for block in blocks)]
 
-    def init_state(self, batch: int, max_len: int = 0, device=None, dtype=None) -> ModelState:
-        """The state before the first token.
-
-        Args:
-            batch: Rows.
-            max_len: Tokens a row may reach; attention allocates this many places and grows when they are used up.
-            device: The weights' device by default.
-            dtype: The weights' dtype by default; recurrent states are float32.
-        """
-        self._hooks.look_again()
-        weight = self._weight()
-        device, dtype = device or weight.device, dtype or weight.dtype
-        # whatever stands around a block's mixer, or in the block's place, has a mixer inside
-        mixers = (next(m for m in block.modules() if isinstance(m, Mixer)) for block in self.backbone.blocks)
-        layers = tuple(mixer.init_state(batch, max_len, device, dtype) for mixer in mixers)
-        return ModelState(layers, torch.zeros(batch, dtype=torch.long, device=device))
-
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Recompute every block in the backward instead of keeping its activations (training mode only)."""
-        self.backbone.gradient_checkpointing = enabled
-
-    def flops(self, seq_len: int) -> int:
-        """Forward FLOPs per token (2 per multiply-add) in a sequence of ``seq_len`` tokens, head included."""
-        head = 2 * self.cfg.d_model * padded_vocab(self.cfg)
-        return sum(block.flops(seq_len) for block in self.backbone.blocks) + head
-
-    def num_params(self) -> int:
-        """Parameters, tied and shared ones counted once."""
-        return sum(p.numel() for p in self.parameters())
-
-    def _weight(self) -> Tensor:
-        # of the embedding, or of what comes next in a model whose embedding has none that is a floating-point number (quantised)
-        parts = self.backbone.embedding, self
-        return next(p for part in parts for p in part.parameters() if p.is_floating_point())
-
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them.")
@@ -372,15 +203,7 @@ class CausalLM(nn.Module):
         assert input_ids is not None
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}.")
-        return self.backbone.embed(_numbers("input_ids", input_ids, ", or vectors as inputs_embeds"))
-
-    def _init_embeddings(self) -> None:
-        if self.backbone.embedding.weight.is_meta:
-            return  # nothing to draw, and normal_ on a meta tensor would import the compiler: seconds
-        std = self.cfg.initializer_range
-        nn.init.normal_(self.backbone.embedding.weight, std=std)
-        if not self.cfg.tie_embeddings:
-            nn.init.normal_(self.lm_head.weight, std=std)
+        return self.backbone.embed(integers("input_ids", input_ids, ", or vectors as inputs_embeds"))
 
 
 def _auxiliary(aux: dict[str, list]) -> Tensor | None:
@@ -399,67 +222,3 @@ def _keep(x: Tensor, kept: int | Tensor) -> Tensor:
     if isinstance(kept, int):
         return x[:, -kept:] if kept else x
     return x[:, kept]
-
-
-def _numbers(name: str, ids: Tensor, instead: str = "") -> Tensor:
-    """Token ids of any integer type in one that an embedding takes."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name}: expected integers, got {ids.dtype}. Pass token ids{instead}.")
-    return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
-
-
-def _describe_rows(
-    x: Tensor,
-    attention_mask: Tensor | None,
-    cu_seqlens: Any,
-    seq_idx: Any,
-    state: ModelState | None,
-) -> Seq | None:
-    b, l = x.shape[:2]
-    if state is not None and state.tokens.shape[0] != b:
-        raise ValueError(
-            f"state: holds {state.tokens.shape[0]} rows, the tokens have {b}. Use state.reorder to select rows."
-        )
-    packing = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
-    given = [name for name, value in packing.items() if value is not None]
-    if given:
-        name = ", ".join(given)
-        if len(given) > 1:
-            raise ValueError(f"{name}: say the same in two ways. Give one of them.")
-        if attention_mask is not None:
-            raise ValueError(f"attention_mask, {name}: give one of them; a packed row has no padding.")
-        if state is not None:
-            raise ValueError(f"state, {name}: a packed row starts every document afresh and cannot continue a state.")
-    if cu_seqlens is not None:
-        return Seq.from_cu_seqlens(cu_seqlens, b, l, x.device)
-    if seq_idx is not None:
-        return Seq.from_documents(number_documents(seq_idx, (b, l)), x.device)
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != (b, l):
-        raise ValueError(
-            f"attention_mask: shape {tuple(attention_mask.shape)} differs from the tokens' {(b, l)}. Mask this call's tokens only."
-        )
-    return Seq.from_mask(attention_mask.to(x.device))
-
-
-def number_documents(seq_idx: Any, shape: tuple[int, int]) -> Tensor:
-    """Documents counted from 0 along the rows of ``seq_idx``, where a number may come twice; -1 at padding.
-
-    Raises:
-        ValueError: No numbers, another shape, or padding that does not stand at the end of a row.
-    """
-    if not isinstance(seq_idx, Tensor):
-        try:
-            seq_idx = torch.as_tensor(seq_idx)
-        except (TypeError, ValueError, RuntimeError) as e:
-            raise ValueError(
-                f"seq_idx: {type(seq_idx).__name__} is not (b, l) integers ({e}). Pass one number per token."
-            ) from e
-    if seq_idx.shape != shape:
-        raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {shape}.")
-    padding = seq_idx < 0
-    if not torch.compiler.is_compiling() and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
-        raise ValueError("seq_idx: has padding (negative numbers) before a token. Padding stands at the end of a row.")
-    starts = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long(), (1, 0))
-    return starts.cumsum(1).masked_fill(padding, -1)

@@ -7,34 +7,33 @@ import torch
 from torch import nn
 
 from ...layers.norm import make_norm
+from ..config.resolve import Resolved
 from .block import Block
-from .causal_lm import CausalLM
+from .model import Model
 
 __all__ = ["redraw"]
 
-_PART = re.compile(r"(backbone\.layers\.(?P<block>\d+)|backbone\.norm_f|backbone\.embedding|lm_head)\.(?P<rest>.+)")
+_PART = re.compile(r"(backbone\.layers\.(?P<block>\d+)|(backbone\.)?\w+)\.(?P<rest>.+)")
 
 
 @torch.no_grad()
-def redraw(model: CausalLM, names: Iterable[str]) -> None:
+def redraw(model: Model, names: Iterable[str]) -> None:
     """Draw parameters anew, in place; the others keep their values.
 
     Args:
         model: The parameters have memory. A block is built a second time for those in it, on the CPU and in float32.
         names: As in ``model.named_parameters()``.
     """
-    cfg, specs = model.cfg, model.specs
-    norm = {"type": cfg.norm.type, "eps": cfg.norm.eps}
+    cfg = model.cfg
     fresh: dict[str, nn.Module] = {}
     for name in names:
         place, tensor = _PART.fullmatch(name), model.get_parameter(name)
         assert place is not None
         part, rest = place[1], place["rest"]
         if part not in fresh and place["block"]:
-            spec = specs[int(place["block"])]
-            fresh[part] = Block(spec, cfg.d_model, len(specs), norm, cfg.residual_multiplier, dtype=torch.float32)
+            fresh[part] = Block(Resolved(cfg, model.specs), int(place["block"]), dtype=torch.float32)
         elif part == "backbone.norm_f":
-            fresh[part] = make_norm(norm["type"], cfg.d_model, norm["eps"], dtype=torch.float32)
+            fresh[part] = make_norm(cfg.norm.type, cfg.d_model, cfg.norm.eps, dtype=torch.float32)
         if part in fresh:
             tensor.copy_(fresh[part].get_parameter(rest))
         else:  # embedding and head

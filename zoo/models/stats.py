@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .build import build
-from .causal_lm import CausalLM
+from .model import Model
 
 __all__ = ["Row", "Stats", "numbers", "stats"]
 
@@ -71,9 +71,9 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
     """Count a model's parameters, FLOPs and state.
 
     Args:
-        source: A ``CausalLM``, or whatever ``zoo.build`` takes: a name, a path, a config.
+        source: A model, or whatever ``zoo.build`` takes: a name, a path, a config.
         seq_len: Tokens per sequence, at least 1.
-        dtype: Of weights and attention's state, float32 unless given; ignored for a ``CausalLM``, which has one.
+        dtype: Of weights and attention's state, float32 unless given; ignored for a model, which has one.
 
     Raises:
         ValueError: ``seq_len`` is not positive.
@@ -81,15 +81,14 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
     """
     if seq_len < 1:
         raise ValueError(f"seq_len: is {seq_len}. Use 1 or more tokens.")
-    model = source if isinstance(source, CausalLM) else build(source, device="meta", dtype=dtype)
+    model = source if isinstance(source, Model) else build(source, device="meta", dtype=dtype)
     seen: set[int] = set()
-    head_flops = 2 * model.lm_head.weight.numel()
     rows = [_row(None, "embedding", model.backbone.embedding, seen)]
     for spec, block in zip(model.specs, model.backbone.blocks, strict=True):
         state_bytes = block.mixer.state_bytes(seq_len)
         rows.append(_row(spec.index, spec.token, block, seen, block.flops(seq_len), state_bytes))
     rows.append(_row(None, "norm_f", model.backbone.norm_f, seen))
-    rows.append(_row(None, "lm_head", model.lm_head, seen, head_flops))
+    rows.append(_row(None, model.head_name, model.head, seen, model.head_flops(seq_len)))
 
     attention = sum(any(getattr(m, "attends", False) for m in block.modules()) for block in model.backbone.blocks)
     # what mixes tokens leaves a state behind; channel mixers leave none
@@ -101,7 +100,7 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
         params=sum(row.params for row in rows),
         active_params=sum(row.active_params for row in rows),
         flops=sum(row.flops for row in rows),
-        dtype=str(model.backbone.embedding.weight.dtype).removeprefix("torch."),
+        dtype=str(model.some_weight().dtype).removeprefix("torch."),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         state_bytes=sum(row.state_bytes for row in rows),
         attention_of_mixers=attention / mixers if mixers else None,

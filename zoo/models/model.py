@@ -1,0 +1,117 @@
+"""All that models have in common, whatever their task."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...layers.base import Mixer
+from ..config.resolve import ConfigSchema, resolve
+from .hooks import Hooks
+from .state import ModelState
+from .trunk import Backbone
+
+__all__ = ["Model"]
+
+
+class Model(nn.Module):
+    """A network assembled from a config: the trunk between the embedding and the head of a task.
+
+    A task is a subclass that makes these two, says in its ``forward`` what goes in and comes out, and is registered
+    (:func:`~hybridzoo.zoo.models.tasks.register_task`). Everything else in the zoo asks it and knows no task by name.
+
+    Args:
+        cfg: A config as ``zoo.config`` returns it, or anything ``zoo.build`` accepts.
+        device: As for ``torch.nn.Linear``; ``"meta"`` allocates nothing.
+        dtype: Of the weights; parameters that must stay float32 do.
+
+    Attributes:
+        schema: The dataclass of its config's keys, :class:`~hybridzoo.zoo.config.schema.ConfigSchema` or one derived from it.
+        head_name: The head's name in the model, and in state-dict keys.
+        hf_class: The class in :mod:`hybridzoo.zoo.hf` through which transformers sees the model; ``None`` if there is none.
+        cfg: The resolved config.
+        specs: The mixers of each residual block, as the config says.
+        source: The folder that the model was loaded from, where its tokenizer's files are; ``None`` if it was built.
+        metadata: Facts of that folder that are about text and not about the network, by file: the ids of special tokens under
+            ``"config.json"``, everything under ``"generation_config.json"``. Saving writes it back.
+        family: The published family whose files it was read from, which an export tries first.
+    """
+
+    schema: ClassVar[type] = ConfigSchema
+    head_name: ClassVar[str] = "head"
+    hf_class: ClassVar[str | None] = None
+
+    def __init__(self, cfg: Any, device=None, dtype=None):
+        super().__init__()
+        resolved = resolve(cfg)
+        self.cfg, self.specs = resolved.config, resolved.specs
+        self.source: Path | None = None
+        self.metadata: dict[str, dict[str, Any]] = {}
+        self.family: str | None = None
+        self._hooks = Hooks()
+        self.backbone = Backbone(resolved, self.make_embedding(device, dtype), device=device, dtype=dtype)
+        setattr(self, self.head_name, self.make_head(device, dtype))
+        if not any(p.is_meta for p in self.head.parameters()):
+            # there is nothing to draw, and normal_ on a meta tensor would import the compiler: seconds
+            self.reset_ends()
+
+    def make_embedding(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
+        """Return the module that makes ``(b, l, d)`` of the model's inputs."""
+        raise NotImplementedError
+
+    def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
+        """Return the module that makes the model's answers of the final norm's ``(b, l, d)``, or of what is pooled from it."""
+        raise NotImplementedError
+
+    def reset_ends(self) -> None:
+        """Draw the initial values of embedding and head, after those of the blocks; here, they stay as they were made."""
+
+    @property
+    def task(self) -> str:
+        """The name in the config."""
+        return self.cfg.task
+
+    @property
+    def head(self) -> nn.Module:
+        """The head, under whatever name."""
+        return self.get_submodule(self.head_name)
+
+    def init_state(self, batch: int, max_len: int = 0, device=None, dtype=None) -> ModelState:
+        """The state before the first token.
+
+        Args:
+            batch: Rows.
+            max_len: Tokens a row may reach; attention allocates this many places and grows when they are used up.
+            device: The weights' device by default.
+            dtype: The weights' dtype by default; recurrent states are float32.
+        """
+        self._hooks.look_again()
+        weight = self.some_weight()
+        device, dtype = device or weight.device, dtype or weight.dtype
+        # whatever stands around a block's mixer, or in the block's place, has a mixer inside
+        mixers = (next(m for m in block.modules() if isinstance(m, Mixer)) for block in self.backbone.blocks)
+        layers = tuple(mixer.init_state(batch, max_len, device, dtype) for mixer in mixers)
+        return ModelState(layers, torch.zeros(batch, dtype=torch.long, device=device))
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Recompute every block in the backward instead of keeping its activations (training mode only)."""
+        self.backbone.gradient_checkpointing = enabled
+
+    def head_flops(self, seq_len: int) -> int:
+        """Forward FLOPs per token of the head, in a sequence of ``seq_len``; here, those of one that reads every token."""
+        return 2 * sum(p.numel() for p in self.head.parameters())
+
+    def flops(self, seq_len: int) -> int:
+        """Forward FLOPs per token (2 per multiply-add) in a sequence of ``seq_len`` tokens, head included."""
+        return sum(block.flops(seq_len) for block in self.backbone.blocks) + self.head_flops(seq_len)
+
+    def num_params(self) -> int:
+        """Parameters, tied and shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def some_weight(self) -> Tensor:
+        """A weight of the model's device and dtype."""
+        # of the embedding, or of what comes next in a model whose embedding has none that is a floating-point number (quantised)
+        parts = self.backbone.embedding, self
+        return next(p for part in parts for p in part.parameters() if p.is_floating_point())

@@ -1,0 +1,85 @@
+"""The rows of a batch as a caller describes them: padding, packing, documents."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...layers.base import Seq
+from .state import ModelState
+
+__all__ = ["describe_rows", "integers", "number_documents"]
+
+
+def integers(name: str, ids: Tensor, instead: str = "") -> Tensor:
+    """Return token ids of any integer type in one that an embedding takes.
+
+    Raises:
+        ValueError: They are no integers; the message ends with what could be passed ``instead``.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}. Pass token ids{instead}.")
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
+
+
+def describe_rows(
+    x: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Any,
+    seq_idx: Any,
+    state: ModelState | None,
+) -> Seq | None:
+    """Return the description that layers take of the rows of ``x``, (b, l, d); arguments as of :meth:`CausalLM.forward`.
+
+    Raises:
+        ValueError: Shapes that disagree, two kinds of description, or a packed row with a state.
+    """
+    b, l = x.shape[:2]
+    if state is not None and state.tokens.shape[0] != b:
+        raise ValueError(
+            f"state: holds {state.tokens.shape[0]} rows, the tokens have {b}. Use state.reorder to select rows."
+        )
+    packing = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
+    given = [name for name, value in packing.items() if value is not None]
+    if given:
+        name = ", ".join(given)
+        if len(given) > 1:
+            raise ValueError(f"{name}: say the same in two ways. Give one of them.")
+        if attention_mask is not None:
+            raise ValueError(f"attention_mask, {name}: give one of them; a packed row has no padding.")
+        if state is not None:
+            raise ValueError(f"state, {name}: a packed row starts every document afresh and cannot continue a state.")
+    if cu_seqlens is not None:
+        return Seq.from_cu_seqlens(cu_seqlens, b, l, x.device)
+    if seq_idx is not None:
+        return Seq.from_documents(number_documents(seq_idx, (b, l)), x.device)
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (b, l):
+        raise ValueError(
+            f"attention_mask: shape {tuple(attention_mask.shape)} differs from the tokens' {(b, l)}. Mask this call's tokens only."
+        )
+    return Seq.from_mask(attention_mask.to(x.device))
+
+
+def number_documents(seq_idx: Any, shape: tuple[int, int]) -> Tensor:
+    """Documents counted from 0 along the rows of ``seq_idx``, where a number may come twice; -1 at padding.
+
+    Raises:
+        ValueError: No numbers, another shape, or padding that does not stand at the end of a row.
+    """
+    if not isinstance(seq_idx, Tensor):
+        try:
+            seq_idx = torch.as_tensor(seq_idx)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(
+                f"seq_idx: {type(seq_idx).__name__} is not (b, l) integers ({e}). Pass one number per token."
+            ) from e
+    if seq_idx.shape != shape:
+        raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {shape}.")
+    padding = seq_idx < 0
+    if not torch.compiler.is_compiling() and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+        raise ValueError("seq_idx: has padding (negative numbers) before a token. Padding stands at the end of a row.")
+    starts = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long(), (1, 0))
+    return starts.cumsum(1).masked_fill(padding, -1)

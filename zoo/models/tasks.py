@@ -1,0 +1,50 @@
+"""The table of tasks: the classes that models are built as, by the names that configs give them under ``task``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ..config.schema import SCHEMAS, ConfigSchema
+from ..errors import ConfigError
+from ..registry import nearest
+from .causal_lm import CausalLM
+from .model import Model
+
+__all__ = ["register_task", "task_of"]
+
+T = TypeVar("T", bound=type[Model])
+
+_tasks: dict[str, type[Model]] = {}
+
+
+def register_task(name: str) -> Callable[[T], T]:
+    """Class decorator: build configs with ``task: name`` as this :class:`~hybridzoo.zoo.models.model.Model`.
+
+    Raises:
+        ValueError: The name is taken by another class.
+    """
+
+    def wrap(cls: T) -> T:
+        taken = _tasks.get(name, cls)
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"register_task({name!r}): the name is taken by {taken.__module__}.{taken.__qualname__}. Choose another."
+            )
+        _tasks[name], SCHEMAS[name] = cls, cls.schema
+        return cls
+
+    return wrap
+
+
+def task_of(cfg: Mapping[str, Any]) -> type[Model]:
+    """Return the class that a config's model is built as; a language model where the config names no task.
+
+    Raises:
+        ConfigError: There is no such task.
+    """
+    name = cfg.get("task", ConfigSchema.task)
+    if name not in _tasks:
+        raise ConfigError(f"task: unknown value {name!r}.{nearest(name, _tasks)} Known: {', '.join(_tasks)}.")
+    return _tasks[name]
+
+
+register_task("causal_lm")(CausalLM)

@@ -1,0 +1,143 @@
+"""The trunk that every task shares: embedding in, residual blocks, final norm out.
+
+State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.layers.N.{norm,mixer}.*``, ``backbone.norm_f.weight``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...layers.adapter import Adapter
+from ...layers.base import Seq
+from ...layers.common import dtype_read, scaled
+from ...layers.norm import make_norm
+from ..config.resolve import Resolved
+from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
+from .hooks import has_backward_hooks
+from .state import ModelState
+
+__all__ = ["Backbone"]
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm.
+
+    Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all parts but those.
+
+    Args:
+        resolved: The config and its blocks.
+        embedding: The task's, from what it reads to ``(b, l, d)``.
+        device: As for ``torch.nn.Linear``.
+        dtype: As for ``torch.nn.Linear``.
+    """
+
+    def __init__(self, resolved: Resolved, embedding: nn.Module, device=None, dtype=None):
+        super().__init__()
+        self.embedding = embedding
+        blocks: list[Block] = []
+        labelled: dict[str, Block] = {}
+        for spec in resolved.specs:
+            first = labelled.get(spec.label) if spec.label else None
+            if first is None:
+                block = Block(resolved, spec.index, device=device, dtype=dtype)
+            elif any(isinstance(module, Adapter) for module in first.modules()):
+                block = Block(resolved, spec.index, device="meta", dtype=dtype)
+                share(block, first)
+            else:
+                block = first
+            if spec.label:
+                labelled.setdefault(spec.label, block)
+            blocks.append(block)
+        self.layers = nn.ModuleList(blocks)
+        cfg = resolved.config
+        self.norm_f = make_norm(cfg.norm.type, cfg.d_model, cfg.norm.eps, device=device, dtype=dtype)
+        # keys of tasks that read tokens and give logits
+        self.embedding_multiplier = cfg.get("embedding_multiplier", 1.0)
+        self.logits_multiplier = cfg.get("logits_multiplier", 1.0)
+        self.residual_in_fp32 = bool(cfg.residual_in_fp32)
+        self.gradient_checkpointing, self.checkpoint_every = False, 1
+        # under the name that transformers gives it, whose options (offloading, say) come with it
+        self._gradient_checkpointing_func: Any = checkpoint
+
+    @property
+    def blocks(self) -> list[Block]:
+        """``layers``, typed."""
+        return cast(list[Block], list(self.layers))
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """The residual stream's first value: of token ids, ``(...)`` to ``(..., d)``."""
+        return scaled(self.embedding(inputs), self.embedding_multiplier)
+
+    def forward(
+        self,
+        x: Tensor,
+        seq: Seq | None = None,
+        state: ModelState | None = None,
+        return_state: bool = False,
+        passed: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ModelState | None, dict[str, list]]:
+        """Run embedded tokens ``(b, l, d)``, in ``seq``'s order, through all blocks and the final norm.
+
+        ``passed``, a list to fill, collects the embedding and what every block leaves, the last one after the norm.
+        """
+        if passed is not None:
+            passed.append(x)
+        x = x.float() if self.residual_in_fp32 else x
+        before = (None,) * len(self.layers) if state is None else state.layers
+        after: list[Any] = []
+        aux: dict[str, list] = {}
+        stream = Stream(x, embedding=x)
+        for i, (block, call, s) in enumerate(zip(self.blocks, self._callables(), before, strict=True)):
+            if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
+                call = partial(self._gradient_checkpointing_func, call, use_reentrant=False)
+                stream = stream.summed()  # one tensor to keep, not two
+            # a tensor where somebody waits for its gradient, which torch gives those of arguments alone
+            value, around = (stream.sum(), {"beside": stream}) if has_backward_hooks(block) else (stream, {})
+            value, s, extra, stream = call(value, s, seq, return_state, **around)
+            stream = stream.replaced_by(value)
+            after.append(s)
+            if passed is not None and len(after) < len(before):
+                passed.append(stream.sum())
+            for key, values in extra.items():
+                aux.setdefault(key, []).extend(values)
+        new = None
+        if return_state:
+            seen = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long) if seq is None else seq.lengths
+            new = ModelState(tuple(after), seen if state is None else state.tokens + seen)
+        normed, hidden = self._final(stream)
+        if passed is not None:
+            passed.append(normed)
+        return hidden, new, aux
+
+    def step(self, x: Tensor, state: ModelState) -> Tensor:
+        """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
+        x = x.float() if self.residual_in_fp32 else x
+        stream = Stream(x, embedding=x)
+        self._callables()
+        for block, s in zip(self.blocks, state.layers, strict=True):
+            stream = block.step(stream, s)
+        state.tokens += 1
+        return self._final(stream)[1]
+
+    def _callables(self) -> list[Callable[..., Any]]:
+        """The blocks, to be called; one whose owner is sharded by itself is called through that, which gathers the weights of both."""
+        blocks: list[Any] = self.blocks
+        for i, block in enumerate(blocks):
+            for owner in getattr(block, "owner", ()):
+                keep_sharing(block, owner)
+                if is_sharded(owner):
+                    blocks[i] = partial(owner, run=block)
+        return blocks
+
+    def _final(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The normed stream, and what the head reads."""
+        norm, factor = self.norm_f, self.logits_multiplier
+        weight: Any = next(norm.parameters(), stream.x)
+        dtype = dtype_read(weight) if factor == 1 else stream.x.dtype
+        normed = norm(stream.x, dtype, add=stream.add) if is_plain_norm(norm) else norm(stream.sum()).to(dtype)
+        # the head is linear, so the factor may stand in front of it, where it is d and not v multiplications
+        return normed, normed if factor == 1 else (normed * factor).to(weight.dtype)
