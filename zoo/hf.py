@@ -37,6 +37,7 @@ from .models.causal_lm import CausalLM, padded_vocab
 from .models.generate import check_finite_logits
 from .models.redraw import redraw
 from .models.state import StateCache
+from .models.tasks import task_of
 from .tokenizer import EOS_TOKEN, tokenizer_files
 
 __all__ = ["HybridZooConfig", "HybridZooForCausalLM", "StateCache", "byte_tokenizer"]
@@ -138,7 +139,7 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridZooConfig, core: CausalLM | None = None):
         super().__init__(config)
         config.check()
-        core = CausalLM(config.zoo) if core is None else core
+        core = task_of(config.zoo)(config.zoo) if core is None else core
         # not registered as a submodule: its parts are, under the keys they have in the core itself
         object.__setattr__(self, "core", core)
         self.backbone, self.lm_head = core.backbone, core.lm_head
@@ -153,7 +154,15 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def wrap(cls, model: CausalLM) -> "HybridZooForCausalLM":
-        """The adapter around an existing model; both share every weight."""
+        """The adapter around an existing model; both share every weight.
+
+        Raises:
+            ValueError: It has another task.
+        """
+        if model.hf_class != cls.__name__:
+            raise ValueError(
+                f"{cls.__name__}: cannot be around a model whose task is {model.task!r}. Use the model itself."
+            )
         content = hf_config(model)
         ids = model.metadata.get("config.json", {})
         config = HybridZooConfig(zoo=content["zoo"], auto_map=content["auto_map"], dtype=content["dtype"], **ids)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..models.causal_lm import CausalLM
+from ..models.model import Model
 from ..registry import get_mixer
 
 __all__ = ["Part", "Piece", "View", "attention", "experts", "gated_mlp", "halves", "layer_count", "rows", "same"]
@@ -47,7 +47,7 @@ class View:
         stored: Names of the tensors to be read; empty when writing. Where a family's files have come in two forms, they tell which.
     """
 
-    def __init__(self, model: CausalLM, stored: frozenset[str] = frozenset()):
+    def __init__(self, model: Model, stored: frozenset[str] = frozenset()):
         self.cfg, self.stored = model.cfg, stored
         # shared blocks once, under their first name
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -19,7 +19,7 @@ from ...layers.common import weight_dtype
 from ..config.files import read_config as read_yaml
 from ..config.resolve import validate
 from ..errors import CheckpointError, shortened
-from ..models.causal_lm import CausalLM
+from ..models.model import Model
 from ..tokenizer import tokenizer_files, tokenizer_folder
 from .files import SPECIAL_IDS, dump, open_regular, read_json
 from .publish import GENERATION, publishing, write_whole
@@ -51,7 +51,7 @@ _SHARDED = (
 )
 
 
-def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
+def save(model: Model, folder: str | os.PathLike[str]) -> Path:
     """Write a model so that ``zoo.load`` and transformers' ``AutoModelForCausalLM`` can read it.
 
     All files take their places at once: a save that is interrupted, at whatever moment, leaves the model that was there or the new one.
@@ -59,7 +59,7 @@ def save(model: CausalLM, folder: str | os.PathLike[str]) -> Path:
     come along from where the model was loaded.
 
     Args:
-        model: A :class:`CausalLM`, or the transformers adapter around one.
+        model: A model, or the transformers adapter around one.
         folder: Created if missing.
 
     Returns:
@@ -93,7 +93,7 @@ def superseded(folder: Path, new: set[str]) -> Iterable[str]:
     return old | set(TOKENIZER if new & set(TOKENIZER) else ())
 
 
-def as_saved(model: Any) -> CausalLM:
+def as_saved(model: Any) -> Model:
     """The core of a model, or of transformers' adapter around one, with a config and metadata that say what is so.
 
     Raises:
@@ -104,7 +104,7 @@ def as_saved(model: Any) -> CausalLM:
     tensors = dict(core.named_parameters())
     if any(hasattr(p, "full_tensor") for p in tensors.values()):
         raise ValueError(_SHARDED)
-    described = {name: p.shape for name, p in CausalLM(core.cfg, device="meta").named_parameters()}
+    described = {name: p.shape for name, p in type(core)(core.cfg, device="meta").named_parameters()}
     odd = sorted({name for name, p in tensors.items() if described.pop(name, None) != p.shape} | {*described})
     if odd:
         raise ValueError(
@@ -124,15 +124,17 @@ def as_saved(model: Any) -> CausalLM:
     return core
 
 
-def as_it_is(model: CausalLM) -> CausalLM:
+def as_it_is(model: Model) -> Model:
     """The model under a config that says of the head what is so: a head that was trained on its own is not tied, whatever was meant.
 
     Raises:
-        ValueError: It is no :class:`CausalLM`.
+        ValueError: It is no model of the zoo.
     """
-    if not isinstance(model, CausalLM):
+    if not isinstance(model, Model):
         raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
-    table, head = (getattr(part, "weight", None) for part in (model.backbone.embedding, model.lm_head))
+    table, head = (
+        getattr(part, "weight", None) for part in (model.backbone.embedding, getattr(model, "lm_head", None))
+    )
     if not isinstance(table, Tensor) or not isinstance(head, Tensor):
         return model
     tied = head is table or (
@@ -152,7 +154,7 @@ def as_it_is(model: CausalLM) -> CausalLM:
     return model
 
 
-def with_metadata(model: CausalLM, metadata: dict[str, dict[str, Any]]) -> CausalLM:
+def with_metadata(model: Model, metadata: dict[str, dict[str, Any]]) -> Model:
     """The same model, with other metadata."""
     model = copy.copy(model)
     model.metadata = metadata
@@ -178,7 +180,7 @@ def write_config(cfg: DictConfig, place: Path) -> None:
     write_whole(place / "modeling_hybridzoo.py", _REMOTE_CODE)
 
 
-def write_companions(model: CausalLM, place: Path, target: Path) -> None:
+def write_companions(model: Model, place: Path, target: Path) -> None:
     """The tokenizer's files and those about generating, for a model whose folder shall be ``target``."""
     source, byte = model.source, model.cfg.tokenizer == "byte"
     at = tokenizer_folder(model.cfg.tokenizer, source)
@@ -219,18 +221,25 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
                 setattr(module, key, new)
 
 
-def hf_config(model: CausalLM) -> dict[str, Any]:
+def hf_config(model: Model) -> dict[str, Any]:
     """The ``config.json`` under which transformers knows the model."""
     return {
         "model_type": "hybridzoo",
-        "architectures": ["HybridZooForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "modeling_hybridzoo.HybridZooConfig",
-            "AutoModelForCausalLM": "modeling_hybridzoo.HybridZooForCausalLM",
-        },
+        **_seen_by_transformers(model),
         **model.metadata.get("config.json", {}),
         "zoo": OmegaConf.to_container(model.cfg),
-        "dtype": str(weight_dtype(model.lm_head) or weight_dtype(model)).removeprefix("torch."),
+        "dtype": str(weight_dtype(model.head) or weight_dtype(model)).removeprefix("torch."),
+    }
+
+
+def _seen_by_transformers(model: Model) -> dict[str, Any]:
+    if model.hf_class is None:
+        return {}
+    auto = "AutoModel" + model.hf_class.removeprefix("HybridZoo")
+    names = {"AutoConfig": "HybridZooConfig", auto: model.hf_class}
+    return {
+        "architectures": [model.hf_class],
+        "auto_map": {auto: f"modeling_hybridzoo.{name}" for auto, name in names.items()},
     }
 
 

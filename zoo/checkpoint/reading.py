@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from ...layers.moe import Router
-from ..config.resolve import block_specs
+from ..config.resolve import Resolved, block_specs
 from ..device import pick_device
 from ..errors import CheckpointError
-from ..models.causal_lm import CausalLM
+from ..models.model import Model
+from ..models.tasks import task_of
 from ..registry import ConfigError, nearest
 from . import native
 from .blame import in_words_of_file
@@ -38,7 +39,7 @@ EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 def load(
     source: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> CausalLM:
+) -> Model:
     """Read a model that the zoo, transformers or mamba-ssm has written.
 
     Args:
@@ -92,9 +93,7 @@ class Own(Family):
             yield Piece(name, name)
 
 
-def _matched(
-    family: Family, cfg: Any, stored: dict[str, Stored], folder: Path
-) -> tuple[CausalLM, dict[str, list[Piece]]]:
+def _matched(family: Family, cfg: Any, stored: dict[str, Stored], folder: Path) -> tuple[Model, dict[str, list[Piece]]]:
     """The model on the meta device, and what of the files goes where.
 
     A head of its own is the head, whatever the config says of it: so do transformers and PEFT leave a model whose head was trained.
@@ -102,7 +101,7 @@ def _matched(
     if isinstance(family, Own):
         _check_size(cfg, stored, folder)
     try:
-        model = CausalLM(cfg, device="meta")
+        model = task_of(cfg)(cfg, device="meta")
     except ConfigError as e:
         if isinstance(family, Own):
             raise
@@ -114,7 +113,7 @@ def _matched(
         table = next(piece.theirs for piece in family.keys(view) if piece.ours == EMBEDDING)
         if table in stored and not _equal(stored[table], stored[HEAD]):
             model.cfg.tie_embeddings = False
-            model = CausalLM(model.cfg, device="meta")
+            model = type(model)(Resolved(model.cfg, model.specs), device="meta")
             view = View(model, frozenset(stored))
     return model, _checked(view, family, stored, folder)
 
@@ -149,7 +148,7 @@ def _floating(tensor: Stored, name: str) -> Stored:
 
 
 def _one_precision(
-    model: CausalLM, pieces: dict[str, list[Piece]], stored: dict[str, Stored], folder: Path
+    model: Model, pieces: dict[str, list[Piece]], stored: dict[str, Stored], folder: Path
 ) -> torch.dtype | None:
     """Choose the precision of weights that are stored in several; ``None`` if they are of one, as layers need them.
 
@@ -208,7 +207,7 @@ def shape_of(view: View, pieces: Iterable[Piece]) -> tuple[int, ...]:
 
 
 def _fill(
-    model: CausalLM,
+    model: Model,
     pieces: dict[str, list[Piece]],
     stored: dict[str, Stored],
     device: torch.device,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..layout.expand import expand, split_token
 from ..models.causal_lm import CausalLM, padded_vocab
+from ..models.model import Model
 from . import native
 from .families import FAMILIES
 from .family import Family
@@ -88,11 +89,11 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
     )  # fmt: skip
 
 
-def export(model: CausalLM, folder: str | os.PathLike[str], to: str = "hf") -> str:
+def export(model: Model, folder: str | os.PathLike[str], to: str = "hf") -> str:
     """Write a model so that another library can read it; the tensors are bit for bit the model's.
 
     Args:
-        model: A :class:`CausalLM`, or the transformers adapter around one.
+        model: A model, or the transformers adapter around one.
         folder: A new or empty folder; it appears when it is complete.
         to: ``"hf"``, the family of transformers that has this architecture; ``"mamba_ssm"``; or ``"hybridzoo"``, as ``zoo.save``.
 
@@ -107,7 +108,7 @@ def export(model: CausalLM, folder: str | os.PathLike[str], to: str = "hf") -> s
         return _write(model, place, to)
 
 
-def _write(model: CausalLM, place: Path, to: str) -> str:
+def _write(model: Model, place: Path, to: str) -> str:
     if to == "hybridzoo":
         native.save(model, place)
         return to
@@ -203,7 +204,7 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return list(found)
 
 
-def _theirs(view: View, family: Family, model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+def _theirs(view: View, family: Family, model: Model) -> Iterator[tuple[str, Tensor]]:
     groups: dict[str, list[Piece]] = {}
     for piece in family.keys(view):
         groups.setdefault(piece.theirs, []).append(piece)
@@ -223,7 +224,7 @@ def _theirs(view: View, family: Family, model: CausalLM) -> Iterator[tuple[str, 
         yield name, tensor
 
 
-def _as_stored(model: CausalLM) -> dict[str, Tensor]:
+def _as_stored(model: Model) -> dict[str, Tensor]:
     """The parameters; those kept in float32 in a half-precision model are in its precision where that loses nothing.
 
     So a half-precision checkpoint is written back as it was read, and decay rates that were trained further keep their digits.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.causal_lm import CausalLM
+from ..models.model import Model
 
 __all__ = ["Diverged", "first_nonfinite", "nonfinite_weight"]
 
@@ -35,7 +35,7 @@ def nonfinite_weight(model: torch.nn.Module) -> str | None:
     return next(name for name, p in named if not torch.isfinite(p.detach()).all())
 
 
-def first_nonfinite(model: CausalLM, input_ids: Tensor, labels: Tensor) -> str | None:
+def first_nonfinite(model: Model, input_ids: Tensor, labels: Tensor) -> str | None:
     """Run one batch forward and back, and name the first value on the way that is not finite; gradients are dropped.
 
     Args:

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from ..checkpoint.tensors import stored_tensors
 from ..errors import CheckpointError
 from ..models.build import param_groups
-from ..models.causal_lm import CausalLM
+from ..models.model import Model
 from .data import Rows
 from .diverged import Diverged, first_nonfinite, nonfinite_weight
 from .run_folder import AGAIN, Checkpoint, RunFolder
@@ -227,7 +227,7 @@ class ZooTrainer(Trainer):
         return load_weights(self.model.core, Path(resume_from_checkpoint))
 
 
-def load_weights(model: CausalLM, folder: Path) -> None:
+def load_weights(model: Model, folder: Path) -> None:
     """Fill a model with the weights of a checkpoint of the same model.
 
     Raises:

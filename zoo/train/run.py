@@ -27,8 +27,8 @@ from ..checkpoint.native import as_saved
 from ..device import pick_device
 from ..hf import HybridZooForCausalLM
 from ..models.build import build
-from ..models.causal_lm import CausalLM
 from ..models.finite import check_finite
+from ..models.model import Model
 from ..options import called_with
 from ..tokenizer import document_encoder
 from .data import Rows, rows_from, rows_with_targets
@@ -70,7 +70,7 @@ class TrainResult:
         resumed_from: The step that this call started at.
     """
 
-    model: CausalLM
+    model: Model
     history: list[dict[str, float]]
     tokens: int
     seconds: float
@@ -184,7 +184,7 @@ def _arguments(out: Path, options: TrainOptions, use_cpu: bool) -> TrainingArgum
 
 
 def _run(
-    core: CausalLM, rows: NumberedRows, args: TrainingArguments, run: RunFolder, session: Session,
+    core: Model, rows: NumberedRows, args: TrainingArguments, run: RunFolder, session: Session,
     checkpoint: Checkpoint | None, report_to: str,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Take the steps that are left, and give what was logged in all of them."""
@@ -208,7 +208,7 @@ def _run(
     return loss_entries(trainer.state.log_history)
 
 
-def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out: Path) -> tuple[CausalLM, list[str]]:
+def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out: Path) -> tuple[Model, list[str]]:
     """The model that training starts from, and what there is to say of it."""
     if isinstance(model, HybridZooForCausalLM):
         model = model.core
@@ -217,12 +217,12 @@ def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out:
         raise ValueError(
             f"{model}: holds a training that has not ended. Go on with the call that began it, or name another model to start from."
         )
-    if overrides and (weights or isinstance(model, CausalLM)):
+    if overrides and (weights or isinstance(model, Model)):
         raise ValueError(
             f"overrides: {next(iter(overrides))!r} would change the config that the weights were made for. Leave it out, or name a config "
             "to train a fresh model."
         )
-    if isinstance(model, CausalLM):
+    if isinstance(model, Model):
         as_saved(model)  # a model that could not be saved is refused before it is trained
         return model, []
     if not weights:
@@ -237,7 +237,7 @@ def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out:
     return core.train(), [f"{named}starts from the weights there"]
 
 
-def _table(data: Any, model: CausalLM, length: int | None) -> np.ndarray:
+def _table(data: Any, model: Model, length: int | None) -> np.ndarray:
     if isinstance(data, str | os.PathLike):
         default = min(512, model.cfg.max_length or 512)
         table = rows_from(Path(data), length, *document_encoder(model.tokenizer), default)
@@ -258,7 +258,7 @@ def _table(data: Any, model: CausalLM, length: int | None) -> np.ndarray:
     return table
 
 
-def _described(core: CausalLM, rows: NumberedRows, source: str, tokens: int, args: TrainingArguments) -> list[str]:
+def _described(core: Model, rows: NumberedRows, source: str, tokens: int, args: TrainingArguments) -> list[str]:
     """What is trained, on what and on which device, in lines."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in core.parameters()})
     devices = args.world_size * max(1, args.n_gpu)
