@@ -1,5 +1,7 @@
 """Argument checks of the public ops: one line per mistake, naming the argument and both sizes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,10 @@ def floats(where: str, **tensors: Tensor | None) -> None:
         )
 
 
-def same_device(where: str, first: str, x: Tensor, **others: Tensor | None) -> None:
-    """Raise unless every tensor is where ``x`` is."""
-    for name, other in others.items():
+def same_device(where: str, first: str, /, **tensors: Tensor | None) -> None:
+    """Raise unless every tensor is where the ``first`` is."""
+    x: Any = tensors[first]
+    for name, other in tensors.items():
         if other is not None and other.device != x.device:
             raise ValueError(f"{where}: {name} is on {other.device}, {first} on {x.device}. Move one of them.")
 
@@ -50,7 +53,8 @@ def fits(where: str, seq: Seq | None, b: int, l: int) -> None:
         raise ValueError(f"{where}: seq describes {tuple(seq.doc.shape)} tokens, the input has {(b, l)} (b, l).")
 
 
-def _is_silu(where: str, activation: str | None) -> bool:
+def is_silu(where: str, activation: str | None) -> bool:
+    """Tell whether the activation is SiLU; raise if it is neither that nor ``None``."""
     if activation not in (None, "silu"):
         raise ValueError(f"{where}: activation is {activation!r}, expected 'silu' or None.")
     return activation == "silu"

@@ -17,14 +17,14 @@ from .seq import Seq
 
 
 class Spoiled(NamedTuple):
-    """What is not finite in the operands of a scan over packed documents, ``(b, l, h)`` each, head by head."""
+    """Places that are not finite in the operands of a scan over packed documents, ``(b, l, h)`` each, head by head."""
 
     after: Tensor  # something at or before this token of its document
     here: Tensor  # the read-out of this very token
 
 
 def finite(*tensors: Tensor | None) -> bool:
-    """Whether all is known to be finite, which of a GPU's tensors nobody knows. A sum that overflows is a false alarm."""
+    """Tell whether all is known to be finite, which of a GPU's tensors nobody knows. A sum that overflows is a false alarm."""
     there = [x for x in tensors if x is not None and x.numel()]
     if any(x.device.type != "cpu" for x in there):
         return False
@@ -66,7 +66,7 @@ def _by_heads(x: Tensor, h: int) -> Tensor:
 
 
 def _since(bad: Tensor, reset: Tensor) -> Tensor:
-    """Whether something of (b, l, h) is bad at or before a token, in its document."""
+    """Tell whether something of (b, l, h) is bad at or before a token, in its document."""
     count = bad.cumsum(1)
     before = torch.where(reset[..., None], count - bad.long(), 0).cummax(1).values
     return count > before
@@ -137,6 +137,6 @@ def _places(x: Tensor) -> Tensor:
 
 
 def _between(bad: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Whether something of (b, l) is bad between two places of the row, both included."""
+    """Tell whether something of (b, l) is bad between two places of the row, both included."""
     count = F.pad(bad.cumsum(1), (1, 0))
     return count.gather(1, last + 1) > count.gather(1, first)

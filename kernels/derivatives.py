@@ -11,29 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .torch_private import forward_mode, name_of, transforms_active
 
 ENV = "HYBRIDZOO_BACKEND"
 _HINT = f"Use backend='reference', or {ENV}=reference: plain PyTorch."
 
 
-def forward_mode() -> bool:
-    """Whether tangents may be about: inside ``torch.func.jvp`` and what is built on it, or a ``dual_level``."""
-    # torch's own name for it, 2.11 to 2.13 at least
-    return getattr(forward_ad, "_current_level", -1) >= 0
-
-
 def transformed() -> str | None:
-    """What goes through plain PyTorch alone and is at work, if anything is."""
+    """Name what is at work and goes through plain PyTorch alone, if anything does."""
     if forward_mode():
         return "forward-mode derivatives (jvp, jacfwd, hessian, dual tensors)"
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return "torch.func's transforms (grad, vmap, jacrev, ...)"
     return None
 
 
 def plain() -> bool:
-    """Whether nothing but plain PyTorch is to be used: a transform is at work, or the environment asks for it."""
+    """Tell whether nothing but plain PyTorch is to be used: a transform is at work, or the environment asks for it."""
     return transformed() is not None or os.environ.get(ENV) == "reference"
 
 
@@ -44,7 +39,7 @@ def refusal(name: str) -> NotImplementedError:
 
 def differentiable_once(op: Any) -> None:
     """Have a backward, as a ``torch.library`` op, refuse to be differentiated."""
-    name = op._name
+    name = name_of(op)
 
     def backward(ctx: Any, *grads: Any) -> tuple:
         raise refusal(name)

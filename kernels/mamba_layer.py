@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .conv import cuda as cuda_conv
+from .conv import cuda as conv_kernels
+from .conv.inputs import ConvInputs
 from .derivatives import once
 from .dispatch import Backend, BackendError, Facts, choose, register
 from .gpu import nvrtc
 from .gpu.operands import in_one_piece
-from .norm import cuda as cuda_norm
-from .numerics import add_product, product
-from .scan import launches as cuda_backend
-from .scan.operands import Call
+from .norm import cuda as norm_kernels
+from .numerics import add_product, cast, product
+from .scan import launches
+from .scan.inputs import ScanInputs
+from .scan.operands import ScanOperands
 from .scan.shapes import keeps_states
 from .seq import Seq
 
@@ -51,7 +53,7 @@ _NORMS = ("dt_norm", "B_norm", "C_norm")
 
 
 class Marks(NamedTuple):
-    """Where documents and padding are: ``(b, l)`` each, if there are any."""
+    """Documents and padding, ``(b, l)`` each, where there are any."""
 
     doc: Tensor | None = None
     reset: Tensor | None = None
@@ -67,11 +69,11 @@ def _normed(given: Tensor, n: int, norms: Sequence[Tensor | None], eps: float | 
     parts = _split(given, n)
     if eps is None:
         return parts
-    return [cuda_norm.forward(x, w, eps, x.dtype)[0] for x, w in zip(parts, norms, strict=True)]
+    return [norm_kernels.forward(x, w, eps, x.dtype)[0] for x, w in zip(parts, norms, strict=True)]
 
 
-def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, marks: Marks) -> cuda_conv.Call:
-    return cuda_conv.Call.of(x, weight.squeeze(1), bias, None, marks.doc, True)
+def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, marks: Marks) -> ConvInputs:
+    return conv_kernels.readable(ConvInputs(x, weight.squeeze(1), bias, None, marks.doc))
 
 
 class _Layer(torch.autograd.Function):
@@ -81,19 +83,19 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         w = Weights(*tensors)
         ctx.dtype, ctx.eps, ctx.types = dtype, eps, [None if m is None else m.dtype for m in (x, *tensors)]
-        w_in, w_x, w_dt, w_out = (_in(m, dtype) for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj))
-        b_in, b_out = (None if m is None else _in(m, dtype) for m in (w.in_bias, w.out_bias))
-        x = _in(x, dtype)
+        w_in, w_x, w_dt, w_out = (cast(m, dtype) for m in (w.in_proj, w.x_proj, w.dt_proj, w.out_proj))
+        b_in, b_out = (cast(m, dtype) for m in (w.in_bias, w.out_bias))
+        x = cast(x, dtype)
         xz = F.linear(x, w_in, b_in)
         u, z = xz.chunk(2, dim=-1)
-        u = cuda_conv.forward(_filter(u, w.conv, w.conv_bias, marks))
+        u = conv_kernels.forward(_filter(u, w.conv, w.conv_bias, marks), True)
         given = F.linear(u, w_x)
-        A_log, D, bias = (in_one_piece(m, torch.float32) for m in (w.A_log, w.D, w.dt_bias))
+        A_log, D, bias = map(in_one_piece, (w.A_log, w.D, w.dt_bias))
         A = A_log.exp().neg_()
         norms = w.dt_norm, w.B_norm, w.C_norm
         low, B, C = _normed(given, A.shape[1], norms, eps)
-        call = Call(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid, True)
-        out, _, states = cuda_backend.forward(call, keeps_states(A.shape[1]), final=False)
+        i = ScanInputs(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid)
+        out, _, states = launches.forward(ScanOperands(i, True), keeps_states(A.shape[1]), final=False)
         ctx.form, kept = again or (None, [x])
         made, read = (xz, given, states), (w_in, w.conv, w.conv_bias, w_x, w_dt, bias, A, D, w_out)
         ctx.save_for_backward(*made, *read, *norms, *marks, *kept)
@@ -127,15 +129,15 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     gxz = torch.empty_like(xz)
     ghalf, gz = gxz.chunk(2, dim=-1)
     filtered = _filter(u, conv, conv_bias, marks)
-    u, (low, B, C) = cuda_conv.forward(filtered), _normed(given, n, norms, ctx.eps)
-    call = Call(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid, True)
+    u, (low, B, C) = conv_kernels.forward(filtered, True), _normed(given, n, norms, ctx.eps)
+    i = ScanInputs(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid)
+    call = ScanOperands(i, True)
     gout = F.linear(gy, w_out.t())
     out = torch.empty_like(u) if wanted["out_proj"] else None
-    gu, gdt, gA, gB, gC, grads["D"], _, grads["dt_bias"], _ = cuda_backend.backward(
-        call, gout, None, states, into=call.gradients(gz=gz), out=out
-    )
-    grads["A_log"] = gA.mul_(A)
-    del call, gout  # the step sizes too
+    scanned = launches.backward(call, gout, None, states, into=call.gradients(z=gz), out=out)
+    grads |= {"A_log": scanned.A.mul_(A), "D": scanned.D, "dt_bias": scanned.dt_bias}
+    gu, gdt, gB, gC = scanned.u, scanned.dt, scanned.B, scanned.C
+    del i, call, scanned, gout  # the step sizes too
     if out is not None:
         weight("out_proj", gy, out)
     offset("out_bias", gy)
@@ -145,24 +147,19 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     del gdt
     if ctx.eps is not None:
         for i, (name, x) in enumerate(zip(_NORMS, _split(given, n), strict=True)):
-            each[i], grads[name], _ = cuda_norm.backward(x, norms[i], ctx.eps, each[i], None, wanted[name])
+            each[i], grads[name], _ = norm_kernels.backward(x, norms[i], ctx.eps, each[i], None, wanted[name])
     ggiven = torch.cat(each, dim=-1)
     weight("x_proj", ggiven, u)
     add_product(_flat(gu), _flat(ggiven), w_x)
-    _, gconv, grads["conv_bias"], _ = cuda_conv.backward(filtered, gu, gx=ghalf)
+    _, gconv, grads["conv_bias"], *_ = conv_kernels.backward(filtered, True, gu, gx=ghalf)
     grads["conv"] = gconv.unsqueeze(1)
     del u, gu
     if wanted["in_proj"]:
-        weight("in_proj", gxz, _in(ctx.form(kept) if ctx.form else kept[0], ctx.dtype))
+        weight("in_proj", gxz, cast(ctx.form(kept) if ctx.form else kept[0], ctx.dtype))
     offset("in_bias", gxz)
     if wanted["x"]:
         grads["x"] = F.linear(gxz, w_in.t())
-    return [_in(grads[m], types[m]) if wanted[m] else None for m in types]
-
-
-def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # cheaper than to ask the tensor
-    return x if x.dtype == dtype else x.to(dtype)
+    return [cast(grads[m], types[m]) if wanted[m] else None for m in types]
 
 
 def _flat(x: Tensor) -> Tensor:

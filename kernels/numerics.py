@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _keeps_sums(a: Tensor, dtype: torch.dtype) -> bool:
-    """Whether torch's product of 16-bit operands can give out the sums as they are."""
+    """Tell whether torch's product of 16-bit operands can give out the sums as they are."""
     return a.is_cuda and torch.version.hip is None and a.dtype in _HALF and dtype == torch.float32
 
 
@@ -67,22 +67,16 @@ def exp_(x: Tensor) -> Tensor:
     return x.clamp_(min=math.log(torch.finfo(x.dtype).tiny)).exp_()
 
 
-P = ParamSpec("P")
-
-
-R = TypeVar("R")
-
-
-def full_precision(op: Callable[P, R]) -> Callable[P, R]:
+def full_precision(op: Callable) -> Callable:
     """Run an op whose first argument is a tensor with autocast off: its matrix products keep the precision it chose."""
 
     @functools.wraps(op)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = cast(Tensor, args[0]).device.type
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
         if not torch.amp.is_autocast_available(device):
-            return op(*args, **kwargs)
+            return op(*args)
         with torch.autocast(device, enabled=False):
-            return op(*args, **kwargs)
+            return op(*args)
 
     return run
 
@@ -94,9 +88,11 @@ def finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
-def _half(x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if x is None else x.to(like.dtype)
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """``x`` in this type, or ``None``; asking here is cheaper than to ask the tensor."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
-def _full(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float()
+def blank(x: Tensor) -> Tensor:
+    """Return an uninitialised tensor of x's shape and type, in one piece, whatever x's strides are."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,36 +1,33 @@
-"""Defines our operators, so that their first call does not import the compiler.
+"""Defines our operators: ``torch.library.custom_op``, and what operators with gradients have in common."""
 
-``torch.library.custom_op`` keeps ``torch.compile`` out of an operator's code by ``torch._dynamo.disable``, which it imports when the first
-operator runs: 1.5 s of processor time, also in processes that never compile anything. A compiler that was not imported is not at work.
-"""
-
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["custom_op"]
+from .numerics import blank
+from .torch_private import spare_the_compiler
 
-
-def custom_op(name: str, fn: Callable | None = None, /, *, mutates_args: Iterable[str]) -> Any:
-    """As ``torch.library.custom_op``: a decorator, or the operator if ``fn`` is given."""
-    if fn is None:
-        return lambda fn: custom_op(name, fn, mutates_args=mutates_args)
-    op = torch.library.custom_op(name, fn, mutates_args=mutates_args)
-    # where torch looks for what it has disabled before; a version that looks elsewhere imports the compiler, and that is all
-    for outer in getattr(op, "_backend_fns", {}).values():
-        if (inner := getattr(outer, "__wrapped__", None)) is not None:
-            inner.__dynamo_disable = _outside_the_compiler(inner)
-    return op
+__all__ = ["custom_op", "filled", "like"]
 
 
-def _outside_the_compiler(fn: Any) -> Callable:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
-        if disable is None:
-            return fn(*args, **kwargs)
-        fn.__dynamo_disable = disable(fn, True, wrapping=False)
-        return fn.__dynamo_disable(*args, **kwargs)
+def custom_op(name: str, *, mutates_args: Iterable[str] = (), schema: str | None = None) -> Callable[[Callable], Any]:
+    """As the decorator ``torch.library.custom_op``; the operator's first call does not import the compiler."""
 
-    return run
+    def define(fn: Callable) -> Any:
+        op = torch.library.custom_op(name, fn, mutates_args=mutates_args, schema=schema)
+        spare_the_compiler(op)
+        return op
+
+    return define
+
+
+def filled(grads: Iterable[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as an operator returns them: empty where there is none."""
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+def like(x: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Stand-ins for the gradients of ``inputs``, for an operator's fake."""
+    return filled((None if m is None else blank(m) for m in inputs), x)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_private import is_wrapped, transforms_active
+
 
 @dataclass(frozen=True)
 class Seq:
@@ -191,7 +193,7 @@ class Seq:
             return list(self.known)
         if torch.compiler.is_compiling() or type(self.doc) is not Tensor or self.doc.device.type != "cpu":
             return None
-        if torch._C._functorch.is_functorch_wrapped_tensor(self.doc):
+        if is_wrapped(self.doc):
             return None
         out = []
         for row, (starts, end) in enumerate(zip(self.resets.tolist(), self.lengths.tolist(), strict=True)):
@@ -208,7 +210,7 @@ class Seq:
             token repeated behind it. And ``(b, l)``: where a token is in the outputs of all batches, one after the other; a place
             behind them for padding.
         """
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             # what is made inside of a transform must not be seen after it
             return self._side_by_side()
         return self._kept_side_by_side
@@ -273,10 +275,11 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
-def _cleared(seq: Seq | None, *rows: Any) -> tuple[Any, ...]:
-    """Rows with zeros at padding, so that neither what stands there nor what comes back from there counts anywhere."""
+def clear_padding(seq: Seq | None, *rows: Any) -> tuple[Any, ...]:
+    """Rows (b, l, ...) with zeros at padding, so that neither what stands there nor what comes back from there counts anywhere."""
     return rows if seq is None or seq.clean else tuple(x if x is None else seq.clear(x) for x in rows)
 
 
-def _marks(seq: Seq | None) -> tuple[Tensor | None, Tensor | None]:
+def marks_of(seq: Seq | None) -> tuple[Tensor | None, Tensor | None]:
+    """:meth:`Seq.marks`, of rows of one document and no padding too."""
     return (None, None) if seq is None else seq.marks()

@@ -22,15 +22,14 @@ def _seed():
 @pytest.fixture
 def emulated(monkeypatch):
     """The CUDA sources run on the CPU, thread by thread, where they would be launched on a GPU."""
-    from hybridzoo.kernels.gpu import launch_plans as cuda_again
-    from hybridzoo.kernels.gpu import nvrtc
+    from hybridzoo.kernels.gpu import launch_plans, nvrtc
 
     spec = importlib.util.spec_from_file_location("emulator", Path(__file__).parent / "emulator" / "emulator.py")
     emulator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(emulator)
     monkeypatch.setattr(nvrtc, "launch", emulator.launch)
     # what is learned of tensors on the CPU must not last
-    monkeypatch.setattr(cuda_again, "_known", {})
+    monkeypatch.setattr(launch_plans, "_known", {})
 
 
 # the first version known to be right: older ones normalise Mamba-2's groups as one (or cannot make Zamba2), and compute other logits

@@ -9,8 +9,9 @@ import torch
 from hybridzoo.kernels import dispatch, selective_scan
 from hybridzoo.kernels.scan import cuda as cuda_ops
 from hybridzoo.kernels.scan import cuda_paths, reference
+from hybridzoo.kernels.scan.inputs import ScanInputs
+from hybridzoo.kernels.scan.params import walk
 from hybridzoo.kernels.scan.paths import over_paths, path_index, walks
-from hybridzoo.kernels.scan.structs import walk
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -32,10 +33,7 @@ def operands(l, d, n, k, dtype=torch.float32, g=1, gate=True, own=True):
 
 
 def gathered(inputs, paths):
-    u, dt, A, B, C, D, z, bias, state = inputs
-    return over_paths(
-        lambda *x: reference.selective_scan(*x, None, None, True), paths, u, dt, A, B, C, D, z, bias, state
-    )
+    return over_paths(lambda i: reference.selective_scan(i, True), paths, ScanInputs(*inputs))
 
 
 def compare(got, want, tolerance):
@@ -68,14 +66,14 @@ def test_outputs_states_and_gradients(case, emulated):
     paths = walks("test", paths, l, None)
     inputs = operands(l, d, n, len(paths), **options)
     flat = [int(x) for path in paths for x in path]
-    out, last, saved = cuda_paths.forward((*inputs, True), flat, True, chunks)
+    out, last, saved = cuda_paths.forward(ScanInputs(*inputs), True, flat, True, chunks)
     gout, glast = torch.randn_like(inputs[0]), torch.randn_like(last)
-    grads = cuda_paths.backward((*inputs, True), flat, gout, glast, saved, chunks)
+    grads = cuda_paths.backward(ScanInputs(*inputs), True, flat, gout, glast, saved, chunks)
     exact = [None if x is None else x.double().requires_grad_() for x in inputs]
     want, states = gathered(exact, paths)
     loss = (want * gout.double()).sum() + (states * glast.double()).sum()
     wanted = torch.autograd.grad(loss, [x for x in exact if x is not None])
-    got = [g for g, x in zip(grads, [*inputs, None], strict=True) if x is not None]
+    got = [g for g, x in zip(grads[:9], inputs, strict=True) if x is not None]
     compare([out, last, *got], [want, states, *wanted], TOLERANCE[out.dtype])
 
 

@@ -20,7 +20,9 @@ emulator = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(emulator)
 emulator.FLAGS += sys.argv[2:]
 from hybridzoo.kernels.gpu import nvrtc
-from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan import launches
+from hybridzoo.kernels.scan.inputs import ScanInputs
+from hybridzoo.kernels.scan.operands import ScanOperands
 from hybridzoo.kernels.scan.shapes import FORWARD, Cut
 nvrtc.launch = emulator.launch
 def operands(l, d, n):
@@ -30,16 +32,16 @@ def operands(l, d, n):
 reset = (torch.arange(70) % 7 == 3)[None]
 broken = "-DHZ_WITHOUT_WAITS" in sys.argv
 for shape in FORWARD[16][-2:-1] if broken else FORWARD[16]:
-    call = cuda_backend.Call.of(*operands(70, 32, 16), reset, None, True)
-    out, last, saved = cuda_backend.forward(call, True, shape, 1)
+    call = ScanOperands.of(ScanInputs(*operands(70, 32, 16), reset, None), True)
+    out, last, saved = launches.forward(call, True, shape, 1)
 if not broken:
-    cuda_backend.forward(call, True, shape, 2)
+    launches.forward(call, True, shape, 2)
     u, dt, *rest = operands(70, 32, 16)
-    formed = cuda_backend.Call.of(u, dt[..., :12], *rest, reset, None, True, torch.randn(32, 12).bfloat16())
+    formed = ScanOperands.of(ScanInputs(u, dt[..., :12], *rest, reset, None, torch.randn(32, 12).bfloat16()), True)
     for shape in FORWARD[16][1:3]:
-        cuda_backend.forward(formed, True, shape, 2)
+        launches.forward(formed, True, shape, 2)
     into = torch.empty_like(out)
-    cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32), out=into)
+    launches.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32), out=into)
 print("done")
 """
 HERE = Path(__file__).parent

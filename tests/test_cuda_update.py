@@ -11,6 +11,7 @@ from hybridzoo.kernels import dispatch
 from hybridzoo.kernels.conv import cuda as cuda_conv
 from hybridzoo.kernels.step import chunked as update_torch
 from hybridzoo.kernels.step import cuda as cuda_update
+from hybridzoo.kernels.step.inputs import ConvStep, ScanStep, StepOptions
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 exhaustive = pytest.mark.skipif(
@@ -19,6 +20,22 @@ exhaustive = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 TOLERANCE = {F32: 1e-6, BF16: 4e-3, F16: 5e-4}
 FREE = (0.0, math.inf)
+
+
+def step(module, op, *given):
+    """One step by a module, from the arguments of its public function in their order."""
+    if op == "conv":
+        x, state, weight, bias, silu, rows = given
+        return module.update(ConvStep(x, state, weight, bias, rows), None, StepOptions(silu))
+    if op == "conv_ssd":
+        xBC, conv_state, weight, bias, silu, state, dt, A, D, z, groups, dt_bias, softplus, limit, rows = given
+        scan = ScanStep(state, None, dt, A, None, None, D, z, dt_bias, rows)
+        return module.update(
+            ConvStep(xBC, conv_state, weight, bias, rows), scan, StepOptions(silu, softplus, limit, groups)
+        )
+    *tensors, softplus, rows = given if op == "selective" else (*given[:-2], given[-1])
+    limit = FREE if op == "selective" else given[-2]
+    return module.update(None, ScanStep(*tensors, rows), StepOptions(dt_softplus=softplus, dt_limit=limit))
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +57,8 @@ def compare(op, states, *arguments):
         return [by_id.get(id(m)) if id(m) in by_id else change(m) for m in arguments]
 
     for _ in range(2):
-        out = getattr(cuda_update, op)(*given(mine))
-        want = getattr(update_torch, op)(*given(exact, exactly))
+        out = step(cuda_update, op, *given(mine))
+        want = step(update_torch, op, *given(exact, exactly))
         for a, b in zip((out, *mine), (want, *exact), strict=True):
             error = (a.double() - b).norm() / b.norm().clamp_min(1e-30)
             assert error < TOLERANCE[a.dtype], error
@@ -140,7 +157,7 @@ def test_a_rate_of_minus_infinity_and_a_step_of_nan(form):
     dt[0, 1] = 0.0
     compare(form, [state], state, x, dt, A, B, C, D, z, bias, False, *more, None)
     dt[0, 2] = math.nan
-    out = [s := state.clone(), getattr(cuda_update, form)(s, x, dt, A, B, C, D, z, bias, True, *more, None)]
+    out = [s := state.clone(), step(cuda_update, form, s, x, dt, A, B, C, D, z, bias, True, *more, None)]
     for got in out:
         bad = got.isnan().flatten(2).all(2) if got.dim() > 2 else got.isnan()
         assert bad.nonzero().tolist() == [[0, 2]] and got.isnan().sum() == got[0, 2].numel()
@@ -194,10 +211,10 @@ def test_one_launch_equals_two():
     made = mamba2(dtype=BF16)
     xBC, conv_state, weight, bias, silu, state, dt, A, D, z, _, dt_bias, softplus, limit, _ = made
     states = [s.clone() for s in (conv_state, state, conv_state, state)]
-    got = cuda_update.conv_ssd(xBC, states[0], weight, bias, silu, states[1], *made[6:])
-    x, B, C = cuda_update.conv(xBC, states[2], weight, bias, silu, None).split([80, 128, 128], -1)
+    got = step(cuda_update, "conv_ssd", xBC, states[0], weight, bias, silu, states[1], *made[6:])
+    x, B, C = step(cuda_update, "conv", xBC, states[2], weight, bias, silu, None).split([80, 128, 128], -1)
     B, C = B.view(3, 2, 64), C.view(3, 2, 64)
-    want = cuda_update.ssd(states[3], x.view(3, 4, 20), dt, A, B, C, D, z, dt_bias, softplus, limit, None)
+    want = step(cuda_update, "ssd", states[3], x.view(3, 4, 20), dt, A, B, C, D, z, dt_bias, softplus, limit, None)
     assert torch.equal(got, want) and torch.equal(states[0], states[2]) and torch.equal(states[1], states[3])
 
 
@@ -206,7 +223,7 @@ def test_skipped_entries_leave_nothing_behind():
     made = mamba2(total=5)
     kept = made[1].clone(), made[5].clone()
     made[-1] = torch.tensor([-1, -7, -1])
-    assert not cuda_update.conv_ssd(*made).any()
+    assert not step(cuda_update, "conv_ssd", *made).any()
     assert torch.equal(made[1], kept[0]) and torch.equal(made[5], kept[1])
 
 
@@ -227,7 +244,7 @@ def test_ops_are_registered_as_torch_wants_them():
 def test_a_state_that_somebody_saved_is_known_to_have_changed():
     made = mamba2()
     versions = made[1]._version, made[5]._version
-    cuda_update.conv_ssd(*made)
+    step(cuda_update, "conv_ssd", *made)
     assert (made[1]._version, made[5]._version) > versions
 
 

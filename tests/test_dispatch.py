@@ -10,8 +10,8 @@ import torch
 import hybridzoo.layers  # noqa: F401, registers the backends of attention and moe
 from hybridzoo.kernels import BackendError, causal_conv1d, dispatch, selective_scan, ssd
 from hybridzoo.kernels.dispatch import choose, explain
-from hybridzoo.kernels.scan import library as libraries
-from hybridzoo.kernels.scan import reference
+from hybridzoo.kernels.scan import library, reference
+from hybridzoo.kernels.scan.inputs import ScanInputs
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16}
 OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update", "rms_norm", "cross_entropy")
@@ -234,27 +234,19 @@ def test_the_scan_adapter_speaks_the_librarys_layout(monkeypatch):
         assert (u.shape, B.shape) == ((2, 6, 9), (2, 2, 3, 9)) and return_last_state
         wide = [x.transpose(1, 2) for x in (u, delta, z)]
         out, last = reference.selective_scan(
-            wide[0],
-            wide[1],
-            A,
-            B.permute(0, 3, 1, 2),
-            C.permute(0, 3, 1, 2),
-            D,
-            wide[2],
-            bias,
-            None,
-            None,
-            None,
+            ScanInputs(
+                wide[0], wide[1], A, B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2), D, wide[2], bias, None, None, None
+            ),
             softplus,
         )
         return out.transpose(1, 2), last
 
     module = types.SimpleNamespace(selective_scan_fn=fake)
-    monkeypatch.setattr(libraries.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(library.importlib, "import_module", lambda name: module)
     u, dt, z = torch.randn(3, 2, 9, 6)
     B, C = torch.randn(2, 2, 9, 2, 3)
-    operands = (u, dt, -torch.rand(6, 3), B, C, torch.randn(6), z, torch.randn(6), None, None, None, True)
-    for got, want in zip(libraries.selective_scan(*operands), reference.selective_scan(*operands), strict=True):
+    i = ScanInputs(u, dt, -torch.rand(6, 3), B, C, torch.randn(6), z, torch.randn(6))
+    for got, want in zip(library.selective_scan(i, True), reference.selective_scan(i, True), strict=True):
         torch.testing.assert_close(got, want)
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from hybridzoo.kernels import dispatch, selective_scan
-from hybridzoo.kernels.gpu import launch_plans as cuda_again
-from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.gpu import launch_plans, nvrtc
 from hybridzoo.kernels.scan import cuda as cuda_ops
-from hybridzoo.kernels.scan import cuda_paths, low_rank, reference
-from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan import cuda_paths, launches, low_rank, reference
+from hybridzoo.kernels.scan.inputs import ScanInputs
+from hybridzoo.kernels.scan.operands import ScanOperands
 from hybridzoo.kernels.scan.paths import over_paths, walks
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -45,9 +45,9 @@ def exact(inputs, gout, glast, paths=None, marks=(None, None)):
     u, dt, *rest, weight = leaves
     dt = low_rank.step_sizes(dt, weight)
     if paths is None:
-        out, last = reference.selective_scan(u, dt, *rest, *marks, True)
+        out, last = reference.selective_scan(ScanInputs(u, dt, *rest, *marks), True)
     else:
-        out, last = over_paths(lambda *x: reference.selective_scan(*x, None, None, True), paths, u, dt, *rest)
+        out, last = over_paths(lambda i: reference.selective_scan(i, True), paths, ScanInputs(u, dt, *rest))
     loss = (out * gout.double()).sum() + (last * glast.double()).sum()
     return out, last, *torch.autograd.grad(loss, [x for x in leaves if x is not None])
 
@@ -98,16 +98,23 @@ def test_the_cuda_scan_forms_them(case, marked, emulated):
     inputs = operands(*sizes, **options)
     u, dt, *rest, weight = inputs
     marks = (torch.rand(u.shape[:2]) < 0.15, torch.arange(u.shape[1]) < u.shape[1] - 3) if marked else (None, None)
-    call = cuda_backend.Call.of(
-        u, dt, *rest, *(m if m is None else m.expand(u.shape[:2]) for m in marks), True, weight
+    call = ScanOperands.of(
+        ScanInputs(u, dt, *rest, *(m if m is None else m.expand(u.shape[:2]) for m in marks), weight), True
     ).ready()
-    assert call.dt_weight is weight and call.dt is dt
-    out, last, saved = cuda_backend.forward(call, True, chunks=chunks)
+    assert call.i.dt_weight is weight and call.i.dt is dt
+    out, last, saved = launches.forward(call, True, chunks=chunks)
     real = torch.ones(()) if not marked else marks[1][..., None]
     gout, glast = torch.randn(u.shape).to(u.dtype) * real.to(u.dtype), torch.randn(last.shape)
-    gu, gdt, *others = cuda_backend.backward(call, gout, glast, saved, chunks=chunks)
+    gu, gdt, *others = launches.backward(call, gout, glast, saved, chunks=chunks)
     gdt, gweight = low_rank.gradients(gdt, dt, weight)
-    got = [out * real, last, gu, gdt, *(g for g, x in zip(others, rest, strict=True) if x is not None), gweight]
+    got = [
+        out * real,
+        last,
+        gu,
+        gdt,
+        *(g for g, x in zip(others[: len(rest)], rest, strict=True) if x is not None),
+        gweight,
+    ]
     out, last, *grads = exact(inputs, gout, glast, None, marks)
     assert worst(got, [out * real, last, *grads]) < TOLERANCE[u.dtype]
 
@@ -118,10 +125,10 @@ def test_along_paths(own, emulated):
     inputs = operands(2, 35, 40, 16, 12, BF16, 4 if own else None, sliced=True)
     paths, flat = walks("test", FOUR, 35, None), [int(x) for path in FOUR for x in path]
     *first, weight = inputs
-    out, last, saved = cuda_paths.forward((*first, True), flat, True, dt_weight=weight)
+    out, last, saved = cuda_paths.forward(ScanInputs(*first, None, None, weight), True, flat, True)
     gout, glast = torch.randn_like(inputs[0]), torch.randn_like(last)
-    grads = cuda_paths.backward((*first, True), flat, gout, glast, saved, dt_weight=weight)
-    assert worst([out, last, *grads], exact(inputs, gout, glast, paths)) < TOLERANCE[BF16]
+    grads = cuda_paths.backward(ScanInputs(*first, None, None, weight), True, flat, gout, glast, saved)
+    assert worst([out, last, *grads[:9], grads.dt_weight], exact(inputs, gout, glast, paths)) < TOLERANCE[BF16]
 
 
 @needs_compiler
@@ -137,8 +144,9 @@ def test_step_sizes_are_there_for_one_path_at_a_time(emulated, monkeypatch):
         return formed
 
     monkeypatch.setattr(low_rank, "step_sizes", step_sizes)
-    out, last, saved = cuda_paths.forward((*first, True), flat, True, dt_weight=weight)
-    cuda_paths.backward((*first, True), flat, torch.ones_like(out), torch.ones_like(last), saved, dt_weight=weight)
+    out, last, saved = cuda_paths.forward(ScanInputs(*first, None, None, weight), True, flat, True)
+    i = ScanInputs(*first, None, None, weight)
+    cuda_paths.backward(i, True, flat, torch.ones_like(out), torch.ones_like(last), saved)
     assert len(made) == 8
 
 
@@ -146,7 +154,7 @@ def test_step_sizes_are_there_for_one_path_at_a_time(emulated, monkeypatch):
 def test_the_op_and_the_public_function(emulated, monkeypatch):
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(cuda_ops, "refuse_tensors", lambda facts: None)
-    monkeypatch.setattr(cuda_again, "_known", {})
+    monkeypatch.setattr(launch_plans, "_known", {})
     inputs = [x.requires_grad_() for x in operands(1, 20, 40, 16, 8, BF16)]
     *first, weight = inputs
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -166,7 +174,7 @@ def test_the_op_and_the_public_function(emulated, monkeypatch):
     first, again = run("cuda"), run("cuda")
     # 32 among the flags
     assert len(launched) == 6 and all(", 32, " in name for name in launched if not name.startswith("sum"))
-    assert all(map(torch.equal, first, again)) and len(cuda_again._known) == 1
+    assert all(map(torch.equal, first, again)) and len(launch_plans._known) == 1
     assert worst(first, [x.double() for x in run("reference")]) < 2e-2
     assert worst(op(*inputs[:9], None, None, True, True, None, weight)[:2], [x.double() for x in first[:2]]) == 0
 
@@ -182,11 +190,11 @@ def test_what_the_cuda_scan_does_not_read_as_it_is(what, emulated):
         first[1] = F.pad(first[1], (0, 1))[..., :-1]
     if what.endswith("weight"):
         weight = weight.float() if what == "float32 weight" else weight.mT.contiguous().mT
-    call = cuda_backend.Call.of(*first, None, None, True, weight).ready()
-    assert (call.dt_weight is None) == (not what.endswith("weight"))
-    assert call.dt_weight is None or (call.dt_weight.dtype == BF16 and call.dt_weight.is_contiguous())
+    call = ScanOperands.of(ScanInputs(*first, None, None, weight), True).ready()
+    assert (call.i.dt_weight is None) == (not what.endswith("weight"))
+    assert call.i.dt_weight is None or (call.i.dt_weight.dtype == BF16 and call.i.dt_weight.is_contiguous())
     inputs = [x.requires_grad_() for x in (*first, weight)]
-    out, last = cuda_ops.selective_scan(*first, None, None, True, dt_weight=weight)
+    out, last = cuda_ops.selective_scan(ScanInputs(*first, None, None, weight), True)
     gout, glast = torch.randn_like(out), torch.randn_like(last)
     grads = torch.autograd.grad([out, last], inputs, [gout, glast])
     assert all(g.dtype == x.dtype for g, x in zip(grads, inputs, strict=True))
@@ -227,9 +235,9 @@ def test_what_follows_the_last_numbers_does_not_count(behind, emulated):
     first[1] = (
         rows[..., :6] if behind == "other numbers" else rows.flatten()[:-2].clone().as_strided((1, 40, 6), (320, 8, 1))
     )
-    call = cuda_backend.Call.of(*first, None, None, True, weight).ready()
-    assert (call.dt_weight is weight) == low_rank.in_vectors(first[1]) == (behind == "other numbers")
-    got, want = (cuda_ops.selective_scan(*x, None, None, True, dt_weight=weight) for x in (first, inputs[:-1]))
+    call = ScanOperands.of(ScanInputs(*first, None, None, weight), True).ready()
+    assert (call.i.dt_weight is weight) == low_rank.in_vectors(first[1]) == (behind == "other numbers")
+    got, want = (cuda_ops.selective_scan(ScanInputs(*x, None, None, weight), True) for x in (first, inputs[:-1]))
     torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
 
 

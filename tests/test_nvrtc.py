@@ -62,7 +62,7 @@ def state_step(types, k, n, one_A, aligned=(16, 16), b=64):
     sizes = (b, 1536, n, 24 if one_A else 1536, 1)
     strides = (1536 * n, 1536, 1536, n, n, n, n, 1536, 0, 0)
     options = (True, True, False, 64)
-    scan = cuda_update.Scan(types, k, sizes, strides, aligned, one_A, (1, 0), options, (0.0, 1.0))
+    scan = cuda_update.ScanLook(types, k, sizes, strides, aligned, one_A, (1, 0), options, (0.0, 1.0))
     return "update.cu", cuda_update._scan_launch(scan, 132)[1]
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybridzoo.kernels import Seq, selective_scan, ssd, ssd_state_update
 from hybridzoo.kernels.ssd import chunked as chunked_ssd
 from hybridzoo.kernels.ssd import chunks as ssd_blocks
+from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 
 
 @pytest.fixture(autouse=True)
@@ -409,14 +410,14 @@ def test_a_device_without_float64_loses_no_digits(steps, monkeypatch):
     weights = weights_for(made)
     exact = {name: x.detach().double().requires_grad_() for name, x in made.items()}
     want = run(exact, "reference", weights, dt_softplus=False)
-    monkeypatch.setattr(ssd_blocks.Inputs, "wide", property(lambda i: i.acc))
+    monkeypatch.setattr(ssd_blocks.SsdWork, "wide", property(lambda i: i.acc))
     assert_same(run(made, "chunked", weights, dt_softplus=False), want, 3e-6)
 
 
 def test_which_devices_have_float64():
     for device, dtype, want in (("mps", torch.float32, torch.float32), ("cpu", torch.bfloat16, torch.float64)):
         x = SimpleNamespace(device=torch.device(device), dtype=dtype)
-        assert ssd_blocks.Inputs(x, *[None] * 13).wide == want
+        assert ssd_blocks.SsdWork(SsdInputs(x, *[None] * 4), SsdOptions()).wide == want
 
 
 def test_without_float64_there_is_none(monkeypatch):
@@ -427,7 +428,7 @@ def test_without_float64_there_is_none(monkeypatch):
                 assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float64), func
             return out
 
-    monkeypatch.setattr(ssd_blocks.Inputs, "wide", property(lambda i: i.acc))
+    monkeypatch.setattr(ssd_blocks.SsdWork, "wide", property(lambda i: i.acc))
     made = {name: x.detach().float() for name, x in inputs(l=70).items()}
     tensors = [made[name] for name in NAMES[:8]]
     reset = torch.zeros(tensors[0].shape[:2], dtype=torch.bool)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..derivatives import differentiable_once
-from ..operators import custom_op
+from ..numerics import blank
+from ..operators import custom_op, filled
 from ..seq import Seq
+from .inputs import BACKWARD, FORWARD, ConvInputs, connect
 
 # elements of a group of rows that the taps pass over while it is in the cache
 _GROUP = {"cpu": 1 << 17, "cuda": 1 << 26}
@@ -28,7 +29,7 @@ def _groups(x: Tensor) -> Iterator[slice]:
 def _taps(
     x: Tensor, state: Tensor | None, doc: Tensor | None, k: int
 ) -> Iterator[tuple[int, slice, Tensor | None, bool, slice]]:
-    """What the taps on earlier inputs do: ``(shift, outputs, same-document mask, whether from the state, inputs)``."""
+    """The work of the taps on earlier inputs: ``(shift, outputs, same-document mask, whether from the state, inputs)``."""
     l = x.shape[1]
     for s in range(1, k):
         if s < l:
@@ -56,97 +57,57 @@ def _cut(rows: slice, acc: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     return [None if m is None else m[rows].to(acc) for m in tensors]
 
 
-@custom_op("hybridzoo::causal_conv1d", mutates_args=())
-def conv_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, doc: Tensor | None, silu: bool
-) -> Tensor:
+@custom_op("hybridzoo::causal_conv1d", schema=FORWARD)
+def conv_op(*operands: Any) -> Tensor:
     """The convolution, (b, l, d) in x's dtype."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    taps = weight.t().to(acc).contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for rows in _groups(x):
-        part, state = _cut(rows, acc, x, initial_state)
-        y = _convolve(part, taps, bias, state, None if doc is None else doc[rows])
+    *tensors, silu = operands
+    i = ConvInputs(*tensors)
+    acc = torch.promote_types(i.x.dtype, torch.float32)
+    taps = i.weight.t().to(acc).contiguous()
+    out = blank(i.x)
+    for rows in _groups(i.x):
+        part, state = _cut(rows, acc, i.x, i.initial_state)
+        y = _convolve(part, taps, i.bias, state, None if i.doc is None else i.doc[rows])
         out[rows] = F.silu(y) if silu else y
     return out
 
 
-@conv_op.register_fake
-def _conv_fake(x, weight, bias, initial_state, doc, silu):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@custom_op("hybridzoo::causal_conv1d_backward", mutates_args=())
-def conv_backward_op(
-    gout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    doc: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the initial state; the last is empty where there is none."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    taps = weight.t().to(acc).contiguous()
-    gtaps, gbias = torch.zeros_like(taps), taps.new_zeros(taps.shape[1])
-    gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gstate = x.new_zeros(0 if initial_state is None else initial_state.shape, dtype=acc)
-    for rows in _groups(x):
-        part, state, g = _cut(rows, acc, x, initial_state, gout)
-        docs = None if doc is None else doc[rows]
+@custom_op("hybridzoo::causal_conv1d_backward", schema=BACKWARD)
+def conv_backward_op(gout: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, bias and the initial state; empty where there is no such input."""
+    *tensors, silu = operands
+    i = ConvInputs(*tensors)
+    acc = torch.promote_types(i.x.dtype, torch.float32)
+    taps = i.weight.t().to(acc).contiguous()
+    gtaps, gbias, gx = torch.zeros_like(taps), taps.new_zeros(taps.shape[1]), blank(i.x)
+    gstate = None if i.initial_state is None else taps.new_zeros(i.initial_state.shape)
+    for rows in _groups(i.x):
+        part, state, g = _cut(rows, acc, i.x, i.initial_state, gout)
+        docs = None if i.doc is None else i.doc[rows]
         if silu:
-            g = torch.ops.aten.silu_backward(g, _convolve(part, taps, bias, state, docs))
+            g = torch.ops.aten.silu_backward(g, _convolve(part, taps, i.bias, state, docs))
         gpart = g * taps[-1]
         gtaps[-1] += (g * part).sum((0, 1))
         for s, to, mask, old, at in _taps(part, state, docs, taps.shape[0]):
-            source, grad = (state, gstate[rows]) if old else (part, gpart)
+            source, grad = (state, gstate[rows]) if old and gstate is not None else (part, gpart)
             masked = _masked(g[:, to], mask)
             grad[:, at].addcmul_(masked, taps[-1 - s])
             gtaps[-1 - s] += (masked * source[:, at]).sum((0, 1))
         gbias += g.sum((0, 1))
         gx[rows] = gpart
-    if initial_state is not None:
-        gstate = gstate.to(initial_state.dtype)
-    gbias = gbias if bias is None else gbias.to(bias.dtype)
-    return gx, gtaps.t().to(weight.dtype).contiguous(), gbias, gstate
+    gweight = gtaps.t().to(i.weight.dtype).contiguous()
+    bias, state = (
+        None if m is None or g is None else g.to(m.dtype) for g, m in ((gbias, i.bias), (gstate, i.initial_state))
+    )
+    return filled((gx, gweight, bias, state), i.x)
 
 
-differentiable_once(conv_backward_op)
+connect(conv_op, conv_backward_op)
 
 
-@conv_backward_op.register_fake
-def _conv_backward_fake(gout, x, weight, bias, initial_state, doc, silu):
-    acc = torch.promote_types(x.dtype, torch.float32)
-    gbias = x.new_empty(x.shape[2], dtype=acc if bias is None else bias.dtype)
-    gstate = x.new_empty(0, dtype=acc) if initial_state is None else _like(initial_state)
-    return _like(x), _like(weight), gbias, gstate
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, gout: Tensor) -> tuple:
-    # read once: activation checkpointing recomputes them at the first access and refuses a second
-    x, weight, bias, state, doc = ctx.saved_tensors
-    gx, gweight, gbias, gstate = torch.ops.hybridzoo.causal_conv1d_backward(gout, x, weight, bias, state, doc, ctx.silu)
-    return gx, gweight, None if bias is None else gbias, None if state is None else gstate, None, None
-
-
-conv_op.register_autograd(_backward, setup_context=_setup)
-
-
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, doc: Tensor | None, silu: bool
-) -> Tensor:
+def causal_conv1d(i: ConvInputs, silu: bool) -> Tensor:
     """:func:`.reference.causal_conv1d`, fast; the same arguments and result."""
-    return torch.ops.hybridzoo.causal_conv1d(x, weight, bias, initial_state, doc, silu)
+    return torch.ops.hybridzoo.causal_conv1d(*i, silu)
 
 
 def last_inputs(x: Tensor, k: int, initial_state: Tensor | None, seq: Seq | None) -> Tensor:

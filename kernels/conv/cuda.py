@@ -13,85 +13,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derivatives import differentiable_once, once
+from ..derivatives import once
+from ..dispatch import Facts
 from ..gpu import nvrtc, structs
 from ..gpu.device import processors
-from ..gpu.operands import RESET, TYPES, UNALIGNED, alignment, ceil_div, eager, in_types_of, refuse_tensors, whole
+from ..gpu.operands import (
+    RESET,
+    TYPES,
+    UNALIGNED,
+    WIDTHS,
+    alignment,
+    ceil_div,
+    common_type,
+    eager,
+    in_one_piece,
+    in_rows,
+    in_types_of,
+    refuse_tensors,
+    refuse_width,
+)
 from ..gpu.sums import add_up
-from ..operators import custom_op
+from ..numerics import blank, cast
+from ..operators import custom_op, filled
+from .inputs import BACKWARD, FORWARD, ConvInputs, connect
 
-WIDTHS = range(2, 9)
 THREADS, SILU = 128, 8
 # blocks that a multiprocessor should have to choose from, and strips of the length, longest first; see NOTES.md
 BLOCKS, STRIPS = 10, (64, 32, 16, 8)
 
 
-class Params(ctypes.Structure):
+class ConvParams(ctypes.Structure):
     """``ConvParams`` of ``conv.cu``."""
 
     _fields_ = [
-        *((name, c_void_p) for name in "x weight bias state doc out gout gx gstate part".split()),
-        *((name, c_longlong) for name in "x_b x_l state_b state_k gout_b gout_l gx_b gx_l".split()),
-        *((name, c_int) for name in "l d columns tiles_d tiles_l strip".split()),
+        *structs.fields(c_void_p, "x weight bias state doc out gout gx gstate part"),
+        *structs.fields(c_longlong, "x_b x_l state_b state_k gout_b gout_l gx_b gx_l"),
+        *structs.fields(c_int, "l d columns tiles_d tiles_l strip"),
     ]
 
 
-def refuse(facts: dict[str, Any]) -> str | None:
-    """Why the CUDA convolution cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+def refuse(facts: Facts) -> str | None:
+    """Say why the CUDA convolution cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
     return refuse_tensors(facts) or refuse_width(facts) or nvrtc.unavailable()
 
 
-def refuse_width(facts: dict[str, Any]) -> str | None:
-    """Why there is no kernel for a filter, or ``None`` if there is."""
-    width = facts.get("width", 4)
-    return None if width in WIDTHS else f"the CUDA kernels take widths {WIDTHS[0]} to {WIDTHS[-1]}, got {width}"
+def readable(i: ConvInputs) -> ConvInputs:
+    """The inputs in the form that the kernels read: unit strides along channels, one type of inputs, one of the filter."""
+    dtype = common_type(i.x, i.initial_state)
+    wide = i.weight.dtype if i.weight.dtype == dtype else torch.float32
+    weight, bias, doc = (
+        in_one_piece(m, t, aligned=True) for m, t in ((i.weight, wide), (i.bias, wide), (i.doc, torch.int64))
+    )
+    return ConvInputs(in_rows(i.x, dtype), weight, bias, in_rows(i.initial_state, dtype), doc)
 
 
-@dataclass
-class Call:
-    """One convolution's operands in the form that the kernels read: unit strides along channels, one type of inputs, one of the filter."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    state: Tensor | None
-    doc: Tensor | None
-    silu: bool
-
-    @classmethod
-    def of(cls, x, weight, bias, state, doc, silu) -> "Call":
-        """From the op's arguments."""
-        dtype = x.dtype if x.dtype in TYPES and (state is None or state.dtype == x.dtype) else torch.float32
-        wide = weight.dtype if weight.dtype == dtype else torch.float32
-        weight, bias, doc = whole(weight, wide), whole(bias, wide), whole(doc, torch.int64)
-        return cls(_rows(x, dtype), weight, bias, _rows(state, dtype), doc, silu)  # type: ignore[arg-type]
-
-    def signature(self, gout: Tensor | None, gx: Tensor | None) -> tuple:
-        """What the launch depends on besides addresses."""
-        x, others = self.x, (self.state, gout, gx)
-        return (
-            x.dtype,
-            self.weight.dtype,
-            x.shape,
-            self.weight.shape[1],
-            x.stride(),
-            *((0, 0) if m is None else m.stride() for m in others),
-            min(map(alignment, (x, *others))),
-            self.doc is not None,
-            self.silu,
-        )
-
-
-def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if x is None:
-        return None
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
+def signature(i: ConvInputs, silu: bool, gout: Tensor | None = None, gx: Tensor | None = None) -> tuple:
+    """All that the launch over readable inputs depends on besides addresses."""
+    x, others = i.x, (i.initial_state, gout, gx)
+    return (
+        x.dtype,
+        i.weight.dtype,
+        x.shape,
+        i.weight.shape[1],
+        x.stride(),
+        *((0, 0) if m is None else m.stride() for m in others),
+        min(map(alignment, (x, *others))),
+        i.doc is not None,
+        silu,
+    )
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConvPlan:
     """A launch: the struct behind its pointers, the template arguments, blocks, and rows of partial sums."""
 
     tail: bytes
@@ -101,8 +94,8 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(signature: tuple, count: int, backward: bool, strip: int | None = None) -> Plan:
-    """How a convolution is cut into blocks; ``count`` multiprocessors, ``strip`` fixes what would be chosen."""
+def plan(signature: tuple, count: int, backward: bool, strip: int | None = None) -> ConvPlan:
+    """Cut a convolution into blocks; ``count`` multiprocessors, ``strip`` fixes what would be chosen."""
     dtype, wide, (b, l, d), k, x, state, gout, gx, aligned, packed, silu = signature
     steps = [s for pair in (x, state, gout, gx) for s in pair[:2]] + [d]
     # bytes that one access moves: what rows and addresses allow, and registers have room for
@@ -121,146 +114,95 @@ def plan(signature: tuple, count: int, backward: bool, strip: int | None = None)
         strip = next(enough, STRIPS[-1])
     tiles_l = ceil_div(l, deep * strip)
     strides = structs.strides(x=x[:2], gout=gout[:2], gx=gx[:2]) | {"state_b": state[0], "state_k": state[1]}
-    rest = Params(**strides, l=l, d=d, columns=columns, tiles_d=tiles_d, tiles_l=tiles_l, strip=strip)
+    rest = ConvParams(**strides, l=l, d=d, columns=columns, tiles_d=tiles_d, tiles_l=tiles_l, strip=strip)
     spilling = k > 4 or (backward and packed and bytes_ is None)
     blocks = 2 if spilling else 3 if backward or packed else 4
     arguments = f"<{TYPES[dtype]}, {TYPES[wide]}, {k}, {lanes}, {flags}, {blocks}>"
-    return Plan(structs.tail(rest), arguments, b * tiles_l * tiles_d, b * tiles_l)
+    return ConvPlan(structs.tail(rest), arguments, b * tiles_l * tiles_d, b * tiles_l)
 
 
-def plan_of(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool) -> tuple[tuple, Plan]:
-    """What a convolution of one document per row uses in place of its operands, and its launch; see :mod:`..gpu.launch_plans`."""
-    call = Call.of(x, weight, bias, state, None, silu)
-    return (call.x, call.weight, call.bias, call.state), plan(call.signature(None, None), processors(x.device), False)
+def plan_of(i: ConvInputs, silu: bool) -> tuple[ConvInputs, ConvPlan]:
+    """The inputs that a convolution reads in place of these, and its plan, for :mod:`hybridzoo.kernels.gpu.launch_plans`."""
+    i = readable(i)
+    return i, plan(signature(i, silu), processors(i.x.device), False)
 
 
-def forward(call: Call, strip: int | None = None, cut: Plan | None = None) -> Tensor:
-    """The outputs (b, l, d), in the type that the inputs are read in; ``cut`` is the plan of another call that looks like this one."""
-    x = call.x
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def forward(i: ConvInputs, silu: bool, strip: int | None = None, cut: ConvPlan | None = None) -> Tensor:
+    """The outputs (b, l, d) of readable inputs, in their type; ``cut`` is the plan of another call that looks like this one."""
+    x, out = i.x, blank(i.x)
     if out.numel():
-        cut = cut or plan(call.signature(None, None), processors(x.device), False, strip)
-        packed = structs.pack(cut.tail, x, call.weight, call.bias, call.state, call.doc, out, None, None, None, None)
+        cut = cut or plan(signature(i, silu), processors(x.device), False, strip)
+        packed = structs.pack(cut.tail, *i, out, None, None, None, None)
         nvrtc.launch("conv.cu", "conv_forward" + cut.arguments, packed, cut.blocks, THREADS, 0, x.device)
     return out
 
 
-def backward(
-    call: Call, gout: Tensor, strip: int | None = None, gx: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, written into ``gx`` if given, weight, bias and the initial state, in the types that those are read in."""
-    x, weight, device = call.x, call.weight, call.x.device
+def backward(i: ConvInputs, silu: bool, gout: Tensor, strip: int | None = None, gx: Tensor | None = None) -> ConvInputs:
+    """Gradients of readable inputs in their types, that of x written into ``gx`` if given."""
+    x, weight, device = i.x, i.weight, i.x.device
     d, k = weight.shape
-    gx = torch.empty(x.shape, dtype=x.dtype, device=device) if gx is None else gx
+    gx = blank(x) if gx is None else gx
     gweight, gbias = weight.new_empty((d, k)), weight.new_empty(d)
-    gstate = None if call.state is None else torch.empty(call.state.shape, dtype=x.dtype, device=device)
+    gstate = None if i.initial_state is None else blank(i.initial_state)
     if not gx.numel():
-        return gx, gweight.zero_(), gbias.zero_(), None if gstate is None else gstate.zero_()
-    gout = _rows(gout, x.dtype)  # type: ignore[assignment]
-    cut = plan(call.signature(gout, gx), processors(device), True, strip)
+        return ConvInputs(gx, gweight.zero_(), gbias.zero_(), None if gstate is None else gstate.zero_())
+    gout = in_rows(gout, x.dtype)
+    cut = plan(signature(i, silu, gout, gx), processors(device), True, strip)
     part = torch.empty((cut.rows, k + 1, d), dtype=torch.float32, device=device)
-    inputs = (x, weight, call.bias, call.state, call.doc)
-    packed = structs.pack(cut.tail, *inputs, None, gout, gx, gstate, part)
+    packed = structs.pack(cut.tail, *i, None, gout, gx, gstate, part)
     nvrtc.launch("conv.cu", "conv_backward" + cut.arguments, packed, cut.blocks, THREADS, 0, device)
     add_up(part, gweight, gbias)
-    return gx, gweight, gbias, gstate
+    return ConvInputs(gx, gweight, gbias, gstate)
 
 
-@custom_op("hybridzoo::causal_conv1d_cuda", mutates_args=())
-def conv_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, doc: Tensor | None, silu: bool
-) -> Tensor:
+@custom_op("hybridzoo::causal_conv1d_cuda", schema=FORWARD)
+def conv_op(*operands: Any) -> Tensor:
     """The convolution, (b, l, d) in x's dtype."""
-    return _forward((x, weight, bias, initial_state, doc, silu))
+    *tensors, silu = operands
+    return _forward(ConvInputs(*tensors), silu)
 
 
-def _forward(operands: tuple, cut: Plan | None = None) -> Tensor:
-    if cut is not None:
-        return forward(Call(*operands), cut=cut)
-    out, dtype = forward(Call.of(*operands)), operands[0].dtype
-    return out if out.dtype == dtype else out.to(dtype)
+def _forward(i: ConvInputs, silu: bool, cut: ConvPlan | None = None) -> Tensor:
+    return forward(i, silu, cut=cut) if cut is not None else cast(forward(readable(i), silu), i.x.dtype)
 
 
-@conv_op.register_fake
-def _conv_fake(x, weight, bias, initial_state, doc, silu):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@custom_op("hybridzoo::causal_conv1d_cuda_backward", mutates_args=())
-def conv_backward_op(
-    gout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    doc: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op("hybridzoo::causal_conv1d_cuda_backward", schema=BACKWARD)
+def conv_backward_op(gout: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias and the initial state; empty where there is no such input."""
-    grads = _gradients(gout, (x, weight, bias, initial_state, doc, silu))
-    return tuple(x.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
+    *tensors, silu = operands
+    return filled(_gradients(gout, ConvInputs(*tensors), silu)[:-1], gout)
 
 
-def _gradients(gout: Tensor, operands: tuple) -> list[Tensor | None]:
-    return in_types_of(operands, backward(Call.of(*operands), gout))
+def _gradients(gout: Tensor, i: ConvInputs, silu: bool) -> list[Tensor | None]:
+    return in_types_of(i, backward(readable(i), silu, gout))
 
 
-differentiable_once(conv_backward_op)
-
-
-@conv_backward_op.register_fake
-def _conv_backward_fake(gout, x, weight, bias, initial_state, doc, silu):
-    inputs = (x, weight, bias, initial_state)
-    return tuple(x.new_empty(0) if m is None else torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in inputs)
-
-
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, gout: Tensor) -> tuple:
-    # read once: activation checkpointing recomputes them at the first access and refuses a second
-    *inputs, doc = ctx.saved_tensors
-    grads = torch.ops.hybridzoo.causal_conv1d_cuda_backward(gout, *inputs, doc, ctx.silu)
-    return (*(None if x is None else g for g, x in zip(grads, inputs, strict=True)), None, None)
-
-
-conv_op.register_autograd(_backward, setup_context=_setup)
+connect(conv_op, conv_backward_op)
 
 
 class _Eager(torch.autograd.Function):
     """The op without the dispatcher, which costs a small call more time than the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, silu: bool, cut: Plan | None, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, silu: bool, cut: ConvPlan | None, *tensors: Any) -> Tensor:
         ctx.silu = silu
         ctx.save_for_backward(*tensors)
-        return _forward((*tensors, silu), cut)
+        return _forward(ConvInputs(*tensors), silu, cut)
 
     @staticmethod
     @once("causal_conv1d")
     def backward(ctx: Any, gout: Tensor) -> tuple:
-        return (None, None, *_gradients(gout, (*ctx.saved_tensors, ctx.silu)), None)
+        return (None, None, *_gradients(gout, ConvInputs(*ctx.saved_tensors), ctx.silu))
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    doc: Tensor | None,
-    silu: bool,
-    cut: Plan | None = None,
-) -> Tensor:
+def causal_conv1d(i: ConvInputs, silu: bool, cut: ConvPlan | None = None) -> Tensor:
     """:func:`.reference.causal_conv1d` on an NVIDIA GPU; the same arguments and result.
 
     ``cut`` is the plan of a call like this (:mod:`hybridzoo.kernels.gpu.launch_plans`).
     """
-    tensors = (x, weight, bias, initial_state, doc)
     # what is traced, or is not a plain tensor, needs the registered op
-    if not eager(x):
-        return torch.ops.hybridzoo.causal_conv1d_cuda(*tensors, silu)
-    if torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in tensors]):
-        return _Eager.apply(silu, cut, *tensors)
-    return _forward((*tensors, silu), cut)
+    if not eager(i.x):
+        return torch.ops.hybridzoo.causal_conv1d_cuda(*i, silu)
+    if torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in i]):
+        return _Eager.apply(silu, cut, *i)
+    return _forward(i, silu, cut)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import FLOATS, Facts, refuse_library
-from ..numerics import _half
+from ..numerics import cast
+from .inputs import ConvInputs
 
 
 def refuse(facts: Facts) -> str | None:
@@ -24,18 +25,15 @@ def refuse(facts: Facts) -> str | None:
     return None
 
 
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, doc: Tensor | None, silu: bool
-) -> Tensor:
+def causal_conv1d(i: ConvInputs, silu: bool) -> Tensor:
     """:func:`.reference.causal_conv1d` by the causal_conv1d library."""
-    conv = importlib.import_module("causal_conv1d").causal_conv1d_fn
-    before = None if initial_state is None else initial_state.to(x.dtype).contiguous().transpose(1, 2)
-    documents = None if doc is None else doc.to(torch.int32).contiguous()
+    conv, dtype = importlib.import_module("causal_conv1d").causal_conv1d_fn, i.x.dtype
+    state = None if i.initial_state is None else i.initial_state.to(dtype).contiguous().transpose(1, 2)
     return conv(
-        x.contiguous().transpose(1, 2),
-        weight.to(x.dtype),
-        _half(bias, x),
-        seq_idx=documents,
-        initial_states=before,
+        i.x.contiguous().transpose(1, 2),
+        i.weight.to(dtype),
+        cast(i.bias, dtype),
+        seq_idx=None if i.doc is None else i.doc.to(torch.int32).contiguous(),
+        initial_states=state,
         activation="silu" if silu else None,
     ).transpose(1, 2)

@@ -5,19 +5,17 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks
-from ..checks import _is_silu
 from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
-from ..gpu import launch_plans as cuda_again
-from ..seq import Seq, _cleared
-from . import chunked as conv
-from . import cuda as cuda_conv
-from . import library, reference
+from ..gpu import launch_plans
+from ..seq import Seq, clear_padding
+from . import chunked, cuda, library, reference
+from .inputs import ConvInputs
 
 register(
     "causal_conv1d",
-    Backend("cuda", KERNELS, cuda_conv.refuse, cuda_conv.causal_conv1d),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.causal_conv1d),
     Backend("causal_conv1d", "causal_conv1d's CUDA kernel", library.refuse, library.causal_conv1d),
-    Backend("chunked", CHUNKED, run=conv.causal_conv1d),
+    Backend("chunked", CHUNKED, run=chunked.causal_conv1d),
     Backend("reference", LOOP, run=reference.causal_conv1d, plain=True),
 )
 
@@ -52,28 +50,27 @@ def causal_conv1d(
         ValueError: Shapes, dtypes, devices or the activation do not fit.
         BackendError: The backend asked for cannot do this call.
     """
-    where, operands = "causal_conv1d", (x, weight, bias, initial_state)
+    where, given = "causal_conv1d", ConvInputs(x, weight, bias, initial_state)
     plain = seq is None and not return_final_state
-    plan = cuda_again.find(where, operands, activation, backend) if plain else None
+    plan = launch_plans.find(where, given, activation, backend) if plain else None
     if plan is not None:
-        return cuda_conv.causal_conv1d(*operands, None, activation == "silu", plan)
+        return cuda.causal_conv1d(given, activation == "silu", plan)
     checks.floating(where, "x", x, 3, "(b, l, d)")
     checks.floating(where, "weight", weight, 2, "(d, k)")
     (b, l, d), k = x.shape, weight.shape[1]
     checks.shape(where, "weight", weight, (d, k), "(d, k)")
     checks.shape(where, "bias", bias, (d,), "(d,)")
     checks.shape(where, "initial_state", initial_state, (b, k - 1, d), "(b, k-1, d)")
-    checks.floats(where, x=x, weight=weight, bias=bias, initial_state=initial_state)
-    checks.same_device(where, "x", x, weight=weight, bias=bias, initial_state=initial_state)
+    checks.floats(where, **given._asdict())
+    checks.same_device(where, "x", **given._asdict())
     checks.fits(where, seq, b, l)
-    silu = _is_silu(where, activation)
-    (x,) = _cleared(seq, x)
-    operands = (x, weight, bias, initial_state)
-    facts = facts_of(x, initial_state, seq, False, width=k, d=d)
-    chosen = choose(where, backend=backend if l else "reference", **facts)
+    silu = checks.is_silu(where, activation)
+    (x,) = clear_padding(seq, x)
     # rows of one document read nothing behind padding, which stands at their end
-    doc = seq.doc if seq is not None and seq.packed else None
-    (out,) = _cleared(seq, chosen.run(*operands, doc, silu))
+    i = given._replace(x=x, doc=seq.doc if seq is not None and seq.packed else None)
+    facts = facts_of(x, initial_state, seq, return_final_state, width=k, d=d)
+    chosen = choose(where, backend=backend if l else "reference", **facts)
+    (out,) = clear_padding(seq, chosen.run(i, silu))
     if chosen.name == "cuda" and plain:
-        cuda_again.learn(where, operands, lambda: cuda_conv.plan_of(*operands, silu), activation, backend)
-    return (out, conv.last_inputs(x, k, initial_state, seq)) if return_final_state else out
+        launch_plans.keep(where, i, lambda: cuda.plan_of(i, silu), activation, backend)
+    return (out, chunked.last_inputs(x, k, initial_state, seq)) if return_final_state else out

@@ -1,1 +1,1 @@
-"""What every CUDA op needs: compiling and launching, the device, operands, parameter structs, launch plans."""
+"""The common ground of CUDA ops: compiling and launching, the device, operands, parameter structs, launch plans."""

@@ -26,7 +26,7 @@ _said: set[str] = set()
 
 
 def place() -> tuple[Path | None, str | None]:
-    """Where entries are kept, and why there can be none; the folder need not exist yet."""
+    """The folder of the entries, and why there can be none; the folder need not exist yet."""
     own, base = os.environ.get("HYBRIDZOO_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         folder = Path(own)
@@ -42,7 +42,7 @@ def place() -> tuple[Path | None, str | None]:
 
 
 def refused(folder: Path) -> str | None:
-    """Why a folder must not hold code that is run, or ``None``; also for one that does not exist yet."""
+    """Say why a folder must not hold code that is run, or ``None``; also for one that does not exist yet."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def refused(folder: Path) -> str | None:
 
 
 def read(key: str) -> bytes | None:
-    """What was kept under a key (hex), or ``None`` if there is nothing, or nothing whole."""
+    """Return what was kept under a key (hex), or ``None`` if there is nothing, or nothing whole."""
     folder, reason = place()
     if folder is None or reason is not None:
         return None

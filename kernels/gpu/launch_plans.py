@@ -1,7 +1,7 @@
-"""Calls like one before: what was checked, chosen and planned for it holds for all that differ in nothing but values and addresses.
+"""A cache of launch plans: what was checked, chosen and planned for a call holds for all that differ in nothing but values and addresses.
 
 Working it out takes the host longer than a short scan takes the GPU (NOTES.md). What is kept is how operands look, and for each look
-the launch or launches; nothing of the tensors.
+the plan, an op's launch or launches; nothing of the tensors.
 """
 
 import os
@@ -30,12 +30,12 @@ def _plain(x: Tensor) -> bool:
 
 
 def find(op: str, operands: tuple, *options: object) -> Any:
-    """What was learned of a call like this one, or ``None``; the first operand says whether it is one of plain tensors."""
+    """The plan of a call like this one, or ``None``; the first operand says whether it is one of plain tensors."""
     return _known.get(_look(op, operands, options)) if _known and _plain(operands[0]) else None
 
 
-def learn(op: str, operands: tuple, plan_of: Callable[[], tuple[tuple, Any]], *options: object) -> None:
-    """Remember a call that the CUDA kernels have done: ``plan_of`` tells what they used in place of the operands, and the plan."""
+def keep(op: str, operands: tuple, plan_of: Callable[[], tuple[tuple, Any]], *options: object) -> None:
+    """Keep the plan of a call that the CUDA kernels have done: ``plan_of`` tells what they used in place of the operands, and the plan."""
     if not _plain(operands[0]):
         return
     used, plan = plan_of()

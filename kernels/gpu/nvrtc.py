@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..torch_private import constant_when_compiled, current_stream
 from . import cache
 
 OPTIONS = ("--std=c++17", "--ftz=true")
@@ -59,12 +60,6 @@ def launch(
 
 
 _ONE_POINTER = ctypes.c_char_p * 1
-
-
-def current_stream(index: int | None) -> int:
-    """The handle of torch's current stream; without the object round it where torch offers that, which takes longer to make than to use."""
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index)
 
 
 _loaded: dict[tuple[str, str, int | None], Any] = {}
@@ -123,13 +118,10 @@ def sources() -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(files, key=lambda f: f.name)}
 
 
+@constant_when_compiled
 def unavailable() -> str | None:
-    """Why nothing can be compiled or launched here, or ``None``; said once as a warning where there is a GPU."""
+    """Say why nothing can be compiled or launched here, or ``None``; a warning says it once where there is a GPU."""
     return _unavailable()
-
-
-# torch.compile takes the answer and does not look inside; torch.compiler.assume_constant_result sets this, and imports the compiler
-unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

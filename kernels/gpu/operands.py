@@ -1,19 +1,22 @@
 """Operands in the form that the CUDA kernels read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..numerics import cast
+
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
+# of the filters that there are kernels for
+WIDTHS = range(2, 9)
+# template flags of the sources
 RESET, WALK, UNALIGNED, CUT, NARROW, LOW_RANK, OUTPUTS = 1, 2, 4, 8, 16, 32, 64
 
 
 def eager(x: Tensor) -> bool:
-    """Whether a call on ``x`` can do without its registered op: nothing is traced, and ``x`` is a tensor of torch's own."""
+    """Tell whether a call on ``x`` can do without its registered op: nothing is traced, and ``x`` is a tensor of torch's own."""
     return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
 
 
@@ -23,15 +26,22 @@ def in_rows(x: Any, dtype: torch.dtype) -> Any:
         return None
     if x.dtype != dtype:
         x = x.to(dtype)
-    strides = x.stride()
-    return x if strides[-1] == 1 and strides[1] < 2**31 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 else x.contiguous()
 
 
-def in_one_piece(x: Any, dtype: torch.dtype) -> Any:
-    """``x`` in this type and contiguous."""
-    if x is None or (x.dtype == dtype and x.is_contiguous()):
-        return x
-    return x.to(dtype).contiguous()
+def in_one_piece(x: Any, dtype: torch.dtype = torch.float32, aligned: bool = False) -> Any:
+    """``x`` in this type and contiguous; if ``aligned``, what is off 16-byte borders, as slices of a flat parameter may be, is copied."""
+    if x is None:
+        return None
+    if x.dtype != dtype or not x.is_contiguous():
+        x = x.to(dtype).contiguous()
+    return x.clone() if aligned and x.data_ptr() % 16 else x
+
+
+def common_type(first: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The type that operands are read in: theirs, if it is one and the kernels have it; float32 otherwise."""
+    same = first.dtype in TYPES and all([x is None or x.dtype == first.dtype for x in others])
+    return first.dtype if same else torch.float32
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -40,7 +50,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def refuse_tensors(facts: dict[str, Any]) -> str | None:
-    """Why the CUDA kernels cannot read tensors with these facts, or ``None`` if they can; see :class:`.dispatch.Backend`."""
+    """Say why the CUDA kernels cannot read tensors with these facts, or ``None`` if they can; see :class:`.dispatch.Backend`."""
     device, dtype = facts.get("device", "cpu"), facts.get("dtype", torch.float32)
     if device != "cuda":
         return f"the CUDA kernels need CUDA tensors, got {device}"
@@ -49,11 +59,15 @@ def refuse_tensors(facts: dict[str, Any]) -> str | None:
     return None
 
 
-def in_types_of(operands: tuple, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def in_types_of(operands: Iterable[Tensor | None], grads: Iterable[Tensor | None]) -> list[Tensor | None]:
     """Gradients in the types of what they belong to, ``None`` where there is no such operand."""
-    # strict=False: the operands go on with what has no gradient
-    pairs = zip(grads, operands, strict=False)
-    return [None if x is None or g is None else g if g.dtype == x.dtype else g.to(x.dtype) for g, x in pairs]
+    return [None if x is None else cast(g, x.dtype) for g, x in zip(grads, operands, strict=True)]
+
+
+def refuse_width(facts: dict[str, Any]) -> str | None:
+    """Say why there is no kernel for a filter, or ``None`` if there is."""
+    width = facts.get("width", 4)
+    return None if width in WIDTHS else f"the CUDA kernels take widths {WIDTHS[0]} to {WIDTHS[-1]}, got {width}"
 
 
 def alignment(x: Tensor | None) -> int:
@@ -62,11 +76,3 @@ def alignment(x: Tensor | None) -> int:
         return 16
     off = x.data_ptr() % 16
     return 16 if off == 0 else 8 if off == 8 else 1
-
-
-def whole(x: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
-    """A parameter in this type and in one piece; one off the 16-byte borders, as slices of a flat parameter may be, is copied."""
-    if x is None or (x.dtype == dtype and x.is_contiguous() and x.data_ptr() % 16 == 0):
-        return x
-    x = x.to(dtype).contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()

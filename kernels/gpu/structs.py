@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 
-def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Fields of one type, for ``_fields_``."""
     return [(name, kind) for name in names.split()]
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..derivatives import refusing
+from ..dispatch import Facts
 from ..gpu import nvrtc, structs
 from ..gpu.device import DRIVERS, shared_memory
-from ..gpu.operands import TYPES, ceil_div, refuse_tensors, whole
+from ..gpu.operands import TYPES, ceil_div, in_one_piece, refuse_tensors
+from ..numerics import blank
 from ..operators import custom_op
 
 # threads of a block, and up to how many 16-byte vectors a row gets them; more for longer ones
@@ -20,19 +22,19 @@ THREADS, MOST = ((32, 64), (128, 1024)), 512
 _BESIDE = DRIVERS + 128
 
 
-class Params(ctypes.Structure):
+class CrossEntropyParams(ctypes.Structure):
     """``CrossEntropyParams`` of ``cross_entropy.cu``."""
 
     _fields_ = [
-        *((name, c_void_p) for name in "logits targets losses gradient".split()),
+        *structs.fields(c_void_p, "logits targets losses gradient"),
         ("ignore", c_longlong),
         ("v", c_int),
         ("scale", c_float),
     ]
 
 
-def refuse(facts: dict[str, Any]) -> str | None:
-    """Why the CUDA cross-entropy cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+def refuse(facts: Facts) -> str | None:
+    """Say why the CUDA cross-entropy cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
     reason = refuse_tensors(facts)
     if reason is None and facts.get("subclass"):
         return f"the CUDA kernels read plain tensors, got {facts['subclass']}"
@@ -55,7 +57,7 @@ def plan(v: int, dtype: torch.dtype, want_gradient: bool, room: int) -> tuple[st
 
 @functools.lru_cache(maxsize=1024)
 def _tail(ignore_index: int, v: int, scale: float) -> bytes:
-    return structs.tail(Params(ignore=ignore_index, v=v, scale=scale))
+    return structs.tail(CrossEntropyParams(ignore=ignore_index, v=v, scale=scale))
 
 
 def forward(
@@ -63,9 +65,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The losses (m,) in float32, and the gradient (m, v) in the logits' type if it is wanted."""
     m, v = logits.shape
-    logits, targets = whole(logits, logits.dtype), targets.to(torch.int64).contiguous()
+    logits, targets = in_one_piece(logits, logits.dtype, aligned=True), targets.to(torch.int64).contiguous()
     losses = torch.empty(m, dtype=torch.float32, device=logits.device)
-    gradient = torch.empty((m, v), dtype=logits.dtype, device=logits.device) if want_gradient else None
+    gradient = blank(logits) if want_gradient else None
     if m:
         name, threads, shared = plan(v, logits.dtype, want_gradient, shared_memory(logits.device))
         packed = structs.pack(_tail(ignore_index, v, scale), logits, targets, losses, gradient)
@@ -84,9 +86,8 @@ def cross_entropy_op(
 
 @cross_entropy_op.register_fake
 def _fake(logits, targets, ignore_index, want_gradient, scale):
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if want_gradient else None
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    return losses, logits.new_empty(0) if gradient is None else gradient
+    return losses, blank(logits) if want_gradient else logits.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Backend, choose, register
-from . import cuda as cuda_loss
+from . import cuda
 
 # elements of a group of rows that the operations pass over while it is in the cache
 _GROUP = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -21,7 +21,7 @@ def cross_entropy(
     scale: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What every row's target costs, ``logsumexp(logits) - logits[target]``, and what changes it.
+    """The cost of every row's target, ``logsumexp(logits) - logits[target]``, and its gradient.
 
     Args:
         logits: ``(m, v)``; -inf stands for a word that cannot come.
@@ -44,7 +44,7 @@ def cross_entropy(
     checks.floating(where, "logits", logits, 2, "(m, v)")
     checks.floats(where, logits=logits)
     checks.shape(where, "targets", targets, logits.shape[:1], "(m,)")
-    checks.same_device(where, "logits", logits, targets=targets)
+    checks.same_device(where, "logits", logits=logits, targets=targets)
     if targets.dtype != torch.int64:
         raise ValueError(f"{where}: targets has dtype {targets.dtype}, expected int64. Pass targets.long().")
     if logits.shape[1] == 0:
@@ -85,6 +85,6 @@ def _cross_entropy(
 
 register(
     "cross_entropy",
-    Backend("cuda", "our kernel, compiled at first use", cuda_loss.refuse, cuda_loss.cross_entropy),
+    Backend("cuda", "our kernel, compiled at first use", cuda.refuse, cuda.cross_entropy),
     Backend("torch", "PyTorch operations", run=_cross_entropy, plain=True),
 )

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..derivatives import differentiable_once, once
+from ..dispatch import Facts
 from ..gpu import nvrtc, structs
 from ..gpu.device import processors
-from ..gpu.operands import TYPES, UNALIGNED, ceil_div, eager, refuse_tensors, whole
+from ..gpu.operands import TYPES, UNALIGNED, ceil_div, eager, in_one_piece, refuse_tensors
 from ..gpu.sums import add_up
-from ..operators import custom_op
+from ..numerics import blank
+from ..operators import custom_op, filled, like
 
 MAX_D = 8192
 # elements of one access, and accesses that a thread's registers have room for
@@ -27,19 +29,19 @@ N, VECTORS = 4, 6
 ADD = 8
 
 
-class Params(ctypes.Structure):
+class NormParams(ctypes.Structure):
     """``NormParams`` of ``norm.cu``."""
 
     _fields_ = [
-        *((name, c_void_p) for name in "x add weight h sum gh past gx gadd part".split()),
-        *((name, c_longlong) for name in "x_row add_row gh_row past_row m".split()),
+        *structs.fields(c_void_p, "x add weight h sum gh past gx gadd part"),
+        *structs.fields(c_longlong, "x_row add_row gh_row past_row m"),
         ("eps", c_float),
-        *((name, c_int) for name in "d blocks".split()),
+        *structs.fields(c_int, "d blocks"),
     ]
 
 
-def refuse(facts: dict[str, Any]) -> str | None:
-    """Why the CUDA norm cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+def refuse(facts: Facts) -> str | None:
+    """Say why the CUDA norm cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
     reason, d = refuse_tensors(facts), facts.get("d", 1)
     for dtype in facts.get("dtypes", ()):
         reason = reason or refuse_tensors(facts | {"dtype": dtype})
@@ -49,7 +51,7 @@ def refuse(facts: dict[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class NormPlan:
     """A launch: the struct behind its pointers, the template arguments, blocks, and threads in each."""
 
     tail: bytes
@@ -59,8 +61,10 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(types: tuple, m: int, d: int, strides: tuple, aligned: bool, eps: float, count: int, backward: bool) -> Plan:
-    """How m rows of d channels are cut into blocks.
+def plan(
+    types: tuple, m: int, d: int, strides: tuple, aligned: bool, eps: float, count: int, backward: bool
+) -> NormPlan:
+    """Cut m rows of d channels into blocks.
 
     Args:
         types: Of the input, what is added to it (``None``: nothing is, or its gradient has no type of its own), the output and the weight.
@@ -82,10 +86,10 @@ def plan(types: tuple, m: int, d: int, strides: tuple, aligned: bool, eps: float
     resident = ceil_div((2 if backward or flags == ADD | UNALIGNED else 3) * 256, threads)
     blocks = min(ceil_div(m, threads // lanes), resident * count)
     x_row, add_row, gh_row, past_row = strides
-    rest = Params(x_row=x_row, add_row=add_row, gh_row=gh_row, past_row=past_row, m=m, eps=eps, d=d, blocks=blocks)
+    rest = NormParams(x_row=x_row, add_row=add_row, gh_row=gh_row, past_row=past_row, m=m, eps=eps, d=d, blocks=blocks)
     names = ", ".join(TYPES[dtype or types[0]] for dtype in types)
     arguments = f"<{names}, {lanes}, {ceil_div(vectors, lanes)}, {flags}, {resident}>"
-    return Plan(structs.tail(rest), arguments, blocks, threads)
+    return NormPlan(structs.tail(rest), arguments, blocks, threads)
 
 
 def _rows(x: Tensor | None, m: int, d: int) -> tuple[Tensor | None, int]:
@@ -108,11 +112,11 @@ def forward(
     """The outputs (..., d), in ``dtype``, and x, or the sum of x and ``add`` in x's type, whose norm it is."""
     d, device = x.shape[-1], x.device
     h = torch.empty(x.shape, dtype=dtype, device=device)
-    past = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=device)
+    past = x if add is None else blank(x)
     m = h.numel() // d
     if m:
         (rows, x_row), (more, add_row) = _rows(x, m, d), _rows(add, m, d)
-        weight = whole(weight, weight.dtype) if weight is not None else None
+        weight = None if weight is None else in_one_piece(weight, weight.dtype, aligned=True)
         added, total = (None, None) if add is None else (add.dtype, past)
         types = (x.dtype, added, dtype, torch.float32 if weight is None else weight.dtype)
         strides, aligned = (x_row, add_row, d, d), _aligned(rows, more)
@@ -133,14 +137,14 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, ``past`` added; of the weight, where that is ``wanted``; and of what was added to x, of the type ``add``."""
     d, device = x.shape[-1], x.device
-    gx = torch.empty(x.shape, dtype=x.dtype, device=device)
+    gx = blank(x)
     gadd = gx if add == x.dtype else None if add is None else torch.empty(x.shape, dtype=add, device=device)
     gweight = torch.empty(d, dtype=weight.dtype, device=device) if wanted and weight is not None else None
     m = gx.numel() // d
     if not m:
         return gx, None if gweight is None else gweight.zero_(), gadd
     (rows, x_row), (gh, gh_row), (past, past_row) = (_rows(each, m, d) for each in (x, gh, past))  # type: ignore[assignment]
-    weight = whole(weight, weight.dtype) if weight is not None else None
+    weight = None if weight is None else in_one_piece(weight, weight.dtype, aligned=True)
     added, converted = (None, None) if gadd is gx else (add, gadd)
     types = (x.dtype, added, gh.dtype, torch.float32 if weight is None else weight.dtype)
     strides, aligned = (x_row, d, gh_row, past_row), _aligned(rows, gh, past)
@@ -169,8 +173,7 @@ def _norm_fake(x, weight, eps, dtype):
 @custom_op("hybridzoo::rms_norm_cuda_backward", mutates_args=())
 def norm_backward_op(gh: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and the weight; the latter is empty where there is none."""
-    gx, gweight, _ = backward(x, weight, eps, gh, None, True)
-    return gx, x.new_empty(0) if gweight is None else gweight
+    return filled(backward(x, weight, eps, gh, None, True)[:2], x)  # type: ignore[return-value]
 
 
 differentiable_once(norm_backward_op)
@@ -178,8 +181,7 @@ differentiable_once(norm_backward_op)
 
 @norm_backward_op.register_fake
 def _norm_backward_fake(gh, x, weight, eps):
-    gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return gx, x.new_empty(0) if weight is None else torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    return like(x, x, weight)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import KERNELS, Backend, choose, register
-from ..gpu import launch_plans as cuda_again
-from . import cuda as cuda_norm
+from ..gpu import launch_plans
+from . import cuda
 
 
 def rms_norm(
@@ -52,8 +52,8 @@ def branch_rms_norm(
         BackendError: The backend asked for cannot do this call.
     """
     where, given = "rms_norm", (x, weight, add)
-    if cuda_again.find(where, given, eps, dtype, backend):
-        return cuda_norm.branch_rms_norm(x, weight, eps, dtype or x.dtype, add)
+    if launch_plans.find(where, given, eps, dtype, backend):
+        return cuda.branch_rms_norm(x, weight, eps, dtype or x.dtype, add)
     _check(x, weight, add)
     if add is not None and torch.promote_types(x.dtype, add.dtype) != x.dtype:
         x, add = x + add, None
@@ -63,7 +63,7 @@ def branch_rms_norm(
     facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "dtypes": dtypes, "d": x.shape[-1]}
     chosen = choose(where, backend=backend, **facts)
     if chosen.name == "cuda":
-        cuda_again.learn(where, given, lambda: ((x, weight, add), True), eps, dtype, backend)
+        launch_plans.keep(where, given, lambda: ((x, weight, add), True), eps, dtype, backend)
     return chosen.run(x, weight, eps, out, add)
 
 
@@ -74,7 +74,7 @@ def _check(x: Tensor, weight: Tensor | None, add: Tensor | None) -> None:
     checks.floating(where, "x", x, x.dim(), "(..., d)")
     checks.shape(where, "weight", weight, (x.shape[-1],), "(d,)")
     checks.floats(where, x=x, weight=weight, add=add)
-    checks.same_device(where, "x", x, weight=weight, add=add)
+    checks.same_device(where, "x", x=x, weight=weight, add=add)
     if add is not None:
         checks.floating(where, "add", add, x.dim(), "(..., d)")
         checks.shape(where, "add", add, tuple(x.shape), "(..., d)")
@@ -91,6 +91,6 @@ def _torch(
 
 register(
     "rms_norm",
-    Backend("cuda", KERNELS, cuda_norm.refuse, cuda_norm.branch_rms_norm),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.branch_rms_norm),
     Backend("torch", "PyTorch operations", run=_torch, plain=True),
 )

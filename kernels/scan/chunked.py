@@ -21,126 +21,103 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..derivatives import differentiable_once
-from ..numerics import full_precision
-from ..operators import custom_op
-from . import steps as blocks
-from .steps import Block, Buffer, Inputs
+from ..numerics import blank, cast, full_precision
+from ..operators import custom_op, filled, like
+from . import steps
+from .inputs import SCHEMA, ScanInputs
+
+# the backward needs no initial state: the states at chunk starts hold it
+_INPUTS = [name for name in ScanInputs._fields if name not in ("initial_state", "dt_weight")]
+_BACKWARD = f"(Tensor gout, Tensor? glast, Tensor saved, {SCHEMA.replace('Tensor? initial_state, ', '')})"
 
 
-@custom_op("hybridzoo::selective_scan", mutates_args=())
+@custom_op("hybridzoo::selective_scan", schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)")
 @full_precision
-def scan_op(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    dt_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_op(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The scan: outputs (b, l, d), the last state (b, d, n), and the states at chunk starts (b, chunks, g, n, d/g).
 
     The latter are flat: a dimension of their own would put the number of chunks, and so a bound on l, among a compiler's guards.
     """
-    i = Inputs(u, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus)
-    rates, (b, l, d), q = i.rates(), u.shape, blocks.CHUNK
-    g, n, e = rates.shape
-    out = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
-    saved = u.new_empty(b, -(-l // q), g, n, e, dtype=i.acc)
-    last = u.new_empty(b, g, n, e, dtype=i.acc)
-    for rows, every in i.sweeps():
-        a, x = i.buffers(rows, every, 2)
-        last[rows] = 0.0 if initial_state is None else _inward(initial_state[rows].to(i.acc), g)
+    *tensors, dt_softplus = operands
+    i = ScanInputs(*tensors)
+    work, (b, l, _), q = steps.ScanWork(i, dt_softplus), i.u.shape, steps.CHUNK
+    out = blank(i.u)
+    saved = work.rates.new_empty(b, -(-l // q), *work.rates.shape)
+    last = work.rates.new_empty(b, *work.rates.shape)
+    for rows, every in work.sweeps():
+        a, x = work.buffers(rows, every, 2)
+        last[rows] = 0.0 if i.initial_state is None else work.inward(i.initial_state[rows])
         h = last[rows]
-        for steps in every:
-            block = Block(i, rates, rows, steps)
-            c, count = steps.start // q, steps.stop - steps.start
+        for at in every:
+            block = steps.ScanBlock(work, rows, at)
+            c, count = at.start // q, at.stop - at.start
             # the copy outlives the buffer that h is a view of
             h = block.scan(a, x, saved[rows, c].copy_(h))
             states = x.cut(count)[0]
-            saved[rows, c + 1 : -(-steps.stop // q)] = states[:, q - 1 : count - 1 : q]
+            saved[rows, c + 1 : -(-at.stop // q)] = states[:, q - 1 : count - 1 : q]
             y = block.read(states)
-            if z is not None:
-                y.mul_(F.silu(z[rows, steps].to(i.acc)).view_as(y))
-            out[rows, steps] = y.flatten(2)
+            if i.z is not None:
+                y.mul_(F.silu(i.z[rows, at].to(work.acc)).view_as(y))
+            out[rows, at] = y.flatten(2)
         last[rows] = h
     return out, _outward(last), saved.view(-1)
 
 
 @scan_op.register_fake
-def _scan_fake(u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus):
-    (b, l, d), n = u.shape, A.shape[1]
-    acc = torch.promote_types(u.dtype, torch.float32)
-    states = u.new_empty(b * ((l + blocks.CHUNK - 1) // blocks.CHUNK) * d * n, dtype=acc)
-    return torch.empty(b, l, d, dtype=u.dtype, device=u.device), u.new_empty(b, d, n, dtype=acc), states
+def _scan_fake(*operands):
+    *tensors, _ = operands
+    i = ScanInputs(*tensors)
+    (b, l, d), n = i.u.shape, i.A.shape[1]
+    states = i.u.new_empty(b * ((l + steps.CHUNK - 1) // steps.CHUNK) * d * n, dtype=i.acc)
+    return blank(i.u), i.u.new_empty(b, d, n, dtype=i.acc), states
 
 
-@custom_op("hybridzoo::selective_scan_backward", mutates_args=())
+@custom_op("hybridzoo::selective_scan_backward", schema=f"{_BACKWARD} -> ({', '.join(['Tensor'] * 9)})")
 @full_precision
-def scan_backward_op(
-    gout: Tensor,
-    glast: Tensor | None,
-    saved: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    dt_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward_op(gout: Tensor, glast: Tensor | None, saved: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
-    i = Inputs(u, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus)
-    rates, (b, l, d) = i.rates(), u.shape
-    g, n, e = rates.shape
-    saved = saved.view(b, -(-l // blocks.CHUNK), g, n, e)
-    gu, gdt, gB, gC = (torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in (u, dt, B, C))
-    gz = torch.empty(z.shape if z is not None else 0, dtype=u.dtype if z is None else z.dtype, device=u.device)
-    grates = torch.zeros_like(rates)
-    gD, gbias = (u.new_zeros(d if m is not None else 0, dtype=i.acc) for m in (D, dt_bias))
-    ginit = u.new_empty(b, g, n, e, dtype=i.acc)
-    for rows, every in i.sweeps():
-        a, x, G = i.buffers(rows, every, 3)
-        ginit[rows] = 0.0 if glast is None else _inward(glast[rows].to(i.acc), g)
+    *tensors, dt_softplus = operands
+    i = ScanInputs(**dict(zip(_INPUTS, tensors, strict=True)))
+    work, (b, l, d) = steps.ScanWork(i, dt_softplus), i.u.shape
+    saved = saved.view(b, -(-l // steps.CHUNK), *work.rates.shape)
+    gu, gdt, gB, gC = map(blank, (i.u, i.dt, i.B, i.C))
+    gz = None if i.z is None else blank(i.z)
+    grates = torch.zeros_like(work.rates)
+    gD, gbias = (None if m is None else grates.new_zeros(d) for m in (i.D, i.dt_bias))
+    ginit = work.rates.new_empty(b, *work.rates.shape)
+    for rows, every in work.sweeps():
+        a, x, G = work.buffers(rows, every, 3)
+        ginit[rows] = 0.0 if glast is None else work.inward(glast[rows])
         gh = ginit[rows]
-        for steps in reversed(every):
-            block, h = Block(i, rates, rows, steps), saved[rows, steps.start // blocks.CHUNK]
+        for at in reversed(every):
+            block, h = steps.ScanBlock(work, rows, at), saved[rows, at.start // steps.CHUNK]
             block.scan(a, x, h)
-            gy = gout[rows, steps].to(i.acc).view_as(block.u)
-            if z is not None:
-                gate = z[rows, steps].to(i.acc).view_as(block.u)
-                y = block.read(x.cut(steps.stop - steps.start)[0])
-                gz[rows, steps] = torch.ops.aten.silu_backward(y.mul_(gy), gate).flatten(2)
+            gy = gout[rows, at].to(work.acc).view_as(block.u)
+            if i.z is not None and gz is not None:
+                gate = i.z[rows, at].to(work.acc).view_as(block.u)
+                y = block.read(x.cut(at.stop - at.start)[0])
+                gz[rows, at] = torch.ops.aten.silu_backward(y.mul_(gy), gate).flatten(2)
                 gy = gy * F.silu(gate)
-            gu_, gdt_, grates_, gB_, gC_, gh = _block_backward(block, a, x, G, h, gy, gh)
+            gu_, gdt_, grates_, gB_, gC_, gh = _block_backward(block, [a, x, G], h, gy, gh)
             graw = _through_step_sizes(gdt_, block, dt_softplus)
-            gu[rows, steps], gdt[rows, steps], gB[rows, steps], gC[rows, steps] = gu_.flatten(2), graw, gB_, gC_
+            gu[rows, at], gdt[rows, at], gB[rows, at], gC[rows, at] = gu_.flatten(2), graw, gB_, gC_
             grates += grates_
-            if D is not None:
+            if gD is not None:
                 gD += (gy * block.u).flatten(2).sum((0, 1))
-            if dt_bias is not None:
+            if gbias is not None:
                 gbias += graw.sum((0, 1))
         ginit[rows] = gh
-    gA = grates.transpose(1, 2).reshape(d, n).to(A.dtype).contiguous()
-    gD, gbias = (m if w is None else m.to(w.dtype) for m, w in ((gD, D), (gbias, dt_bias)))
-    return gu, gdt, gA, gB, gC, gD, gz, gbias, _outward(ginit)
+    gA = grates.transpose(1, 2).reshape(i.A.shape).to(i.A.dtype).contiguous()
+    gD, gbias = (m if w is None else cast(m, w.dtype) for m, w in ((gD, i.D), (gbias, i.dt_bias)))
+    return filled((gu, gdt, gA, gB, gC, gD, gz, gbias, _outward(ginit)), i.u)
 
 
 def _block_backward(
-    block: Block, decays: Buffer, states: Buffer, space: Buffer, h: Tensor, gy: Tensor, gh: Tensor
+    block: steps.ScanBlock, buffers: list[steps.Buffer], h: Tensor, gy: Tensor, gh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, of the step sizes, of the rates, of B, C and the state ``h`` before the block; uses the buffers up."""
     count = gy.shape[1]
-    (a, a_steps), (x, _), (G, G_steps) = (m.cut(count) for m in (decays, states, space))
+    (a, a_steps), (x, _), (G, G_steps) = (m.cut(count) for m in buffers)
     gC = (gy @ x.transpose(3, 4)).squeeze(3)
     torch.mul(gy, block.C, out=G)
     gh = _adjoint(block, a_steps, G_steps, gh)
@@ -162,7 +139,7 @@ def _block_backward(
     return gu, gdt, grates, gB, gC, gh
 
 
-def _through_step_sizes(gdt: Tensor, block: Block, dt_softplus: bool) -> Tensor:
+def _through_step_sizes(gdt: Tensor, block: steps.ScanBlock, dt_softplus: bool) -> Tensor:
     """From the gradient of the step sizes to that of dt before bias, softplus and padding, (rows, steps, d)."""
     gdt = gdt.flatten(2)
     if dt_softplus:
@@ -170,7 +147,7 @@ def _through_step_sizes(gdt: Tensor, block: Block, dt_softplus: bool) -> Tensor:
     return gdt if block.valid is None else gdt.masked_fill_(~block.valid[..., None], 0.0)
 
 
-def _adjoint(block: Block, decays: tuple[Tensor, ...], grads: tuple[Tensor, ...], gh: Tensor) -> Tensor:
+def _adjoint(block: steps.ScanBlock, decays: tuple[Tensor, ...], grads: tuple[Tensor, ...], gh: Tensor) -> Tensor:
     """Run ``G_t += a_{t+1} G_{t+1}`` from the gradient ``gh`` of the last state; returns the gradient of the state before the block."""
     later = grads[-1].add_(gh)
     for t in range(len(decays) - 1, 0, -1):
@@ -182,43 +159,31 @@ differentiable_once(scan_backward_op)
 
 
 @scan_backward_op.register_fake
-def _scan_backward_fake(gout, glast, saved, u, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus):
-    def like(m: Tensor | None) -> Tensor:
-        return u.new_empty(0) if m is None else torch.empty(m.shape, dtype=m.dtype, device=m.device)
-
-    b, _, d = u.shape
-    acc = torch.promote_types(u.dtype, torch.float32)
-    none = u.new_empty(0, dtype=acc)
-    gD, gbias = (none if m is None else like(m) for m in (D, dt_bias))
-    return like(u), like(dt), like(A), like(B), like(C), gD, like(z), gbias, u.new_empty(b, d, A.shape[1], dtype=acc)
+def _scan_backward_fake(gout, glast, saved, u, dt, A, B, C, D, z, dt_bias, *_):
+    state = u.new_empty(u.shape[0], *A.shape, dtype=torch.promote_types(u.dtype, torch.float32))
+    return (*like(u, u, dt, A, B, C, D, z, dt_bias), state)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, softplus = inputs
-    ctx.softplus = softplus
-    ctx.state_dtype = None if inputs[8] is None else inputs[8].dtype
+    *tensors, ctx.dt_softplus = inputs
+    state = ScanInputs(*tensors).initial_state
+    ctx.state_dtype = None if state is None else state.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors[:8], *tensors[9:], output[2])
+    ctx.save_for_backward(
+        *(x for name, x in zip(ScanInputs._fields, tensors, strict=False) if name in _INPUTS), output[2]
+    )
 
 
 def _backward(ctx: Any, gout: Tensor | None, glast: Tensor | None, _: Any) -> tuple:
     *inputs, saved = ctx.saved_tensors
-    u = inputs[0]
     if gout is None:
-        gout = torch.zeros_like(u)
-    grads = list(torch.ops.hybridzoo.selective_scan_backward(gout, glast, saved, *inputs, ctx.softplus))
-    for at in (5, 6, 7):
-        grads[at] = None if inputs[at] is None else grads[at]
-    grads[8] = None if ctx.state_dtype is None else grads[8].to(ctx.state_dtype)
-    return (*grads, None, None, None)
+        gout = torch.zeros_like(inputs[0])
+    *grads, gstate = torch.ops.hybridzoo.selective_scan_backward(gout, glast, saved, *inputs, ctx.dt_softplus)
+    given = [None if x is None else g for g, x in zip(grads, inputs, strict=False)]
+    return (*given, None if ctx.state_dtype is None else cast(gstate, ctx.state_dtype), None, None, None)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup)
-
-
-def _inward(state: Tensor, g: int) -> Tensor:
-    """A state (b, d, n) as (b, g, n, d/g)."""
-    return state.unflatten(1, (g, -1)).transpose(2, 3)
 
 
 def _outward(state: Tensor) -> Tensor:
@@ -229,22 +194,7 @@ def _outward(state: Tensor) -> Tensor:
     return out
 
 
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    dt_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(i: ScanInputs, dt_softplus: bool) -> tuple[Tensor, Tensor]:
     """:func:`.reference.selective_scan`, fast; the same arguments and results."""
-    out, last, _ = torch.ops.hybridzoo.selective_scan(
-        u, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus
-    )
+    out, last, _ = torch.ops.hybridzoo.selective_scan(*i[:-1], dt_softplus)
     return out, last

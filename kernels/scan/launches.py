@@ -25,8 +25,9 @@ from ..gpu.operands import (
     in_one_piece,
     in_rows,
 )
-from . import structs as params
-from .operands import Call
+from . import params
+from .inputs import ScanInputs
+from .operands import ScanOperands, WideGradients
 from .shapes import (
     ADJOINT,
     BACKWARD,
@@ -62,8 +63,8 @@ def _tail(kind: Any, signature: tuple, grid: Grid, names: str) -> bytes:
     """The parameters behind the pointers; ``names`` are those of the tensors whose strides the signature ends with."""
     _, (b, l, d, n, g), B, C, _, _, walk, softplus, rank, *strides = signature
     named = structs.strides(B=B, C=C, **dict(zip(names.split(), strides, strict=True)))
-    own = {"walk": params.walk(walk, l), "cut": params.Cut(*astuple(grid.cut)), "tiles_per_group": grid.tiles}
-    own |= {"rank": rank, "first_tiles": grid.first} if kind is params.Forward else {}
+    own = {"walk": params.walk(walk, l), "cut": params.CutParams(*astuple(grid.cut)), "tiles_per_group": grid.tiles}
+    own |= {"rank": rank, "first_tiles": grid.first} if kind is params.ForwardParams else {}
     return structs.tail(kind(**named, **own, l=l, batch=b, d=d, n=n, groups=g, softplus=softplus))
 
 
@@ -104,7 +105,7 @@ def _scan(signature: tuple, shape: ForwardShape | ForwardPair, mode: int, grid: 
     if mode != FULL:
         # nothing follows the last piece of a row, or the first on the way back
         pieces = (b - grid.cut.whole) * (grid.cut.chunks - 1)
-    tail = _tail(params.Forward, signature, grid, "u dt z out")
+    tail = _tail(params.ForwardParams, signature, grid, "u dt z out")
     threads, shared = one.nc + one.nh, shape.shared_bytes(dtype.itemsize, mode, flags & LOW_RANK > 0)
     return Launch("scan_forward.cu", name, tail, pieces * g * grid.tiles, threads, shared)
 
@@ -114,13 +115,13 @@ def _forward_launches(
     signature: tuple, count: int, room: int, shape: ForwardShape | ForwardPair | None, chunks: int | None
 ) -> Launches:
     dtype, sizes, *_ = signature
-    shape, grid = forward_plan(*sizes, count, shape, chunks, dtype.itemsize, room, _flags(signature) & LOW_RANK > 0)
+    shape, grid = forward_plan(sizes, count, shape, chunks, dtype.itemsize, room, _flags(signature) & LOW_RANK > 0)
     sweep = _scan(signature, shape, STATE, grid) if grid.cut.chunks > 1 else None
     return _scan(signature, shape, FULL, grid), sweep, signature[1][0] * grid.cut.chunks
 
 
-def _sweep(call: Call, sweep: Launch | None, pieces: int, u: Tensor) -> tuple[Tensor | None, int, int]:
-    """What each piece of the rows that are cut adds to the state, (pieces, d, n), and its sum of dt, (pieces, d, 2): memory and addresses.
+def _sweep(call: ScanOperands, sweep: Launch | None, pieces: int, u: Tensor) -> tuple[Tensor | None, int, int]:
+    """Memory and addresses of what each piece of cut rows adds to the state, (pieces, d, n), and of its sum of dt, (pieces, d, 2).
 
     On the way back ``u`` is the gradient of the outputs, and what is added is the gradient of the state, from the right.
     """
@@ -129,15 +130,15 @@ def _sweep(call: Call, sweep: Launch | None, pieces: int, u: Tensor) -> tuple[Te
     _, _, d, n, _ = call.sizes
     # asking twice takes the host as long as a small kernel; what comes second starts at a multiple of 16 bytes
     local = ceil_div(pieces * d * n, 4) * 4
-    memory = call.A.new_empty(local + pieces * d * 2)
+    memory = call.i.A.new_empty(local + pieces * d * 2)
     at = memory.data_ptr(), memory.data_ptr() + 4 * local
-    marks = None, call.reset, call.valid
-    sweep(u.device, u, *call.scanned, *marks, None, None, None, *at, None, None, call.dt_weight)
+    marks = None, call.i.reset, call.i.valid
+    sweep(u.device, u, *call.scanned, *marks, None, None, None, *at, None, None, call.i.dt_weight)
     return memory, *at
 
 
 def planned(
-    call: Call, out: Tensor, shape: ForwardShape | ForwardPair | None = None, chunks: int | None = None
+    call: ScanOperands, out: Tensor, shape: ForwardShape | ForwardPair | None = None, chunks: int | None = None
 ) -> Launches:
     """The launches of a forward that writes ``out``; ``shape`` and ``chunks`` fix what would be chosen."""
     room = shared_memory(out.device) - DRIVERS
@@ -145,29 +146,30 @@ def planned(
 
 
 def forward(
-    call: Call,
+    call: ScanOperands,
     save: bool,
     shape: ForwardShape | ForwardPair | None = None,
     chunks: int | None = None,
     into: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
     *,
     final: bool = True,
-    launches: Launches | None = None,
+    plan: Launches | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The outputs (b, l, d), the ``final`` state (b, d, n) and the states before every K-th step, (b, l / K, d, n), to ``save``.
 
-    ``launches`` are those :func:`planned` for another call with the same signature, and ready as this one is.
+    ``plan`` is what was :func:`planned` for another call with the same signature, and ready as this one is.
     """
-    if launches is None:
+    if plan is None:
         call = call.ready()
     if into is None:
         saved = call.saved_states() if save else None
-        into = call.u.new_empty(call.u.shape), call.last_state() if final else None, saved
+        into = call.i.u.new_empty(call.i.u.shape), call.last_state() if final else None, saved
     out, last, saved = into
-    scan, sweep, pieces = launches or planned(call, out, shape, chunks)
-    _memory, local, decay = _sweep(call, sweep, pieces, call.u)
-    inputs = (call.u, *call.scanned, call.initial_state, call.reset, call.valid)
-    scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum, call.dt_weight)
+    scan, sweep, pieces = plan or planned(call, out, shape, chunks)
+    i = call.i
+    _memory, local, decay = _sweep(call, sweep, pieces, i.u)
+    inputs = (i.u, *call.scanned, i.initial_state, i.reset, i.valid)
+    scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum, i.dt_weight)
     return out, last, saved
 
 
@@ -178,20 +180,21 @@ def _backward_launches(
     """The backward, the sweep before it where rows are cut, into how many pieces, the grid, and the launch that adds up partial sums."""
     dtype, (b, l, d, n, g), *facts = signature
     size = dtype.itemsize
-    shape, grid = backward_plan(b, l, d, n, g, count, shape, chunks, size, room)
+    shape, grid = backward_plan(signature[1], count, shape, chunks, size, room)
     cut, sweep, pieces = grid.cut, None, 0
     if cut.chunks > 1:
         pieces = (b - cut.whole) * cut.chunks
-        forward_shape, _ = forward_plan(pieces - b + cut.whole, cut.length, d, n, g, count, None, 1, size, room)
+        swept = (pieces - b + cut.whole, cut.length, d, n, g)
+        forward_shape, _ = forward_plan(swept, count, None, 1, size, room)
         # pairs are for rows that are not cut
         assert isinstance(forward_shape, ForwardShape)
         (_, dt, z, gout, *_), nowhere = facts[7:], (0, 0)
-        swept = (dtype, signature[1], *facts[:7], gout, dt, z, nowhere)
-        sweep = _scan(swept, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))
+        looks = (dtype, signature[1], *facts[:7], gout, dt, z, nowhere)
+        sweep = _scan(looks, forward_shape, ADJOINT, Grid(ceil_div(d // g, forward_shape.channels), cut))
     lanes = f"{shape.ns}, {shape.ln}, {shape.ch}, {shape.warps}, {shape.k}, {shape.ts}"
     flags = _flags(signature) | (cut.chunks > 1) * CUT | outputs * OUTPUTS
     name = f"scan_backward<{TYPES[dtype]}, {lanes}, {flags}, {shape.blocks}>"
-    tail = _tail(params.Backward, signature, grid, "u dt z gout gu gdt gz")
+    tail = _tail(params.BackwardParams, signature, grid, "u dt z gout gu gdt gz")
     blocks, shared = cut.pieces(b) * g * grid.tiles, shape.shared_bytes(dtype.itemsize)
     scan = Launch("scan_backward.cu", name, tail, blocks, shape.warps * 32, shared)
     # gB, gC, gA, gD, gbias: elements, elements from one partial sum to the next, how many, and whether the result is float32
@@ -202,28 +205,28 @@ def _backward_launches(
 
 
 def backward(
-    call: Call,
+    call: ScanOperands,
     gout: Tensor,
     glast: Tensor | None,
     saved: Tensor | None,
     shape: BackwardShape | None = None,
     chunks: int | Cut | None = None,
-    into: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    into: WideGradients | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; those of A, D, dt_bias and the state are float32.
+) -> ScanInputs:
+    """Gradients of the inputs; those of A, D, dt_bias and the state are float32.
 
     Without the states that a forward ``saved``, they are formed again first. Step sizes are in memory while it runs, whole, and so is
     their gradient. The outputs of a scan with a gate are formed again into ``out``, (b, l, d) in one piece, if given.
     """
-    c, new, device = call.with_step_sizes(), call.A.new_empty, gout.device
-    b, l, d, n, g = c.sizes
-    glast, gout = in_one_piece(glast, torch.float32), in_rows(gout, c.u.dtype)
-    gu, gdt, gB, gC, gz = into or c.gradients()
+    c, new, device = call.with_step_sizes(), call.i.A.new_empty, gout.device
+    i, (b, l, d, n, g) = c.i, c.sizes
+    glast, gout = in_one_piece(glast), in_rows(gout, i.u.dtype)
+    wide = into or c.gradients()
     if saved is None:
         # the outputs are not asked for: they go where a gradient will be
-        _, _, saved = forward(c, True, into=(gu, None, c.saved_states()))
-    signature = c.signature(gout, gu, gdt, gz)
+        _, _, saved = forward(c, True, into=(wide.u, None, c.saved_states()))
+    signature = c.signature(gout, wide.u, wide.dt, wide.z)
     room = shared_memory(device) - DRIVERS
     scan, sweep, pieces, grid, add_up = _backward_launches(
         signature, processors(device), room, shape, chunks, out is not None
@@ -236,8 +239,8 @@ def backward(
     gA = gbc + 8 * grid.tiles * one
     gskip = gA + 4 * rows * d * n
     total_A, gD, gbias = new((d, n)), new(d), new(d)
-    ginit = None if c.initial_state is None else new((b, d, n))
-    inputs = (c.u, c.dt, c.B, c.C, c.z, gout, c.A, c.D, c.dt_bias, saved, c.initial_state, glast, local, decay)
-    scan(device, *inputs, c.reset, c.valid, gu, gdt, gz, gbc, gA, gskip, ginit, out)
-    add_up(device, gbc, gbc + 4 * one, gA, gskip, gskip + 4 * d, gB, gC, total_A, gD, gbias)
-    return gu, gdt, total_A, gB, gC, gD, gz, gbias, ginit
+    ginit = None if i.initial_state is None else new((b, d, n))
+    inputs = (i.u, i.dt, i.B, i.C, i.z, gout, i.A, i.D, i.dt_bias, saved, i.initial_state, glast, local, decay)
+    scan(device, *inputs, i.reset, i.valid, wide.u, wide.dt, wide.z, gbc, gA, gskip, ginit, out)
+    add_up(device, gbc, gbc + 4 * one, gA, gskip, gskip + 4 * d, wide.B, wide.C, total_A, gD, gbias)
+    return ScanInputs(wide.u, wide.dt, total_A, wide.B, wide.C, gD, wide.z, gbias, ginit)

@@ -2,10 +2,12 @@
 
 import importlib
 
+import torch
 from torch import Tensor
 
 from ..dispatch import FLOATS, Facts, refuse_library
-from ..numerics import _full
+from ..numerics import cast
+from .inputs import ScanInputs
 
 
 def refuse(facts: Facts) -> str | None:
@@ -22,25 +24,11 @@ def refuse(facts: Facts) -> str | None:
     return f"mamba_ssm scans up to d_state = 256, got {n}" if n > 256 else None
 
 
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: None,
-    reset: None,
-    valid: None,
-    dt_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(i: ScanInputs, dt_softplus: bool) -> tuple[Tensor, Tensor]:
     """:func:`.reference.selective_scan` by mamba_ssm, which has no initial state, packing or padding."""
     scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    wide = [None if m is None else m.to(u.dtype).transpose(1, 2) for m in (u, dt, z)]
-    narrow = [m.to(u.dtype).permute(0, 2, 3, 1).contiguous() for m in (B, C)]
-    out, last = scan(
-        wide[0], wide[1], A.float(), *narrow, _full(D), wide[2], _full(dt_bias), dt_softplus, return_last_state=True
-    )
+    u, dt, z = (None if m is None else m.to(i.u.dtype).transpose(1, 2) for m in (i.u, i.dt, i.z))
+    B, C = (m.to(i.u.dtype).permute(0, 2, 3, 1).contiguous() for m in (i.B, i.C))
+    A, D, dt_bias = (cast(m, torch.float32) for m in (i.A, i.D, i.dt_bias))
+    out, last = scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, return_last_state=True)
     return out.transpose(1, 2), last

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..numerics import product
+from .inputs import ScanInputs
 
 # of higher ranks, and beside more states, a product in front is as fast (NOTES.md)
-MAX_RANK, MAX_STATE = 16, 16
+MAX_RANK, MOST_STATES = 16, 16
 
 
 def step_sizes(dt: Tensor, weight: Tensor) -> Tensor:
@@ -34,8 +35,16 @@ def gradients(gdt: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return (rows @ weight.to(gdt.dtype)).view(dt.shape), product(rows.mT, low, weight.dtype)
 
 
+def with_gradients(grads: ScanInputs, i: ScanInputs) -> ScanInputs:
+    """The gradients of a scan with that of its step sizes taken to their low-rank form, where ``i`` has one."""
+    if i.dt_weight is None:
+        return grads
+    gdt, gweight = gradients(grads.dt, i.dt, i.dt_weight)
+    return grads._replace(dt=gdt, dt_weight=gweight)
+
+
 def in_vectors(dt: Tensor) -> bool:
-    """Whether rows of the low-rank form can be read 16 bytes at a time: they start at such borders, and what is behind the last exists."""
+    """Tell whether rows of the low-rank form can be read 16 bytes at a time: they start at borders, and what is behind the last exists."""
     (b, l, r), (row, step, one), lanes = dt.shape, dt.stride(), 16 // dt.element_size()
     end = dt.storage_offset() + (b - 1) * row + (l - 1) * step + (r + lanes - 1) // lanes * lanes
     starts = one == 1 and dt.data_ptr() % 16 == 0 and (l == 1 or step % lanes == 0) and (b == 1 or row % lanes == 0)
@@ -43,12 +52,12 @@ def in_vectors(dt: Tensor) -> bool:
 
 
 def refuse(facts: dict[str, Any]) -> str | None:
-    """Why the CUDA scan cannot form step sizes itself, or ``None`` if it can; see :class:`.dispatch.Backend`."""
+    """Say why the CUDA scan cannot form step sizes itself, or ``None`` if it can; see :class:`.dispatch.Backend`."""
     dtype, rank, n = facts.get("dtype", torch.float32), facts.get("rank", 16), facts.get("d_state", 16)
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA scan forms step sizes in bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
-    if n > MAX_STATE:
-        return f"the CUDA scan forms step sizes for d_state up to {MAX_STATE}, got {n}"
+    if n > MOST_STATES:
+        return f"the CUDA scan forms step sizes for d_state up to {MOST_STATES}, got {n}"
     if not 1 <= rank <= MAX_RANK:
         return f"the CUDA scan forms step sizes of ranks up to {MAX_RANK}, got {rank}"
     return None if facts.get("in_vectors", True) else "rows of the step sizes' low-rank form are off 16-byte borders"

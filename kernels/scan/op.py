@@ -1,4 +1,4 @@
-"""The public ops on whole sequences: what they mean, what they accept, and which backend answers.
+"""The public op: what it means, what it accepts, and which backend answers.
 
 Dimension letters are those of the package's docstring. ``seq`` says where documents and padding are (:class:`.seq.Seq`); states are
 float32, or float64 when the inputs are.
@@ -11,31 +11,28 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
-from ..gpu import launch_plans as cuda_again
-from ..seq import Seq, _cleared, _marks
-from . import chunked, low_rank, reference
-from . import cuda as cuda_ops
-from . import library as libraries
+from ..gpu import launch_plans
+from ..seq import Seq, clear_padding, marks_of
+from . import chunked, cuda, library, low_rank, reference
+from .inputs import ScanInputs
 from .paths import over_paths, per_path, walks
 
 register(
     "selective_scan",
-    Backend("cuda", KERNELS, cuda_ops.refuse, cuda_ops.selective_scan),
-    Backend("mamba_ssm", "mamba_ssm's CUDA scan", libraries.refuse, libraries.selective_scan),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.selective_scan),
+    Backend("mamba_ssm", "mamba_ssm's CUDA scan", library.refuse, library.selective_scan),
     Backend("chunked", CHUNKED, run=chunked.selective_scan),
     Backend("reference", LOOP, run=reference.selective_scan, plain=True),
 )
 # of a scan by our kernels; every other backend scans what was gathered, and what was multiplied before
 register(
     "paths",
-    Backend("cuda", "our kernels walk over the tokens where they are", cuda_ops.refuse),
+    Backend("cuda", "our kernels walk over the tokens where they are", cuda.refuse),
     Backend("gather", "one scan per path over gathered tokens", plain=True),
 )
 register(
     "dt_weight",
-    Backend(
-        "cuda", "our scan forms the step sizes itself", lambda facts: cuda_ops.refuse(facts) or low_rank.refuse(facts)
-    ),
+    Backend("cuda", "our scan forms the step sizes itself", lambda facts: cuda.refuse(facts) or low_rank.refuse(facts)),
     Backend("product", "a matrix product in front of the scan", plain=True),
 )
 
@@ -91,23 +88,18 @@ def selective_scan(
         BackendError: The backend asked for cannot do this call.
     """
     where, plain = "selective_scan", seq is None and paths is None
-    seen = (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_weight)
-    launches = cuda_again.find(where, seen, dt_softplus, backend) if plain else None
-    if launches is not None:
-        out, state = cuda_ops.selective_scan(
-            u, dt, A, B, C, D, z, dt_bias, initial_state, None, None, dt_softplus,
-            final=return_final_state, launches=launches, dt_weight=dt_weight,
-        )  # fmt: skip
+    given = ScanInputs(u, dt, A, B, C, D, z, dt_bias, initial_state, None, None, dt_weight)
+    plan = launch_plans.find(where, given, dt_softplus, backend) if plain else None
+    if plan is not None:
+        out, state = cuda.selective_scan(given, dt_softplus, final=return_final_state, plan=plan)
         return (out, state) if return_final_state else out
     checks.floating(where, "u", u, 3, "(b, l, d)")
     b, l, d = u.shape
     checks.shape(where, "z", z, (b, l, d), "(b, l, d) like u")
-    others = {"dt_bias": dt_bias, "dt_weight": dt_weight, "initial_state": initial_state}
-    others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z} | others
-    checks.floats(where, u=u, **others)
-    checks.same_device(where, "u", u, **others)
+    checks.floats(where, **given._asdict())
+    checks.same_device(where, "u", **given._asdict())
     checks.fits(where, seq, b, l)
-    u, dt, B, C, z = _cleared(seq, u, dt, B, C, z)
+    u, dt, B, C, z = clear_padding(seq, u, dt, B, C, z)
     leaves = (dt, A, B, C, dt_bias, initial_state, dt_weight)
     facts = facts_of(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])
     # without a token there is nothing for a kernel to do
@@ -117,29 +109,27 @@ def selective_scan(
         B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
     walked = None if paths is None else walks(where, paths, l, seq)
     own = chosen.name == "cuda" and (walked is None or choose("paths", backend=backend, **facts).name == "cuda")
-    varied = (dt, A, B, C, D, dt_bias, initial_state, dt_weight)
-    for each in [varied] if walked is None else per_path(len(walked), *varied):
-        _check_scan(where, u, *each)
+    reset, valid = marks_of(seq)
+    i = given._replace(u=u, dt=dt, B=B, C=C, z=z, reset=reset, valid=valid)
+    for each in [i] if walked is None else per_path(len(walked), i):
+        _check_scan(where, each)
     if dt_weight is not None and not own:
-        dt, dt_weight = low_rank.step_sizes(dt, dt_weight), None
-    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+        i = i._replace(dt=low_rank.step_sizes(dt, dt_weight), dt_weight=None)
     if own:
-        out, state = cuda_ops.selective_scan(*operands, *_marks(seq), dt_softplus, walked, dt_weight=dt_weight)
+        out, state = cuda.selective_scan(i, dt_softplus, walked)
         # whether a low-rank form of another rank can be read as it is depends on what lies behind its last row
         if plain and (dt_weight is None or dt_weight.shape[-1] % 8 == 0):
-            cuda_again.learn(where, seen, lambda: cuda_ops.plan_of(seen, out, dt_softplus), dt_softplus, backend)
+            launch_plans.keep(where, given, lambda: cuda.plan_of(given, out, dt_softplus), dt_softplus, backend)
     elif walked is None:
-        out, state = chosen.run(*operands, *_marks(seq), dt_softplus)
+        out, state = chosen.run(i, dt_softplus)
     else:
-        out, state = over_paths(lambda *x: chosen.run(*x, None, None, dt_softplus), walked, *operands)
-    (out,) = _cleared(seq, out)
+        out, state = over_paths(lambda x: chosen.run(x, dt_softplus), walked, i)
+    (out,) = clear_padding(seq, out)
     return (out, state) if return_final_state else out
 
 
-def _check_scan(
-    where: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, dt_bias: Any, state: Any, dt_weight: Any
-) -> None:
-    b, l, d = u.shape
+def _check_scan(where: str, i: ScanInputs) -> None:
+    (b, l, d), A, B, C = i.u.shape, i.A, i.B, i.C
     checks.floating(where, "A", A, 2, "(d, n)")
     checks.floating(where, "B", B, 3 if B.dim() == 3 else 4, "(b, l, g, n) or (b, l, n)")
     n, g = A.shape[1], B.shape[2] if B.dim() == 4 else 1
@@ -148,17 +138,17 @@ def _check_scan(
         return ((b, l, n), "(b, l, n)") if m.dim() == 3 and g == 1 else ((b, l, g, n), "(b, l, g, n)")
 
     checks.groups(where, d, g, "d")
-    if dt_weight is None:
-        checks.shape(where, "dt", dt, (b, l, d), "(b, l, d) like u")
+    if i.dt_weight is None:
+        checks.shape(where, "dt", i.dt, (b, l, d), "(b, l, d) like u")
     else:
-        r = dt.shape[-1]
-        checks.shape(where, "dt", dt, (b, l, r), "(b, l, r), beside a dt_weight")
-        checks.floating(where, "dt_weight", dt_weight, 2, "(d, r)")
-        checks.shape(where, "dt_weight", dt_weight, (d, r), "(d, r), dt being (b, l, r)")
+        r = i.dt.shape[-1]
+        checks.shape(where, "dt", i.dt, (b, l, r), "(b, l, r), beside a dt_weight")
+        checks.floating(where, "dt_weight", i.dt_weight, 2, "(d, r)")
+        checks.shape(where, "dt_weight", i.dt_weight, (d, r), "(d, r), dt being (b, l, r)")
     checks.shape(where, "A", A, (d, n), "(d, n)")
     checks.shape(where, "B", B, *rows(B))
     want, letters = rows(C)
     checks.shape(where, "C", C, want, f"{letters} like B")
-    checks.shape(where, "D", D, (d,), "(d,)")
-    checks.shape(where, "dt_bias", dt_bias, (d,), "(d,)")
-    checks.shape(where, "initial_state", state, (b, d, n), "(b, d, n)")
+    checks.shape(where, "D", i.D, (d,), "(d,)")
+    checks.shape(where, "dt_bias", i.dt_bias, (d,), "(d,)")
+    checks.shape(where, "initial_state", i.initial_state, (b, d, n), "(b, d, n)")

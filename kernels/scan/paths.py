@@ -6,13 +6,13 @@ has its rows as ``(H, W, W, 1, 0)`` and its columns as ``(W, H, 1, W, 0)``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..seq import Seq
+from .inputs import ScanInputs
 
 Path = tuple[int, int, int, int, bool]
 # what may be given per path, and its dimensions where it is shared
@@ -61,40 +61,27 @@ def path_index(path: Path, device: torch.device) -> Tensor:
     return (t // inner) * far + (t % inner) * near
 
 
-def per_path(k: int, *operands: Any) -> list[tuple[Any, ...]]:
-    """For each of k paths its share of ``PER_PATH``, in that order; what is not shared has a leading axis of one per path."""
-    each = []
-    for (name, dims), x in zip(PER_PATH.items(), operands, strict=True):
+def per_path(k: int, i: ScanInputs) -> list[ScanInputs]:
+    """The inputs of each of k paths; what is not shared has a leading axis of one per path."""
+    each = {}
+    for name, dims in PER_PATH.items():
+        x = getattr(i, name)
         own = x is not None and x.dim() == dims + 1
         if own and x.shape[0] != k:
             raise ValueError(f"selective_scan: {name} is given for {x.shape[0]} paths, paths has {k}.")
-        each.append(x.unbind(0) if own else [x] * k)
-    return list(zip(*each, strict=True))
+        each[name] = x.unbind(0) if own else [x] * k
+    return [i._replace(**{name: parts[j] for name, parts in each.items()}) for j in range(k)]
 
 
-def over_paths(
-    scan: Callable,
-    paths: list[Path],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Any,
-    z: Any,
-    dt_bias: Any,
-    state: Any,
-) -> tuple[Tensor, Tensor]:
+def over_paths(scan: Callable[[ScanInputs], tuple], paths: list[Path], i: ScanInputs) -> tuple[Tensor, Tensor]:
     """One scan per path over gathered tokens, outputs summed where the tokens are."""
-    acc = torch.promote_types(u.dtype, torch.float32)
     # float32 until the sum is complete: one rounding, not one per path
-    total, last, x = torch.zeros_like(u, dtype=acc), [], u.to(acc)
-    each = per_path(len(paths), dt, A, B, C, D, dt_bias, state, None)
-    for path, (dt_k, A_k, B_k, C_k, D_k, bias_k, state_k, _) in zip(paths, each, strict=True):
-        order = path_index(path, u.device)
-        y, h = scan(x[:, order], dt_k[:, order], A_k, B_k[:, order], C_k[:, order], D_k, None, bias_k, state_k)
+    total, last, x = torch.zeros_like(i.u, dtype=i.acc), [], i.u.to(i.acc)
+    for path, own in zip(paths, per_path(len(paths), i), strict=True):
+        order = path_index(path, x.device)
+        y, h = scan(own._replace(u=x[:, order], dt=own.dt[:, order], B=own.B[:, order], C=own.C[:, order], z=None))
         total = total.index_add(1, order, y)
         last.append(h)
-    if z is not None:
-        total = total * F.silu(z.to(acc))
-    return total.to(u.dtype), torch.stack(last)
+    if i.z is not None:
+        total = total * F.silu(i.z.to(i.acc))
+    return total.to(i.u.dtype), torch.stack(last)

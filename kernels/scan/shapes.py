@@ -207,7 +207,7 @@ def instance(n: int) -> int:
 
 
 def keeps_states(n: int) -> bool:
-    """Whether a forward leaves the float32 states that its backward starts from, one every K steps.
+    """Tell whether a forward leaves the float32 states that its backward starts from, one every K steps.
 
     Not where they would be more than the 16-bit output, which is what mamba-ssm keeps: there the backward scans once more.
     """
@@ -239,7 +239,7 @@ def backward_shape(n: int, element: int, room: int) -> BackwardShape | None:
 
 @dataclass(frozen=True)
 class Cut:
-    """How rows are cut along the length: ``whole`` of them not at all, the others into ``first`` steps and pieces of ``length``."""
+    """A cut of rows along the length: ``whole`` of them are left whole, the others into ``first`` steps and pieces of ``length``."""
 
     whole: int
     chunks: int
@@ -259,7 +259,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a scan is cut into blocks: tiles of channels in each group, the ``first`` of them of a pair's first shape, and pieces of rows."""
+    """A scan cut into blocks: tiles of channels in each group, the ``first`` of them of a pair's first shape, and pieces of rows."""
 
     tiles: int
     cut: Cut
@@ -268,11 +268,7 @@ class Grid:
 
 @functools.lru_cache(maxsize=1024)
 def forward_plan(
-    b: int,
-    l: int,
-    d: int,
-    n: int,
-    g: int,
+    sizes: tuple[int, int, int, int, int],
     processors: int,
     shape: ForwardShape | ForwardPair | None = None,
     chunks: int | None = None,
@@ -280,7 +276,8 @@ def forward_plan(
     room: int = ROOM,
     low_rank: bool = False,
 ) -> tuple[ForwardShape | ForwardPair, Grid]:
-    """The shape and the grid of a forward scan; ``shape`` and ``chunks`` fix what would be chosen."""
+    """The shape and the grid of a forward scan of b, l, d, n, g; ``shape`` and ``chunks`` fix what would be chosen."""
+    b, l, d, n, g = sizes
     shapes = [shape] if shape else forward_shapes(instance(n), element, room, low_rank, pairs=chunks is None)
     # several chunks cost a second pass over them, so they pay only where much of the chip would have nothing to do
     splits = [chunks] if chunks else [c for c in SPLITS if c == 1 or l >= 96 * c]
@@ -295,18 +292,15 @@ def forward_plan(
 
 @functools.lru_cache(maxsize=1024)
 def backward_plan(
-    b: int,
-    l: int,
-    d: int,
-    n: int,
-    g: int,
+    sizes: tuple[int, int, int, int, int],
     processors: int,
     shape: BackwardShape | None = None,
     chunks: int | Cut | None = None,
     element: int = 2,
     room: int = ROOM,
 ) -> tuple[BackwardShape, Grid]:
-    """The shape and the grid of a backward scan; ``shape`` and ``chunks`` fix what would be chosen."""
+    """The shape and the grid of a backward scan of b, l, d, n, g; ``shape`` and ``chunks`` fix what would be chosen."""
+    b, l, d, n, g = sizes
     shape = shape or backward_shape(instance(n), element, room)
     if shape is None:
         raise ValueError(
@@ -320,7 +314,7 @@ def backward_plan(
 
 
 def _cuts(b: int, l: int, tiles: int, step: int, places: int) -> Iterator[Cut]:
-    """What a backward may choose from: a cut costs a pass over all that is behind the first pieces."""
+    """The cuts that a backward may choose from: each costs a pass over all that is behind the first pieces."""
     yield Cut.even(l, 1, step)
     if b * tiles > 16 * places:
         # the last round of so many is all there is to gain

@@ -1,16 +1,16 @@
-"""What the chunked selective scan works on: some rows and steps of its inputs, and buffers that stay in the cache.
+"""Blocks that the chunked selective scan works on: some rows and steps of its inputs, and buffers that stay in the cache.
 
 Layout: ``(rows, steps, g, n, d/g)``. Rows outermost gives a thread the same rows in every operation, channels innermost make all of
 them vector operations, and the contractions become batched matrix products.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..numerics import exp_, rates, step_sizes
+from .inputs import ScanInputs
 
 # a state is saved every so many steps
 CHUNK = 32
@@ -30,36 +30,18 @@ class Buffer:
         return self.whole[:, :count], self.every[:count]
 
 
-class Inputs(NamedTuple):
-    """The operands of a scan, as the op gets them."""
+class ScanWork:
+    """The inputs of a scan, and how it goes over them: sweeps of rows, and blocks of steps in each."""
 
-    u: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    reset: Tensor | None
-    valid: Tensor | None
-    dt_softplus: bool
-
-    @property
-    def acc(self) -> torch.dtype:
-        """The dtype of everything inside: float32, or float64 for float64 inputs."""
-        return torch.promote_types(self.u.dtype, torch.float32)
-
-    def rates(self) -> Tensor:
-        """A as (g, n, d/g)."""
-        n = self.A.shape[1]
-        return rates(self.A, self.acc).reshape(self.B.shape[2], -1, n).transpose(1, 2).contiguous()
+    def __init__(self, i: ScanInputs, dt_softplus: bool):
+        self.i, self.dt_softplus, self.acc, n = i, dt_softplus, i.acc, i.A.shape[1]
+        self.rates = rates(i.A, i.acc).reshape(i.B.shape[2], -1, n).transpose(1, 2).contiguous()  # (g, n, d/g)
 
     def sweeps(self) -> Iterator[tuple[slice, list[slice]]]:
         """Rows that are scanned together, and the blocks of steps they go in, each starting where a state is saved."""
-        b, l, d = self.u.shape
-        device = self.u.device.type if self.u.device.type in BLOCK else "cuda"
-        row = d * self.A.shape[1]
+        b, l, d = self.i.u.shape
+        device = self.i.u.device.type if self.i.u.device.type in BLOCK else "cuda"
+        row = d * self.i.A.shape[1]
         count = max(1, min(b, -(-b * row * CHUNK // SWEEP[device])))
         rows = max(1, -(-b // count))
         steps = CHUNK * max(1, BLOCK[device] // (rows * row * CHUNK))
@@ -68,9 +50,12 @@ class Inputs(NamedTuple):
 
     def buffers(self, rows: slice, blocks: list[slice], count: int) -> list[Buffer]:
         """Uninitialised work space for the largest block, (rows, steps, g, n, d/g) each."""
-        (g, n), d = self.B.shape[2:], self.u.shape[2]
-        shape = (rows.stop - rows.start, blocks[0].stop if blocks else 0, g, n, d // g)
-        return [Buffer(self.u.new_empty(shape, dtype=self.acc)) for _ in range(count)]
+        shape = (rows.stop - rows.start, blocks[0].stop if blocks else 0, *self.rates.shape)
+        return [Buffer(self.rates.new_empty(shape)) for _ in range(count)]
+
+    def inward(self, state: Tensor) -> Tensor:
+        """A state (b, d, n) as (b, g, n, d/g), in the accumulation dtype."""
+        return state.to(self.acc).unflatten(1, (self.rates.shape[0], -1)).transpose(2, 3)
 
 
 def _drops(reset: Tensor) -> dict[int, Tensor]:
@@ -79,25 +64,25 @@ def _drops(reset: Tensor) -> dict[int, Tensor]:
     return {t: reset[:, t, None, None, None] for t in steps}
 
 
-class Block:
+class ScanBlock:
     """The inputs of some rows and steps in the accumulation dtype, shaped to broadcast against (rows, steps, g, n, d/g)."""
 
-    def __init__(self, i: Inputs, rates: Tensor, rows: slice, steps: slice):
-        g, _, e = rates.shape
-        self.rates = rates
+    def __init__(self, work: ScanWork, rows: slice, steps: slice):
+        i, self.rates = work.i, work.rates
+        g, _, e = self.rates.shape
 
         def cut(x: Tensor) -> Tensor:
-            return x[rows, steps].to(i.acc)
+            return x[rows, steps].to(work.acc)
 
         self.u = cut(i.u).unflatten(2, (g, 1, e))
         self.B, self.C = cut(i.B)[..., None], cut(i.C)[..., None]
-        self.raw = cut(i.dt) if i.dt_bias is None else cut(i.dt) + i.dt_bias.to(i.acc)
+        self.raw = cut(i.dt) if i.dt_bias is None else cut(i.dt) + i.dt_bias.to(work.acc)
         self.valid = None if i.valid is None else i.valid[rows, steps]
-        self.dt = step_sizes(self.raw, None, i.dt_softplus, self.valid).unflatten(2, (g, 1, e))
+        self.dt = step_sizes(self.raw, None, work.dt_softplus, self.valid).unflatten(2, (g, 1, e))
         self.dtu = self.dt * self.u
         self.reset = None if i.reset is None else i.reset[rows, steps, None, None, None]
         self.drops = {} if i.reset is None else _drops(i.reset[rows, steps])
-        self.D = None if i.D is None else i.D.to(i.acc).view(g, 1, e)
+        self.D = None if i.D is None else i.D.to(work.acc).view(g, 1, e)
 
     def scan(self, decays: Buffer, states: Buffer, h: Tensor) -> Tensor:
         """Fill the buffers with the decays and with the states that follow ``h`` (rows, g, n, d/g); returns the last state."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import contain
 from ..derivatives import differentiable_once
-from ..numerics import full_precision
-from ..operators import custom_op
-from .chunks import Block, Inputs, join, split
+from ..numerics import blank, cast, full_precision
+from ..operators import custom_op, filled, like
+from .chunks import SsdBlock, SsdWork, join, split
+from .inputs import SsdInputs, SsdOptions
 
 
 def _inward(state: Tensor, g: int) -> Tensor:
@@ -35,44 +36,41 @@ def _outward(state: Tensor) -> Tensor:
     return out
 
 
-@custom_op("hybridzoo::ssd", mutates_args=())
+_TENSORS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, "
+    "Tensor? reset, Tensor? valid"
+)
+_OPTIONS = "bool dt_softplus, float dt_min, float dt_max, SymInt chunk"
+# the backward needs no initial state: the states at chunk starts hold it
+_INPUTS = [name for name in SsdInputs._fields if name != "initial_state"]
+_BACKWARD = f"Tensor gout, Tensor? glast, Tensor saved, {_TENSORS.replace('Tensor? initial_state, ', '')}, {_OPTIONS}"
+
+
+@custom_op("hybridzoo::ssd", schema=f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 @full_precision
-def ssd_op(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def ssd_op(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (b, l, h, p), the last state (b, h, p, n), and, flat, the states at chunk starts (b, chunks, g, n, r, p)."""
-    bad = None
-    if reset is not None and not contain.finite(x, dt, B, C, initial_state):
-        bad = contain.spoiled(x, dt, B, C, initial_state, reset, dt_softplus)
-        x, dt, B, C, initial_state = map(contain.clean, (x, dt, B, C, initial_state))  # type: ignore[assignment]
-    i = Inputs(x, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus, dt_min, dt_max, chunk)
-    b, g, r, n, p = i.sizes
-    D = i.skip()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    saved = x.new_empty(b, -(-x.shape[1] // chunk), g, n, r, p, dtype=i.acc)
-    state = saved.new_zeros(b, g, n, r, p) if initial_state is None else _inward(initial_state.to(i.acc, copy=True), g)
-    for size in i.blocks():
-        block = Block(i, *size)
+    i, options, bad = SsdInputs(*operands[:-4]), SsdOptions(*operands[-4:]), None
+    if i.reset is not None and not contain.finite(i.x, i.dt, i.B, i.C, i.initial_state):
+        bad = contain.spoiled(i.x, i.dt, i.B, i.C, i.initial_state, i.reset, options.dt_softplus)
+        i = _clean(i, "x", "dt", "B", "C", "initial_state")
+    work = SsdWork(i, options)
+    (b, g, r, n, p), D = work.sizes, work.skip()
+    out = blank(i.x)
+    saved = i.x.new_empty(b, -(-i.x.shape[1] // work.chunk), g, n, r, p, dtype=work.acc)
+    state = (
+        saved.new_zeros(b, g, n, r, p)
+        if i.initial_state is None
+        else _inward(i.initial_state.to(work.acc, copy=True), g)
+    )
+    for size in work.blocks():
+        block = SsdBlock(work, *size)
         state = block.carry(state, saved)
         y, _ = block.read(saved[:, block.chunks].flatten(0, 1))
         if D is not None:
             y.addcmul_(block.x, D)
-        if z is not None:
-            y.mul_(F.silu(block.heads(z)))
+        if i.z is not None:
+            y.mul_(F.silu(block.heads(i.z)))
         block.paste(out, _tokens(y))
     last = _outward(state)
     if bad is not None:
@@ -82,55 +80,47 @@ def ssd_op(
 
 
 @ssd_op.register_fake
-def _ssd_fake(x, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, dt_min, dt_max, chunk):
-    (b, l, h, p), n = x.shape, B.shape[3]
-    acc = torch.promote_types(x.dtype, torch.float32)
-    saved = x.new_empty(b * ((l + chunk - 1) // chunk) * h * p * n, dtype=acc)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(b, h, p, n, dtype=acc), saved
+def _ssd_fake(*operands):
+    i, options = SsdInputs(*operands[:-4]), SsdOptions(*operands[-4:])
+    (b, l, h, p), n = i.x.shape, i.B.shape[3]
+    saved = i.x.new_empty(b * ((l + options.chunk - 1) // options.chunk) * h * p * n, dtype=i.acc)
+    return blank(i.x), i.x.new_empty(b, h, p, n, dtype=i.acc), saved
 
 
-@custom_op("hybridzoo::ssd_backward", mutates_args=())
+def _clean(i: SsdInputs, *names: str) -> SsdInputs:
+    return i._replace(**{name: contain.clean(getattr(i, name)) for name in names})
+
+
+@custom_op("hybridzoo::ssd_backward", schema=f"({_BACKWARD}) -> ({', '.join(['Tensor'] * 9)})")
 @full_precision
-def ssd_backward_op(
-    gout: Tensor,
-    glast: Tensor | None,
-    saved: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def ssd_backward_op(gout: Tensor, glast: Tensor | None, saved: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
-    bad = None
-    if reset is not None and not contain.finite(x, dt, B, C, z, gout, glast):
-        after, here = contain.spoiled(x, dt, B, C, None, reset, dt_softplus)
-        bad = after | contain.spoiled_before(here, gout, z, glast, reset)
-        x, dt, B, C, z, gout, glast = map(contain.clean, (x, dt, B, C, z, gout, glast))  # type: ignore[assignment]
-    i = Inputs(x, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus, dt_min, dt_max, chunk)
-    b, g, r, n, p = i.sizes
-    skip, saved = i.skip(), saved.view(b, -(-x.shape[1] // chunk), g, n, r, p)
-    gx, gdt, gB, gC = (_like(m) for m in (x, dt, B, C))
-    gz = x.new_empty(0) if z is None else _like(z)
-    gA, gbias = x.new_zeros(g * r, dtype=i.wide), x.new_zeros(g * r if dt_bias is not None else 0, dtype=i.acc)
-    gD = x.new_zeros(0 if skip is None else skip.shape, dtype=i.acc)
-    gstate = saved.new_zeros(b, g, n, r, p) if glast is None else _inward(glast.to(i.acc, copy=True), g)
-    for size in reversed(i.blocks()):
-        block = Block(i, *size)
+    i, options = SsdInputs(**dict(zip(_INPUTS, operands, strict=False))), SsdOptions(*operands[-4:])
+    if i.reset is None or contain.finite(i.x, i.dt, i.B, i.C, i.z, gout, glast):
+        return filled(_gradients(SsdWork(i, options), gout, glast, saved), gout)
+    after, here = contain.spoiled(i.x, i.dt, i.B, i.C, None, i.reset, options.dt_softplus)
+    bad = after | contain.spoiled_before(here, gout, i.z, glast, i.reset)
+    work, (gout, glast) = SsdWork(_clean(i, "x", "dt", "B", "C", "z"), options), map(contain.clean, (gout, glast))
+    grads = _gradients(work, gout, glast, saved)
+    _spoil(grads, bad)
+    return filled(grads, gout)
+
+
+def _gradients(work: SsdWork, gout: Tensor, glast: Tensor | None, saved: Tensor) -> tuple[Tensor | None, ...]:
+    i, (b, g, r, n, p) = work.i, work.sizes
+    skip, saved = work.skip(), saved.view(b, -(-i.x.shape[1] // work.chunk), g, n, r, p)
+    gx, gdt, gB, gC = map(blank, (i.x, i.dt, i.B, i.C))
+    gz = None if i.z is None else blank(i.z)
+    gA, gbias = i.x.new_zeros(g * r, dtype=work.wide), None if i.dt_bias is None else saved.new_zeros(g * r)
+    gD = None if skip is None else saved.new_zeros(skip.shape)
+    gstate = saved.new_zeros(b, g, n, r, p) if glast is None else _inward(glast.to(work.acc, copy=True), g)
+    for size in reversed(work.blocks()):
+        block = SsdBlock(work, *size)
         state = saved[:, block.chunks].flatten(0, 1)
         gated = gy = block.heads(gout)
         y, old = block.read(state)
-        if z is not None:
-            gate = block.heads(z)
+        if i.z is not None and gz is not None:
+            gate = block.heads(i.z)
             gated = gy * F.silu(gate)
             full = y if skip is None else y.addcmul_(block.x, skip)
             block.paste(gz, _tokens(torch.ops.aten.silu_backward(gy * full, gate)))
@@ -139,39 +129,39 @@ def ssd_backward_op(
         block.paste(gC, gC_.transpose(1, 2))
         gA += (gdtA * block.dt).sum((0, 3)).flatten()
         graw = gdtA * block.rates + (gdtx * block.x).sum(4)
-        graw = _through_step_sizes(block, graw.to(i.acc).flatten(1, 2).transpose(1, 2))
+        graw = _through_step_sizes(block, graw.to(work.acc).flatten(1, 2).transpose(1, 2))
         block.paste(gdt, graw)
-        if dt_bias is not None:
+        if gbias is not None:
             gbias += graw.sum((0, 1))
         gpart = gdtx.mul_(block.dt[..., None])
-        if skip is not None:
+        if skip is not None and gD is not None:
             gpart.addcmul_(gated, skip)
             gD += (gated * block.x).sum_to_size(skip.shape)
         block.paste(gx, _tokens(gpart))
-    gD = gD if D is None else gD.view(D.shape).to(D.dtype)
-    gbias = gbias if dt_bias is None else gbias.to(dt_bias.dtype)
-    grads = gx, gdt, gA.to(A.dtype), gB, gC, gD, gz, gbias, _outward(gstate)
-    if bad is not None:
-        _spoil(grads, bad)
-    return grads
+    gD = None if i.D is None or gD is None else gD.view(i.D.shape).to(i.D.dtype)
+    gbias = None if i.dt_bias is None or gbias is None else gbias.to(i.dt_bias.dtype)
+    return gx, gdt, gA.to(i.A.dtype), gB, gC, gD, gz, gbias, _outward(gstate)
 
 
-def _spoil(grads: tuple[Tensor, ...], bad: Tensor) -> None:
+def _spoil(grads: tuple[Tensor | None, ...], bad: Tensor) -> None:
     """Overwrite the gradients that depend on what was not finite, at the tokens and heads ``bad`` (b, l, h)."""
     gx, gdt, gA, gB, gC, gD, gz, gbias, gstate = grads
     heads = bad.any(1).any(0)
-    gdt.masked_fill_(bad, math.nan)
-    for g in (gx, gz):
-        g.masked_fill_(bad[..., None] if g.numel() else g.isnan(), math.nan)
-    for g in (gB, gC):
-        g.masked_fill_(bad.unflatten(2, (g.shape[2], -1)).any(3)[..., None], math.nan)
-    for g in (gA, gD, gbias):
-        g.masked_fill_(heads.view(-1, *(1,) * (g.dim() - 1)) if g.numel() else g.isnan(), math.nan)
-    gstate.masked_fill_(bad[:, 0, :, None, None], math.nan)
+    places = (
+        (gx, bad[..., None]),
+        (gz, bad[..., None]),
+        (gdt, bad),
+        *((g, bad.unflatten(2, (g.shape[2], -1)).any(3)[..., None]) for g in (gB, gC) if g is not None),
+        *((g, heads.view(-1, *(1,) * (g.dim() - 1))) for g in (gA, gD, gbias) if g is not None),
+        (gstate, bad[:, 0, :, None, None]),
+    )
+    for g, at in places:
+        if g is not None:
+            g.masked_fill_(at, math.nan)
 
 
 def _block_backward(
-    block: Block, state: Tensor, gy: Tensor, old: Tensor, glast: Tensor
+    block: SsdBlock, state: Tensor, gy: Tensor, old: Tensor, glast: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of dt x, B, C, dt A and the state before the block, from those of y and of the state after it."""
     weights = block.scores * block.L
@@ -186,7 +176,7 @@ def _block_backward(
     after = block.dtx * block.onward
     gafter = split(block.B @ gstate.flatten(3), state)
     gB = gscores.transpose(2, 3) @ block.C + join(after) @ gstate.flatten(3).transpose(2, 3)
-    moved = (gafter * after).sum(4, dtype=block.i.wide)
+    moved = (gafter * after).sum(4, dtype=block.work.wide)
     kept = (gstate * (block.through * state)).sum((2, 4))
     gdtx.addcmul_(gafter, block.onward)
     return gdtx, gB, gC, _through_sums(flow, read, moved, kept), gfirst
@@ -206,7 +196,7 @@ def _through_sums(flow: Tensor, read: Tensor, moved: Tensor, kept: Tensor) -> Te
     return passing + read.flip(3).cumsum(3).flip(3) + F.pad(moved, (1, -1)).cumsum(3) + kept[..., None]
 
 
-def _carry_backward(block: Block, gread: Tensor, glast: Tensor) -> tuple[Tensor, Tensor]:
+def _carry_backward(block: SsdBlock, gread: Tensor, glast: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the states after each chunk and of that before the block, from what the chunks read and the state after the block."""
     rows = (-1, block.count)
     every, gread, through = torch.empty_like(gread), gread.unflatten(0, rows), block.through.unflatten(0, rows)
@@ -216,15 +206,15 @@ def _carry_backward(block: Block, gread: Tensor, glast: Tensor) -> tuple[Tensor,
     return every, glast
 
 
-def _through_step_sizes(block: Block, g: Tensor) -> Tensor:
+def _through_step_sizes(block: SsdBlock, g: Tensor) -> Tensor:
     """From the gradient of the step sizes (b, q, h) to that of dt before bias, softplus, limits and padding."""
-    i = block.i
+    options = block.work.options
     if block.valid is not None:
         g = g.masked_fill(~block.valid[..., None], 0.0)
-    if (i.dt_min, i.dt_max) != (0.0, math.inf):
-        dt = F.softplus(block.raw) if i.dt_softplus else block.raw
-        g = g.masked_fill((dt < i.dt_min) | (dt > i.dt_max), 0.0)
-    return g * torch.sigmoid(block.raw) if i.dt_softplus else g
+    if options.dt_limit != (0.0, math.inf):
+        dt = F.softplus(block.raw) if options.dt_softplus else block.raw
+        g = g.masked_fill((dt < options.dt_min) | (dt > options.dt_max), 0.0)
+    return g * torch.sigmoid(block.raw) if options.dt_softplus else g
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -232,65 +222,38 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(1, 2).transpose(1, 2)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 differentiable_once(ssd_backward_op)
 
 
 @ssd_backward_op.register_fake
-def _ssd_backward_fake(
-    gout, glast, saved, x, dt, A, B, C, D, z, dt_bias, reset, valid, dt_softplus, dt_min, dt_max, chunk
-):
-    acc = torch.promote_types(x.dtype, torch.float32)
-    none = x.new_empty(0, dtype=acc)
-    gD, gbias = (none if m is None else _like(m) for m in (D, dt_bias))
-    gz = x.new_empty(0) if z is None else _like(z)
-    b, _, h, p = x.shape
-    return _like(x), _like(dt), _like(A), _like(B), _like(C), gD, gz, gbias, x.new_empty(b, h, p, B.shape[3], dtype=acc)
+def _ssd_backward_fake(gout, glast, saved, x, dt, A, B, C, D, z, dt_bias, *_):
+    (b, _, h, p), n = x.shape, B.shape[3]
+    return (
+        *like(x, x, dt, A, B, C, D, z, dt_bias),
+        x.new_empty(b, h, p, n, dtype=torch.promote_types(x.dtype, torch.float32)),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.options = inputs[11:]
-    ctx.state_dtype = None if inputs[8] is None else inputs[8].dtype
+    i, ctx.options = SsdInputs(*inputs[:-4]), inputs[-4:]
+    ctx.state_dtype = None if i.initial_state is None else i.initial_state.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8], *inputs[9:11], output[2])
+    ctx.save_for_backward(*(getattr(i, name) for name in _INPUTS), output[2])
 
 
 def _backward(ctx: Any, gout: Tensor | None, glast: Tensor | None, _: Any) -> tuple:
     *inputs, saved = ctx.saved_tensors
     if gout is None:
         gout = torch.zeros_like(inputs[0])
-    grads = list(torch.ops.hybridzoo.ssd_backward(gout, glast, saved, *inputs, *ctx.options))
-    for at in (5, 6, 7):
-        grads[at] = None if inputs[at] is None else grads[at]
-    grads[8] = None if ctx.state_dtype is None else grads[8].to(ctx.state_dtype)
-    return (*grads, *[None] * 6)
+    *grads, gstate = torch.ops.hybridzoo.ssd_backward(gout, glast, saved, *inputs, *ctx.options)
+    given = [None if x is None else g for g, x in zip(grads, inputs, strict=False)]
+    return (*given, None if ctx.state_dtype is None else cast(gstate, ctx.state_dtype), *[None] * 6)
 
 
 ssd_op.register_autograd(_backward, setup_context=_setup)
 
 
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """:func:`.reference.ssd`, fast; the same arguments and results, and the tokens per chunk."""
-    lo, hi = dt_limit
-    out, last, _ = torch.ops.hybridzoo.ssd(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, reset, valid, dt_softplus, lo, hi, chunk_size
-    )
+def ssd(i: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.ssd`, fast; the same arguments and results."""
+    out, last, _ = torch.ops.hybridzoo.ssd(*i, *options)
     return out, last

@@ -1,15 +1,14 @@
-"""What the chunked SSD works on: blocks of chunks, their decays and masked attention matrices.
+"""Blocks of chunks that the chunked SSD works on, their decays and masked attention matrices.
 
 Layout: the chunks of a block count as rows, ``g`` groups of ``r`` heads; x (b, g, r, q, p), B and C (b, g, q, n), state
 (b, g, n, r, p), so that the heads of a group share one matrix product with B and C.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..numerics import exp_, rates, step_sizes
+from .inputs import SsdInputs, SsdOptions
 
 # beyond it a step forgets all in any type; as one term of a sum, it would cost the others their digits
 _FLOOR = -1000.0
@@ -17,70 +16,56 @@ _FLOOR = -1000.0
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
-class Inputs(NamedTuple):
-    """The operands of ssd, as the op gets them."""
+class SsdWork:
+    """The inputs of SSD, and how it goes over them, block by block of chunks."""
 
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    reset: Tensor | None
-    valid: Tensor | None
-    dt_softplus: bool
-    dt_min: float
-    dt_max: float
-    chunk: int
-
-    @property
-    def acc(self) -> torch.dtype:
-        """The dtype of everything inside: float32, or float64 for float64 inputs."""
-        return torch.promote_types(self.x.dtype, torch.float32)
+    def __init__(self, i: SsdInputs, options: SsdOptions):
+        self.i, self.options, self.acc, self.chunk = i, options, i.acc, options.chunk
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype of running sums: float64, but on Apple's GPUs, which have none."""
-        return self.acc if self.x.device.type == "mps" else torch.float64
+        return self.acc if self.i.x.device.type == "mps" else torch.float64
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """b, g, r, n, p."""
-        (b, _, h, p), (g, n) = self.x.shape, self.B.shape[2:]
+        (b, _, h, p), (g, n) = self.i.x.shape, self.i.B.shape[2:]
         return b, g, h // g, n, p
 
     def blocks(self) -> list[tuple[int, int, int]]:
         """The start, the number of chunks and the length of each of them; what is left of l is a shorter chunk."""
-        b, l, h, _ = self.x.shape
+        b, l, h, _ = self.i.x.shape
         whole, q = l // self.chunk, self.chunk
-        some = max(1, BLOCK.get(self.x.device.type, BLOCK["cuda"]) // max(1, b * h * q * q))
+        some = max(1, BLOCK.get(self.i.x.device.type, BLOCK["cuda"]) // max(1, b * h * q * q))
         out = [(c * q, min(some, whole - c), q) for c in range(0, whole, some)]
         return out if l % q == 0 else [*out, (whole * q, 1, l % q)]
 
     def skip(self) -> Tensor | None:
         """D as (g, r, 1, p or 1)."""
-        return None if self.D is None else self.D.to(self.acc).view(*self.sizes[1:3], 1, -1)
+        return None if self.i.D is None else self.i.D.to(self.acc).view(*self.sizes[1:3], 1, -1)
 
 
-class Block:
+class SsdBlock:
     """Some chunks' inputs in the accumulation dtype, their decays and masked attention matrices."""
 
-    def __init__(self, i: Inputs, start: int, count: int, q: int):
-        self.i, self.count, self.q = i, count, q
-        self.steps, self.chunks = slice(start, start + count * q), slice(start // i.chunk, start // i.chunk + count)
-        _, g, r, _, _ = i.sizes
+    def __init__(self, work: SsdWork, start: int, count: int, q: int):
+        i, acc, self.work, self.count, self.q = work.i, work.acc, work, count, q
+        self.steps, self.chunks = (
+            slice(start, start + count * q),
+            slice(start // work.chunk, start // work.chunk + count),
+        )
+        _, g, r, _, _ = work.sizes
         self.x = self.heads(i.x)
-        self.B, self.C = (self.cut(m).to(i.acc).transpose(1, 2) for m in (i.B, i.C))
-        raw = self.cut(i.dt).to(i.acc)
-        self.raw = raw if i.dt_bias is None else raw + i.dt_bias.to(i.acc)
+        self.B, self.C = (self.cut(m).to(acc).transpose(1, 2) for m in (i.B, i.C))
+        raw = self.cut(i.dt).to(acc)
+        self.raw = raw if i.dt_bias is None else raw + i.dt_bias.to(acc)
         self.valid = None if i.valid is None else self.cut(i.valid)
-        dt = step_sizes(self.raw, None, i.dt_softplus, self.valid, (i.dt_min, i.dt_max))
+        dt = step_sizes(self.raw, None, work.options.dt_softplus, self.valid, work.options.dt_limit)
         self.dt = dt.transpose(1, 2).unflatten(1, (g, r))
         self.dtx = self.dt[..., None] * self.x
-        self.rates = rates(i.A, i.acc).to(i.wide).view(g, r, 1)
-        between, onward, into = _sums((self.dt.to(i.wide) * self.rates).clamp_(min=_FLOOR), i.acc)
+        self.rates = rates(i.A, acc).to(work.wide).view(g, r, 1)
+        between, onward, into = _sums((self.dt.to(work.wide) * self.rates).clamp_(min=_FLOOR), acc)
         # from s to t, from t to the state at the end, and from the state at the start to t
         self.L, self.onward, self.into = exp_(between), exp_(onward)[..., None], exp_(into)[..., None]
         self.document = None if i.reset is None else self.cut(i.reset).cumsum(1)[:, None]
@@ -101,7 +86,7 @@ class Block:
 
     def heads(self, x: Tensor) -> Tensor:
         """Cut (b, l, h, p) as (b * chunks, g, r, q, p)."""
-        return self.cut(x).to(self.i.acc).transpose(1, 2).unflatten(1, self.i.sizes[1:3])
+        return self.cut(x).to(self.work.acc).transpose(1, 2).unflatten(1, self.work.sizes[1:3])
 
     def causal(self, scores: Tensor) -> Tensor:
         """Keep of (b, g, q, q) what a token may see: earlier ones of its document. In place."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import FLOATS, Facts, refuse_library
-from ..numerics import _full, _half, step_sizes
+from ..numerics import cast, step_sizes
+from .inputs import SsdInputs, SsdOptions
 
 
 def refuse(facts: Facts) -> str | None:
@@ -21,41 +22,23 @@ def refuse(facts: Facts) -> str | None:
     return None
 
 
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    reset: Tensor | None,
-    valid: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def ssd(i: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
     """:func:`.reference.ssd` by mamba_ssm's ``mamba_chunk_scan_combined``."""
     combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     # it cannot skip padding after softplus, so the step sizes are made here
-    dt = step_sizes(dt.float(), dt_bias, dt_softplus, valid, dt_limit)
-    # its tiles are powers of two, and the size changes no result
-    chunk_size = max(16, 1 << (chunk_size - 1).bit_length())
-    # padding continues the last document: its zero steps leave the state alone
-    documents = None if reset is None else reset.cumsum(1).to(torch.int32)
-    B, C, gate = B.to(x.dtype), C.to(x.dtype), _half(z, x)
+    dt = step_sizes(i.dt.float(), i.dt_bias, options.dt_softplus, i.valid, options.dt_limit)
     return combined(
-        x,
+        i.x,
         dt,
-        A.float(),
-        B,
-        C,
-        chunk_size,
-        D=_full(D),
-        z=gate,
-        initial_states=_full(initial_state),
-        seq_idx=documents,
+        i.A.float(),
+        i.B.to(i.x.dtype),
+        i.C.to(i.x.dtype),
+        # its tiles are powers of two, and the size changes no result
+        max(16, 1 << (options.chunk - 1).bit_length()),
+        D=cast(i.D, torch.float32),
+        z=cast(i.z, i.x.dtype),
+        initial_states=cast(i.initial_state, torch.float32),
+        # padding continues the last document: its zero steps leave the state alone
+        seq_idx=None if i.reset is None else i.reset.cumsum(1).to(torch.int32),
         return_final_states=True,
     )

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
-from ..seq import Seq, _cleared, _marks
-from . import chunked as chunked_ssd
-from . import library, reference
+from ..seq import Seq, clear_padding, marks_of
+from . import chunked, library, reference
+from .inputs import SsdInputs, SsdOptions
 
 register(
     "ssd",
     Backend("cuda", KERNELS, lambda facts: "there is no CUDA kernel of ours for this op yet"),
     Backend("mamba_ssm", "mamba_ssm's Triton SSD", library.refuse, library.ssd),
-    Backend("chunked", CHUNKED, run=chunked_ssd.ssd),
+    Backend("chunked", CHUNKED, run=chunked.ssd),
     Backend("reference", LOOP, run=reference.ssd, plain=True),
 )
 
@@ -81,19 +81,19 @@ def ssd(
     checks.shape(where, "z", z, (b, l, h, p), "(b, l, h, p) like x")
     checks.shape(where, "dt_bias", dt_bias, (h,), "(h,)")
     checks.shape(where, "initial_state", initial_state, (b, h, p, n), "(b, h, p, n)")
-    others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
-    checks.floats(where, x=x, **others)
-    checks.same_device(where, "x", x, **others)
+    given = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    checks.floats(where, **given._asdict())
+    checks.same_device(where, "x", **given._asdict())
     checks.fits(where, seq, b, l)
     lo, hi = (float(limit) for limit in dt_limit)
     if not 0 <= lo <= hi:
         raise ValueError(f"{where}: dt_limit is ({lo}, {hi}), expected 0 <= lower <= upper.")
     if chunk_size < 1:
         raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
-    x, dt, B, C, z = _cleared(seq, x, dt, B, C, z)
+    x, dt, B, C, z = clear_padding(seq, x, dt, B, C, z)
     facts = facts_of(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n)
     chosen = choose(where, backend=backend if l else "reference", **facts)
-    operands = (x, dt, A, B, C, D, z, dt_bias, initial_state, *_marks(seq), dt_softplus, (lo, hi), chunk_size)
-    out, state = chosen.run(*operands)
-    (out,) = _cleared(seq, out)
+    i = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, *marks_of(seq))
+    out, state = chosen.run(i, SsdOptions(dt_softplus, lo, hi, chunk_size))
+    (out,) = clear_padding(seq, out)
     return (out, state) if return_final_state else out

@@ -1,4 +1,4 @@
-"""One token at a time in PyTorch operations: what :mod:`.op` calls where no kernel of ours does it.
+"""One token at a time in PyTorch operations, for what no kernel of ours does.
 
 No operation waits for the device, so a step can be captured in a CUDA graph. Arguments are checked by the caller.
 """
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import finish, rates, step_sizes
+from .inputs import ConvStep, ScanStep, StepOptions
 
 
 def take(state: Tensor, rows: Tensor | None) -> Tensor:
@@ -31,93 +32,53 @@ def _skipped(y: Tensor, rows: Tensor | None) -> Tensor:
     return y if rows is None else y.masked_fill((rows < 0).view(-1, *[1] * (y.dim() - 1)), 0.0)
 
 
-def selective(
-    state: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    rows: Tensor | None,
-) -> Tensor:
-    """:func:`.op.selective_state_update`."""
-    acc, (b, d), g = state.dtype, u.shape, B.shape[1]
-    h = take(state, rows)
-    x = u.to(acc)
-    dt = step_sizes(dt.to(acc), dt_bias, dt_softplus, None)
-    h.mul_(torch.exp(dt[..., None] * rates(A, acc)))
+def _selective(i: ScanStep, options: StepOptions) -> Tensor:
+    acc, (b, d), g = i.state.dtype, i.x.shape, i.B.shape[1]
+    h, x = take(i.state, i.rows), i.x.to(acc)
+    dt = step_sizes(i.dt.to(acc), i.dt_bias, options.dt_softplus, None)
+    h.mul_(torch.exp(dt[..., None] * rates(i.A, acc)))
     grouped = h.unflatten(1, (g, d // g))
-    grouped.addcmul_((dt * x).view(b, g, d // g, 1), B.to(acc)[:, :, None])
-    put(state, rows, h)
+    grouped.addcmul_((dt * x).view(b, g, d // g, 1), i.B.to(acc)[:, :, None])
+    put(i.state, i.rows, h)
     # no matrix product: autocast would round the state
-    y = (grouped * C.to(acc)[:, :, None]).sum(-1).view(b, d)
-    return _skipped(finish(y, x, D, z).to(u.dtype), rows)
+    y = (grouped * i.C.to(acc)[:, :, None]).sum(-1).view(b, d)
+    return _skipped(finish(y, x, i.D, i.z).to(i.x.dtype), i.rows)
 
 
-def ssd(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    rows: Tensor | None,
-) -> Tensor:
-    """:func:`.op.ssd_state_update`."""
-    acc, heads = state.dtype, x.shape[1]
-    s = take(state, rows)
-    u = x.to(acc)
-    dt = step_sizes(dt.to(acc), dt_bias, dt_softplus, None, dt_limit)
-    B, C = (m.to(acc).repeat_interleave(heads // m.shape[1], dim=1) for m in (B, C))
-    s.mul_(torch.exp(dt * rates(A, acc))[..., None, None])
+def _ssd(i: ScanStep, options: StepOptions) -> Tensor:
+    acc, heads = i.state.dtype, i.x.shape[1]
+    s, u = take(i.state, i.rows), i.x.to(acc)
+    dt = step_sizes(i.dt.to(acc), i.dt_bias, options.dt_softplus, None, options.dt_limit)
+    B, C = (m.to(acc).repeat_interleave(heads // m.shape[1], dim=1) for m in (i.B, i.C))
+    s.mul_(torch.exp(dt * rates(i.A, acc))[..., None, None])
     s.addcmul_((dt[..., None] * u)[..., None], B[:, :, None])
-    put(state, rows, s)
+    put(i.state, i.rows, s)
     y = (s * C[:, :, None]).sum(-1)
-    return _skipped(finish(y, u, D[:, None] if D is not None and D.dim() == 1 else D, z).to(x.dtype), rows)
+    D = i.D[:, None] if i.D is not None and i.D.dim() == 1 else i.D
+    return _skipped(finish(y, u, D, i.z).to(i.x.dtype), i.rows)
 
 
-def conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, rows: Tensor | None) -> Tensor:
-    """:func:`.op.causal_conv1d_update`."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    row = torch.cat([take(state, rows), x[:, None].to(state.dtype)], 1)
-    if rows is None:
-        state.copy_(row[:, 1:])
+def _conv(i: ConvStep, silu: bool) -> Tensor:
+    acc = torch.promote_types(i.x.dtype, torch.float32)
+    row = torch.cat([take(i.state, i.rows), i.x[:, None].to(i.state.dtype)], 1)
+    if i.rows is None:
+        i.state.copy_(row[:, 1:])
     else:
-        put(state, rows, row[:, 1:])
-    y = (row.to(acc) * weight.t().to(acc)).sum(1)
-    if bias is not None:
-        y = y + bias.to(acc)
-    return _skipped((F.silu(y) if silu else y).to(x.dtype), rows)
+        put(i.state, i.rows, row[:, 1:])
+    y = (row.to(acc) * i.weight.t().to(acc)).sum(1)
+    if i.bias is not None:
+        y = y + i.bias.to(acc)
+    return _skipped((F.silu(y) if silu else y).to(i.x.dtype), i.rows)
 
 
-def conv_ssd(
-    xBC: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    state: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    groups: int,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    rows: Tensor | None,
-) -> Tensor:
-    """:func:`.op.conv_ssd_update`, one op after the other."""
-    _, h, p, n = state.shape
-    x, B, C = conv(xBC, conv_state, weight, bias, silu, rows).split([h * p, groups * n, groups * n], dim=-1)
-    B, C = (m.unflatten(-1, (groups, n)) for m in (B, C))
-    return ssd(state, x.unflatten(-1, (h, p)), dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, rows)
+def update(conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -> Tensor:
+    """One step of a convolution, of a scan, or of one after the other."""
+    if conv is not None:
+        y = _conv(conv, options.silu)
+        if scan is None:
+            return y
+        (_, h, p, n), g = scan.state.shape, options.groups
+        x, B, C = y.split([h * p, g * n, g * n], dim=-1)
+        scan = scan._replace(x=x.unflatten(-1, (h, p)), B=B.unflatten(-1, (g, n)), C=C.unflatten(-1, (g, n)))
+    assert scan is not None
+    return (_ssd if scan.x.dim() == 3 else _selective)(scan, options)

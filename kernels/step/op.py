@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import _is_silu
 from ..dispatch import KERNELS, Backend, choose, register
-from . import chunked as update_torch
-from . import cuda as cuda_update
+from . import chunked, cuda
+from .inputs import ConvStep, ScanStep, StepOptions
 
-# each runs as a module, with a function for each of the four steps
 register(
     "update",
-    Backend("cuda", KERNELS, cuda_update.refuse, cuda_update),
-    Backend("chunked", "PyTorch operations", run=update_torch, plain=True),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.update),
+    Backend("chunked", "PyTorch operations", run=chunked.update, plain=True),
 )
 
 
@@ -76,8 +74,8 @@ def selective_state_update(
     for name, m in (("B", B), ("C", C)):
         checks.shape(where, name, m, (b, g, n), "(b, g, n) of the state")
     checks.floats(where, state=state, u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    run = _backend(backend, u, state, (dt, A, B, C, D, z, dt_bias), d_state=n)
-    return run.selective(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, rows)
+    scan = ScanStep(state, u, dt, A, B, C, D, z, dt_bias, rows)
+    return _run(backend, None, scan, StepOptions(dt_softplus=dt_softplus))
 
 
 def ssd_state_update(
@@ -129,10 +127,10 @@ def ssd_state_update(
     checks.shape(where, "x", x, (b, h, p), "(b, h, p) of the state")
     for name, m in (("B", B), ("C", C)):
         checks.shape(where, name, m, (b, g, n), "(b, g, n) of the state")
-    _check_heads(where, b, h, p, dt, A, D, z, dt_bias)
+    _check_heads(where, (b, h, p), dt, A, D, z, dt_bias)
     checks.floats(where, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    run = _backend(backend, x, state, (dt, A, B, C, D, z, dt_bias), d_state=n)
-    return run.ssd(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, rows)
+    scan = ScanStep(state, x, dt, A, B, C, D, z, dt_bias, rows)
+    return _run(backend, None, scan, StepOptions(dt_softplus=dt_softplus, dt_limit=dt_limit))
 
 
 def causal_conv1d_update(
@@ -165,11 +163,10 @@ def causal_conv1d_update(
     """
     where = "causal_conv1d_update"
     checks.floating(where, "x", x, 2, "(b, d)")
-    silu = _is_silu(where, activation)
+    silu = checks.is_silu(where, activation)
     _check_conv(where, x, state, weight, bias, rows)
     checks.floats(where, x=x, state=state, weight=weight, bias=bias)
-    run = _backend(backend, x, None, (weight, bias), conv_state=state, width=weight.shape[1])
-    return run.conv(x, state, weight, bias, silu, rows)
+    return _run(backend, ConvStep(x, state, weight, bias, rows), None, StepOptions(silu))
 
 
 def conv_ssd_update(
@@ -223,16 +220,14 @@ def conv_ssd_update(
     b, (h, p, n) = _batch(where, state, rows), state.shape[1:]
     checks.groups(where, h, ngroups, "h")
     checks.shape(where, "xBC", xBC, (b, h * p + 2 * ngroups * n), "(b, h*p + 2*g*n)")
-    silu = _is_silu(where, activation)
+    silu = checks.is_silu(where, activation)
     _check_conv(where, xBC, conv_state, weight, bias, rows)
-    _check_heads(where, b, h, p, dt, A, D, z, dt_bias)
-    steps = {"dt": dt, "A": A, "D": D, "z": z, "dt_bias": dt_bias}
-    checks.floats(where, xBC=xBC, conv_state=conv_state, weight=weight, bias=bias, state=state, **steps)
-    leaves = (weight, bias, dt, A, D, z, dt_bias)
-    facts = {"conv_state": conv_state, "width": weight.shape[1], "d_state": n}
-    run = _backend(backend, xBC, state, leaves, **facts)
-    options = (ngroups, dt_bias, dt_softplus, dt_limit, rows)
-    return run.conv_ssd(xBC, conv_state, weight, bias, silu, state, dt, A, D, z, *options)
+    _check_heads(where, (b, h, p), dt, A, D, z, dt_bias)
+    given = {"dt": dt, "A": A, "D": D, "z": z, "dt_bias": dt_bias}
+    checks.floats(where, xBC=xBC, conv_state=conv_state, weight=weight, bias=bias, state=state, **given)
+    conv = ConvStep(xBC, conv_state, weight, bias, rows)
+    scan = ScanStep(state, None, dt, A, None, None, D, z, dt_bias, rows)
+    return _run(backend, conv, scan, StepOptions(silu, dt_softplus, dt_limit, ngroups))
 
 
 def _batch(where: str, state: Tensor, rows: Tensor | None) -> int:
@@ -256,7 +251,8 @@ def _check_conv(where: str, x: Tensor, state: Tensor, weight: Tensor, bias: Tens
         _batch(where, state, rows)
 
 
-def _check_heads(where: str, b: int, h: int, p: int, dt: Tensor, A: Tensor, D: Any, z: Any, dt_bias: Any) -> None:
+def _check_heads(where: str, sizes: tuple[int, ...], dt: Tensor, A: Tensor, D: Any, z: Any, dt_bias: Any) -> None:
+    b, h, p = sizes
     checks.shape(where, "dt", dt, (b, h), "(b, h) of the state")
     checks.shape(where, "A", A, (h,), "(h,) of the state")
     checks.shape(where, "z", z, (b, h, p), "(b, h, p) of the state")
@@ -267,16 +263,17 @@ def _check_heads(where: str, b: int, h: int, p: int, dt: Tensor, A: Tensor, D: A
         checks.shape(where, "D", D, (h,), "(h,) or (h, p) of the state")
 
 
-def _backend(
-    backend: str | None, x: Tensor, state: Tensor | None, leaves: tuple, conv_state: Any = None, **facts: Any
-) -> Any:
-    grad = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (x, state, conv_state, *leaves))
-    facts |= {"device": x.device.type, "dtype": x.dtype, "grad": grad}
-    if state is not None:
-        facts |= {"state_dtype": state.dtype, "whole_rows": _whole_rows(state)}
-    if conv_state is not None:
-        facts |= {"conv_dtype": conv_state.dtype, "whole_channels": conv_state.stride(-1) == 1}
-    return choose("update", backend=backend, **facts).run
+def _run(backend: str | None, conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -> Tensor:
+    x = conv.x if conv is not None else scan.x  # type: ignore[union-attr]
+    grad = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (*(conv or ()), *(scan or ())))
+    facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "grad": grad}
+    if scan is not None:
+        state = scan.state
+        facts |= {"state_dtype": state.dtype, "whole_rows": _whole_rows(state), "d_state": state.shape[-1]}
+    if conv is not None:
+        whole = conv.state.stride(-1) == 1
+        facts |= {"conv_dtype": conv.state.dtype, "whole_channels": whole, "width": conv.weight.shape[1]}
+    return choose("update", backend=backend, **facts).run(conv, scan, options)
 
 
 def _whole_rows(state: Tensor) -> bool:

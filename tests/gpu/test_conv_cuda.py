@@ -8,6 +8,7 @@ from hybridzoo.kernels import Seq, causal_conv1d, dispatch
 from hybridzoo.kernels.conv import chunked as conv
 from hybridzoo.kernels.conv import cuda as cuda_conv
 from hybridzoo.kernels.conv import reference
+from hybridzoo.kernels.conv.inputs import ConvInputs
 
 pytestmark = pytest.mark.gpu
 
@@ -68,7 +69,11 @@ def check(inputs, doc=None, silu=True):
     del del_me
     got, again = (run(torch.ops.hybridzoo.causal_conv1d_cuda, inputs, doc, silu, gout) for _ in range(2))
     assert all(torch.equal(got[name], again[name]) for name in got)
-    plain = reference.causal_conv1d if x.shape[1] <= 300 else conv.causal_conv1d
+    definition = reference.causal_conv1d if x.shape[1] <= 300 else conv.causal_conv1d
+
+    def plain(*args):
+        return definition(ConvInputs(*args[:-1]), args[-1])
+
     exact = run(plain, [None if m is None else m.double() for m in inputs], doc, silu, gout)
     same = run(plain, inputs, doc, silu, gout)
     floor = {F32: 1e-6, BF16: 2e-3, F16: 3e-4}[x.dtype]
@@ -141,10 +146,10 @@ def test_graph_capture_and_other_streams():
     doc = documents(2, 100)
     side = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(side):
-        want = cuda_conv.causal_conv1d(*inputs, doc, True).clone()
+        want = cuda_conv.causal_conv1d(ConvInputs(*inputs, doc), True).clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = cuda_conv.causal_conv1d(*inputs, doc, True)
+            out = cuda_conv.causal_conv1d(ConvInputs(*inputs, doc), True)
         out.zero_()
         graph.replay()
     side.synchronize()

@@ -13,7 +13,7 @@ import hybridzoo as zoo
 from hybridzoo.kernels import dispatch
 from hybridzoo.kernels import mamba_layer as cuda_mamba
 from hybridzoo.kernels.conv import op as conv_op
-from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan import launches
 from hybridzoo.kernels.scan import op as scan_op
 from hybridzoo.layers import Mamba, RMSNorm, Seq
 from hybridzoo.zoo.models.block import Stream
@@ -165,8 +165,8 @@ def test_a_compiled_layer_is_traced_through_its_parts(nodes):
 
 
 def test_the_scan_runs_forward_once(monkeypatch, nodes):
-    calls, forward = [], cuda_backend.forward
-    monkeypatch.setattr(cuda_backend, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    calls, forward = [], launches.forward
+    monkeypatch.setattr(launches, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     autocast_loss(Mamba(D, device="cuda"), torch.randn(B, 64, D, device="cuda")).backward()
     assert calls == nodes == [1]
 

@@ -9,7 +9,7 @@ from torch.utils import checkpoint
 
 import hybridzoo as zoo
 from hybridzoo.kernels import branch_rms_norm, dispatch
-from hybridzoo.kernels.gpu import launch_plans as cuda_again
+from hybridzoo.kernels.gpu import launch_plans
 from hybridzoo.kernels.norm import cuda as cuda_norm
 from hybridzoo.kernels.norm.cuda import _Eager
 
@@ -207,7 +207,7 @@ def test_a_model_is_what_it_is_on_torchs_operations(autocast, checkpointed, monk
     monkeypatch.setitem(
         dispatch.TABLES["rms_norm"], "cuda", dispatch.Backend("cuda", "", lambda facts: "not this time")
     )
-    monkeypatch.setattr(cuda_again, "_known", {})
+    monkeypatch.setattr(launch_plans, "_known", {})
     want = run()
     assert launched.count("backward") == 7
     for a, b in zip(got, want, strict=True):

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 PROGRAM = """
 import torch
 from hybridzoo.kernels import Seq, branch_rms_norm, causal_conv1d, cross_entropy, selective_scan
-from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan import launches
+from hybridzoo.kernels.scan.inputs import ScanInputs
+from hybridzoo.kernels.scan.operands import ScanOperands
 from hybridzoo.kernels.scan.shapes import Cut
 from hybridzoo.layers import Mamba, Mamba2
 torch.manual_seed(0)
@@ -39,11 +41,11 @@ for b, l, d, n, g, dtype in CASES:
         weight = torch.randn(d, 5).to(dtype).cuda().requires_grad_()
         out = selective_scan(u, dt[..., :5], A, B, C, D, z, dt_bias=bias, dt_weight=weight, dt_softplus=True, paths=paths, backend="cuda")
         torch.autograd.grad(out.sum(), (u, dt, weight))
-    call = cuda_backend.Call.of(u, dt, A, B, C, D, z, bias, h0, None, None, True)
-    out, last, saved = cuda_backend.forward(call, True, chunks=3)
+    call = ScanOperands.of(ScanInputs(u, dt, A, B, C, D, z, bias, h0, None, None), True)
+    out, last, saved = launches.forward(call, True, chunks=3)
     for cut in (3, Cut(b - 1, 1 + (l - 33) // 32, 64, 32) if l > 64 else 1):
         for into in (None, torch.empty_like(out)):
-            cuda_backend.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=cut, out=into)
+            launches.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=cut, out=into)
     for k in (2, 4, 7):
         weight, start = (torch.randn(*size).to(dtype).cuda() for size in ((d, k), (b, k - 1, d)))
         x = u.detach().requires_grad_()

@@ -10,8 +10,9 @@ import torch
 from hybridzoo.kernels import Seq, selective_scan
 from hybridzoo.kernels.dispatch import choose
 from hybridzoo.kernels.gpu import nvrtc
-from hybridzoo.kernels.scan import chunked, reference
-from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan import chunked, launches, reference
+from hybridzoo.kernels.scan.inputs import ScanInputs
+from hybridzoo.kernels.scan.operands import ScanOperands
 
 pytestmark = pytest.mark.gpu
 
@@ -69,7 +70,11 @@ def check(inputs, reset=None, valid=None, softplus=True):
     got = run(ours, inputs, reset, valid, softplus, gout, glast)
     again = run(ours, inputs, reset, valid, softplus, gout, glast)
     assert all(torch.equal(got[k], again[k]) for k in got)
-    plain = reference.selective_scan if u.shape[1] <= 300 else chunked.selective_scan
+    definition = reference.selective_scan if u.shape[1] <= 300 else chunked.selective_scan
+
+    def plain(*args):
+        return definition(ScanInputs(*args[:-1]), args[-1])
+
     exact = run(plain, [None if x is None else x.double() for x in inputs], reset, valid, softplus, gout, glast)
     same = run(plain, inputs, reset, valid, softplus, gout, glast)
     floor = {F32: 1e-6, BF16: 2e-3, F16: 3e-4}[u.dtype]
@@ -109,8 +114,8 @@ def test_slices_of_a_projection_are_read_in_place():
 
 
 def test_a_split_length_gives_the_same():
-    call = cuda_backend.Call.of(*operands(1, 1111, 64, 16, 1, F32), None, None, True)
-    whole, parts = cuda_backend.forward(call, True, chunks=1), cuda_backend.forward(call, True, chunks=5)
+    call = ScanOperands.of(ScanInputs(*operands(1, 1111, 64, 16, 1, F32), None, None), True)
+    whole, parts = launches.forward(call, True, chunks=1), launches.forward(call, True, chunks=5)
     for x, y in zip(whole, parts, strict=True):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
@@ -185,11 +190,12 @@ def test_checkpointing_recomputes_it():
 
 FRESH = """
 import time, torch
-from hybridzoo.kernels.scan import launches as cuda_backend
+from hybridzoo.kernels.scan.inputs import ScanInputs; from hybridzoo.kernels.scan.operands import ScanOperands
+from hybridzoo.kernels.scan import launches
 u = torch.randn(1, 64, 64, device="cuda", dtype=torch.bfloat16); B = torch.randn(1, 64, 1, 16, device="cuda", dtype=torch.bfloat16)
 A = -torch.rand(64, 16, device="cuda"); torch.cuda.synchronize(); start = time.time()
-call = cuda_backend.Call.of(u, u, A, B, B, None, None, None, None, None, None, True)
-out, _, saved = cuda_backend.forward(call, True); cuda_backend.backward(call, out, None, saved); torch.cuda.synchronize()
+call = ScanOperands.of(ScanInputs(u, u, A, B, B, None, None, None, None, None, None), True)
+out, _, saved = launches.forward(call, True); launches.backward(call, out, None, saved); torch.cuda.synchronize()
 print(time.time() - start)
 """
 

@@ -1,5 +1,6 @@
 """The CUDA kernels of one token on a GPU, against PyTorch's operations in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hybridzoo.kernels import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
 from hybridzoo.kernels.step import chunked as update_torch
 from hybridzoo.kernels.step import cuda as cuda_update
+from hybridzoo.kernels.step.inputs import ConvStep, ScanStep, StepOptions
 from hybridzoo.layers import Mamba, Mamba2
 
 pytestmark = pytest.mark.gpu
@@ -15,6 +17,22 @@ pytestmark = pytest.mark.gpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLOOR = {F32: 1e-6, BF16: 2e-3, F16: 3e-4}
 FREE = (0.0, math.inf)
+
+
+def step(module, op, *given):
+    """One step by a module, from the arguments of its public function in their order."""
+    if op == "conv":
+        x, state, weight, bias, silu, rows = given
+        return module.update(ConvStep(x, state, weight, bias, rows), None, StepOptions(silu))
+    if op == "conv_ssd":
+        xBC, conv_state, weight, bias, silu, state, dt, A, D, z, groups, dt_bias, softplus, limit, rows = given
+        scan = ScanStep(state, None, dt, A, None, None, D, z, dt_bias, rows)
+        return module.update(
+            ConvStep(xBC, conv_state, weight, bias, rows), scan, StepOptions(silu, softplus, limit, groups)
+        )
+    *tensors, softplus, rows = given if op == "selective" else (*given[:-2], given[-1])
+    limit = FREE if op == "selective" else given[-2]
+    return module.update(None, ScanStep(*tensors, rows), StepOptions(dt_softplus=softplus, dt_limit=limit))
 
 
 def rand(*shape, dtype=F32):
@@ -35,7 +53,7 @@ def check(op, states, *arguments):
         # what is left in the allocator's memory must not show
         del_me = torch.full((1 << 20,), float("nan"), device="cuda")
         del del_me
-        outs = [getattr(module, op)(*given) for _ in range(3)]
+        outs = [step(module, op, *given) for _ in range(3)]
         return [*outs, *copies.values()]
 
     got, again = (results(cuda_update, lambda m: m) for _ in range(2))
@@ -136,11 +154,13 @@ def test_no_block_reads_what_another_has_shifted():
     two_conv, two_state = conv_state.clone(), state.clone()
     for t in range(200):
         x = torch.roll(xBC, t, 0)
-        got = cuda_update.conv_ssd(x, conv_state, weight, bias, silu, state, *rest)
-        u, B, C = cuda_update.conv(x, two_conv, weight, bias, silu, None).split([1536, 128, 128], -1)
+        got = step(cuda_update, "conv_ssd", x, conv_state, weight, bias, silu, state, *rest)
+        u, B, C = step(cuda_update, "conv", x, two_conv, weight, bias, silu, None).split([1536, 128, 128], -1)
         dt, A, D, z, _, dt_bias, softplus, limit, _ = rest
         B, C = B.view(64, 1, 128), C.view(64, 1, 128)
-        want = cuda_update.ssd(two_state, u.view(64, 24, 64), dt, A, B, C, D, z, dt_bias, softplus, limit, None)
+        want = step(
+            cuda_update, "ssd", two_state, u.view(64, 24, 64), dt, A, B, C, D, z, dt_bias, softplus, limit, None
+        )
         assert torch.equal(got, want), t
     assert torch.equal(conv_state, two_conv) and torch.equal(state, two_state)
     assert not cuda_update._tickets(conv_state, 1).any()
@@ -150,20 +170,20 @@ def test_no_block_reads_what_another_has_shifted():
 def test_graph_capture(warm):
     made = mamba2(8)
     kept = made[1].clone(), made[5].clone()
-    want = [cuda_update.conv_ssd(*made).clone() for _ in range(3)]
+    want = [step(cuda_update, "conv_ssd", *made).clone() for _ in range(3)]
     made[1], made[5] = (kept[0].clone(), kept[1].clone())
     if warm:
-        cuda_update.conv_ssd(*made)
+        step(cuda_update, "conv_ssd", *made)
         made[1].copy_(kept[0]), made[5].copy_(kept[1])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cuda_update.conv_ssd(*made)
-    for step in want:
+        out = step(cuda_update, "conv_ssd", *made)
+    for y in want:
         graph.replay()
-        assert torch.equal(out, step)
+        assert torch.equal(out, y)
     # outside the graph, from the same states
-    after = cuda_update.conv_ssd(*made)
+    after = step(cuda_update, "conv_ssd", *made)
     graph.replay()
     assert after.isfinite().all() and out.isfinite().all()
 
@@ -226,10 +246,7 @@ def test_a_layers_steps_equal_its_forward(make, dtype, monkeypatch):
     x = rand(3, 9, 64, dtype=dtype)
     with torch.no_grad():
         want, last = layer(x, return_state=True)
-        monkeypatch.setitem(update_torch.__dict__, "conv", None)  # nothing may fall back
-        monkeypatch.setitem(update_torch.__dict__, "ssd", None)
-        monkeypatch.setitem(update_torch.__dict__, "selective", None)
-        _ask_for_cuda(monkeypatch)
+        _ask_for_cuda(monkeypatch)  # nothing may fall back
         state = layer.init_state(3)
         got = torch.stack([layer.step(x[:, t], state) for t in range(9)], 1)
     tolerance = 1e-4 if dtype == F32 else 0.05
@@ -243,8 +260,7 @@ def _ask_for_cuda(monkeypatch):
     from hybridzoo.kernels import dispatch
 
     table = dispatch.TABLES["update"]
-    mine = dispatch.Backend("cuda", table["cuda"].summary, table["cuda"].refuse, table["cuda"].run)
-    monkeypatch.setitem(dispatch.TABLES, "update", {"cuda": mine, "chunked": table["chunked"]})
+    monkeypatch.setitem(table, "chunked", dataclasses.replace(table["chunked"], run=None))
 
 
 def test_a_row_outside_the_states_is_refused_by_the_device():

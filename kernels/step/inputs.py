@@ -1,0 +1,43 @@
+"""The tensors and options of one step, as values which all backends take."""
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class ConvStep(NamedTuple):
+    """The tensors of :func:`.op.causal_conv1d_update`."""
+
+    x: Tensor
+    state: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class ScanStep(NamedTuple):
+    """The tensors of :func:`.op.selective_state_update` or of :func:`.op.ssd_state_update`, which has heads, (b, h, p) in place of (b, d).
+
+    Behind a convolution, as in :func:`.op.conv_ssd_update`, x, B and C are what comes out of it.
+    """
+
+    state: Tensor
+    x: Any
+    dt: Tensor
+    A: Tensor
+    B: Any
+    C: Any
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class StepOptions(NamedTuple):
+    """Whether the convolution ends in SiLU, softplus and limits of the step sizes, and the groups of what is convolved."""
+
+    silu: bool = False
+    dt_softplus: bool = False
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    groups: int = 1
