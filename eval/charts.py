@@ -94,9 +94,9 @@ def line_chart(
         smoothing: Weight of the past, in [0, 1), in the mean that is drawn instead of the points, which then show through.
     """
     height, top, bottom = 300, 30, 254
-    ys = [y for _, points in lines for _, y in points]
-    low, high = y_range or (min(ys), max(ys) + (max(ys) == min(ys)))
-    most = max(x for _, points in lines for x, _ in points)
+    every = [y for _, points in lines for _, y in points]
+    low, high = y_range or (min(every), max(every) + (max(every) == min(every)))
+    most = max(x for _, points in lines for x, _ in points) or 1
     down = _scale(low, high, bottom, top)
     parts, ends = [_text(0, 14, y_label, "soft", dx=-_LEFT)], []
     for value in _ticks(low, high):
@@ -107,12 +107,11 @@ def line_chart(
     parts.append(_text(0, bottom + 38, x_label, "soft"))
     curves = []
     for i, (_, points) in enumerate(lines):
-        smooth = _smooth([y for _, y in points], smoothing)
+        xs, ys = zip(*points, strict=True)
+        smooth = _smooth(ys, smoothing)
         ends.append(min(max(down(smooth[-1]), top), bottom))
-        for kind, values in [("line faint", [y for _, y in points])] * bool(smoothing) + [("line", smooth)]:
-            way = " ".join(
-                f"{1000 * x / most:.1f},{down(y) - top:.1f}" for (x, _), y in zip(points, values, strict=True)
-            )
+        for kind, values in [("line faint", ys)] * bool(smoothing) + [("line", smooth)]:
+            way = " ".join(f"{1000 * x / most:.1f},{down(y) - top:.1f}" for x, y in zip(xs, values, strict=True))
             curves.append(f'<polyline class="{kind}" style="stroke:{colour(i)}" points="{way}"/>')
     # what is cut off stays inside this one, and it alone is stretched
     parts.append(
@@ -122,7 +121,7 @@ def line_chart(
     for i, (end, at) in enumerate(zip(ends, _apart(ends, 18, bottom), strict=True)):
         link = f'<path class="rule" style="fill:none;stroke:{colour(i)}" d="M2,{end:.1f} L12,{at:.1f}"/>'
         parts.append(f'<svg x="100%" overflow="visible">{link}</svg>')
-        parts.append(_text(100, at + 4, lines[i][0], "strong", dx=16, fill=i))
+        parts.append(_text(100, at + 4, lines[i][0], "strong", dx=16, fill=colour(i)))
     return Chart(label, "".join(parts), height, _LEFT, _width(*(name for name, _ in lines)) + 20)
 
 
@@ -178,8 +177,7 @@ def dots(label: str, rows: Sequence[Dots], unit: str) -> Chart:
     parts.append(_text(100, height + 16, unit, "soft", dx=10))
     for i, row in enumerate(rows):
         y = 42 * i
-        note = f'<tspan class="soft" dx="8" style="fill:var(--soft)">{escape(row.note)}</tspan>'
-        parts.append(_text(0, y + 14, row.name).replace("</text>", f"{note}</text>"))
+        parts.append(_text(0, y + 14, row.name, note=row.note))
         parts.append(_stroke("join", share(min(row.values)[0]), y + 28, share(max(row.values)[0]), y + 28))
         if row.limit is not None:
             parts.append(_stroke("limit", share(row.limit), y + 20, share(row.limit), y + 36))
@@ -243,12 +241,12 @@ def colour(number: int) -> str:
 
 
 def _text(
-    x: float, y: float, text: str, kind: str = "", anchor: str = "start", dx: float = 0, fill: int | None = None
+    x: float, y: float, text: str, kind: str = "", anchor: str = "start", dx: float = 0, fill: str = "", note: str = ""
 ) -> str:
-    looks = "" if fill is None else f' style="fill:{colour(fill)}"'
-    return (
-        f'<text x="{x:.2f}%" y="{y:.1f}" dx="{dx:g}" text-anchor="{anchor}" class="{kind}"{looks}>{escape(text)}</text>'
-    )
+    place = f'x="{x:.2f}%" y="{y:.1f}" dx="{dx:g}" text-anchor="{anchor}" class="{kind}"'
+    looks = f' style="fill:{fill}"' if fill else ""
+    more = f'<tspan dx="8" style="fill:var(--soft)">{escape(note)}</tspan>' if note else ""
+    return f"<text {place}{looks}>{escape(text)}{more}</text>"
 
 
 def _stroke(kind: str, x0: float, y0: float, x1: float, y1: float) -> str:

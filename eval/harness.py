@@ -296,16 +296,10 @@ class HybridZooLM(HFLM):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that an answer depends on: weights, config, tokenizer and settings."""
-        settings = {
-            "max_length": self.max_length,
-            "softmax_dtype": self.softmax_dtype,
-            "mixed_precision_dtype": self.mixed_precision_dtype,
-            "add_bos_token": self.add_bos_token,
-            "prefix_token_id": self.prefix_token_id,
-            "truncation": self.truncation,
-            "think_end_token": self.think_end_token,
-        }
-        return fingerprint(self.model, self.tokenizer, settings)
+        names = (
+            "max_length softmax_dtype mixed_precision_dtype add_bos_token prefix_token_id truncation think_end_token"
+        )
+        return fingerprint(self.model, self.tokenizer, {name: getattr(self, name) for name in names.split()})
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Keep cached answers in a table of this model's own: lm-eval's keys say nothing of the model."""

@@ -12,9 +12,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from unittest import mock
 
 import torch
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ..zoo.checkpoint.publish import write_whole
 from ..zoo.device import pick_device
 from ..zoo.named import option_pairs
+from ..zoo.registry import nearest
 from .harness import HybridZooLM
 from .pretrained import quiet
 from .tasks import FOLDER, check_amounts, check_metadata, check_tasks, names, unknown_task
@@ -36,49 +37,50 @@ from .tasks import FOLDER, check_amounts, check_metadata, check_tasks, names, un
 __all__ = ["evaluate", "lm_eval_main", "table", "task_manager"]
 
 
+class ModelOptions(TypedDict, total=False):
+    """Options of :class:`HybridZooLM` that :func:`evaluate` hands on; an ``LM`` of lm-eval has its own."""
+
+    batch_size: int | str  #: requests per forward, or ``"auto"``
+    device: str | None  #: by default a GPU if there is one; an object stays where it is
+    dtype: str  #: of the weights of a model that is loaded
+    tokenizer: Any  #: by default the model's own
+    max_length: int | None  #: window in tokens; by default what the config states
+    add_bos_token: bool | None  #: start every prompt with the tokenizer's BOS token
+
+
+class EvaluateOptions(ModelOptions, total=False):
+    """Options of :func:`evaluate`: a model's, and those of lm-eval's ``simple_evaluate``."""
+
+    limit: int | float | None  #: documents per task, or a share of them below 1; for trying things out
+    num_fewshot: int | None  #: worked examples before each question, where a task allows it
+    use_cache: (
+        str | os.PathLike[str] | None
+    )  #: path prefix of a database of answers, for interrupted runs and more tasks
+    log_samples: bool  #: keep every request and answer under ``"samples"``
+    gen_kwargs: dict[str, Any] | None  #: overrides of how tasks generate
+    apply_chat_template: bool | str  #: put prompts into the tokenizer's chat template, or into the one of this name
+
+
 def evaluate(
     model: Any,
     tasks: str | Sequence[str],
     *,
-    batch_size: int | str = "auto",
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
     metadata: dict[str, Any] | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    tokenizer: Any = None,
-    max_length: int | None = None,
-    add_bos_token: bool | None = None,
     output: str | os.PathLike[str] | None = None,
-    use_cache: str | os.PathLike[str] | None = None,
-    log_samples: bool = False,
-    gen_kwargs: dict[str, Any] | None = None,
-    apply_chat_template: bool | str = False,
     progress: bool = True,
+    **options: Unpack[EvaluateOptions],
 ) -> dict[str, Any] | None:
     """Score a model on tasks of lm-eval, the local ones or any other.
 
     Args:
-        model: A folder, a config name (built untrained, with a warning), a hub id, a :class:`CausalLM`, a
-            transformers model, or an ``LM`` of lm-eval, to which ``batch_size`` and the like then do not apply.
+        model: A folder, a config name (built untrained, with a warning), a hub id, a :class:`CausalLM`, a transformers model, or
+            an ``LM`` of lm-eval, to which ``batch_size`` and the like then do not apply.
         tasks: Names, with wildcards for local ones (``"hybridzoo_*"``), or paths of YAML files; a list, or a text with commas.
-        batch_size: Requests per forward, or ``"auto"``.
-        limit: Documents per task, or a share of them below 1; for trying things out.
-        num_fewshot: Worked examples before each question, where a task allows it.
         metadata: Overrides of the local tasks' sizes, for all (``{"docs": 100}``) or for one (``{"hybridzoo_mqar":
             {"pairs": 4}}``), and what other tasks take.
-        device: By default a GPU if there is one; an object stays where it is.
-        dtype: Of the weights of a model that is loaded.
-        tokenizer: By default the model's own.
-        max_length: Window in tokens; by default what the config states.
-        add_bos_token: As :class:`HybridZooLM`.
         output: JSON file for the results, written whole or not at all.
-        use_cache: Path prefix of a database of answers, to take up an interrupted run or to add tasks; models are
-            kept apart in it.
-        log_samples: Keep every request and answer under ``"samples"``.
-        gen_kwargs: Overrides of how tasks generate.
-        apply_chat_template: Put prompts into the tokenizer's chat template, or into the one of this name.
         progress: Show a bar on stderr, if that is a terminal.
+        **options: ``batch_size``, ``device``, ``limit`` and the others of :class:`EvaluateOptions`.
 
     Returns:
         lm-eval's results; ``None`` on all ranks but the first.
@@ -86,57 +88,52 @@ def evaluate(
     Raises:
         ValueError: A task, a model or a device that does not exist, or an amount of nothing.
     """
-    if device is not None:
-        pick_device(device)
-    if output is not None and Path(output).is_dir():
-        raise ValueError(f"output: {output} is a folder. Name a JSON file.")
     tasks = [task for task in tasks.split(",") if task] if isinstance(tasks, str) else tasks
-    check_amounts(limit, batch_size)
-    check_tasks(tasks)
-    check_metadata(tasks, metadata or {})
-    mode = model.training if isinstance(model, torch.nn.Module) else None
+    _check(tasks, metadata or {}, output, options)
+    of_model: Any = {k: v for k, v in options.items() if k in ModelOptions.__annotations__}
+    of_tasks: Any = {k: str(v) if k == "use_cache" and v else v for k, v in options.items() if k not in of_model}
     shared = {"tokenizer": None} | (metadata or {})
     manager, chosen, foreign = _find(tasks, shared)
-    lm = model
-    if not isinstance(model, LM):
-        lm = HybridZooLM(
-            model,
-            tokenizer,
-            dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            max_length=max_length,
-            add_bos_token=add_bos_token,
-        )
-    cut = getattr(lm, "truncated", 0)
     with contextlib.ExitStack() as stack:
+        if isinstance(model, torch.nn.Module):
+            stack.callback(model.train, model.training)
+        lm = model if isinstance(model, LM) else HybridZooLM(model, **of_model)
+        cut = getattr(lm, "truncated", 0)
         stack.enter_context(_quiet())
-        if foreign and isinstance(lm, HybridZooLM):
+        if foreign and isinstance(lm, HybridZooLM) and not shared["tokenizer"]:
             # some tasks measure their prompts in tokens, and load the tokenizer by the name in the manager's metadata
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            lm.tokenizer.save_pretrained(folder)
-            shared["tokenizer"] = shared["tokenizer"] or folder
+            shared["tokenizer"] = stack.enter_context(tempfile.TemporaryDirectory())
+            lm.tokenizer.save_pretrained(shared["tokenizer"])
         if isinstance(lm, HybridZooLM) and lm.rank == 0:
             stack.enter_context(_bar(lm, progress))
-        results = simple_evaluate(
-            model=lm, tasks=chosen, task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=log_samples,
-            use_cache=None if use_cache is None else str(use_cache), gen_kwargs=gen_kwargs, apply_chat_template=apply_chat_template,
-        )  # fmt: skip
-    if mode is not None:
-        model.train(mode)
+        results = simple_evaluate(model=lm, tasks=chosen, task_manager=manager, **{"log_samples": False, **of_tasks})
     if results is None:
         return None
     if isinstance(lm, HybridZooLM) and lm.truncated > cut:
         warnings.warn(
             f"evaluate: {lm.truncated - cut} requests exceed the window of {lm.max_length} tokens and lost their beginning. "
-            "Raise max_length, or shorten the prompts.",
-            stacklevel=2,
-        )
+            "Raise max_length, or shorten the prompts.", stacklevel=2,
+        )  # fmt: skip
     for samples in results.get("samples", {}).values():
         samples.sort(key=lambda sample: sample["doc_id"])  # ranks hand them in one after another
     if output is not None:
-        _write(Path(output), results)
+        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        write_whole(Path(output), text + "\n")
     return results
+
+
+def _check(tasks: Sequence[str], metadata: dict[str, Any], output: Any, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in EvaluateOptions.__annotations__:
+            hint = nearest(name, EvaluateOptions.__annotations__)
+            raise TypeError(f"evaluate() got an unexpected keyword argument {name!r}.{hint}")
+    if options.get("device") is not None:
+        pick_device(options["device"])
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"output: {output} is a folder. Name a JSON file.")
+    check_amounts(options.get("limit"), options.get("batch_size", "auto"))
+    check_tasks(tasks)
+    check_metadata(tasks, metadata)
 
 
 def table(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -238,8 +235,3 @@ def _bar(lm: HybridZooLM, wanted: bool) -> Iterator[None]:
             yield
         finally:
             lm.report = before
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    write_whole(path, text + "\n")

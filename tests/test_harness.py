@@ -466,6 +466,11 @@ def test_amounts_of_nothing_are_refused(amounts, message):
         evaluate("mamba-tiny", ["hybridzoo_mqar"], **amounts)
 
 
+def test_an_option_that_there_is_not_is_named():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'batchsize'. Did you mean 'batch_size'\?"):
+        evaluate("mamba-tiny", ["hybridzoo_mqar"], batchsize=4)
+
+
 def test_a_folder_that_holds_no_model_is_told_as_everywhere(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds neither config\.yaml nor config\.json"):
         evaluate(str(tmp_path), ["hybridzoo_mqar"], limit=1)

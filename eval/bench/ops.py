@@ -103,7 +103,7 @@ def _row(workload: Workload, what: str, name: str, times: list[list[float]], cei
         "op": what if workload.op in ("scan", "ssd") else f"{workload.op} {what}",
         "shape": workload.shape,
         "dtype": str(workload.dtype).removeprefix("torch."),
-        **timing.beside(*times, name, workload.goals.get((name, what))),
+        **timing.beside(times[0], times[1], name, workload.goals.get((name, what))),
     }
     if workload.op == "ssd":
         return row  # matrix products: another floor, not measured yet

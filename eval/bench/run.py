@@ -89,16 +89,7 @@ def bench(
     profile: bool = False,
     timer: timing.Timer | None = None,
 ) -> Result:
-    """Measure without printing; see :func:`run_bench`.
-
-    Args:
-        what: A key of ``BENCHES``.
-        vs: Names from ``PEERS``.
-        parts: As for :func:`run_bench`.
-        tick: Told what is measured next.
-        profile: As for :func:`run_bench`.
-        timer: Another way to take the time.
-    """
+    """Measure without printing, as :func:`run_bench`; ``tick`` is told what comes next, ``timer`` takes the times."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceilings: dict[str, float] = {}
     if what == "train":

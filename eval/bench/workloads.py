@@ -133,11 +133,10 @@ def _on_gpu(
 
 
 def _gpu_scans() -> list[Workload]:
-    rows = {"b": 8, "l": 2048}
     return [
-        _on_gpu("table", "train-1.4b", "Mamba 1.4B, training", (3, 3), **rows, d=4096, n=16),
+        _on_gpu("table", "train-1.4b", "Mamba 1.4B, training", (3, 3), b=8, l=2048, d=4096, n=16),
         _on_gpu("table", "train-2.8b", "Mamba 2.8B, training", (3, 3), b=4, l=2048, d=5120, n=16),
-        _on_gpu("table", "train-130m", "Mamba 130M, training", (3, 3), **rows, d=1536, n=16),
+        _on_gpu("table", "train-130m", "Mamba 130M, training", (3, 3), b=8, l=2048, d=1536, n=16),
         _on_gpu("table", "prefill-b1", "Mamba 1.4B, prompt of 16,384 tokens", (3, 3), b=1, l=16384, d=4096, n=16),
         _on_gpu("table", "short-b1", "Mamba 130M, row of 2,048 tokens", (2, 2.5), b=1, l=2048, d=1536, n=16),
         # four directions, each with its own B and C
@@ -168,9 +167,14 @@ def _gpu_scans() -> list[Workload]:
             _on_gpu("length", f"length-{k}k", f"one row of {k << 10:,} tokens", b=1, l=k << 10, d=1536, n=16)
             for k in (1, 4, 16, 64, 256, 1024)
         ),
-        *(_on_gpu("state", f"state-{n}", f"Mamba 130M, n = {n}", **rows, d=1536, n=n) for n in (1, 8, 64, 128, 256)),
         *(
-            _on_gpu("dtype", f"train-{size}-{label}", f"Mamba {size.upper()}, {label}", dtype=dtype, **rows, d=d, n=16)
+            _on_gpu("state", f"state-{n}", f"Mamba 130M, n = {n}", b=8, l=2048, d=1536, n=n)
+            for n in (1, 8, 64, 128, 256)
+        ),
+        *(
+            _on_gpu(
+                "dtype", f"train-{size}-{label}", f"Mamba {size.upper()}, {label}", dtype=dtype, b=8, l=2048, d=d, n=16
+            )
             for size, d in (("1.4b", 4096), ("130m", 1536))
             for label, dtype in (("fp16", FP16), ("fp32", FP32))
         ),
@@ -179,7 +183,7 @@ def _gpu_scans() -> list[Workload]:
             for b in (1, 64, 256)
         ),
         *(
-            _on_gpu("conv", f"conv-w{k}", f"convolution of width {k}", op="conv", **rows, d=4096, k=k)
+            _on_gpu("conv", f"conv-w{k}", f"convolution of width {k}", op="conv", b=8, l=2048, d=4096, k=k)
             for k in (2, 3, 4)
         ),
     ]

@@ -62,10 +62,8 @@ def run_side_by_side(jobs: Mapping[str, str], logs: Path, console: Console) -> N
                 if process.poll() is not None:
                     del running[name]
                     listeners[name].join(timeout=5)  # a helper process it left behind may hold its stdout open
-                    if process.returncode:
-                        raise WorkerError(
-                            f"{name}: ended with status {process.returncode}. {logs / name / 'log.txt'} says why."
-                        )
+                    if status := process.returncode:
+                        raise WorkerError(f"{name}: ended with status {status}. {logs / name / 'log.txt'} says why.")
 
 
 def _start(name: str, code: str, logs: Path, threads: int) -> subprocess.Popen:
@@ -73,13 +71,9 @@ def _start(name: str, code: str, logs: Path, threads: int) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with (logs / name / "log.txt").open("w") as log:
         # -P: the folder we are in is no place to import from; a session of its own: Ctrl-C reaches it through us, and once
+        started = [sys.executable, "-P", "-c", code]
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-            start_new_session=True,
+            started, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
         )
 
 
