@@ -69,7 +69,7 @@ clean:
 
 .venv/.demo: .venv/.torch pyproject.toml
 	@echo "installing hybridzoo with what the demo needs (a few minutes, once)"
-	@$(PIP) -e '.[eval,bench]'
+	@$(PIP) -e '.[eval]'
 	@touch $@
 
 .venv/.dev: .venv/.torch pyproject.toml

@@ -19,7 +19,7 @@ __all__ = ["examine"]
 
 _PACKAGES = (
     "hybridzoo", "torch", "numpy", "omegaconf", "einops", "safetensors", "transformers", "tokenizers", "accelerate",
-    "tensorboard", "lm_eval", "datasets", "matplotlib", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "megablocks",
+    "tensorboard", "lm_eval", "datasets", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "megablocks",
 )  # fmt: skip
 _SCRIPT = "hybridzoo.__main__:main"
 
