@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -136,7 +135,6 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path):
     # one chart of losses, one of the text, one for the task
     assert page.open == [] and sum("chart" in c for c in page.classes) == 3 and page.urls == ["report.json"]
     assert json.loads((file.parent / page.urls[0]).read_text()) == results
-    ElementTree.fromstring((file.parent / "report.svg").read_text())
     assert any("zoo eval 'a b' --tasks t" in text for text in page.texts)
     assert "a <b> & {{title}}" in page.texts and "img" not in page.tags and "script" not in page.tags
     again = write_page(results, tmp_path / "report.html")

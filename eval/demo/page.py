@@ -5,17 +5,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..charts import Bar, Chart, bars, line_chart, picture
+from ..charts import Bar, Chart, bars, line_chart
 from ..report import card, facts, filled, page, sample, table
 from ..result_file import write
 
-__all__ = ["comparison", "headline", "measures", "write_page"]
+__all__ = ["headline", "losses", "measures", "title", "write_page"]
 
 Results = dict[str, Any]
 
 
 def write_page(results: Results, path: Path) -> Path:
-    """Write the page, and beside it the results as JSON and the comparison as a picture, under the same name.
+    """Write the page, and beside it the results as JSON.
 
     Args:
         results: As :func:`hybridzoo.eval.demo.run.run` collects them.
@@ -28,7 +28,7 @@ def write_page(results: Results, path: Path) -> Path:
     blocks = {
         "headline": escape(headline(results)),
         "models": "".join(_model(i, m) for i, m in enumerate(models)),
-        "losses": _losses(results).html(),
+        "losses": losses(results).html(),
         "text": _text(results).html(),
         "recall": "".join(card(t["title"], f"<p>{escape(t['about'])}</p>{_recall(results, t).html()}") for t in tasks),
         "table": _table(results),
@@ -39,15 +39,8 @@ def write_page(results: Results, path: Path) -> Path:
     }
     body = filled(Path(__file__).with_name("page.html").read_text(encoding="utf-8"), blocks)
     write(results, data)
-    path.with_suffix(".svg").write_text(comparison(results), encoding="utf-8")
     path.write_text(page(f"hybridzoo: {' · '.join(m['name'] for m in models)}", body), encoding="utf-8")
     return path
-
-
-def comparison(results: Results) -> str:
-    """Return the scores as one picture."""
-    recall = [(f"{t['title']}, % right", _recall(results, t)) for t in results["tasks"]]
-    return picture(headline(results), [("unseen text, bits per byte (fewer are better)", _text(results)), *recall])
 
 
 def headline(results: Results) -> str:
@@ -90,7 +83,8 @@ def _model(number: int, model: dict[str, Any]) -> str:
     )
 
 
-def _losses(results: Results) -> Chart:
+def losses(results: Results) -> Chart:
+    """Return the training losses as curves."""
     models = results["models"]
     lines = [(title(m), [(h["step"] * m["tokens_per_step"] / 1e6, h["loss"]) for h in m["history"]]) for m in models]
     # the first steps, which only find out how often each byte occurs, would take most of the height

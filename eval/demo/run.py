@@ -100,7 +100,7 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
     """Train, evaluate and compare; what is done already is used again.
 
     Args:
-        out: Folder of the models, of ``report.html``, and of the same as ``report.json`` and ``report.svg``.
+        out: Folder of the models, of ``report.html``, and of the results as ``report.json``.
         fresh: Start again instead.
 
     Returns:
