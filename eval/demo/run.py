@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...zoo.checkpoint.publish import write_whole
-from ...zoo.models.causal_lm import CausalLM
+from ...zoo.models.model import Model
 from ...zoo.models.stats import stats
 from ...zoo.tokenizer import ByteTokenizer
 from ...zoo.train.data import fingerprint, mix, pack, topics
@@ -172,7 +172,7 @@ def work(name: str, out: str, fresh: bool) -> None:
     write_whole(file, json.dumps({"key": key, "results": scores}, indent=1) + "\n")
 
 
-def score(model: CausalLM, output: Path) -> dict[str, Any]:
+def score(model: Model, output: Path) -> dict[str, Any]:
     """Evaluate a model through lm-eval on what the demo trains for, and let it write."""
     from ..run import evaluate
     from ..run import table as rows_of

@@ -71,7 +71,7 @@ class Pair:
         self.cls: Any = type(self.theirs)
         self.folder = folder
         self.theirs.save_pretrained(folder)
-        self.ours = load(folder)
+        self.ours: Any = load(folder)
         self.family = str(config.model_type)
 
 
