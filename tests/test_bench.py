@@ -157,7 +157,7 @@ def test_layouts_with_channels_first_are_compared_in_ours(op, shape):
     inputs = case.inputs()
     theirs, inner = first(inputs, op)
     theirs.leaves = inner.leaves  # what has a gradient; its layout is ours already, so it is turned round
-    theirs.ours = lambda name, x: x.movedim(-1, 1) if name == "out" else x
+    theirs.in_our_layout = lambda name, x: x.movedim(-1, 1) if name == "out" else x
     errors = bench_ops.agreement(peers.ours(op, inputs), theirs, gradients=True)
     assert len(errors) == 1 + len(inputs) and max(errors.values()) < 1e-5
 

@@ -35,20 +35,20 @@ class Timed:
     state: Tensor | None = None
     _gout: Tensor | None = field(default=None, repr=False)
 
-    def ours(self, name: str, x: Tensor) -> Tensor:
+    def in_our_layout(self, name: str, x: Tensor) -> Tensor:
         """A tensor of theirs with tokens second."""
         return x.movedim(-1, 1) if self.channels_first and name in (*_PER_TOKEN, "out") else x
 
     def result(self) -> Tensor:
         """The output in our layout."""
         with torch.no_grad():
-            return self.ours("out", self.call())
+            return self.in_our_layout("out", self.call())
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the leaves, in our layout, for one random gradient of the output."""
         y = self.call()
         grads = torch.autograd.grad(y, list(self.leaves.values()), self._random_like(y))
-        return {name: self.ours(name, g) for name, g in zip(self.leaves, grads, strict=True)}
+        return {name: self.in_our_layout(name, g) for name, g in zip(self.leaves, grads, strict=True)}
 
     def forward(self) -> None:
         """One call that records nothing for a backward."""
@@ -79,7 +79,7 @@ class Timed:
     def _random_like(self, y: Tensor) -> Tensor:
         # random, since what is the same everywhere can run faster than real values do
         if self._gout is None:
-            shape = self.ours("out", y).shape
+            shape = self.in_our_layout("out", y).shape
             generator = torch.Generator(y.device).manual_seed(1)
             gout = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
             self._gout = gout.movedim(1, -1).contiguous() if self.channels_first else gout

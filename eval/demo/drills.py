@@ -1,8 +1,8 @@
 """Training documents for the recall tasks, with many questions each: the tasks' formats, and a signal at every turn.
 
 A task asks once per key, or once per document, which is right for a test and thin for learning. A drill goes on asking in the
-same document. Documents are token ids for :func:`~hybridzoo.zoo.train.data.pack`, with ``~id`` for what is read and not predicted:
-everything but the answers.
+same document. All draw ``n`` documents of at most ``length`` tokens from ``rng``, with the task's own sizes, and return token ids,
+arrays ``(l,)`` int64, for :func:`~hybridzoo.zoo.train.data.pack`: ``~id`` is read and not predicted, which is all but the answers.
 """
 
 import numpy as np
@@ -13,18 +13,7 @@ __all__ = ["induction_drills", "mqar_drills", "selective_copying_drills"]
 
 
 def mqar_drills(rng: np.random.Generator, n: int, length: int, pairs: int = 8, vocab: int = 34) -> list[np.ndarray]:
-    """Key-value pairs, then keys drawn again and again, each followed by its value.
-
-    Args:
-        rng: Source of randomness.
-        n: Documents.
-        length: Most tokens per document.
-        pairs: Key-value pairs.
-        vocab: As in :func:`~hybridzoo.eval.tasks.generators.mqar`.
-
-    Returns:
-        ``n`` arrays ``(l,)`` int64.
-    """
+    """Key-value pairs, then keys drawn again and again, each followed by its value."""
     ids, half = _ids(vocab), vocab // 2
     out = []
     for _ in range(n):
@@ -38,17 +27,7 @@ def mqar_drills(rng: np.random.Generator, n: int, length: int, pairs: int = 8, v
 
 
 def induction_drills(rng: np.random.Generator, n: int, length: int, vocab: int = 16) -> list[np.ndarray]:
-    """Random letters with the marker now and then, always followed by the same one.
-
-    Args:
-        rng: Source of randomness.
-        n: Documents.
-        length: Tokens per document.
-        vocab: Letters in use.
-
-    Returns:
-        ``n`` arrays ``(l,)`` int64.
-    """
+    """Random letters with the marker now and then, always followed by the same one."""
     ids, marker = _ids(vocab + 1)[1:], ord(">")
     out = []
     for _ in range(n):
@@ -65,18 +44,7 @@ def induction_drills(rng: np.random.Generator, n: int, length: int, vocab: int =
 def selective_copying_drills(
     rng: np.random.Generator, n: int, length: int, tokens: int, vocab: int
 ) -> list[np.ndarray]:
-    """The task's own documents: every letter of the copy is an answer.
-
-    Args:
-        rng: Source of randomness.
-        n: Documents.
-        length: As in the task; so are ``tokens`` and ``vocab``.
-        tokens: See ``length``.
-        vocab: See ``length``.
-
-    Returns:
-        ``n`` arrays ``(l,)`` int64.
-    """
+    """The task's own documents: every letter of the copy is an answer."""
     out = []
     for document in selective_copying_documents(rng, n, length, tokens, vocab):
         ids = np.frombuffer(document.text.encode("ascii"), np.uint8).astype(np.int64)
