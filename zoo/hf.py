@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,7 +20,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     SuppressTokensLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -32,20 +30,16 @@ from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded
 from .checkpoint.publish import GENERATION, publishing, steady
 from .config.resolve import validate
 from .hf_arguments import Rows, refuse_others
+from .hf_generation import CACHE_NAMES, Generation, one_cache
 from .layout.expand import expand
 from .models.causal_lm import CausalLM, padded_vocab
 from .models.generate import check_finite_logits
 from .models.redraw import redraw
 from .models.state import StateCache
 from .models.tasks import task_of
-from .tokenizer import EOS_TOKEN, tokenizer_files
+from .tokenizer import byte_tokenizer
 
 __all__ = ["HybridZooConfig", "HybridZooForCausalLM", "StateCache", "byte_tokenizer"]
-
-# what the installed transformers calls the cache, in its outputs and from step to step; callers may say either, whatever it is
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-CACHE_NAMES = ("cache", "past_key_values")
-
 
 _FOLLOWS = (
     "{name}: {value!r}, but the config's zoo part makes it {own!r}. Change it there: zoo.config(..., overrides), or zoo.load and "
@@ -117,12 +111,13 @@ class HybridZooConfig(PreTrainedConfig):
                 raise ValueError(_FOLLOWS.format(name=name, value=value, own=own))
 
 
-class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
+class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
     """A zoo language model as transformers knows it; ``core`` is the model itself."""
 
     config: HybridZooConfig
     config_class = HybridZooConfig
     base_model_prefix = "backbone"
+    cache_name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _is_stateful = True  # recurrent states cannot be rolled back: assisted decoding is refused
@@ -146,7 +141,8 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         # one table of parts for both: what PEFT or a new vocabulary puts in the place of one is what the core computes with
         core._modules = self._modules
         self._tied_weights_keys = _tied_names(core)
-        self._keep_in_fp32_modules_strict = _fp32_names(core)
+        mixers = (mixer for mixer in core.modules() if isinstance(mixer, Mixer))
+        self._keep_in_fp32_modules_strict = {name for mixer in mixers for name in mixer.fp32_parameters}
         for p in core.parameters():
             # by its layer; one without memory is still to be loaded
             p._is_hf_initialized = not p.is_meta  # type: ignore[attr-defined]
@@ -230,7 +226,7 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: As :meth:`CausalLM.forward`; for what the model cannot give (attentions, another cache); and for an unknown
                 argument.
         """
-        cache = _one_cache(cache, past_key_values)
+        cache = one_cache(cache, past_key_values)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and tokens is not None:
             if attention_mask.dim() != 2:
@@ -254,7 +250,9 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             left = StateCache(out.state, tokens.shape[1] + (0 if cache is None else cache.length))
         # the Trainer in training wants the loss alone; forming all logits would undo the sliced cross-entropy
         logits = None if self.training and labels is not None else out.logits
-        output = CausalLMOutputWithPast(loss=out.loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: left})
+        output = CausalLMOutputWithPast(
+            loss=out.loss, logits=logits, hidden_states=out.hidden_states, **{self.cache_name: left}
+        )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _uses_cache(self, wish: bool | None, labels: Tensor | None, cache: StateCache | None) -> bool:
@@ -268,74 +266,6 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             return self.config.use_cache and not self.training and not replica and (labels is None or cache is not None)
         return wish
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers; the state that an earlier call left comes as ``cache`` or as ``past_key_values``, with every version."""
-        cache = _one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
-        prompts = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
-        if isinstance(prompts, Tensor) and not prompts.numel() and kwargs.get("inputs_embeds") is None:
-            raise ValueError(
-                f"input_ids: shape {tuple(prompts.shape)} holds no token. Give every prompt at least one (BOS, say)."
-            )
-        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        next_sequence_length: int | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As transformers, but a state before the first token is left out, from which PEFT sees that its prompt is still to be read."""
-        if next_sequence_length is not None and next_sequence_length < 1:
-            seen = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            raise ValueError(
-                f"input_ids: {seen} columns, but the cache has read {seen - next_sequence_length}, and nothing is new. Pass the text from "
-                "its beginning, or the new columns alone with an attention_mask of all."
-            )
-        for name in ("tokenizer", "assistant_tokenizer"):
-            # for stopping criteria, and handed down to here with what the model is for
-            kwargs.pop(name, None)
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
-        )
-        cache = inputs.pop(CACHE, None)
-        # under both names: a version of PEFT knows one of them, and not always that of the transformers beside it
-        return inputs | (dict.fromkeys(CACHE_NAMES, cache) if cache is not None and cache.state is not None else {})
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: every way of continuous batching starts here."""
-        raise ValueError(
-            f"{type(self).__name__}: continuous batching keeps keys and values in pages, and a recurrent state has none. Use generate "
-            "without cache_implementation, with the prompts padded on the left."
-        )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        # what every way of generating asks for before it starts, and so the place to say what cannot be had
-        if generation_config.is_assistant:
-            raise ValueError(
-                f"{type(self).__name__}: cannot be the assistant of another model: rejected tokens would have to be taken out of its "
-                "states, and a recurrent state cannot be rolled back. Use an attention-only model of transformers as the assistant."
-            )
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "dynamic_full"):
-            raise ValueError(
-                f"cache_implementation: {kind!r} is a cache for keys and values alone; the model keeps states of its own, which are "
-                "small. Leave it unset."
-            )
-        given = model_kwargs.get(CACHE)
-        if given is not None and generation_config.use_cache is False:
-            raise ValueError(
-                "use_cache: False reads everything again at every step, which cannot follow on a cache. Leave one of them out."
-            )
-        if given is not None and generation_config.prefill_chunk_size and CACHE == "past_key_values":
-            raise ValueError(
-                "prefill_chunk_size: versions of transformers before 5.24 may read again, in chunks, what the cache has read. Leave one of "
-                "them out, or upgrade."
-            )
-        if generation_config.use_cache is not False:
-            model_kwargs[CACHE] = StateCache() if given is None else given
-
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         padding = list(range(self.core.cfg.vocab_size, padded_vocab(self.core.cfg)))
@@ -344,10 +274,6 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
             processors.insert(0, SuppressTokensLogitsProcessor(padding, device=str(self.device)))
         processors.insert(0, _Finite())
         return processors
-
-    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> None:
-        # the layers count; positions that nobody has passed need not be checked at every token
-        return None
 
     def _set_gradient_checkpointing(self, *args, every_n_layers: int = 1, **kwargs) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -390,14 +316,6 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         """Put another token embedding in place."""
         self.backbone.embedding = value
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Put another head in place."""
-        self.lm_head = new_embeddings  # type: ignore[assignment]
-
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
@@ -408,11 +326,8 @@ class HybridZooForCausalLM(PreTrainedModel, GenerationMixin):
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         rows = embedding.weight.shape[0]
         tokens = min(self.core.cfg.vocab_size, rows) if new_num_tokens is None else new_num_tokens
-        multiple = next(
-            m
-            for m in (pad_to_multiple_of, self.core.cfg.pad_vocab_size_multiple, 1, rows)
-            if m and -(-tokens // m) * m == rows
-        )
+        multiples = (pad_to_multiple_of, self.core.cfg.pad_vocab_size_multiple, 1, rows)
+        multiple = next(m for m in multiples if m and -(-tokens // m) * m == rows)
         sizes = {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
         self.core.cfg.update(sizes)
         self.config.zoo = {**(self.config.zoo or {}), **sizes}
@@ -428,44 +343,10 @@ class _Finite(LogitsProcessor):
         return scores
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The built-in byte tokenizer as transformers' class: ids 1 to 255 are bytes, 0 is ``<|endoftext|>`` (bos, eos and pad)."""
-    import json
-
-    tokenizer = Tokenizer.from_str(json.dumps(tokenizer_files()["tokenizer.json"]))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=EOS_TOKEN,
-        eos_token=EOS_TOKEN,
-        pad_token=EOS_TOKEN,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _one_cache(cache: Any, past_key_values: Any) -> StateCache | None:
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache: and past_key_values are two names of one argument. Pass one of them.")
-    name, given = ("past_key_values", past_key_values) if cache is None else ("cache", cache)
-    if given is not None and not isinstance(given, StateCache):
-        raise ValueError(
-            f"{name}: expected the StateCache of an earlier call, got {type(given).__name__}, which has no place for recurrent states. "
-            "Leave it out, and take the one that comes back (use_cache=True)."
-        )
-    return given
-
-
 def _tied_names(core: CausalLM) -> dict[str, str]:
     first: dict[int, str] = {}
-    tied = {}
-    for name, p in core.named_parameters(remove_duplicate=False):
-        source = first.setdefault(id(p), name)
-        if source != name:
-            tied[name] = source
-    return tied
-
-
-def _fp32_names(core: CausalLM) -> set[str]:
-    return {name for mixer in core.modules() if isinstance(mixer, Mixer) for name in mixer.fp32_parameters}
+    sources = ((name, first.setdefault(id(p), name)) for name, p in core.named_parameters(remove_duplicate=False))
+    return {name: source for name, source in sources if source != name}
 
 
 AutoConfig.register("hybridzoo", HybridZooConfig, exist_ok=True)

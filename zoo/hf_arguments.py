@@ -1,4 +1,4 @@
-"""What callers of transformers' models may say beside the tokens: honoured, known to change nothing, or refused by name."""
+"""Arguments of transformers' models beside the tokens: honoured, known to change nothing, or refused by name."""
 
 import difflib
 import inspect
@@ -25,14 +25,8 @@ _REFUSED = {
 }
 # what says again what is known: read by Rows, or the length of the longest document
 _READ = (
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "token_type_ids",
-    "cache_position",
-    "is_causal",
-)
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "token_type_ids", "cache_position", "is_causal",
+)  # fmt: skip
 
 
 def refuse_others(model: nn.Module, kwargs: dict[str, Any], **defaults: Any) -> None:
@@ -57,7 +51,7 @@ def refuse_others(model: nn.Module, kwargs: dict[str, Any], **defaults: Any) -> 
 
 
 class Rows:
-    """How the rows of a call are padded or packed, in whichever words it was said.
+    """Padding or packing of the rows of a call, in whichever words it was said.
 
     Attributes:
         attention_mask: ``(b, l)``, of padded rows of one document each.

@@ -18,6 +18,7 @@ __all__ = [
     "EOS_TOKEN",
     "ByteTokenizer",
     "appends_end",
+    "byte_tokenizer",
     "document_encoder",
     "encode_prompt",
     "ends_of_text",
@@ -65,7 +66,7 @@ def load_tokenizer(name: str, source: Path | None = None) -> Any:
 
 
 def whose(name: str, source: Path | None) -> str:
-    """Where a model's tokenizer is: ``byte`` for the built-in one, else a folder or a hub id.
+    """Find a model's tokenizer: ``byte`` for the built-in one, else a folder or a hub id.
 
     Files of a tokenizer in the model's folder go before the config, which may name a place on another machine. What the config names by a
     relative path is looked for in the model's folder, and must not lead out of it.
@@ -156,7 +157,7 @@ def encode_prompt(model: Any, text: str) -> list[int]:
 
 
 def document_encoder(tokenizer: Any) -> tuple[Callable[[str], Sequence[int]], int]:
-    """How documents are encoded for training, and the id that separates them: an end of text stands in front of each, and nowhere else."""
+    """Return the encoder of training's documents, and the id that stands in front of each, an end of text if there is one."""
     ids = (getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id"))
     return _without_end(tokenizer), next((i for i in ids if i is not None), 0)
 
@@ -171,7 +172,7 @@ def ends_of_text(model: Any) -> list[int]:
 
 
 def appends_end(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts its end of text behind every text."""
+    """Return whether a tokenizer puts its end of text behind every text."""
     if isinstance(tokenizer, ByteTokenizer) or tokenizer.eos_token_id is None:
         return False
     ids, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
@@ -211,6 +212,18 @@ def _content(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None  # transformers says what is wrong with it
+
+
+def byte_tokenizer() -> Any:
+    """Return the byte tokenizer as transformers' class: ids 1 to 255 are bytes, 0 is ``<|endoftext|>`` (bos, eos and pad)."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer_files()["tokenizer.json"])),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS_TOKEN),
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def tokenizer_files() -> dict[str, dict[str, Any]]:
