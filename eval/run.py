@@ -23,13 +23,13 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tqdm import tqdm
 
 from ..zoo.checkpoint.publish import write_whole
 from ..zoo.device import pick_device
 from ..zoo.named import option_pairs
 from ..zoo.registry import nearest
+from ..zoo.terminal import progress_bar
 from .harness import HybridZooLM
 from .pretrained import quiet
 from .tasks import FOLDER, check_amounts, check_metadata, check_tasks, names, unknown_task
@@ -221,13 +221,12 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _bar(lm: HybridZooLM, wanted: bool) -> Iterator[None]:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, Any] = {}
-    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
+    with progress_bar(console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
 
         def report(kind: str, done: int, total: int) -> None:
             if kind not in bars:
-                bars[kind] = bar.add_task(kind.replace("_", " "), total=total)
+                bars[kind] = bar.add_task(kind.replace("_", " "), total=total, note="")
             bar.update(bars[kind], completed=done, total=total)
 
         before, lm.report = lm.report, report

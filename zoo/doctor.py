@@ -1,4 +1,4 @@
-"""What ``zoo doctor`` says: the machine, the packages, and which backend every op takes here, and why."""
+"""The report of ``zoo doctor``: the machine, the packages, and the backend that every op takes here, and why."""
 
 import importlib.metadata
 import importlib.util
@@ -60,7 +60,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
 
 def _verdict(rows: list[tuple[str, bool, str]]) -> str:
-    """What is taken, and why not what is preferred to it."""
+    """Name the backend that is taken, and why not those that are preferred to it."""
     at = next(i for i, (_, chosen, _) in enumerate(rows) if chosen)
     passed_over = "; ".join(f"not {name}: {reason}" for name, _, reason in rows[:at])
     return f"{rows[at][0]} ({rows[at][2]})" + (f", {passed_over}" if passed_over else "")

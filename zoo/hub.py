@@ -10,7 +10,7 @@ _SECONDS = 5.0
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be asked, or ``None`` if it answers; without a request where ``HF_HUB_OFFLINE`` is set."""
+    """Return why the hub cannot be asked, or ``None`` if it answers; without a request where ``HF_HUB_OFFLINE`` is set."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:

@@ -123,7 +123,7 @@ def _reachable(folder: Path) -> None:
 
 
 def _place(e: BaseException, path: Path | None) -> str:
-    """Where in the file, or in the last one that ran, and what went wrong."""
+    """Return the place in the file, or in the last one that ran, and what went wrong there."""
     where = ""
     if isinstance(e, SyntaxError):
         where = f"{e.filename}, line {e.lineno}: "

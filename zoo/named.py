@@ -1,4 +1,4 @@
-"""What a command line names, looked for before anything heavy is imported: the standard library is all this needs."""
+"""Names on a command line, looked for before anything heavy is imported: the standard library is all this needs."""
 
 import difflib
 import os

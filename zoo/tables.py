@@ -1,4 +1,4 @@
-"""How ``zoo list`` and ``zoo show`` look: tables that a terminal of 80 columns and a pipe both show whole."""
+"""The tables of ``zoo list`` and ``zoo show``, which a terminal of 80 columns and a pipe both show whole."""
 
 import dataclasses
 import os

@@ -1,6 +1,7 @@
 """The frame around every command: options that several have, printing, and errors turned into exit statuses."""
 
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 from .errors import printable
@@ -24,7 +26,9 @@ __all__ = [
     "print_report",
     "print_text",
     "program",
+    "progress_bar",
     "say",
+    "stderr",
     "with_options",
 ]
 
@@ -126,15 +130,13 @@ def _imports_first(args: list[str]) -> list[str]:
     # `zoo show my.yaml --import mine.py` is what one writes; the option is of the program and not of each command
     first: list[str] = []
     rest: list[str] = []
-    i = 0
-    while i < len(args) and args[i] != "--":
-        if args[i] == "--import" and i + 1 < len(args):
-            first += args[i : i + 2]
-            i += 1
+    words = iter(args)
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        if word == "--import":
+            first += [word, next(words, "")]
         else:
-            (first if args[i].startswith("--import=") else rest).append(args[i])
-        i += 1
-    return first + rest + args[i:]
+            (first if word.startswith("--import=") else rest).append(word)
+    return first + rest + (["--", *words] if "--" in args else [])
 
 
 def given_imports(ctx: typer.Context) -> list[str]:
@@ -142,9 +144,21 @@ def given_imports(ctx: typer.Context) -> list[str]:
     return [word for source in ctx.find_root().params.get("imports") or [] for word in ("--import", source)]
 
 
+def progress_bar(console: Console, **options: Any) -> Progress:
+    """Return a bar of the steps that are done and the time that is left; tasks have a field ``note``, which stands between them."""
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
+    return Progress(*columns, console=console, **options)
+
+
+def stderr() -> Console:
+    """Return the console for what a person is told."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
 def say(text: str) -> None:
     """Print to stderr; what a file says is no command to the terminal."""
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable(text, keep="\n"))
+    stderr().print(printable(text, keep="\n"))
 
 
 def print_text(text: str) -> None:

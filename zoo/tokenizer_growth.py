@@ -1,4 +1,4 @@
-"""How much longer a ``tokenizer.json`` makes a text: a few rules that replace a letter by a thousand, one after another, take gigabytes."""
+"""The growth of a text by a ``tokenizer.json``: a few rules that replace a letter by a thousand, one after another, take gigabytes."""
 
 import base64
 import math

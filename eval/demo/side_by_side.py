@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from ...zoo.terminal import progress_bar
 
 __all__ = ["WorkerError", "message", "run_side_by_side"]
 
@@ -48,9 +50,7 @@ def run_side_by_side(jobs: Mapping[str, str], logs: Path, console: Console) -> N
     waiting = list(jobs.items())
     running: dict[str, subprocess.Popen] = {}
     listeners: dict[str, threading.Thread] = {}
-    text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar, _ending(running):
+    with progress_bar(console, disable=not console.is_terminal) as bar, _ending(running):
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 name, code = waiting.pop(0)

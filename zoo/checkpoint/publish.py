@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows has none: there, two processes that save to one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["GENERATION", "check_new", "new_folder", "publishing", "steady", "write_whole"]
+__all__ = ["GENERATION", "check_new", "new_folder", "publishing", "steady", "sync", "write_whole"]
 
 GENERATION = "generation_config.json"
 _SAVING, _DECIDED, _REMOVE = ".saving-", ".decided", ".remove.json"
@@ -114,7 +114,7 @@ def publishing(folder: Path, stale: Callable[[set[str]], Iterable[str]] = lambda
         with _locked(folder):
             _finish(folder)
             os.replace(new, folder / _DECIDED)
-            _sync(folder)
+            sync(folder)
             _finish(folder)
 
 
@@ -135,7 +135,7 @@ def _finish(folder: Path) -> None:
             os.replace(file, folder / file.name)
     for name in remove:
         (folder / name).unlink(missing_ok=True)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(decided, ignore_errors=True)
 
 
@@ -202,7 +202,7 @@ def _locked(folder: Path, patience: float = _LOCK_PATIENCE) -> Iterator[None]:
         os.close(fd)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and fcntl is None:
         return  # Windows opens no folders
@@ -219,8 +219,8 @@ def _complete(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(mode)
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -231,9 +231,9 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.parent / f".writing-{uuid.uuid4().hex}"
     try:
         temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -263,4 +263,4 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield new
         _complete(new)
         os.replace(new, folder)
-        _sync(folder.parent)
+        sync(folder.parent)

@@ -61,14 +61,7 @@ def _digest(about: str, chunks: int, chunk: Callable[[int], Any]) -> str:
     def one(i: int) -> bytes:
         return hashlib.sha256(chunk(i)).digest()
 
-    if chunks <= 1:
-        parts = map(one, range(chunks))
-        return _joined(total, parts)
-    with ThreadPoolExecutor(min(chunks, os.cpu_count() or 1, 16)) as pool:
-        return _joined(total, pool.map(one, range(chunks)))
-
-
-def _joined(total: Any, parts: Any) -> str:
-    for part in parts:
-        total.update(part)
+    with ThreadPoolExecutor(max(1, min(chunks, os.cpu_count() or 1, 16))) as pool:
+        for part in pool.map(one, range(chunks)):
+            total.update(part)
     return total.hexdigest()

@@ -1,11 +1,10 @@
-"""When a training's numbers are no longer finite: the error, and where the first of them came from."""
+"""The error of a training whose numbers are no longer finite, and the place that the first of them came from."""
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..models.model import Model
 
@@ -49,7 +48,10 @@ def first_nonfinite(model: Model, input_ids: Tensor, labels: Tensor) -> str | No
 
     def look(name: str) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if not found and not all(bool(torch.isfinite(t).all()) for t in _tensors(output)):
+            tensors = (
+                x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()
+            )
+            if not found and not all(bool(torch.isfinite(x).all()) for x in tensors):
                 found.append(f"the output of {name}")
 
         return hook
@@ -77,16 +79,3 @@ def first_nonfinite(model: Model, input_ids: Tensor, labels: Tensor) -> str | No
             hook.remove()
         model.zero_grad()
     return found[0] if found else None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value.detach()
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])

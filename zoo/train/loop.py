@@ -57,9 +57,8 @@ class Watch:
         self.sum, self.bad, self.good = (torch.full((), x, device=device) for x in (sums, 0.0, 0.0))
         self.asked, self.logged = step, logged
         self.loss: Tensor | None = None
-        self.steps: list[
-            tuple[list[Tensor], Tensor, Tensor]
-        ] = []  # rows, loss and gradient norm of each since the last question
+        # rows, loss and gradient norm of each since the last question
+        self.steps: list[tuple[list[Tensor], Tensor, Tensor]] = []
         self.rows: list[Tensor] = []
 
     def read(self, rows: Tensor, loss: Tensor) -> None:
@@ -107,7 +106,7 @@ class ZooTrainer(Trainer):
         self.asks_at_once = device.type == "cpu"
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """What weight decay touches."""
+        """Name the parameters that decay."""
         decayed = {id(p) for p in param_groups(model)[0]["params"]}
         return [name for name, p in model.named_parameters() if id(p) in decayed]
 
@@ -170,21 +169,15 @@ class ZooTrainer(Trainer):
             where = first_nonfinite(self.model.core, ids, labels)
         except (RuntimeError, ValueError) as e:  # out of memory, say: the rest of the message matters more
             where = f"not found ({str(e).splitlines()[0]})"
-        self._raise_diverged(
-            f"the loss is {loss.item():.4g} and its gradient's norm {norm.item():.4g}",
-            step,
-            numbers,
-            where or "not found again",
-        )
+        what = f"the loss is {loss.item():.4g} and its gradient's norm {norm.item():.4g}"
+        self._raise_diverged(what, step, numbers, where or "not found again")
 
     def _raise_diverged(self, what: str, step: int, rows: list[int], where: str) -> None:
         last = 0 if self.run is None else self.run.last_step()
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        kept = (
-            f"Checkpoint {last} in {self.run.checkpoints} is whole."
-            if self.run and last
-            else "There is no checkpoint yet."
-        )
+        kept = "There is no checkpoint yet."
+        if self.run and last:
+            kept = f"Checkpoint {last} in {self.run.checkpoints} is whole."
         batch = f"; rows {shown} of the data" if rows else ""
         raise Diverged(
             f"training diverged at step {step} of {self.args.max_steps}: {what}{batch}; first value that is not finite: {where}. {kept} "
@@ -217,8 +210,6 @@ class ZooTrainer(Trainer):
         if self.args.should_save:
             self.run.publish(step, {"seconds": seconds, "loss_sums": sums, "logged": self.watch.logged})
         self.accelerator.wait_for_everyone()
-        if self.session is not None:
-            self.session.saved = step
         return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -58,7 +58,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves behind.
+    """The result of a run.
 
     Attributes:
         model: The trained model, in evaluation mode.
@@ -259,7 +259,7 @@ def _table(data: Any, model: Model, length: int | None) -> np.ndarray:
 
 
 def _described(core: Model, rows: NumberedRows, source: str, tokens: int, args: TrainingArguments) -> list[str]:
-    """What is trained, on what and on which device, in lines."""
+    """Say in lines what is trained, on what and on which device."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in core.parameters()})
     devices = args.world_size * max(1, args.n_gpu)
     where = f"{devices} x {args.device.type}" if devices > 1 else str(args.device)

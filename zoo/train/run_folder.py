@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import is_deep
-from ..checkpoint.publish import write_whole
+from ..checkpoint.publish import sync, write_whole
 from ..checkpoint.tensors import check_state_file
 from ..errors import CheckpointError
 from .digests import digest_file
@@ -56,7 +56,7 @@ class Checkpoint:
         self.step, self.seconds = int(manifest["step"]), float(manifest["seconds"])
 
     def history(self) -> list[dict[str, float]]:
-        """What was logged up to here."""
+        """Return what was logged up to here."""
         return loss_entries(_read_json(self.folder / STATE)["log_history"])
 
 
@@ -111,7 +111,7 @@ class RunFolder:
         return log if log and log["finished"] and log["settings"] == plain(settings) else None
 
     def is_finished(self) -> bool:
-        """Whether the log says that all is done."""
+        """Return whether the log says that all is done."""
         log = self._read_log()
         return log is not None and bool(log["finished"])
 
@@ -152,11 +152,11 @@ class RunFolder:
         manifest = {"format": FORMAT, "step": step, "settings": self.settings, **facts, "files": listed}
         (ready / MANIFEST).write_text(_dumps(manifest), encoding="utf-8")
         for file in (*files, ready / MANIFEST, ready):
-            _to_disk(file)
+            sync(file)
         _delete(place)
         ready.replace(place)
         self.staging.rmdir()
-        _to_disk(self.checkpoints)
+        sync(self.checkpoints)
         for old in self._steps()[_KEPT:]:
             _delete(old)
         return place
@@ -303,7 +303,7 @@ def _are_entries(history: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """What JSON has words for: keys are text, and numbers that are not finite are written out."""
+    """Return what JSON has words for: keys are text, and numbers that are not finite are written out."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -346,13 +346,3 @@ def _read_json(file: Path) -> Any:
 
 def _dumps(content: Any) -> str:
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def _to_disk(file: Path) -> None:
-    if os.name == "nt":
-        return  # knows no such thing for folders, and wants files open for writing
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

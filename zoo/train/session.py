@@ -1,4 +1,4 @@
-"""What a user sees of a training, and what Ctrl-C makes of it."""
+"""A training as its user sees it: progress, times, and Ctrl-C made a checkpoint."""
 
 import contextlib
 import signal
@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback
 
+from ..terminal import progress_bar, stderr
 from .run_folder import Checkpoint
 
 __all__ = ["Session"]
@@ -33,7 +34,7 @@ class Session(TrainerCallback):
         self.header, self.tokens_per_step, self.on_step = header, tokens_per_step, on_step
         # a checkpoint knows the time that led to it; what came after it was lost
         self.before = 0.0 if checkpoint is None else checkpoint.seconds
-        self.first_step = self.saved = 0 if checkpoint is None else checkpoint.step
+        self.first_step = 0 if checkpoint is None else checkpoint.step
         self.interrupted = self.stopping = False
         self.start = time.monotonic()
         self.saved_seconds = self.before
@@ -55,21 +56,14 @@ class Session(TrainerCallback):
         self.start = time.monotonic()
         if not state.is_world_process_zero:
             return
-        self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self.console = stderr()
         for line in self.header:
             self.console.print(line)
         if state.global_step:
             self.console.print(f"resuming at step {state.global_step} of {state.max_steps}")
         if self.console.is_terminal and not self.console.is_jupyter:
-            columns = (
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=self.console, transient=True)
-            self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
+            self.bar = progress_bar(self.console, transient=True)
+            self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
             self.bar.start()
 
     def on_step_end(self, args, state, control, **kwargs):
