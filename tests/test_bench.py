@@ -313,7 +313,7 @@ def test_the_pages_show_what_was_measured_and_how_far_off_it_is(gpu_rows, tmp_pa
     text = (tmp_path / "docs/performance.md").read_text()
     assert text.startswith("# Title\n") and text.endswith("\nrest\n") and "old" not in text
     assert "| 2.50x | 83 % of 3x |" in text and "1 of 2 goals are reached" in text and "mamba-ssm 1" in text
-    assert "(../eval/results/scan-h100.svg)" in text and "conv-w4" in text
+    assert "(../eval/results/scan-h100.svg)" in text and "| convolution of width 4 |" in text
     assert "(eval/results/scan-h100.json)" in pages[0].read_text()
     before = [page.read_text() for page in pages]
     readme.refresh(pages[0])

@@ -56,6 +56,14 @@ def test_the_notebook_runs_and_is_committed_without_output(tmp_path):
 
 def test_the_readme_is_short():
     assert len(README.split()) <= 1500
+    assert "](docs/demo.svg)" in "\n".join(README.splitlines()[:10])
+
+
+def test_the_picture_is_the_committed_result():
+    from hybridzoo.eval.demo.overview import overview
+
+    result = json.loads((ROOT / "eval/results/demo.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs/demo.svg").read_text(encoding="utf-8") == overview(result), "run: zoo bench readme"
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..demo.overview import overview
 from ..markdown import paragraph, table
 from ..parity import run as parity
-from .show import plot, spread
+from .show import peer_name, plot, spread
+from .workloads import title
 
 __all__ = ["END", "PAGES", "START", "headline", "performance", "refresh", "section"]
 
@@ -39,6 +41,9 @@ def refresh(readme: Path) -> list[Path]:
     folder = root / "eval" / "results"
     shown = [*_results(folder, "scan", gpu=True), *_results(folder, "train")]
     drawn = [plot(result, path.with_suffix(".svg")) for path, result in shown]
+    for path, result in _results(folder, "demo"):
+        drawn.append(root / "docs" / f"{path.stem}.svg")
+        drawn[-1].write_text(overview(result), encoding="utf-8")
     return [*texts, *drawn]
 
 
@@ -56,14 +61,14 @@ def headline(folder: Path) -> str:
         ratios = [row["ratio"] for row in rows if row["name"].startswith("train")]
         slow = min(rows, key=lambda row: row["ratio"])
         lines.append(
-            f"- **Scan**: {min(ratios):.1f} to {max(ratios):.1f} times as fast as mamba-ssm's in training (bf16, {result['device']}), "
-            f"and {slow['ratio']:.2f} times where the sequence is short and alone ([figures](eval/results/{path.name}))."
+            f"- **Scan**: {min(ratios):.1f} to {max(ratios):.1f} times as fast as mamba-ssm's in training (bf16, {result['device']}); "
+            f"at its least {slow['ratio']:.2f} times ({title(slow['name'])}; [figures](eval/results/{path.name}))."
         )
     for path, result in _results(folder, "train"):
         best = max(result["cases"], key=lambda row: row["ratio"])
         lines.append(
             f"- **Training step**: {best['ratio']:.2f} times mamba-ssm's tokens per second in {best['memory_ratio']:.2f} of its memory "
-            f"({best['name']} on the same GPU, {best['about']}; [figures](eval/results/{path.name}))."
+            f"({best['name']} on the same GPU, {best['about'].split(' (')[0]}; [figures](eval/results/{path.name}))."
         )
     for path, result in _results(folder, "parity"):
         errors = [max(row["logit_error"], row["decoding_error"]) for row in result["cases"]]
@@ -99,8 +104,7 @@ def _source(path: Path, result: Result) -> str:
 
 
 def _versions(result: Result) -> str:
-    named = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
-    return ", ".join(f"{named.get(k, k)} {v}" for k, v in result["versions"].items() if k != "python")
+    return ", ".join(f"{peer_name(k)} {v}" for k, v in result["versions"].items() if k != "python")
 
 
 def _shape(row: Result) -> str:
@@ -128,7 +132,7 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
             ["case", "shape", "pass", "ours, ms", "mamba-ssm, ms", "ratio", "of the goal", "of the floor", "saved, MB (theirs)"],
             [
                 [
-                    row["name"], _shape(row), row["op"], f"{row['ours_ms']:.3f}", f"{row['peer_ms']:.3f}", f"{row['ratio']:.2f}x",
+                    title(row["name"]), _shape(row), row["op"], f"{row['ours_ms']:.3f}", f"{row['peer_ms']:.3f}", f"{row['ratio']:.2f}x",
                     _of_goal(row), f"{100 * row['share_of_floor']:.0f} %",
                     f"{row['ours_saved_MB']:.0f} ({row['peer_saved_MB']:.0f})" if "ours_saved_MB" in row else "",
                 ]
@@ -137,12 +141,12 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
         ),
         f"![Times of the scan beside mamba-ssm's](eval/results/{path.stem}.svg)",
         f"<details><summary>Walks over images, lengths, state sizes, types, decoding and the convolution: {len(more)} rows, "
-        f"{slower} slower than the peer</summary>",
+        f"{slower} slower than the other library</summary>",
         table(
-            ["case", "shape", "type", "pass", "peer", "ours, ms", "peer, ms", "ratio", "per token, to longest"],
+            ["case", "shape", "type", "pass", "beside", "ours, ms", "theirs, ms", "ratio", "per token, to longest"],
             [
                 [
-                    row["name"], _shape(row), row["dtype"], row["op"], row["peer"],
+                    title(row["name"]), _shape(row), row["dtype"], row["op"], peer_name(row["peer"]),
                     f"{row['ours_ms']:.4f}", f"{row['peer_ms']:.4f}", f"{row['ratio']:.2f}x",
                     f"{row['cost_to_longest']:.2f}" if "cost_to_longest" in row else "",
                 ]
@@ -185,7 +189,7 @@ def _cpu_scan(path: Path, result: Result) -> list[str]:
         f"transformers' torch path has a backward that is quadratic in the length; ours is linear, in memory too"
         + (f": {', '.join(ends)} (b = 1, d = 512, n = 16)." if ends else "."),
         table(
-            ["b, l, d, n", "pass", "peer", "ours, ms", "peer, ms", "ratio"],
+            ["b, l, d, n", "pass", "beside", "ours, ms", "theirs, ms", "ratio"],
             [
                 [
                     ", ".join(str(v) for v in row["shape"].values()), row["op"], row["peer"], f"{row['ours_ms']:.0f}",
