@@ -245,7 +245,7 @@ class Attention(Mixer):
         if not length:
             return q.flatten(-2)
         past = k.shape[1] - length
-        plain = not docs and not past
+        plain = not past and len(docs) == 0
         backend = choose("attention", device=q.device.type, dtype=q.dtype, headdim=self.headdim, masked=not plain)
         if backend.name == "flash_attn":
             from flash_attn import flash_attn_func
@@ -262,7 +262,7 @@ class Attention(Mixer):
             first = 0 if window is None or i < window else past + i - window + 1
             rows, cols = slice(i, i + block), slice(first, past + i + block)
             mask = self._sees(pos[..., rows], pos_k[..., cols])
-            if docs:
+            if len(docs) == 2:
                 mask = mask & (docs[0][:, rows, None] == docs[1][:, None, cols])
             ys.append(self._attend(q[:, rows], k[:, cols], v[:, cols], mask))
         return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
