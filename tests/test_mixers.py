@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hybridzoo.kernels import Seq
 from hybridzoo.layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE, OptionError, State, copy_state, map_state
 from hybridzoo.layers.testing import PROMISES, Case, check_mixer, counted_flops
-from hybridzoo.zoo.registry import build_mixer, check_mixer_options, list_mixers
+from hybridzoo.zoo.registry import build_mixer, check_mixer_options, get_mixer, list_mixers
 
 MAMBA2 = {"d_state": 8, "headdim": 16, "chunk_size": 4}
 HEADS = {"nheads": 4, "nheads_kv": 2}
@@ -86,6 +86,25 @@ def make(name, d_model, **options):
 @pytest.mark.parametrize(("name", "options", "promise"), list(cases()))
 def test_mixer_keeps_its_promise(name, options, promise):
     PROMISES[promise](Case(functools.partial(make, name), options=options, name=name))
+
+
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, each in VARIANTS.items() for o in each.values()], ids=str)
+def test_effective_options_are_what_the_constructor_makes_of_the_given_ones(name, options):
+    given = check_mixer_options({"type": name, **options}, "mixer")
+    effective = get_mixer(name, "mixer").cls.effective_options(given, 32)
+    same = {
+        key: value if effective.get(key) is None else effective[key] for key, value in given.items() if key != "type"
+    }
+    mixer, twin = make(name, 32, **options).double(), make(name, 32, **same).double()
+    twin.load_state_dict(mixer.state_dict())
+    x = torch.randn(2, 9, 32).double()
+    assert worst(twin(x), mixer(x)) < 1e-12 and twin.flops(64) == mixer.flops(64)
+
+
+def test_every_mixer_of_ours_is_causal_and_takes_a_map_for_a_row():
+    for name, variants in VARIANTS.items():
+        mixer = make(name, 32, **next(iter(variants.values())))
+        assert "causal" in mixer.capabilities and "grid" not in mixer.capabilities and mixer.reach(8) is None
 
 
 @pytest.mark.parametrize(("name", "options"), [(n, o) for n, each in VARIANTS.items() for o in each.values()], ids=str)
