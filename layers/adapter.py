@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import linear, reset_linear
+from .common import Device, Dtype, linear, reset_linear
 
 __all__ = ["Adapter"]
 
@@ -25,9 +25,7 @@ class Adapter(nn.Module):
         device, dtype: As for ``torch.nn.Linear``.
     """
 
-    def __init__(
-        self, d_in: int, sizes: Sequence[int], rank: int, device: Any = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, d_in: int, sizes: Sequence[int], rank: int, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.down = linear(d_in, len(sizes) * rank, False, device, dtype)
         self.up = nn.ModuleList(linear(rank, size, False, device, dtype) for size in sizes)

@@ -9,6 +9,7 @@ The rule: a query sees a key of the same document if ``0 <= pos_k <= pos_q``, an
 there is one.
 """
 
+import functools
 import os
 from contextlib import nullcontext
 from typing import Any
@@ -24,7 +25,7 @@ from ..kernels.derivatives import plain as plain_only
 from ..kernels.dispatch import HALVES, Backend, Facts, choose, refuse_library, register
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
-from .common import linear, reset_linear, scaled
+from .common import Device, Dtype, linear, reset_linear, scaled
 from .conv import CausalConv1d
 from .kv import AttentionState, remember
 from .norm import RMSNorm
@@ -111,8 +112,8 @@ class Attention(Mixer):
         d_in: int | None = None,
         layer_idx: int = 0,
         n_layer: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         check_positive(d_model=d_model, nheads=nheads, nheads_kv=nheads_kv, headdim=headdim, window=window)
@@ -302,24 +303,15 @@ class Attention(Mixer):
             y = refused_beyond("attention", y)
         return y.transpose(1, 2).flatten(-2)
 
-    def init_state(
-        self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> AttentionState:
+    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> AttentionState:
         """An empty state with room for ``max_len`` tokens, or for the window if that is less or all that is known."""
-        device, dtype = device or self._device, dtype or self._dtype
+        device = device or self._device
         cap = min(max_len or self.window or 1, self.window or max(1, max_len))
-        kv = (batch, cap, self.nheads_kv, self.headdim)
-        conv = None
-        if self.conv1d is not None:
-            conv = torch.zeros(batch, self.d_conv - 1, self.d_qkv, device=device, dtype=dtype)
-        return AttentionState(
-            k=torch.zeros(kv, device=device, dtype=dtype),
-            v=torch.zeros(kv, device=device, dtype=dtype),
-            pos=torch.full((batch, cap), -1, device=device),
-            length=torch.zeros(batch, device=device, dtype=torch.long),
-            conv=conv,
-            bound=0,
-        )
+        zeros = functools.partial(torch.zeros, device=device, dtype=dtype or self._dtype)
+        k, v = (zeros(batch, cap, self.nheads_kv, self.headdim) for _ in "kv")
+        pos, length = torch.full((batch, cap), -1, device=device), zeros(batch, dtype=torch.long)
+        conv = None if self.conv1d is None else zeros(batch, self.d_conv - 1, self.d_qkv)
+        return AttentionState(k, v, pos, length, conv, bound=0)
 
     def flops(self, seq_len: int) -> int:
         """FLOPs per token, 2 per multiply-add: projections, convolution, scores and values.

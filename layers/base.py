@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels import checks
 from ..kernels.seq import Seq
+from .common import Device, Dtype
 
 __all__ = ["Aux", "Mixer", "Seq", "Sharing", "State", "copy_state", "map_state", "nbytes_of", "shapes", "tree"]
 
@@ -198,9 +199,7 @@ class Mixer(Sharing):
         copy_state(state, new)
         return y.squeeze(1)
 
-    def init_state(
-        self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
+    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> Any:
         """The state before the first token, as a :class:`State`; ``()`` for a mixer that keeps none.
 
         Args:

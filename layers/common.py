@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# as torch.nn.Linear takes them
+Device = torch.device | str | None
+Dtype = torch.dtype | None
 # linear layers that a residual stream sums up are drawn smaller in deeper models
 _A = math.sqrt(5)
 
@@ -42,7 +45,7 @@ def scaled(x: Tensor, factor: float) -> Tensor:
 
 
 def linear(
-    d_in: int, d_out: int, bias: bool, device: Any, dtype: torch.dtype | None, cls: type[nn.Linear] = nn.Linear
+    d_in: int, d_out: int, bias: bool, device: Device, dtype: Dtype, cls: type[nn.Linear] = nn.Linear
 ) -> nn.Linear:
     """A linear layer whose values are still to be drawn by ``reset_parameters``."""
     device = torch.get_default_device() if device is None else torch.device(device)

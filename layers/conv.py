@@ -1,14 +1,13 @@
 """The short causal convolution, one filter per channel, in front of a scan (Mamba, arXiv:2312.00752 §3.4)."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import causal_conv1d, causal_conv1d_update
 from .base import Seq
-from .common import called
+from .common import Device, Dtype, called
 from .recompute import repeatable
 
 __all__ = ["CausalConv1d"]
@@ -33,8 +32,8 @@ class CausalConv1d(nn.Module):
         k: int,
         bias: bool = True,
         activation: str | None = "silu",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         self.activation = activation

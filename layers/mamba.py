@@ -21,6 +21,8 @@ from ..kernels.gpu.operands import eager
 from ..kernels.mamba_layer import Weights, mamba_layer
 from .base import Aux, Mixer, Seq, State
 from .common import (
+    Device,
+    Dtype,
     acc_dtype,
     called,
     dtype_read,
@@ -138,8 +140,8 @@ class Mamba(Mixer):
         bcdt_norm_eps: float = 1e-6,
         layer_idx: int = 0,
         n_layer: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         check_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank)
@@ -159,7 +161,7 @@ class Mamba(Mixer):
         self.D = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=pinned))
         self.dt_norm = self.b_norm = self.c_norm = None
         if bcdt_norm:
-            norm = {"eps": bcdt_norm_eps, "affine": bcdt_norm_affine, "device": device, "dtype": dtype}
+            norm: dict[str, Any] = {"eps": bcdt_norm_eps, "affine": bcdt_norm_affine, "device": device, "dtype": dtype}
             self.dt_norm = RMSNorm(self.dt_rank, **norm)
             self.b_norm = RMSNorm(d_state, **norm)
             self.c_norm = RMSNorm(d_state, **norm)
@@ -270,9 +272,7 @@ class Mamba(Mixer):
         options = {"D": self.D, "z": z, "dt_bias": None if whole else upcast(steps.bias), "dt_softplus": True}
         return steps(dt) if whole else steps.product(dt), -upcast(self.A_log).exp(), B, C, options
 
-    def init_state(
-        self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> MambaState:
+    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> MambaState:
         """Zeros: ``conv`` in ``dtype``, ``ssm`` in float32."""
         device, dtype = device or self._device, dtype or self._dtype
         return MambaState(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import conv_ssd_update, ssd, ssd_state_update
 from .base import Aux, Mixer, Seq, State
-from .common import acc_dtype, called, linear, reset_dt_bias, reset_linear, scaled, upcast
+from .common import Device, Dtype, acc_dtype, called, linear, reset_dt_bias, reset_linear, scaled, upcast
 from .conv import CausalConv1d
 from .norm import GatedRMSNorm
 from .options import check, check_divides, check_dt, check_positive
@@ -102,8 +102,8 @@ class Mamba2(Mixer):
         out_multiplier: float = 1.0,
         layer_idx: int = 0,
         n_layer: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         check_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim, ngroups=ngroups)
@@ -252,9 +252,7 @@ class Mamba2(Mixer):
         y = self.out_proj(torch.cat([mlp, y], dim=-1) if self.d_mlp else y)
         return scaled(y, self.out_multiplier)
 
-    def init_state(
-        self, batch: int, max_len: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Mamba2State:
+    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> Mamba2State:
         """Zeros: ``conv`` in ``dtype``, ``ssm`` in float32."""
         device, dtype = device or self._device, dtype or self._dtype
         ssm = (batch, self.nheads, self.headdim, self.d_state)

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
-from .common import linear, reset_linear, scaled
+from .common import Device, Dtype, linear, reset_linear, scaled
 from .options import check_known, check_positive, check_rank
 
 __all__ = ["MLP"]
@@ -69,8 +68,8 @@ class MLP(Mixer):
         adapter_rank: int = 0,
         layer_idx: int = 0,
         n_layer: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         check_positive(d_model=d_model, d_intermediate=d_intermediate)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import dispatch
 from .base import Aux, Mixer, Seq
-from .common import acc_dtype, linear, reset_linear, reset_weight, scaled, upcast
+from .common import Device, Dtype, acc_dtype, linear, reset_linear, reset_weight, scaled, upcast
 from .experts import grouped_linear
 from .mlp import ACTIVATIONS, MLP, activate
 from .options import check, check_known, check_positive
@@ -118,8 +118,8 @@ class MoE(Mixer):
         backend: str | None = None,
         layer_idx: int = 0,
         n_layer: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         check_positive(d_model=d_model, d_intermediate=d_intermediate, num_experts=num_experts, top_k=top_k)
@@ -150,7 +150,7 @@ class MoE(Mixer):
         self.shared = None
         if num_shared_experts:
             width = num_shared_experts * d_intermediate
-            place = {"layer_idx": layer_idx, "n_layer": n_layer, "device": device, "dtype": dtype}
+            place: dict[str, Any] = {"layer_idx": layer_idx, "n_layer": n_layer, "device": device, "dtype": dtype}
             self.shared = MLP(d_model, width, activation, gated, **place)
         self.reset_parameters(layer_idx, n_layer)
 

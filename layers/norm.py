@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import branch_rms_norm
-from .common import autocasts, upcast
+from .common import Device, Dtype, autocasts, upcast
 from .recompute import repeatable
 
 __all__ = ["NORMS", "GatedRMSNorm", "LayerNorm", "RMSNorm", "make_norm"]
@@ -27,9 +27,7 @@ class RMSNorm(nn.Module):
         device, dtype: As for ``torch.nn.Linear``.
     """
 
-    def __init__(
-        self, d: int, eps: float = 1e-5, *, affine: bool = True, device: Any = None, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, d: int, eps: float = 1e-5, *, affine: bool = True, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.d, self.eps = d, eps
         self.weight: nn.Parameter | None = None
@@ -88,8 +86,8 @@ class GatedRMSNorm(nn.Module):
         eps: float = 1e-5,
         group_size: int | None = None,
         norm_before_gate: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ):
         super().__init__()
         group_size = group_size or d
@@ -136,7 +134,7 @@ class LayerNorm(nn.LayerNorm):
 NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-def make_norm(type: str, d: int, eps: float, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+def make_norm(type: str, d: int, eps: float, device: Device = None, dtype: Dtype = None) -> nn.Module:
     """The residual stream's norm by its config name.
 
     Args:
