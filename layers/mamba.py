@@ -159,12 +159,9 @@ class Mamba(Mixer):
         self.dt_proj.bias = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=pinned))
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, device=device, dtype=pinned))
         self.D = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=pinned))
-        self.dt_norm = self.b_norm = self.c_norm = None
-        if bcdt_norm:
-            norm: dict[str, Any] = {"eps": bcdt_norm_eps, "affine": bcdt_norm_affine, "device": device, "dtype": dtype}
-            self.dt_norm = RMSNorm(self.dt_rank, **norm)
-            self.b_norm = RMSNorm(d_state, **norm)
-            self.c_norm = RMSNorm(d_state, **norm)
+        norm = functools.partial(RMSNorm, eps=bcdt_norm_eps, affine=bcdt_norm_affine, device=device, dtype=dtype)
+        sizes = self.dt_rank, d_state, d_state
+        self.dt_norm, self.b_norm, self.c_norm = (norm(size) if bcdt_norm else None for size in sizes)
         self.out_proj = linear(self.d_inner, d_model, bias, device, dtype)
         # where nothing has been put around a part or in its place
         self.kinds = {name: type(part) for name, part in self.named_children()}

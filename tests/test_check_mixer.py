@@ -401,6 +401,6 @@ def test_a_language_model_takes_causal_mixers_only(layers, monkeypatch):
     zoo.register_mixer("pool")(Pool)
     block = "block 2" if "*" in layers else "block 1"
     with pytest.raises(
-        zoo.ConfigError, match=rf"mixers.pool \(pool\): {block} .*'causal', and Pool does not declare it"
+        zoo.ConfigError, match=rf"mixers.pool \(pool\): {block} .* needs 'causal'. Pool does not support 'causal'"
     ):
         zoo.config({"vocab_size": 8, "d_model": 8, "layers": layers, "mixers": {"pool": {}, "mlp": {}}})

@@ -296,12 +296,11 @@ def build_mixer(
 
 def check_capability(capability: str, mixer: Mixer, spec: dict[str, Any], where: str, block: str) -> None:
     """Raise a :class:`ConfigError` if a mixer, as built from ``spec``, lacks what ``block`` (in words) needs of every one."""
-    if not mixer.can(capability):
-        has = ", ".join(map(repr, sorted(mixer.capabilities))) or "none"
-        raise ConfigError(
-            f"{where} ({spec['type']}): {block} needs a mixer that is {capability!r}, and {type(mixer).__name__} does not declare it "
-            f"(it declares: {has}). Put another mixer there, or add {capability!r} to its capabilities if it is."
-        )
+    try:
+        mixer.require(capability)
+    except NotImplementedError as e:
+        remedy = f"{e} Or add {capability!r} to its capabilities, if it keeps that promise."
+        raise ConfigError(f"{where} ({spec['type']}): {block} needs {capability!r}. {remedy}") from None
 
 
 # a file of layers/ is named as configs name the class in it
