@@ -217,8 +217,9 @@ def test_bytes_kept_per_token():
     held, highest, held_by_parts, highest_by_parts = found
     # x and z 8, states 4; then what x_proj gives
     assert held == pytest.approx(12 + 2 * (layer.dt_rank + 2 * layer.d_state) / D, abs=0.01)
-    # parts keep the outputs, 4, and let go of them and of the gradient that came in, 2, before they scan
-    assert held == pytest.approx(held_by_parts - 4, abs=0.01) and highest <= highest_by_parts + 6.01
+    # parts keep the outputs, 4, and let go of them and of the gradient that came in, 2, before they scan; the two halves of what in_proj
+    # gave have their gradients side by side in one node, the second, 4, from the start
+    assert held == pytest.approx(held_by_parts - 4, abs=0.01) and highest <= highest_by_parts + 10.01
 
 
 def test_nothing_of_a_backward_that_is_done_stays_until_the_graph_goes():
