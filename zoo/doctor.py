@@ -21,7 +21,6 @@ _PACKAGES = (
     "hybridzoo", "torch", "numpy", "omegaconf", "einops", "safetensors", "transformers", "tokenizers", "accelerate",
     "tensorboard", "lm_eval", "datasets", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "megablocks",
 )  # fmt: skip
-_SCRIPT = "hybridzoo.__main__:main"
 
 # what a call of each op usually looks like
 _TYPICAL: dict[str, dict[str, Any]] = {
@@ -137,11 +136,8 @@ def _stale() -> dict[str, str]:
     """Say of an installation that it was made by an earlier version: its entry points lead to what has moved."""
     found = importlib.metadata.entry_points
     why = ["`import torch` loads it" for e in found(group="torch.backends") if e.name == "hybridzoo"]
-    why += [
-        f"its script `zoo` starts {e.value}"
-        for e in found(group="console_scripts")
-        if e.name == "zoo" and e.value.startswith("hybridzoo.") and e.value != _SCRIPT
-    ]
+    scripts = [e.value for e in found(group="console_scripts") if e.name == "zoo"]
+    why += [f"its script `zoo` starts {value}" for value in scripts if value.startswith("hybridzoo.zoo.")]
     return {"installation": f"stale: {' and '.join(why)}. Install hybridzoo again"} if why else {}
 
 

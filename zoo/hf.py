@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,10 +29,9 @@ from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded
 from .checkpoint.publish import GENERATION, publishing, steady
 from .config.resolve import validate
 from .hf_arguments import Rows, refuse_others
-from .hf_generation import CACHE_NAMES, Generation, one_cache
+from .hf_generation import CACHE_NAMES, Finite, Generation, one_cache
 from .layout.expand import expand
 from .models.causal_lm import CausalLM, padded_vocab
-from .models.generate import check_finite_logits
 from .models.redraw import redraw
 from .models.state import StateCache
 from .models.tasks import task_of
@@ -272,7 +270,7 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         if padding:
             # rows that only pad the table are never produced; first, so that top-k and top-p choose among the others
             processors.insert(0, SuppressTokensLogitsProcessor(padding, device=str(self.device)))
-        processors.insert(0, _Finite())
+        processors.insert(0, Finite())
         return processors
 
     def _set_gradient_checkpointing(self, *args, every_n_layers: int = 1, **kwargs) -> None:
@@ -333,14 +331,6 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         self.config.zoo = {**(self.config.zoo or {}), **sizes}
         self.config.vocab_size = rows
         return embedding
-
-
-class _Finite(LogitsProcessor):
-    """Stops at scores that are no numbers: greedy decoding would go on with token 0, and sampling fails without saying why."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        check_finite_logits(scores)
-        return scores
 
 
 def _tied_names(core: CausalLM) -> dict[str, str]:

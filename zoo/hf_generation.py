@@ -4,9 +4,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .models.generate import check_finite_logits
 from .models.state import StateCache
 
-__all__ = ["CACHE_NAMES", "Generation", "one_cache"]
+__all__ = ["CACHE_NAMES", "Finite", "Generation", "one_cache"]
 
 # callers may say either, with whatever version of transformers
 CACHE_NAMES = ("cache", "past_key_values")
@@ -96,6 +97,15 @@ class Generation(_Next):
     def _prepare_position_ids_for_generation(self, *args, **kwargs) -> None:
         # the layers count; positions that nobody has passed need not be checked at every token
         return None
+
+
+class Finite:
+    """Stops at scores that are no numbers: greedy decoding would go on with token 0, and sampling fails without saying why."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores of the next token as they are."""
+        check_finite_logits(scores)
+        return scores
 
 
 def one_cache(cache: Any, past_key_values: Any) -> StateCache | None:
