@@ -169,6 +169,7 @@ def generate(
 
     at = pick_device(device)
     torch.manual_seed(seed)
+    built: Any
     if Path(model).is_dir() or holds_weights(model):
         built = load(model, device=at)
         check_finite(built, model)

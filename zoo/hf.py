@@ -31,7 +31,8 @@ from .config.resolve import validate
 from .hf_arguments import Rows, refuse_others
 from .hf_generation import CACHE_NAMES, Finite, Generation, one_cache
 from .layout.expand import expand
-from .models.causal_lm import CausalLM, padded_vocab
+from .models.causal_lm import padded_vocab
+from .models.model import Model
 from .models.redraw import redraw
 from .models.state import StateCache
 from .models.tasks import task_of
@@ -129,25 +130,25 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012
 
-    def __init__(self, config: HybridZooConfig, core: CausalLM | None = None):
+    def __init__(self, config: HybridZooConfig, core: Model | None = None):
         super().__init__(config)
         config.check()
-        core = task_of(config.zoo)(config.zoo) if core is None else core
+        made: Any = task_of(config.zoo or {})(config.zoo) if core is None else core
         # not registered as a submodule: its parts are, under the keys they have in the core itself
-        object.__setattr__(self, "core", core)
-        self.backbone, self.lm_head = core.backbone, core.lm_head
+        object.__setattr__(self, "core", made)
+        self.backbone, self.lm_head = made.backbone, made.lm_head
         # one table of parts for both: what PEFT or a new vocabulary puts in the place of one is what the core computes with
-        core._modules = self._modules
-        self._tied_weights_keys = _tied_names(core)
-        mixers = (mixer for mixer in core.modules() if isinstance(mixer, Mixer))
+        made._modules = self._modules
+        self._tied_weights_keys = _tied_names(made)
+        mixers = (mixer for mixer in made.modules() if isinstance(mixer, Mixer))
         self._keep_in_fp32_modules_strict = {name for mixer in mixers for name in mixer.fp32_parameters}
-        for p in core.parameters():
+        for p in made.parameters():
             # by its layer; one without memory is still to be loaded
-            p._is_hf_initialized = not p.is_meta  # type: ignore[attr-defined]
+            p._is_hf_initialized = not p.is_meta
         self.post_init()
 
     @classmethod
-    def wrap(cls, model: CausalLM) -> "HybridZooForCausalLM":
+    def wrap(cls, model: Model) -> "HybridZooForCausalLM":
         """The adapter around an existing model; both share every weight.
 
         Raises:
@@ -333,7 +334,7 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         return embedding
 
 
-def _tied_names(core: CausalLM) -> dict[str, str]:
+def _tied_names(core: Model) -> dict[str, str]:
     first: dict[int, str] = {}
     sources = ((name, first.setdefault(id(p), name)) for name, p in core.named_parameters(remove_duplicate=False))
     return {name: source for name, source in sources if source != name}
