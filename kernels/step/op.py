@@ -37,7 +37,7 @@ def selective_state_update(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of :func:`hybridzoo.kernels.scan.op.selective_scan`.
+    """One step of :func:`hybridzoo.kernels.selective_scan`.
 
     Args:
         state: ``(b, d, n)``, or ``(r, d, n)`` with ``rows``, updated in place.
@@ -94,7 +94,7 @@ def ssd_state_update(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of :func:`hybridzoo.kernels.scan.op.ssd`.
+    """One step of :func:`hybridzoo.kernels.ssd`.
 
     Args:
         state: ``(b, h, p, n)``, or ``(r, h, p, n)`` with ``rows``, updated in place.
@@ -143,7 +143,7 @@ def causal_conv1d_update(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of :func:`hybridzoo.kernels.scan.op.causal_conv1d`.
+    """One step of :func:`hybridzoo.kernels.causal_conv1d`.
 
     Args:
         x: ``(b, d)``.
