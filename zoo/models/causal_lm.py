@@ -88,7 +88,7 @@ class CausalLM(Model):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the model's folder, else the one that its config names: ``encode``, ``decode``, ``eos_token_id``."""
+        """The tokenizer in the model's folder, else the one that its config names, with ``encode``, ``decode`` and ``eos_token_id``."""
         return load_tokenizer(self.cfg.tokenizer, self.source)
 
     def forward(
