@@ -265,13 +265,15 @@ class Mixer(Sharing):
 
     def _enter(self, x: Tensor, state: Any, seq: Seq | None) -> tuple[Tensor, Seq | None]:
         """The input with zeros at padding, and the rows' description if there is more to say than that they are maps."""
-        if state is not None and seq is not None and seq.packed:
+        if seq is None:
+            return x, None
+        if state is not None and seq.packed:
             raise ValueError(
                 f"{type(self).__name__}: a packed row (packed=True) starts fresh documents and cannot continue a state. "
                 "Pass the state without packing, or pack without a state."
             )
         checks.fits(type(self).__name__, seq, *x.shape[:2])
-        if seq is None or not (seq.packed or seq.padded):
+        if not (seq.packed or seq.padded):
             return x, None
         return seq.clear(x), seq.cleared
 
