@@ -13,10 +13,10 @@ expand * d_model`` inside an SSM), ``n`` state size, ``h`` heads, ``p`` head dim
 the list of blocks, *model* is the network, *state* is what a sequence leaves behind.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .zoo.autoregister import register_when_loaded
+from .zoo.lazily import lazily
 
 if TYPE_CHECKING:
     from .eval.run import evaluate as evaluate
@@ -46,47 +46,27 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# not in __all__: `from hybridzoo import *` works without the extras, and does not wait for transformers and lm-eval
-_WITH_EXTRAS = {"evaluate": (".eval.run", "evaluate"), "train": (".zoo.train.run", "train")}
-# name: where it is, and what it is called there; loaded when first asked for, so that `zoo --help` does not wait for torch
-_PUBLIC = {
-    "CapturedStep": (".zoo.train.captured_step", "CapturedStep"),
-    "ConfigError": (".zoo.registry", "ConfigError"),
-    "Mixer": (".layers", "Mixer"),
-    "build": (".zoo.models.build", "build"),
-    "config": (".zoo.config.resolve", "load_config"),
-    "import_mixers": (".zoo.importing", "import_mixers"),
-    "list_mixers": (".zoo.registry", "list_mixers"),
-    "list_models": (".zoo.config.shipped", "list_models"),
-    "load": (".zoo.checkpoint", "load"),
-    "param_groups": (".zoo.models.build", "param_groups"),
-    "register_mixer": (".zoo.registry", "register_mixer"),
-    "save": (".zoo.checkpoint", "save"),
-} | _WITH_EXTRAS
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        module, attribute = _PUBLIC[name]
-        try:
-            value = getattr(importlib.import_module(module, __name__), attribute)
-        except ModuleNotFoundError as e:
-            if name not in _WITH_EXTRAS or (e.name or "").startswith(__name__):
-                raise
-            extra = {"evaluate": "eval"}.get(name, name)
-            raise ModuleNotFoundError(
-                f"{__name__}.{name} needs {e.name}. Install it with: pip install 'hybridzoo[{extra}]'", name=e.name
-            ) from e
-    elif name in ("layers", "kernels"):
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
-
+# Loaded when first asked for, so that `zoo --help` does not wait for torch. What needs an extra is not in __all__: `from hybridzoo
+# import *` works without the extras, and does not wait for transformers and lm-eval.
+__getattr__, __dir__ = lazily(
+    __name__,
+    extras={"evaluate": "eval", "train": "train"},
+    CapturedStep="zoo.train.captured_step",
+    ConfigError="zoo.registry",
+    Mixer="layers",
+    build="zoo.models.build",
+    config="zoo.config.resolve:load_config",
+    evaluate="eval.run",
+    import_mixers="zoo.importing",
+    kernels="kernels",
+    layers="layers",
+    list_mixers="zoo.registry",
+    list_models="zoo.config.shipped",
+    load="zoo.checkpoint",
+    param_groups="zoo.models.build",
+    register_mixer="zoo.registry",
+    save="zoo.checkpoint",
+    train="zoo.train.run",
+)
 
 register_when_loaded()

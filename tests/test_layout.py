@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from hybridzoo.zoo.layout.expand import (
+from hybridzoo.zoo.layout import (
     compress,
     expand,
     from_attn_layer_idx,

@@ -15,7 +15,7 @@ from hybridzoo.zoo.checkpoint.fields import Fields
 from hybridzoo.zoo.checkpoint.keys import View
 from hybridzoo.zoo.checkpoint.writing import signature
 from hybridzoo.zoo.config.shipped import NUMBERS
-from hybridzoo.zoo.layout.expand import from_jamba, from_megatron
+from hybridzoo.zoo.layout import from_jamba, from_megatron
 from hybridzoo.zoo.models.causal_lm import CausalLM
 from hybridzoo.zoo.models.stats import numbers, stats
 from hybridzoo.zoo.registry import ConfigError

@@ -20,6 +20,7 @@ from hybridzoo.zoo.registry import ConfigError
 class Schema(ConfigSchema):
     """A language model's keys, and one more."""
 
+    needs = {}  # noqa: RUF012
     n_classes: int = MISSING
 
 

@@ -30,7 +30,7 @@ from .checkpoint.publish import GENERATION, publishing, steady
 from .config.resolve import validate
 from .hf_arguments import Rows, refuse_others
 from .hf_generation import CACHE_NAMES, Finite, Generation, one_cache
-from .layout.expand import expand
+from .layout import expand
 from .models.causal_lm import padded_vocab
 from .models.model import Model
 from .models.redraw import redraw

@@ -2,23 +2,37 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazily(package: str, **homes: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package whose names come from its modules: ``lazily(__name__, build="build")``.
+def lazily(
+    package: str, extras: Mapping[str, str] | None = None, **homes: str
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the ``__getattr__`` and ``__dir__`` of a package whose names come from its modules.
 
     Args:
         package: The package's ``__name__``.
-        homes: For every name, the module of the package that has it.
+        extras: The extra of hybridzoo that a name needs, if any.
+        **homes: For every name, the module of the package that has it: ``build="zoo.models.build"``, or
+            ``config="zoo.config.resolve:load_config"`` where it has another name there; ``layers="layers"`` is the module itself.
     """
 
     def load(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{homes[name]}", package), name)
+        home, _, attribute = homes[name].partition(":")
+        try:
+            value: Any = importlib.import_module(f".{home}", package)
+            value = value if home == name else getattr(value, attribute or name)
+        except ModuleNotFoundError as e:
+            if extras is None or name not in extras or (e.name or "").startswith(package):
+                raise
+            raise ModuleNotFoundError(
+                f"{package}.{name} needs {e.name}. Install it with: pip install 'hybridzoo[{extras[name]}]'",
+                name=e.name,
+            ) from e
         setattr(sys.modules[package], name, value)
         return value
 
-    return load
+    return load, lambda: sorted({*vars(sys.modules[package]), *homes})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...zoo.layout.expand import expand
+from ...zoo.layout import expand
 from .configs import CONFIGS, VOCAB, config_of
 from .run import their_model
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..layout.expand import expand, split_token
+from ..layout import expand, split_token
 from ..models.causal_lm import CausalLM, padded_vocab
 from ..models.model import Model
 from . import native

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .specs import block_specs
 
 __all__ = ["ConfigSchema", "NormSchema", "block_specs", "list_models", "load_config", "validate"]
-__getattr__ = lazily(
+__getattr__, __dir__ = lazily(
     __name__,
     ConfigSchema="schema",
     NormSchema="schema",

@@ -1,5 +1,6 @@
 """Checks of the mixers that a config names: that they are registered, that their options are theirs, and that they can be built."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
@@ -75,11 +76,16 @@ def filled(name: str, entry: Any) -> dict[str, Any]:
     return check_mixer_options(without_streams(entry), where) | streams
 
 
-def check_mixers(specs: list[BlockSpec], d_model: int) -> None:
+def check_mixers(specs: list[BlockSpec], d_model: int, needs: Mapping[str, str]) -> None:
     """Build each distinct mixer once, on the meta device.
 
+    Args:
+        specs: The blocks.
+        d_model: Channels.
+        needs: As of :class:`~hybridzoo.zoo.config.schema.ConfigSchema`.
+
     Raises:
-        ConfigError: One cannot be built, or there are too many.
+        ConfigError: One cannot be built or has not what the model needs, or there are too many.
     """
     built: dict[tuple[int, str], tuple[Any, str, BlockSpec]] = {}
     for spec in specs:
@@ -93,9 +99,8 @@ def check_mixers(specs: list[BlockSpec], d_model: int) -> None:
         place = {"d_in": spec.d_in(d_model), "layer_idx": spec.index, "n_layer": len(specs)}
         try:
             mixer = build_mixer(part, where, d_model=d_model, device="meta", **place)
-            check_capability(
-                "causal", mixer, part, where, f"block {spec.index} ({spec.token}) of a causal language model"
-            )
+            for capability, model in needs.items():
+                check_capability(capability, mixer, part, where, f"block {spec.index} ({spec.token}) of {model}")
         except ConfigError:
             raise
         except Exception as e:

@@ -80,7 +80,7 @@ def refuse_interpolation(text: str, where: str) -> None:
 
 
 def first_line(e: object) -> str:
-    """What an exception says, in one line without a full stop."""
+    """The message of an exception, in one line without a full stop."""
     text = str(getattr(e, "msg", None) or e).strip()
     return text.splitlines()[0].rstrip(". ") if text else type(e).__name__
 

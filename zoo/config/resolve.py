@@ -21,7 +21,7 @@ from ..layout import BlockSpec, compress, expand
 from .check import check_imports, check_mixers, filled
 from .files import apply_overrides, find_config, inherit, read_config
 from .plain import plain
-from .schema import ConfigSchema, typed
+from .schema import SCHEMAS, ConfigSchema, typed
 from .shipped import list_models
 from .specs import block_specs, specs_of
 
@@ -125,6 +125,6 @@ def _check(data: dict[str, Any]) -> Resolved:
     tokens = expand(values["layers"])
     values["layers"] = compress(tokens)
     specs = specs_of(tokens, values)
-    check_mixers(specs, values["d_model"])
+    check_mixers(specs, values["d_model"], SCHEMAS[values["task"]].needs)
     # the plain data has been read as text and typed; OmegaConf only holds it
     return Resolved(OmegaConf.create(values), specs)

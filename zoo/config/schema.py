@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,8 +65,10 @@ class ConfigSchema:
         logits_multiplier: Factor of the logits.
         imports: Filled in: the Python module that each registered mixer of somebody else's came from, ``{my_mixer: mine}``. A name to
             import, for the message where the mixer is not registered; reading a config never imports it.
+        needs: No key: the capabilities that every mixer must declare, each with a word for the model that needs it.
     """
 
+    needs: ClassVar[dict[str, str]] = {"causal": "a causal language model"}
     task: str = "causal_lm"
     base: str | None = None
     vocab_size: int = MISSING
@@ -88,7 +90,7 @@ class ConfigSchema:
 
 
 # the keys of each task's configs; a task that is registered adds its own
-SCHEMAS: dict[str, type] = {"causal_lm": ConfigSchema}
+SCHEMAS: dict[str, type[ConfigSchema]] = {"causal_lm": ConfigSchema}
 # checked by who knows what is in them, and not by OmegaConf
 _NESTED = ("layers", "mixers", "override")
 _KINDS = {

@@ -20,7 +20,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def find_models(pattern: str) -> list[dict[str, Any]]:
-    """What ``zoo list`` prints: name, size, state and a sentence about each shipped model that matches.
+    """Describe each shipped model that matches, for ``zoo list``: name, size, state and a sentence.
 
     The sizes come from a file beside the configs, which ``zoo list --refresh`` writes and a test compares with the models.
 

@@ -1,6 +1,6 @@
 """Layer patterns: every way to write down which mixer stands where becomes one explicit list."""
 
-from .expand import READS, WRITES, BlockSpec, expand
+from .expand import READS, WRITES, BlockSpec, allocate, expand
 from .importers import from_attn_layer_idx, from_jamba, from_layer_types, from_megatron
 from .pattern import compress, split_token
 
@@ -8,6 +8,7 @@ __all__ = [
     "READS",
     "WRITES",
     "BlockSpec",
+    "allocate",
     "compress",
     "expand",
     "from_attn_layer_idx",

@@ -1,4 +1,4 @@
-"""Which mixer stands in which residual block: every way to write it down becomes one explicit list.
+"""The layout of a model, a mixer for each residual block: every way to write it down becomes one explicit list.
 
 One token of that list is one residual block (norm, mixer, add): a name from the config's ``mixers``, names joined by
 ``+`` where several stand side by side, and ``@label`` where a block shares its weights with the others of that label.
@@ -9,7 +9,7 @@ The list comes from
 - a mapping ``{n_layer, allocate, fill, place}`` that turns ratios into a pattern, see :func:`allocate`,
 - another library's scheme, through the importers.
 
-:func:`compress` prints a list as a text, and :func:`expand` reads it back as the same list.
+:func:`~hybridzoo.zoo.layout.pattern.compress` prints a list as a text, and :func:`expand` reads it back as the same list.
 """
 
 import dataclasses
@@ -19,22 +19,9 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..registry import nearest
-from .importers import from_attn_layer_idx, from_jamba, from_layer_types, from_megatron
-from .pattern import MAX_BLOCKS, compress, parse, split_token
+from .pattern import MAX_BLOCKS, parse
 
-__all__ = [
-    "READS",
-    "WRITES",
-    "BlockSpec",
-    "allocate",
-    "compress",
-    "expand",
-    "from_attn_layer_idx",
-    "from_jamba",
-    "from_layer_types",
-    "from_megatron",
-    "split_token",
-]
+__all__ = ["READS", "WRITES", "BlockSpec", "allocate", "expand"]
 
 # a second stream beside the residual one, and the embedded tokens again: what Zamba needs (arXiv:2405.16712 §2)
 READS = ("residual", "residual_and_embedding", "side", "residual_plus_side")
@@ -47,7 +34,7 @@ _MAX_KINDS = 64
 
 @dataclasses.dataclass
 class BlockSpec:
-    """What stands in one residual block.
+    """One residual block: its mixers, and the streams around them.
 
     Attributes:
         index: Of the block, from 0.

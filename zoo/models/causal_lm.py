@@ -26,7 +26,7 @@ __all__ = ["CausalLM", "CausalLMOutput", "number_documents", "padded_vocab"]
 
 @dataclasses.dataclass(repr=False)
 class CausalLMOutput:
-    """What a forward returns; a pytree of its tensors, so that what wraps a model finds them.
+    """The output of a forward; a pytree of its tensors, so that what wraps a model finds them.
 
     Attributes:
         loss: With ``labels``: mean cross-entropy in nats per target, plus ``aux_loss``.
@@ -143,23 +143,21 @@ class CausalLM(Model):
         passed: list[Tensor] | None = [] if output_hidden_states else None
         hidden, new_state, aux = self.backbone(x, rows, state, return_state, passed)
         aux_loss = _auxiliary(aux)
-        loss = None
-        if labels is not None:
-            labels = integers("labels", labels).long()
-            targets = shift_labels(labels if seq is None else seq.align(labels), seq)
-            loss = next_token_loss(hidden, self.lm_head, targets, num_items)
-            if aux_loss is not None:
-                # a part of a larger batch adds its part, so that accumulating gradients does not multiply the auxiliary loss
-                loss = loss + aux_loss * share_of_items(targets, num_items)
+        loss = None if labels is None else self._loss(hidden, labels, seq, aux_loss, num_items)
         if seq is not None:
             hidden, passed = seq.restore(hidden), passed and [seq.restore(h) for h in passed]
-        states = None if passed is None else tuple(passed)
-        out = CausalLMOutput(
-            loss, aux_loss, new_state, aux.get("router", []), hidden, states, self.lm_head, logits_to_keep
-        )
+        found = loss, aux_loss, new_state, aux.get("router", []), hidden, None if passed is None else tuple(passed)
+        out = CausalLMOutput(*found, self.lm_head, logits_to_keep)
         if labels is None:
             out.logits  # noqa: B018  # formed inside the call, where hooks and wrappers expect the head's
         return out
+
+    def _loss(self, hidden: Tensor, labels: Tensor, seq: Any, aux_loss: Tensor | None, num_items: Any) -> Tensor:
+        labels = integers("labels", labels).long()
+        targets = shift_labels(labels if seq is None else seq.align(labels), seq)
+        loss = next_token_loss(hidden, self.lm_head, targets, num_items)
+        # a part of a larger batch adds its part, so that accumulating gradients does not multiply the auxiliary loss
+        return loss if aux_loss is None else loss + aux_loss * share_of_items(targets, num_items)
 
     def step(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """Decode one token per row: ``(b,)`` int64 to logits ``(b, v)``; ``state`` is updated in place.

@@ -1,9 +1,12 @@
 """Text from a language model: prefill the prompt in one forward, then one step per token on the states."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .state import ModelState
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
@@ -48,39 +51,55 @@ def generate(
         ValueError: An argument out of range, a row without a real token, or logits that are not finite.
     """
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-    b, l = input_ids.shape
-    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    pad = pad_token_id if pad_token_id is not None else (eos[0] if eos else 0)
     if max_new_tokens == 0:
         return input_ids
-    logits, state = _prefill(model, input_ids, attention_mask, l + max_new_tokens)
-    vocab = model.cfg.vocab_size  # rows that only pad the table are never produced
-    seen = _seen(input_ids, attention_mask, vocab) if repetition_penalty != 1.0 else None
-    finished = torch.zeros(b, dtype=torch.bool, device=input_ids.device)
-    stops = torch.tensor(eos, dtype=torch.long, device=input_ids.device)
-    out, broken = [input_ids], torch.zeros_like(finished)
-    for i in range(max_new_tokens):
-        logits = logits[:, :vocab].float()
+    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    pad = pad_token_id if pad_token_id is not None else (eos[0] if eos else 0)
+    logits, state = _prefill(model, input_ids, attention_mask, input_ids.shape[1] + max_new_tokens)
+    seen = _seen(input_ids, attention_mask, model.cfg.vocab_size) if repetition_penalty != 1.0 else None
+
+    def choose(logits: Tensor, wrong: Tensor) -> Tensor:
+        if temperature:  # what is sampled from must be numbers
+            logits = logits.masked_fill(wrong[:, None], 0)
+        token = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        return token
+
+    new = _decode(model, logits, state, max_new_tokens, choose, eos, pad)
+    return torch.cat([input_ids, *new], 1)
+
+
+def _decode(
+    model: "CausalLM",
+    logits: Tensor,
+    state: ModelState,
+    steps: int,
+    choose: Callable[[Tensor, Tensor], Tensor],
+    eos: list[int],
+    pad: int,
+) -> list[Tensor]:
+    """The tokens of at most so many steps, ``(b, 1)`` each, from the logits of the first."""
+    out: list[Tensor] = []
+    finished = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
+    stops = torch.tensor(eos, dtype=torch.long, device=logits.device)
+    broken = torch.zeros_like(finished)
+    for i in range(steps):
+        logits = logits[:, : model.cfg.vocab_size].float()  # rows that only pad the table are never produced
         wrong = _not_finite(logits) & ~finished
         if i == 0 or not logits.is_cuda:
             _refuse(wrong)
-        else:
-            # asking a GPU takes time, so it is asked in the end, and what it samples from meanwhile must be numbers
-            broken |= wrong
-            logits = logits.masked_fill(wrong[:, None], 0) if temperature else logits
-        token = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
-        token = token.masked_fill(finished, pad)
+        broken |= wrong  # asking a GPU takes time, so it is asked in the end
+        token = choose(logits, wrong).masked_fill(finished, pad)
         out.append(token[:, None])
-        if seen is not None:
-            seen.scatter_(1, token[:, None], True)
         if eos:
             finished |= torch.isin(token, stops)
             if bool(finished.all()):
                 break
-        if i + 1 < max_new_tokens:
+        if i + 1 < steps:
             logits = model.step(token, state)
     _refuse(broken)
-    return torch.cat(out, 1)
+    return out
 
 
 def check_finite_logits(logits: Tensor) -> None:
@@ -144,7 +163,7 @@ def sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
-def _prefill(model: "CausalLM", input_ids: Tensor, attention_mask: Tensor | None, max_len: int):
+def _prefill(model: "CausalLM", input_ids: Tensor, attention_mask: Tensor | None, max_len: int) -> tuple[Tensor, Any]:
     b, l = input_ids.shape
     state = model.init_state(b, max_len, device=input_ids.device)  # weights may be elsewhere until they are called
     if attention_mask is None:
@@ -179,19 +198,17 @@ def _seen(input_ids: Tensor, attention_mask: Tensor | None, vocab: int) -> Tenso
 
 
 def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}. Give every prompt at least one token."
-        )
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is negative.")
-    if temperature < 0:
-        raise ValueError(
-            f"temperature: {temperature} is negative. Use 0 for greedy decoding, 1 to sample from the model as it is."
-        )
-    if top_k < 0:
-        raise ValueError(f"top_k: {top_k} is negative. Use 0 to keep all tokens.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} is not in (0, 1]. Use 1 to keep all tokens.")
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty: {repetition_penalty} is not positive. Use 1 for none.")
+    shape = f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}. Give every prompt at least one token."
+    for wrong, message in (
+        (input_ids.dim() != 2 or input_ids.shape[1] == 0, shape),
+        (max_new_tokens < 0, f"max_new_tokens: {max_new_tokens} is negative."),
+        (
+            temperature < 0,
+            f"temperature: {temperature} is negative. Use 0 for greedy decoding, 1 to sample from the model as it is.",
+        ),
+        (top_k < 0, f"top_k: {top_k} is negative. Use 0 to keep all tokens."),
+        (not 0 < top_p <= 1, f"top_p: {top_p} is not in (0, 1]. Use 1 to keep all tokens."),
+        (repetition_penalty <= 0, f"repetition_penalty: {repetition_penalty} is not positive. Use 1 for none."),
+    ):
+        if wrong:
+            raise ValueError(message)

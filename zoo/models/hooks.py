@@ -1,4 +1,4 @@
-"""Whether somebody listens at modules: hooks are torch's way to read and change what passes through a model, and run when it is called.
+"""Hooks on modules: torch's way to read and change what passes through a model; they run when a module is called.
 
 A token is decoded by ``step``, which calls no block. Where there is a hook, it is decoded by a forward over one token instead, in which
 every module is called with what a whole text would give it.
@@ -20,12 +20,12 @@ _every: Any = nn.modules.module
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether there are hooks on a module, or on all modules."""
+    """Return whether there are hooks on a module, or on all modules."""
     return bool(module._forward_hooks or module._forward_pre_hooks or has_backward_hooks(module) or hooked_everywhere())
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether somebody waits for gradients at a module; torch gives those of tensors that are arguments and outputs, not parts of such."""
+    """Return whether somebody waits for gradients at a module: those of tensors that are arguments and outputs, not parts of such."""
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
@@ -35,7 +35,7 @@ def has_backward_hooks(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module is more than the forward of its class.
+    """Return whether calling a module is more than the forward of its class.
 
     Hooks are also how FSDP gathers weights, and a forward of its own is how accelerate moves and casts them.
     """
@@ -43,7 +43,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 class Hooks:
-    """Whether there is a hook anywhere in a model, asked for every token.
+    """A watch for hooks anywhere in a model, asked for every token.
 
     torch numbers the hooks of a process: while no number is taken, none has been registered. A module that comes into the model with a
     hook on it, or without a ``step``, is seen by the next look (:meth:`look_again`).
@@ -53,7 +53,7 @@ class Hooks:
         self._none_up_to = -1
 
     def anywhere(self, model: nn.Module, parts: Callable[[], list[Any]]) -> bool:
-        """Whether ``model`` has to be called for every token; ``parts`` gives what would be asked to ``step``."""
+        """Return whether ``model`` has to be called for every token; ``parts`` gives what would be asked to ``step``."""
         newest = RemovableHandle.next_id
         if self._none_up_to == newest and not torch.compiler.is_compiling():
             return False

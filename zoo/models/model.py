@@ -38,7 +38,7 @@ class Model(nn.Module):
         family: The published family whose files it was read from, which an export tries first.
     """
 
-    schema: ClassVar[type] = ConfigSchema
+    schema: ClassVar[type[ConfigSchema]] = ConfigSchema
     head_name: ClassVar[str] = "head"
     hf_class: ClassVar[str | None] = None
 

@@ -1,4 +1,4 @@
-"""What a sequence leaves behind in a whole model: one state per residual block, and how many tokens made it."""
+"""The state that sequences leave behind in a whole model: one state per residual block, and how many tokens made it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class ModelState:
 
 @dataclasses.dataclass(repr=False, eq=False)
 class StateCache:
-    """What ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches.
+    """The cache that ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches.
 
     A call makes a new one and leaves the one it was given as it is, so a prompt read once can be continued in several ways.
 

@@ -1,4 +1,4 @@
-"""What a model costs, block by block, before anything is allocated: the numbers behind ``zoo show``.
+"""The costs of a model, block by block, before anything is allocated: the numbers behind ``zoo show``.
 
 The model itself is built on the meta device and asked, so what is printed is what runs.
 """
@@ -109,7 +109,7 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
 
 
 def numbers(source: Any) -> dict[str, Any]:
-    """What ``zoo list`` says of a model, as ``configs/lm/numbers.json`` keeps it: the state is that of 1,024 tokens."""
+    """Count a model for ``zoo list``, as ``configs/lm/numbers.json`` keeps it: the state is that of 1,024 tokens."""
     found = stats(source, 1024)
     kept = ("params", "active_params", "state_bytes")
     return {key: getattr(found, key) for key in kept} | {"pattern": found.layers}

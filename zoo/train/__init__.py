@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .run_folder import DifferentRun
 
 __all__ = ["CapturedStep", "DifferentRun", "Diverged", "TrainOptions", "train"]
-__getattr__ = lazily(
+__getattr__, __dir__ = lazily(
     __name__,
     CapturedStep="captured_step",
     DifferentRun="run_folder",
