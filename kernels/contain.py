@@ -31,8 +31,8 @@ def finite(*tensors: Tensor | None) -> bool:
     return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()) for x in there)
 
 
-def clean(x: Tensor | None) -> Tensor | None:
-    """``x`` with zeros where it is not finite."""
+def clean(x: Any) -> Any:
+    """``x``, or ``None``, with zeros where it is not finite."""
     return None if x is None else torch.nan_to_num(x, 0.0, 0.0, 0.0)
 
 

@@ -146,8 +146,8 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     each = [F.linear(gdt, w_dt.t()), gB, gC]
     del gdt
     if ctx.eps is not None:
-        for i, (name, x) in enumerate(zip(_NORMS, _split(given, n), strict=True)):
-            each[i], grads[name], _ = norm_kernels.backward(x, norms[i], ctx.eps, each[i], None, wanted[name])
+        for k, (name, x) in enumerate(zip(_NORMS, _split(given, n), strict=True)):
+            each[k], grads[name], _ = norm_kernels.backward(x, norms[k], ctx.eps, each[k], None, wanted[name])
     ggiven = torch.cat(each, dim=-1)
     weight("x_proj", ggiven, u)
     add_product(_flat(gu), _flat(ggiven), w_x)

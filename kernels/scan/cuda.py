@@ -101,7 +101,7 @@ def scan_backward_op(gout: Tensor, glast: Tensor | None, saved: Tensor, *operand
 def _backward_inputs(*operands: Any) -> tuple[ScanInputs, bool, Paths]:
     # torch leaves out operands at the end that have their defaults
     *tensors, dt_softplus, paths, dt_weight = (*operands, None, None)[:14]
-    return ScanInputs(*tensors, dt_weight), dt_softplus, paths
+    return ScanInputs._make((*tensors, dt_weight)), dt_softplus, paths
 
 
 def _flat(grads: ScanInputs) -> tuple[Tensor | None, ...]:

@@ -5,6 +5,7 @@ paths share are kept per path and then summed in one pass.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def backward(
         each.append(low_rank.with_gradients(grads, own))
     # what is written into one tensor for all paths is there already
     planes = wide._asdict() if one is None else wide._asdict() | {"dt": None}
-    found = {}
+    found: dict[str, Any] = {}
     for name, x in i._asdict().items():
         parts = [getattr(grads, name) for grads in each]
         g = planes.get(name)

@@ -68,7 +68,7 @@ class ScanOperands:
     def sizes(self) -> tuple[int, int, int, int, int]:
         """b, l, d, n, g."""
         B = self.i.B
-        return *self.i.u.shape, self.i.A.shape[1], B.shape[2] if B.dim() == 4 else 1  # type: ignore[return-value]
+        return *self.i.u.shape, self.i.A.shape[1], B.shape[2] if B.dim() == 4 else 1
 
     def signature(self, *wide: Tensor | None) -> tuple:
         """All that the launches depend on besides addresses, ``wide`` being the (b, l, d) tensors that they move besides these."""

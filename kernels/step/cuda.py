@@ -156,17 +156,18 @@ def _scan(
         x, z = (m if m is None or m.dim() == 2 else m.flatten(1) for m in (first, i.z))
         x, dt, B, C, z = (in_rows(m, dtype) for m in (x, i.dt, i.B, i.C, z))
         A, D, dt_bias = (in_one_piece(m, aligned=True) for m in (i.A, i.D, i.dt_bias))
-        types, width, conv_strides, convolved = (dtype, dtype, dtype), 0, (0, 0), (None, None, None)
+        types, width, strides = (dtype, dtype, dtype), 0, _row_strides(state, x, dt, B, C, z) + (0, 0)
+        convolved: Any = (None, None, None)
         if conv is not None:
             wide = dtype if conv.weight.dtype == dtype else torch.float32
             weight, bias = (in_one_piece(m, wide, aligned=True) for m in (conv.weight, conv.bias))
-            types, width, conv_strides = (dtype, conv.state.dtype, wide), weight.shape[1], conv.state.stride()[:2]
-            convolved = (conv.state, weight, bias)
+            types, width, convolved = (dtype, conv.state.dtype, wide), weight.shape[1], (conv.state, weight, bias)
+            strides = strides[:-2] + conv.state.stride()[:2]
         look = ScanLook(
             types,
             width,
             (b, out.numel() // b, n, dt.shape[1], groups if B is None else B.shape[1]),
-            _row_strides(state, x, dt, B, C, z) + conv_strides,
+            strides,
             (alignment(state), min(alignment(B), alignment(C))),
             A.dim() == 1,
             _skip(D),
