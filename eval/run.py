@@ -5,6 +5,7 @@ task asks for it.
 """
 
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import json
@@ -12,9 +13,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from ..zoo.checkpoint.publish import write_whole
 from ..zoo.device import pick_device
 from ..zoo.named import option_pairs
-from ..zoo.registry import nearest
+from ..zoo.options import called_with, option
 from ..zoo.terminal import progress_bar
 from .harness import HybridZooLM
 from .pretrained import quiet
@@ -36,68 +37,88 @@ from .tasks import FOLDER, check_amounts, check_metadata, check_tasks, names, un
 
 __all__ = ["evaluate", "lm_eval_main", "table", "task_manager"]
 
+_MODEL = (
+    "A folder, a config name (built untrained, with a warning), a hub id, a :class:`CausalLM`, a transformers model, or an ``LM`` of "
+    "lm-eval, to which ``batch_size`` and the like then do not apply."
+)
+_TASKS = (
+    'Names, with wildcards for local ones (``"hybridzoo_*"``), or paths of YAML files; a list, or a text with commas.'
+)
+_METADATA = (
+    'Overrides of the local tasks\' sizes, for all (``{"docs": 100}``) or for one (``{"hybridzoo_mqar": {"pairs": 4}}``), '
+    "and what other tasks take."
+)
 
-class ModelOptions(TypedDict, total=False):
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
     """Options of :class:`HybridZooLM` that :func:`evaluate` hands on; an ``LM`` of lm-eval has its own."""
 
-    batch_size: int | str  #: requests per forward, or ``"auto"``
-    device: str | None  #: by default a GPU if there is one; an object stays where it is
-    dtype: str  #: of the weights of a model that is loaded
-    tokenizer: Any  #: by default the model's own
-    max_length: int | None  #: window in tokens; by default what the config states
-    add_bos_token: bool | None  #: start every prompt with the tokenizer's BOS token
+    batch_size: int | str = option("auto", 'Requests per forward, or ``"auto"``.')
+    dtype: str = option("auto", "Of the weights of a model that is loaded.")
+    device: str | None = option(None, "An object stays where it is.", unset="a GPU if there is one")
+    tokenizer: Any = option(None, "A folder, a hub id or an object.", unset="the model's own")
+    max_length: int | None = option(None, "Window in tokens.", unset="what the config states")
+    add_bos_token: bool | None = option(None, "As :class:`HybridZooLM`.")
 
 
-class EvaluateOptions(ModelOptions, total=False):
-    """Options of :func:`evaluate`: a model's, and those of lm-eval's ``simple_evaluate``."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of lm-eval's ``simple_evaluate`` that :func:`evaluate` hands on."""
 
-    limit: int | float | None  #: documents per task, or a share of them below 1; for trying things out
-    num_fewshot: int | None  #: worked examples before each question, where a task allows it
-    use_cache: (
-        str | os.PathLike[str] | None
-    )  #: path prefix of a database of answers, for interrupted runs and more tasks
-    log_samples: bool  #: keep every request and answer under ``"samples"``
-    gen_kwargs: dict[str, Any] | None  #: overrides of how tasks generate
-    apply_chat_template: bool | str  #: put prompts into the tokenizer's chat template, or into the one of this name
+    limit: int | float | None = option(None, "Documents per task, or a share of them below 1; for trying things out.")
+    num_fewshot: int | None = option(None, "Worked examples before each question, where a task allows it.")
+    use_cache: str | os.PathLike[str] | None = option(
+        None,
+        "Path prefix of a database of answers, to take up an interrupted run or to add tasks; models are kept apart in it.",
+    )
+    log_samples: bool = option(False, 'Keep every request and answer under ``"samples"``.')
+    gen_kwargs: dict[str, Any] | None = option(None, "Overrides of how tasks generate.")
+    apply_chat_template: bool | str = option(
+        False, "Put prompts into the tokenizer's chat template, or into the one of this name."
+    )
 
 
-def evaluate(
-    model: Any,
-    tasks: str | Sequence[str],
-    *,
-    metadata: dict[str, Any] | None = None,
-    output: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-    **options: Unpack[EvaluateOptions],
-) -> dict[str, Any] | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateCall(TaskOptions, ModelOptions):
+    """Arguments of a call of :func:`evaluate`."""
+
+    model: Any = dataclasses.field(kw_only=False, metadata={"help": _MODEL})
+    tasks: str | Sequence[str] = dataclasses.field(kw_only=False, metadata={"help": _TASKS})
+    metadata: dict[str, Any] | None = option(None, _METADATA)
+    output: str | os.PathLike[str] | None = option(None, "JSON file for the results, written whole or not at all.")
+    progress: bool = option(True, "Show a bar on stderr, if that is a terminal.")
+
+    def of(self, options: type) -> dict[str, Any]:
+        """Return those of the options that a class names."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(options)}
+
+
+@called_with(EvaluateCall)
+def evaluate(call: EvaluateCall) -> dict[str, Any] | None:
     """Score a model on tasks of lm-eval, the local ones or any other.
 
-    Args:
-        model: A folder, a config name (built untrained, with a warning), a hub id, a :class:`CausalLM`, a transformers model, or
-            an ``LM`` of lm-eval, to which ``batch_size`` and the like then do not apply.
-        tasks: Names, with wildcards for local ones (``"hybridzoo_*"``), or paths of YAML files; a list, or a text with commas.
-        metadata: Overrides of the local tasks' sizes, for all (``{"docs": 100}``) or for one (``{"hybridzoo_mqar":
-            {"pairs": 4}}``), and what other tasks take.
-        output: JSON file for the results, written whole or not at all.
-        progress: Show a bar on stderr, if that is a terminal.
-        **options: ``batch_size``, ``device``, ``limit`` and the others of :class:`EvaluateOptions`.
-
-    Returns:
-        lm-eval's results; ``None`` on all ranks but the first.
+    The results are lm-eval's; ``None`` on all ranks but the first.
 
     Raises:
         ValueError: A task, a model or a device that does not exist, or an amount of nothing.
     """
-    tasks = [task for task in tasks.split(",") if task] if isinstance(tasks, str) else tasks
-    _check(tasks, metadata or {}, output, options)
-    of_model: Any = {k: v for k, v in options.items() if k in ModelOptions.__annotations__}
-    of_tasks: Any = {k: str(v) if k == "use_cache" and v else v for k, v in options.items() if k not in of_model}
-    shared = {"tokenizer": None} | (metadata or {})
+    model, metadata = call.model, call.metadata or {}
+    tasks = [task for task in call.tasks.split(",") if task] if isinstance(call.tasks, str) else call.tasks
+    if call.device is not None:
+        pick_device(call.device)
+    if call.output is not None and Path(call.output).is_dir():
+        raise ValueError(f"output: {call.output} is a folder. Name a JSON file.")
+    check_amounts(call.limit, call.batch_size)
+    check_tasks(tasks)
+    check_metadata(tasks, metadata)
+    shared: dict[str, Any] = {"tokenizer": None} | metadata
     manager, chosen, foreign = _find(tasks, shared)
+    of_tasks = call.of(TaskOptions) | {"use_cache": None if call.use_cache is None else str(call.use_cache)}
     with contextlib.ExitStack() as stack:
         if isinstance(model, torch.nn.Module):
             stack.callback(model.train, model.training)
-        lm = model if isinstance(model, LM) else HybridZooLM(model, **of_model)
+        lm = model if isinstance(model, LM) else HybridZooLM(model, **call.of(ModelOptions))
         cut = getattr(lm, "truncated", 0)
         stack.enter_context(_quiet())
         if foreign and isinstance(lm, HybridZooLM) and not shared["tokenizer"]:
@@ -105,35 +126,21 @@ def evaluate(
             shared["tokenizer"] = stack.enter_context(tempfile.TemporaryDirectory())
             lm.tokenizer.save_pretrained(shared["tokenizer"])
         if isinstance(lm, HybridZooLM) and lm.rank == 0:
-            stack.enter_context(_bar(lm, progress))
-        results = simple_evaluate(model=lm, tasks=chosen, task_manager=manager, **{"log_samples": False, **of_tasks})
+            stack.enter_context(_bar(lm, call.progress))
+        results = simple_evaluate(model=lm, tasks=chosen, task_manager=manager, **of_tasks)
     if results is None:
         return None
     if isinstance(lm, HybridZooLM) and lm.truncated > cut:
         warnings.warn(
             f"evaluate: {lm.truncated - cut} requests exceed the window of {lm.max_length} tokens and lost their beginning. "
-            "Raise max_length, or shorten the prompts.", stacklevel=2,
+            "Raise max_length, or shorten the prompts.", stacklevel=3,
         )  # fmt: skip
     for samples in results.get("samples", {}).values():
         samples.sort(key=lambda sample: sample["doc_id"])  # ranks hand them in one after another
-    if output is not None:
+    if call.output is not None:
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        write_whole(Path(output), text + "\n")
+        write_whole(Path(call.output), text + "\n")
     return results
-
-
-def _check(tasks: Sequence[str], metadata: dict[str, Any], output: Any, options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in EvaluateOptions.__annotations__:
-            hint = nearest(name, EvaluateOptions.__annotations__)
-            raise TypeError(f"evaluate() got an unexpected keyword argument {name!r}.{hint}")
-    if options.get("device") is not None:
-        pick_device(options["device"])
-    if output is not None and Path(output).is_dir():
-        raise ValueError(f"output: {output} is a folder. Name a JSON file.")
-    check_amounts(options.get("limit"), options.get("batch_size", "auto"))
-    check_tasks(tasks)
-    check_metadata(tasks, metadata)
 
 
 def table(results: dict[str, Any]) -> list[dict[str, Any]]:
