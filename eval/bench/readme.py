@@ -117,7 +117,8 @@ def _of_goal(row: Result) -> str:
 
 def _gpu_scan(path: Path, result: Result) -> list[str]:
     top = result["ceilings"]
-    main, more = [], []
+    main: list[Result] = []
+    more: list[Result] = []
     for row in result["cases"]:
         if row.get("peer"):
             (main if row["part"] == "table" else more).append(row)
