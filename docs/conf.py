@@ -14,6 +14,8 @@ release = hybridzoo.__version__
 copyright = "the hybridzoo authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_title = f"hybridzoo {release}"
 
 myst_heading_anchors = 3
