@@ -68,6 +68,7 @@ def test_a_task_is_built_counted_saved_and_loaded_without_a_change_to_the_zoo(tm
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
     again = zoo.load(zoo.save(model, tmp_path))
     assert type(again) is Classifier and again.cfg == model.cfg and torch.equal(again(x), y)
+    assert again.cfg.tie_embeddings  # a key that means nothing here stays as it is
     assert "architectures" not in json.loads((tmp_path / "config.json").read_text())
     state = model.init_state(2)
     assert len(state.layers) == 2 and next(iter(model.state_dict())) == "backbone.embedding.weight"

@@ -132,10 +132,8 @@ def as_it_is(model: Model) -> Model:
     """
     if not isinstance(model, Model):
         raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
-    table, head = (
-        getattr(part, "weight", None) for part in (model.backbone.embedding, getattr(model, "lm_head", None))
-    )
-    if not isinstance(table, Tensor) or not isinstance(head, Tensor):
+    table, head = (getattr(part, "weight", None) for part in (model.backbone.embedding, model.head))
+    if not model.may_tie or not isinstance(table, Tensor) or not isinstance(head, Tensor):
         return model
     tied = head is table or (
         model.cfg.tie_embeddings
@@ -149,8 +147,9 @@ def as_it_is(model: Model) -> Model:
     model.cfg = copy.deepcopy(model.cfg)
     model.cfg.tie_embeddings = tied
     if tied and head is not table:
-        model._modules = {**model._modules, "lm_head": copy.copy(model.lm_head)}
-        model.lm_head._parameters = {**model.lm_head._parameters, "weight": table}  # type: ignore[dict-item]
+        own: Any = copy.copy(model.head)
+        own._parameters = {**own._parameters, "weight": table}
+        model._modules = {**model._modules, model.head_name: own}
     return model
 
 

@@ -39,7 +39,7 @@ EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 def load(
     source: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Model:
+) -> Any:
     """Read a model that the zoo, transformers or mamba-ssm has written.
 
     Args:
@@ -49,7 +49,7 @@ def load(
             ``config.json`` states, as in transformers. Parameters that must be float32 are.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode, of its task's class: a :class:`~hybridzoo.zoo.models.causal_lm.CausalLM`, say.
 
     Raises:
         CheckpointError: A file is missing, damaged or hostile, its tensors do not fit the config, the family is unknown, or the folder

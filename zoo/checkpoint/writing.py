@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...layers.common import weight_dtype
 from ..errors import CheckpointError
 from ..layout import expand, split_token
 from ..models.causal_lm import CausalLM, padded_vocab
@@ -127,7 +128,7 @@ def _write(model: Model, place: Path, to: str) -> str:
         special = dict.fromkeys(SPECIAL_IDS, 0) if model.cfg.tokenizer == "byte" else {}
         config |= special | model.metadata.get("config.json", {}) | {
             "model_type": family.model_type, "architectures": [family.architecture],
-            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+            "dtype": str(weight_dtype(model.head)).removeprefix("torch."),
         }  # fmt: skip
     # mamba-ssm's reader knows no tags, and no fields but its own
     (place / "config.json").write_text(dump(config, sort=True, tagged=to != "mamba_ssm"), encoding="utf-8")
@@ -230,7 +231,7 @@ def _as_stored(model: Model) -> dict[str, Tensor]:
     So a half-precision checkpoint is written back as it was read, and decay rates that were trained further keep their digits.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    dtype = model.lm_head.weight.dtype
+    dtype: Any = weight_dtype(model.head)
     kinds: dict[str, list[str]] = {}
     for name in native.fp32_names(model) & parameters.keys():
         kinds.setdefault(name.rpartition(".")[2], []).append(name)

@@ -96,7 +96,7 @@ def check_mixers(specs: list[BlockSpec], d_model: int, needs: Mapping[str, str])
             f"override: makes {len(built)} different mixers, more than {MAX_MIXERS}. Make fewer exceptions."
         )
     for part, where, spec in built.values():
-        place = {"d_in": spec.d_in(d_model), "layer_idx": spec.index, "n_layer": len(specs)}
+        place: dict[str, Any] = {"d_in": spec.d_in(d_model), "layer_idx": spec.index, "n_layer": len(specs)}
         try:
             mixer = build_mixer(part, where, d_model=d_model, device="meta", **place)
             for capability, model in needs.items():

@@ -13,7 +13,6 @@ from ..config.schema import SCHEMAS
 from ..device import pick_device
 from ..errors import ConfigError
 from ..registry import nearest
-from .model import Model
 from .tasks import task_of
 
 __all__ = ["build", "param_groups"]
@@ -26,7 +25,7 @@ def build(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **changes: Any,
-) -> Model:
+) -> Any:
     """Build an untrained model.
 
     Args:
@@ -37,7 +36,7 @@ def build(
         **changes: Keys of the config, applied last: ``d_model=256``.
 
     Returns:
-        The model, in training mode.
+        The model, in training mode, of its task's class: a :class:`~hybridzoo.zoo.models.causal_lm.CausalLM`, say.
 
     Raises:
         ConfigError: The config is not valid; nothing has been allocated then.

@@ -18,10 +18,10 @@ from ..tokenizer import load_tokenizer
 from .generate import generate
 from .loss import next_token_loss, share_of_items, shift_labels
 from .model import Model
-from .rows import describe_rows, integers, number_documents
+from .rows import describe_rows, integers
 from .state import ModelState
 
-__all__ = ["CausalLM", "CausalLMOutput", "number_documents", "padded_vocab"]
+__all__ = ["CausalLM", "CausalLMOutput", "padded_vocab"]
 
 
 @dataclasses.dataclass(repr=False)
@@ -65,7 +65,7 @@ tree(CausalLMOutput)
 class CausalLM(Model):
     """A decoder-only language model; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`."""
 
-    head_name, hf_class = "lm_head", "HybridZooForCausalLM"
+    head_name, may_tie, hf_class = "lm_head", True, "HybridZooForCausalLM"
     lm_head: nn.Linear
     generate = generate
 

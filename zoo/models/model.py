@@ -29,6 +29,7 @@ class Model(nn.Module):
     Attributes:
         schema: The dataclass of its config's keys, :class:`~hybridzoo.zoo.config.schema.ConfigSchema` or one derived from it.
         head_name: The head's name in the model, and in state-dict keys.
+        may_tie: Whether the config's ``tie_embeddings`` says that the head's weight is the embedding's.
         hf_class: The class in :mod:`hybridzoo.zoo.hf` through which transformers sees the model; ``None`` if there is none.
         cfg: The resolved config.
         specs: The mixers of each residual block, as the config says.
@@ -40,6 +41,7 @@ class Model(nn.Module):
 
     schema: ClassVar[type[ConfigSchema]] = ConfigSchema
     head_name: ClassVar[str] = "head"
+    may_tie: ClassVar[bool] = False
     hf_class: ClassVar[str | None] = None
 
     def __init__(self, cfg: Any, device=None, dtype=None):
