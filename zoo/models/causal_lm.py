@@ -86,6 +86,10 @@ class CausalLM(Model):
         for weight in dict.fromkeys((self.backbone.embedding.weight, self.lm_head.weight)):
             nn.init.normal_(weight, std=self.cfg.initializer_range)  # type: ignore[arg-type]
 
+    def head_flops(self, seq_len: int) -> int:
+        """As of :class:`Model`, from the config: a quantised head has no parameters to count."""
+        return 2 * self.cfg.d_model * padded_vocab(self.cfg)
+
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer in the model's folder, else the one that its config names, with ``encode``, ``decode`` and ``eos_token_id``."""
