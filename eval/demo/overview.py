@@ -27,6 +27,6 @@ def _layers(models: list[dict[str, Any]]) -> Chart:
         for j, token in enumerate(pattern):
             parts.append(
                 f'<rect x="{j * width:.2f}%" y="{y}" width="{width - 1:.2f}%" height="26" rx="4" style="fill:var(--rule)"/>'
-                f'<text x="{(j + 0.5) * width - 0.5:.2f}%" y="{y + 18}" text-anchor="middle">{escape(token)}</text>'
+                f'<text x="{(j + 0.5) * width - 0.5:.2f}%" y="{y + 18}" text-anchor="middle" class="on">{escape(token)}</text>'
             )
     return Chart("The layers of each model", "".join(parts), 32 * len(models), 102, 0)
