@@ -149,34 +149,35 @@ def _conv_launch(types: tuple, aligned: int, numbers: tuple, strides: tuple) -> 
 def _scan(
     conv: ConvStep | None, i: ScanStep, groups: int, silu: bool, dt_softplus: bool, low: float, high: float
 ) -> Tensor:
-    first, state = i.x if conv is None else conv.x, i.state
-    dtype, b, n = common_type(first, i.dt, i.B, i.C, i.z), first.shape[0], state.shape[-1]
-    out = torch.empty((b, *state.shape[1:-1]), dtype=dtype, device=first.device)
+    state, x, dt, A, B, C, D, z, dt_bias, rows = i
+    first = x = x if conv is None else conv.x
+    dtype, sizes, b = common_type(x, dt, B, C, z), state.shape, x.shape[0]
+    out = torch.empty((b, *sizes[1:-1]), dtype=dtype, device=x.device)
     if out.numel():
-        x, z = (m if m is None or m.dim() == 2 else m.flatten(1) for m in (first, i.z))
-        x, dt, B, C, z = (in_rows(m, dtype) for m in (x, i.dt, i.B, i.C, z))
-        A, D, dt_bias = (in_one_piece(m, aligned=True) for m in (i.A, i.D, i.dt_bias))
+        x, z = x if x.dim() == 2 else x.flatten(1), z if z is None or z.dim() == 2 else z.flatten(1)
+        x, dt, B, C, z = [in_rows(m, dtype) for m in (x, dt, B, C, z)]
+        A, D, dt_bias = [in_one_piece(m, aligned=True) for m in (A, D, dt_bias)]
         types, width, strides = (dtype, dtype, dtype), 0, _row_strides(state, x, dt, B, C, z) + (0, 0)
         convolved: Any = (None, None, None)
         if conv is not None:
             wide = dtype if conv.weight.dtype == dtype else torch.float32
-            weight, bias = (in_one_piece(m, wide, aligned=True) for m in (conv.weight, conv.bias))
+            weight, bias = [in_one_piece(m, wide, aligned=True) for m in (conv.weight, conv.bias)]
             types, width, convolved = (dtype, conv.state.dtype, wide), weight.shape[1], (conv.state, weight, bias)
             strides = strides[:-2] + conv.state.stride()[:2]
         look = ScanLook(
             types,
             width,
-            (b, out.numel() // b, n, dt.shape[1], groups if B is None else B.shape[1]),
+            (b, math.prod(sizes[1:-1]), sizes[-1], dt.shape[1], groups if B is None else B.shape[1]),
             strides,
             (alignment(state), min(alignment(B), alignment(C))),
             A.dim() == 1,
             _skip(D),
-            (dt_softplus, silu, i.rows is not None and i.rows.dtype == torch.int64, state.shape[0]),
+            (dt_softplus, silu, rows is not None and rows.dtype == torch.int64, sizes[0]),
             (low, high),
         )
         tail, name, blocks, tiles = _scan_launch(look, processors(x.device))
         tickets = _tickets(conv.state, groups) if conv is not None and tiles > 1 else None
-        packed = structs.pack(tail, state, x, dt, B, C, z, A, D, dt_bias, i.rows, *convolved, tickets, out)
+        packed = structs.pack(tail, state, x, dt, B, C, z, A, D, dt_bias, rows, *convolved, tickets, out)
         nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device)
         _changed(state, *(() if conv is None else (conv.state,)))
     return cast(out, first.dtype)

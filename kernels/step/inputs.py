@@ -35,7 +35,7 @@ class ScanStep(NamedTuple):
 
 
 class StepOptions(NamedTuple):
-    """The options of a step: whether the convolution ends in SiLU, softplus and limits of the step sizes, and the groups of what is convolved."""
+    """The options of a step: SiLU behind the convolution, softplus and limits of the step sizes, groups of what is convolved."""
 
     silu: bool = False
     dt_softplus: bool = False

@@ -265,7 +265,7 @@ def _check_heads(where: str, sizes: tuple[int, ...], dt: Tensor, A: Tensor, D: A
 
 def _run(backend: str | None, conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -> Tensor:
     x = conv.x if conv is not None else scan.x  # type: ignore[union-attr]
-    grad = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (*(conv or ()), *(scan or ())))
+    grad = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in (*(conv or ()), *(scan or ()))])
     facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "grad": grad}
     if scan is not None:
         state = scan.state
