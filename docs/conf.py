@@ -29,30 +29,28 @@ nitpicky = True
 
 def relink(app, path, docname, source):
     """Let the links of a page that is included from the root start from here."""
-    pages = {f"{name}.md": f"{name.lower()}.md" for name in ("CONTRIBUTING", "CHANGELOG")}
+    pages = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
     def here(link):
-        target = link[1]
-        return f"]({pages.get(target) or (target[5:] if target.startswith('docs/') else f'../{target}')})"
+        return f"]({pages.get(link[1]) or f'../{link[1]}'.replace('../docs/', '')})"
 
     source[0] = re.sub(r"\]\((?!https?:|#)([^)]+)\)", here, source[0])
 
 
 def resolve(app, env, node, content):
     """Show a reference to what exists, but has no entry in the reference, as plain text; any other fails the build."""
-    return content if node.get("refdomain") == "py" and exists(node["reftarget"].lstrip(".")) else None
-
-
-def exists(name):
-    """Tell whether a dotted name is a module or its attribute, from the top or from inside one of ours."""
+    if node.get("refdomain") != "py":
+        return None
+    name = node["reftarget"].lstrip(".")
+    ours = (module for key, module in list(sys.modules.items()) if f"{key}.".startswith("hybridzoo."))
     with contextlib.suppress(ImportError, AttributeError, ValueError):
         pkgutil.resolve_name(name)
-        return True
-    for module in (builtins, *(m for key, m in list(sys.modules.items()) if f"{key}.".startswith("hybridzoo."))):
+        return content
+    for module in (builtins, *ours):
         with contextlib.suppress(AttributeError):
             operator.attrgetter(name)(module)
-            return True
-    return False
+            return content
+    return None
 
 
 def setup(app):
