@@ -13,8 +13,6 @@ __all__ = ["Bamba"]
 
 
 class Bamba(Decoder):
-    """The converter of ``bamba``."""
-
     model_type = "bamba"
     architecture = "BambaForCausalLM"
     defaults = Defaults(vocab_size=128000, nheads_kv=8, partial=0.5, eps=1e-5, max_length=262144)
@@ -25,7 +23,6 @@ class Bamba(Decoder):
     absent = {"mamba2": {}, "attention": {"qkv_bias": False, "out_bias": False}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         n, at = fields.take("num_hidden_layers", 32), fields.raw("attn_layer_indices") or []
         layers = every_second(["attention" if i in at else "mamba2" for i in range(n)], ["mlp"] * n)
         if not isinstance(at, list):
@@ -37,6 +34,5 @@ class Bamba(Decoder):
         return cfg | {"mixers": used(mixers, layers)}
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         at = [i for i, token in enumerate(view.layout[::2]) if token == "attention"]
         return super().write(view) | self.written_ssm(view) | {"attn_layer_indices": at}

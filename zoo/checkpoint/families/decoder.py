@@ -94,7 +94,6 @@ class Decoder(Family):
             yield from same(view, part.key, theirs, _NORMS_OF_DT_B_C)
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config, but for what only one class has."""
         cfg, a, default = view.cfg, view.first("attention"), self.defaults
         config = {
             name: value

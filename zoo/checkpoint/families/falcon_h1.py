@@ -19,8 +19,6 @@ _FACTORS: Table = {
 
 
 class FalconH1(Decoder):
-    """The converter of ``falcon_h1``."""
-
     model_type = "falcon_h1"
     architecture = "FalconH1ForCausalLM"
     ignored = r".*\.(rotary_emb\.inv_freq|mup_vector)"
@@ -39,7 +37,6 @@ class FalconH1(Decoder):
     unused = ("layer_types", "layers_block_type", "attn_layer_indices", "mamba_use_mlp", "mlp_expansion_factor")
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         cfg = self.trunk(fields, ["mamba2 + attention", "mlp"] * fields.take("num_hidden_layers", 32))
         ssm = self.ssm(fields, cfg["d_model"], cfg["norm"]["eps"], fields.nullable("mamba_d_ssm", 1024))
         ssm |= {"multipliers": fields.floats("ssm_multipliers", (1.0,) * 5)}
@@ -53,7 +50,6 @@ class FalconH1(Decoder):
         return cfg | {"mixers": {"mamba2": ssm, "attention": attention, "mlp": mlp}} | fields.options(_FACTORS)
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         m, mlp, config = view.first("mamba2"), view.first("mlp"), super().write(view) | self.written_ssm(view)
         del config["mamba_expand"]  # the width is said outright, and may be less than the model's
         return config | written(view.cfg, _FACTORS) | {

@@ -46,24 +46,18 @@ def _experts(view: View, part: Part, theirs: str) -> Iterator[Piece]:
 
 
 class Granite(Uniform):
-    """The converter of ``granite``."""
-
     model_type = "granite"
     architecture = "GraniteForCausalLM"
     tables = {"attention": _ATTENTION, "mlp": Llama.tables["mlp"]}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         return super().read(fields) | _factors(fields)
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         return super().write(view) | _written_factors(view)
 
 
 class GraniteMoe(Granite):
-    """The converter of ``granitemoe``."""
-
     model_type = "granitemoe"
     architecture = "GraniteMoeForCausalLM"
     names = {"attention": "self_attn", "moe": "block_sparse_moe"}
@@ -77,8 +71,6 @@ class GraniteMoe(Granite):
 
 
 class GraniteHybrid(Decoder):
-    """The converter of ``granitemoehybrid``."""
-
     model_type = "granitemoehybrid"
     architecture = "GraniteMoeHybridForCausalLM"
     norms, last_norm, fixed, unused = Granite.norms, Granite.last_norm, GraniteMoe.fixed, GraniteMoe.unused
@@ -92,7 +84,6 @@ class GraniteHybrid(Decoder):
     }  # fmt: skip
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         n = fields.take("num_hidden_layers", 32)
         kinds = fields.kinds(_TYPES, ["mamba"] * n, "layer_types", "layers_block_type")
         moe, mlp = self.options(fields, "moe"), self.options(fields, "mlp")
@@ -106,7 +97,6 @@ class GraniteHybrid(Decoder):
         return cfg | {"mixers": used(mixers, layers)} | _factors(fields)
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         config = super().write(view)
         return config | self.written_ssm(view) | _written_factors(view) | {
             "layer_types": ["linear_attention" if token == "mamba2" else "full_attention" for token in view.layout[::2]],

@@ -15,8 +15,6 @@ __all__ = ["Jamba"]
 
 
 class Jamba(Decoder):
-    """The converter of ``jamba``."""
-
     model_type = "jamba"
     architecture = "JambaForCausalLM"
     router = "router"
@@ -36,7 +34,6 @@ class Jamba(Decoder):
     absent = {"mlp": {}, "moe": {}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         take, n, moe = fields.take, fields.take("num_hidden_layers", 32), self.options(fields, "moe")
         fields.expect("sliding_window", None)
         fields.expect("mamba_inner_layernorms", True)
@@ -56,7 +53,6 @@ class Jamba(Decoder):
         return cfg | {"mixers": used(mixers, layers)}
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         n, layout, moe = len(view.blocks) // 2, view.layout, view.first("moe")
         attn = period_of([i for i in range(n) if layout[2 * i] == "attention"], n)
         expert = period_of([i for i in range(n) if layout[2 * i + 1] == "moe"], n)

@@ -20,7 +20,6 @@ class Uniform(Decoder):
     names = {"attention": "self_attn", "mlp": "mlp", "moe": "mlp"}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         cfg = self.trunk(fields, [*self.tables] * fields.take("num_hidden_layers", self.defaults.n_layer))
         attention = self.attention(fields, cfg["d_model"])
         mixers = {kind: self.options(fields, kind) for kind in self.tables if kind != "attention"}
@@ -28,14 +27,11 @@ class Uniform(Decoder):
 
 
 class Llama(Uniform):
-    """The converter of ``llama``."""
-
     model_type = "llama"
     architecture = "LlamaForCausalLM"
     tables = {"attention": BIASES, "mlp": {"d_intermediate": ("intermediate_size", 11008), "bias": ("mlp_bias", False)}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         cfg = super().read(fields)
         heads = cfg["mixers"]["attention"]["nheads"]
         if cfg["d_model"] % heads:
@@ -46,8 +42,6 @@ class Llama(Uniform):
 
 
 class Mistral(Uniform):
-    """The converter of ``mistral``."""
-
     model_type = "mistral"
     architecture = "MistralForCausalLM"
     defaults = Defaults(nheads_kv=8, max_length=131072)
@@ -57,15 +51,12 @@ class Mistral(Uniform):
     }
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         cfg = super().read(fields)
         cfg["mixers"]["attention"]["window"] = fields.nullable("sliding_window", 4096)
         return cfg
 
 
 class Mixtral(Uniform):
-    """The converter of ``mixtral``."""
-
     model_type = "mixtral"
     architecture = "MixtralForCausalLM"
     names = {"attention": "self_attn", "moe": "block_sparse_moe"}
@@ -84,14 +75,10 @@ class Mixtral(Uniform):
 def with_windows(
     fields: Fields, cfg: dict[str, Any], windows: list[int | None], window: int | None, turns: list[bool] | None = None
 ) -> dict[str, Any]:
-    """Return a config of attention and MLPs in which every kind of attention has a name of its own.
+    """Return our config, which has one attention for all layers, with a name of its own for every kind of attention.
 
-    Args:
-        fields: Their config; its ``layer_types`` come before ``windows``.
-        cfg: Ours, with one attention for all layers.
-        windows: Of each layer, how far it looks back.
-        window: How far layers do that are listed as ``sliding_attention``; None if the config switches windows off.
-        turns: Which layers have positions; all by default.
+    Each layer looks back through its one of ``windows``, unless ``layer_types`` say which have the ``window`` (None if windows are
+    switched off); all layers have positions, or those that ``turns`` says.
     """
     sliding = fields.kinds(_TYPES, [], "layer_types")
     if sliding and len(sliding) != len(windows):

@@ -43,7 +43,6 @@ class OneMixer(Family):
         }  # fmt: skip
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config, but for what only one class has."""
         cfg = view.cfg
         return written(view.first(self.kind), self.table) | {
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "num_hidden_layers": len(view.blocks),
@@ -58,15 +57,12 @@ class OneMixer(Family):
 
 
 class Mamba(OneMixer):
-    """The converter of ``mamba``."""
-
     model_type = "mamba"
     architecture = "MambaForCausalLM"
     kind = "mamba"
     table = {"d_state": ("state_size", 16), "d_conv": ("conv_kernel", 4), **_BIASES}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         d_model = fields.take("hidden_size", 768, "d_model")
         # where a file has both and they disagree, transformers' classes take the width
         inner = fields.take("intermediate_size", fields.take("expand", 2) * d_model)
@@ -83,7 +79,6 @@ class Mamba(OneMixer):
         return cfg
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         mamba = view.first("mamba")
         return super().write(view) | {
             "expand": mamba["expand"], "intermediate_size": mamba["expand"] * view.cfg.d_model, "time_step_rank": mamba["dt_rank"],
@@ -91,23 +86,18 @@ class Mamba(OneMixer):
 
 
 class FalconMamba(Mamba):
-    """The converter of ``falcon_mamba``."""
-
     model_type = "falcon_mamba"
     architecture = "FalconMambaForCausalLM"
     ignored = r".*\.(dt|b|c)_layernorm\.weight"
     table = Mamba.table | {"bcdt_norm_eps": ("mixer_rms_eps", 1e-6)}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         cfg = super().read(fields)
         cfg["mixers"]["mamba"] |= {"bcdt_norm": True, "bcdt_norm_affine": False}
         return cfg
 
 
 class Mamba2(OneMixer):
-    """The converter of ``mamba2``."""
-
     model_type = "mamba2"
     architecture = "Mamba2ForCausalLM"
     kind = "mamba2"
@@ -116,7 +106,6 @@ class Mamba2(OneMixer):
     }  # fmt: skip
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         take, d_model, expand = fields.take, fields.take("hidden_size", 4096), fields.take("expand", 2)
         fields.skip("time_step_rank", "time_step_scale", "norm_before_gate", "intermediate_size")
         cfg = self.trunk(fields, vocab_size=32768, d_model=d_model, n_layer=64, tied=False)
@@ -133,7 +122,6 @@ class Mamba2(OneMixer):
         return cfg
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         mamba2 = view.first("mamba2")
         return super().write(view) | {
             "expand": mamba2["d_inner"] // view.cfg.d_model, "num_heads": mamba2["d_ssm"] // mamba2["headdim"],

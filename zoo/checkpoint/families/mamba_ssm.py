@@ -36,7 +36,6 @@ class MambaSSM(Family):
     architecture = "MambaLMHeadModel"
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         take = fields.take
         d_model, n, width = take("d_model"), take("n_layer"), take("d_intermediate", 0)
         at = set(take("attn_layer_idx", []))
@@ -92,7 +91,6 @@ class MambaSSM(Family):
         return attention, {"type": "mlp", "d_intermediate": width} if width else None
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         cfg, layout = view.cfg, view.layout
         width = view.blocks[1][0]["d_intermediate"] if "mlp" in layout else 0
         layers = layout[::2] if width else layout

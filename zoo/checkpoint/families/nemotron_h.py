@@ -43,14 +43,11 @@ _MOE = {
 
 
 class NemotronH(Family):
-    """The converter of ``nemotron_h``."""
-
     model_type = "nemotron_h"
     architecture = "NemotronHForCausalLM"
     ignored = r"mtp\..*|.*\.mtp\..*"  # layers for speculative decoding, which nobody loads
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         take, eps = fields.take, fields.take("layer_norm_epsilon", 1e-5, "rms_norm_eps")
         layers = fields.kinds(_KINDS, list("ME*-"), "layers_block_type", "layer_types", "hybrid_override_pattern")
         fields.skip(*_NO_EFFECT)
@@ -82,7 +79,6 @@ class NemotronH(Family):
         }  # fmt: skip
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         m, cfg = view.whole("mamba2"), view.cfg
         config = written(m, _MAMBA2) | written(view.first("attention"), _ATTENTION) | written(view.first("moe"), _MOE) | {
             "vocab_size": view.shapes["backbone.embedding.weight"][0], "hidden_size": cfg.d_model, "layer_norm_epsilon": cfg.norm.eps,

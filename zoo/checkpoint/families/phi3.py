@@ -15,8 +15,6 @@ __all__ = ["Phi3"]
 
 
 class Phi3(Uniform):
-    """The converter of ``phi3``."""
-
     model_type = "phi3"
     architecture = "Phi3ForCausalLM"
     defaults = Defaults(vocab_size=32064, d_model=3072, partial=1.0, eps=1e-5, max_length=4096)
@@ -24,7 +22,6 @@ class Phi3(Uniform):
     unused = ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings")
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         # published files say these too
         for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
             fields.expect(name, False)
@@ -36,7 +33,6 @@ class Phi3(Uniform):
         return cfg
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         return NO_IDS | super().write(view)
 
     def mixer(self, view: View, part: Part, theirs: str) -> Iterator[Piece]:

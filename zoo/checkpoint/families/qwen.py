@@ -20,8 +20,6 @@ def _window(fields: Fields) -> int | None:
 
 
 class Qwen2(Uniform):
-    """The converter of ``qwen2``."""
-
     model_type = "qwen2"
     architecture = "Qwen2ForCausalLM"
     defaults = Defaults(vocab_size=151936, nheads_kv=32, max_length=32768)
@@ -29,20 +27,16 @@ class Qwen2(Uniform):
     tables = {"attention": {}, "mlp": {"d_intermediate": ("intermediate_size", 22016)}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         fields.expect("use_mrope", False)  # published files say so
         cfg, window, first = super().read(fields), _window(fields), fields.take("max_window_layers", 28)
         n = len(cfg["layers"]) // 2
         return with_windows(fields, cfg, [window if i >= first else None for i in range(n)], window)
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         return super().write(view) | written_windows(view) | {"max_window_layers": 0}
 
 
 class Qwen3(Qwen2):
-    """The converter of ``qwen3``."""
-
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
     defaults = Defaults(vocab_size=151936, nheads_kv=32, headdim=128, max_length=32768)
@@ -51,8 +45,6 @@ class Qwen3(Qwen2):
 
 
 class Qwen3Moe(Uniform):
-    """The converter of ``qwen3_moe``."""
-
     model_type = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
     defaults = Defaults(vocab_size=151936, d_model=2048, n_layer=24, nheads_kv=4, max_length=32768)
@@ -69,7 +61,6 @@ class Qwen3Moe(Uniform):
     absent = {"mlp": {}}
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         cfg, step = super().read(fields), fields.take("decoder_sparse_step", 1)
         mixers, n, dense = cfg["mixers"], len(cfg["layers"]) // len(self.tables), fields.raw("mlp_only_layers") or []
         fields.expect("qkv_bias", False)
@@ -80,7 +71,6 @@ class Qwen3Moe(Uniform):
         return cfg | {"layers": layers, "mixers": used(mixers, layers)}
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         window = view.first("attention")["window"]
         return super().write(view) | {
             "use_sliding_window": window is not None, "sliding_window": window,

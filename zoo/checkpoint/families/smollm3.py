@@ -12,8 +12,6 @@ __all__ = ["SmolLM3"]
 
 
 class SmolLM3(Uniform):
-    """The converter of ``smollm3``."""
-
     model_type = "smollm3"
     architecture = "SmolLM3ForCausalLM"
     defaults = Defaults(
@@ -26,7 +24,6 @@ class SmolLM3(Uniform):
     )  # the latter of Qwen's configs, from which the published one was made
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         cfg = super().read(fields)
         turns = self._turns(fields, len(cfg["layers"]) // 2)
         window = fields.take("sliding_window", None) if fields.take("use_sliding_window", False) else None
@@ -42,7 +39,6 @@ class SmolLM3(Uniform):
         return [turned != 0 for turned in given]
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         attentions = [block[0] for block in view.blocks[::2]]
         turning = next((part for part in attentions if part["rope"] is not None), attentions[0])
         return NO_IDS | super().write(view) | written_rotary(turning.options) | written_windows(view) | {

@@ -30,13 +30,10 @@ _UNUSED = "kv_channels num_query_groups use_conv_bias use_mem_eff_path sliding_w
 
 
 class Zamba2(Family):
-    """The converter of ``zamba2``."""
-
     model_type = "zamba2"
     architecture = "Zamba2ForCausalLM"
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Our config."""
         take, d, n = fields.take, fields.take("hidden_size", 2560), fields.take("num_mem_blocks", 1)
         layers: list[str] = []
         hybrids = fields.kinds(_HYBRID, list(_LAYERS), "layers_block_type", "layer_types")
@@ -91,7 +88,6 @@ class Zamba2(Family):
         }  # fmt: skip
 
     def write(self, view: View) -> dict[str, Any]:
-        """Their config."""
         m, a, mlp, cfg = view.whole("mamba2"), view.first("attention"), view.first("mlp"), view.cfg
         ends = [i for i, token in enumerate(view.layout) if token == "mamba2"]
         ssm = written(m | {"expand": m["d_inner"] // cfg.d_model}, _MAMBA2) | written_lowest(m["dt_limit"])
