@@ -18,10 +18,9 @@ _FAILS = (TypeError, AttributeError, KeyError, IndexError, ValueError, ZeroDivis
 
 def culprit(family: Family, fields: Fields) -> str | None:
     """The field without which, or with another value of which, a file could be read that cannot be read as it is."""
-    without = [(name, {key: value for key, value in fields.data.items() if key != name}) for name in fields.data]
-    other = [
-        (name, {**fields.data, name: value}) for name, old in fields.data.items() for _, value in _changes(name, old)
-    ]
+    given = fields.data
+    without = [(name, {key: value for key, value in given.items() if key != name}) for name in given]
+    other = [(name, {**given, name: value}) for name, old in given.items() for _, value in _changes(name, old)]
     for name, data in without + other:
         try:
             family.read(Fields(data, fields.file))
@@ -32,14 +31,7 @@ def culprit(family: Family, fields: Fields) -> str | None:
 
 
 def in_words_of_file(text: str, family: Family, fields: Fields, cfg: Mapping[str, Any]) -> str:
-    """An error about a config of ours, ``mixers.mamba2.dt_max: is ...``, with the names of the file's fields.
-
-    Args:
-        text: The error.
-        family: The converter that has read the file.
-        fields: The file.
-        cfg: What the converter made of it.
-    """
+    """An error about a config of ours, ``mixers.mamba2.dt_max: is ...``, with the names of the fields that it was read from."""
     names = dict(_origins(family, fields, cfg))
     if not names:
         return text
@@ -98,6 +90,5 @@ def _varied(value: Any) -> list[Any]:
 def _flat(cfg: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(cfg, Mapping):
         return {path: cfg}
-    return {
-        key: v for name, part in cfg.items() for key, v in _flat(part, f"{path}.{name}" if path else str(name)).items()
-    }
+    inside = f"{path}." if path else ""
+    return {key: v for name, part in cfg.items() for key, v in _flat(part, f"{inside}{name}").items()}

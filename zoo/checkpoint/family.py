@@ -11,7 +11,10 @@ from typing import Any, ClassVar
 from .fields import Fields
 from .keys import Piece, View
 
-__all__ = ["Family"]
+__all__ = ["Family", "Pieces"]
+
+# by the name of the tensor of theirs
+Pieces = dict[str, list[Piece]]
 
 
 class Family:
@@ -38,3 +41,10 @@ class Family:
     def keys(self, view: View) -> Iterator[Piece]:
         """Say which tensor is which, under the names that are on disk."""
         raise NotImplementedError
+
+    def pieces(self, view: View) -> Pieces:
+        """The pieces of :meth:`keys`, by the tensor of theirs that they make up."""
+        found: Pieces = {}
+        for piece in self.keys(view):
+            found.setdefault(piece.theirs, []).append(piece)
+        return found

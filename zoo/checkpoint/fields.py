@@ -134,10 +134,8 @@ class Fields:
             raise self.error("the weights are quantised, which this version does not read.")
         for name in self.data:
             if name not in self.known:
-                hint = nearest(name, self.known)
-                raise self.error(
-                    f"unknown field {name!r}.{hint} If it does not change what the model computes, remove it."
-                )
+                hint = f"{nearest(name, self.known)} If it does not change what the model computes, remove it."
+                raise self.error(f"unknown field {name!r}.{hint}")
 
 
 def written(options: Mapping[str, Any], table: Table) -> dict[str, Any]:
@@ -146,11 +144,7 @@ def written(options: Mapping[str, Any], table: Table) -> dict[str, Any]:
 
 
 def lowest(fields: Fields, step: float, name: str = "time_step_limit") -> list[float]:
-    """Return the limits of step sizes in the classes that take ``time_step_min`` for the lower one and have no upper one.
-
-    Raises:
-        CheckpointError: The file has limits of its own too, which these classes do not read.
-    """
+    """Return the limits of step sizes in the classes that take ``time_step_min`` for the lower one and read no other."""
     limits = fields.floats(name, (0.0, math.inf))
     if limits != [0.0, math.inf]:
         raise fields.error(

@@ -25,11 +25,7 @@ _DEEPEST_JSON = 64
 
 
 def open_source(source: Any) -> Path:
-    """The folder that ``source`` names: itself, or the snapshot of a hub id, downloaded if it is not there yet.
-
-    Raises:
-        CheckpointError: There is no such folder, or the hub cannot give it.
-    """
+    """The folder that ``source`` names: itself, or the snapshot of a hub id, downloaded if it is not there yet."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -123,11 +119,7 @@ def _plain(value: Any) -> Any:
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """A file opened for reading, unbuffered; pipes and devices, which could keep a reader for ever, are refused.
-
-    Raises:
-        CheckpointError: It is not there, is no regular file, or cannot be read.
-    """
+    """A file opened for reading, unbuffered; pipes and devices, which could keep a reader for ever, are refused."""
     fd = -1
     try:
         # without O_NONBLOCK, opening a pipe that nobody writes to would wait

@@ -45,13 +45,10 @@ def detect(folder: Path) -> Family | None:
 
 
 def read_config(family: Family | None, folder: Path, tokenizer: str = "byte", deepest: int | None = None) -> Any:
-    """Our config for the one in a folder; the further arguments are about other formats than ours.
+    """Our config for the one in a folder of ``family``, as :func:`detect` says.
 
-    Args:
-        family: What :func:`detect` says of it.
-        folder: The folder.
-        tokenizer: What the config shall say; converters that know better overrule it.
-        deepest: Layers that the stored tensors show; a config of many more is refused before it is built.
+    For other formats than ours: the ``tokenizer`` that it shall name unless the converter knows better, and how many layers the stored
+    tensors show (``deepest``): a config of many more is refused before it is built.
     """
     if family is None:
         return native.read_config(folder)
@@ -80,20 +77,12 @@ def read_config(family: Family | None, folder: Path, tokenizer: str = "byte", de
 
 
 def config_of(folder: str | Path) -> Any:
-    """The config of a saved folder, in any format that ``zoo.load`` reads; no weights are looked at.
-
-    Raises:
-        CheckpointError: No model is saved there, or one of an unknown family.
-    """
+    """The config of a saved folder, in any format that ``zoo.load`` reads; no weights are looked at."""
     return read_config(detect(Path(folder)), Path(folder))
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype | None:
-    """The floating-point dtype that most weights of a saved folder have; ``None`` if no safetensors file holds any. Reads headers alone.
-
-    Raises:
-        CheckpointError: Such a file is damaged.
-    """
+    """The floating-point dtype that most weights of a saved folder have; ``None`` if no safetensors file holds any. Reads headers alone."""
     sizes: Counter[torch.dtype] = Counter()
     for file in sorted(Path(folder).glob("*.safetensors")):
         with open_regular(file) as handle:

@@ -40,11 +40,9 @@ class Part:
 
 
 class View:
-    """A model as a converter sees it: its blocks, and the names and shapes of its parameters.
+    """A model, perhaps on the meta device, as a converter sees it: its blocks, and the names and shapes of its parameters.
 
-    Args:
-        model: May be on the meta device. Shared weights are seen under the name of their first block.
-        stored: Names of the tensors to be read; empty when writing. Where a family's files have come in two forms, they tell which.
+    ``stored`` names the tensors to be read, none when writing. Where a family's files have come in two forms, they tell which.
     """
 
     def __init__(self, model: Model, stored: frozenset[str] = frozenset()):
@@ -112,10 +110,9 @@ def rows(view: View, ours: str, theirs: Mapping[str, int]) -> Iterator[Piece]:
 
 def attention(view: View, part: Part, theirs: str) -> Iterator[Piece]:
     """``{q,k,v,o}_proj``, as transformers has them, and the norms of heads, if any."""
-    q, kv = part["nheads"] * part["headdim"], part["nheads_kv"] * part["headdim"]
-    yield from rows(
-        view, f"{part.key}.in_proj", {f"{theirs}.q_proj": q, f"{theirs}.k_proj": kv, f"{theirs}.v_proj": kv}
-    )
+    heads = {"q": part["nheads"], "k": part["nheads_kv"], "v": part["nheads_kv"]}
+    sizes = {f"{theirs}.{name}_proj": n * part["headdim"] for name, n in heads.items()}
+    yield from rows(view, f"{part.key}.in_proj", sizes)
     for ours, name in (("out_proj", "o_proj"), ("q_norm", "q_norm"), ("k_norm", "k_norm")):
         yield from same(view, f"{part.key}.{ours}", f"{theirs}.{name}")
 

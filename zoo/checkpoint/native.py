@@ -44,13 +44,6 @@ __all__ = ["HybridZooConfig", "HybridZooForCausalLM"]
 '''
 
 
-_SHARDED = (
-    "save: the parameters are sharded over processes, and one cannot write what others hold. Gather them on every process, state = "
-    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint."
-    "state_dict; on one, load that into zoo.build(model.cfg), and save it."
-)
-
-
 def save(model: Model, folder: str | os.PathLike[str]) -> Path:
     """Write a model so that ``zoo.load`` and transformers' ``AutoModelForCausalLM`` can read it.
 
@@ -94,16 +87,16 @@ def superseded(folder: Path, new: set[str]) -> Iterable[str]:
 
 
 def as_saved(model: Any) -> Model:
-    """The core of a model, or of transformers' adapter around one, with a config and metadata that say what is so.
-
-    Raises:
-        ValueError: As :func:`save`.
-    """
+    """The core of a model, or of transformers' adapter around one, with what is so in config and metadata; raises as :func:`save`."""
     adapted = getattr(model, "core", None)
     core = as_it_is(model if adapted is None else adapted)
     tensors = dict(core.named_parameters())
     if any(hasattr(p, "full_tensor") for p in tensors.values()):
-        raise ValueError(_SHARDED)
+        raise ValueError(
+            "save: the parameters are sharded over processes, and one cannot write what others hold. Gather them on every process, state = "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint."
+            "state_dict; on one, load that into zoo.build(model.cfg), and save it."
+        )
     described = {name: p.shape for name, p in type(core)(core.cfg, device="meta").named_parameters()}
     odd = sorted({name for name, p in tensors.items() if described.pop(name, None) != p.shape} | {*described})
     if odd:
@@ -125,23 +118,16 @@ def as_saved(model: Any) -> Model:
 
 
 def as_it_is(model: Model) -> Model:
-    """The model under a config that says of the head what is so: a head that was trained on its own is not tied, whatever was meant.
-
-    Raises:
-        ValueError: It is no model of the zoo.
-    """
+    """The model under a config that says of the head what is so: a head that was trained on its own is not tied, whatever was meant."""
     if not isinstance(model, Model):
         raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
     table, head = (getattr(part, "weight", None) for part in (model.backbone.embedding, model.head))
     if not model.may_tie or not isinstance(table, Tensor) or not isinstance(head, Tensor):
         return model
-    tied = head is table or (
-        model.cfg.tie_embeddings
-        and head.shape == table.shape
-        and not head.is_meta
-        and torch.equal(head, table.to(head))
-    )
-    if tied == model.cfg.tie_embeddings and (not tied or head is table):
+    meant = model.cfg.tie_embeddings
+    may_equal = meant and head.shape == table.shape and not head.is_meta
+    tied = head is table or (may_equal and torch.equal(head, table.to(head)))
+    if tied == meant and (not tied or head is table):
         return model
     model = copy.copy(model)
     model.cfg = copy.deepcopy(model.cfg)
@@ -222,32 +208,22 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def hf_config(model: Model) -> dict[str, Any]:
     """The ``config.json`` under which transformers knows the model."""
-    return {
-        "model_type": "hybridzoo",
-        **_seen_by_transformers(model),
+    config: dict[str, Any] = {"model_type": "hybridzoo"}
+    if model.hf_class is not None:
+        auto, code = "AutoModel" + model.hf_class.removeprefix("HybridZoo"), "modeling_hybridzoo"
+        config["architectures"] = [model.hf_class]
+        config["auto_map"] = {"AutoConfig": f"{code}.HybridZooConfig", auto: f"{code}.{model.hf_class}"}
+    return config | {
         **model.metadata.get("config.json", {}),
         "zoo": OmegaConf.to_container(model.cfg),
         "dtype": str(weight_dtype(model.head) or weight_dtype(model)).removeprefix("torch."),
     }
 
 
-def _seen_by_transformers(model: Model) -> dict[str, Any]:
-    if model.hf_class is None:
-        return {}
-    auto = "AutoModel" + model.hf_class.removeprefix("HybridZoo")
-    names = {"AutoConfig": "HybridZooConfig", auto: model.hf_class}
-    return {
-        "architectures": [model.hf_class],
-        "auto_map": {auto: f"modeling_hybridzoo.{name}" for auto, name in names.items()},
-    }
-
-
 def read_config(folder: Path) -> DictConfig:
     """The config of one of our folders: the ``zoo`` part of ``config.json``, which transformers reads too, or else ``config.yaml``.
 
-    Raises:
-        CheckpointError: The two differ. Which of them somebody has edited, and which is left over, is not for us to guess.
-        ConfigError: The config is not valid.
+    Which of them somebody has edited, and which is left over, is not for us to guess: a ``CheckpointError`` if they differ.
     """
     twin, file = folder / CONFIG, folder / "config.json"
     if twin.exists():

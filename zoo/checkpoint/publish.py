@@ -37,13 +37,8 @@ _held: set[tuple[int, int, int]] = set()
 def steady(folder: Path, read: Callable[[], T]) -> T:
     """Return what ``read`` gives for a folder that nobody changes meanwhile; it is called again while somebody does.
 
-    Args:
-        folder: A checkpoint's folder. A save that was decided, and whose process died, is finished first.
-        read: Opens the files and reads the small ones. Values may be read later: an open file stays what it is when another takes
-            its place.
-
-    Raises:
-        CheckpointError: As ``read``, or it is being written to all the time.
+    It opens the files and reads the small ones. Values may be read later: an open file stays what it is when another takes its place. A
+    save that was decided, and whose process died, is finished first.
     """
     end = time.monotonic() + _PATIENCE
     while True:
@@ -94,12 +89,8 @@ def _identities(folder: Path) -> dict[str, tuple[int, ...]]:
 def publishing(folder: Path, stale: Callable[[set[str]], Iterable[str]] = lambda names: ()) -> Iterator[Path]:
     """A place to write files in, which take their places in ``folder`` all at once when the block ends well.
 
-    Other files of the folder are left alone. A killed process leaves the old files or the new ones, never some of each; what it had not
-    finished goes with a later save.
-
-    Args:
-        folder: Created if it is missing.
-        stale: Given the names of the new files, those in the folder that they make meaningless, to be removed.
+    Other files of the folder are left alone, but for those that ``stale`` says the new ones, given by name, make meaningless. A killed
+    process leaves the old files or the new ones, never some of each; what it had not finished goes with a later save.
     """
     folder = folder.resolve()  # a link may lead to a folder that is still to be made
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,11 +237,7 @@ def check_new(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A place to write in, which becomes ``folder`` when the block ends well and vanishes when it does not.
-
-    Raises:
-        CheckpointError: ``folder`` exists and is not empty.
-    """
+    """A place to write in, which becomes ``folder``, a new one, when the block ends well and vanishes when it does not."""
     check_new(folder)
     folder = folder.resolve()  # a link stays one, and what is made ready lies on its file system
     if folder.is_mount():

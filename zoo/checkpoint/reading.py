@@ -24,7 +24,7 @@ from ..models.tasks import task_of
 from ..registry import ConfigError, nearest
 from . import native
 from .blame import in_words_of_file
-from .family import Family
+from .family import Family, Pieces
 from .fields import Fields
 from .files import open_source, read_json, read_metadata
 from .inspect import detect, read_config
@@ -93,7 +93,7 @@ class Own(Family):
             yield Piece(name, name)
 
 
-def _matched(family: Family, cfg: Any, stored: dict[str, Stored], folder: Path) -> tuple[Model, dict[str, list[Piece]]]:
+def _matched(family: Family, cfg: Any, stored: dict[str, Stored], folder: Path) -> tuple[Model, Pieces]:
     """The model on the meta device, and what of the files goes where.
 
     A head of its own is the head, whatever the config says of it: so do transformers and PEFT leave a model whose head was trained.
@@ -147,9 +147,7 @@ def _floating(tensor: Stored, name: str) -> Stored:
     return tensor
 
 
-def _one_precision(
-    model: Model, pieces: dict[str, list[Piece]], stored: dict[str, Stored], folder: Path
-) -> torch.dtype | None:
+def _one_precision(model: Model, pieces: Pieces, stored: dict[str, Stored], folder: Path) -> torch.dtype | None:
     """Choose the precision of weights that are stored in several; ``None`` if they are of one, as layers need them.
 
     Apart are those that are kept in float32 anyway, and routers, which compute in a precision of their own.
@@ -168,15 +166,13 @@ def _one_precision(
     return functools.reduce(torch.promote_types, kinds)
 
 
-def _checked(view: View, family: Family, stored: dict[str, Stored], folder: Path) -> dict[str, list[Piece]]:
+def _checked(view: View, family: Family, stored: dict[str, Stored], folder: Path) -> Pieces:
     """The pieces by stored tensor, once everything that the model needs is known to be there in the right shape."""
-    pieces: dict[str, list[Piece]] = {}
-    for piece in family.keys(view):
-        if piece.theirs in stored:
-            pieces.setdefault(piece.theirs, []).append(piece)
-        else:
+    pieces = family.pieces(view)
+    for name in pieces:
+        if name not in stored:
             raise CheckpointError(
-                f"{folder}: tensor {piece.theirs!r} is missing. The files are not complete, or config.json is another's."
+                f"{folder}: tensor {name!r} is missing. The files are not complete, or config.json is another's."
             )
     ignored = re.compile(family.ignored)
     for name, tensor in stored.items():
@@ -207,11 +203,7 @@ def shape_of(view: View, pieces: Iterable[Piece]) -> tuple[int, ...]:
 
 
 def _fill(
-    model: Model,
-    pieces: dict[str, list[Piece]],
-    stored: dict[str, Stored],
-    device: torch.device,
-    dtype: torch.dtype | None,
+    model: Model, pieces: Pieces, stored: dict[str, Stored], device: torch.device, dtype: torch.dtype | None
 ) -> None:
     pinned = native.fp32_names(model)
     # which tensor of theirs is the first to fill a place; a family may store what is shared more than once

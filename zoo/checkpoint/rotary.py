@@ -16,38 +16,27 @@ __all__ = ["rotary", "written_rotary"]
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # a context of one token is shorter than any wavelength: all of them are stretched alike
 _LINEAR = (1.0, 4.0, 1.0)
-_SCALED = ("linear", "llama3")
 # of other types, which ignore them in a config of these
-_IDLE = frozenset(
-    "attention_factor beta_fast beta_slow short_factor long_factor mscale mscale_all_dim truncate".split()
-)
+_IDLE = "attention_factor beta_fast beta_slow short_factor long_factor mscale mscale_all_dim truncate".split()
 
 
 def rotary(
     fields: Fields,
     size: int,
     *,
-    theta: float = 10000.0,
+    theta: float = 1e4,
     partial: float | None = None,
     beside: bool = True,
     length: int = 2048,
 ) -> dict[str, Any]:
-    """The options of attention that say how positions turn its heads.
+    """The options of attention that say how positions turn its heads of ``size`` channels.
 
-    Args:
-        fields: The config.
-        size: Channels of a head.
-        theta: The class's ``default_theta``.
-        partial: The part of a head that turns where nothing is said; None where the class does not ask.
-        beside: Whether ``partial_rotary_factor`` counts beside ``rope_parameters`` too, and not only in it.
-        length: The class's ``max_position_embeddings``.
-
-    Raises:
-        CheckpointError: What cannot be computed, by name.
+    The class's defaults are ``theta``, the context ``length``, and the ``partial`` of a head that turns (``None`` where it does not ask).
+    ``beside`` tells whether ``partial_rotary_factor`` counts beside ``rope_parameters`` too, and not only in it.
     """
     where, given = _settings(fields)
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", *_SCALED):
+    if kind not in ("default", "linear", "llama3"):
         raise fields.error(
             f"rope_type is {kind!r}; only 'default', 'linear' or 'llama3' in {where} can be computed by this version."
         )
@@ -81,12 +70,7 @@ def rotary(
 
 
 def written_rotary(a: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
-    """The reverse of :func:`rotary`; nothing if there is no attention, or none with positions.
-
-    Args:
-        a: The options of attention, complete.
-        partial: Whether the class reads ``partial_rotary_factor``.
-    """
+    """The reverse of :func:`rotary`, nothing without positions; ``partial`` if the class reads ``partial_rotary_factor``."""
     if not a or a["rope"] is None:
         return {}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a["rope"]}

@@ -53,26 +53,19 @@ _STATES = _PLAIN | {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape and the kind of its numbers are known, its values are read when ``read`` is called.
-
-    Attributes:
-        dtype: A text if torch has no such numbers.
-        read: Gives a contiguous tensor with memory of its own.
-    """
+    """A tensor in a file: its shape and the kind of its numbers are known, its values are read when ``read`` is called."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    read: Callable[[], Tensor]
+    dtype: torch.dtype | str  # a text if torch has no such numbers
+    read: Callable[[], Tensor]  # gives a contiguous one with memory of its own
 
 
 @contextlib.contextmanager
 def stored_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
     """Every tensor of a folder by name, in one file or in shards; shapes are read, values as long as the block lasts.
 
-    Raises:
-        CheckpointError: A file is missing or damaged, an index points outside the folder, a name occurs twice; or, at the end of the
-            block, a file was written to meanwhile.
+    At its end, files that were written to meanwhile are refused.
     """
     found: dict[str, Stored] = {}
     with contextlib.ExitStack() as files:
@@ -98,11 +91,7 @@ def _version(handle: BinaryIO) -> tuple[int, int]:
 
 
 def check_one_set(folder: Path) -> None:
-    """Refuse weights in one file beside an index of others, of which every reader takes the former, whichever is newer.
-
-    Raises:
-        CheckpointError: There are both.
-    """
+    """Refuse weights in one file beside an index of others, of which every reader takes the former, whichever is newer."""
     single, index = folder / SINGLE[0], folder / f"{SINGLE[0]}.index.json"
     if single.exists() and index.exists() and (others := set(_indexed(index, single)) - {single}):
         raise CheckpointError(
@@ -138,11 +127,7 @@ def _indexed(index: Path, single: Path) -> list[Path]:
 
 
 def stored_in(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
-    """The tensors of one safetensors file: 8 bytes with the length of the header, the header as JSON, the numbers of all without gaps.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
+    """The tensors of one safetensors file: 8 bytes with the length of the header, the header as JSON, the numbers of all without gaps."""
     size = os.fstat(handle.fileno()).st_size
     n = int.from_bytes(handle.read(8), "little")
     if size < 8 or n > size - 8:
@@ -247,11 +232,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def check_state_file(file: Path) -> None:
-    """Refuse a file of a training's state (``torch.save``) that could run code or take more memory than its size.
-
-    Raises:
-        CheckpointError: It could, or is damaged.
-    """
+    """Refuse a file of a training's state (``torch.save``) that is damaged, could run code or take more memory than its size."""
     with open_regular(file) as handle, _damage(file):
         size, zipped = os.fstat(handle.fileno()).st_size, zipfile.is_zipfile(handle)
         _check_pickles(file, handle, zipped, _STATES)

@@ -20,7 +20,7 @@ from .families import FAMILIES
 from .family import Family
 from .fields import Fields
 from .files import SPECIAL_IDS, dump, open_source
-from .keys import Piece, View
+from .keys import View
 from .publish import GENERATION, check_new, new_folder
 from .reading import load, shape_of
 from .tensors import stored_tensors
@@ -83,7 +83,7 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: 
         files = tuple(sorted(p.name for p in new.iterdir()))
     with stored_tensors(place) as stored:
         names = frozenset(stored)
-    taken = {piece.theirs for piece in FAMILIES[model.family].keys(View(model, names))} if model.family else names
+    taken = FAMILIES[model.family].pieces(View(model, names)).keys() if model.family else names
     return Report(
         source=model.family or "hybridzoo", target=target, tensors=sum(1 for _ in model.parameters()),
         parameters=model.num_params(), pattern=model.cfg.layers, files=files, left_out=tuple(sorted(names - taken)),
@@ -206,11 +206,8 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def _theirs(view: View, family: Family, model: Model) -> Iterator[tuple[str, Tensor]]:
-    groups: dict[str, list[Piece]] = {}
-    for piece in family.keys(view):
-        groups.setdefault(piece.theirs, []).append(piece)
     parameters, seen = _as_stored(model), set()
-    for name, group in groups.items():
+    for name, group in family.pieces(view).items():
         whole = group[0]
         if len(group) == 1 and not whole.of:
             tensor = parameters[whole.ours].detach()[whole.at].cpu().contiguous()
