@@ -169,17 +169,10 @@ def home_of(name: str) -> str | None:
 
 
 def check_mixer_options(spec: dict[str, Any], where: str) -> dict[str, Any]:
-    """Validate ``{"type": name, **options}`` against the mixer's schema and fill in its defaults.
+    """Validate ``{"type": name, **options}`` against the mixer's schema, and return it with every option, defaults filled in.
 
-    Args:
-        spec: As read from YAML.
-        where: Dotted path of ``spec`` in the file, for messages.
-
-    Returns:
-        A new plain dict with ``type`` and every option.
-
-    Raises:
-        ConfigError: Unknown type or option, wrong type of value, or a required option that is missing.
+    ``where`` is the dotted path of ``spec`` in its file, for the :class:`ConfigError` about an unknown type or option, a value of a wrong
+    type, or a required option that is missing.
     """
     options, kind = dict(spec), spec.get("type")
     entry = get_mixer(options.pop("type", None), f"{where}.type")
@@ -262,20 +255,9 @@ def build_mixer(
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> Mixer:
-    """Construct the mixer that ``spec`` describes.
+    """Construct the mixer that ``spec``, as :func:`check_mixer_options` returns it, describes; the rest is as for a mixer's constructor.
 
-    Args:
-        spec: ``{"type": name, **options}``, as :func:`check_mixer_options` returns it; not checked again.
-        where: Dotted path of ``spec``, for messages.
-        d_model: Channels of the residual stream.
-        d_in: Channels of the input, where they are not ``d_model``.
-        layer_idx: Index of the residual block.
-        n_layer: Number of residual blocks.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
-
-    Raises:
-        ConfigError: A combination of values that the mixer refuses.
+    Options are not checked again; a combination of values that the mixer refuses is a :class:`ConfigError` about ``where``.
     """
     options = copy.deepcopy(spec)
     entry = get_mixer(options.pop("type"), f"{where}.type")
