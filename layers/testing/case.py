@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import Mixer, Seq, State, map_state
+from ..base import Mixer, Seq, State
 
 # in bfloat16, ways to the same number differ by the roundings of what they store in between
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -59,9 +59,8 @@ class Case:
     def x(self, b: int, length: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """Random inputs, ``(b, length, d_model)``."""
         generator = torch.Generator().manual_seed(1000 * self.seed + 10 * seed + b)
-        return torch.randn(b, length, self.d_model, generator=generator, dtype=torch.float64).to(
-            self.device, dtype or self.dtype
-        )
+        x = torch.randn(b, length, self.d_model, generator=generator, dtype=torch.float64)
+        return x.to(self.device, dtype or self.dtype)
 
     def close(self, got: Tensor, want: Tensor, what: str) -> None:
         """Fail unless the two agree to the dtype's tolerance, relative to the larger of 1 and the values."""
@@ -95,30 +94,10 @@ def ensure(ok: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def run_in_pieces(mixer: Mixer, x: Tensor, lengths: Collection[int], state: Any = None) -> tuple[Tensor, Any]:
-    """Feed ``x`` in pieces of these lengths, carrying the state."""
-    ys = []
-    for piece in x.split(list(lengths), dim=1):
-        y, state = mixer(piece, state, return_state=True)
-        ys.append(y)
-    return torch.cat(ys, 1), state
-
-
 @torch.no_grad()
 def decode(mixer: Mixer, x: Tensor, state: Any) -> Tensor:
     """Feed ``x`` token by token through ``step``."""
     return torch.stack([mixer.step(token, state) for token in x.unbind(1)], 1)
-
-
-def refuses(mixer: Mixer, capability: str, call: Callable[[], Any]) -> bool:
-    """Return whether the mixer lacks the capability; if so, asking for it must raise."""
-    if mixer.can(capability):
-        return False
-    try:
-        call()
-    except NotImplementedError:
-        return True
-    raise AssertionError(f"{capability!r} is not declared, but asking for it did not raise NotImplementedError")
 
 
 def state_at(mixer: Mixer, x: Tensor) -> Any:
@@ -137,15 +116,3 @@ def tensors_of(state: Any) -> list[tuple[str, Tensor]]:
         return list(state.tensors())
     ensure(isinstance(state, tuple), f"a state is a State or a tuple of states, got {type(state).__name__}")
     return [pair for part in state for pair in tensors_of(part)]
-
-
-def row_of(state: Any, row: int) -> Any:
-    """One row of a state, as a state of batch 1."""
-    return map_state(state, lambda t: t[row : row + 1].clone())
-
-
-def same_future(case: Case, mixer: Mixer, a: Any, b: Any, what: str) -> None:
-    """Two states lead to the same outputs, through forward and through step."""
-    x = case.x(1, 4, seed=7)
-    case.close(mixer(x, a), mixer(x, b), f"forward {what}")
-    case.close(decode(mixer, x, a), decode(mixer, x, b), f"steps {what}")

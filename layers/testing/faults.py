@@ -198,20 +198,18 @@ def _state(case: Case, mixer: Mixer, x: Tensor, other: Tensor) -> None:
         raise Fault(
             "state not returned: forward(x, return_state=True) gives (), although outputs depend on earlier tokens"
         )
-    _, unlike = _after(case, mixer, other[:, :_CUT])
-    if all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_of(state), tensors_of(unlike), strict=True)):
+    if _same(state, _after(case, mixer, other[:, :_CUT])[1]):
         raise Fault("state forgotten: the returned state is the same after other tokens")
     kept = map_state(state, torch.clone)
     y, _ = _after(case, mixer, x[:, _CUT:], state)
-    if not all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_of(state), tensors_of(kept), strict=True)):
+    if not _same(state, kept):
         raise Fault("changes the state it is given: forward is functional, and only step works in place")
     far, ignored = _far(case, y, whole[:, _CUT:]), not _far(case, y, mixer(x[:, _CUT:].clone()))
     if far and ignored:
         raise Fault("state ignored: forward gives the same with the state of earlier tokens and without")
     if far:
-        raise Fault(
-            f"state wrong: {_CUT} tokens and then {_LENGTH - _CUT} differ by {far:.1e} from all {_LENGTH} at once"
-        )
+        pieces = f"{_CUT} tokens and then {_LENGTH - _CUT}"
+        raise Fault(f"state wrong: {pieces} differ by {far:.1e} from all {_LENGTH} at once")
 
 
 @_breaks("steps_equal_forward", needed="state")

@@ -214,9 +214,8 @@ def auxiliary(case: Case) -> None:
     case.close(mixer(x, aux=aux), mixer(x), "with aux")
     ensure(set(aux) <= {"loss", "router"}, f"aux has the keys {sorted(aux)}")
     for loss in aux.get("loss", []):
-        ensure(
-            loss.dim() == 0 and loss.requires_grad, "aux['loss'] holds something that is not a differentiable scalar"
-        )
+        ok = loss.dim() == 0 and loss.requires_grad
+        ensure(ok, "aux['loss'] holds something that is not a differentiable scalar")
 
 
 @promise

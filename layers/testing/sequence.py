@@ -1,25 +1,47 @@
 """The promises about sequences: one meaning, whole or in pieces, alone or in company."""
 
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..base import Mixer, Seq, map_state, nbytes_of
-from .case import (
-    Case,
-    decode,
-    ensure,
-    promise,
-    refuses,
-    row_of,
-    run_in_pieces,
-    same_future,
-    squarish,
-    state_at,
-    tensors_of,
-    trained,
-)
+from .case import Case, decode, ensure, promise, squarish, state_at, tensors_of, trained
 
 _LENGTHS = (1, 2, 5, 13)
+
+
+def _run_in_pieces(mixer: Mixer, x: Tensor, lengths: Collection[int], state: Any = None) -> tuple[Tensor, Any]:
+    """Feed ``x`` in pieces of these lengths, carrying the state."""
+    ys = []
+    for piece in x.split(list(lengths), dim=1):
+        y, state = mixer(piece, state, return_state=True)
+        ys.append(y)
+    return torch.cat(ys, 1), state
+
+
+def _refuses(mixer: Mixer, capability: str, call: Callable[[], Any]) -> bool:
+    """Return whether the mixer lacks the capability; if so, asking for it must raise."""
+    if mixer.can(capability):
+        return False
+    try:
+        call()
+    except NotImplementedError:
+        return True
+    raise AssertionError(f"{capability!r} is not declared, but asking for it did not raise NotImplementedError")
+
+
+def _row_of(state: Any, row: int) -> Any:
+    """One row of a state, as a state of batch 1."""
+    return map_state(state, lambda t: t[row : row + 1].clone())
+
+
+def _same_future(case: Case, mixer: Mixer, a: Any, b: Any, what: str) -> None:
+    """Two states lead to the same outputs, through forward and through step."""
+    x = case.x(1, 4, seed=7)
+    case.close(mixer(x, a), mixer(x, b), f"forward {what}")
+    case.close(decode(mixer, x, a), decode(mixer, x, b), f"steps {what}")
 
 
 @promise
@@ -59,10 +81,8 @@ def reach(case: Case) -> None:
         grad = _gradient(mixer, x, t)
         got = (grad[0] != 0).any(-1).cpu()
         for s in (got != want).nonzero().flatten().tolist()[:1]:
-            ensure(
-                False,
-                f"output {t} {'does not depend' if want[s] else 'depends'} on input {s}, and reach says otherwise",
-            )
+            how = "does not depend" if want[s] else "depends"
+            ensure(False, f"output {t} {how} on input {s}, and reach says otherwise")
         ensure(not grad[1].any(), f"output {t} of row 0 depends on row 1")
 
 
@@ -92,17 +112,15 @@ def grid(case: Case) -> None:
 def steps_equal_forward(case: Case) -> None:
     """Token by token through step, from init_state with and without room, gives what forward gives; in place."""
     mixer, x = case.build(), case.x(3, 13)
-    if refuses(mixer, "state", lambda: mixer.step(x[:, 0], mixer.init_state(3, 13))):
+    if _refuses(mixer, "state", lambda: mixer.step(x[:, 0], mixer.init_state(3, 13))):
         return
     with torch.no_grad():
         want = mixer(x)
     state = mixer.init_state(3, 13)
     before = [t.data_ptr() for _, t in tensors_of(state)]
     case.close(decode(mixer, x, state), want, "steps from init_state(3, 13)")
-    ensure(
-        before == [t.data_ptr() for _, t in tensors_of(state)],
-        "step replaced the state's tensors: a CUDA graph would miss it",
-    )
+    in_place = before == [t.data_ptr() for _, t in tensors_of(state)]
+    ensure(in_place, "step replaced the state's tensors: a CUDA graph would miss it")
     case.close(decode(mixer, x, mixer.init_state(3)), want, "steps from init_state(3)")
     with torch.no_grad():
         _, state = mixer(x[:, :6], return_state=True)
@@ -116,13 +134,13 @@ def steps_equal_forward(case: Case) -> None:
 def chunks_equal_whole(case: Case) -> None:
     """A sequence in chunks of any lengths, with the state carried over, gives what it gives in one; states stay as they are."""
     mixer, x = case.build(), case.x(2, 23)
-    if refuses(mixer, "state", lambda: mixer(x, return_state=True)):
+    if _refuses(mixer, "state", lambda: mixer(x, return_state=True)):
         return
     with torch.no_grad():
         want = mixer(x)
         for lengths in ([1, 2, 1, 3, 16], [11, 12], [5, 1, 17], [7, 7, 9]):
             for start in (None, mixer.init_state(2), mixer.init_state(2, 23)):
-                case.close(run_in_pieces(mixer, x, lengths, start)[0], want, f"chunks of {lengths}")
+                case.close(_run_in_pieces(mixer, x, lengths, start)[0], want, f"chunks of {lengths}")
         state = state_at(mixer, x[:, :9])
         kept = map_state(state, torch.clone)
         mixer(x[:, 9:], state, return_state=True)
@@ -136,7 +154,7 @@ def packing(case: Case) -> None:
     mixer, lengths = case.build(), [1, 4, 2, 1, 7]
     x, cu = case.x(1, 15), torch.tensor([0, 1, 5, 7, 8, 15], device=case.device)
     seq = Seq.from_cu_seqlens(cu, 1, 15)
-    if refuses(mixer, "packing", lambda: mixer(x, seq=seq)):
+    if _refuses(mixer, "packing", lambda: mixer(x, seq=seq)):
         return
     with torch.no_grad():
         case.close(mixer(x, seq=seq), torch.cat([mixer(doc) for doc in x.split(lengths, 1)], 1), "packed documents")
@@ -154,7 +172,7 @@ def packing(case: Case) -> None:
         for row, spans in enumerate(pieces):
             i, j = spans[-1]
             alone = state_at(mixer, rows[row : row + 1, i:j])
-            same_future(case, mixer, row_of(state, row), alone, f"after the last document of row {row}")
+            _same_future(case, mixer, _row_of(state, row), alone, f"after the last document of row {row}")
     try:
         mixer(x, mixer.init_state(1), seq)
     except ValueError:
@@ -172,7 +190,7 @@ def padding(case: Case) -> None:
     x, other = case.x(5, length), case.x(5, length, seed=1)
     seq = Seq.from_mask(mask)
     assert seq is not None
-    if refuses(mixer, "padding", lambda: mixer(seq.align(x), seq=seq)):
+    if _refuses(mixer, "padding", lambda: mixer(seq.align(x), seq=seq)):
         return
     x, noisy = (torch.where(mask[..., None] > 0, x, 100 * pads) for pads in (other, -other))
     stateful = mixer.can("state")
@@ -191,15 +209,15 @@ def padding(case: Case) -> None:
         for row in range(5):
             alone = x[row : row + 1, real[row]]
             what = f"after mask {mask[row].tolist()}"
-            same_future(case, mixer, row_of(state, row), state_at(mixer, alone), what)
+            _same_future(case, mixer, _row_of(state, row), state_at(mixer, alone), what)
             y_alone, s_alone = mixer(alone, state_at(mixer, past[row : row + 1]), return_state=True)
             case.close(seq.restore(again[0])[row : row + 1, real[row]], y_alone, f"{what}, with a state")
-            same_future(case, mixer, row_of(again[1], row), s_alone, f"{what}, with a state")
+            _same_future(case, mixer, _row_of(again[1], row), s_alone, f"{what}, with a state")
         # a row that is all padding keeps its state
         empty = Seq.from_mask(torch.tensor([[1, 1, 1], [0, 0, 0]], device=case.device))
         before = state_at(mixer, past[:2])
         after = mixer(x[:2, :3], before, empty, return_state=True)[1]
-        same_future(case, mixer, row_of(after, 1), row_of(before, 1), "after a row of padding only")
+        _same_future(case, mixer, _row_of(after, 1), _row_of(before, 1), "after a row of padding only")
 
 
 @promise
@@ -212,7 +230,7 @@ def state_gradient(case: Case) -> None:
     grads = []
     for lengths in ([12], [5, 1, 6]):
         leaf = x.clone().requires_grad_()
-        y, _ = run_in_pieces(mixer, leaf, lengths)
+        y, _ = _run_in_pieces(mixer, leaf, lengths)
         grads.append(torch.autograd.grad((y * weight).sum(), [leaf, *trained(mixer).values()], allow_unused=True))
     for name, a, b in zip(["x", *trained(mixer)], *grads, strict=True):
         ensure(a is not None and b is not None, f"{name} gets no gradient")
@@ -254,5 +272,5 @@ def state_size(case: Case) -> None:
         for field, t in tensors_of(state):
             ensure(t.shape[0] == 3, f"the state's {field} has shape {tuple(t.shape)}, not batch first")
         want = mixer.state_bytes(length)
-        for what, got in (("forward", row_of(state, 1)), ("init_state", mixer.init_state(1, length))):
+        for what, got in (("forward", _row_of(state, 1)), ("init_state", mixer.init_state(1, length))):
             ensure(nbytes_of(got) == want, f"state_bytes({length}) = {want}, {what} gave {nbytes_of(got)}")
