@@ -139,12 +139,11 @@ class Attention(Mixer):
         d_qkv, d_in = sum(heads) * self.headdim, d_in or d_model
         self.d_model, self.d_in, self.d_qkv = d_model, d_in, d_qkv
         self.in_proj = linear(d_in, d_qkv, qkv_bias, device, dtype)
-        self.adapter = None
-        if adapter_rank:
-            self.adapter = Adapter(d_in, [h * self.headdim for h in heads], adapter_rank, device, dtype)
+        sizes = [h * self.headdim for h in heads]
+        self.adapter = Adapter(d_in, sizes, adapter_rank, device, dtype) if adapter_rank else None
         self.conv1d = CausalConv1d(d_qkv, d_conv, True, None, device, dtype) if d_conv else None
-        norms = [RMSNorm(self.headdim, norm_eps, device=device, dtype=dtype) if qk_norm else None for _ in "qk"]
-        self.q_norm, self.k_norm = norms
+        norm = functools.partial(RMSNorm, self.headdim, norm_eps, device=device, dtype=dtype)
+        self.q_norm, self.k_norm = (norm() if qk_norm else None for _ in "qk")
         self.out_proj = linear(nheads * self.headdim, d_model, out_bias, device, dtype)
         self.reset_parameters(layer_idx, n_layer)
 
@@ -289,16 +288,11 @@ class Attention(Mixer):
         # mask ([b,] lq, lk), or plain causality; gives (b, lq, h * p)
         math = plain_only() or os.environ.get(ENV) == "math"
         # the fused kernels have first derivatives only, and none in forward mode
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        options: dict[str, Any] = {"scale": self.softmax_scale, "enable_gqa": self.nheads != self.nheads_kv}
+        options |= {"is_causal": True} if mask is None else {"attn_mask": mask.unsqueeze(-3)}
         with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                attn_mask=mask if mask is None else mask.unsqueeze(-3),
-                is_causal=mask is None,
-                scale=self.softmax_scale,
-                enable_gqa=self.nheads != self.nheads_kv,
-            )
+            y = F.scaled_dot_product_attention(q, k, v, **options)
         if torch.is_grad_enabled() and not math and not torch.compiler.is_compiling():
             y = refused_beyond("attention", y)
         return y.transpose(1, 2).flatten(-2)

@@ -29,11 +29,8 @@ def tree(cls: type) -> None:
 
     def flatten(x: Any) -> tuple[list[Any], Any]:
         values = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-        inside = [
-            name
-            for name, value in values.items()
-            if isinstance(value, Tensor | tuple | list | dict) or dataclasses.is_dataclass(value)
-        ]
+        kinds = Tensor | tuple | list | dict
+        inside = [name for name, v in values.items() if isinstance(v, kinds) or dataclasses.is_dataclass(v)]
         return [values.pop(name) for name in inside], (inside, values)
 
     def unflatten(children: Iterable[Any], context: Any) -> Any:
@@ -122,12 +119,9 @@ class Sharing(nn.Module):
 
     Such a part stands under its name in both, so the state dict has it twice, but is a child of the other alone: what visits the tree to
     move, initialise or shard (FSDP) a module's own finds it there.
-
-    Attributes:
-        borrowed: The parts of the other, by name.
     """
 
-    borrowed: ClassVar[dict[str, nn.Module]] = {}
+    borrowed: ClassVar[dict[str, nn.Module]] = {}  # by name
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts that are this module's own."""
@@ -284,14 +278,9 @@ class Mixer(Sharing):
 
     @property
     def _dtype(self) -> torch.dtype:
-        # the dtype of the projections: what fp32-pinned parameters say does not count, nor how a quantised one is packed
-        # the numbers of quantised ones are integers
-        free = (
-            p.dtype for name, p in self.named_parameters() if name not in self.fp32_parameters and p.is_floating_point()
-        )
-        return next(
-            (dtype for dtype in free if dtype.is_floating_point and dtype.itemsize > 1), torch.get_default_dtype()
-        )
+        # of the projections: what fp32-pinned parameters say does not count, nor how a quantised one is packed, in integers or bytes
+        free = (p.dtype for name, p in self.named_parameters() if name not in self.fp32_parameters)
+        return next((kind for kind in free if kind.is_floating_point and kind.itemsize > 1), torch.get_default_dtype())
 
     @property
     def _device(self) -> torch.device:

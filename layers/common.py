@@ -61,9 +61,8 @@ def why_called(module: nn.Module | None, kind: type[nn.Module]) -> str | None:
     """
     if type(module) is not kind:
         return f"is of type {type(module).__name__}, not {kind.__name__}"
-    m = module
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    if hooks or "forward" in m.__dict__ or m._compiled_call_impl is not None:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if hooks or "forward" in module.__dict__ or module._compiled_call_impl is not None:
         return "has hooks, or a forward of its own"
     return None
 
@@ -77,12 +76,8 @@ def hooked_everywhere() -> bool:
     """Return whether there are hooks on all modules."""
     # torch's own names for what it calls around every module
     every: Any = nn.modules.module
-    return bool(
-        every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
-    )
+    forward = every._global_forward_hooks or every._global_forward_pre_hooks
+    return bool(forward or every._global_backward_hooks or every._global_backward_pre_hooks)
 
 
 @torch.no_grad()

@@ -38,9 +38,7 @@ class CausalConv1d(nn.Module):
         super().__init__()
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(d, 1, k, device=device, dtype=dtype))
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(d, device=device, dtype=dtype)) if bias else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

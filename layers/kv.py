@@ -90,16 +90,9 @@ def remember(
     length: int,
     window: int | None,
 ) -> AttentionState:
-    """The state after ``length`` more tokens per row, as a function of the old one.
+    """The state after ``length`` more tokens per row, padding included, as a function of the old one.
 
-    Args:
-        state: The old one.
-        k: ``(b, used + length, h_kv, p)``, the old state's used slots, then the new tokens.
-        v: As ``k``.
-        conv: The convolution's new state.
-        seq: Padding or packing of the new tokens.
-        length: New tokens per row, padding included.
-        window: Tokens to keep; all if ``None``.
+    k and v are ``(b, used + length, h_kv, p)``: the old state's used slots, then the new tokens, whose padding or packing ``seq`` tells.
     """
     if state is not None and not length:
         return state.map(Tensor.clone)

@@ -79,9 +79,8 @@ class MLP(Mixer):
         self.activation, self.gated = activation, gated
         self.gate_multiplier, self.out_multiplier = gate_multiplier, out_multiplier
         self.fc1 = linear(d_model, d_intermediate * (2 if gated else 1), bias, device, dtype)
-        self.adapter = None
-        if adapter_rank:
-            self.adapter = Adapter(d_model, [self.fc1.out_features], adapter_rank, device, dtype)
+        sizes = [self.fc1.out_features]
+        self.adapter = Adapter(d_model, sizes, adapter_rank, device, dtype) if adapter_rank else None
         self.fc2 = linear(d_intermediate, d_model, bias, device, dtype)
         self.reset_parameters(layer_idx, n_layer)
 

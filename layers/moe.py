@@ -315,13 +315,8 @@ def balance_loss(layers: list[tuple[float, int, Tensor, Tensor]]) -> Tensor | fl
 
     As transformers has it for Mixtral, Jamba, Granite and Qwen 3: the tokens of all layers count as one batch, so that the loss does not
     grow with the number of layers, and layers whose imbalances differ may make up for each other. Layers with other coefficients,
-    another number of experts or another ``top_k`` form batches of their own.
-
-    Args:
-        layers: Of each the coefficient, ``top_k``, the choices of every expert per token ``(e,)``, and the mean probabilities ``(e,)``.
-
-    Returns:
-        A scalar; 0.0 for no layers.
+    another number of experts or another ``top_k`` form batches of their own. Of each of ``layers`` there is the coefficient, ``top_k``,
+    the choices of every expert per token ``(e,)``, and the mean probabilities ``(e,)``; the sum is 0.0 without any.
     """
     groups: dict[tuple[float, int, int], list[tuple[Tensor, Tensor]]] = {}
     for coef, top_k, share, mean in layers:

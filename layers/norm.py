@@ -30,9 +30,7 @@ class RMSNorm(nn.Module):
     def __init__(self, d: int, eps: float = 1e-5, *, affine: bool = True, device: Device = None, dtype: Dtype = None):
         super().__init__()
         self.d, self.eps = d, eps
-        self.weight: nn.Parameter | None = None
-        if affine:
-            self.weight = nn.Parameter(torch.ones(d, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(d, device=device, dtype=dtype)) if affine else None
 
     def reset_parameters(self) -> None:
         """Set the weight to one."""

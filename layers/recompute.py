@@ -75,12 +75,9 @@ _CHANGED = (
 
 
 def repeatable(out: Tensor, form: Callable[..., Tensor], *operands: Any) -> Tensor:
-    """Give ``out`` back, with the recipe ``form(*operands)`` that yields the same bits again.
+    """Give ``out`` back, which an op has just made in one piece, with a recipe if it is part of a graph.
 
-    Args:
-        out: What the op has just made, in one piece; it has a recipe only if it is part of a graph.
-        form: The op, or what computes the same from the same operands whatever autocast says.
-        operands: Its arguments.
+    The recipe, ``form(*operands)``, yields the same bits again, whatever autocast says by then.
     """
     if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor and out.is_contiguous():
         out._recipe = Recipe(out, form, operands)  # type: ignore[attr-defined]
@@ -141,7 +138,7 @@ def recomputing() -> Any:
     It does nothing where autograd keeps nothing, where a compiler decides itself what to recompute, and under somebody else's hooks on
     saved tensors, such as those of activation checkpointing and offloading, which take care of all of them.
     """
-    return contextlib.nullcontext(_same) if left_alone() or others_hooks() else _Recomputing()
+    return contextlib.nullcontext(lambda x: x) if left_alone() or others_hooks() else _Recomputing()
 
 
 def left_alone() -> bool:
@@ -153,14 +150,8 @@ def others_hooks() -> bool:
     """Return whether somebody else's hooks take care of saved tensors."""
     autograd: Any = torch._C._autograd
     try:
-        return (
-            not autograd._saved_tensors_hooks_is_enabled()
-            or autograd._top_saved_tensors_default_hooks(True) is not None
-        )
+        enabled = autograd._saved_tensors_hooks_is_enabled()
+        return not enabled or autograd._top_saved_tensors_default_hooks(True) is not None
     except AttributeError:
         # torch's own names for it, 2.11 to 2.13 at least; not knowing is a reason to keep out of the way
         return True
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

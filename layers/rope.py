@@ -31,12 +31,7 @@ def check_rope(rope: float | None, rotary_dim: int | None, headdim: int, scaling
 
 
 def rotate(
-    x: Tensor,
-    pos: Tensor,
-    theta: float,
-    dim: int,
-    interleaved: bool = False,
-    scaling: tuple[float, ...] | None = None,
+    x: Tensor, pos: Tensor, theta: float, dim: int, interleaved: bool = False, scaling: tuple[float, ...] | None = None
 ) -> Tensor:
     """Rotate the first ``dim`` channels of every head by an angle that grows with the position.
 
