@@ -29,6 +29,22 @@ def is_wrapped(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def vmapped() -> bool:
+    """Tell whether ``torch.vmap`` is at work: its samples have no numbers in common that the host could read."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key().name == "Vmap" for level in levels)
+
+
+def saved_tensors_are_handled() -> bool:
+    """Tell whether hooks of others take care of saved tensors, or may; such hooks must see what autograd would have kept."""
+    autograd: Any = torch._C._autograd
+    try:
+        enabled = autograd._saved_tensors_hooks_is_enabled()
+        return not enabled or autograd._top_saved_tensors_default_hooks(True) is not None
+    except AttributeError:
+        return True
+
+
 def name_of(op: Any) -> str:
     """The name of an operator that ``torch.library.custom_op`` made, ``hybridzoo::ssd``."""
     return op._name

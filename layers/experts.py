@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..kernels.derivatives import differentiable_once, plain
 from ..kernels.dispatch import FLOATS, HALVES, Backend, Facts, refuse_library, register
 from ..kernels.operators import custom_op
+from ..kernels.torch_private import vmapped
 
 __all__ = ["grouped_linear"]
 
@@ -65,8 +66,7 @@ def _gather(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def _plain(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """The product in operations that have every kind of derivative; samples that vmap works on have no offsets in common."""
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return (_gather if any(level.key().name == "Vmap" for level in levels) else _loop)(x, weight, offsets)
+    return (_gather if vmapped() else _loop)(x, weight, offsets)
 
 
 @custom_op("hybridzoo::grouped_linear", mutates_args=())

@@ -19,6 +19,7 @@ from ..kernels import BackendError, selective_scan, selective_state_update
 from ..kernels.dispatch import ENV, choose
 from ..kernels.gpu.operands import eager
 from ..kernels.mamba_layer import Weights, mamba_layer
+from ..kernels.torch_private import saved_tensors_are_handled
 from .base import Aux, Mixer, Seq, State
 from .common import (
     Device,
@@ -36,7 +37,7 @@ from .common import (
 from .conv import CausalConv1d
 from .norm import RMSNorm
 from .options import check, check_dt, check_positive
-from .recompute import left_alone, others_hooks, recipe, recomputing, repeatable
+from .recompute import left_alone, recipe, recomputing, repeatable
 
 __all__ = ["Mamba", "MambaState"]
 
@@ -199,7 +200,7 @@ class Mamba(Mixer):
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         given, (x, seq) = seq, self._enter(x, state, seq)
         if not return_state and state is None and (weights := self._as_one(x)) is not None:
-            again = None if others_hooks() else recipe(x)
+            again = None if saved_tensors_are_handled() else recipe(x)
             eps = None if self.dt_norm is None else self.dt_norm.eps
             y = mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
             return self._leave(y, given)

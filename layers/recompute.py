@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..kernels.derivatives import transformed
+from ..kernels.torch_private import saved_tensors_are_handled
 
-__all__ = ["left_alone", "others_hooks", "recipe", "recomputing", "repeatable"]
+__all__ = ["left_alone", "recipe", "recomputing", "repeatable"]
 
 
 class Recipe:
@@ -138,20 +139,9 @@ def recomputing() -> Any:
     It does nothing where autograd keeps nothing, where a compiler decides itself what to recompute, and under somebody else's hooks on
     saved tensors, such as those of activation checkpointing and offloading, which take care of all of them.
     """
-    return contextlib.nullcontext(lambda x: x) if left_alone() or others_hooks() else _Recomputing()
+    return contextlib.nullcontext(lambda x: x) if left_alone() or saved_tensors_are_handled() else _Recomputing()
 
 
 def left_alone() -> bool:
     """Return whether autograd keeps nothing, or a compiler or a transform decides what is kept."""
     return torch.compiler.is_compiling() or not torch.is_grad_enabled() or transformed() is not None
-
-
-def others_hooks() -> bool:
-    """Return whether somebody else's hooks take care of saved tensors."""
-    autograd: Any = torch._C._autograd
-    try:
-        enabled = autograd._saved_tensors_hooks_is_enabled()
-        return not enabled or autograd._top_saved_tensors_default_hooks(True) is not None
-    except AttributeError:
-        # torch's own names for it, 2.11 to 2.13 at least; not knowing is a reason to keep out of the way
-        return True
