@@ -100,7 +100,7 @@ def test_the_wheel_declares_what_it_needs(wheel):
     archive = zipfile.ZipFile(wheel)
     metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
     core = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M))
-    assert core == {"torch", "omegaconf", "einops", "safetensors", "typer", "rich", "numpy"}
+    assert core == {"torch", "omegaconf", "safetensors", "typer", "rich", "numpy"}
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: >=3.11" in metadata
     points = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt"))).decode()
     assert "zoo = hybridzoo.__main__:main" in points

@@ -18,7 +18,7 @@ from .device import pick_device
 __all__ = ["examine"]
 
 _PACKAGES = (
-    "hybridzoo", "torch", "numpy", "omegaconf", "einops", "safetensors", "transformers", "tokenizers", "accelerate",
+    "hybridzoo", "torch", "numpy", "omegaconf", "safetensors", "transformers", "tokenizers", "accelerate",
     "tensorboard", "lm_eval", "datasets", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "megablocks",
 )  # fmt: skip
 
