@@ -17,7 +17,7 @@ from ..registry import (
     refuse_broken,
 )
 from .plain import first_line
-from .schema import MAX_MIXERS
+from .schema import MAX_MIXERS, check_choice
 from .specs import STREAMS, without_streams
 
 __all__ = ["check_imports", "check_mixers", "filled"]
@@ -39,18 +39,13 @@ def check_imports(values: dict[str, Any]) -> None:
             )
         if kind in known and (home := home_of(kind)) is not None:
             homes[kind] = home
-    if homes:
-        values["imports"] = homes
-    else:
+    values["imports"] = homes
+    if not homes:
         del values["imports"]
 
 
 def filled(name: str, entry: Any) -> dict[str, Any]:
-    """Return an entry of ``mixers`` with its type, every option, and the streams that it names.
-
-    Raises:
-        ConfigError: The name, the type, an option or a stream cannot be.
-    """
+    """Return an entry of ``mixers`` with its type, every option, and the streams that it names, all of them checked."""
     where = f"mixers.{name}"
     if not (name.isascii() and name.isidentifier() and len(name) <= MAX_NAME):
         raise ConfigError(
@@ -70,23 +65,12 @@ def filled(name: str, entry: Any) -> dict[str, Any]:
         entry = {"type": name, **entry}
     streams = {key: entry[key] for key in STREAMS if key in entry}
     for key, value in streams.items():
-        if value not in STREAMS[key]:
-            known = ", ".join(STREAMS[key])
-            raise ConfigError(f"{where}.{key}: unknown value {value!r}.{nearest(value, STREAMS[key])} Known: {known}.")
+        check_choice(f"{where}.{key}", value, STREAMS[key])
     return check_mixer_options(without_streams(entry), where) | streams
 
 
 def check_mixers(specs: list[BlockSpec], d_model: int, needs: Mapping[str, str]) -> None:
-    """Build each distinct mixer once, on the meta device.
-
-    Args:
-        specs: The blocks.
-        d_model: Channels.
-        needs: As of :class:`~hybridzoo.zoo.config.schema.ConfigSchema`.
-
-    Raises:
-        ConfigError: One cannot be built or has not what the model needs, or there are too many.
-    """
+    """Build each distinct mixer once, on the meta device; refuse what cannot be built or has not what the model ``needs``, and too many."""
     built: dict[tuple[int, str], tuple[Any, str, BlockSpec]] = {}
     for spec in specs:
         for _, part, where in spec.parts:

@@ -8,6 +8,7 @@ it lies in, which may have been downloaded: its base is a shipped name or a file
 a ``config.json`` inherits from shipped names alone. Any other file is one that somebody has named, and may say ``../other.yaml``.
 """
 
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,7 @@ _MAX_BASES = 16
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of a shipped name, or of a path: a YAML file, or a folder with a ``config.yaml``.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Find the file of a shipped name, or of a path: a YAML file, or a folder with a ``config.yaml``."""
     if isinstance(name, str) and name in list_models():
         return CONFIGS / "lm" / f"{name}.yaml"
     path = Path(name)
@@ -52,12 +49,7 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds: plain data, nothing in it evaluated.
-
-    Raises:
-        ConfigError: Not readable, not YAML, not a mapping, an interpolation in it, or out of all proportion; with the file, and the
-            line or the dotted key if there is one.
-    """
+    """Read the mapping that a YAML file holds: plain data, nothing in it evaluated; errors name the line or the dotted key."""
     try:
         with open(path, "rb") as f:
             content = f.read(_MAX_BYTES + 1)
@@ -84,13 +76,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def inherit(data: dict[str, Any], path: Path | None, *, saved: bool = False) -> dict[str, Any]:
     """Put ``data`` on top of the config that its ``base`` names, and that one's base, and so on.
 
-    Args:
-        data: A config, perhaps with ``base``.
-        path: The file it came from; without one, it came from a caller, and paths are relative to the working directory.
-        saved: Whether it came from a model's folder without being a file of it (``config.json``).
-
-    Raises:
-        ConfigError: No such base, one that the rule above does not allow, one that comes back to itself, or more than 16 in a row.
+    Without a ``path``, the file it came from, paths are relative to the working directory; ``saved`` says that it is a ``config.json``'s.
     """
     layers, chain = [data], [] if path is None else [path]
     folder: Path | None = None
@@ -114,9 +100,7 @@ def inherit(data: dict[str, Any], path: Path | None, *, saved: bool = False) -> 
             names = " -> ".join(p.name for p in chain)
             raise ConfigError(f"base: {names} comes back to itself. Remove one of these base lines.")
         layers.append(read_config(path))
-    merged = layers.pop()
-    for over in reversed(layers):
-        merged = _merge(merged, over)
+    merged = functools.reduce(_merge, reversed(layers))
     merged.pop("base", None)
     return merged
 
@@ -144,16 +128,7 @@ def _find_base(base: str, path: Path | None, folder: Path | None) -> Path:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Apply changes in their order: a list of texts, or a mapping.
-
-    Args:
-        data: A config as plain data; it is not modified.
-        overrides: Dotlist entries such as ``"mixers.mamba.d_state=8"``, whose values are YAML; or a mapping of keys, dotted or not, to
-            values: ``{"mixers.mamba.d_state": 8}`` or ``{"mixers": {"mamba": {"d_state": 8}}}``, whose mappings merge.
-
-    Raises:
-        ConfigError: An entry that is not ``key=value``, or that does not fit what stands at the key.
-    """
+    """Apply changes, as :func:`~hybridzoo.zoo.config.resolve.load_config` takes them, in their order to a copy of a config."""
     if isinstance(overrides, Mapping):
         if not all(isinstance(key, str) for key in overrides):
             raise ConfigError(
@@ -185,18 +160,18 @@ def _read_override(entry: str) -> tuple[str, Any, str]:
     try:
         return key, parse_yaml(text), entry
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
-        raise ConfigError(
-            f"{key}: cannot be set by {shortened(entry)}: {first_line(e)}. Write the value as in YAML."
-        ) from None
+        raise _unfit(key, entry, f"{first_line(e)}. Write the value as in YAML.") from None
+
+
+def _unfit(key: str, entry: str, problem: str) -> ConfigError:
+    return ConfigError(f"{key}: cannot be set by {shortened(entry)}: {problem}")
 
 
 def _keys(key: str, entry: str) -> list[str]:
     refuse_interpolation(key, shortened(key))
     keys = re.sub(r"\[(\w*)\]", r".\1", key).split(".")
     if not all(keys) or len(keys) > MAX_DEPTH:
-        raise ConfigError(
-            f"{shortened(key)}: cannot be set by {shortened(entry)}: is no dotted key. Write it as in 'norm.eps=1e-5'."
-        )
+        raise _unfit(shortened(key), entry, "is no dotted key. Write it as in 'norm.eps=1e-5'.")
     if keys[0] == "base":
         raise ConfigError(
             f"base: cannot be overridden by {shortened(entry)}. Name the other config in place of this one."
@@ -205,32 +180,24 @@ def _keys(key: str, entry: str) -> list[str]:
 
 
 def _put(data: dict[str, Any], key: str, value: Any, entry: str) -> None:
-    *parents, last = _keys(key, entry)
+    keys = _keys(key, entry)
     node: Any = data
-    name: Any
-    for i, name in enumerate([*parents, last]):
+    for i, name in enumerate(keys):
+        at, is_last, place = ".".join(keys[:i]), i + 1 == len(keys), name
         if isinstance(node, list):
             if not re.fullmatch(r"-?\d{1,6}", name, re.ASCII) or not -len(node) <= int(name) < len(node):
-                at = ".".join([*parents, last][:i])
-                raise ConfigError(
-                    f"{key}: cannot be set by {shortened(entry)}: {at} is a list of {len(node)}. Use an index of it."
-                )
-            name = int(name)
+                raise _unfit(key, entry, f"{at} is a list of {len(node)}. Use an index of it.")
+            place: Any = int(name)
         elif not isinstance(node, dict):
-            at = ".".join([*parents, last][:i])
-            raise ConfigError(
-                f"{key}: cannot be set by {shortened(entry)}: {at} is {shortened(node)}, no mapping. Check the key."
-            )
-        elif i < len(parents) and node.get(name) is None:
-            node[name] = {}
-        if i < len(parents):
-            node = node[name]
-    if isinstance(node, list):
-        node[int(last)] = _merge(node[int(last)], value)
-        return
-    if last == "type" and node.get("type", value) != value:
-        node.clear()  # as in _merge
-    node[last] = _merge(node[last], value) if last in node else value
+            raise _unfit(key, entry, f"{at} is {shortened(node)}, no mapping. Check the key.")
+        else:
+            if is_last and name == "type" and node.get(name, value) != value:
+                node.clear()  # as in _merge
+            if node.get(name) is None:
+                node[name] = None if is_last else {}
+        if is_last:
+            node[place] = _merge(node[place], value)
+        node = node[place]
 
 
 def _merge(base: Any, over: Any) -> Any:

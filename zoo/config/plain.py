@@ -5,6 +5,7 @@ library has registered, so a text that holds one is refused before OmegaConf see
 (Hydra's ``cfg.model``, say) is resolved, by the rules of that code.
 """
 
+import functools
 import numbers
 import os
 from collections.abc import Mapping
@@ -28,21 +29,10 @@ _LONG_TEXT_AT = "layers"
 
 
 def plain(data: Any, file: object = None, at: tuple[str, ...] = ()) -> Any:
-    """A copy of ``data`` made of dicts, lists, texts, numbers, booleans and ``None`` alone.
-
-    Args:
-        data: From a file, a command line or a caller.
-        file: The file it came from, for messages.
-        at: Keys that lead to it, for messages.
-
-    Raises:
-        ConfigError: A value of another kind, an interpolation, or more than the limits of this module; with the dotted key.
-    """
+    """Copy ``data`` as dicts, lists, texts, numbers, booleans and ``None`` alone; errors name the ``file``, and the keys from ``at`` on."""
     root: list[Any] = [None]
     count = 0
-    path: Any = None
-    for key in at:
-        path = (path, key)
+    path: Any = functools.reduce(lambda path, key: (path, key), at, None)
     # where a value goes, and the keys that lead to it as a linked list, which is spelt out only for an error
     stack: list[tuple[Any, Any, Any, Any, int]] = [(data, root, 0, path, 0)]
     while stack:
@@ -57,9 +47,8 @@ def plain(data: Any, file: object = None, at: tuple[str, ...] = ()) -> Any:
             if isinstance(value, Mapping):
                 for name in value:
                     _check_key(name, file, path)
-                names = [str.__str__(name) for name in value]
-                into[key] = dict.fromkeys(names)
-                items: Any = zip(names, value.values(), strict=True)
+                items: Any = [(str.__str__(name), child) for name, child in value.items()]
+                into[key] = dict.fromkeys(name for name, _ in items)
             else:
                 into[key] = [None] * len(value)
                 items = enumerate(value)
@@ -85,30 +74,29 @@ def first_line(e: object) -> str:
     return text.splitlines()[0].rstrip(". ") if text else type(e).__name__
 
 
-def _where(file: object, path: Any) -> str:
+def _keys(path: Any) -> list[str]:
     keys = []
     while path is not None:
         path, key = path
         keys.append(str(key))
-    dotted = ".".join(reversed(keys)) or "config"
+    return keys[::-1]
+
+
+def _where(file: object, path: Any) -> str:
+    dotted = ".".join(_keys(path)) or "config"
     return dotted if file is None else f"{file}: {dotted}"
 
 
 def _check_key(key: Any, file: object, path: Any) -> None:
     if not isinstance(key, str):
-        shown = f"{key!r} ({type(key).__name__})" if _is_short(key) else f"of type {type(key).__name__}"
+        is_short = key is None or isinstance(key, float) or (isinstance(key, int) and key.bit_length() <= _MAX_BITS)
+        shown = f"{key!r} ({type(key).__name__})" if is_short else f"of type {type(key).__name__}"
         raise ConfigError(f"{_where(file, path)}: key {shown} is no text. Write it in quotes, or correct it.")
     if len(key) > _MAX_KEY:
         raise ConfigError(
             f"{_where(file, path)}: key {key[:20]!r}... has {len(key)} characters, more than {_MAX_KEY}. Shorten it."
         )
     refuse_interpolation(key, _where(file, (path, key)))
-
-
-def _is_short(value: Any) -> bool:
-    return (
-        value is None or isinstance(value, bool | float) or (isinstance(value, int) and value.bit_length() <= _MAX_BITS)
-    )
 
 
 def _scalar(value: Any, file: object, path: Any) -> Any:
@@ -121,18 +109,17 @@ def _scalar(value: Any, file: object, path: Any) -> Any:
                 f"{_where(file, path)}: holds half a character (a lone surrogate), which no file can. Correct it."
             )
         refuse_interpolation(text, _where(file, path) if "${" in text else "")
-        if len(text) > _MAX_TEXT and _first_key(path) != _LONG_TEXT_AT:
+        if len(text) > _MAX_TEXT and _keys(path)[:1] != [_LONG_TEXT_AT]:
             raise ConfigError(
                 f"{_where(file, path)}: has {len(text)} characters, more than {_MAX_TEXT}, and begins with {text[:20]!r}. Shorten it."
             )
         return text
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        value = int(value)
-        if value.bit_length() > _MAX_BITS:
+        if (bits := int(value).bit_length()) > _MAX_BITS:
             raise ConfigError(
-                f"{_where(file, path)}: is a whole number of {value.bit_length()} bits, more than {_MAX_BITS}. Choose a smaller one."
+                f"{_where(file, path)}: is a whole number of {bits} bits, more than {_MAX_BITS}. Choose a smaller one."
             )
-        return value
+        return int(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, os.PathLike) and isinstance(text := os.fspath(value), str):
@@ -141,13 +128,6 @@ def _scalar(value: Any, file: object, path: Any) -> Any:
         f"{_where(file, path)}: is a {type(value).__name__}, and a config holds texts, numbers, true, false, null, lists and mappings. "
         "Convert it."
     )
-
-
-def _first_key(path: Any) -> Any:
-    key = None
-    while path is not None:
-        path, key = path
-    return key
 
 
 def _resolved(node: DictConfig | ListConfig, file: object, path: Any) -> Any:

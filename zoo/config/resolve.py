@@ -57,16 +57,9 @@ def resolve(
     *,
     saved: bool = False,
 ) -> Resolved:
-    """Read, merge and check a config.
+    """As :func:`load_config`, with the blocks; what this has returned is not looked at again.
 
-    Args:
-        source: As of :func:`load_config`; or what this has returned, which is not looked at again.
-        overrides: As of :func:`load_config`.
-        changes: Keys of the config, applied last.
-        saved: Whether it is what a saved model's ``config.json`` says, and may therefore name no file as its ``base``.
-
-    Raises:
-        ConfigError: Anything that cannot work.
+    ``saved`` says that it is what a saved model's ``config.json`` holds, which may therefore name no file as its ``base``.
     """
     if isinstance(source, Resolved):
         if not overrides and not changes:
@@ -101,7 +94,7 @@ def load_config(source: Any, overrides: Sequence[str] | Mapping[str, Any] | None
 
 
 def validate(cfg: Any, *, saved: bool = False) -> DictConfig:
-    """Check a config from anywhere and fill in its defaults: :func:`load_config` without overrides, ``saved`` as of :func:`resolve`."""
+    """Check a config from anywhere and fill in its defaults, as :func:`resolve` does."""
     return resolve(cfg, saved=saved).config
 
 

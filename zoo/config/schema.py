@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..registry import nearest, of_another_kind
 from .plain import first_line
 
-__all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "typed"]
+__all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "check_choice", "typed"]
 
 # nobody writes down more; each is checked and built on the meta device, which takes milliseconds
 MAX_MIXERS = 256
@@ -102,15 +102,12 @@ _KINDS = {
 
 
 def typed(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the top level with defaults filled in, unknown keys refused and every scalar of its type and in its range.
-
-    Raises:
-        ConfigError: With the key, what was found, and what is expected.
-    """
+    """Return the top level with defaults filled in, unknown keys refused and every scalar of its type and in its range."""
     given = {key: value for key, value in data.items() if key != "base"}
-    if isinstance(task := given.get("task", ConfigSchema.task), str):  # other kinds are refused below
-        _check_choice("task", task, SCHEMAS)
-    schema = SCHEMAS[task] if isinstance(task, str) else ConfigSchema
+    schema = ConfigSchema
+    if isinstance(task := given.get("task", schema.task), str):  # other kinds are refused below
+        check_choice("task", task, SCHEMAS)
+        schema = SCHEMAS[task]
     _check_keys(given, schema)
     try:
         scalars = {key: value for key, value in given.items() if key not in _NESTED}
@@ -125,14 +122,15 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{key}: {problem}.")
     del values["base"]
     leaves = values | {f"norm.{key}": value for key, value in values["norm"].items()}
-    _check_choice("norm.type", leaves["norm.type"], tuple(NORMS))
+    check_choice("norm.type", leaves["norm.type"], NORMS)
     for key, (low, high) in _RANGES.items():
         if (value := leaves.get(key)) is not None and not low <= value <= high:
             raise ConfigError(f"{key}: is {value}, outside {low} to {high}. Choose a value in that range.")
     return values
 
 
-def _check_choice(key: str, value: str, choices: Collection[str]) -> None:
+def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse a value that is none of the choices."""
     if value not in choices:
         raise ConfigError(f"{key}: unknown value {value!r}.{nearest(value, choices)} Known: {', '.join(choices)}.")
 

@@ -25,15 +25,7 @@ def block_specs(cfg: Any) -> list[BlockSpec]:
 
 
 def specs_of(tokens: list[str], data: Mapping[str, Any]) -> list[BlockSpec]:
-    """Return the residual blocks of a pattern, exceptions from ``override`` applied.
-
-    Args:
-        tokens: One per block, as :func:`~hybridzoo.zoo.layout.expand.expand` gives them.
-        data: A config whose ``mixers`` are complete.
-
-    Raises:
-        ConfigError: A token, an index or an option that does not exist, or a label on two different mixers.
-    """
+    """Return the residual blocks of expanded tokens and a config whose ``mixers`` are complete, exceptions from ``override`` applied."""
     mixers = data["mixers"]
     # blocks of one mixer have one table of options, of which exceptions make others
     options = {name: without_streams(entry) for name, entry in mixers.items()}

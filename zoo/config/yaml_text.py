@@ -48,12 +48,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The data that a YAML text stands for.
-
-    Raises:
-        TooMuch: It stands for more than :data:`~hybridzoo.zoo.config.plain.MAX_VALUES` values, aliases filled in.
-        yaml.YAMLError: It is not YAML, or not plain data; often a ``MarkedYAMLError`` with the place.
-    """
+    """Return the data that a YAML text stands for; a ``yaml.YAMLError`` where it is none, or :class:`TooMuch`."""
     _measure(text)
     return yaml.load(text, Loader=_Loader)
 
@@ -73,28 +68,22 @@ def _measure(text: str) -> None:
                 raise _at(event, f"found the tag {event.tag[:40]!r}, expected plain data. Remove it")
             if opened:
                 opened[-1].take(event)
-            size = 1
-            if isinstance(event, yaml.AliasEvent):
-                # one that stands inside what it names has no size yet, and never ends
-                size = sizes.get(event.anchor, MAX_VALUES + 1) if _is_defined(event, sizes, opened) else 1
-            total += size
+            # what is not defined at all is left to the loader, which says so
+            total += sizes.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
             if total > MAX_VALUES:
                 raise TooMuch(f"stands for more than {MAX_VALUES} values with its aliases filled in. Write fewer")
             if isinstance(event, yaml.CollectionStartEvent):
                 if len(opened) >= MAX_DEPTH:
                     raise _at(event, f"found more than {MAX_DEPTH} levels of nesting. Write it flat")
                 opened.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor, total))
+                if event.anchor:  # an alias inside what it names would never end
+                    sizes.setdefault(event.anchor, MAX_VALUES + 1)
             elif event.anchor and not isinstance(event, yaml.AliasEvent):
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.CollectionEndEvent):
             ended = opened.pop()
             if ended.anchor:
                 sizes[ended.anchor] = total - ended.before + 1
-
-
-def _is_defined(event: yaml.AliasEvent, sizes: dict[str, int], opened: "list[_Open]") -> bool:
-    # what is not defined at all is left to the loader, which says so
-    return event.anchor in sizes or any(container.anchor == event.anchor for container in opened)
 
 
 class _Open:
