@@ -182,12 +182,13 @@ def _keys(key: str, entry: str) -> list[str]:
 def _put(data: dict[str, Any], key: str, value: Any, entry: str) -> None:
     keys = _keys(key, entry)
     node: Any = data
-    for i, name in enumerate(keys):
-        at, is_last, place = ".".join(keys[:i]), i + 1 == len(keys), name
+    place: Any
+    for i, place in enumerate(keys):
+        at, name, is_last = ".".join(keys[:i]), keys[i], i + 1 == len(keys)
         if isinstance(node, list):
             if not re.fullmatch(r"-?\d{1,6}", name, re.ASCII) or not -len(node) <= int(name) < len(node):
                 raise _unfit(key, entry, f"{at} is a list of {len(node)}. Use an index of it.")
-            place: Any = int(name)
+            place = int(name)
         elif not isinstance(node, dict):
             raise _unfit(key, entry, f"{at} is {shortened(node)}, no mapping. Check the key.")
         else:

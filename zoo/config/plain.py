@@ -5,7 +5,6 @@ library has registered, so a text that holds one is refused before OmegaConf see
 (Hydra's ``cfg.model``, say) is resolved, by the rules of that code.
 """
 
-import functools
 import numbers
 import os
 from collections.abc import Mapping
@@ -32,7 +31,9 @@ def plain(data: Any, file: object = None, at: tuple[str, ...] = ()) -> Any:
     """Copy ``data`` as dicts, lists, texts, numbers, booleans and ``None`` alone; errors name the ``file``, and the keys from ``at`` on."""
     root: list[Any] = [None]
     count = 0
-    path: Any = functools.reduce(lambda path, key: (path, key), at, None)
+    path: Any = None
+    for key in at:
+        path = (path, key)
     # where a value goes, and the keys that lead to it as a linked list, which is spelt out only for an error
     stack: list[tuple[Any, Any, Any, Any, int]] = [(data, root, 0, path, 0)]
     while stack:

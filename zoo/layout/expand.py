@@ -188,17 +188,11 @@ def _one_token(text: Any, where: str) -> str:
 
 
 def _places(place: Any, kinds: list[Any], where: str) -> dict[Any, Any]:
-    places = dict.fromkeys(kinds, "even")
-    if isinstance(place, Mapping):
-        names = [str(kind) for kind in kinds]
-        for key in place:
-            if key not in kinds:
-                raise ConfigError(
-                    f"{where}.{key}: is not allocated.{nearest(key, names)} Allocated: {', '.join(names)}."
-                )
-        places.update(place)
-    else:
-        places = dict.fromkeys(kinds, place)
+    names = [str(kind) for kind in kinds]
+    for key in place if isinstance(place, Mapping) else ():
+        if key not in kinds:
+            raise ConfigError(f"{where}.{key}: is not allocated.{nearest(key, names)} Allocated: {', '.join(names)}.")
+    places = dict.fromkeys(kinds, "even") | dict(place) if isinstance(place, Mapping) else dict.fromkeys(kinds, place)
     for kind, value in places.items():
         if isinstance(value, str) and value in _PLACES:
             continue

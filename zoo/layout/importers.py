@@ -72,19 +72,19 @@ def from_megatron(pattern: str, names: Mapping[str, str] | None = None) -> list[
     known = {**_MEGATRON, **(names or {})}
     tokens = []
     for column, character in enumerate(pattern, 1):
-        if character == "/" and character not in known:
+        if character in known:
+            tokens.append(known[character])
+        elif character == "/":
             raise ConfigError(
                 f"megatron: column {column}: '/' begins the multi-token-prediction layers, no part of the trunk."
                 f" Leave out {pattern[column - 1 :]!r}."
             )
-        if character != "|" and character not in known:
+        elif character != "|":
             meaning = f" ({_MEGATRON_OTHER[character]})" if character in _MEGATRON_OTHER else ""
             raise ConfigError(
                 f"megatron: column {column}: character {character!r}{meaning} has no name."
                 f" Pass names={{{character!r}: 'a mixer'}}. Known: {' '.join(known)}."
             )
-        if character in known:
-            tokens.append(known[character])
     _count("megatron", len(tokens))
     return tokens
 

@@ -37,12 +37,7 @@ _SYMBOL = re.compile(r"\w+|[^\w\s]", re.ASCII)
 
 
 def parse(text: str, where: str = "layers") -> list[str]:
-    """The tokens that a pattern text stands for, one per residual block.
-
-    Raises:
-        ConfigError: The text is no pattern; the message has ``where``, the column, what was found and what was
-            expected.
-    """
+    """The tokens that a pattern text stands for, one per residual block; an error says where, what was found and what was expected."""
     if len(text) > _MAX_CHARS:
         raise ConfigError(f"{where}: has {len(text)} characters, more than {_MAX_CHARS}. Use repetition, '(a b) * 9'.")
     return _Parser(text, where).parse()
@@ -136,24 +131,21 @@ class _Parser:
         return tokens
 
     def _name(self, place: str) -> str:
-        symbol = self.symbol
-        if not (symbol.isascii() and symbol.isidentifier()):
-            self._fail(f"expected a mixer name {place}")
-        self._limit(symbol, "name")
-        self._next()
-        return symbol
+        fits = self.symbol.isascii() and self.symbol.isidentifier()
+        return self._word("name", fits, f"expected a mixer name {place}")
 
     def _label(self) -> str:
-        symbol = self.symbol
-        if not re.fullmatch(r"\w+", symbol, re.ASCII):
-            self._fail("expected a label after '@', such as 'attention@a'")
-        self._limit(symbol, "label")
-        self._next()
-        return symbol
+        fits = re.fullmatch(r"\w+", self.symbol, re.ASCII) is not None
+        return self._word("label", fits, "expected a label after '@', such as 'attention@a'")
 
-    def _limit(self, symbol: str, what: str) -> None:
+    def _word(self, what: str, fits: bool, expected: str) -> str:
+        symbol = self.symbol
+        if not fits:
+            self._fail(expected)
         if len(symbol) > MAX_NAME:
             self._fail(f"expected a {what} of at most {MAX_NAME} characters, and this one has {len(symbol)}")
+        self._next()
+        return symbol
 
     def _accept(self, symbol: str) -> bool:
         found = self.symbol == symbol
@@ -163,10 +155,8 @@ class _Parser:
 
     def _bound(self, blocks: int) -> None:
         if blocks > MAX_BLOCKS:
-            at = self._column(self.at)
-            raise ConfigError(
-                f"{self.where}: {at}: stands for {blocks} blocks, more than {MAX_BLOCKS}. Repeat less often."
-            )
+            problem = f"stands for {blocks} blocks, more than {MAX_BLOCKS}. Repeat less often."
+            raise ConfigError(f"{self.where}: {self._column(self.at)}: {problem}")
 
     def _column(self, at: int) -> str:
         column = f"column {at - self.text.rfind(chr(10), 0, at)}"
@@ -185,19 +175,19 @@ def compress(tokens: Sequence[str]) -> str:
     return _printed(whole, folds)
 
 
-# the length of the shortest text found for some tokens, and what it is made of: units, each with how often it stands there. Texts are
-# put together at the end alone: those of all units that are tried would take gigabytes
-_Fold = tuple[int, list[tuple[tuple[str, ...], int]]]
+# for the rest of some tokens from each one on: the length of the shortest text found, and what it begins with, where that unit ends and
+# how often it stands there. Texts are put together at the end alone: those of all units that are tried would take gigabytes
+_Fold = list[tuple[int, int, int]]
 
 
 def _fold(tokens: tuple[str, ...], known: dict[tuple[str, ...], _Fold]) -> int:
     """The length of a short text, by dynamic programming over suffixes: next comes one token, or a unit and how often it repeats."""
     if tokens in known:
-        return known[tokens][0]
+        return known[tokens][0][0] - 1
     n = len(tokens)
     copies = _copies(tokens)
-    # length of the text from i on, and what it begins with: where the unit ends, and how often it stands there
-    best: list[tuple[int, int, int]] = [(0, n, 0)] * (n + 1)
+    # a text is one blank too long here, and none stands after the last
+    best: _Fold = [(0, n, 0)] * (n + 1)
     for i in range(n - 1, -1, -1):
         best[i] = (len(tokens[i]) + 1 + best[i + 1][0], i + 1, 1)
         for period, times in copies[i]:
@@ -206,14 +196,8 @@ def _fold(tokens: tuple[str, ...], known: dict[tuple[str, ...], _Fold]) -> int:
             length = _fold(unit, known) + around + 1 + best[i + period * times][0]
             if length < best[i][0]:
                 best[i] = (length, i + period, times)
-    parts: list[tuple[tuple[str, ...], int]] = []
-    i = 0
-    while i < n:
-        _, end, times = best[i]
-        parts.append((tokens[i:end], times))
-        i += (end - i) * times
-    known[tokens] = max(0, best[0][0] - 1), parts
-    return known[tokens][0]
+    known[tokens] = best
+    return best[0][0] - 1
 
 
 def _is_name(unit: tuple[str, ...]) -> bool:
@@ -221,10 +205,13 @@ def _is_name(unit: tuple[str, ...]) -> bool:
 
 
 def _printed(tokens: tuple[str, ...], known: dict[tuple[str, ...], _Fold]) -> str:
-    texts = []
-    for unit, times in known[tokens][1]:
+    texts, i = [], 0
+    while i < len(tokens):
+        _, end, times = known[tokens][i]
+        unit = tokens[i:end]
         text = unit[0] if len(unit) == 1 else _printed(unit, known)
         texts.append(text if times == 1 else f"{text} * {times}" if _is_name(unit) else f"({text}) * {times}")
+        i += len(unit) * times
     return " ".join(texts)
 
 

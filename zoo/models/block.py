@@ -38,10 +38,6 @@ class Stream(NamedTuple):
         """The residual stream as one tensor."""
         return self.x if self.add is None else self.x + self.add
 
-    def summed(self) -> "Stream":
-        """The same with nothing left to add."""
-        return self if self.add is None else self._replace(x=self.x + self.add, add=None)
-
     def replaced_by(self, after: "Stream | Tensor") -> "Stream":
         """Return a stream in whose place a hook has put ``after``: as it is, or with the rest of this one where it is a value alone."""
         if isinstance(after, Tensor):
@@ -71,14 +67,14 @@ class Parallel(Mixer):
     def forward(self, x, state=None, seq=None, aux=None, *, return_state=False, shared=None):
         """As :meth:`Mixer.forward`; the state is a tuple, one entry per branch."""
         states = [None] * len(self.branches) if state is None else state
-        outs = [
+        ys: Any = [
             m(x, s, seq, aux, return_state=return_state, **given_to(m, shared))
             for m, s in zip(self.mixers, states, strict=True)
         ]
-        if not return_state:
-            return sum(outs[1:], outs[0])
-        ys = [y for y, _ in outs]
-        return sum(ys[1:], ys[0]), tuple(s for _, s in outs)
+        if return_state:
+            ys, states = zip(*ys, strict=True)
+        y = sum(ys[1:], ys[0])
+        return (y, states) if return_state else y
 
     def step(self, x: Tensor, state: Any, shared: Any = None) -> Tensor:
         """As :meth:`Mixer.step`."""
@@ -95,14 +91,7 @@ class Parallel(Mixer):
 
 
 class Block(Sharing):
-    """One token of a pattern: pre-norm, mixer, residual addition.
-
-    Args:
-        resolved: The config and its blocks.
-        index: Of the block.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
-    """
+    """The block of one token of a pattern: pre-norm, mixer, residual addition."""
 
     def __init__(self, resolved: Resolved, index: int, device=None, dtype=None):
         super().__init__()
@@ -145,14 +134,14 @@ class Block(Sharing):
             beside: The stream, where its value stands in ``stream``.
 
         Returns:
-            The new stream, or its value where ``stream`` is one; the state (``None`` unless asked for); what the mixer put into ``aux``,
-            in a dict made here and not handed in, so that recomputing a checkpointed block does not fill it twice; and the new stream
-            once more, which is whole also where a hook puts a residual stream alone into the first place.
+            The new stream, or its value where ``stream`` is one; the state (``None`` unless asked for); what the mixer put into ``aux``;
+            and the new stream once more, which is whole also where a hook puts a residual stream alone into the first place.
         """
         if run is not None:
             return run(stream, state, seq, return_state, beside=beside)
         before = stream if beside is None else beside.replaced_by(stream)
         assert isinstance(before, Stream)
+        # made here and not handed in, so that recomputing a checkpointed block does not fill it twice
         aux: dict[str, list] = {"balance": []}
         h, x = self._normed(before)
         shared = self._shared(before)

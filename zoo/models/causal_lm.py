@@ -52,7 +52,8 @@ class CausalLMOutput:
     def logits(self) -> Tensor:
         """``(b, l, v)``. With ``labels`` they are formed when first asked for: the loss did not need them all at once."""
         if self._logits is None:
-            kept, dtype = _keep(self.hidden, self._kept), weight_dtype(self._head)
+            at = slice(-self._kept, None) if isinstance(self._kept, int) else self._kept
+            kept, dtype = self.hidden[:, at], weight_dtype(self._head)
             self._logits = self._head(kept if dtype is None else kept.to(dtype))
         return self._logits
 
@@ -138,15 +139,15 @@ class CausalLM(Model):
             raise ValueError(
                 f"labels: shape {tuple(labels.shape)} differs from the tokens' {tuple(x.shape[:2])}. Pass unshifted labels."
             )
-        if return_state is None:
-            return_state = labels is None or state is not None
+        return_state = (labels is None or state is not None) if return_state is None else return_state
         if return_state and not torch.compiler.is_compiling():
             self._hooks.look_again()
         # from here on padding holds zeros, whatever the caller has there
         x, rows = (x, None) if seq is None else (seq.align(x), seq.cleared)
         passed: list[Tensor] | None = [] if output_hidden_states else None
         hidden, new_state, aux = self.backbone(x, rows, state, return_state, passed)
-        aux_loss = _auxiliary(aux)
+        losses = [*aux.get("loss", []), *([balance_loss(aux["balance"])] if aux.get("balance") else [])]
+        aux_loss = torch.stack(losses).sum() if losses else None
         loss = None if labels is None else self._loss(hidden, labels, seq, aux_loss, num_items)
         if seq is not None:
             hidden, passed = seq.restore(hidden), passed and [seq.restore(h) for h in passed]
@@ -177,7 +178,7 @@ class CausalLM(Model):
                 f"input_ids: expected shape (b,), one token for each of the state's {state.tokens.shape[0]} rows, got "
                 f"{tuple(input_ids.shape)}."
             )
-        if not self._hooks.anywhere(self, self._stepped):
+        if not self._hooks.anywhere(self):
             return self.lm_head(self.backbone.step(self.backbone.embed(integers("input_ids", input_ids)), state))
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -188,10 +189,6 @@ class CausalLM(Model):
         out = self(input_ids.unsqueeze(1), state=before, return_state=True)
         state.copy_(out.state)
         return out.logits.squeeze(1)
-
-    def _stepped(self) -> list[Any]:
-        blocks: list[Any] = self.backbone.blocks
-        return [*blocks, *(getattr(block, "mixer", None) for block in blocks)]
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,19 +205,7 @@ class CausalLM(Model):
         return self.backbone.embed(integers("input_ids", input_ids, ", or vectors as inputs_embeds"))
 
 
-def _auxiliary(aux: dict[str, list]) -> Tensor | None:
-    losses = [*aux.get("loss", []), *([balance_loss(aux["balance"])] if aux.get("balance") else [])]
-    return torch.stack(losses).sum() if losses else None
-
-
 def padded_vocab(cfg: DictConfig) -> int:
     """Rows of the embedding: ``vocab_size`` rounded up to ``pad_vocab_size_multiple``."""
     multiple = cfg.pad_vocab_size_multiple
     return -(-cfg.vocab_size // multiple) * multiple
-
-
-def _keep(x: Tensor, kept: int | Tensor) -> Tensor:
-    """Positions of ``(b, l, d)``: the last ``kept``, all if 0, or those of the indices."""
-    if isinstance(kept, int):
-        return x[:, -kept:] if kept else x
-    return x[:, kept]

@@ -6,15 +6,7 @@ __all__ = ["check_finite"]
 
 
 def check_finite(model: nn.Module, where: str) -> None:
-    """Refuse a model with NaN or infinity in a weight.
-
-    Args:
-        model: Any module; weights on the meta device and those that are not floating-point are passed over.
-        where: The folder or name to blame in the message.
-
-    Raises:
-        ValueError: Names the first such weight, and how many of its values are none.
-    """
+    """Raise a ``ValueError`` that blames ``where``, a folder or a name, for NaN or infinity in a floating-point weight."""
     for name, tensor in model.state_dict().items():
         if not hasattr(tensor, "is_floating_point") or tensor.is_meta or not tensor.is_floating_point():
             continue

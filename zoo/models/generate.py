@@ -132,17 +132,7 @@ def sample(
 ) -> Tensor:
     """Choose one token per row: penalty, temperature, top-k, top-p, in that order.
 
-    Args:
-        logits: ``(b, v)``.
-        seen: ``(b, v)`` bool, tokens the penalty applies to.
-        temperature: As in :func:`generate`.
-        top_k: As in :func:`generate`.
-        top_p: As in :func:`generate`.
-        repetition_penalty: As in :func:`generate`.
-        generator: As in :func:`generate`.
-
-    Returns:
-        ``(b,)`` int64.
+    The arguments are those of :func:`generate`, with ``(b, v)`` logits and, as bool, the tokens ``seen`` that the penalty applies to.
     """
     logits = logits.float()
     if seen is not None:
@@ -187,11 +177,7 @@ def _prefill(model: "CausalLM", input_ids: Tensor, attention_mask: Tensor | None
 
 def _seen(input_ids: Tensor, attention_mask: Tensor | None, vocab: int) -> Tensor:
     seen = torch.zeros(input_ids.shape[0], vocab, dtype=torch.bool, device=input_ids.device)
-    real = (
-        torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is None
-        else attention_mask.to(input_ids.device) != 0
-    )
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     rows, columns = real.nonzero(as_tuple=True)
     seen[rows, input_ids[rows, columns].clamp(max=vocab - 1)] = True
     return seen

@@ -4,7 +4,6 @@ A token is decoded by ``step``, which calls no block. Where there is a hook, it 
 every module is called with what a whole text would give it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,12 +51,13 @@ class Hooks:
     def __init__(self) -> None:
         self._none_up_to = -1
 
-    def anywhere(self, model: nn.Module, parts: Callable[[], list[Any]]) -> bool:
-        """Return whether ``model`` has to be called for every token; ``parts`` gives what would be asked to ``step``."""
+    def anywhere(self, model: Any) -> bool:
+        """Return whether ``model`` has to be called for every token."""
         newest = RemovableHandle.next_id
         if self._none_up_to == newest and not torch.compiler.is_compiling():
             return False
-        if any(map(is_hooked, model.modules())) or not all(hasattr(part, "step") for part in parts()):
+        parts = [part for block in model.backbone.blocks for part in (block, getattr(block, "mixer", None))]
+        if any(map(is_hooked, model.modules())) or not all(hasattr(part, "step") for part in parts):
             return True
         self._none_up_to = newest
         return False

@@ -30,15 +30,7 @@ _SLICE_BYTES = 1 << 28
 
 
 def shift_labels(labels: Tensor, seq: Seq | None) -> Tensor:
-    """The target of every position: the next token's label, where that token belongs to the same document.
-
-    Args:
-        labels: ``(b, l)`` int64 aligned with the input tokens (not shifted), -100 where no loss is wanted; in ``seq``'s order.
-        seq: Padding or packing of the rows.
-
-    Returns:
-        ``(b, l)`` int64 with -100 at the end of every document and at padding.
-    """
+    """The target of every position, ``(b, l)``: the label of the next token in its document; -100 at the end of one and at padding."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if seq is not None:
         following = F.pad(seq.doc[:, 1:], (0, 1), value=-1)
@@ -47,32 +39,24 @@ def shift_labels(labels: Tensor, seq: Seq | None) -> Tensor:
 
 
 def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Mean cross-entropy in nats per target.
+    """Mean cross-entropy in nats per target, in at least float32; its gradient is known with it, so there is no second derivative.
 
     Args:
         hidden: ``(b, l, d)``, the output of the final norm.
         head: The projection to ``v`` logits; called as a module, so that hooks and adapters on it count.
-        targets: ``(b, l)`` int64, -100 where there is none (:func:`shift_labels`).
+        targets: ``(b, l)`` int64, -100 where there is none (:func:`shift_labels`); without any, the loss is 0.
         num_items: Divide by this instead of by the number of targets: the targets of a whole accumulated batch; 0 if it has none.
-
-    Returns:
-        A scalar in at least float32; 0 when there is no target. Its gradient is known with it, so there is no second derivative.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     run = _differentiated if _can_differentiate(hidden, head) else _recomputed
-    total = run(hidden, head, targets, _slice_tokens(hidden, width(head)))
-    return total / _items(targets, num_items)
+    # a head whose weight is no matrix of numbers (quantised) says by itself how many logits it gives
+    v = getattr(head, "out_features", None) or head.weight.shape[0]
+    return run(hidden, head, targets, _slice_tokens(hidden, v)) / _items(targets, num_items)
 
 
 def share_of_items(targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """The share that these targets have in the items, in [0, 1]: 1 where they are all, 0 where there are none."""
     return (targets != IGNORE).sum() / _items(targets, num_items)
-
-
-def width(head: nn.Module) -> int:
-    """The logits of a token, also of a head whose weight is not a matrix of numbers (quantised)."""
-    known = getattr(head, "out_features", None)
-    return head.weight.shape[0] if known is None else known  # type: ignore[return-value, index]
 
 
 def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
@@ -201,7 +185,7 @@ class _Calls:
         """As of :class:`_Products`."""
         self.h, first = h.requires_grad_(self.to_hidden), self.edge is None
         # what others do to saved tensors (offloading, recomputation) is not for a graph that ends here
-        with saved_tensors_hooks(_as_it_is, _as_it_is):
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
             logits = self.head(self.h)
         self.wanted = logits.requires_grad
         if self.wanted:
@@ -216,15 +200,9 @@ class _Calls:
         with torch.autograd.set_multithreading_enabled(False):
             found = list(torch.autograd.grad([self.edge], inputs, [g]))
         gh = found.pop(0) if self.to_hidden else None
-        if not self.gradients:
-            self.gradients = found
-        else:
-            self.gradients = [x.add_(part) for x, part in zip(_addable(self.gradients), found, strict=True)]
+        before = _addable(self.gradients)
+        self.gradients = [x.add_(part) for x, part in zip(before, found, strict=True)] if before else found
         return gh
-
-
-def _as_it_is(x: Any) -> Any:
-    return x
 
 
 def _scale(dtype: torch.dtype, tokens: int) -> float:

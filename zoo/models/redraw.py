@@ -18,12 +18,7 @@ _PART = re.compile(r"(backbone\.layers\.(?P<block>\d+)|(backbone\.)?\w+)\.(?P<re
 
 @torch.no_grad()
 def redraw(model: Model, names: Iterable[str]) -> None:
-    """Draw parameters anew, in place; the others keep their values.
-
-    Args:
-        model: The parameters have memory. A block is built a second time for those in it, on the CPU and in float32.
-        names: As in ``model.named_parameters()``.
-    """
+    """Draw the named parameters anew, in place; for those in a block, it is built a second time, on the CPU and in float32."""
     cfg = model.cfg
     fresh: dict[str, nn.Module] = {}
     for name in names:

@@ -97,12 +97,9 @@ def stats(source: Any, seq_len: int = 2048, dtype: torch.dtype | None = None) ->
         layers=model.cfg.layers,
         seq_len=seq_len,
         rows=rows,
-        params=sum(row.params for row in rows),
-        active_params=sum(row.active_params for row in rows),
-        flops=sum(row.flops for row in rows),
+        **{key: sum(getattr(row, key) for row in rows) for key in ("params", "active_params", "flops", "state_bytes")},
         dtype=str(model.some_weight().dtype).removeprefix("torch."),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        state_bytes=sum(row.state_bytes for row in rows),
         attention_of_mixers=attention / mixers if mixers else None,
         attention_of_blocks=attention / len(model.specs),
     )

@@ -24,35 +24,25 @@ __all__ = ["Backbone"]
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and final norm.
+    """Embedding (the task's, from what it reads to ``(b, l, d)``), blocks and final norm.
 
     Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all parts but those.
-
-    Args:
-        resolved: The config and its blocks.
-        embedding: The task's, from what it reads to ``(b, l, d)``.
-        device: As for ``torch.nn.Linear``.
-        dtype: As for ``torch.nn.Linear``.
     """
 
     def __init__(self, resolved: Resolved, embedding: nn.Module, device=None, dtype=None):
         super().__init__()
         self.embedding = embedding
-        blocks: list[Block] = []
+        self.layers = nn.ModuleList()
         labelled: dict[str, Block] = {}
         for spec in resolved.specs:
-            first = labelled.get(spec.label) if spec.label else None
-            if first is None:
+            block = labelled.get(spec.label or "")
+            if block is None:
                 block = Block(resolved, spec.index, device=device, dtype=dtype)
-            elif any(isinstance(module, Adapter) for module in first.modules()):
-                block = Block(resolved, spec.index, device="meta", dtype=dtype)
+                labelled |= {spec.label: block} if spec.label else {}
+            elif any(isinstance(module, Adapter) for module in block.modules()):
+                first, block = block, Block(resolved, spec.index, device="meta", dtype=dtype)
                 share(block, first)
-            else:
-                block = first
-            if spec.label:
-                labelled.setdefault(spec.label, block)
-            blocks.append(block)
-        self.layers = nn.ModuleList(blocks)
+            self.layers.append(block)
         cfg = resolved.config
         self.norm_f = make_norm(cfg.norm.type, cfg.d_model, cfg.norm.eps, device=device, dtype=dtype)
         # keys of tasks that read tokens and give logits
@@ -94,7 +84,7 @@ class Backbone(nn.Module):
         for i, (block, call, s) in enumerate(zip(self.blocks, self._callables(), before, strict=True)):
             if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
                 call = partial(self._gradient_checkpointing_func, call, use_reentrant=False)
-                stream = stream.summed()  # one tensor to keep, not two
+                stream = stream._replace(x=stream.sum(), add=None)  # one tensor to keep, not two
             # a tensor where somebody waits for its gradient, which torch gives those of arguments alone
             value, around = (stream.sum(), {"beside": stream}) if has_backward_hooks(block) else (stream, {})
             value, s, extra, stream = call(value, s, seq, return_state, **around)
