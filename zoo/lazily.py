@@ -9,13 +9,10 @@ from typing import Any
 def lazily(
     package: str, extras: Mapping[str, str] | None = None, **homes: str
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the ``__getattr__`` and ``__dir__`` of a package whose names come from its modules.
+    """Return the ``__getattr__`` and ``__dir__`` of a package whose names come from its modules, some with ``extras`` of hybridzoo.
 
-    Args:
-        package: The package's ``__name__``.
-        extras: The extra of hybridzoo that a name needs, if any.
-        **homes: For every name, the module of the package that has it: ``build="zoo.models.build"``, or
-            ``config="zoo.config.resolve:load_config"`` where it has another name there; ``layers="layers"`` is the module itself.
+    Every name is given its module: ``build="zoo.models.build"``, or ``config="zoo.config.resolve:load_config"`` where it has another name
+    there; ``layers="layers"`` is the module itself.
     """
 
     def load(name: str) -> Any:

@@ -23,7 +23,7 @@ from .plain import MAX_DEPTH, first_line, plain, refuse_interpolation
 from .shipped import CONFIGS, list_models
 from .yaml_text import TooMuch, parse_yaml
 
-__all__ = ["FOLDER_CONFIG", "apply_overrides", "find_config", "first_line", "inherit", "read_config"]
+__all__ = ["FOLDER_CONFIG", "apply_overrides", "find_config", "inherit", "read_config"]
 
 FOLDER_CONFIG = "config.yaml"
 _MAX_BYTES = 1_000_000
@@ -183,8 +183,8 @@ def _put(data: dict[str, Any], key: str, value: Any, entry: str) -> None:
     keys = _keys(key, entry)
     node: Any = data
     place: Any
-    for i, place in enumerate(keys):
-        at, name, is_last = ".".join(keys[:i]), keys[i], i + 1 == len(keys)
+    for i, name in enumerate(keys):
+        at, place, is_last = ".".join(keys[:i]), name, i + 1 == len(keys)
         if isinstance(node, list):
             if not re.fullmatch(r"-?\d{1,6}", name, re.ASCII) or not -len(node) <= int(name) < len(node):
                 raise _unfit(key, entry, f"{at} is a list of {len(node)}. Use an index of it.")

@@ -39,12 +39,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A config that has been read and checked, once for all who build from it.
-
-    Attributes:
-        config: Every key with its final value, plain data only; ``layers`` is a pattern text.
-        specs: The mixers of each residual block, exceptions applied.
-    """
+    """A config as :func:`load_config` returns it, and its residual blocks: read and checked once for all who build from it."""
 
     config: DictConfig
     specs: list[BlockSpec]

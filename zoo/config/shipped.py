@@ -2,7 +2,6 @@
 
 import difflib
 import fnmatch
-import functools
 import json
 import re
 from pathlib import Path
@@ -22,13 +21,8 @@ def list_models(pattern: str = "*") -> list[str]:
 def find_models(pattern: str) -> list[dict[str, Any]]:
     """Describe each shipped model that matches, for ``zoo list``: name, size, state and a sentence.
 
-    The sizes come from a file beside the configs, which ``zoo list --refresh`` writes and a test compares with the models.
-
-    Args:
-        pattern: Shell wildcards; a text without any finds the names that contain it.
-
-    Raises:
-        ValueError: Nothing matches; the message says what is near.
+    A ``pattern`` without wildcards finds the names that contain it; where nothing matches, a ``ValueError`` says what is near. The sizes
+    come from a file beside the configs, which ``zoo list --refresh`` writes and a test compares with the models.
     """
     wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern.lower()}*"
     found = list_models(wild)
@@ -38,12 +32,8 @@ def find_models(pattern: str) -> list[dict[str, Any]]:
         near = difflib.get_close_matches(pattern, names, n=3) or difflib.get_close_matches(pattern, families, n=1)
         hint = f" Near to it: {', '.join(near)}." if near else ""
         raise ValueError(f"no model matches {pattern!r}.{hint} `zoo list` prints every name.")
-    return [{"name": name, "about": describe(name), **_numbers().get(name, {})} for name in found]
-
-
-@functools.cache
-def _numbers() -> dict[str, Any]:
-    return json.loads(NUMBERS.read_text(encoding="utf-8"))
+    numbers = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    return [{"name": name, "about": describe(name), **numbers.get(name, {})} for name in found]
 
 
 def describe(name: str) -> str:

@@ -2,13 +2,6 @@
 
 One token of that list is one residual block (norm, mixer, add): a name from the config's ``mixers``, names joined by
 ``+`` where several stand side by side, and ``@label`` where a block shares its weights with the others of that label.
-The list comes from
-
-- a text, ``"(mamba mlp) * 4 attention"``; its grammar is in :mod:`hybridzoo.zoo.layout.pattern`,
-- a YAML list of such texts,
-- a mapping ``{n_layer, allocate, fill, place}`` that turns ratios into a pattern, see :func:`allocate`,
-- another library's scheme, through the importers.
-
 :func:`~hybridzoo.zoo.layout.pattern.compress` prints a list as a text, and :func:`expand` reads it back as the same list.
 """
 
@@ -62,7 +55,8 @@ def expand(spec: Any, where: str = "layers") -> list[str]:
     """The explicit list of tokens that a layout stands for.
 
     Args:
-        spec: A pattern text, a list of them, or a mapping for :func:`allocate`; OmegaConf containers work too.
+        spec: A pattern text (:mod:`hybridzoo.zoo.layout.pattern` has the grammar), a list of them, or a mapping for :func:`allocate`;
+            OmegaConf containers work too.
         where: Dotted key for messages.
 
     Returns:

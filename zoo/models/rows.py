@@ -13,11 +13,7 @@ __all__ = ["describe_rows", "integers", "number_documents"]
 
 
 def integers(name: str, ids: Tensor, instead: str = "") -> Tensor:
-    """Return token ids of any integer type in one that an embedding takes.
-
-    Raises:
-        ValueError: They are no integers; the message ends with what could be passed ``instead``.
-    """
+    """Return token ids of any integer type in one that an embedding takes; an error ends with what could be passed ``instead``."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}. Pass token ids{instead}.")
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
@@ -30,11 +26,7 @@ def describe_rows(
     seq_idx: Any,
     state: ModelState | None,
 ) -> Seq | None:
-    """Return the description that layers take of the rows of ``x``, (b, l, d); arguments as of :meth:`CausalLM.forward`.
-
-    Raises:
-        ValueError: Shapes that disagree, two kinds of description, or a packed row with a state.
-    """
+    """Return the description that layers take of the rows of ``x``, (b, l, d); arguments and errors as of :meth:`CausalLM.forward`."""
     b, l = x.shape[:2]
     if state is not None and state.tokens.shape[0] != b:
         raise ValueError(
@@ -64,18 +56,13 @@ def describe_rows(
 
 
 def number_documents(seq_idx: Any, shape: tuple[int, int]) -> Tensor:
-    """Documents counted from 0 along the rows of ``seq_idx``, where a number may come twice; -1 at padding.
-
-    Raises:
-        ValueError: No numbers, another shape, or padding that does not stand at the end of a row.
-    """
-    if not isinstance(seq_idx, Tensor):
-        try:
-            seq_idx = torch.as_tensor(seq_idx)
-        except (TypeError, ValueError, RuntimeError) as e:
-            raise ValueError(
-                f"seq_idx: {type(seq_idx).__name__} is not (b, l) integers ({e}). Pass one number per token."
-            ) from e
+    """Documents counted from 0 along the rows of ``seq_idx``, where a number may come twice; -1 at padding."""
+    try:
+        seq_idx = torch.as_tensor(seq_idx)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(
+            f"seq_idx: {type(seq_idx).__name__} is not (b, l) integers ({e}). Pass one number per token."
+        ) from e
     if seq_idx.shape != shape:
         raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {shape}.")
     padding = seq_idx < 0

@@ -58,10 +58,6 @@ class StateCache:
     """The cache that ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches.
 
     A call makes a new one and leaves the one it was given as it is, so a prompt read once can be continued in several ways.
-
-    Args:
-        state: ``None`` before the first token.
-        length: Columns of the input that have been read, padding included.
     """
 
     state: ModelState | None = None

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..config.schema import SCHEMAS, ConfigSchema
-from ..errors import ConfigError
-from ..registry import nearest
+from ..config.schema import SCHEMAS, ConfigSchema, check_choice
 from .causal_lm import CausalLM
 from .model import Model
 
@@ -36,14 +34,9 @@ def register_task(name: str) -> Callable[[T], T]:
 
 
 def task_of(cfg: Mapping[str, Any]) -> type[Model]:
-    """Return the class that a config's model is built as; a language model where the config names no task.
-
-    Raises:
-        ConfigError: There is no such task.
-    """
+    """Return the class that a config's model is built as; a language model where the config names no task."""
     name = cfg.get("task", ConfigSchema.task)
-    if name not in _tasks:
-        raise ConfigError(f"task: unknown value {name!r}.{nearest(name, _tasks)} Known: {', '.join(_tasks)}.")
+    check_choice("task", name, _tasks)
     return _tasks[name]
 
 
