@@ -80,14 +80,13 @@ def _streams(names: list[str], mixers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_streams(specs: list[BlockSpec]) -> None:
-    written = False
-    for spec in specs:
-        if spec.reads in ("side", "residual_plus_side") and not written:
+    first = next((spec.index for spec in specs if spec.writes == "side"), len(specs))
+    for spec in specs[: first + 1]:
+        if spec.reads in ("side", "residual_plus_side"):
             raise ConfigError(
                 f"{spec.parts[0][2]}.reads: block {spec.index} ({spec.token}) reads the side stream, which no earlier block writes. "
                 "Put a block with writes: side before it."
             )
-        written = written or spec.writes == "side"
 
 
 def _apply_exception(specs: list[BlockSpec], exception: Any, where: str) -> int:
@@ -124,8 +123,7 @@ def _except(spec: BlockSpec, options: Mapping[str, Any], where: str, known: dict
                 f" Options: {', '.join(names)}."
             )
     for i, (name, part, _) in enumerate(spec.parts):
-        mine = {k: v for k, v in options.items() if k in part}
-        if mine:
+        if mine := {k: v for k, v in options.items() if k in part}:
             if id(part) not in known:
                 known[id(part)] = part, check_mixer_options({**part, **mine}, f"{where}.set")
             spec.parts[i] = (name, known[id(part)][1], f"{where}.set")
