@@ -49,12 +49,7 @@ def measure(
 
 
 def compare(workload: Workload, name: str, timer: timing.Timer, ceilings: dict[str, float]) -> list[Row]:
-    """Check that both sides compute the same, then time every pass of a workload.
-
-    Raises:
-        ValueError: The peer's library is missing.
-        AssertionError: Outputs or gradients are not close.
-    """
+    """Check that both sides compute the same, then time every pass of a workload."""
     inputs = workload.inputs()
     mine = ours(workload.op, inputs)
     try:
@@ -64,21 +59,19 @@ def compare(workload: Workload, name: str, timer: timing.Timer, ceilings: dict[s
             f"bench: the peer {name!r} needs a library that is not here ({e}). Install it, or leave it out."
         ) from e
     on_gpu = workload.device == "cuda"
+    trains = on_gpu and workload.op != "decode"
     # on a CPU some peers need minutes for a backward, and the tests compare gradients there
-    errors = agreement(mine, theirs, gradients=on_gpu and workload.op != "decode")
+    errors = agreement(mine, theirs, gradients=trains)
     limit = TOLERANCE[workload.dtype]
     for what, error in errors.items():
         if not error <= limit:
             raise AssertionError(f"{what} is not close: relative error {error:.2e}, limit {limit:.0e}")
-    saved: Row = {}
-    if on_gpu and workload.op != "decode":
-        saved = {"ours_saved_MB": mine.saved_bytes() / 1e6, "peer_saved_MB": theirs.saved_bytes() / 1e6}
-    rows = []
+    sides, rows = {"ours": mine, "peer": theirs}, []
+    saved = {f"{side}_saved_MB": timed.saved_bytes() / 1e6 for side, timed in sides.items() if trains}
     for what in workload.passes:
-        calls = [_call(side, what) for side in (mine, theirs)]
-        row = _row(workload, what, name, timer.compare(*calls), ceilings)
-        if on_gpu:
-            row["ours_host_ms"], row["peer_host_ms"] = (timer.host(call) for call in calls)
+        calls = {side: _call(timed, what) for side, timed in sides.items()}
+        row = _row(workload, what, name, timer.compare(*calls.values()), ceilings)
+        row |= {f"{side}_host_ms": timer.host(call) for side, call in calls.items() if on_gpu}
         row |= {"backend": mine.backend, "error": max(errors.values()), "error_limit": limit}
         row |= saved if what == "forward+backward" else {}
         rows.append({key: _rounded(value) for key, value in row.items()})
@@ -171,12 +164,9 @@ print(megabytes("VmHWM") - before)
 def _memory() -> list[Row]:
     """Peak resident memory that forward + backward add, inputs included, to a warm process; a process per length."""
     rows: list[Row] = []
-    if not Path("/proc/self/clear_refs").exists():
-        return rows
-    for l in LENGTHS:
-        done = subprocess.run(
-            [sys.executable, "-c", _MEMORY, str(l)], capture_output=True, text=True, check=True, cwd="/"
-        )
+    for l in LENGTHS if Path("/proc/self/clear_refs").exists() else ():
+        command = [sys.executable, "-c", _MEMORY, str(l)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
         row: Row = {"name": f"memory-l{l}", "op": "forward+backward", "shape": {"b": 1, "l": l, "d": 512, "n": 16}}
         rows.append(row | {"dtype": "float32", "ours_MB": round(float(done.stdout), 1)})
     return rows

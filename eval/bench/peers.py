@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,19 +47,17 @@ class Timed:
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the leaves, in our layout, for one random gradient of the output."""
-        y = self.call()
-        grads = torch.autograd.grad(y, list(self.leaves.values()), self._random_like(y))
-        return {name: self.in_our_layout(name, g) for name, g in zip(self.leaves, grads, strict=True)}
+        return {name: self.in_our_layout(name, g) for name, g in zip(self.leaves, self.train(), strict=True)}
 
     def forward(self) -> None:
         """One call that records nothing for a backward."""
         with torch.no_grad():
             self.call()
 
-    def train(self) -> None:
+    def train(self) -> tuple[Tensor, ...]:
         """One call and the gradients of every leaf."""
         y = self.call()
-        torch.autograd.grad(y, list(self.leaves.values()), self._random_like(y))
+        return torch.autograd.grad(y, list(self.leaves.values()), self._random_like(y))
 
     def saved_bytes(self) -> int:
         """Bytes that a call keeps for its backward besides the leaves, storage that is shared counted once."""
@@ -101,45 +100,36 @@ def _leaves(inputs: Inputs, *names: str) -> dict[str, Tensor]:
 _SCAN = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
-def ours(what: str, inputs: Inputs) -> Timed:
-    """Our op on its own layout, by our own backend."""
-    if what == "conv":
-        leaves = _leaves(inputs, "x", "weight", "bias")
-        x, weight, bias = leaves.values()
-        own = own_backend("causal_conv1d", x)
-        return Timed(leaves, lambda: causal_conv1d(x, weight, bias, activation="silu", backend=own), backend=own)
-    if what == "decode":
-        u, dt, A, B, C, D, z, dt_bias = (inputs[name] for name in _SCAN)
-        state, own = inputs["state"].clone(), own_backend("update", u)
-
-        def step() -> Tensor:
-            return selective_state_update(state, u, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=True, backend=own)
-
-        return Timed({}, step, backend=own, state=state)
-    if what == "paths":
-        leaves, own = _leaves(inputs, *_PATHS), own_backend("selective_scan", inputs["u"])
-        return Timed(leaves, lambda: _along_walks(*leaves.values(), backend=own), backend=own)
-    leaves = _leaves(inputs, *_SCAN)
-    *first, bias = leaves.values()
-    op, name = (selective_scan, "selective_scan") if what == "scan" else (ssd, "ssd")
-    own = own_backend(name, first[0])
-    return Timed(leaves, lambda: op(*first, dt_bias=bias, dt_softplus=True, backend=own), backend=own)
-
-
 _PATHS = ("u", "low", "A", "D", "dt_bias", "dt_weight")
 
 
-def _along_walks(
-    u: Tensor, low: Tensor, A: Tensor, D: Tensor, bias: Tensor, weight: Tensor, *, backend: str | None
-) -> Tensor:
+def _along_walks(u: Tensor, low: Tensor, A: Tensor, dt_weight: Tensor, **more: Any) -> Tensor:
     """Our scan along the rows and columns of a square image, there and back."""
-    h, r, n = math.isqrt(u.shape[1]), weight.shape[-1], A.shape[-1]
+    h, r, n = math.isqrt(u.shape[1]), dt_weight.shape[-1], A.shape[-1]
     paths = [(h, h, *strides, back) for back in (0, 1) for strides in ((h, 1), (1, h))]
     dt, B, C = low.movedim(2, 0).split([r, n, n], -1)
-    B, C = B.unsqueeze(-2), C.unsqueeze(-2)
-    return selective_scan(
-        u, dt, A, B, C, D, dt_bias=bias, dt_weight=weight, dt_softplus=True, paths=paths, backend=backend
-    )
+    return selective_scan(u, dt, A, B.unsqueeze(-2), C.unsqueeze(-2), dt_weight=dt_weight, paths=paths, **more)
+
+
+# by op: the function, the name that its backends go by, and options
+_OURS: dict[str, tuple[Callable[..., Tensor], str, dict[str, Any]]] = {
+    "scan": (selective_scan, "selective_scan", {"dt_softplus": True}),
+    "paths": (_along_walks, "selective_scan", {"dt_softplus": True}),
+    "ssd": (lambda u, **more: ssd(u, **more), "ssd", {"dt_softplus": True}),
+    "conv": (causal_conv1d, "causal_conv1d", {"activation": "silu"}),
+    "decode": (selective_state_update, "update", {"dt_softplus": True}),
+}
+
+
+def ours(what: str, inputs: Inputs) -> Timed:
+    """Our op on its own layout, by our own backend."""
+    op, name, options = _OURS[what]
+    own = own_backend(name, next(iter(inputs.values())))
+    if "state" in inputs:
+        given = inputs | {"state": inputs["state"].clone()}
+        return Timed({}, lambda: op(**given, **options, backend=own), backend=own, state=given["state"])
+    leaves = _leaves(inputs, *inputs)
+    return Timed(leaves, lambda: op(**leaves, **options, backend=own), backend=own)
 
 
 def _paths_mamba_ssm(i: Inputs) -> Timed:

@@ -29,17 +29,9 @@ def run_bench(
     parts: list[str] | None = None,
     profile: bool = False,
 ) -> Result:
-    """Run a benchmark, print it as a table, and write it where asked.
+    """Run what ``zoo bench`` is asked for, print it as a table, and write it where asked.
 
-    Args:
-        what: ``"scan"``, ``"ssd"`` or ``"train"``.
-        vs: Peers by name; those that make sense on the device if absent.
-        out: A JSON file to write, whole or not at all. Cases that it holds already, of the same commit and device, stay.
-        parts: What to measure of it; for a scan by default the table of shapes, for training all.
-        profile: Print the kernels of a training step instead of timing it.
-
-    Returns:
-        The result (:mod:`hybridzoo.eval.result_file`).
+    Cases that ``out`` holds already, of the same commit and device, stay.
 
     Raises:
         ValueError: An unknown benchmark, part or peer, a peer whose library is missing; or cases that failed, after the others have

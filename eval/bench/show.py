@@ -19,15 +19,10 @@ __all__ = ["peer_name", "plot", "shape_text", "show", "spread"]
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a result as tables."""
     title = f"{result['what']} on {result['device']}, {result['commit']}"
-    rows = result["cases"]
-    steps = [row for row in rows if "ours_tokens_s" in row]
-    timed = [row for row in rows if "ours_ms" in row and "ours_tokens_s" not in row]
-    memory = [row for row in rows if "ours_MB" in row]
+    timed = [row for row in result["cases"] if "ours_ms" in row]
     if timed:
-        console.print(_timed(timed, title))
-    if steps:
-        console.print(_steps(steps, title))
-    if memory:
+        console.print((_steps if "ours_tokens_s" in timed[0] else _timed)(timed, title))
+    if memory := [row for row in result["cases"] if "ours_MB" in row]:
         console.print(_memory(memory))
     for name, value in result["ceilings"].items():
         console.print(f"{name} {value:g}", highlight=False)
@@ -38,7 +33,8 @@ def shape_text(shape: dict[str, int]) -> str:
     return " ".join(f"{k}{v}" for k, v in shape.items())
 
 
-def _columns(table: Table, left: Sequence[str], right: Sequence[str]) -> Table:
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in left:
         table.add_column(name, no_wrap=True)
     for name in right:
@@ -52,42 +48,35 @@ def _ratio(row: dict[str, Any]) -> tuple[str, str]:
     return f"{colour}{row['ratio']:.2f}x", "" if goal is None else f"{goal:g}x"
 
 
-def _cell(row: dict[str, Any], key: str, form: str) -> str:
-    return format(row[key], form) if key in row else ""
+_DETAILS = {
+    "ours_GBs": ".0f",
+    "share_of_floor": ".0%",
+    **dict.fromkeys(("ours_host_ms", "peer_host_ms"), ".3f"),
+    **dict.fromkeys(("ours_saved_MB", "peer_saved_MB"), ".1f"),
+    "cost_to_longest": ".2f",
+}
 
 
 def _timed(rows: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     numbers = "ours ms,± iqr,peer ms,ratio,goal,GB/s,floor,host ms,peer host,saved MB,peer,to longest".split(",")
-    _columns(table, ("case", "shape", "op", "peer"), numbers)
+    table = _table(title, ("case", "shape", "op", "peer"), numbers)
     for row in rows:
         op = row["op"].replace("forward", "fwd").replace("backward", "bwd")
-        times = f"{row['ours_ms']:.3f}", f"{row['ours_iqr_ms']:.3f}", f"{row['peer_ms']:.3f}"
-        more = (
-            _cell(row, "ours_GBs", ".0f"),
-            _cell(row, "share_of_floor", ".0%"),
-            *(_cell(row, key, ".3f") for key in ("ours_host_ms", "peer_host_ms")),
-            *(_cell(row, key, ".1f") for key in ("ours_saved_MB", "peer_saved_MB")),
-            _cell(row, "cost_to_longest", ".2f"),
-        )
+        times = (f"{row[key]:.3f}" for key in ("ours_ms", "ours_iqr_ms", "peer_ms"))
+        more = (format(row[key], form) if key in row else "" for key, form in _DETAILS.items())
         table.add_row(row["name"], shape_text(row["shape"]), op, row["peer"], *times, *_ratio(row), *more)
     return table
 
 
 def _steps(rows: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    peer = next((peer_name(row["peer"]) for row in rows if row.get("peer")), "peer")
+    peer = peer_name(rows[0]["peer"])
     numbers = ("tokens/s", "spread", peer, "spread", "ratio", "goal", "GiB", peer, "ratio", "goal", "losses differ")
-    _columns(table, ("model", "ours"), numbers)
+    table = _table(title, ("model", "ours"), numbers)
     for row in rows:
-        cells = [f"{row['ours_tokens_s']:,.0f}", spread(row, "ours")]
-        if row.get("peer"):
-            met = "[green]" if row["memory_ratio"] <= row["goal_memory_ratio"] else "[red]"
-            cells += [f"{row['peer_tokens_s']:,.0f}", spread(row, "peer"), *_ratio(row)]
-            cells += [f"{row['ours_GiB']:.2f}", f"{row['peer_GiB']:.2f}"]
-            cells += [f"{met}{row['memory_ratio']:.2f}x", f"{row['goal_memory_ratio']:g}x", f"{row['error']:.1e}"]
-        else:
-            cells += ["", "", "", "", f"{row['ours_GiB']:.2f}"]
+        met = "[green]" if row["memory_ratio"] <= row["goal_memory_ratio"] else "[red]"
+        cells = [x for side in ("ours", "peer") for x in (f"{row[f'{side}_tokens_s']:,.0f}", spread(row, side))]
+        cells += [*_ratio(row), *(f"{row[key]:.2f}" for key in ("ours_GiB", "peer_GiB"))]
+        cells += [f"{met}{row['memory_ratio']:.2f}x", f"{row['goal_memory_ratio']:g}x", f"{row['error']:.1e}"]
         table.add_row(row["name"], row["variant"], *cells)
     return table
 
@@ -98,9 +87,7 @@ def spread(row: dict[str, Any], side: str) -> str:
 
 
 def _memory(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="peak memory of forward + backward", box=box.SIMPLE_HEAD)
-    for name in ("l", "peak MB", "kB per token"):
-        table.add_column(name, justify="right")
+    table = _table("peak memory of forward + backward", (), ("l", "peak MB", "kB per token"))
     for row in rows:
         l = row["shape"]["l"]
         table.add_row(str(l), f"{row['ours_MB']:.1f}", f"{1000 * row['ours_MB'] / l:.1f}")
@@ -108,15 +95,7 @@ def _memory(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(result: dict[str, Any], path: Path) -> Path:
-    """Draw a result beside its peers': dots of times on a logarithmic scale, or bars of training speed and memory.
-
-    Args:
-        result: As :func:`hybridzoo.eval.bench.run.run_bench` returns it.
-        path: An .svg file.
-
-    Raises:
-        ValueError: The result holds nothing to draw, or the file is to be something else than an SVG.
-    """
+    """Draw a result into an SVG file, beside its peers': dots of times on a logarithmic scale, or bars of training speed and memory."""
     if path.suffix != ".svg":
         raise ValueError(f"bench plot: writes SVG, and {path} is none. Name a file that ends in .svg.")
     rows = [row for row in result["cases"] if row.get("peer")]
@@ -162,16 +141,13 @@ def _times(rows: list[dict[str, Any]], peers: list[str]) -> list[tuple[str, Char
 
 def _training(rows: list[dict[str, Any]], peers: list[str]) -> list[tuple[str, Chart]]:
     panels = []
-    for what, key, form, ratio in (
-        ("tokens per second", "tokens_s", ",.0f", "ratio"),
-        ("peak GiB", "GiB", ".1f", "memory_ratio"),
-    ):
+    shown_of = ("tokens per second", "tokens_s", ",.0f", "ratio"), ("peak GiB", "GiB", ".1f", "memory_ratio")
+    for what, key, form, ratio in shown_of:
         for name in dict.fromkeys(row["name"] for row in rows):
-            own = [row for row in rows if row["name"] == name]
-            shown = [
-                Bar(VARIANTS[r["variant"]][0], r[f"ours_{key}"], f"{r[f'ours_{key}']:{form}}  ({r[ratio]:.2f}x)", 0)
-                for r in own
-            ]
+            own, shown = [row for row in rows if row["name"] == name], []
+            for row in own:
+                value = row[f"ours_{key}"]
+                shown.append(Bar(VARIANTS[row["variant"]][0], value, f"{value:{form}}  ({row[ratio]:.2f}x)", 0))
             theirs = {row["peer"]: row[f"peer_{key}"] for row in own}
             shown += [Bar(peer_name(p), value, f"{value:{form}}", 1 + peers.index(p)) for p, value in theirs.items()]
             heading = f"{name.replace('-', ' ').title()}, {what}"

@@ -16,9 +16,7 @@ Call = Callable[[], object]
 class HostTimer:
     """Times calls by the wall clock, in turns, so that what disturbs the machine disturbs every one; they return when they are done.
 
-    Args:
-        repeats: Timed calls each.
-        slow_seconds: A call (but the first) that takes longer is timed once, without a warm-up.
+    All are timed ``repeats`` times, but once, without a warm-up, what takes longer than ``slow_seconds`` and is not the first.
     """
 
     def __init__(self, repeats: int = 7, slow_seconds: float = 20.0):
@@ -27,12 +25,11 @@ class HostTimer:
     def compare(self, *calls: Call) -> list[list[float]]:
         """Milliseconds of every repetition of every call; the first call is ours, and is always repeated."""
         firsts = [wall_ms(call) for call in calls]
-        slow = [i > 0 and first > self.slow_ms for i, first in enumerate(firsts)]
-        times = [[first] if once else [] for first, once in zip(firsts, slow, strict=True)]
+        times = [[first] if i and first > self.slow_ms else [] for i, first in enumerate(firsts)]
+        again = [(call, kept) for call, kept in zip(calls, times, strict=True) if not kept]
         for _ in range(self.repeats):
-            for call, once, kept in zip(calls, slow, times, strict=True):
-                if not once:
-                    kept.append(wall_ms(call))
+            for call, kept in again:
+                kept.append(wall_ms(call))
         return times
 
     def host(self, call: Call) -> float:
@@ -43,12 +40,8 @@ class HostTimer:
 class EventTimer:
     """Times calls in turns by events on the GPU, the L2 cache overwritten before every call.
 
-    Overwriting takes about 0.1 ms, a head start for the host: what a call costs it shows only where it is more than that.
-
-    Args:
-        budget_ms: Time for the repetitions of one call.
-        least: Repetitions at least.
-        most: Repetitions at most.
+    Overwriting takes about 0.1 ms, a head start for the host: what a call costs it shows only where it is more than that. A call is
+    repeated for about ``budget_ms``, from ``least`` to ``most`` times.
     """
 
     def __init__(self, budget_ms: float = 200.0, least: int = 10, most: int = 100):
@@ -146,10 +139,8 @@ def ceilings(device: str) -> dict[str, float]:
     copy, exp = (min(times) for times in timer.compare(lambda: into.copy_(big), exponentials))
     if not bool(((out > 5.0) & (out < 5.3)).all()):  # eight times the fixed point of 2^-x, 0.6412
         raise RuntimeError("bench: the kernel that measures exponentials did not compute them.")
-    return {
-        "copy_TBs": round(2 * big.numel() * 4 / copy / 1e9, 4),
-        "sfu_Gexps": round(8.0 * rounds * blocks * threads / exp / 1e6, 1),
-    }
+    sfu = round(8.0 * rounds * blocks * threads / exp / 1e6, 1)
+    return {"copy_TBs": round(2 * big.nbytes / copy / 1e9, 4), "sfu_Gexps": sfu}
 
 
 def _host_ceilings() -> dict[str, float]:
@@ -161,6 +152,5 @@ def _host_ceilings() -> dict[str, float]:
         for _ in range(rounds):
             torch.exp(small, out=out)
 
-    copy = min(wall_ms(lambda: into.copy_(big)) for _ in range(7))
-    exp = min(wall_ms(exps) for _ in range(7)) / rounds
-    return {"copy_TBs": round(2 * big.numel() * 4 / copy / 1e9, 4), "exp_Gs": round(small.numel() / exp / 1e6, 3)}
+    copy, exp = (min(wall_ms(call) for _ in range(7)) for call in (lambda: into.copy_(big), exps))
+    return {"copy_TBs": round(2 * big.nbytes / copy / 1e9, 4), "exp_Gs": round(rounds * small.numel() / exp / 1e6, 3)}

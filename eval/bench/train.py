@@ -40,6 +40,7 @@ VARIANTS = {
     "logits": ("all logits", "the logits of all tokens at once in place of the chunked cross-entropy"),
     "mamba_ssm-scan": ("mamba-ssm's scan", "mamba-ssm's scan inside our layers"),
 }
+_JUDGED = ("default", "graph", "one-thread", "compile")
 PARTS = {
     model if variant == "default" else f"{model}:{variant}": (model, variant)
     for model, variant in (
@@ -91,15 +92,10 @@ def measure(vs: list[str], parts: list[str], tick: Tick, profile: bool = False) 
 def _run(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     out = Path(folder) / "result.json"
     env = os.environ | ({"HYBRIDZOO_BACKEND": "mamba_ssm"} if spec.get("variant") == "mamba_ssm-scan" else {})
-    code = "from hybridzoo.eval.bench.train import main; main()"
     # -P: the folder we are in is no place to import from
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, json.dumps(spec | {"out": str(out)})],
-        env=env,
-        cwd="/",
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-P", "-c", "from hybridzoo.eval.bench.train import main; main()"]
+    command.append(json.dumps(spec | {"out": str(out)}))
+    done = subprocess.run(command, env=env, cwd="/", stderr=subprocess.PIPE, text=True)
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-8:])
         raise RuntimeError(f"{spec['side']} of {spec['model']} ended with status {done.returncode}:\n{last}")
@@ -115,27 +111,18 @@ def main() -> None:
 
 
 def side(spec: dict[str, Any], device: str, shape: dict[str, int] | None = None) -> dict[str, Any]:
-    """Train one side for some steps; see :func:`measure`.
-
-    Args:
-        spec: ``side`` (``"ours"`` or a peer), ``model``, ``weights`` (a file: written by the peer, read by us), ``variant``, ``profile``.
-        device: Where.
-        shape: Another batch than the usual one.
-
-    Returns:
-        ``{"losses", "times_ms", "peak_GiB", "params", "backends"}``.
-    """
-    shape = shape or SHAPE
+    """Train one side for some steps; see :func:`measure`. The peer writes the file of weights that we read."""
+    shape, variant = shape or SHAPE, spec.get("variant")
     loss, model = _MAKERS[spec["side"]](spec, device)
     ids = batch(model.get_parameter("backbone.embedding.weight").shape[0], shape["b"], shape["l"]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    captured = CapturedStep(model, ids, autocast=torch.bfloat16) if spec.get("variant") == "graph" else None
+    captured = CapturedStep(model, ids, autocast=torch.bfloat16) if variant == "graph" else None
 
     def differentiated() -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             value = loss(ids)
-        with torch.autograd.set_multithreading_enabled(spec.get("variant") != "one-thread"):
+        with torch.autograd.set_multithreading_enabled(variant != "one-thread"):
             value.backward()
         return value.detach()
 
@@ -147,7 +134,7 @@ def side(spec: dict[str, Any], device: str, shape: dict[str, int] | None = None)
 
     losses = [step().item() for _ in range(COMPARED)]
     if spec.get("profile"):
-        print_kernels(step, f"{spec['model']}, {spec['side']} {spec.get('variant', '')}")
+        print_kernels(step, f"{spec['model']}, {spec['side']} {variant or ''}")
         return {}
     if device == "cuda" and captured is None:
         # what a graph works in, it has taken when it was recorded
@@ -157,13 +144,13 @@ def side(spec: dict[str, Any], device: str, shape: dict[str, int] | None = None)
     if captured is not None:
         # the first step of the optimiser made these, after the memory of the graph had been counted
         peak += sum(x.nbytes for kept in optimizer.state.values() for x in kept.values() if isinstance(x, Tensor))
-    backends = {op: _chosen(op, device) for op in ("selective_scan", "causal_conv1d")}
+    asked = ("selective_scan", "causal_conv1d") if spec["side"] == "ours" else ()
     return {
         "losses": losses,
         "times_ms": times,
         "peak_GiB": peak / 2**30,
         "params": sum(p.numel() for p in model.parameters()),
-        "backends": backends if spec["side"] == "ours" else {},
+        "backends": {op: _chosen(op, device) for op in asked},
     }
 
 
@@ -231,8 +218,8 @@ def _chosen(op: str, device: str) -> str:
 
 
 def _row(model: str, variant: str, mine: dict[str, Any], peer: str, theirs: dict[str, Any]) -> Row:
-    tokens, judged = SHAPE["b"] * SHAPE["l"], variant in ("default", "graph", "one-thread", "compile")
-    times = beside(mine["times_ms"], theirs["times_ms"], peer, GOAL_RATIO if judged else None)
+    tokens = SHAPE["b"] * SHAPE["l"]
+    times = beside(mine["times_ms"], theirs["times_ms"], peer, GOAL_RATIO if variant in _JUDGED else None)
     off = [abs(x - y) / y for x, y in zip(mine["losses"], theirs["losses"], strict=True)]
     memory = mine["peak_GiB"] / theirs["peak_GiB"]
     return {
@@ -272,10 +259,9 @@ def print_kernels(step: Callable[[], Any], title: str, steps: int = 3, top: int 
         torch.cuda.synchronize()
     # annotations such as Optimizer.step#AdamW.step span kernels that have rows of their own
     kernels = [e for e in found.key_averages() if e.device_type == DeviceType.CUDA and ".step#" not in e.key]
-    kernels.sort(key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in kernels) or 1.0
-    print(f"{title}: {total / steps / 1000:.2f} ms of kernels per step")
-    for e in kernels[:top]:
-        ms, share = e.self_device_time_total / steps / 1000, 100 * e.self_device_time_total / total
-        print(f"{ms:9.3f} ms {share:5.1f} % {e.count / steps:7.0f} x  {e.key[:110]}")
+    times = [(e.self_device_time_total / steps / 1000, e) for e in kernels]
+    total = sum(ms for ms, _ in times) or 1.0
+    print(f"{title}: {total:.2f} ms of kernels per step")
+    for ms, e in sorted(times, key=lambda pair: -pair[0])[:top]:
+        print(f"{ms:9.3f} ms {100 * ms / total:5.1f} % {e.count / steps:7.0f} x  {e.key[:110]}")
     sys.stdout.flush()
