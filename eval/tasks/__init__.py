@@ -23,6 +23,7 @@ __all__ = ["FOLDER", "check_amounts", "check_metadata", "check_tasks", "names", 
 
 FOLDER = Path(__file__).resolve().parent
 _TAG = "hybridzoo_recall"
+_KINDS = {dict: "an object of sizes", int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def names() -> list[str]:
@@ -49,11 +50,10 @@ def check_tasks(tasks: Iterable[str]) -> None:
     Raises:
         ValueError: A name that is neither local nor written in any file of the installed lm-eval.
     """
-    asked = [task for task in tasks if not re.search(r"[*?\[]", task) and not os.path.exists(task)]
-    for task in asked:
-        if task in (*names(), _TAG) or (not task.startswith("hybridzoo") and task in _in_lm_eval()):
+    for task in tasks:
+        if re.search(r"[*?\[]", task) or os.path.exists(task) or task in (*names(), _TAG):
             continue
-        if task.startswith("hybridzoo") or _in_lm_eval():
+        if task.startswith("hybridzoo") or (_in_lm_eval() and task not in _in_lm_eval()):
             raise ValueError(unknown_task(task))
 
 
@@ -112,14 +112,7 @@ def _check_size(where: str, key: str, value: Any, known: Mapping[str, Any]) -> N
         raise ValueError(f"{where}: no task looks at it.{_near(key, known)} Known here: {listed}.")
     kind = type(known[key])
     if type(value) is not kind and not (kind is float and type(value) is int):
-        words = {
-            dict: "an object of sizes",
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            str: "a text",
-        }
-        raise ValueError(f"{where}: is {value!r}, expected {words.get(kind, kind.__name__)}, such as {known[key]!r}.")
+        raise ValueError(f"{where}: is {value!r}, expected {_KINDS.get(kind, kind.__name__)}, such as {known[key]!r}.")
 
 
 @functools.cache
@@ -132,12 +125,10 @@ def _in_lm_eval() -> frozenset[str]:
     return frozenset(name.strip().strip("'\"") for value in values for name in value.split(","))
 
 
-@functools.cache
 def _files() -> list[str]:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         return []
-    found = os.walk(Path(spec.origin).with_name("tasks"))
+    found = ((folder, name) for folder, _, inside in os.walk(Path(spec.origin).with_name("tasks")) for name in inside)
     # what others include ends in _yaml, or has no ending at all
-    files = (os.path.join(folder, name) for folder, _, inside in found for name in inside)
-    return [file for file in files if "." not in os.path.basename(file) or file.endswith(("yaml", ".yml"))]
+    return [os.path.join(*file) for file in found if "." not in file[1] or file[1].endswith(("yaml", ".yml"))]

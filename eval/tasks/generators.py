@@ -1,4 +1,4 @@
-"""Synthetic recall data as arrays of token ids, as the tasks' authors define it: pure functions of a numpy generator.
+"""Synthetic recall data as arrays of token ids, as the tasks' authors define it: ``n`` examples, int64, a pure function of ``rng``.
 
 Sources: multi-query associative recall from Zoology (arXiv:2312.04927; ``multiquery_ar`` of its repository),
 selective copying from Mamba (arXiv:2312.00752, section 4.1.1) in the form of S4's ``copying.py`` with
@@ -22,9 +22,7 @@ def training_rng(seed: int) -> np.random.Generator:
 def evaluation_rng(seed: int, stream: int = 0) -> np.random.Generator:
     """The source of evaluation data number ``seed``, in [0, 2**31): never one that :func:`training_rng` gives.
 
-    Args:
-        seed: Number of the data set.
-        stream: Independent parts of one data set: 0 holds what is scored, 1 few-shot examples.
+    ``stream`` is a part of the data set, independent of others: 0 holds what is scored, 1 few-shot examples.
     """
     return np.random.default_rng([_SPLIT + _checked_seed(seed), stream])
 
@@ -45,31 +43,20 @@ def mqar(
     Keys come from [1, vocab/2), values from [vocab/2, vocab), each without replacement. After the pairs stand
     ``(length - context) / 2`` slots of two tokens; key i is asked for in the first token of a slot drawn without
     replacement, slot g with probability proportional to ``power * (g + 1) ** (power - 1)``. The label stands at the
-    query's own index.
-
-    Args:
-        rng: Source of randomness.
-        n: Examples.
-        length: Tokens per example, even.
-        pairs: Key-value pairs, and queries, per example.
-        vocab: Token ids in use; above ``length``.
-        power: Exponent of the distances; 1 makes them uniform.
-        passes: How often the list of pairs is given before the queries.
-        random_non_queries: Fill what is left with uniform tokens from [0, vocab) instead of 0.
+    query's own index. The list of pairs is given ``passes`` times, and ``random_non_queries`` fills what is left with uniform
+    tokens from [0, vocab) instead of 0.
 
     Returns:
-        Inputs and labels, ``(n, l)`` int64; labels are -100 where nothing is asked.
+        Inputs and labels, ``(n, length)``; labels are -100 where nothing is asked.
 
     Raises:
         ValueError: The pairs do not fit into the length or the vocabulary.
     """
     context = 2 * pairs * passes
     _require(length % 2 == 0, f"mqar(length={length}): a key and its value are two tokens. Make it even.")
-    _require(
-        pairs >= 1 and context + 2 * pairs <= length,
-        f"mqar(length={length}, pairs={pairs}): pairs and queries take {context + 2 * pairs} tokens. "
-        "Lengthen, or ask for fewer pairs.",
-    )
+    takes = f"mqar(length={length}, pairs={pairs}): pairs and queries take {context + 2 * pairs} tokens."
+    fits = pairs >= 1 and context + 2 * pairs <= length
+    _require(fits, f"{takes} Lengthen, or ask for fewer pairs.")
     _require(vocab > length, f"mqar(vocab={vocab}, length={length}): vocab must exceed length. Enlarge vocab.")
     half, slots = vocab // 2, (length - context) // 2
     weight = power * np.arange(1, slots + 1) ** (power - 1.0)
@@ -89,19 +76,13 @@ def mqar(
 def induction(rng: np.random.Generator, n: int, length: int = 256, vocab: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Induction heads: a special token stands among random ones and again at the end; what followed it is the answer.
 
-    Args:
-        rng: Source of randomness.
-        n: Examples.
-        length: Tokens before the final one, at least 3.
-        vocab: Ordinary tokens, ids [0, vocab); the special token is id ``vocab``, so that a guess is right 1 in
-            ``vocab`` times.
+    Ordinary tokens have the ids [0, vocab), so that a guess is right 1 in ``vocab`` times; the special token is id ``vocab``.
 
     Returns:
-        Inputs ``(n, l + 1)`` and answers ``(n,)``, int64.
+        Inputs ``(n, length + 1)`` and answers ``(n,)``.
     """
-    _require(
-        length >= 3, f"induction(length={length}): is below 3. Leave room for the special token and what follows it."
-    )
+    roomy = "Leave room for the special token and what follows it."
+    _require(length >= 3, f"induction(length={length}): is below 3. {roomy}")
     _require(vocab >= 2, f"induction(vocab={vocab}): is below 2. Give at least two tokens to choose from.")
     inputs = rng.integers(0, vocab, (n, length + 1))
     at, rows = rng.integers(0, length - 2, n), np.arange(n)
@@ -115,24 +96,16 @@ def selective_copying(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Selective copying: a few data tokens scattered among blanks, to be repeated in order.
 
-    Args:
-        rng: Source of randomness.
-        n: Examples.
-        length: Blanks (token 0).
-        tokens: Data tokens, uniform in {1 ... vocab - 2}, at random positions of the first ``length + tokens``.
-        vocab: Token ids in use; the last one, ``vocab - 1``, marks the positions where the copy is due.
+    Blanks are token 0, and there are ``length`` of them; data tokens are uniform in {1 ... vocab - 2}, at random positions of the
+    first ``length + tokens``; token ``vocab - 1`` marks the positions where the copy is due.
 
     Returns:
-        Inputs ``(n, length + 2 * tokens)``, ending in ``tokens`` markers, and targets ``(n, tokens)`` for those; int64.
+        Inputs ``(n, length + 2 * tokens)``, ending in ``tokens`` markers, and targets ``(n, tokens)`` for those.
     """
-    _require(
-        vocab >= 3,
-        f"selective_copying(vocab={vocab}): is below 3. A blank, a marker and at least one data token are needed.",
-    )
-    _require(
-        tokens >= 1 and length >= 0,
-        f"selective_copying(length={length}, tokens={tokens}): give at least one data token, and no negative length.",
-    )
+    needed = "A blank, a marker and at least one data token are needed."
+    _require(vocab >= 3, f"selective_copying(vocab={vocab}): is below 3. {needed}")
+    given = f"selective_copying(length={length}, tokens={tokens})"
+    _require(tokens >= 1 and length >= 0, f"{given}: give at least one data token, and no negative length.")
     targets = rng.integers(1, vocab - 1, (n, tokens))
     inputs = np.zeros((n, length + 2 * tokens), dtype=np.int64)
     inputs[:, length + tokens :] = vocab - 1
@@ -153,26 +126,19 @@ def keyed_strings(
     """Uniformly random strings, each with the place of an n-gram that occurs in it once: the key to what follows.
 
     Differs from the authors' code, which may pick an n-gram that occurs twice and whose continuation is then a matter
-    of luck.
-
-    Args:
-        rng: Source of randomness.
-        n: Examples.
-        length: Longest string.
-        min_length: Shortest string; lengths are uniform in between. All have ``length`` by default.
-        ngram: Symbols of the key.
-        answer: Symbols that must follow the key.
-        vocab: Symbols in use, ids [0, vocab).
+    of luck. Lengths are uniform from ``min_length`` to ``length``; all have ``length`` by default. At least ``answer`` symbols follow
+    the ``ngram`` of the key.
 
     Returns:
-        Pairs of a string ``(l,)`` int64 and the index at which its key starts.
+        Pairs of a string ``(l,)`` and the index at which its key starts.
     """
     min_length = length if min_length is None else min_length
-    _require(
-        ngram + answer <= min_length <= length,
-        f"keyed_strings(min_length={min_length}, length={length}): strings must hold a key of {ngram} and an answer of "
-        f"{answer}. Lengthen them.",
+    given, held = (
+        f"keyed_strings(min_length={min_length}, length={length})",
+        f"a key of {ngram} and an answer of {answer}",
     )
+    _require(ngram + answer <= min_length <= length, f"{given}: strings must hold {held}. Lengthen them.")
+    rare = f"keyed_strings(ngram={ngram}, vocab={vocab}): hardly any string of {length} symbols has a unique key."
     out: list[tuple[np.ndarray, int]] = []
     failures = 0
     while len(out) < n:
@@ -184,19 +150,13 @@ def keyed_strings(
         if len(unique):
             out.append((string, int(rng.choice(unique))))
         failures += not len(unique)
-        _require(
-            failures <= 100 + 10 * n,
-            f"keyed_strings(ngram={ngram}, vocab={vocab}): hardly any string of {length} symbols has a unique key. "
-            "Lengthen the key.",
-        )
+        _require(failures <= 100 + 10 * n, f"{rare} Lengthen the key.")
     return out
 
 
 def _checked_seed(seed: int) -> int:
-    _require(
-        0 <= seed < _SPLIT,
-        f"seed: {seed} is outside [0, 2**31). Training and evaluation keep apart by it; choose another.",
-    )
+    apart = "Training and evaluation keep apart by it; choose another."
+    _require(0 <= seed < _SPLIT, f"seed: {seed} is outside [0, 2**31). {apart}")
     return seed
 
 

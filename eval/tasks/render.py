@@ -11,6 +11,8 @@ MQAR's literal input.
 
 import dataclasses
 import string
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -71,61 +73,42 @@ def mqar_documents(
     rng: np.random.Generator, n: int, length: int = 64, pairs: int = 8, vocab: int = 80, *,
     reveal: bool = True, style: str = "chars", **settings: Any,
 ) -> list[Document]:  # fmt: skip
-    """Documents of :func:`~.generators.mqar`; the choices of a query are the values that the document's pairs hold.
+    """Documents of :func:`~.generators.mqar`, sizes in tokens; the choices of a query are the values that the document's pairs hold.
 
-    Args:
-        rng: Source of randomness.
-        n: Documents.
-        length: As in ``mqar``, in tokens; so are ``pairs``, ``vocab`` and ``settings``.
-        pairs: See ``length``.
-        vocab: See ``length``.
-        reveal: Write the value behind each query; otherwise the text is Zoology's input, letter for letter.
-        style: ``"chars"`` or ``"words"``.
-        **settings: ``power``, ``passes`` and ``random_non_queries``.
+    ``reveal`` writes the value behind each query; otherwise the text is Zoology's input, letter for letter.
     """
-    inputs, labels = mqar(rng, n, length, pairs, vocab, **settings)
-    names = _names(vocab, style)
-    documents = []
-    for ids, label in zip(inputs, labels, strict=True):
-        at = np.flatnonzero(label != IGNORED)
-        values = ids[1 : 2 * pairs : 2].tolist()
+
+    def written(ids: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, Asked]:
+        at, values = np.flatnonzero(label != IGNORED), ids[1 : 2 * pairs : 2].tolist()
         asked = {int(i): (values, values.index(label[i])) for i in at}
         if reveal:
             ids[at + 1] = label[at]
-        documents.append(_document(ids, names, style, asked))
-    return documents
+        return ids, asked
+
+    drawn = mqar(rng, n, length, pairs, vocab, **settings)
+    return _documents(_names(vocab, style), style, map(written, *drawn))
 
 
 def induction_documents(
     rng: np.random.Generator, n: int, length: int = 64, vocab: int = 16, *, style: str = "chars"
 ) -> list[Document]:
-    """Documents of :func:`~.generators.induction`.
-
-    Letters with ``>`` in two places; the choices are all ordinary tokens.
-    """
-    names = [*_names(vocab + 1, style)[1:], ">"]
-    documents = []
-    for ids, answer in zip(*induction(rng, n, length, vocab), strict=True):
-        asked = {length: (list(range(vocab)), int(answer))}
-        documents.append(_document([*ids, answer], names, style, asked))
-    return documents
+    """Documents of :func:`~.generators.induction`: letters with ``>`` in two places; the choices are all ordinary tokens."""
+    names, drawn = [*_names(vocab + 1, style)[1:], ">"], zip(*induction(rng, n, length, vocab), strict=True)
+    return _documents(names, style, (([*ids, answer], {length: (range(vocab), int(answer))}) for ids, answer in drawn))
 
 
 def selective_copying_documents(
     rng: np.random.Generator, n: int, length: int = 48, tokens: int = 8, vocab: int = 16, *, style: str = "chars"
 ) -> list[Document]:
-    """Documents of :func:`~.generators.selective_copying`.
+    """Documents of :func:`~.generators.selective_copying`: dots and letters, ``|``, the letters again; a question per letter."""
 
-    Dots and letters, ``|``, the letters again; a question per letter.
-    """
-    names = [*_names(vocab - 1, style), "|"]
-    data = list(range(1, vocab - 1))
-    documents = []
-    for ids, target in zip(*selective_copying(rng, n, length, tokens, vocab), strict=True):
+    def written(ids: np.ndarray, target: np.ndarray) -> tuple[list[int], Asked]:
         body = length + tokens
-        asked = {body + i: (data, int(t) - 1) for i, t in enumerate(target)}
-        documents.append(_document([*ids[: body + 1], *target], names, style, asked))
-    return documents
+        asked = {body + i: (range(1, vocab - 1), int(t) - 1) for i, t in enumerate(target)}
+        return [*ids[: body + 1], *target], asked
+
+    names = [*_names(vocab - 1, style), "|"]
+    return _documents(names, style, map(written, *selective_copying(rng, n, length, tokens, vocab)))
 
 
 def copy_documents(
@@ -134,25 +117,20 @@ def copy_documents(
 ) -> list[Document]:  # fmt: skip
     """Documents of :func:`~.generators.keyed_strings`; a question per symbol of the answer, all symbols to choose from.
 
-    Args:
-        rng: Source of randomness.
-        n: Documents.
-        ngram: As in ``keyed_strings``, and so are ``answer``, ``vocab`` and ``lengths``.
-        answer: See ``ngram``.
-        vocab: See ``ngram``.
-        prefix: Put the key in front, ``$key|string|answer.``, or else behind, ``$string|keyanswer.``.
-        style: ``"chars"`` or ``"words"``.
-        **lengths: ``length`` and ``min_length``.
+    ``prefix`` puts the key in front, ``$key|string|answer.``, or else it stands behind, ``$string|keyanswer.``.
     """
     names = [*_names(vocab + 1, style)[1:], "$", "|", "."]
     start, bar, stop = vocab, vocab + 1, vocab + 2
-    documents = []
-    for text, at in keyed_strings(rng, n, ngram=ngram, answer=answer, vocab=vocab, **lengths):
+
+    def written(drawn: tuple[np.ndarray, int]) -> tuple[list[int], Asked]:
+        text, at = drawn
         key, target = text[at : at + ngram], text[at + ngram : at + ngram + answer]
         head = [start, *key, bar, *text, bar] if prefix else [start, *text, bar, *key]
-        asked = {len(head) - 1 + i: (list(range(vocab)), int(t)) for i, t in enumerate(target)}
-        documents.append(_document([*head, *target, stop], names, style, asked))
-    return documents
+        asked = {len(head) - 1 + i: (range(vocab), int(t)) for i, t in enumerate(target)}
+        return [*head, *target, stop], asked
+
+    strings = keyed_strings(rng, n, ngram=ngram, answer=answer, vocab=vocab, **lengths)
+    return _documents(names, style, map(written, strings))
 
 
 # the wording of arXiv:2305.16300, section 4.2
@@ -167,14 +145,7 @@ _CLOSING = "\nWhat is the pass key? The pass key is"
 def passkey_documents(rng: np.random.Generator, n: int, length: int = 512, choices: int = 10) -> list[Document]:
     """Passkey retrieval (arXiv:2305.16300): five digits hidden at a uniform depth of filler sentences.
 
-    Args:
-        rng: Source of randomness.
-        n: Documents.
-        length: Most characters of a prompt; filler is added sentence by sentence up to it.
-        choices: Different keys to choose from, the right one among them in a random place.
-
-    Raises:
-        ValueError: The length leaves no room for the question itself.
+    A prompt has at most ``length`` characters; the right one of ``choices`` different keys stands among them in a random place.
     """
     documents = []
     for _ in range(n):
@@ -215,14 +186,18 @@ def _names(vocab: int, style: str) -> list[str]:
     return [".", *words]
 
 
-def _document(ids, names: list[str], style: str, asked: dict[int, tuple[list[int], int]]) -> Document:
-    """Write tokens as text; ``asked`` maps the index of the last token of a prompt to its choices and the right one."""
-    separator = " " if style == "words" else ""
-    ends, text = [], ""
-    for i in ids:
-        text += (separator if text else "") + names[int(i)]
-        ends.append(len(text))
-    questions = (
-        Question(ends[i], tuple(separator + names[c] for c in choice), gold) for i, (choice, gold) in asked.items()
-    )
-    return Document(text, tuple(questions))
+# the index of the last token of a prompt, with its choices and which of them is right
+Asked = Mapping[int, tuple[Sequence[int], int]]
+
+
+def _documents(names: list[str], style: str, drawn: Iterable[tuple[Iterable[int], Asked]]) -> list[Document]:
+    """Write tokens as text, with what is asked along them."""
+    separator, documents = " " if style == "words" else "", []
+    for ids, asked in drawn:
+        words = [names[int(i)] for i in ids]
+        ends = [len(separator) * i + end for i, end in enumerate(accumulate(map(len, words)))]
+        questions = (
+            Question(ends[i], tuple(separator + names[c] for c in of), gold) for i, (of, gold) in asked.items()
+        )
+        documents.append(Document(separator.join(words), tuple(questions)))
+    return documents

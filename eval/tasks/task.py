@@ -77,12 +77,10 @@ def _recall(make: Callable[..., list[render.Document]], docs: int = 64, data_see
     """A row per question of ``docs`` documents, and 8 more documents as few-shot examples."""
 
     def rows(stream: int, n: int) -> list[dict]:
-        documents = make(evaluation_rng(data_seed, stream), n, **sizes)
-        return [
-            {"prompt": e.prompt, "choices": list(e.choices), "gold": e.gold, "document": i}
-            for i, document in enumerate(documents)
-            for e in document.examples()
-        ]
+        asked = (
+            (i, e) for i, d in enumerate(make(evaluation_rng(data_seed, stream), n, **sizes)) for e in d.examples()
+        )
+        return [{"prompt": e.prompt, "choices": list(e.choices), "gold": e.gold, "document": i} for i, e in asked]
 
     test = rows(0, docs)
     # exact for a guess that is uniform among the choices
@@ -100,12 +98,8 @@ passkey = functools.partial(_recall, render.passkey_documents)
 def bpb() -> Built:
     """The held-out documents of :func:`hybridzoo.zoo.train.data.topics`, whole; the text varies with the Python version."""
     held_out = topics()["validation"]
-    facts = {
-        "text_sha256": fingerprint(held_out),
-        "python": platform.python_version(),
-        "bytes": len("".join(held_out).encode()),
-    }
-    return {"test": [{"text": text} for text in held_out]}, facts
+    facts = {"text_sha256": fingerprint(held_out), "python": platform.python_version()}
+    return {"test": [{"text": text} for text in held_out]}, facts | {"bytes": len("".join(held_out).encode())}
 
 
 def mmlu_dev() -> Built:
@@ -129,9 +123,4 @@ def _mmlu_row(subject: str, sample: dict[str, str]) -> dict | None:
     question, *answers = (part.strip() for part in parts.groups())
     lines = [question, *(f"{letter}. {answer}" for letter, answer in zip("ABCD", answers, strict=True)), "Answer:"]
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    return {
-        "prompt": head + "\n".join(lines),
-        "choices": list("ABCD"),
-        "gold": "ABCD".index(gold[1]),
-        "subject": subject,
-    }
+    return {"prompt": head + "\n".join(lines), "choices": [*"ABCD"], "gold": "ABCD".index(gold[1]), "subject": subject}
