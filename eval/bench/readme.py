@@ -1,29 +1,24 @@
 """Figures in README and docs, written from the committed results: none of them is typed by hand."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..demo.overview import overview
 from ..markdown import paragraph, table
-from ..parity import run as parity
+from ..parity.run import table as parity_table
 from .show import peer_name, plot, spread
 from .workloads import title
 
-__all__ = ["END", "PAGES", "START", "headline", "performance", "refresh", "section"]
+__all__ = ["END", "PAGES", "START", "checkpoints", "headline", "performance", "refresh", "section"]
 
 Result = dict[str, Any]
 START, END = "<!-- written by `zoo bench readme` from eval/results -->", "<!-- end of what is written -->"
 
 
 def refresh(readme: Path) -> list[Path]:
-    """Write the section between the marks of every page, and the pictures beside the results they show.
-
-    Args:
-        readme: The README of a checkout, whose results are in ``eval/results``.
-
-    Returns:
-        What was written.
+    """Write the section between the marks of every page of a checkout, and its pictures, from ``eval/results``; return what was written.
 
     Raises:
         ValueError: The marks of a page are not there; nothing is written then.
@@ -90,7 +85,34 @@ def performance(folder: Path) -> str:
     return "\n\n".join(piece if piece.startswith("|") else paragraph(piece) for piece in pieces)
 
 
-PAGES = {"README.md": headline, "docs/performance.md": performance, "docs/checkpoints.md": parity.section}
+_OUTCOMES = ("equal", "refused", "silent")
+
+
+def checkpoints(folder: Path) -> str:
+    """Distances from transformers' own classes, and the outcomes of configs drawn at random."""
+    ((_, result),) = _results(folder, "parity")
+    text = (
+        f"Random weights in transformers {result['versions']['transformers']}'s own classes, saved, read by us, and written back "
+        f"(`{result['command']}`, torch {result['versions']['torch']}, fp32 on a CPU, commit {result['commit']}, "
+        "[figures](eval/results/parity.json)). Errors are the worst of all shapes, relative to the largest value: of the logits, in one "
+        "pass and in 20 decoded steps, and of any parameter's gradient. Written back means the same tensors, bit for bit, which "
+        "transformers loads with no key missing or left over."
+    )
+    for _, fuzz in _results(folder, "parity_fuzz"):
+        edits, exports = (
+            Counter({kind: sum(row.get(kind, 0) for row in fuzz["cases"] if row["op"] == op) for kind in _OUTCOMES})
+            for op in ("edit", "export")
+        )
+        same, refused, wrong = ((edits + exports)[kind] for kind in _OUTCOMES)
+        text += (
+            f" Beyond these shapes, `{fuzz['command']}` edits single fields of their configs ({edits.total():,} that transformers can "
+            f"compute) and writes random options of ours ({exports['equal'] + exports['silent']:,}): {same:,} gave the same logits, "
+            f"{refused:,} were refused by name, {wrong} differed silently."
+        )
+    return f"{paragraph(text)}\n\n{parity_table(result)}"
+
+
+PAGES = {"README.md": headline, "docs/performance.md": performance, "docs/checkpoints.md": checkpoints}
 
 
 def _results(folder: Path, what: str, gpu: bool | None = None) -> list[tuple[Path, Result]]:
@@ -113,11 +135,8 @@ def _of_goal(row: Result) -> str:
 
 def _gpu_scan(path: Path, result: Result) -> list[str]:
     top = result["ceilings"]
-    main: list[Result] = []
-    more: list[Result] = []
-    for row in result["cases"]:
-        if row.get("peer"):
-            (main if row["part"] == "table" else more).append(row)
+    rows = [row for row in result["cases"] if row.get("peer")]
+    main, more = ([row for row in rows if (row["part"] == "table") is shown] for shown in (True, False))
     slower = sum(row["ratio"] < 1 for row in more)
     return [
         f"The selective scan on one {result['device']} ({_versions(result)}), bf16, n = 16, gate and softplus fused: medians "

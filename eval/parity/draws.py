@@ -41,12 +41,7 @@ ABSENT = object()
 
 
 class Base:
-    """A config of transformers in a file, to be edited field by field.
-
-    Args:
-        name: A key of :data:`CONFIGS`.
-        folder: An empty folder.
-    """
+    """An entry of :data:`CONFIGS` as a file in an empty folder, to be edited field by field."""
 
     def __init__(self, name: str, folder: Path):
         self.config = config_of(name)
@@ -107,10 +102,6 @@ class Options:
     """Configs drawn around one of ours: one to three options changed, sometimes other layers too.
 
     What has been refused is drawn less often, so that most of what is drawn can be written.
-
-    Args:
-        cfg: The config, plain data.
-        draw: Where numbers come from.
     """
 
     def __init__(self, cfg: dict[str, Any], draw: random.Random):
@@ -129,9 +120,8 @@ class Options:
                 if place[1] in spec:
                     spec[place[1]] = value
             names.append("norm" if place[0] == "norm" else place[1])
-        layers = cfg["layers"]
-        if self.draw.random() < 0.3 and "@" not in str(layers):
-            blocks = expand(layers)
+        if self.draw.random() < 0.3 and "@" not in str(cfg["layers"]):
+            blocks = expand(cfg["layers"])
             size = 2 if len(blocks) % 2 == 0 and len(blocks) > 2 else 1
             pairs = [blocks[i : i + size] for i in range(0, len(blocks), size)]
             drawn = self.draw.choices(pairs, k=self.draw.choice([1, 2, 3, 4]))

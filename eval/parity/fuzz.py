@@ -64,14 +64,7 @@ def tokens(vocab: int) -> Tensor:
 
 
 def try_edit(base: Base, name: str, value: Any, folder: Path) -> Outcome:
-    """Change one field: what does transformers compute, and what do we?
-
-    Args:
-        base: The config.
-        name: The field.
-        value: Its new value.
-        folder: A new folder.
-    """
+    """Change one field, in a new folder: what does transformers compute, and what do we?"""
     change = f"{name} = {'(absent)' if value is ABSENT else json.dumps(value)}"
     data = {key: v for key, v in base.data.items() if key != name} | ({} if value is ABSENT else {name: value})
     folder.mkdir()
@@ -80,7 +73,7 @@ def try_edit(base: Base, name: str, value: Any, folder: Path) -> Outcome:
         expected = _written_by_transformers(data, folder)
     except Exception as e:
         # any: the classes check little, and fail anywhere
-        detail = f"{type(e).__name__}: {e}".splitlines()[0]
+        detail = _line(e)
         for file in base.folder.glob("*.safetensors"):
             (folder / file.name).unlink(missing_ok=True)
             (folder / file.name).symlink_to(file)
@@ -90,11 +83,11 @@ def try_edit(base: Base, name: str, value: Any, folder: Path) -> Outcome:
             ours = load(folder)
             got = ours(tokens(expected[0])).logits if expected else None
     except CheckpointError as e:
-        named = name in str(e).replace(str(folder), "")
-        kind = "not judged" if expected is None else "refused" if named else "unnamed"
-        return Outcome(base.family, change, kind, str(e).replace(str(folder), ""))
+        said = str(e).replace(str(folder), "")
+        kind = "not judged" if expected is None else "refused" if name in said else "unnamed"
+        return Outcome(base.family, change, kind, said)
     except Exception as e:
-        return Outcome(base.family, change, "crash", f"{type(e).__name__}: {e}".splitlines()[0])
+        return Outcome(base.family, change, "crash", _line(e))
     if expected is None or got is None:
         return Outcome(base.family, change, "not judged", detail)
     return _compared(base.family, change, got, expected[1])
@@ -116,6 +109,10 @@ def _written_by_transformers(data: dict[str, Any], folder: Path) -> tuple[int, T
     return vocab, logits
 
 
+def _line(e: Exception) -> str:
+    return f"{type(e).__name__}: {e}".splitlines()[0]
+
+
 def _compared(family: str, change: str, got: Tensor, expected: Tensor) -> Outcome:
     if got.shape != expected.shape:
         return Outcome(family, change, "silent", f"shape {tuple(got.shape)}, transformers' {tuple(expected.shape)}")
@@ -124,13 +121,9 @@ def _compared(family: str, change: str, got: Tensor, expected: Tensor) -> Outcom
 
 
 def try_export(family: str, cfg: dict[str, Any], names: list[str], folder: Path) -> Outcome | None:
-    """Write a model of ours for transformers: what does it compute? None if the config is no model.
+    """Write a model of ours for transformers, into a new folder: what does it compute? None if the config is no model.
 
-    Args:
-        family: Whose config ``cfg`` was before it was changed.
-        cfg: A config of ours.
-        names: The options that were changed.
-        folder: A new folder.
+    ``cfg`` was a config of ``family`` before the options in ``names`` were changed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -144,24 +137,19 @@ def try_export(family: str, cfg: dict[str, Any], names: list[str], folder: Path)
         kind = export(ours, folder)
     except CheckpointError as e:
         # what does not fit need not be what was changed: a head's size follows from their number
-        named = (
-            "The closest differs in" in str(e)
-            or f"options. {family}: " in str(e)
-            or "layers" in names
-            or any(f" {name}" in str(e) for name in names)
-        )
+        reasons = ("The closest differs in", f"options. {family}: ", *(f" {name}" for name in names))
+        named = "layers" in names or any(reason in str(e) for reason in reasons)
         return Outcome(family, change, "refused" if named else "unnamed", str(e).replace(str(folder), ""))
     except Exception as e:
-        return Outcome(family, change, "crash", f"{type(e).__name__}: {e}".splitlines()[0])
+        return Outcome(family, change, "crash", _line(e))
     ids = tokens(min(ours.cfg.vocab_size, VOCAB))
+    reading = {"attn_implementation": "eager", "output_loading_info": True}
     try:
-        judge, info = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", output_loading_info=True
-        )
+        judge, info = AutoModelForCausalLM.from_pretrained(folder, **reading)
         with torch.no_grad():
             expected, got = judge.eval()(ids, use_cache=False).logits, ours(ids).logits
     except Exception as e:
-        return Outcome(kind, change, "crash", f"transformers cannot read it: {type(e).__name__}: {e}".splitlines()[0])
+        return Outcome(kind, change, "crash", f"transformers cannot read it: {_line(e)}")
     if info["missing_keys"] or info["unexpected_keys"]:
         return Outcome(kind, change, "silent", f"missing {info['missing_keys']}, left over {info['unexpected_keys']}")
     if ratio(got, expected) >= _LIMIT:
@@ -208,16 +196,9 @@ def export_outcomes(name: str, count: int, seed: int = 0) -> Iterator[Outcome]:
 
 
 def fuzz(out: Path | None = None, edits_each: int = 110, exports_each: int = 26, seed: int = 0) -> dict[str, Any]:
-    """Try edits and exports of every case, in two processes.
+    """Try edits and exports of every case, in two processes, and write the result where asked (:mod:`hybridzoo.eval.result_file`).
 
-    Args:
-        out: A JSON file to write, whole or not at all.
-        edits_each: Edits of each case.
-        exports_each: Configs written from each case.
-        seed: Of what is drawn.
-
-    Returns:
-        The result (:mod:`hybridzoo.eval.result_file`): of each family and direction how often each outcome came up, and what went wrong.
+    It says of each family and direction how often each outcome came up, and what went wrong.
 
     Raises:
         ValueError: Something went wrong, after the result has been written.
@@ -232,10 +213,9 @@ def fuzz(out: Path | None = None, edits_each: int = 110, exports_each: int = 26,
                 counts.setdefault((outcome.family, direction), Counter())[outcome.kind] += 1
                 if outcome.kind not in GOOD:
                     bad.append({"direction": direction, "case": name, **dataclasses.asdict(outcome)})
-    common = {"peer": "transformers", "dtype": "float32"}
     rows = [
-        {"name": f"{family}-{direction}", "family": family, "op": direction} | common | dict(count)
-        for (family, direction), count in sorted(counts.items())
+        {"name": f"{family}-{op}", "family": family, "op": op, "peer": "transformers", "dtype": "float32", **count}
+        for (family, op), count in sorted(counts.items())
     ]
     result = header("parity_fuzz", "zoo bench parity --part fuzz", "cpu", ["transformers"])
     result |= {"seed": seed, "cases": rows, "failed": bad}
@@ -249,19 +229,18 @@ def fuzz(out: Path | None = None, edits_each: int = 110, exports_each: int = 26,
 def _tried(name: str, edits_each: int, exports_each: int, seed: int) -> list[tuple[str, str, Outcome]]:
     torch.set_num_threads(1)
     quiet()
-    found = [("edit", name, outcome) for outcome in edit_outcomes(name, edits_each, seed)]
-    return found + [("export", name, outcome) for outcome in export_outcomes(name, exports_each, seed)]
+    found = {"edit": edit_outcomes(name, edits_each, seed), "export": export_outcomes(name, exports_each, seed)}
+    return [(direction, name, outcome) for direction, outcomes in found.items() for outcome in outcomes]
 
 
 def summary(result: dict[str, Any]) -> str:
     """A result as a Markdown table: of every family and direction how often each outcome came up."""
     kinds = [*GOOD, "unnamed", "silent", "crash"]
     lines = [[f"`{row['family']}`", row["op"], *(str(row.get(kind, 0)) for kind in kinds)] for row in result["cases"]]
-    totals = [
-        ["all", op, *(str(sum(r.get(k, 0) for r in result["cases"] if r["op"] == op)) for k in kinds)]
-        for op in ("edit", "export")
-    ]
-    return markdown.table(["family", "direction", *kinds], lines + totals)
+    for op in ("edit", "export"):
+        rows = [row for row in result["cases"] if row["op"] == op]
+        lines.append(["all", op, *(str(sum(row.get(kind, 0) for row in rows)) for kind in kinds)])
+    return markdown.table(["family", "direction", *kinds], lines)
 
 
 def quiet() -> None:

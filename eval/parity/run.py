@@ -3,7 +3,6 @@
 The tests hold each case to its limits; ``zoo bench parity`` writes what was measured, for the README's table.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from .. import markdown
 from ..result_file import header, write
 from .configs import CONFIGS, PUBLISHED, VOCAB, config_of
 
-__all__ = ["Pair", "gradients", "parity", "ratio", "redraw", "section", "tensors_of", "their_model"]
+__all__ = ["Pair", "gradients", "parity", "ratio", "redraw", "table", "tensors_of", "their_model"]
 
 
 def redraw(model: Any) -> Any:
@@ -57,12 +56,7 @@ def ratio(got: Tensor, expected: Tensor) -> float:
 
 
 class Pair:
-    """One case: transformers' model in ``theirs``, saved to ``folder``, and what we read there in ``ours``.
-
-    Args:
-        name: A key of :data:`CONFIGS`.
-        folder: An empty folder.
-    """
+    """An entry of :data:`CONFIGS`: transformers' model in ``theirs``, saved to an empty ``folder``, and what we read there in ``ours``."""
 
     def __init__(self, name: str, folder: Path):
         torch.manual_seed(0)
@@ -76,13 +70,7 @@ class Pair:
 
 
 def gradients(pair: Pair, ids: Tensor, folder: Path) -> dict[str, float]:
-    """Distances of our gradients from transformers', by the names that are on disk.
-
-    They travel through the files like weights, so that every tensor meets its counterpart.
-
-    Raises:
-        ValueError: The losses differ, or the files hold different tensors.
-    """
+    """Distances of our gradients from transformers', by name; they travel through files like weights, so that counterparts meet."""
     ours, theirs = load(pair.folder), pair.cls.from_pretrained(pair.folder, attn_implementation="eager")
     out, judge = ours(ids, labels=ids), theirs(ids, labels=ids, use_cache=False).loss
     cross_entropy = out.loss if out.aux_loss is None else out.loss - out.aux_loss
@@ -102,15 +90,10 @@ def gradients(pair: Pair, ids: Tensor, folder: Path) -> dict[str, float]:
 
 
 def parity(out: Path | None = None) -> dict[str, Any]:
-    """Measure every case, in float32 on the CPU.
+    """Measure every case, in float32 on the CPU, and write the result where asked (:mod:`hybridzoo.eval.result_file`).
 
-    Args:
-        out: A JSON file to write, whole or not at all.
-
-    Returns:
-        The result (:mod:`hybridzoo.eval.result_file`). Of each case: the worst error of the logits of one pass and of 20 decoded steps
-        after a prefill, the worst error of any parameter's gradient, and whether what we write is bitwise what we read and is
-        loaded by transformers with no key missing or left over.
+    Of each case: the worst error of the logits of one pass and of 20 decoded steps after a prefill, the worst error of any parameter's
+    gradient, and whether what we write is bitwise what we read and is loaded by transformers with no key missing or left over.
     """
     rows, console = [], Console(stderr=True)
     for name in track(CONFIGS, "parity", console=console, transient=True, disable=not console.is_terminal):
@@ -132,34 +115,6 @@ def table(result: dict[str, Any]) -> str:
         worst = f"{logits:.0e}", f"{max(row['gradient_error'] for row in rows):.0e}"
         lines.append([f"`{family}`", published, f"{len(rows)} shapes", "bitwise" if written else "no", *worst])
     return markdown.table(["family", "published", "read", "written back", "logits", "gradients"], lines)
-
-
-def section(folder: Path) -> str:
-    """Write the README's section about it from ``parity.json`` in a folder of results."""
-    result = json.loads((folder / "parity.json").read_text(encoding="utf-8"))
-    text = (
-        f"Random weights in transformers {result['versions']['transformers']}'s own classes, saved, read by us, and written back "
-        f"(`{result['command']}`, torch {result['versions']['torch']}, fp32 on a CPU, commit {result['commit']}, "
-        "[figures](eval/results/parity.json)). Errors are the worst of all shapes, relative to the largest value: of the logits, in one "
-        "pass and in 20 decoded steps, and of any parameter's gradient. Written back means the same tensors, bit for bit, which "
-        "transformers loads with no key missing or left over."
-    )
-    tried = folder / "parity_fuzz.json"
-    if tried.exists():
-        fuzz = json.loads(tried.read_text(encoding="utf-8"))
-        same, refused, wrong = (
-            [
-                sum(row.get(kind, 0) for row in fuzz["cases"] if row["op"] == op and kind != "not judged")
-                for op in ("edit", "export")
-            ]
-            for kind in ("equal", "refused", "silent")
-        )
-        text += (
-            f" Beyond these shapes, `{fuzz['command']}` edits single fields of their configs ({same[0] + refused[0] + wrong[0]:,} that "
-            f"transformers can compute) and writes random options of ours ({same[1] + wrong[1]:,}): {same[0] + same[1]:,} gave the same "
-            f"logits, {refused[0] + refused[1]:,} were refused by name, {wrong[0] + wrong[1]} differed silently."
-        )
-    return f"{markdown.paragraph(text)}\n\n{table(result)}"
 
 
 def _measure(name: str, folder: Path) -> dict[str, Any]:
