@@ -22,14 +22,9 @@ _WIDTH, _PAD, _LEFT = 440, 16, 36
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A drawing that is as wide as where it is put.
+    """A drawing that is as wide as where it is put: SVG elements, x in per cent of the plot, y in pixels.
 
-    Attributes:
-        label: The same in words, for who cannot see it.
-        body: SVG elements, x in per cent of the plot, y in pixels.
-        height: Pixels.
-        left: Pixels beside the plot, for text; so is ``right``.
-        right: See ``left``.
+    ``label`` says the same in words, for who cannot see it; ``left`` and ``right`` are pixels beside the plot, for text.
     """
 
     label: str
@@ -58,14 +53,9 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Dots:
-    """A row of :func:`dots`.
+    """A row of :func:`dots`, one for each of ``values``, with the number of its colour; ``limit`` is a stroke that they cannot pass.
 
-    Attributes:
-        name: Above the dots; ``note`` stands behind it.
-        note: See ``name``.
-        values: A dot each, with the number of its colour.
-        text: On the right.
-        limit: A stroke that the dots cannot pass, if there is one.
+    ``name`` stands above them, ``note`` behind it, and ``text`` on the right.
     """
 
     name: str
@@ -83,15 +73,10 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     smoothing: float = 0.0,
 ) -> Chart:
-    """Draw curves, each with its name at its end.
+    """Draw curves over an axis of x that starts at 0, each with its name at its end.
 
-    Args:
-        label: See :class:`Chart`.
-        lines: Names with points (x, y), in the order of the colours.
-        x_label: Under the axis of x, which starts at 0.
-        y_label: Above the axis of y.
-        y_range: Lowest and highest y that is shown; by default that of the points.
-        smoothing: Weight of the past, in [0, 1), in the mean that is drawn instead of the points, which then show through.
+    Lines are names with points (x, y), in the order of the colours. Where ``smoothing`` is the weight of the past, in [0, 1), a mean is
+    drawn instead of the points, which then show through.
     """
     height, top, bottom = 300, 30, 254
     every = [y for _, points in lines for _, y in points]
@@ -126,14 +111,7 @@ def line_chart(
 
 
 def bars(label: str, rows: Sequence[Bar], top: float, reference: tuple[str, float] | None = None) -> Chart:
-    """Draw horizontal bars from 0 on, a row each.
-
-    Args:
-        label: See :class:`Chart`.
-        rows: From top to bottom.
-        top: The value that the whole width stands for.
-        reference: Text and value of a dashed line across.
-    """
+    """Draw horizontal bars from 0 to ``top``, a row each; ``reference`` is the text and the value of a dashed line across."""
     first, parts = 24 if reference else 2, []
     for i, row in enumerate(rows):
         y = first + 28 * i
@@ -141,32 +119,23 @@ def bars(label: str, rows: Sequence[Bar], top: float, reference: tuple[str, floa
         share = 100 * row.value / top
         parts.append(f'<rect y="{y + 3}" width="{share:.2f}%" height="18" rx="2" style="fill:{colour(row.colour)}"/>')
         parts.append(_text(share, y + 16, row.text, "strong", dx=7))
-    height = first + 28 * len(rows)
+    height, left = first + 28 * len(rows), _width(*(row.name for row in rows)) + 12
     if reference:
         text, value = reference
         at = 100 * value / top
         parts.append(_stroke("reference", at, 20, at, height))
         # towards the side that has room
         parts.append(_text(at, 13, text, "soft", "start" if at < 35 else "end" if at > 65 else "middle"))
-    return Chart(
-        label, "".join(parts), height, _width(*(r.name for r in rows)) + 12, _width(*(r.text for r in rows)) + 8
-    )
+    return Chart(label, "".join(parts), height, left, _width(*(row.text for row in rows)) + 8)
 
 
 def dots(label: str, rows: Sequence[Dots], unit: str) -> Chart:
-    """Draw rows of dots on one logarithmic scale.
-
-    Args:
-        label: See :class:`Chart`.
-        rows: From top to bottom; all values are positive.
-        unit: Of the values.
-    """
-    every = [v for row in rows for v in (*(v for v, _ in row.values), row.limit) if v]
-    low, high = math.log10(min(every)) - 0.05, math.log10(max(every)) + 0.05
-    log = _scale(low, high, 0, 100)
+    """Draw rows of dots, whose values are positive, on one logarithmic scale."""
+    every = [math.log10(v) for row in rows for v in (*(v for v, _ in row.values), row.limit) if v]
+    low, high = min(every) - 0.05, max(every) + 0.05
 
     def share(value: float) -> float:
-        return log(math.log10(value))
+        return _scale(low, high, 0, 100)(math.log10(value))
 
     height, parts = 42 * len(rows), []
     between = (1, 3) if high - low < 3.5 else (1,)
@@ -188,12 +157,9 @@ def dots(label: str, rows: Sequence[Dots], unit: str) -> Chart:
 
 
 def picture(title: str, panels: Sequence[tuple[str, Chart]], key: Sequence[tuple[str, int | None]] = ()) -> str:
-    """Return charts as one SVG file, whose text can still be read when it is scaled to a phone.
+    """Return charts under their headings as one SVG file, whose text can still be read when it is scaled to a phone.
 
-    Args:
-        title: The first lines.
-        panels: Charts from top to bottom, each under its heading.
-        key: Names with the numbers of the colours that they have in all panels; None stands for the limit.
+    The key holds names with the numbers of the colours that they have in all panels; None stands for the limit.
     """
     y, parts = 12.0, []
     for line in textwrap.wrap(title, int((_WIDTH - 2 * _PAD) / 9.6)):

@@ -36,13 +36,8 @@ __all__ = ["explained", "fingerprint", "open_model", "open_tokenizer", "quiet", 
 def usable_device(device: str | None, named: bool) -> str | None:
     """A device that exists, and this rank's own GPU where none was chosen.
 
-    Args:
-        device: What was asked for. lm-eval's command line says ``"cuda:0"`` where the user said nothing, so that this one becomes the CPU
-            where there is no GPU, with a warning.
-        named: Whether the model is to be loaded; one given as an object stays where it is, unless asked for.
-
-    Raises:
-        ValueError: No such device.
+    lm-eval's command line says ``"cuda:0"`` where the user said nothing, so that this one becomes the CPU where there is no GPU, with a
+    warning. A model that is not ``named``, but given as an object, stays where it is, unless asked for.
     """
     if device is None and not named:
         return None
@@ -58,16 +53,9 @@ def usable_device(device: str | None, named: bool) -> str | None:
 def open_model(
     pretrained: Any, dtype: Any = "auto", device: str | None = None, seed: int = 0
 ) -> tuple[Any, Path | None]:
-    """The model that ``pretrained`` stands for, as transformers knows it; ``None`` if only transformers can read it.
+    """The model that ``pretrained`` stands for, as transformers knows it, and the folder it came from.
 
-    Args:
-        pretrained: A folder, a hub id, a config's name or file, or a model.
-        dtype: Of the weights, if they are loaded or built here; ``"auto"`` leaves them as they are stored.
-        device: Where they go.
-        seed: Of the weights of a config's untrained model.
-
-    Returns:
-        The model, and the folder it came from.
+    There is no model if only transformers can read it. Arguments are those of :class:`~.harness.HybridZooLM`.
 
     Raises:
         CheckpointError: A folder without a config, or one that cannot be loaded.
@@ -126,11 +114,7 @@ def window(folder: Path | None, tokenizer: PreTrainedTokenizerBase) -> int | Non
 def open_tokenizer(tokenizer: Any, model: Any, folder: Path | None, add_bos_token: bool | None = None) -> Any:
     """The tokenizer as an object, or ``None`` if it comes with a model of transformers.
 
-    Args:
-        tokenizer: ``"byte"``, a folder or hub id, an object, or ``None`` for what belongs to the model.
-        model: What :func:`open_model` returned.
-        folder: Where it came from; a tokenizer there goes before what the config says.
-        add_bos_token: Whether texts start with the BOS token, if that is to be changed.
+    ``model`` and ``folder`` are what :func:`open_model` returned; a tokenizer there goes before what the config says.
     """
     if tokenizer is None and isinstance(model, HybridZooForCausalLM):
         tokenizer = whose(model.core.cfg.tokenizer, folder or model.core.source)

@@ -14,12 +14,7 @@ __all__ = ["card", "facts", "filled", "page", "sample", "table"]
 
 
 def page(title: str, body: str) -> str:
-    """Return a whole page.
-
-    Args:
-        title: Of the window.
-        body: HTML.
-    """
+    """Return a whole page around a body in HTML; the title is the window's."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return filled(template, {"title": escape(title), "style": style(), "body": body})
 
@@ -41,12 +36,9 @@ def sample(name: str, prompt: str, text: str, number: int) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], best: Collection[tuple[int, int]] = frozenset()) -> str:
-    """Return a table whose first column stays in view where there is no room for all.
+    """Return a table whose first column, with the rows' names, stays in view where there is no room for all.
 
-    Args:
-        head: Names of the columns.
-        rows: Cells; the first names the row.
-        best: Row and column of cells to stand out.
+    ``best`` holds row and column of cells to stand out.
     """
     lines = []
     for i, (name, *cells) in enumerate(rows):

@@ -21,9 +21,8 @@ def _layers(models: list[dict[str, Any]]) -> Chart:
     width, parts = 100 / max(map(len, patterns)), []
     for i, (model, pattern) in enumerate(zip(models, patterns, strict=True)):
         y = 32 * i
-        parts.append(
-            f'<text y="{y + 18}" dx="-10" text-anchor="end" class="strong" style="fill:{colour(i)}">{escape(title(model))}</text>'
-        )
+        place = f'y="{y + 18}" dx="-10" text-anchor="end"'
+        parts.append(f'<text {place} class="strong" style="fill:{colour(i)}">{escape(title(model))}</text>')
         for j, token in enumerate(pattern):
             parts.append(
                 f'<rect x="{j * width:.2f}%" y="{y}" width="{width - 1:.2f}%" height="26" rx="4" style="fill:var(--rule)"/>'

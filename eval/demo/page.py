@@ -15,15 +15,7 @@ Results = dict[str, Any]
 
 
 def write_page(results: Results, path: Path) -> Path:
-    """Write the page, and beside it the results as JSON.
-
-    Args:
-        results: As :func:`hybridzoo.eval.demo.run.run` collects them.
-        path: The HTML file.
-
-    Returns:
-        The path.
-    """
+    """Write the page, and beside it the results as JSON; return the path."""
     models, tasks, data = results["models"], results["tasks"], path.with_suffix(".json")
     blocks = {
         "headline": escape(headline(results)),

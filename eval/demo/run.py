@@ -26,6 +26,7 @@ from rich.table import Table
 from ...zoo.checkpoint.publish import write_whole
 from ...zoo.models.model import Model
 from ...zoo.models.stats import stats
+from ...zoo.tables import columns
 from ...zoo.tokenizer import ByteTokenizer
 from ...zoo.train.data import fingerprint, mix, pack, topics
 from ..result_file import header, version
@@ -51,12 +52,8 @@ _SCORES = "scores.json"
 class Task:
     """A recall task as the demo trains for it; where the sizes are the task's own, ``zoo eval`` needs to be told nothing.
 
-    Attributes:
-        name: In lm-eval.
-        title: On the page; ``about`` explains it there.
-        about: See ``title``.
-        sizes: The task's ``dataset_kwargs``.
-        share: Of the drills, relative to the other tasks; what is learned last gets most.
+    ``name`` is lm-eval's, and ``title`` and ``about`` are for the page; ``share`` is that of the drills, relative to the other tasks: what
+    is learned last gets most.
     """
 
     name: str
@@ -66,45 +63,25 @@ class Task:
     share: float
 
 
-def _sized(name: str, *keys: str) -> dict[str, int]:
-    found = sizes_of(name)
-    return {key: found[key] for key in keys}
+def _task(name: str, title: str, about: str, sizes: str, share: float) -> Task:
+    found = sizes_of(f"hybridzoo_{name}")
+    return Task(f"hybridzoo_{name}", title, about, {key: found[key] for key in sizes.split()}, share)
 
 
+_MQAR = "Multi-query associative recall: four pairs of a key and a value, then the keys in another order: which value belongs to this key?"
+_INDUCTION = "Induction heads: random letters, a marker somewhere among them and again at the end: what followed it the first time?"
+_COPYING = "Selective copying: four letters scattered among dots, to be repeated in order."
 TASKS = (
-    Task(
-        "hybridzoo_mqar",
-        "MQAR",
-        "Multi-query associative recall: four pairs of a key and a value, then the keys in another order: which value belongs to this key?",
-        _sized("hybridzoo_mqar", "docs", "length", "pairs", "vocab"),
-        share=1.4,
-    ),
-    Task(
-        "hybridzoo_induction",
-        "induction",
-        "Induction heads: random letters, a marker somewhere among them and again at the end: what followed it the first time?",
-        _sized("hybridzoo_induction", "docs", "length", "vocab"),
-        share=0.5,
-    ),
-    Task(
-        "hybridzoo_selective_copying",
-        "copying",
-        "Selective copying: four letters scattered among dots, to be repeated in order.",
-        _sized("hybridzoo_selective_copying", "docs", "length", "tokens", "vocab"),
-        share=2.0,
-    ),
+    _task("mqar", "MQAR", _MQAR, "docs length pairs vocab", 1.4),
+    _task("induction", "induction", _INDUCTION, "docs length vocab", 0.5),
+    _task("selective_copying", "copying", _COPYING, "docs length tokens vocab", 2.0),
 )
 
 
 def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]:
-    """Train, evaluate and compare; what is done already is used again.
+    """Train, evaluate and compare, and return the results that the page shows; what is done already is used again, unless ``fresh``.
 
-    Args:
-        out: Folder of the models, of ``report.html``, and of the results as ``report.json``.
-        fresh: Start again instead.
-
-    Returns:
-        The results that the page shows.
+    The models, ``report.html``, and the results as ``report.json`` are written to the folder ``out``.
     """
     start, out, console = time.monotonic(), Path(out), Console(highlight=False)
     if not console.is_terminal:
@@ -114,9 +91,8 @@ def run(out: str | Path = "runs/demo", *, fresh: bool = False) -> dict[str, Any]
     spread = max(params) / min(params) - 1
     console.print(f"{len(params)} models of {min(params):,} to {max(params):,} parameters, {100 * spread:.1f} % apart")
     assert spread <= 0.02, f"the models' budgets differ by {100 * spread:.1f} %, which is no fair comparison"
-    console.print(
-        f"each learns for {STEPS} steps of {BATCH} x {LENGTH} tokens; Ctrl-C saves, the same command continues"
-    )
+    steps = f"{STEPS} steps of {BATCH} x {LENGTH} tokens"
+    console.print(f"each learns for {steps}; Ctrl-C saves, the same command continues")
     code = "from hybridzoo.eval.demo.run import work; work({!r}, {!r}, {})"
     run_side_by_side({n: code.format(n, str(out / n), fresh) for n in LEARNING_RATES}, out, console)
     models = []
@@ -164,11 +140,8 @@ def work(name: str, out: str, fresh: bool) -> None:
         return message(say="was evaluated before")
     scores = score(result.model, folder / "lm_eval.json")
     message(say=f"evaluated, {scores['bits_per_byte']:.2f} bits per byte")
-    scores |= {
-        "history": result.history,
-        "tokens_per_second": result.tokens_per_second,
-        "tokens_per_step": BATCH * LENGTH,
-    }
+    scores |= {"history": result.history, "tokens_per_second": result.tokens_per_second}
+    scores["tokens_per_step"] = BATCH * LENGTH
     write_whole(file, json.dumps({"key": key, "results": scores}, indent=1) + "\n")
 
 
@@ -257,9 +230,8 @@ def _results(models: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    table, rows = Table(box=None, header_style="bold", pad_edge=False), measures(results)
-    for i, head in enumerate(("model", "layers", *(row[0] for row in rows))):
-        table.add_column(head, justify="left" if i < 2 else "right", no_wrap=i != 1, overflow="fold")
+    rows = measures(results)
+    table = columns("model", "layers", *(row[0] for row in rows))
     for i, m in enumerate(results["models"], 1):
         table.add_row(m["name"], m["pattern"], *(row[i] for row in rows))
     table.add_row("without a model", "", *(row[-1] for row in rows), style="dim")
