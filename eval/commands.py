@@ -136,15 +136,11 @@ def bench(
         drawn = plot(results, out or file.with_suffix(".svg"))
         return say(f"wrote {drawn}")
     if what == "parity":
-        from .parity.run import parity, table
+        from .parity import fuzz, run
 
-        if part == ["fuzz"]:
-            from .parity.fuzz import fuzz, summary
-
-            tried = fuzz(out)
-            return print_json(tried) if as_json else print_report(summary(tried))
-        measured = parity(out)
-        return print_json(measured) if as_json else print_report(table(measured))
+        measure, report = (fuzz.fuzz, fuzz.summary) if part == ["fuzz"] else (run.parity, run.table)
+        result = measure(out)
+        return print_json(result) if as_json else print_report(report(result))
     if what == "readme":
         from .bench.readme import refresh
 

@@ -98,8 +98,6 @@ def _leaves(inputs: Inputs, *names: str) -> dict[str, Tensor]:
 
 
 _SCAN = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-
-
 _PATHS = ("u", "low", "A", "D", "dt_bias", "dt_weight")
 
 
