@@ -1,5 +1,7 @@
 """Forward and backward of a training step as one CUDA graph, for hosts that launch kernels more slowly than the GPU runs them."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -98,35 +100,29 @@ class CapturedStep:
 
 
 def _check(model: nn.Module, parameters: list[nn.Parameter], autocast: torch.dtype | None) -> None:
-    where = "CapturedStep"
     if not parameters:
-        raise ValueError(f"{where}: the model has no parameter that requires a gradient.")
+        _refuse("the model has no parameter that requires a gradient.")
     if any(type(p) is not nn.Parameter for p in parameters):
-        raise ValueError(
-            f"{where}: the parameters are sharded, and gathering them is no part of a graph. Call the model itself."
-        )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    hooked = [name or "the model" for name, m in modules.items() if has_hooks(m)]
-    hooked += [
-        name
-        for name, p in model.named_parameters()
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-    ]
-    if hooked:
-        raise ValueError(
-            f"{where}: there are hooks, on {hooked[0]} for one, and a replayed graph runs none. Remove them, or call the model itself."
+        _refuse("the parameters are sharded, and gathering them is no part of a graph. Call the model itself.")
+    hooked = [name or "the model" for name, m in model.named_modules(remove_duplicate=False) if has_hooks(m)]
+    hooks = {name: p._backward_hooks or p._post_accumulate_grad_hooks for name, p in model.named_parameters()}
+    if hooked := [*hooked, *filter(hooks.get, hooks)]:
+        _refuse(
+            f"there are hooks, on {hooked[0]} for one, and a replayed graph runs none. Remove them, or call the model itself."
         )
     device = parameters[0].device
     if device.type != "cuda":
-        raise ValueError(
-            f"{where}: the model is on {device.type}, and only a GPU has CUDA graphs. Call the model itself."
-        )
+        _refuse(f"the model is on {device.type}, and only a GPU has CUDA graphs. Call the model itself.")
     # experts' loads are known on the GPU alone, and only this kernel reads them there
     dtype = autocast or parameters[0].dtype
     if any(isinstance(m, MoE) for m in model.modules()):
         major, _ = torch.cuda.get_device_capability(device)
         if dtype != torch.bfloat16 or major < 9:
-            raise ValueError(
-                f"{where}: experts in {str(dtype).removeprefix('torch.')} on compute capability {major}.x ask the host how many rows "
-                "each has. Use autocast=torch.bfloat16 on compute capability 9.0, or call the model itself."
+            _refuse(
+                f"experts in {str(dtype).removeprefix('torch.')} on compute capability {major}.x ask the host how many rows each has. Use "
+                "autocast=torch.bfloat16 on compute capability 9.0, or call the model itself."
             )
+
+
+def _refuse(why: str) -> NoReturn:
+    raise ValueError(f"CapturedStep: {why}")

@@ -6,7 +6,6 @@ and what an evaluation puts before a text), and cut into rows of equal length. A
 
 import hashlib
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -52,22 +51,16 @@ def topics(validation_share: float = 0.1) -> dict[str, list[str]]:
 
 
 def _families(text: dict[str, str]) -> list[list[str]]:
-    parent = {name: name for name in text}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
+    families = {name: [name] for name in text}
     first: dict[tuple[str, ...], str] = {}
     for name in sorted(text):
         words = re.findall(r"\w+", text[name].lower())
         for i in range(len(words) - _SHINGLE + 1):
-            parent[root(name)] = root(first.setdefault(tuple(words[i : i + _SHINGLE]), name))
-    families = defaultdict(list)
-    for name in sorted(text):
-        families[root(name)].append(name)
-    return list(families.values())
+            relative = first.setdefault(tuple(words[i : i + _SHINGLE]), name)
+            if families[relative] is not families[name]:
+                one = sorted(families[relative] + families[name])
+                families |= dict.fromkeys(one, one)
+    return [family for name, family in families.items() if name == family[0]]
 
 
 def fingerprint(documents: Iterable[str]) -> str:
@@ -168,8 +161,7 @@ def mix(sources: Sequence[tuple[np.ndarray, float]], rows: int, seed: int = 0) -
 class Rows(Dataset):
     """Training examples ``{"input_ids": (l,), "labels": (l,)}`` from an ``(n, l)`` table of token ids.
 
-    Args:
-        table: Token ids; a negative one, ``~id``, stands for a token that is read but never a target.
+    A negative id, ``~id``, stands for a token that is read but never a target.
     """
 
     def __init__(self, table: np.ndarray):
@@ -188,11 +180,7 @@ class Rows(Dataset):
 
 
 def rows_with_targets(table: np.ndarray) -> np.ndarray:
-    """Indices of the rows that hold something to predict; from the others nothing can be learned.
-
-    Args:
-        table: ``(n, l)`` token ids as :class:`Rows` takes them.
-    """
+    """Indices of the rows of a table, as :class:`Rows` takes it, that hold something to predict; nothing can be learned from the others."""
     if table.dtype.kind == "u":
         return np.arange(len(table))
     step = max(1, (1 << 24) // table.shape[1])

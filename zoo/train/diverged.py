@@ -1,5 +1,6 @@
 """The error of a training whose numbers are no longer finite, and the place that the first of them came from."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -35,47 +36,33 @@ def nonfinite_weight(model: torch.nn.Module) -> str | None:
 
 
 def first_nonfinite(model: Model, input_ids: Tensor, labels: Tensor) -> str | None:
-    """Run one batch forward and back, and name the first value on the way that is not finite; gradients are dropped.
-
-    Args:
-        model: In the state that the failed step started from.
-        input_ids: ``(b, l)`` int64.
-        labels: As for :meth:`CausalLM.forward`.
-    """
+    """Run one batch, ``(b, l)``, forward and back, and name the first value on the way that is not finite; gradients are dropped."""
     if (weight := nonfinite_weight(model)) is not None:
         return f"the weight {weight}"
     found: list[str] = []
 
-    def look(name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            tensors = (
-                x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()
-            )
-            if not found and not all(bool(torch.isfinite(x).all()) for x in tensors):
-                found.append(f"the output of {name}")
+    def look(what: str, values: Any) -> None:
+        tensors = (x.detach() for x in pytree.tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
+        if not found and not all(bool(torch.isfinite(x).all()) for x in tensors):
+            found.append(what)
 
-        return hook
+    def look_forward(name: str) -> Any:
+        return lambda module, args, output: look(f"the output of {name}", output)
 
     def look_back(name: str) -> Any:
-        def hook(p: Tensor) -> None:
-            if not found and p.grad is not None and not torch.isfinite(p.grad).all():
-                found.append(f"the gradient of {name}")
+        return lambda p: look(f"the gradient of {name}", p.grad)
 
-        return hook
-
-    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hooks += [p.register_post_accumulate_grad_hook(look_back(name)) for name, p in trained]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(model.zero_grad)
+        for name, module in model.named_modules():
+            if name:
+                hooks.callback(module.register_forward_hook(look_forward(name)).remove)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                hooks.callback(p.register_post_accumulate_grad_hook(look_back(name)).remove)
         model.zero_grad()
         loss = model(input_ids, labels).loss
+        look("the loss", loss)
         if loss is not None and not found:
-            if not torch.isfinite(loss):
-                found.append("the loss")
-            else:
-                loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad()
+            loss.backward()
     return found[0] if found else None

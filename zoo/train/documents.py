@@ -65,7 +65,7 @@ def _read_text(file: Path) -> str:
 
 
 def _decoded(raw: bytes, where: str, offset: int) -> str:
-    """The text of ``raw``, which begins at byte ``offset`` of its file."""
+    # the text of raw, which begins at byte offset of its file
     if offset == 0:
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise SourceError(f"{where}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(where)}")
@@ -106,8 +106,7 @@ def _text_of(line: str, where: str) -> str:
     if "text" not in row:
         keys = ", ".join(map(repr, list(row)[:8])) or "none"
         raise SourceError(f'{where}: is not a JSON object with a "text"; its keys: {keys}. {wanted}')
-    text = row["text"]
-    if not isinstance(text, str):
+    if not isinstance(text := row["text"], str):
         raise SourceError(f'{where}: "text" is a {type(text).__name__}, not a string.')
     try:
         text.encode()

@@ -22,12 +22,7 @@ __all__ = ["NumberedRows", "ZooTrainer", "load_weights"]
 
 
 class NumberedRows(Dataset):
-    """Some rows of a table, each with its number: what :class:`ZooTrainer` reads.
-
-    Args:
-        rows: All of them.
-        chosen: Numbers of those to take, ``(n,)``.
-    """
+    """The rows of a table that have the numbers in ``chosen``, ``(n,)``, each with its number: what :class:`ZooTrainer` reads."""
 
     def __init__(self, rows: Rows, chosen: Any):
         self.rows, self.chosen = rows, chosen
@@ -44,13 +39,7 @@ class Watch:
     """Adds up losses and notices what is not finite, on the device; the host asks when something is logged or saved.
 
     From the first step that is not finite on, ``bad`` is 1, and the optimiser, which reads it on the device, changes no weight: the model
-    is then still the one that this step started from.
-
-    Args:
-        device: Of loss and gradients.
-        sums: The sum of the losses since the last logged step, of one process.
-        step: The step that the run stands at.
-        logged: The last logged step.
+    is then still the one that this step started from. ``sums`` is of the losses since the step that was logged last, of one process.
     """
 
     def __init__(self, device: torch.device, sums: float = 0.0, step: int = 0, logged: int = 0):
@@ -80,10 +69,7 @@ class Watch:
 class ZooTrainer(Trainer):
     """A ``Trainer`` that decays what :func:`param_groups` says, stops at what is not finite, and resumes as if it had not stopped.
 
-    Args:
-        run: Where checkpoints go; without one they are transformers' own.
-        session: What watches and shows the training.
-        checkpoint: What the training goes on from.
+    Checkpoints go into ``run``; without one they are transformers' own.
     """
 
     def __init__(
@@ -96,12 +82,11 @@ class ZooTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         if session is not None:
             self.add_callback(session)
-        rank, device = self.args.process_index, self.args.device
-        if checkpoint is None:
-            self.watch = Watch(device)
-        else:
-            facts = checkpoint.manifest
-            self.watch = Watch(device, facts["loss_sums"][rank], checkpoint.step, facts["logged"])
+        device = self.args.device
+        self.watch = Watch(device)
+        if checkpoint is not None:
+            sums = checkpoint.manifest["loss_sums"][self.args.process_index]
+            self.watch = Watch(device, sums, checkpoint.step, checkpoint.manifest["logged"])
         # where the host runs as the device does, nothing is saved by asking later
         self.asks_at_once = device.type == "cpu"
 
@@ -138,11 +123,7 @@ class ZooTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _ask(self) -> list[float]:
-        """The sums of losses of all processes.
-
-        Raises:
-            Diverged: Something was not finite.
-        """
+        """Return the sums of losses of all processes, or raise :class:`Diverged` where something was not finite."""
         watch, session = self.watch, self.session
         asked = float(session is not None and session.interrupted)
         told = torch.stack([watch.sum, watch.bad, watch.good, torch.full_like(watch.sum, asked)])
@@ -170,14 +151,16 @@ class ZooTrainer(Trainer):
         except (RuntimeError, ValueError) as e:  # out of memory, say: the rest of the message matters more
             where = f"not found ({str(e).splitlines()[0]})"
         what = f"the loss is {loss.item():.4g} and its gradient's norm {norm.item():.4g}"
-        self._raise_diverged(what, step, numbers, where or "not found again")
+        self._diverge(what, step, numbers, where or "not found again")
 
-    def _raise_diverged(self, what: str, step: int, rows: list[int], where: str) -> None:
+    def _diverge(self, what: str, step: int, rows: list[int], where: str) -> None:
         last = 0 if self.run is None else self.run.last_step()
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        kept = "There is no checkpoint yet."
-        if self.run and last:
-            kept = f"Checkpoint {last} in {self.run.checkpoints} is whole."
+        kept = (
+            f"Checkpoint {last} in {self.run.checkpoints} is whole."
+            if self.run and last
+            else "There is no checkpoint yet."
+        )
         batch = f"; rows {shown} of the data" if rows else ""
         raise Diverged(
             f"training diverged at step {step} of {self.args.max_steps}: {what}{batch}; first value that is not finite: {where}. {kept} "
@@ -193,7 +176,7 @@ class ZooTrainer(Trainer):
             return super()._save_checkpoint(model, trial)
         sums, step = self._ask(), self.state.global_step
         if (name := nonfinite_weight(self.model)) is not None:
-            self._raise_diverged("the weights are no longer finite after it", step, [], f"the weight {name}")
+            self._diverge("the weights are no longer finite after it", step, [], f"the weight {name}")
         seconds = 0.0 if self.session is None else self.session.save_seconds()
         self.staged = True
         try:
@@ -219,18 +202,12 @@ class ZooTrainer(Trainer):
 
 
 def load_weights(model: Model, folder: Path) -> None:
-    """Fill a model with the weights of a checkpoint of the same model.
-
-    Raises:
-        CheckpointError: Tensors of other names, shapes or types.
-    """
+    """Fill a model with the weights of its checkpoint; tensors of other names, shapes or types are a CheckpointError."""
     with stored_tensors(folder) as stored, torch.no_grad():
         places = dict(model.named_parameters(remove_duplicate=False))
         filled = {id(places[name]) for name in stored if name in places}
-        wrong = sorted(set(stored) - set(places)) + sorted(
-            n for n, p in model.named_parameters() if id(p) not in filled
-        )
-        if wrong:
+        lacking = (name for name, p in model.named_parameters() if id(p) not in filled)
+        if wrong := sorted(set(stored) - set(places)) + sorted(lacking):
             raise CheckpointError(
                 f"{folder}: holds the weights of another model: {wrong[0]!r} is in one of them alone. {AGAIN}"
             )

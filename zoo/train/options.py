@@ -67,8 +67,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if os.path.exists(path):
         return path
-    near = near_path(path)
-    hint = f" Did you mean {near!r}?" if near else ""
+    hint = f" Did you mean {near!r}?" if (near := near_path(path)) else ""
     raise FileNotFoundError(
         f"{path}: no such file or folder.{hint} Give a text, .jsonl or .npy (token ids) file, or a folder of them."
     )

@@ -1,12 +1,4 @@
-"""Training through transformers' ``Trainer``, on the one adapter.
-
-A run is a folder::
-
-    OUT/train.json         settings and the logged losses
-    OUT/tensorboard/       the same, for TensorBoard
-    OUT/checkpoints/       what a resumed run continues from: weights, optimiser, schedule, random states
-    OUT/model.safetensors, config.yaml, ...    the trained model, as ``zoo.save`` writes it
-"""
+"""Training through transformers' ``Trainer``, on the one adapter; :mod:`.run_folder` says what it leaves behind."""
 
 import contextlib
 import dataclasses
@@ -194,7 +186,12 @@ def _run(
         return checkpoint.history()
     callbacks: list[TrainerCallback] = []
     if report_to == "tensorboard" and args.process_index == 0:
-        callbacks.append(_tensorboard(run.path / "tensorboard", session.first_step))
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        # what an interrupted run logged after its last checkpoint is logged again
+        again = session.first_step + 1 if session.first_step else None
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard"), purge_step=again)))
     trainer = ZooTrainer(
         HybridZooForCausalLM.wrap(core), args, train_dataset=rows, callbacks=callbacks, run=run, session=session,
         checkpoint=checkpoint,
@@ -280,15 +277,15 @@ def _in_main_process(args: TrainingArguments, work: Callable[[], Any]) -> Any:
     """Do something once, where torchrun has started several processes, and give all of them the result or the error."""
     if args.world_size == 1:
         return work()
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None]
     if args.process_index == 0:
         try:
-            answer[0] = work()
+            answer = [work()]
         except Exception as e:  # raised below, in every process
-            answer[1] = e
+            answer = [e]
     broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
+    if isinstance(answer[0], Exception):
+        raise answer[0]
     return answer[0]
 
 
@@ -303,11 +300,3 @@ def _quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
-
-
-def _tensorboard(folder: Path, step: int) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    # what an interrupted run logged after its last checkpoint is logged again
-    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=step + 1 if step else None))

@@ -3,7 +3,9 @@
 Every change is one rename, so that a run killed at any moment leaves what it was before or what it becomes::
 
     OUT/train.json                    settings, and at the end the logged losses
+    OUT/tensorboard/                  the losses for TensorBoard
     OUT/checkpoints/checkpoint-N      whole from the moment it is there; zoo.json lists its files and their digests
+    OUT/model.safetensors, ...        at the end the trained model, as ``zoo.save`` writes it
     OUT/.train.lock, .train.holder    who is at work
 """
 
@@ -34,14 +36,7 @@ _KEPT = 2
 # seconds: longer than anything trains
 _FOREVER = 1e10
 # what marks a folder as somebody's model
-_MODEL_FILES = (
-    "config.yaml",
-    "config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "*.bin",
-    "checkpoints/checkpoint-*",
-)
+_MODEL_FILES = "config.yaml config.json adapter_config.json *.safetensors *.bin checkpoints/checkpoint-*".split()
 
 
 class DifferentRun(ValueError):
@@ -61,11 +56,7 @@ class Checkpoint:
 
 
 class RunFolder:
-    """A run's folder, as :func:`~hybridzoo.zoo.train.run.train` reads and writes it.
-
-    Args:
-        path: The folder; nothing is made until :meth:`claim`.
-    """
+    """A run's folder, as :func:`~hybridzoo.zoo.train.run.train` reads and writes it; nothing is made until :meth:`claim`."""
 
     def __init__(self, path: Path):
         self.path, self.checkpoints = path, path / "checkpoints"
@@ -74,11 +65,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
-        """Be the one process at work in the folder, until the block or the process ends.
-
-        Raises:
-            DifferentRun: Another process is.
-        """
+        """Be the one process at work in the folder, until the block or the process ends; where another is, that is a DifferentRun."""
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)
@@ -118,9 +105,7 @@ class RunFolder:
     def open(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> Checkpoint | None:
         """Say what there is to go on from, or make the folder ready for a new run.
 
-        Raises:
-            DifferentRun: What is there is not this run's, and may not be replaced.
-            CheckpointError: Its checkpoints are damaged, all of them.
+        What is not this run's, and may not be replaced, is a DifferentRun; checkpoints that are all damaged are a CheckpointError.
         """
         self.settings = plain(settings)
         try:
@@ -186,9 +171,8 @@ class RunFolder:
                 print(f"{why}; going on from {folder.name}, and keeping that one as {aside.name}", file=sys.stderr)
             return Checkpoint(folder, manifest)
         if damaged:
-            raise CheckpointError(
-                "; ".join(why.rstrip(".") for _, why in damaged) + f". No checkpoint is whole. {AGAIN}"
-            )
+            reasons = "; ".join(why.rstrip(".") for _, why in damaged)
+            raise CheckpointError(f"{reasons}. No checkpoint is whole. {AGAIN}")
         return None
 
     def _read_log(self) -> dict[str, Any] | None:
@@ -258,9 +242,8 @@ def _whole(folder: Path) -> dict[str, Any]:
         expected = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
         if manifest["format"] != FORMAT or manifest["step"] != _step_of(folder):
             raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
-        if not all(
-            isinstance(manifest[key], kind) for key, kind in (("settings", dict), ("loss_sums", list), ("logged", int))
-        ):
+        kinds = {"settings": dict, "loss_sums": list, "logged": int}
+        if not all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
             raise ValueError("settings, loss_sums or logged is of another kind")
         if not all(map(_is_number, manifest["loss_sums"])) or not 0 <= float(manifest["seconds"]) < _FOREVER:
             raise ValueError("loss_sums are no numbers, or seconds is none")

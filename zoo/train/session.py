@@ -18,14 +18,7 @@ __all__ = ["Session"]
 
 
 class Session(TrainerCallback):
-    """Watches one call of the Trainer: shows progress, measures time, and turns Ctrl-C into a checkpoint.
-
-    Args:
-        header: Lines that say what is trained.
-        tokens_per_step: For the speed.
-        checkpoint: What the call goes on from.
-        on_step: Called with the number of steps done and the last logged loss, after every step.
-    """
+    """Watches one call of the Trainer: shows ``header`` and progress, measures time, and turns Ctrl-C into a checkpoint."""
 
     def __init__(
         self, header: list[str], tokens_per_step: int, checkpoint: Checkpoint | None,
