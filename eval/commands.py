@@ -1,7 +1,6 @@
 """The commands of evaluation. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
 
 import contextlib
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,40 +8,33 @@ from typing import Annotated, Any
 
 import typer
 
-from ..zoo.terminal import Device, Json, Model, print_json, print_report, say, with_options
+from ..zoo.terminal import Device, Json, Model, print_json, print_report, say
 
 __all__ = ["app"]
 
 app = typer.Typer()
 
 
-@dataclasses.dataclass(kw_only=True)
-class Scoring:
-    """Options of ``zoo eval``."""
-
-    limit: Annotated[float | None, typer.Option(help="Documents per task, or a share below 1.")] = None
-    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.", min=0)] = None
-    batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto"
-    max_length: Annotated[int | None, typer.Option(help="Window in tokens.", show_default="the config's", min=1)] = None
-    add_bos_token: Annotated[
-        bool, typer.Option("--add-bos-token", help="Start every prompt as a document of `zoo train` starts.")
-    ] = False
-    metadata: Annotated[str | None, typer.Option(help='Sizes of tasks: \'{"hybridzoo_mqar": {"pairs": 4}}\'')] = None
-
-
 @app.command(
     "eval",
     epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb,hybridzoo_mqar --add-bos-token[/bold]",
 )
-@with_options(Scoring)
 def eval_(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas; wildcards for ours: 'hybridzoo_*'.")],
-    *,
+    limit: Annotated[float | None, typer.Option(help="Documents per task, or a share below 1.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.", min=0)] = None,
+    batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(help="Window in tokens.", show_default="the config's", min=1)
+    ] = None,
+    add_bos_token: Annotated[
+        bool, typer.Option("--add-bos-token", help="Start every prompt as a document of `zoo train` starts.")
+    ] = False,
+    metadata: Annotated[str | None, typer.Option(help='Sizes of tasks: \'{"hybridzoo_mqar": {"pairs": 4}}\'')] = None,
     out: Annotated[Path | None, typer.Option(help="Also write lm-eval's results to this JSON file.")] = None,
     device: Device = None,
     as_json: Json = False,
-    **scoring: Any,
 ) -> None:
     """Score a model through lm-eval. `zoo lm-eval` takes every flag of lm-eval instead."""
     from ..zoo.named import check_model
@@ -50,8 +42,7 @@ def eval_(
 
     # what can be mistyped is looked at before seconds of imports
     check_model(model)
-    asked, sizes = [task for task in tasks.split(",") if task], _read_json("--metadata", scoring.pop("metadata"))
-    limit, batch_size = scoring["limit"], scoring["batch_size"]
+    asked, sizes = [task for task in tasks.split(",") if task], _read_json("--metadata", metadata)
     check_amounts(limit, batch_size, ("--limit", "--batch-size"))
     check_tasks(asked)
     if sizes is not None:
@@ -61,12 +52,11 @@ def eval_(
     from .run import evaluate
     from .run import table as rows_of
 
-    scoring |= {
-        "limit": int(limit) if limit and limit >= 1 else limit,
-        "batch_size": int(batch_size) if batch_size.isdigit() else batch_size,
-        "add_bos_token": scoring["add_bos_token"] or None,
-    }
-    results = evaluate(model, asked, metadata=sizes, output=out, device=device, **scoring)
+    results = evaluate(
+        model, asked, limit=int(limit) if limit and limit >= 1 else limit, num_fewshot=num_fewshot, metadata=sizes, device=device,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size, max_length=max_length, output=out,
+        add_bos_token=add_bos_token or None,
+    )  # fmt: skip
     if results is None:
         return None
     rows = rows_of(results)

@@ -14,6 +14,7 @@ from hybridzoo.zoo import hub, tokenizer
 from hybridzoo.zoo.tokenizer import (
     ByteTokenizer,
     appends_end,
+    check_growth,
     document_encoder,
     encode_prompt,
     ends_of_text,
@@ -21,7 +22,6 @@ from hybridzoo.zoo.tokenizer import (
     load_tokenizer,
     whose,
 )
-from hybridzoo.zoo.tokenizer_growth import check_growth
 
 pytest.importorskip("transformers")
 

@@ -1,10 +1,8 @@
 """Make transformers' Auto classes know the zoo once ``hybridzoo`` is imported, without importing transformers or our adapter to it.
 
-transformers looks models up by name in tables, and imports a model's module when it is asked for. The adapter is entered there as one more
-name, as soon as the tables exist: nothing of ours is loaded until somebody opens one of our folders.
-
-The tables may be imported long after us, so an import finder waits for the three modules that hold them. It finds nothing itself: what the
-finders behind it give is handed on, with one call added after the module has run. What it cannot make out it leaves to Python.
+transformers looks models up by name in tables, and imports a model's module when it is asked for: nothing of ours is loaded until somebody
+opens one of our folders. The tables may be imported long after us, so an import finder waits for the three modules that hold them; what the
+finders behind it give is handed on, with one call added after the module has run.
 """
 
 import importlib
@@ -32,10 +30,8 @@ class _ThenEnter:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._loader, name)
-        return self._then_enter(found) if name in ("exec_module", "load_module") else found
+        run = getattr(self._loader, name)
 
-    def _then_enter(self, run: Any) -> Any:
         def run_and_enter(module: Any) -> Any:
             if isinstance(module, ModuleType):  # load_module has a name here, and makes the module
                 module.__loader__ = self._loader
@@ -45,7 +41,7 @@ class _ThenEnter:
             _enter()
             return result
 
-        return run_and_enter
+        return run_and_enter if name in ("exec_module", "load_module") else run
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -56,7 +52,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         for finder in finders[finders.index(self) + 1 :] if self in finders else ():
             # one of the old kind is Python's to adapt or to skip
             find = getattr(finder, "find_spec", None)
-            spec = None if find is None else find(name, path, target)
+            spec = find(name, path, target) if find else None
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _ThenEnter(spec.loader)

@@ -132,27 +132,18 @@ def train(
     say(f"the model is in {out}; next: {again}")
 
 
-@dataclasses.dataclass(kw_only=True)
-class Sampling:
-    """Options by which ``zoo generate`` chooses tokens."""
-
-    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 0
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this probability.")] = 1.0
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said becomes less likely.")] = 1.0
-
-
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
-@with_options(Sampling)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    *,
+    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said becomes less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = None,
     as_json: Json = False,
-    **sampling: Any,
 ) -> None:
     """Continue a text."""
     from .named import check_model
@@ -177,7 +168,9 @@ def generate(
         built = build(model, device=at).eval()
         say(f"{model} is a config: the model is untrained, and babbles")
     ids, ends = torch.tensor([encode_prompt(built, prompt)], device=at), ends_of_text(built)
-    made = built.generate(ids, eos_token_id=ends, generator=torch.Generator(at).manual_seed(seed), **sampling)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    drawn_by = torch.Generator(at).manual_seed(seed)
+    made = built.generate(ids, max_new_tokens, eos_token_id=ends, generator=drawn_by, **sampling)
     new = made[0, ids.shape[1] :].tolist()
     text = built.tokenizer.decode(new[: -1 if new[-1:] and new[-1] in ends else None])
     if as_json:

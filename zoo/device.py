@@ -8,15 +8,10 @@ __all__ = ["pick_device"]
 def pick_device(
     device: torch.device | str | int | None = None, *, meta: bool = False, numbered: bool = True
 ) -> torch.device:
-    """Give the device that is meant, if it is there.
+    """Return the device that is meant, ``None`` for a GPU if there is one; for one that is not there, raise a ``ValueError``.
 
-    Args:
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ...; ``None`` for a GPU if there is one, else the CPU.
-        meta: Whether ``"meta"``, which holds no values, will do.
-        numbered: Whether the caller can use one GPU by its number. Training cannot: it takes all that the process sees.
-
-    Raises:
-        ValueError: No such device; the message names those that are there. There is no silent way to another one.
+    ``"meta"``, which holds no values, is none unless the caller says so. Training cannot use one GPU by its number, since it takes all
+    that the process sees.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,5 +44,4 @@ def pick_device(
 def _there() -> str:
     kind = torch.accelerator.current_accelerator(check_available=True)
     others = [] if kind is None else [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
-    names = ["cpu", *others]
-    return f"There is: {', '.join(names)}. Name one of them, or leave the device out."
+    return f"There is: {', '.join(['cpu', *others])}. Name one of them, or leave the device out."

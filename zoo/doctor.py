@@ -30,18 +30,13 @@ _TYPICAL: dict[str, dict[str, Any]] = {
 
 
 def examine(device: str | None = None) -> dict[str, Any]:
-    """Look at the machine.
+    """Look at the machine, and ask the ops about a device, a GPU by default, if there is one; one that is not there is a ``ValueError``.
 
-    Args:
-        device: Type of the device that the ops are asked about; a GPU by default, if there is one. ``cuda`` is answered for without a
-            GPU too: why there is none, and what would be taken, is what one wants to know then.
+    ``cuda`` is answered for without a GPU too: why there is none, and what would be taken, is what one wants to know then.
 
     Returns:
         ``{"system": {...}, "packages": {name: version}, "ops": {op: [{"backend", "chosen", "reason"}]}, "verdicts": {op: text}}``, and
         for a GPU ``"gpu"``: the device, the driver, the compiler of the kernels, and where they are kept.
-
-    Raises:
-        ValueError: Any other device that is not there.
     """
     device = "cuda" if (device or "").partition(":")[0] == "cuda" else pick_device(device).type
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -113,10 +108,8 @@ def _cache(folder: Path | None, refused: str | None) -> str:
         return f"none, every process compiles anew: {refused}"
     kept = list(folder.glob("*.cubin")) if folder.is_dir() else []
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    writable = (
-        "writable" if there.is_dir() and os.access(there, os.W_OK) else "not writable: every process compiles anew"
-    )
-    return f"{folder}: {len(kept)} kernels, {sum(f.stat().st_size for f in kept):,} bytes, {writable}"
+    writable = "" if there.is_dir() and os.access(there, os.W_OK) else "not writable: every process compiles anew"
+    return f"{folder}: {len(kept)} kernels, {sum(f.stat().st_size for f in kept):,} bytes, {writable or 'writable'}"
 
 
 def _system(device: str, dtype: torch.dtype) -> dict[str, str]:

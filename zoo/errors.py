@@ -37,12 +37,7 @@ def shortened(value: object) -> str:
 
 
 def printable(text: object, keep: str = "") -> str:
-    """``text`` with everything that a terminal may act on (control characters, other line breaks, marks of direction) as escapes.
-
-    Args:
-        text: Anything; ``str`` is called.
-        keep: Characters that stay as they are, such as line breaks of our own.
-    """
+    """``text`` with all that a terminal may act on (control characters, line breaks, marks of direction) as escapes; ``keep`` stays."""
     text = str(text)
     if text.isprintable():
         return text

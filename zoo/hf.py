@@ -28,8 +28,7 @@ from ..layers.base import Mixer
 from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded, write_config
 from .checkpoint.publish import GENERATION, publishing, steady
 from .config.resolve import validate
-from .hf_arguments import Rows, refuse_others
-from .hf_generation import CACHE_NAMES, Finite, Generation, one_cache
+from .hf_calls import CACHE_NAMES, Finite, Generation, Rows, one_cache, refuse_others
 from .layout import expand
 from .models.causal_lm import padded_vocab
 from .models.model import Model
@@ -235,7 +234,8 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
                 )
             attention_mask = attention_mask[:, -tokens.shape[1] :]
         refuse_others(self, kwargs, output_attentions=self.config.output_attentions)
-        rows = Rows(tokens, attention_mask, cache, cu_seqlens, seq_idx, position_ids, kwargs)
+        packed = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx, "position_ids": position_ids}
+        rows = Rows(tokens, attention_mask, cache, **packed, **kwargs)
         use_cache = self._uses_cache(use_cache, labels, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -295,12 +295,9 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """Not as transformers: tied names are one parameter here, which is missing if the file has none of them."""
-        loading_info.missing_keys = {
-            name
-            for name in loading_info.missing_keys
-            if name in self.all_tied_weights_keys
-            or not getattr(self.get_parameter_or_buffer(name), "_is_hf_initialized", False)
-        }
+        untied = loading_info.missing_keys - set(self.all_tied_weights_keys)
+        there = {name for name in untied if getattr(self.get_parameter_or_buffer(name), "_is_hf_initialized", False)}
+        loading_info.missing_keys -= there
 
     def _init_weights(self, module: nn.Module) -> None:
         # asked for rows of a new vocabulary

@@ -1,12 +1,6 @@
-"""The hub, asked once: where it does not answer, what was downloaded before is used, or there is one error within seconds.
-
-huggingface_hub tries again and again, file by file, for minutes. A first request of ours decides whether it is asked at all.
-"""
+"""The hub, asked once: huggingface_hub tries for minutes, file by file, and a request of ours decides whether it is asked at all."""
 
 __all__ = ["unreachable"]
-
-# to connect, and again to answer
-_SECONDS = 5.0
 
 
 def unreachable() -> str | None:
@@ -16,7 +10,7 @@ def unreachable() -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        answer = get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+        answer = get_session().head(constants.ENDPOINT, timeout=5.0)
     # of whichever library it goes through, and of its proxies
     except Exception as e:
         return f"{constants.ENDPOINT} does not answer ({type(e).__name__}: {(str(e).strip() or 'no reason').splitlines()[0]})"

@@ -7,6 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from . import registry
 from .config.plain import first_line
@@ -85,17 +86,14 @@ def _load_file(text: str, name: str, path: Path) -> ModuleType:
 
 
 def _refuse_other(text: str, name: str, path: Path) -> None:
-    """Another module of that name would be hidden by the file, or hide it from other processes."""
-    if name in sys.modules:
-        file = getattr(sys.modules[name], "__file__", None)
-    else:
-        try:
-            spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError, AttributeError):
-            spec = None
-        if spec is None:
-            return
-        file = spec.origin
+    # another module of that name would be hidden by the file, or hide it from other processes
+    try:
+        found: Any = sys.modules.get(name) or importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        return
+    if found is None:
+        return
+    file = getattr(found, "__file__", getattr(found, "origin", None))
     if file is None or not os.path.exists(file) or not os.path.samefile(file, path):
         raise ValueError(
             f"import {text}: there is another module {name!r} ({file}). Rename the file, as in 'my_{name}.py'."
@@ -124,12 +122,9 @@ def _reachable(folder: Path) -> None:
 
 def _place(e: BaseException, path: Path | None) -> str:
     """Return the place in the file, or in the last one that ran, and what went wrong there."""
-    where = ""
+    frames = [frame for frame in traceback.extract_tb(e.__traceback__) if "importlib" not in frame.filename]
+    places: list[Any] = [(f.filename, f.lineno) for f in frames[1:] if path is None or f.filename == str(path)]
     if isinstance(e, SyntaxError):
-        where = f"{e.filename}, line {e.lineno}: "
-    else:
-        frames = [frame for frame in traceback.extract_tb(e.__traceback__) if "importlib" not in frame.filename]
-        mine = [frame for frame in frames[1:] if path is None or frame.filename == str(path)]
-        if mine:
-            where = f"{mine[-1].filename}, line {mine[-1].lineno}: "
+        places = [(e.filename, e.lineno)]
+    where = "{}, line {}: ".format(*places[-1]) if places else ""
     return f"{where}{type(e).__name__}: {first_line(e)}"

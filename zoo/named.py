@@ -13,15 +13,10 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def check_model(name: str, *, hub: bool = True) -> None:
-    """Find a model's name to be a typo, if it is one; what it holds is for others to judge.
+    """Raise a ``ValueError`` if a model's name is a typo; it names the nearest. What the model holds is for others to judge.
 
-    Args:
-        name: A shipped name, a YAML file, a folder, or a hub id.
-        hub: Whether a hub id will do. One that differs in a letter or two from a path that is there is taken for that path, except in
-            its digits: ``mamba-370m`` is no slip of ``mamba-130m``.
-
-    Raises:
-        ValueError: There is no such model; the message names the nearest.
+    Where a hub id will do, one that differs in a letter or two from a path that is there is taken for that path, except in its digits:
+    ``mamba-370m`` is no slip of ``mamba-130m``.
     """
     if not name:
         raise ValueError("model: the name is empty. `zoo list` prints the shipped ones; a saved folder works too.")
@@ -29,7 +24,8 @@ def check_model(name: str, *, hub: bool = True) -> None:
         return
     is_yaml = name.endswith((".yaml", ".yml"))
     near = near_path(Path(name))
-    if hub and not is_yaml and HUB_ID.fullmatch(name) and not (near and _same_digits(near, name)):
+    is_slip = near and re.findall(r"\d+", near) == re.findall(r"\d+", name)
+    if hub and not is_yaml and not is_slip and HUB_ID.fullmatch(name):
         return
     if is_yaml or len(Path(name).parts) != 1:
         hint = f" Did you mean {near!r}?" if near else ""
@@ -58,7 +54,3 @@ def near_path(path: Path) -> str | None:
     close = difflib.get_close_matches(wrong.name, os.listdir(wrong.parent), n=1, cutoff=0.7)
     found = wrong.parent / close[0] / path.relative_to(wrong) if close else None
     return str(found) if found is not None and os.path.exists(found) else None
-
-
-def _same_digits(a: str, b: str) -> bool:
-    return re.findall(r"\d+", a) == re.findall(r"\d+", b)

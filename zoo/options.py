@@ -52,11 +52,7 @@ def parameters_of(options: Any) -> list[tuple[inspect.Parameter, Mapping[str, An
 
 
 def check_options(options: Any, where: str) -> None:
-    """Hold the fields of a frozen dataclass to their types and bounds, and make numbers of NumPy plain ones, as JSON wants them.
-
-    Raises:
-        ValueError: A field, said to be of a call of ``where``, that is none of its values.
-    """
+    """Raise a ``ValueError`` for a field of a frozen dataclass that is none of its values; make numbers of NumPy plain, as JSON wants."""
     for parameter, about in parameters_of(type(options)):
         name, value = parameter.name, getattr(options, parameter.name)
         kinds = get_args(parameter.annotation) or (parameter.annotation,)

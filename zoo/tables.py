@@ -39,13 +39,11 @@ def columns(*heads: str, left: int = 2) -> Table:
 def listed(models: Sequence[dict[str, Any]]) -> None:
     """Print the shipped models."""
     console = output()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for head in ("model", "parameters", "active", "state at 1k"):
-        table.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
-    table.add_column("pattern", overflow="fold")
     about = console.width >= _WIDE
-    if about:
-        table.add_column("what it is", overflow="fold")
+    table = columns("model", "parameters", "active", "state at 1k", left=1)
+    table.columns[0].no_wrap = True
+    for head in ("pattern", "what it is") if about else ("pattern",):
+        table.add_column(head, overflow="fold")
     for m in models:
         counts = (in_units(m.get(key, 0), "B") for key in ("params", "active_params"))
         rest = [m["about"]] if about else []
@@ -57,8 +55,8 @@ def shown(name: str, report: "Stats", state: dict[str, int]) -> None:
     """Print a model's layers and what they cost."""
     console = output()
     some_rest = report.active_params != report.params
-    heads = ("block", "layer", "parameters", *(("active",) if some_rest else ()))
-    table = columns(*heads, "forward FLOPs", f"state at {report.seq_len:,}")
+    active = ["active"] if some_rest else []
+    table = columns("block", "layer", "parameters", *active, "forward FLOPs", f"state at {report.seq_len:,}")
 
     def add(block: str, layer: str, rows: Sequence["Row"], **style: Any) -> None:
         params, active = (sum(getattr(row, key) for row in rows) for key in ("params", "active_params"))
@@ -100,10 +98,8 @@ def fold(rows: Sequence["Row"], longest: int = 64) -> list[tuple[list["Row"], in
     out: list[tuple[list[Row], int]] = []
     i = 0
     while i < len(rows):
-        best = max(
-            ((_times(plain, i, p), p) for p in range(1, longest + 1)), key=lambda found: (found[0] - 1) * found[1]
-        )
-        times, period = best if best[0] > 1 else (1, 1)
+        found = [(_times(plain, i, p), p) for p in range(1, longest + 1)]
+        times, period = max(found, key=lambda best: (best[0] - 1) * best[1])
         out.append((list(rows[i : i + period]), times))
         i += period * times
     return out
@@ -127,21 +123,19 @@ def _span(rows: Sequence["Row"]) -> str:
 
 def in_units(n: float, giga: str = "G") -> str:
     """A number of three digits and a unit: ``129 M``; nothing for 0. What is counted has billions and no ``giga``."""
-    for unit in ("", " k", " M", f" {giga}", " T"):
-        if n < 999.5 or unit == " T":
-            digits = 0 if unit == "" or n >= 99.95 else 1 if n >= 9.995 else 2
-            return f"{n:,.{digits}f}{unit}" if n else ""
-        n /= 1000
-    raise AssertionError
+    units = ["", " k", " M", f" {giga}", " T"]
+    while n >= 999.5 and len(units) > 1:
+        n, units = n / 1000, units[1:]
+    digits = 0 if units[0] == "" or n >= 99.95 else 1 if n >= 9.995 else 2
+    return f"{n:,.{digits}f}{units[0]}" if n else ""
 
 
 def in_bytes(n: float) -> str:
     """Bytes in powers of 1024; nothing for 0."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return "" if n == 0 else f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
-        n /= 1024
-    raise AssertionError
+    units = ["B", "KiB", "MiB", "GiB"]
+    while n >= 1024 and len(units) > 1:
+        n, units = n / 1024, units[1:]
+    return f"{n:,.{0 if units[0] == 'B' else 1}f} {units[0]}" if n else ""
 
 
 def in_gigabytes(n: float) -> str:

@@ -1,7 +1,6 @@
 """The frame around every command: options that several have, printing, and errors turned into exit statuses."""
 
 import inspect
-import itertools
 import json
 import re
 import sys
@@ -128,15 +127,16 @@ def _options(
 
 def _imports_first(args: list[str]) -> list[str]:
     # `zoo show my.yaml --import mine.py` is what one writes; the option is of the program and not of each command
+    end = args.index("--") if "--" in args else len(args)
     first: list[str] = []
     rest: list[str] = []
-    words = iter(args)
-    for word in itertools.takewhile(lambda word: word != "--", words):
+    words = iter(args[:end])
+    for word in words:
         if word == "--import":
             first += [word, next(words, "")]
         else:
             (first if word.startswith("--import=") else rest).append(word)
-    return first + rest + (["--", *words] if "--" in args else [])
+    return first + rest + args[end:]
 
 
 def given_imports(ctx: typer.Context) -> list[str]:
@@ -183,8 +183,6 @@ def with_options(options: type) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def _as_option(parameter: inspect.Parameter, about: Mapping[str, Any]) -> inspect.Parameter:
-    if not about:
-        return parameter  # in typer's words already
     switch = [f"--{parameter.name.replace('_', '-')}"] if parameter.default is False else []
     declared = typer.Option(*switch, help=about["help"], show_default=about["unset"] or parameter.default is not None)
     return parameter.replace(annotation=Annotated[parameter.annotation, declared])

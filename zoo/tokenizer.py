@@ -4,7 +4,9 @@ Byte 0 does not occur in text, so its id is free for ``<|endoftext|>``. The same
 transformers, lm-eval and a saved folder agree with it id by id.
 """
 
+import base64
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,13 +14,12 @@ from typing import Any
 
 from .errors import SourceError
 from .hub import unreachable
-from .tokenizer_growth import check_growth
 
 __all__ = [
-    "EOS_TOKEN",
     "ByteTokenizer",
     "appends_end",
     "byte_tokenizer",
+    "check_growth",
     "document_encoder",
     "encode_prompt",
     "ends_of_text",
@@ -29,11 +30,16 @@ __all__ = [
     "whose",
 ]
 
-EOS_TOKEN = "<|endoftext|>"
+_END = "<|endoftext|>"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _REMEDY = "Name a folder that holds a tokenizer.json, a hub id, or byte"
 # what a folder with a tokenizer in it has one of
 _OWN = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "tekken.json")
+# published ones reach 9: a space becomes a character of three bytes, perhaps twice
+_MOST_TIMES = 1000
+# of what one character becomes in a compiled map; those of Unicode's compatibility forms have 33 bytes
+_LONGEST_CHARACTER = 1000
+_STEPS = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 class ByteTokenizer:
@@ -52,11 +58,7 @@ class ByteTokenizer:
 
 
 def load_tokenizer(name: str, source: Path | None = None) -> Any:
-    """The tokenizer of a model, with ``encode``, ``decode`` and ``eos_token_id``.
-
-    Args:
-        name: What the config says: ``byte``, a hub id or a folder.
-        source: The folder that the model came from, if it came from one.
+    """The tokenizer, with ``encode``, ``decode`` and ``eos_token_id``, of a model from the folder ``source`` whose config says ``name``.
 
     Raises:
         ValueError: There is no such tokenizer, it cannot be read, or it needs code of its own, which is never run.
@@ -69,10 +71,7 @@ def whose(name: str, source: Path | None) -> str:
     """Find a model's tokenizer: ``byte`` for the built-in one, else a folder or a hub id.
 
     Files of a tokenizer in the model's folder go before the config, which may name a place on another machine. What the config names by a
-    relative path is looked for in the model's folder, and must not lead out of it.
-
-    Raises:
-        ValueError: The name leads out of the model's folder.
+    relative path is looked for in the model's folder; one that leads out of it is a ``ValueError``.
     """
     if source is None:
         return name
@@ -99,11 +98,7 @@ def tokenizer_folder(name: str, source: Path | None) -> Path | None:
 
 
 def from_transformers(name: str) -> Any:
-    """The tokenizer in a folder or of a hub id, as transformers has it; no code of theirs is run, and nobody is asked about it.
-
-    Raises:
-        ValueError: As :func:`load_tokenizer`.
-    """
+    """As :func:`load_tokenizer`, in a folder or of a hub id, as transformers has it; nobody is asked whether code of its own may run."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
     folder = Path(name) if Path(name).is_dir() else None
@@ -111,7 +106,8 @@ def from_transformers(name: str) -> Any:
         raise SourceError(f"tokenizer {name!r}: no such folder, and no hub id. {_REMEDY}.")
     why = unreachable() if folder is None else None
     more: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder is not None or why is not None}
-    if folder is not None and _is_ours(folder):
+    config = _content(folder / "config.json") if folder is not None else None
+    if isinstance(config, dict) and config.get("model_type") == "hybridzoo":
         # of our models it knows nothing to choose by, and the adapter that it would load takes a second
         more["config"] = PreTrainedConfig()
     try:
@@ -136,10 +132,7 @@ def encode_prompt(model: Any, text: str) -> list[int]:
     """Token ids, at least one, with which a model (:class:`CausalLM`) continues a text: as its tokenizer encodes it.
 
     Nothing is put in front but what the tokenizer puts there; the byte tokenizer's documents open with id 0. An end of text that a
-    tokenizer appends is taken off.
-
-    Raises:
-        ValueError: As :func:`load_tokenizer`, and for an id that the model does not have.
+    tokenizer appends is taken off. An id that the model does not have is a ``ValueError``.
     """
     tokenizer = model.tokenizer
     bos, eos = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
@@ -164,11 +157,11 @@ def document_encoder(tokenizer: Any) -> tuple[Callable[[str], Sequence[int]], in
 
 def ends_of_text(model: Any) -> list[int]:
     """The ids that end a text of a model (:class:`CausalLM`): its tokenizer's, and what its folder says."""
-    said = (content.get("eos_token_id") for content in model.metadata.values())
-    stated = [i for ids in said for i in (ids if isinstance(ids, list) else [ids])]
-    return list(
-        dict.fromkeys(i for i in (getattr(model.tokenizer, "eos_token_id", None), *stated) if isinstance(i, int))
-    )
+    said = [getattr(model.tokenizer, "eos_token_id", None)]
+    for content in model.metadata.values():
+        ids = content.get("eos_token_id")
+        said += ids if isinstance(ids, list) else [ids]
+    return list(dict.fromkeys(i for i in said if isinstance(i, int)))
 
 
 def appends_end(tokenizer: Any) -> bool:
@@ -202,11 +195,6 @@ def _is_built_in(folder: Path) -> bool:
     return ours and not any(folder.glob("chat_template*"))
 
 
-def _is_ours(folder: Path) -> bool:
-    config = _content(folder / "config.json")
-    return isinstance(config, dict) and config.get("model_type") == "hybridzoo"
-
-
 def _content(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -221,33 +209,27 @@ def byte_tokenizer() -> Any:
 
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer_files()["tokenizer.json"])),
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS_TOKEN),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), _END),
         clean_up_tokenization_spaces=False,
     )
 
 
 def tokenizer_files() -> dict[str, dict[str, Any]]:
     """``tokenizer.json`` and ``tokenizer_config.json`` of the byte tokenizer, as plain data."""
-    special = {
-        "content": EOS_TOKEN,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {"id": 0, "content": _END, **flags, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocab = {EOS_TOKEN: 0} | {symbol: byte for byte, symbol in _byte_symbols().items() if byte}
+    vocab = {_END: 0} | {symbol: byte for byte, symbol in _byte_symbols().items() if byte}
     model: dict[str, Any] = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": [],
     }  # fmt: skip
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": 0, **special}], "normalizer": None,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
         "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model,
     }  # fmt: skip
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": EOS_TOKEN,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _END, "eos_token": _END, "pad_token": _END,
         "clean_up_tokenization_spaces": False, "add_bos_token": False, "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
@@ -258,3 +240,40 @@ def _byte_symbols() -> dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(rest)}
+
+
+def check_growth(content: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` if what a ``tokenizer.json`` says makes a text, or decoded tokens, more than 1,000 times as long."""
+    for parts in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
+        times = math.prod(_growth(content.get(part)) for part in parts)
+        if times > _MOST_TIMES:
+            raise ValueError(
+                f"its {' and '.join(parts)} make a text {times:.3g} times as long, more than {_MOST_TIMES} times"
+            )
+
+
+def _growth(step: Any) -> float:
+    if not isinstance(step, dict):
+        return 1.0
+    times = math.prod(_growth(inner) for name in _STEPS for inner in _items(step.get(name)))
+    pattern = step.get("pattern")
+    found = pattern.get("String") if isinstance(pattern, dict) else None
+    # a regular expression may find single letters
+    times *= max(1.0, _size(step.get("content")) / max(1, _size(found)))
+    times *= 1 + _size(step.get("prepend"))
+    times *= max(1, len(_items(step.get("single"))), len(_items(step.get("pair"))))
+    if isinstance(packed := step.get("precompiled_charsmap"), str):
+        blob = base64.b64decode(packed)
+        # the size of a table of places, the table, and the texts that it points to, each ended by a zero
+        texts = blob[4 + int.from_bytes(blob[:4], "little") :].split(b"\0")
+        if (longest := max(map(len, texts))) > _LONGEST_CHARACTER:
+            raise ValueError(f"its normalizer makes a character {longest} bytes long, more than {_LONGEST_CHARACTER}")
+    return times
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _size(text: Any) -> int:
+    return len(text.encode("utf-8", errors="replace")) if isinstance(text, str) else 0
