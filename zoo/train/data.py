@@ -143,13 +143,11 @@ def mix(sources: Sequence[tuple[np.ndarray, float]], rows: int, seed: int = 0) -
         raise ValueError(
             f"mix: rows of {lengths[0]} and of {lengths[-1]} tokens cannot be mixed. Pack all sources to one length."
         )
-    if any(share <= 0 for _, share in sources):
-        raise ValueError(
-            f"mix: shares must be positive, got {[share for _, share in sources]}. Leave out what has none."
-        )
+    shares = [share for _, share in sources]
+    if any(share <= 0 for share in shares):
+        raise ValueError(f"mix: shares must be positive, got {shares}. Leave out what has none.")
     rng = np.random.default_rng(seed)
-    total = sum(share for _, share in sources)
-    ends = [round(rows * part) for part in np.cumsum([share for _, share in sources]) / total]
+    ends = [round(rows * part) for part in np.cumsum(shares) / sum(shares)]
     drawn = []
     for (source, _), n in zip(sources, np.diff([0, *ends]), strict=True):
         passes = -(-int(n) // len(source))

@@ -67,21 +67,14 @@ class Watch:
 
 
 class ZooTrainer(Trainer):
-    """A ``Trainer`` that decays what :func:`param_groups` says, stops at what is not finite, and resumes as if it had not stopped.
+    """A ``Trainer`` that decays what :func:`param_groups` says, stops at what is not finite, and resumes as if it had not stopped."""
 
-    Checkpoints go into ``run``; without one they are transformers' own.
-    """
-
-    def __init__(
-        self, *args: Any, run: RunFolder | None = None, session: Session | None = None,
-        checkpoint: Checkpoint | None = None, **kwargs: Any,
-    ):  # fmt: skip
+    def __init__(self, *args: Any, run: RunFolder, session: Session, checkpoint: Checkpoint | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.run, self.session, self.staged = run, session, False
+        self.run, self.session = run, session
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        if session is not None:
-            self.add_callback(session)
+        self.add_callback(session)
         device = self.args.device
         self.watch = Watch(device)
         if checkpoint is not None:
@@ -124,17 +117,15 @@ class ZooTrainer(Trainer):
 
     def _ask(self) -> list[float]:
         """Return the sums of losses of all processes, or raise :class:`Diverged` where something was not finite."""
-        watch, session = self.watch, self.session
-        asked = float(session is not None and session.interrupted)
+        watch, asked = self.watch, float(self.session.interrupted)
         told = torch.stack([watch.sum, watch.bad, watch.good, torch.full_like(watch.sum, asked)])
         if self.args.world_size > 1:
             told = self.accelerator.gather(told)
         processes = told.reshape(-1, 4).tolist()
         if any(bad for _, bad, _, _ in processes):
             self._stop_at(int(min(good for _, bad, good, _ in processes if bad)))
-        if session is not None:
-            # of several processes none may stop alone
-            session.stopping = any(wish for *_, wish in processes)
+        # of several processes none may stop alone
+        self.session.stopping = any(wish for *_, wish in processes)
         watch.asked += len(watch.steps)
         watch.steps.clear()
         watch.good.zero_()
@@ -154,13 +145,9 @@ class ZooTrainer(Trainer):
         self._diverge(what, step, numbers, where or "not found again")
 
     def _diverge(self, what: str, step: int, rows: list[int], where: str) -> None:
-        last = 0 if self.run is None else self.run.last_step()
+        last = self.run.last_step()
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        kept = (
-            f"Checkpoint {last} in {self.run.checkpoints} is whole."
-            if self.run and last
-            else "There is no checkpoint yet."
-        )
+        kept = f"Checkpoint {last} in {self.run.checkpoints} is whole." if last else "There is no checkpoint yet."
         batch = f"; rows {shown} of the data" if rows else ""
         raise Diverged(
             f"training diverged at step {step} of {self.args.max_steps}: {what}{batch}; first value that is not finite: {where}. {kept} "
@@ -169,16 +156,15 @@ class ZooTrainer(Trainer):
         )  # fmt: skip
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run.staging) if self.run and self.staged else super()._get_output_dir(trial)
+        return str(
+            self.run.staging
+        )  # asked for when a checkpoint is saved, and at the end, when old ones are looked for in vain
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.run is None:
-            return super()._save_checkpoint(model, trial)
         sums, step = self._ask(), self.state.global_step
         if (name := nonfinite_weight(self.model)) is not None:
             self._diverge("the weights are no longer finite after it", step, [], f"the weight {name}")
-        seconds = 0.0 if self.session is None else self.session.save_seconds()
-        self.staged = True
+        seconds = self.session.save_seconds()
         try:
             super()._save_checkpoint(model, trial)
         except (RuntimeError, SafetensorError) as e:  # how a full disk is told by those who do not write in Python
@@ -187,13 +173,10 @@ class ZooTrainer(Trainer):
                 f"{self.run.checkpoints}: the checkpoint of step {step} cannot be written ({why}). Those before it are whole; make "
                 "room, and the same call goes on."
             ) from e
-        finally:
-            self.staged = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.run.publish(step, {"seconds": seconds, "loss_sums": sums, "logged": self.watch.logged})
         self.accelerator.wait_for_everyone()
-        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -135,11 +135,11 @@ def train(call: TrainCall) -> TrainResult:
         log, settings = None, {}
         # torchrun says which process is the first, before they know each other
         if os.environ.get("RANK", "0") == "0":
-            start = (
-                digest_weights(core) if isinstance(call.model, torch.nn.Module) or holds_weights(call.model) else None
-            )
+            has_weights = isinstance(call.model, torch.nn.Module) or holds_weights(call.model)
             about = {"config": OmegaConf.to_container(core.cfg), "data": digest_rows(table)}
-            settings = about | call.settings() | {"devices": devices, "start": start}
+            settings = (
+                about | call.settings() | {"devices": devices, "start": digest_weights(core) if has_weights else None}
+            )
             log = run.finished(settings) if call.resume else None
             if log is None:
                 claimed.enter_context(run.claim())

@@ -33,8 +33,7 @@ FORMAT = 2
 AGAIN = "Use another folder, or turn resume off (--no-resume) to start again."
 LOG, MANIFEST, STATE = "train.json", "zoo.json", "trainer_state.json"
 _KEPT = 2
-# seconds: longer than anything trains
-_FOREVER = 1e10
+_FOREVER = 1e10  # seconds: longer than anything trains
 # what marks a folder as somebody's model
 _MODEL_FILES = "config.yaml config.json adapter_config.json *.safetensors *.bin checkpoints/checkpoint-*".split()
 
@@ -128,7 +127,7 @@ class RunFolder:
         """Note that the model is in its place, and all is done."""
         self._write_log({"finished": True, "history": history, "seconds": seconds})
 
-    def publish(self, step: int, facts: dict[str, Any]) -> Path:
+    def publish(self, step: int, facts: dict[str, Any]) -> None:
         """Make the checkpoint that lies in ``staging`` one of the run's, and delete all but the newest two."""
         place = self.checkpoints / f"checkpoint-{step}"
         ready = self.staging / place.name
@@ -144,7 +143,6 @@ class RunFolder:
         sync(self.checkpoints)
         for old in self._steps()[_KEPT:]:
             _delete(old)
-        return place
 
     def last_step(self) -> int:
         """The step of the newest checkpoint, 0 without one."""
@@ -188,13 +186,9 @@ class RunFolder:
             raise DifferentRun(
                 f"{file}: is of format {there}, and this version of hybridzoo goes on from format {FORMAT}. {AGAIN}"
             )
-        if (
-            not isinstance(log.get("settings"), dict)
-            or not isinstance(log.get("finished"), bool)
-            or not _is_number(log.get("seconds"))
-            or not _are_entries(log.get("history"))
-            or (log["finished"] and not all("loss" in entry for entry in log["history"] or [{}]))
-        ):
+        settings, finished, seconds, history = map(log.get, ("settings", "finished", "seconds", "history"))
+        whole = isinstance(settings, dict) and isinstance(finished, bool) and _is_number(seconds)
+        if not (whole and _are_entries(history)) or (finished and not all("loss" in e for e in history or [{}])):
             raise DifferentRun(f"{file}: is not whole. {AGAIN}")
         return log
 
@@ -202,11 +196,9 @@ class RunFolder:
         write_whole(self.path / LOG, _dumps({"format": FORMAT, "settings": self.settings, **content}))
 
     def _refuse_other(self, old: dict[str, Any]) -> None:
-        differing = _difference(old, self.settings)
-        if differing is not None:
-            key, there, now = differing
+        for key, values in _differences(old, self.settings):
             # digests say nothing to anybody
-            shown = "" if key in ("data", "start") else f" ({there} there, {now} now)"
+            shown = "" if key in ("data", "start") else f" ({values})"
             raise DifferentRun(f"{self.path}: holds a run with another {key}{shown}. {AGAIN}")
 
     def _refuse_foreign(self, overwrite: bool) -> None:
@@ -294,17 +286,15 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, str, str] | None:
-    """The first key, dotted, under which two nested mappings differ, and what each of them says."""
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys, dotted, under which two nested mappings differ, and what each of them says."""
     for key in {**new, **old}:
         there, now = old.get(key), new.get(key)
         if isinstance(there, dict) and isinstance(now, dict):
-            if inner := _difference(there, now, f"{prefix}{key}."):
-                return inner
+            yield from _differences(there, now, f"{prefix}{key}.")
         elif there != now:
-            shown = [str(v) if len(str(v)) <= 60 else f"{str(v)[:57]}..." for v in (there, now)]
-            return f"{prefix}{key}", shown[0], shown[1]
-    return None
+            there, now = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(str, (there, now)))
+            yield f"{prefix}{key}", f"{there} there, {now} now"
 
 
 def _step_of(folder: Path) -> int:
