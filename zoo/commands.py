@@ -216,13 +216,10 @@ def _print_doctor(report: dict[str, Any]) -> None:
     from .tables import output
 
     console = output()
-    for title in (t for t in ("system", "gpu", "packages") if t in report):
+    facts = {title: report[title].items() for title in ("system", "gpu", "packages") if title in report}
+    for title, rows in (facts | report["ops"]).items():
         table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="bold")
-        for key, value in report[title].items():
-            table.add_row(key, value)
-        console.print(table)
-    for op, backends in report["ops"].items():
-        table = Table(box=None, show_header=False, title=op, title_justify="left", title_style="bold")
-        for b in backends:
-            table.add_row("→" if b["chosen"] else " ", b["backend"], b["reason"], style="" if b["chosen"] else "dim")
+        for row in rows:
+            cells = row if title in facts else ("→" if row["chosen"] else " ", row["backend"], row["reason"])
+            table.add_row(*cells, style="dim" if cells[0] == " " else "")
         console.print(table)

@@ -97,7 +97,7 @@ def _compiler() -> str:
 
 
 def _loaded_from(library: str) -> str | None:
-    """The file of a library that this process has loaded."""
+    # the file of a library that this process has loaded
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     return next((line.split(maxsplit=5)[5] for line in lines if f"/{library}" in line), None)

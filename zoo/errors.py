@@ -6,9 +6,7 @@ from collections.abc import Iterable
 
 __all__ = ["CheckpointError", "ConfigError", "SourceError", "nearest", "printable", "shortened"]
 
-_LONGEST = 1200
-_TAIL = 300
-_QUOTED = 80
+_LONGEST, _TAIL, _QUOTED = 1200, 300, 80
 
 
 class SourceError(ValueError):

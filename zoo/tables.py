@@ -68,11 +68,11 @@ def shown(name: str, report: "Stats", state: dict[str, int]) -> None:
     for group, times in fold(report.rows):
         everything = report.rows[at : (at := at + len(group) * times)]
         if len(group) == 1:
-            add(_span(everything), _repeated(group[0].token, times), everything)
+            add(_span(everything), f"{group[0].token} × {times}".removesuffix(" × 1"), everything)
             continue
         add(_span(everything), f"( {len(group)} blocks ) × {times}", everything)
         for (row,), again in fold(group, longest=1):
-            add("", "  " + _repeated(row.token, again), [row] * again, style="dim")
+            add("", f"  {row.token} × {again}".removesuffix(" × 1"), [row] * again, style="dim")
     table.add_section()
     add("", "all", report.rows, style="bold")
     console.print(Text.assemble((printable(name), "bold"), f"  {report.layers}"))
@@ -110,10 +110,6 @@ def _times(plain: Sequence[int], i: int, period: int) -> int:
     while plain[i + n * period : i + (n + 1) * period] == plain[i : i + period]:
         n += 1
     return n if i + period <= len(plain) else 1
-
-
-def _repeated(token: str, times: int) -> str:
-    return f"{token} × {times}" if times > 1 else token
 
 
 def _span(rows: Sequence["Row"]) -> str:

@@ -174,8 +174,8 @@ def with_options(options: type) -> Callable[[Callable[..., None]], Callable[...,
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        last = [p for p in own if p.kind is p.KEYWORD_ONLY]
-        parameters = [*own[: len(own) - len(last)], *(_as_option(*field) for field in parameters_of(options)), *last]
+        parameters = [*(_as_option(*field) for field in parameters_of(options)), *own]
+        parameters.sort(key=lambda p: p.kind)
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return command
 
