@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .terminal import Device, Json, Model, given_imports, print_json, print_report, print_text, say, with_options
+from .terminal import Device, Json, Model, print_json, print_report, print_text, say, with_options
 from .train.options import TrainOptions
 
 __all__ = ["app"]
@@ -128,7 +128,8 @@ def train(
     say(
         f"{options.steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}"
     )
-    again = shlex.join(["zoo", *given_imports(ctx), "generate", str(out), "--prompt", "The "])
+    imports = [word for source in ctx.find_root().params["imports"] or [] for word in ("--import", source)]
+    again = shlex.join(["zoo", *imports, "generate", str(out), "--prompt", "The "])
     say(f"the model is in {out}; next: {again}")
 
 

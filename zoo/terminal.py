@@ -20,7 +20,6 @@ __all__ = [
     "Device",
     "Json",
     "Model",
-    "given_imports",
     "print_json",
     "print_report",
     "print_text",
@@ -66,9 +65,18 @@ class _Commands(TyperGroup):
     """Turns what a user can cause into one line on stderr and an exit status."""
 
     def parse_args(self, ctx, args):
-        if args[-1:] == ["--import"]:
-            ctx.fail("Option '--import' requires an argument.")
-        return super().parse_args(ctx, _imports_first(args))
+        # `zoo show my.yaml --import mine.py` is what one writes; the option is of the program and not of each command
+        end = args.index("--") if "--" in args else len(args)
+        first: list[str] = []
+        rest: list[str] = []
+        words = iter(args[:end])
+        for word in words:
+            if word == "--import":
+                source = next(words, None)
+                first += [word, ctx.fail("Option '--import' requires an argument.") if source is None else source]
+            else:
+                (first if word.startswith("--import=") else rest).append(word)
+        return super().parse_args(ctx, first + rest + args[end:])
 
     def invoke(self, ctx):
         try:
@@ -123,25 +131,6 @@ def _options(
         from .importing import import_mixers
 
         import_mixers(source)
-
-
-def _imports_first(args: list[str]) -> list[str]:
-    # `zoo show my.yaml --import mine.py` is what one writes; the option is of the program and not of each command
-    end = args.index("--") if "--" in args else len(args)
-    first: list[str] = []
-    rest: list[str] = []
-    words = iter(args[:end])
-    for word in words:
-        if word == "--import":
-            first += [word, next(words, "")]
-        else:
-            (first if word.startswith("--import=") else rest).append(word)
-    return first + rest + args[end:]
-
-
-def given_imports(ctx: typer.Context) -> list[str]:
-    """Return the words that a command needs so that it meets the same mixers as this one."""
-    return [word for source in ctx.find_root().params.get("imports") or [] for word in ("--import", source)]
 
 
 def progress_bar(console: Console, **options: Any) -> Progress:

@@ -164,7 +164,7 @@ class ZooTrainer(Trainer):
         sums, step = self._ask(), self.state.global_step
         if (name := nonfinite_weight(self.model)) is not None:
             self._diverge("the weights are no longer finite after it", step, [], f"the weight {name}")
-        seconds = self.session.save_seconds()
+        seconds = self.session.saved_seconds = round(self.session.seconds, 3)
         try:
             super()._save_checkpoint(model, trial)
         except (RuntimeError, SafetensorError) as e:  # how a full disk is told by those who do not write in Python

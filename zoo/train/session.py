@@ -30,7 +30,7 @@ class Session(TrainerCallback):
         self.first_step = 0 if checkpoint is None else checkpoint.step
         self.interrupted = self.stopping = False
         self.start = time.monotonic()
-        self.saved_seconds = self.before
+        self.saved_seconds = self.before  # those that the last checkpoint carries on are those of the run
         self.console: Console | None = None
         self.bar: Progress | None = None
 
@@ -38,11 +38,6 @@ class Session(TrainerCallback):
     def seconds(self) -> float:
         """Spent training, in this call and those before it."""
         return self.before + time.monotonic() - self.start
-
-    def save_seconds(self) -> float:
-        """The seconds that a checkpoint carries on; those of the last one are those of the run."""
-        self.saved_seconds = round(self.seconds, 3)
-        return self.saved_seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Show what is trained."""
