@@ -1,5 +1,6 @@
 """What is installed: the wheel's contents, an empty environment, its neighbours, and what importing costs."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -199,3 +200,23 @@ def test_the_package_is_a_program_wherever_it_is_started(tmp_path):
         f"assert {str(ROOT)!r} not in sys.path\n"
     )
     run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+# module: names that programs of others import from there; saved folders name zoo.hf
+KEPT = {
+    "zoo.hf": ["HybridZooConfig", "HybridZooForCausalLM", "byte_tokenizer"],
+    "zoo.checkpoint": ["CheckpointError", "Report", "convert", "export", "load", "save"],
+    "zoo.layout": ["BlockSpec", "allocate", "compress", "expand", "split_token"],
+    "zoo.config": ["ConfigSchema", "block_specs", "find_config", "list_models", "load_config", "validate"],
+    "zoo.train": ["DifferentRun", "Diverged", "Interrupted", "TrainOptions", "TrainResult", "train"],
+    "zoo.data": ["Rows", "fingerprint", "mix", "pack", "read_documents", "rows_from", "rows_with_targets", "topics"],
+    "zoo.autoregister": ["register_when_loaded"],
+    "layers.testing": ["PROMISES", "Case", "Fault", "check_mixer", "counted_flops"],
+    "eval.harness": ["HybridZooLM"],
+}
+
+
+@pytest.mark.parametrize("module", KEPT)
+def test_names_stay_where_others_import_them(module):
+    found = importlib.import_module(f"hybridzoo.{module}")
+    assert all(callable(getattr(found, name)) or name == "PROMISES" for name in KEPT[module])

@@ -8,15 +8,17 @@ if TYPE_CHECKING:
     from .captured_step import CapturedStep
     from .diverged import Diverged
     from .options import TrainOptions
-    from .run import train
+    from .run import Interrupted, TrainResult, train
     from .run_folder import DifferentRun
 
-__all__ = ["CapturedStep", "DifferentRun", "Diverged", "TrainOptions", "train"]
+__all__ = ["CapturedStep", "DifferentRun", "Diverged", "Interrupted", "TrainOptions", "TrainResult", "train"]
 __getattr__, __dir__ = lazily(
     __name__,
     CapturedStep="captured_step",
     DifferentRun="run_folder",
     Diverged="diverged",
+    Interrupted="run",
     TrainOptions="options",
+    TrainResult="run",
     train="run",
 )
