@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..zoo.terminal import Device, Json, Model, print_json, print_report, say
+from ..zoo.terminal import Device, Json, ModelName, print_json, print_report, say
 
 __all__ = ["app"]
 
@@ -20,7 +20,7 @@ app = typer.Typer()
     epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb,hybridzoo_mqar --add-bos-token[/bold]",
 )
 def eval_(
-    model: Model,
+    model: ModelName,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas; wildcards for ours: 'hybridzoo_*'.")],
     limit: Annotated[float | None, typer.Option(help="Documents per task, or a share below 1.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.", min=0)] = None,

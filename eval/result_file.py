@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import import_module, metadata
 from pathlib import Path
@@ -17,9 +18,11 @@ import torch
 
 from ..zoo.checkpoint.publish import write_whole
 
-__all__ = ["Result", "header", "merged", "same_run", "version", "write"]
+__all__ = ["Result", "Row", "Tick", "header", "merged", "same_run", "version", "write"]
 
 Result = dict[str, Any]
+Row = dict[str, Any]  # one of a result's ``cases``
+Tick = Callable[[str], None]  # told of every step of a measurement
 
 
 def header(what: str, command: str, device: str, libraries: list[str]) -> Result:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .terminal import Device, Json, Model, print_json, print_report, print_text, say, with_options
+from .terminal import Device, Json, ModelName, print_json, print_report, print_text, say, with_options
 from .train.options import TrainOptions
 
 __all__ = ["app"]
@@ -135,7 +135,7 @@ def train(
 
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
 def generate(
-    model: Model,
+    model: ModelName,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,

@@ -19,7 +19,7 @@ from .options import parameters_of
 __all__ = [
     "Device",
     "Json",
-    "Model",
+    "ModelName",
     "print_json",
     "print_report",
     "print_text",
@@ -32,7 +32,7 @@ __all__ = [
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
-Model = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a name from `zoo list` (untrained).")]
+ModelName = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a name from `zoo list` (untrained).")]
 
 _EXTRAS = {
     "transformers": "train", "tokenizers": "train", "accelerate": "train", "tensorboard": "train", "lm_eval": "eval",

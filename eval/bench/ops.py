@@ -2,19 +2,17 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..result_file import Row, Tick
 from . import timing
 from .peers import PEERS, Timed, ours
 from .workloads import WORKLOADS, Workload, counts, floor_ms
 
-Row = dict[str, Any]
-Tick = Callable[[str], None]
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # how far outputs and gradients may be from the peer's, |a - b| / |b|
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-2}

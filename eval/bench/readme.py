@@ -3,17 +3,16 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from ..demo.overview import overview
 from ..markdown import paragraph, table
 from ..parity.run import table as parity_table
+from ..result_file import Result
 from .show import peer_name, plot, spread
 from .workloads import title
 
 __all__ = ["END", "PAGES", "START", "checkpoints", "headline", "performance", "refresh", "section"]
 
-Result = dict[str, Any]
 START, END = "<!-- written by `zoo bench readme` from eval/results -->", "<!-- end of what is written -->"
 
 

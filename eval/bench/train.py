@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from ...kernels import dispatch
 from ...zoo.models.build import build
 from ...zoo.train.captured_step import CapturedStep
+from ..result_file import Row, Tick
 from .timing import beside, wall_ms
-
-Row = dict[str, Any]
-Tick = Callable[[str], None]
 
 PEERS = ["mamba_ssm"]
 # in words for a picture, and what it is
