@@ -95,7 +95,10 @@ def lm_eval(ctx: typer.Context) -> None:
 @app.command(epilog="Example: [bold]zoo bench scan --vs transformers --vs mambapy[/bold]")
 def bench(
     what: Annotated[
-        str, typer.Argument(help="scan, ssd, train or parity; plot draws a result, readme writes the README.")
+        str,
+        typer.Argument(
+            help="scan, ssd, train or parity; plot draws a result, readme writes the figures of README and docs."
+        ),
     ],
     file: Annotated[
         Path | None, typer.Argument(help="The JSON file to plot, or the README to write.", show_default=False)
