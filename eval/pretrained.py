@@ -23,11 +23,11 @@ from ..zoo.checkpoint.files import open_source
 from ..zoo.checkpoint.inspect import detect
 from ..zoo.config.resolve import list_models
 from ..zoo.device import pick_device
+from ..zoo.errors import nearest
 from ..zoo.hf import HybridZooForCausalLM, byte_tokenizer
 from ..zoo.hub import unreachable
 from ..zoo.models.build import build
 from ..zoo.models.causal_lm import CausalLM
-from ..zoo.registry import nearest
 from ..zoo.tokenizer import from_transformers, whose
 
 __all__ = ["explained", "fingerprint", "open_model", "open_tokenizer", "quiet", "reachable", "usable_device", "window"]

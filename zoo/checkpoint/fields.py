@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..registry import nearest
+from ..errors import CheckpointError, nearest
 
 __all__ = ["Fields", "Table", "lowest", "used", "written", "written_lowest"]
 

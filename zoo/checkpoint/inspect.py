@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
-from ..registry import nearest
+from ..errors import CheckpointError, nearest
 from . import native
 from .blame import culprit
 from .families import FAMILIES

@@ -18,10 +18,9 @@ import torch
 from ...layers.moe import Router
 from ..config.resolve import Resolved, block_specs
 from ..device import pick_device
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError, nearest
 from ..models.model import Model
 from ..models.tasks import task_of
-from ..registry import ConfigError, nearest
 from . import native
 from .blame import in_words_of_file
 from .family import Family, Pieces

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from ..layout import BlockSpec
 from ..layout.pattern import MAX_NAME
 from ..registry import (
@@ -13,7 +13,6 @@ from ..registry import (
     check_mixer_options,
     home_of,
     list_mixers,
-    nearest,
     refuse_broken,
 )
 from .plain import first_line

@@ -17,8 +17,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, shortened
-from ..registry import nearest
+from ..errors import ConfigError, nearest, shortened
 from .plain import MAX_DEPTH, first_line, plain, refuse_interpolation
 from .shipped import CONFIGS, list_models
 from .yaml_text import TooMuch, parse_yaml

@@ -8,8 +8,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.norm import NORMS
-from ..errors import ConfigError
-from ..registry import nearest, of_another_kind
+from ..errors import ConfigError, nearest
+from ..registry import of_another_kind
 from .plain import first_line
 
 __all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "check_choice", "typed"]

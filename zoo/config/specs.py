@@ -5,10 +5,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from ..layout import READS, WRITES, BlockSpec, expand, split_token
 from ..layout.pattern import MAX_BLOCKS
-from ..registry import check_mixer_options, list_mixers, nearest
+from ..registry import check_mixer_options, list_mixers
 
 __all__ = ["STREAMS", "block_specs", "specs_of", "without_streams"]
 

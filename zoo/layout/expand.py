@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError
-from ..registry import nearest
+from ..errors import ConfigError, nearest
 from .pattern import MAX_BLOCKS, parse
 
 __all__ = ["READS", "WRITES", "BlockSpec", "allocate", "expand"]

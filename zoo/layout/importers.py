@@ -7,8 +7,7 @@ each; 52 layers of Nemotron are about 26 of Jamba. Every importer says which it 
 
 from collections.abc import Mapping, Sequence
 
-from ..errors import ConfigError
-from ..registry import nearest
+from ..errors import ConfigError, nearest
 from .pattern import MAX_BLOCKS
 
 __all__ = ["from_attn_layer_idx", "from_jamba", "from_layer_types", "from_megatron"]

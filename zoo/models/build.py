@@ -11,8 +11,7 @@ from ...layers.base import Mixer
 from ..config.resolve import resolve
 from ..config.schema import SCHEMAS
 from ..device import pick_device
-from ..errors import ConfigError
-from ..registry import nearest
+from ..errors import ConfigError, nearest
 from .tasks import task_of
 
 __all__ = ["build", "param_groups"]
