@@ -252,17 +252,19 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 
+def as_tensor(name: str, given: Any, shape: str, remedy: str) -> Tensor:
+    """Integers of an argument, in a tensor, an array or lists, as a tensor; the error says in words what ``shape`` they should have."""
+    if isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{name}: {type(given).__name__} is not {shape} integers ({e}). {remedy}") from e
+
+
 def _offsets(given: Any) -> Tensor:
     """Offsets as an int64 tensor, from whatever holds integers."""
-    if isinstance(given, Tensor):
-        ends = given
-    else:
-        try:
-            ends = torch.as_tensor(given)
-        except (TypeError, ValueError, RuntimeError) as e:
-            raise ValueError(
-                f"cu_seqlens: {type(given).__name__} is not (n + 1,) integers ({e}). Pass offsets such as [0, 5, 12]."
-            ) from e
+    ends = as_tensor("cu_seqlens", given, "(n + 1,)", "Pass offsets such as [0, 5, 12].")
     if ends.dim() != 1 or ends.numel() < 2:
         raise ValueError(f"cu_seqlens: expected shape (n + 1,) with n >= 1, got {tuple(ends.shape)}.")
     if ends.dtype == torch.bool or ends.is_floating_point() or ends.is_complex():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...layers.base import Seq
+from ...kernels.seq import Seq, as_tensor
 from .state import ModelState
 
 __all__ = ["describe_rows", "integers", "number_documents"]
@@ -57,12 +57,7 @@ def describe_rows(
 
 def number_documents(seq_idx: Any, shape: tuple[int, int]) -> Tensor:
     """Documents counted from 0 along the rows of ``seq_idx``, where a number may come twice; -1 at padding."""
-    try:
-        seq_idx = torch.as_tensor(seq_idx)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(
-            f"seq_idx: {type(seq_idx).__name__} is not (b, l) integers ({e}). Pass one number per token."
-        ) from e
+    seq_idx = as_tensor("seq_idx", seq_idx, "(b, l)", "Pass one number per token.")
     if seq_idx.shape != shape:
         raise ValueError(f"seq_idx: shape {tuple(seq_idx.shape)} differs from the tokens' {shape}.")
     padding = seq_idx < 0
