@@ -1,7 +1,9 @@
 """The CUDA kernels of one token on a GPU, against PyTorch's operations in float64."""
 
 import dataclasses
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,38 +11,23 @@ import torch
 from hybridzoo.kernels import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
 from hybridzoo.kernels.step import chunked as update_torch
 from hybridzoo.kernels.step import cuda as cuda_update
-from hybridzoo.kernels.step.inputs import ConvStep, ScanStep, StepOptions
 from hybridzoo.layers import Mamba, Mamba2
 
 pytestmark = pytest.mark.gpu
+
+# tests are no package, so the file is loaded by its path
+_spec = importlib.util.spec_from_file_location("steps", Path(__file__).parents[1] / "test_cuda_update.py")
+_steps = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_steps)
+step, exactly = _steps.step, _steps.exactly
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLOOR = {F32: 1e-6, BF16: 2e-3, F16: 3e-4}
 FREE = (0.0, math.inf)
 
 
-def step(module, op, *given):
-    """One step by a module, from the arguments of its public function in their order."""
-    if op == "conv":
-        x, state, weight, bias, silu, rows = given
-        return module.update(ConvStep(x, state, weight, bias, rows), None, StepOptions(silu))
-    if op == "conv_ssd":
-        xBC, conv_state, weight, bias, silu, state, dt, A, D, z, groups, dt_bias, softplus, limit, rows = given
-        scan = ScanStep(state, None, dt, A, None, None, D, z, dt_bias, rows)
-        return module.update(
-            ConvStep(xBC, conv_state, weight, bias, rows), scan, StepOptions(silu, softplus, limit, groups)
-        )
-    *tensors, softplus, rows = given if op == "selective" else (*given[:-2], given[-1])
-    limit = FREE if op == "selective" else given[-2]
-    return module.update(None, ScanStep(*tensors, rows), StepOptions(dt_softplus=softplus, dt_limit=limit))
-
-
 def rand(*shape, dtype=F32):
     return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def exactly(x):
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def check(op, states, *arguments):
