@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .derivatives import transformed
+from .numerics import acc_dtype
 from .seq import Seq
 
 
@@ -28,7 +29,7 @@ def finite(*tensors: Tensor | None) -> bool:
     there = [x for x in tensors if x is not None and x.numel()]
     if any(x.device.type != "cpu" for x in there):
         return False
-    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()) for x in there)
+    return all(math.isfinite(x.sum(dtype=acc_dtype(x.dtype)).item()) for x in there)
 
 
 def clean(x: Any) -> Any:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import ENV, transformed
+from .numerics import HALVES
 from .seq import Seq
 
 Facts = dict[str, Any]
@@ -30,7 +31,6 @@ TABLES: dict[str, dict[str, "Backend"]] = {}
 KERNELS = "our kernels, compiled at first use"
 CHUNKED = "vectorised PyTorch, memory linear in l"
 LOOP = "a loop over time, the definition"
-HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
 
 

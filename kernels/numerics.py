@@ -9,12 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type to accumulate in, and of recurrent states: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _keeps_sums(a: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether torch's product of 16-bit operands can give out the sums as they are."""
-    return a.is_cuda and torch.version.hip is None and a.dtype in _HALF and dtype == torch.float32
+    return a.is_cuda and torch.version.hip is None and a.dtype in HALVES and dtype == torch.float32
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..kernels import contain
 from ..kernels.derivatives import ENV, refused_beyond
 from ..kernels.derivatives import plain as plain_only
-from ..kernels.dispatch import HALVES, Backend, Facts, choose, refuse_library, register
+from ..kernels.dispatch import Backend, Facts, choose, refuse_library, register
+from ..kernels.numerics import HALVES
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
 from .common import Device, Dtype, linear, reset_linear, scaled

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import numerics
+
 # as torch.nn.Linear takes them
 Device = torch.device | str | None
 Dtype = torch.dtype | None
@@ -15,7 +17,7 @@ _A = math.sqrt(5)
 
 def acc_dtype(dtype: torch.dtype | None) -> torch.dtype:
     """The dtype to accumulate in, and of recurrent states and pinned parameters: at least float32."""
-    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+    return numerics.acc_dtype(dtype or torch.get_default_dtype())
 
 
 def upcast(x: Tensor) -> Tensor:

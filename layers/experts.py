@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..kernels.derivatives import differentiable_once, plain
-from ..kernels.dispatch import FLOATS, HALVES, Backend, Facts, refuse_library, register
+from ..kernels.dispatch import FLOATS, Backend, Facts, refuse_library, register
+from ..kernels.numerics import HALVES
 from ..kernels.operators import custom_op
 from ..kernels.torch_private import vmapped
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import blank
+from ..numerics import acc_dtype, blank
 from ..operators import custom_op, filled
 from ..seq import Seq
 from .inputs import BACKWARD, FORWARD, ConvInputs, connect
@@ -62,7 +62,7 @@ def conv_op(*operands: Any) -> Tensor:
     """The convolution, (b, l, d) in x's dtype."""
     *tensors, silu = operands
     i = ConvInputs(*tensors)
-    acc = torch.promote_types(i.x.dtype, torch.float32)
+    acc = acc_dtype(i.x.dtype)
     taps = i.weight.t().to(acc).contiguous()
     out = blank(i.x)
     for rows in _groups(i.x):
@@ -77,7 +77,7 @@ def conv_backward_op(gout: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias and the initial state; empty where there is no such input."""
     *tensors, silu = operands
     i = ConvInputs(*tensors)
-    acc = torch.promote_types(i.x.dtype, torch.float32)
+    acc = acc_dtype(i.x.dtype)
     taps = i.weight.t().to(acc).contiguous()
     gtaps, gbias, gx = torch.zeros_like(taps), taps.new_zeros(taps.shape[1]), blank(i.x)
     gstate = None if i.initial_state is None else taps.new_zeros(i.initial_state.shape)

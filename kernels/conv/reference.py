@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numerics import acc_dtype
 from .inputs import ConvInputs
 
 
@@ -12,7 +13,7 @@ def causal_conv1d(i: ConvInputs, silu: bool) -> Tensor:
 
     The initial state (b, k-1, d) stands before the row and belongs to its first document; ``doc`` (b, l) names documents.
     """
-    acc = torch.promote_types(i.x.dtype, torch.float32)
+    acc = acc_dtype(i.x.dtype)
     (b, l, d), k = i.x.shape, i.weight.shape[1]
     before = i.x.new_zeros(b, k - 1, d) if i.initial_state is None else i.initial_state
     row = torch.cat([before.to(acc), i.x.to(acc)], 1).unbind(1)

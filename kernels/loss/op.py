@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Backend, choose, register
+from ..numerics import acc_dtype
 from . import cuda
 
 # elements of a group of rows that the operations pass over while it is in the cache
@@ -59,7 +60,7 @@ def cross_entropy(
 def _cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int, want_gradient: bool, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    acc = torch.promote_types(logits.dtype, torch.float32)
+    acc = acc_dtype(logits.dtype)
     if not want_gradient:
         # a GPU reads 16-bit logits once and writes float32: no copy of them in between
         log_probs = F.log_softmax(logits, -1, dtype=acc)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..derivatives import differentiable_once
-from ..numerics import blank, cast, full_precision
+from ..numerics import acc_dtype, blank, cast, full_precision
 from ..operators import custom_op, filled, like
 from . import steps
 from .inputs import SCHEMA, ScanInputs
@@ -160,7 +160,7 @@ differentiable_once(scan_backward_op)
 
 @scan_backward_op.register_fake
 def _scan_backward_fake(gout, glast, saved, u, dt, A, B, C, D, z, dt_bias, *_):
-    state = u.new_empty(u.shape[0], *A.shape, dtype=torch.promote_types(u.dtype, torch.float32))
+    state = u.new_empty(u.shape[0], *A.shape, dtype=acc_dtype(u.dtype))
     return (*like(u, u, dt, A, B, C, D, z, dt_bias), state)
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..numerics import acc_dtype
+
 # of the registered ops: every field but dt_weight, in their order
 SCHEMA = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, "
@@ -31,4 +33,4 @@ class ScanInputs(NamedTuple):
     @property
     def acc(self) -> torch.dtype:
         """The type that all is computed in: float32, or float64 for float64 inputs."""
-        return torch.promote_types(self.u.dtype, torch.float32)
+        return acc_dtype(self.u.dtype)

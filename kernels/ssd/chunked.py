@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import contain
 from ..derivatives import differentiable_once
-from ..numerics import blank, cast, full_precision
+from ..numerics import acc_dtype, blank, cast, full_precision
 from ..operators import custom_op, filled, like
 from .chunks import SsdBlock, SsdWork, join, split
 from .inputs import SsdInputs, SsdOptions
@@ -230,7 +230,7 @@ def _ssd_backward_fake(gout, glast, saved, x, dt, A, B, C, D, z, dt_bias, *_):
     (b, _, h, p), n = x.shape, B.shape[3]
     return (
         *like(x, x, dt, A, B, C, D, z, dt_bias),
-        x.new_empty(b, h, p, n, dtype=torch.promote_types(x.dtype, torch.float32)),
+        x.new_empty(b, h, p, n, dtype=acc_dtype(x.dtype)),
     )
 
 

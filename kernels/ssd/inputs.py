@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..numerics import acc_dtype
+
 
 class SsdInputs(NamedTuple):
     """The tensors of :func:`.op.ssd`, and what its ``seq`` says; their gradients are one of these, too."""
@@ -25,7 +27,7 @@ class SsdInputs(NamedTuple):
     @property
     def acc(self) -> torch.dtype:
         """The type that all is computed in: float32, or float64 for float64 inputs."""
-        return torch.promote_types(self.x.dtype, torch.float32)
+        return acc_dtype(self.x.dtype)
 
 
 class SsdOptions(NamedTuple):

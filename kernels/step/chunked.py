@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import finish, rates, step_sizes
+from ..numerics import acc_dtype, finish, rates, step_sizes
 from .inputs import ConvStep, ScanStep, StepOptions
 
 
@@ -59,7 +59,7 @@ def _ssd(i: ScanStep, options: StepOptions) -> Tensor:
 
 
 def _conv(i: ConvStep, silu: bool) -> Tensor:
-    acc = torch.promote_types(i.x.dtype, torch.float32)
+    acc = acc_dtype(i.x.dtype)
     row = torch.cat([take(i.state, i.rows), i.x[:, None].to(i.state.dtype)], 1)
     if i.rows is None:
         i.state.copy_(row[:, 1:])
