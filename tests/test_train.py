@@ -78,7 +78,7 @@ def losses_of(result: TrainResult) -> dict[int, float]:
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(small, rows, tmp_path, monkeypatch):
     whole = train(small, rows, tmp_path / "whole", **settings())
     InterruptedRows.at, InterruptedRows.reads = 9, 0
-    monkeypatch.setattr("hybridzoo.zoo.train.run.Rows", InterruptedRows)
+    monkeypatch.setattr("hybridzoo.zoo.train.examples.Rows", InterruptedRows)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(small, rows, tmp_path / "cut", **settings() | {"save_every": 100})

@@ -457,6 +457,6 @@ def test_what_is_said_without_a_terminal(tmp_path, capsys):
 def test_numbers_that_cannot_work_are_refused_before_a_model_is_built(tmp_path, monkeypatch, change, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**change)
-    monkeypatch.setattr("hybridzoo.zoo.train.run.build", lambda *a: pytest.fail("was built"))
+    monkeypatch.setattr("hybridzoo.zoo.train.start.build", lambda *a: pytest.fail("was built"))
     with pytest.raises(ValueError, match=message):
         train("mamba-tiny", ROWS, tmp_path / "out", **SETTINGS | change)

@@ -6,33 +6,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..checkpoint.tensors import stored_tensors
 from ..errors import CheckpointError
 from ..models.build import param_groups
 from ..models.model import Model
-from .data import Rows
 from .diverged import Diverged, first_nonfinite, nonfinite_weight
 from .run_folder import AGAIN, Checkpoint, RunFolder
 from .session import Session
 
-__all__ = ["NumberedRows", "ZooTrainer", "load_weights"]
-
-
-class NumberedRows(Dataset):
-    """The rows of a table that have the numbers in ``chosen``, ``(n,)``, each with its number: what :class:`ZooTrainer` reads."""
-
-    def __init__(self, rows: Rows, chosen: Any):
-        self.rows, self.chosen = rows, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        number = int(self.chosen[index])
-        return self.rows[number] | {"row": torch.tensor(number)}
+__all__ = ["ZooTrainer", "load_weights"]
 
 
 class Watch:

@@ -11,25 +11,25 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint import load, save
-from ..checkpoint.native import as_saved
 from ..device import pick_device
 from ..hf import HybridZooForCausalLM
-from ..models.build import build
-from ..models.finite import check_finite
 from ..models.model import Model
 from ..options import called_with
-from ..tokenizer import document_encoder
-from .data import Rows, rows_from, rows_with_targets
-from .digests import digest_rows, digest_weights
+from .arguments import training_arguments
+from .digests import digest_weights
 from .diverged import Diverged
-from .loop import NumberedRows, ZooTrainer, load_weights
+from .examples import Examples, examples_from
+from .header import described
+from .loop import ZooTrainer, load_weights
 from .options import TrainOptions, check_out, check_path, holds_weights
-from .run_folder import LOG, Checkpoint, DifferentRun, RunFolder, loss_entries
+from .run_folder import Checkpoint, DifferentRun, RunFolder, loss_entries
 from .session import Session
+from .start import start_from
+from .trackers import trackers
 
 __all__ = ["DifferentRun", "Diverged", "Interrupted", "TrainCall", "TrainResult", "train"]
 
@@ -125,32 +125,31 @@ def train(call: TrainCall) -> TrainResult:
         check_path(data)
     use_cpu = call.device is not None and pick_device(call.device, numbered=False).type == "cpu"
     torch.manual_seed(call.seed)
-    core, header = _start(call.model, call.overrides, out)
-    table = _table(data, core, call.length)
-    rows = NumberedRows(Rows(table), rows_with_targets(table))
+    core, header = start_from(call.model, call.overrides, out)
+    rows = examples_from(data, core, call.length)
     devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
-    tokens = call.steps * call.batch_size * devices * table.shape[1]
+    tokens = call.steps * call.batch_size * devices * rows.length
     run = RunFolder(out)
     with contextlib.ExitStack() as claimed:
         log, settings = None, {}
         # torchrun says which process is the first, before they know each other
         if os.environ.get("RANK", "0") == "0":
             has_weights = isinstance(call.model, torch.nn.Module) or holds_weights(call.model)
-            about = {"config": OmegaConf.to_container(core.cfg), "data": digest_rows(table)}
+            about = {"config": OmegaConf.to_container(core.cfg), "data": rows.digest}
             settings = (
                 about | call.settings() | {"devices": devices, "start": digest_weights(core) if has_weights else None}
             )
             log = run.finished(settings) if call.resume else None
             if log is None:
                 claimed.enter_context(run.claim())
-        args = _arguments(out, call, use_cpu)
+        args = training_arguments(out, call, use_cpu)
         log, checkpoint = _in_main_process(
             args, lambda: (log, None if log else run.open(settings, call.resume, call.overwrite))
         )
         if log is not None:
             return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=call.steps)
         source = f" from {data}" if isinstance(data, str | os.PathLike) else ""
-        header += _described(core, rows, source, tokens, args)
+        header += described(core, rows, source, tokens, args)
         session = Session(header, tokens // call.steps, checkpoint, call.on_step)
         try:
             history = _run(core, rows, args, run, session, checkpoint, call.report_to)
@@ -162,21 +161,8 @@ def train(call: TrainCall) -> TrainResult:
     return TrainResult(core.eval(), history, tokens, session.saved_seconds, session.first_step)
 
 
-def _arguments(out: Path, options: TrainOptions, use_cpu: bool) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(out / "checkpoints"), lr_scheduler_type="cosine", **options.for_trainer(),
-        # fused: it can be told on the device to leave the weights alone
-        optim="adamw_torch_fused",
-        logging_steps=max(1, options.steps // 200), save_steps=options.save_every or max(1, options.steps // 10),
-        # what is not finite is an error, and looking for it after every step would wait for the device
-        logging_nan_inf_filter=False,
-        use_cpu=use_cpu, dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
-        remove_unused_columns=False, disable_tqdm=True, report_to="none",
-    )  # fmt: skip
-
-
 def _run(
-    core: Model, rows: NumberedRows, args: TrainingArguments, run: RunFolder, session: Session,
+    core: Model, rows: Examples, args: TrainingArguments, run: RunFolder, session: Session,
     checkpoint: Checkpoint | None, report_to: str,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Take the steps that are left, and give what was logged in all of them."""
@@ -184,14 +170,7 @@ def _run(
         # stopped after its last step: there is nothing left to train
         load_weights(core, checkpoint.folder)
         return checkpoint.history()
-    callbacks: list[TrainerCallback] = []
-    if report_to == "tensorboard" and args.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        # what an interrupted run logged after its last checkpoint is logged again
-        again = session.first_step + 1 if session.first_step else None
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard"), purge_step=again)))
+    callbacks = trackers(report_to, run.path, session.first_step) if args.process_index == 0 else []
     trainer = ZooTrainer(
         HybridZooForCausalLM.wrap(core), args, train_dataset=rows, callbacks=callbacks, run=run, session=session,
         checkpoint=checkpoint,
@@ -203,74 +182,6 @@ def _run(
     if trainer.state.global_step < args.max_steps:
         raise KeyboardInterrupt
     return loss_entries(trainer.state.log_history)
-
-
-def _start(model: Any, overrides: Sequence[str] | Mapping[str, Any] | None, out: Path) -> tuple[Model, list[str]]:
-    """The model that training starts from, and what there is to say of it."""
-    if isinstance(model, HybridZooForCausalLM):
-        model = model.core
-    weights, named = holds_weights(model), f"{model}: " if isinstance(model, str | os.PathLike) else ""
-    if named and os.path.exists(Path(model) / LOG) and not RunFolder(Path(model)).is_finished():
-        raise ValueError(
-            f"{model}: holds a training that has not ended. Go on with the call that began it, or name another model to start from."
-        )
-    if overrides and (weights or isinstance(model, Model)):
-        raise ValueError(
-            f"overrides: {next(iter(overrides))!r} would change the config that the weights were made for. Leave it out, or name a config "
-            "to train a fresh model."
-        )
-    if isinstance(model, Model):
-        as_saved(model)  # a model that could not be saved is refused before it is trained
-        return model, []
-    if not weights:
-        return build(model, overrides), [f"{named}a fresh model"] if named else []
-    if out.exists() and os.path.exists(model) and os.path.samefile(out, model):
-        raise DifferentRun(
-            f"{out}: is the folder that the weights come from, which training would replace. Use another folder for what becomes of them."
-        )
-    # in half precision most updates would be rounded away
-    core = load(model, dtype=torch.float32)
-    check_finite(core, str(model))  # the first loss need not see it
-    return core.train(), [f"{named}starts from the weights there"]
-
-
-def _table(data: Any, model: Model, length: int | None) -> np.ndarray:
-    if isinstance(data, str | os.PathLike):
-        default = min(512, model.cfg.max_length or 512)
-        table = rows_from(Path(data), length, *document_encoder(model.tokenizer), default)
-    else:
-        table = np.asarray(data)
-    if table.ndim != 2 or table.dtype.kind not in "iu" or table.shape[0] == 0 or table.shape[1] < 2:
-        raise ValueError(
-            f"data: expected a path, or a table (n, l) of integers with l >= 2, got {table.dtype} of shape {table.shape}. "
-            "Use hybridzoo.zoo.train.data.pack to make one."
-        )
-    if (highest := max(int(table.max()), ~int(table.min()))) >= model.cfg.vocab_size:
-        raise ValueError(
-            f"data: token id {highest} is outside the model's vocabulary of {model.cfg.vocab_size}. Set vocab_size, or "
-            f"tokenize with the config's tokenizer ({model.cfg.tokenizer})."
-        )
-    if len(rows_with_targets(table)) == 0:
-        raise ValueError("data: no row holds anything to predict; ids below 0 stand for tokens that are only read.")
-    return table
-
-
-def _described(core: Model, rows: NumberedRows, source: str, tokens: int, args: TrainingArguments) -> list[str]:
-    """Say in lines what is trained, on what and on which device."""
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in core.parameters()})
-    devices = args.world_size * max(1, args.n_gpu)
-    where = f"{devices} x {args.device.type}" if devices > 1 else str(args.device)
-    length = rows.rows.table.shape[1]
-    once = len(rows) * length
-    lines = [
-        f"{core.num_params():,} parameters in {' and '.join(kinds)}, on {where}",
-        f"{len(rows):,} rows of {length:,} tokens ({once:,}){source}",
-        f"{args.max_steps:,} steps of {args.train_batch_size * args.world_size:,} rows: {tokens:,} tokens, "
-        f"the data {tokens / once:.3g} times; into {Path(args.output_dir).parent}",
-    ]
-    if left := len(rows.rows) - len(rows):
-        lines.insert(2, f"{left:,} rows hold nothing to predict and are left out")
-    return lines
 
 
 def _in_main_process(args: TrainingArguments, work: Callable[[], Any]) -> Any:
