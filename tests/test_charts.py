@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hybridzoo.eval import charts
-from hybridzoo.eval.report import card, filled, page, table
+from hybridzoo.zoo.report import charts
+from hybridzoo.zoo.report.blocks import card, filled, page, table
 
 
 def elements(chart):

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..charts import Bar, Chart, Dots, bars, dots, picture
+from ...zoo.report.charts import Bar, Chart, Dots, bars, dots, picture
 from .train import VARIANTS
 from .workloads import title
 

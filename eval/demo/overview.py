@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from ...zoo.layout import expand
-from ..charts import Chart, colour, picture
+from ...zoo.report.charts import Chart, colour, picture
 from .page import headline, losses, title
 
 __all__ = ["overview"]

@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..charts import Bar, Chart, bars, line_chart
-from ..report import card, facts, filled, page, sample, table
+from ...zoo.report.blocks import card, facts, filled, page, sample, table
+from ...zoo.report.charts import Bar, Chart, bars, line_chart
 from ..result_file import write
 
 __all__ = ["headline", "losses", "measures", "title", "write_page"]

@@ -1,6 +1,6 @@
 """Reports: one HTML page that needs nothing else, of blocks that any comparison of runs is made from.
 
-Charts are those of :mod:`hybridzoo.eval.charts`. The page follows the reader's light or dark theme and reads on a phone as on a desk.
+Charts are those of :mod:`hybridzoo.zoo.report.charts`. The page follows the reader's light or dark theme and reads on a phone as on a desk.
 """
 
 import re
@@ -15,7 +15,7 @@ __all__ = ["card", "facts", "filled", "page", "sample", "table"]
 
 def page(title: str, body: str) -> str:
     """Return a whole page around a body in HTML; the title is the window's."""
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return filled(template, {"title": escape(title), "style": style(), "body": body})
 
 
