@@ -16,7 +16,7 @@ from hybridzoo.zoo.train.options import TrainOptions
 class More(TrainOptions):
     """Two options more, and an argument."""
 
-    beta2: float = option(0.95, "Decay of the second moments.", bound=at_least(0), trainer="adam_beta2")
+    epsilon: float = option(0.95, "Decay of the second moments.", bound=at_least(0), trainer="adam_epsilon")
     log_every: int | None = option(None, "Steps between two lines.", unset="a minute", bound=at_least(1), setting=False)
     fast: bool = option(False, "Make haste.", setting=False)
     model: str = dataclasses.field(kw_only=False, metadata={"help": "Which one."})
@@ -29,18 +29,18 @@ def run(call: More) -> tuple:
     Raises:
         ValueError: Never.
     """
-    return call.model, call.beta2, call.steps, call.log_every
+    return call.model, call.epsilon, call.steps, call.log_every
 
 
 def test_a_field_is_in_the_signature_and_its_documentation():
     parameters = inspect.signature(run).parameters
     assert list(parameters)[:2] == ["model", "steps"] and set(parameters) == {f.name for f in dataclasses.fields(More)}
-    assert parameters["beta2"].default == 0.95 and parameters["log_every"].annotation == int | None
+    assert parameters["epsilon"].default == 0.95 and parameters["log_every"].annotation == int | None
     assert parameters["model"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert inspect.signature(run).return_annotation is tuple
     for line in (
         "    model: Which one.",
-        "    beta2: Decay of the second moments.",
+        "    epsilon: Decay of the second moments.",
         "    log_every: Steps between two lines. By default a minute.",
     ):
         assert f"{line}\n" in run.__doc__
@@ -48,29 +48,29 @@ def test_a_field_is_in_the_signature_and_its_documentation():
 
 
 def test_a_field_is_an_argument():
-    assert run("a", steps=3, beta2=0.5) == run(model="a", steps=3, beta2=0.5) == ("a", 0.5, 3, None)
+    assert run("a", steps=3, epsilon=0.5) == run(model="a", steps=3, epsilon=0.5) == ("a", 0.5, 3, None)
     for wrong, message in (
-        ({"beta2": -1}, r"train\(beta2=-1\): must be a number at least 0, and finite"),
+        ({"epsilon": -1}, r"train\(epsilon=-1\): must be a number at least 0, and finite"),
         ({"log_every": 0}, r"train\(log_every=0\): must be at least 1\. Leave it out for the default\."),
     ):
         with pytest.raises(ValueError, match=message):
             run("a", **wrong)
-    with pytest.raises(TypeError, match=r"^run\(\) got an unexpected keyword argument 'beta3'"):
-        run("a", beta3=1)
+    with pytest.raises(TypeError, match=r"^run\(\) got an unexpected keyword argument 'epsilon3'"):
+        run("a", epsilon3=1)
     with pytest.raises(TypeError, match=r"^run\(\) missing a required argument: 'model'"):
         run()
 
 
 def test_a_field_is_a_setting_and_an_argument_of_the_trainer():
-    options = More(model="a", beta2=1, log_every=2)
-    assert options.settings() == TrainOptions().settings() | {"beta2": 1.0}
-    assert options.for_trainer() == TrainOptions().for_trainer() | {"adam_beta2": 1.0}
+    options = More(model="a", epsilon=1, log_every=2)
+    assert options.settings() == TrainOptions().settings() | {"epsilon": 1.0}
+    assert options.for_trainer() == TrainOptions().for_trainer() | {"adam_epsilon": 1.0}
 
 
 def test_a_field_is_an_option_of_the_command_line():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Fewer:
-        beta2: float = option(0.95, "Decay of the second moments.")
+        epsilon: float = option(0.95, "Decay of the second moments.")
         log_every: int | None = option(None, "Steps between two lines.", unset="a minute")
         fast: bool = option(False, "Make haste.")
 
@@ -84,9 +84,9 @@ def test_a_field_is_an_option_of_the_command_line():
 
     text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
     assert "Decay of the second moments. [default: 0.95]" in text and "[default: (a minute)]" in text
-    assert "--no-fast" not in text and text.index("--beta2") < text.index("--fast") < text.index("--last")
-    done = CliRunner().invoke(app, ["m", "--beta2", "0.5", "--fast"], catch_exceptions=False)
-    assert done.exit_code == 0 and got == {"beta2": 0.5, "log_every": None, "fast": True, "model": "m", "last": 0}
+    assert "--no-fast" not in text and text.index("--epsilon") < text.index("--fast") < text.index("--last")
+    done = CliRunner().invoke(app, ["m", "--epsilon", "0.5", "--fast"], catch_exceptions=False)
+    assert done.exit_code == 0 and got == {"epsilon": 0.5, "log_every": None, "fast": True, "model": "m", "last": 0}
 
 
 def test_every_option_of_a_training_is_one_of_the_command():
@@ -94,3 +94,28 @@ def test_every_option_of_a_training_is_one_of_the_command():
 
     text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).stdout
     assert all(f"--{f.name.replace('_', '-')} " in text for f in dataclasses.fields(TrainOptions))
+    assert all(f.metadata["panel"] for f in dataclasses.fields(TrainOptions))
+    panels = [line.split("─")[1].strip() for line in text.splitlines() if line.startswith("╭")]
+    assert {"Data", "Optimiser", "Evaluation", "Speed", "Run"} <= set(panels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eval_every": 3}, r"train\(eval_every=3\): there is nothing to evaluate on. Give val"),
+        ({"patience": 2}, r"train\(patience=2\): there is nothing"),
+        ({"schedule": "constant", "final_lr": 0.1}, r"train\(final_lr=0.1\): a constant rate does not fall"),
+        ({"schedule": "wsd", "warmup": 900, "decay": 0.2}, r"train\(warmup=900, decay=0.2\): together more than all of the 1000"),
+        ({"schedule": "wds"}, r"schedule='wds': is not known. Did you mean 'wsd'\?"),
+        ({"precision": "float16"}, r"precision='float16': is not known"),
+        ({"capture": "yes"}, r"capture='yes': is not known"),
+        ({"optimizer": "muno"}, r"Did you mean 'muon'\?"),
+        ({"accumulate": 0}, r"train\(accumulate=0\): must be at least 1"),
+        ({"beta1": 1}, r"train\(beta1=1\): must be a number at least 0, and below 1, and finite"),
+        ({"final_lr": 1.5}, r"train\(final_lr=1.5\): must be a number from 0 to 1"),
+        ({"clip": -1}, r"train\(clip=-1\): must be a number at least 0"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(**change)

@@ -95,8 +95,12 @@ def train(
         ),
     ],
     overrides: Overrides = None,
-    data: Annotated[Path, typer.Option(help="Text, .jsonl or .npy (token ids) file, or a folder of them.")] = ...,  # type: ignore[assignment]
-    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/MODEL")] = None,
+    data: Annotated[
+        Path, typer.Option(help="Text, .jsonl or .npy (token ids) file, or a folder of them.", rich_help_panel="Data")
+    ] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder.", show_default="runs/MODEL", rich_help_panel="Run")
+    ] = None,
     **given: Any,
 ) -> None:
     """Train a model on your text. Ctrl-C saves; the same command continues."""

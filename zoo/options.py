@@ -11,9 +11,9 @@ import math
 import numbers
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, get_args
 
-__all__ = ["at_least", "called_with", "check_options", "option", "parameters_of"]
+__all__ = ["About", "at_least", "called_with", "check_options", "option", "parameters_of", "within"]
 
 P = ParamSpec("P")
 O = TypeVar("O")
@@ -21,28 +21,47 @@ R = TypeVar("R")
 Bound = tuple[str, Callable[[Any], bool]]
 
 
-def option(
-    default: Any, help: str, *, unset: str = "", bound: Bound | None = None, choices: tuple[str, ...] = (),
-    setting: bool = True, trainer: str = "",
-) -> Any:  # fmt: skip
-    """Return a field of a dataclass that says what its name and its type do not; they stand in its ``metadata``.
+class About(TypedDict, total=False):
+    """More of a field than its name and its type say.
 
-    Args:
-        default: The value that it has if nothing is said.
-        help: The field in a sentence.
+    Attributes:
         unset: Words for what is done where it is ``None``.
         bound: Words for the numbers that are allowed, and a test of one.
         choices: All values that there are.
         setting: Whether a run that is continued must have the value that it began with; others are of one call.
         trainer: The argument of transformers' ``TrainingArguments`` that it is.
+        panel: The group of a command line's help that it stands in.
+        typed: The type of what a command line says, where Python may say more.
     """
-    about = {"help": help, "unset": unset, "bound": bound, "choices": choices, "setting": setting, "trainer": trainer}
-    return dataclasses.field(default=default, metadata=about)
+
+    unset: str
+    bound: Bound | None
+    choices: tuple[str, ...]
+    setting: bool
+    trainer: str
+    panel: str
+    typed: Any
+
+
+_UNSAID: About = {
+    "unset": "", "bound": None, "choices": (), "setting": True, "trainer": "", "panel": "", "typed": None,
+}  # fmt: skip
+
+
+def option(default: Any, help: str, **about: Unpack[About]) -> Any:
+    """Return a field of a dataclass with a default, a sentence of help, and more :class:`About` it, all in its ``metadata``."""
+    return dataclasses.field(default=default, metadata={"help": help, **_UNSAID, **about})
 
 
 def at_least(least: int) -> Bound:
     """Return the bound of numbers from ``least`` on."""
     return f"at least {least}", lambda value: value >= least
+
+
+def within(least: float, below: float, closed: bool = False) -> Bound:
+    """Return the bound of numbers from ``least`` up to ``below``, which is among them where ``closed``."""
+    words = f"from {least:g} to {below:g}" if closed else f"at least {least:g}, and below {below:g}"
+    return words, lambda value: least <= value < below or (closed and value == below)
 
 
 def parameters_of(options: Any) -> list[tuple[inspect.Parameter, Mapping[str, Any]]]:

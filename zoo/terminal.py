@@ -173,8 +173,13 @@ def with_options(options: type) -> Callable[[Callable[..., None]], Callable[...,
 
 def _as_option(parameter: inspect.Parameter, about: Mapping[str, Any]) -> inspect.Parameter:
     switch = [f"--{parameter.name.replace('_', '-')}"] if parameter.default is False else []
-    declared = typer.Option(*switch, help=about["help"], show_default=about["unset"] or parameter.default is not None)
-    return parameter.replace(annotation=Annotated[parameter.annotation, declared])
+    shown: dict[str, Any] = {
+        "show_default": about["unset"] or parameter.default is not None,
+        "rich_help_panel": about["panel"] or None,
+    }
+    declared = typer.Option(*switch, help=about["help"], **shown)
+    kind = about["typed"] or parameter.annotation
+    return parameter.replace(annotation=Annotated[kind, declared])
 
 
 def print_report(report: object) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from ..config.shipped import list_models
 from ..named import HUB_ID, near_path
-from ..options import at_least, check_options, option
+from ..options import at_least, check_options, option, within
 
 __all__ = ["TrainOptions", "check_out", "check_path", "default_out", "holds_weights"]
 
 _SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
 _WEIGHTS = ("*.safetensors", "*.bin")
+# groups of the command line's help
+_DATA, _OPTIMISER, _EVALUATION, _SPEED, _RUN = "Data", "Optimiser", "Evaluation", "Speed", "Run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,32 +26,114 @@ class TrainOptions:
         ValueError: Numbers that no training can work with, or a report that there is not.
     """
 
-    steps: int = option(1000, "Optimiser steps.", trainer="max_steps")
-    batch_size: int = option(8, "Rows per step and device.", trainer="per_device_train_batch_size")
+    steps: int = option(1000, "Optimiser steps.", trainer="max_steps", panel=_OPTIMISER)
+    batch_size: int = option(
+        8, "Rows per device that are read at once.", trainer="per_device_train_batch_size", panel=_DATA
+    )
+    accumulate: int = option(
+        1, "Batches per step, whose gradients are added up as if they were one.", bound=at_least(1),
+        trainer="gradient_accumulation_steps", panel=_DATA,
+    )  # fmt: skip
     length: int | None = option(
-        None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False
+        None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False, panel=_DATA
+    )  # fmt: skip
+    val: Any = option(  # noqa: RUF009  # a field, as the others
+        None, "What to evaluate on, of the same kinds as the data; the best model is kept.", typed=Path | None, setting=False,
+        panel=_EVALUATION,
+    )  # fmt: skip
+    eval_every: int | None = option(
+        None, "Steps between evaluations.", unset="as save_every", bound=at_least(1), setting=False, panel=_EVALUATION
+    )  # fmt: skip
+    patience: int | None = option(
+        None, "Evaluations without a better loss after which to stop.", unset="never", bound=at_least(1), panel=_EVALUATION
+    )  # fmt: skip
+    precision: str = option(
+        "auto", "auto, float32 or bfloat16: what is computed in; weights stay float32. auto is bfloat16 on a GPU that has it.",
+        choices=("auto", "float32", "bfloat16"), panel=_SPEED,
+    )  # fmt: skip
+    capture: str = option(
+        "auto", "auto, on or off: record a step on a GPU as a CUDA graph, and replay it.", choices=("auto", "on", "off"),
+        setting=False, panel=_SPEED,
+    )  # fmt: skip
+    optimizer: str = option(
+        "adamw", "adamw, or muon: Muon for the matrices inside blocks, AdamW for the rest.", choices=("adamw", "muon"),
+        panel=_OPTIMISER,
+    )  # fmt: skip
+    lr: float = option(
+        1e-3, "Peak learning rate.", bound=("above 0", lambda x: x > 0), trainer="learning_rate", panel=_OPTIMISER
     )
-    lr: float = option(1e-3, "Peak learning rate.", bound=("above 0", lambda x: x > 0), trainer="learning_rate")
     warmup: float = option(
-        0.1, "Steps until the peak; below 1, their share.", bound=at_least(0), trainer="warmup_steps"
+        0.1, "Steps until the peak; below 1, their share.", bound=at_least(0), trainer="warmup_steps", panel=_OPTIMISER
     )
-    weight_decay: float = option(0.1, "Of matrices.", bound=at_least(0), trainer="weight_decay")
-    seed: int = option(0, "Of weights and of the order of rows.", bound=_SEEDS, trainer="seed")
+    schedule: str = option(
+        "cosine", "cosine, wsd or constant: how the rate goes on from the peak; wsd holds it, and falls at the end.",
+        choices=("cosine", "wsd", "constant"), panel=_OPTIMISER,
+    )  # fmt: skip
+    decay: float = option(0.2, "Share of the steps in which wsd falls.", bound=within(0, 1, True), panel=_OPTIMISER)
+    final_lr: float = option(
+        0.0, "Share of the rate that is left at the end.", bound=within(0, 1, True), panel=_OPTIMISER
+    )
+    beta1: float = option(
+        0.9, "AdamW's, for gradients; Muon's momentum.", bound=within(0, 1), trainer="adam_beta1", panel=_OPTIMISER
+    )
+    beta2: float = option(
+        0.999, "AdamW's, for their squares.", bound=within(0, 1), trainer="adam_beta2", panel=_OPTIMISER
+    )
+    weight_decay: float = option(0.1, "Of matrices.", bound=at_least(0), trainer="weight_decay", panel=_OPTIMISER)
+    clip: float = option(
+        1.0,
+        "Longest gradient that is used as it is; 0 for all.",
+        bound=at_least(0),
+        trainer="max_grad_norm",
+        panel=_OPTIMISER,
+    )
+    checkpointing: bool = option(
+        False, "Keep less of every block, and compute it again in the backward.", setting=False, panel=_SPEED
+    )
+    spike: float = option(
+        2.0, "Stop when the loss, averaged over some ten steps, is this many nats above its lowest; 0 never.", bound=at_least(0),
+        setting=False, panel=_RUN,
+    )  # fmt: skip
+    seed: int = option(0, "Of weights and of the order of rows.", bound=_SEEDS, trainer="seed", panel=_RUN)
     save_every: int | None = option(
-        None, "Steps between checkpoints; two are kept.", unset="a tenth of all", bound=at_least(1), setting=False
+        None,
+        "Steps between checkpoints; two are kept.",
+        unset="a tenth of all",
+        bound=at_least(1),
+        setting=False,
+        panel=_RUN,
     )
-    resume: bool = option(True, "Continue an interrupted run, or start again.", setting=False)
-    overwrite: bool = option(False, "Replace a model or another run that is in the run's folder.", setting=False)
-    report_to: str = option("tensorboard", "tensorboard or none.", choices=("tensorboard", "none"), setting=False)
-    device: str | None = option(None, "cpu or cuda; a GPU by default, if there is one.", setting=False)
+    resume: bool = option(True, "Continue an interrupted run, or start again.", setting=False, panel=_RUN)
+    overwrite: bool = option(
+        False, "Replace a model or another run that is in the run's folder.", setting=False, panel=_RUN
+    )
+    report_to: str = option(
+        "tensorboard", "tensorboard or none.", choices=("tensorboard", "none"), setting=False, panel=_RUN
+    )
+    device: str | None = option(None, "cpu or cuda; a GPU by default, if there is one.", setting=False, panel=_SPEED)
 
     def __post_init__(self):
         check_options(self, "train")
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"train(steps={self.steps}, batch_size={self.batch_size}): both must be at least 1.")
+        self._check_together()
         if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             raise ModuleNotFoundError(
                 "No module named 'tensorboard'; report_to='none' does without", name="tensorboard"
+            )
+
+    def _check_together(self) -> None:
+        if self.val is None and (self.eval_every or self.patience):
+            given = f"eval_every={self.eval_every}" if self.eval_every else f"patience={self.patience}"
+            raise ValueError(f"train({given}): there is nothing to evaluate on. Give val, or leave it out.")
+        if self.schedule == "constant" and self.final_lr:
+            raise ValueError(
+                f"train(final_lr={self.final_lr:g}): a constant rate does not fall. Leave it out, or use another schedule."
+            )
+        warm = self.warmup / self.steps if self.warmup >= 1 else self.warmup
+        if self.schedule == "wsd" and warm + self.decay > 1:
+            raise ValueError(
+                f"train(warmup={self.warmup:g}, decay={self.decay:g}): together more than all of the {self.steps} steps. Lower one."
             )
 
     def settings(self) -> dict[str, Any]:
