@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .torch_private import is_wrapped, transforms_active
+from .torch_private import assert_later, is_wrapped, transforms_active
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Seq:
         clean: Whether padding is known to hold zeros (:meth:`clear`), so that nothing behind has to see to it.
         known: The documents as :meth:`documents` gives them, where they were described by the host and the tokens are elsewhere.
         grid: ``(h, w)`` of the maps that the rows are, top row first, one size for all; ``None`` for text.
+        offsets: ``(n + 1,)`` int32, where the documents of packed rows start in the ``b * l`` tokens, and where the last one ends; the
+            padding at a row's end is one more. Some may be empty, those behind the last one are. ``None`` where nobody has counted them.
+        longest: Tokens of the longest document, where the host knows it.
 
     Raises:
         ValueError: ``grid`` is of another number of tokens, or of rows that are packed or padded.
@@ -48,6 +52,8 @@ class Seq:
     clean: bool = False
     known: tuple[tuple[int, int, int], ...] | None = None
     grid: tuple[int, int] | None = None
+    offsets: Tensor | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         if self.grid is None:
@@ -106,7 +112,7 @@ class Seq:
             raise ValueError(
                 f"cu_seqlens: describes one packed row, got a batch of {batch}. Concatenate the rows: input_ids of shape (1, l)."
             )
-        ends, known = _offsets(cu_seqlens), None
+        ends, known, longest = _offsets(cu_seqlens), None, None
         if not torch.compiler.is_compiling():
             offsets = tuple(ends.tolist())
             falls = next((f", falls from {a} to {b}" for a, b in itertools.pairwise(offsets) if b < a), "")
@@ -116,27 +122,39 @@ class Seq:
                     f"Start at 0, never fall, end at {length}."
                 )
             known = tuple((0, a, b) for a, b in itertools.pairwise(offsets) if b > a)
+            longest = max((b - a for _, a, b in known), default=0)
         ends = ends if device is None else _sent(ends, torch.device(device))
         at = torch.arange(length, device=ends.device)
         doc = torch.searchsorted(ends, at, right=True) - 1
+        described, offsets = cls._described(doc[None]), ends.to(torch.int32)
         # the offsets cover the row: no place is padding
-        return replace(cls.from_documents(doc[None]), padded=False, known=known)
+        return replace(described, padded=False, known=known, offsets=offsets, longest=longest)
 
     @classmethod
-    def from_documents(cls, doc: Tensor, device: Any = None) -> "Seq":
+    def from_documents(cls, doc: Tensor, device: Any = None, most: int | None = None) -> "Seq":
         """Describe rows of packed documents from per-token ids, ``(b, l)`` integers; ``-1`` is padding at the end of a row.
 
         Args:
             doc: The ids. Ids of the host's are best left there: a device would have to be asked where documents start.
             device: Where the tokens are; where ``doc`` is, by default.
+            most: At least the documents of any one row, the padding at its end counted as one more. With it, a device finds by itself
+                where documents start, and :attr:`offsets` have one size, ``b * most + 1``, whatever the documents: what a CUDA graph
+                and a compiled one ask for. More documents are an error that stops a device.
+
+        Raises:
+            ValueError: A row holds more documents than ``most``, where the host can see it.
         """
         if device is not None and doc.device != torch.device(device):
-            return cls.from_documents(doc)._on(torch.device(device))
-        doc = doc.long()
+            return cls.from_documents(doc, most=most)._on(torch.device(device))
+        seq = cls._described(doc.long())
+        offsets, longest = _starts(seq.doc, most)
+        return replace(seq, offsets=offsets, longest=longest)
+
+    @classmethod
+    def _described(cls, doc: Tensor) -> "Seq":
         b, l = doc.shape
         at = torch.arange(l, device=doc.device).expand(b, l)
-        first = torch.ones_like(doc, dtype=torch.bool)
-        first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+        first = _first(doc)
         pos = at - torch.where(first, at, 0).cummax(1).values
         valid = doc >= 0
         resets = first & valid & (at > 0)
@@ -163,6 +181,7 @@ class Seq:
     def _on(self, device: torch.device) -> "Seq":
         documents, fields = self.documents(), ("doc", "pos", "lengths", "valid", "resets")
         sent: dict[str, Any] = {name: _sent(getattr(self, name), device) for name in fields}
+        sent |= {"offsets": None if self.offsets is None else _sent(self.offsets, device)}
         return replace(self, **sent, known=None if documents is None else tuple(documents))
 
     def marks(self) -> tuple[Tensor | None, Tensor | None]:
@@ -191,9 +210,7 @@ class Seq:
         """Every document as ``(row, start, end)``; ``None`` where the host cannot know them without waiting for a device."""
         if self.known is not None:
             return list(self.known)
-        if torch.compiler.is_compiling() or type(self.doc) is not Tensor or self.doc.device.type != "cpu":
-            return None
-        if is_wrapped(self.doc):
+        if not readable(self.doc):
             return None
         out = []
         for row, (starts, end) in enumerate(zip(self.resets.tolist(), self.lengths.tolist(), strict=True)):
@@ -250,6 +267,43 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host's on its way to a device; nobody waits for it to arrive."""
     pinned = x.is_cpu and device.type == "cuda" and not torch.compiler.is_compiling()
     return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
+
+
+def _first(doc: Tensor) -> Tensor:
+    """Tell of every token of (b, l) whether its document, or the padding at the row's end, starts with it."""
+    first = torch.ones_like(doc, dtype=torch.bool)
+    first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    return first
+
+
+def _starts(doc: Tensor, most: int | None) -> tuple[Tensor | None, int | None]:
+    """:attr:`Seq.offsets` and :attr:`Seq.longest`, as far as they can be told without waiting for a device."""
+    if most is not None and most < 1:
+        raise ValueError(f"most: {most} documents in a row. Pass 1 or more.")
+    seen = readable(doc)
+    if not seen and (most is None or (not torch.compiler.is_compiling() and is_wrapped(doc))):
+        return None, None
+    first, (b, l) = _first(doc), doc.shape
+    count = first.sum(1).amax() if most is not None and doc.numel() else None
+    if seen:
+        found = 0 if count is None else int(count)
+        if most is not None and found > most:
+            raise ValueError(
+                f"most: a row holds {found} documents, its padding counted as one, and most is {most}. Pass {found}."
+            )
+        starts = first.flatten().nonzero().squeeze(1).to(torch.int32)
+        places = len(starts) if most is None else b * most
+        offsets = F.pad(starts, (0, places + 1 - len(starts)), value=b * l)
+        return offsets, int(offsets.diff().max()) if places else 0
+    if count is not None:
+        assert_later(count <= most, "Seq.from_documents: a row holds more documents than `most` says")
+    starts = torch.nonzero_static(first.flatten(), size=b * most, fill_value=b * l).squeeze(1)
+    return F.pad(starts, (0, 1), value=b * l).to(torch.int32), None
+
+
+def readable(x: Tensor) -> bool:
+    """Tell whether the host may look at numbers: they are its own, and neither traced nor transformed."""
+    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cpu" and not is_wrapped(x)
 
 
 def as_tensor(name: str, given: Any, shape: str, remedy: str) -> Tensor:

@@ -45,6 +45,13 @@ def saved_tensors_are_handled() -> bool:
         return True
 
 
+def assert_later(condition: Tensor, message: str) -> None:
+    """Have a device stop where a condition does not hold, without anybody waiting for it."""
+    check = getattr(torch, "_assert_async", None)
+    if check is not None:
+        check(condition, message)
+
+
 def name_of(op: Any) -> str:
     """The name of an operator that ``torch.library.custom_op`` made, ``hybridzoo::ssd``."""
     return op._name

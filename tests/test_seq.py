@@ -100,3 +100,66 @@ def test_documents_that_the_host_described_are_known_wherever_the_tokens_are():
     )
     assert seq.side_by_side[1].shape == (2, 6)
     assert Seq.from_documents(seq.doc, "meta").documents() is None
+
+
+DOC = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 1, 1]]
+STARTS = [0, 3, 5, 6, 8, 9, 16]
+
+
+def test_offsets_of_documents():
+    doc = torch.tensor(DOC)
+    seq = Seq.from_documents(doc)
+    assert seq.offsets.tolist() == STARTS and seq.offsets.dtype == torch.int32 and seq.longest == 7
+    bounded = Seq.from_documents(doc, most=5)
+    assert bounded.offsets.tolist() == STARTS + [16] * 4 and bounded.longest == 7
+    assert Seq.from_cu_seqlens(OFFSETS, 1, 9).offsets.tolist() == OFFSETS
+    assert Seq.from_cu_seqlens(OFFSETS, 1, 9).longest == 5
+    sent = Seq.from_documents(doc, "meta", most=5)
+    assert sent.offsets.shape == (11,) and sent.offsets.is_meta and sent.longest == 7
+    assert Seq.from_documents(sent.doc).offsets is None and Seq.from_documents(sent.doc, most=3).offsets.shape == (7,)
+
+
+def test_offsets_found_without_asking():
+    doc = torch.tensor(DOC)
+    found = torch.compile(lambda doc: Seq.from_documents(doc, most=4).offsets, fullgraph=True, backend="aot_eager")(doc)
+    assert found.dtype == torch.int32 and found.tolist() == STARTS + [16] * 2
+    assert torch.compile(lambda d: Seq.from_documents(d).offsets is None, fullgraph=True, backend="eager")(doc)
+
+
+def test_more_documents_than_said_are_refused():
+    with pytest.raises(
+        ValueError, match=r"most: a row holds 4 documents, its padding counted as one, and most is 3. Pass 4"
+    ):
+        Seq.from_documents(torch.tensor(DOC), most=3)
+    with pytest.raises(ValueError, match="most: 0 documents in a row"):
+        Seq.from_documents(torch.tensor(DOC), most=0)
+
+
+def test_a_model_takes_a_description():
+    model = zoo.build("jamba-tiny").eval()
+    ids, doc = torch.randint(1, 256, (2, 8)), torch.tensor(DOC)
+    want = model(ids, labels=ids, seq_idx=doc)
+    for most in (None, 4, 7):
+        got = model(ids, labels=ids, seq=Seq.from_documents(doc, most=most))
+        assert torch.equal(got.loss, want.loss) and torch.equal(got.logits, want.logits)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+    assert torch.equal(
+        model(ids, seq=Seq.from_mask(mask), state=model.init_state(2)).logits,
+        model(ids, attention_mask=mask, state=model.init_state(2)).logits,
+    )
+
+
+def test_a_description_of_other_rows_is_refused():
+    model, ids, seq = (
+        zoo.build("mamba-tiny"),
+        torch.zeros(2, 9, dtype=torch.long),
+        Seq.from_documents(torch.tensor(DOC)),
+    )
+    with pytest.raises(ValueError, match=r"seq: describes rows of shape \(2, 8\), the tokens have \(2, 9\)"):
+        model(ids, seq=seq)
+    with pytest.raises(ValueError, match="seq: is on meta, the tokens are on cpu"):
+        model(ids[:, :8], seq=Seq.from_documents(torch.tensor(DOC), "meta"))
+    with pytest.raises(ValueError, match="seq_idx, seq: say the same in two ways"):
+        model(ids[:, :8], seq=seq, seq_idx=torch.tensor(DOC))
+    with pytest.raises(ValueError, match="state, seq: a packed row starts every document afresh"):
+        model(ids[:, :8], seq=seq, state=model.init_state(2))

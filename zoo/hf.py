@@ -211,6 +211,7 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         past_key_values: StateCache | None = None,
         position_ids: Tensor | None = None,
         seq_idx: Any = None,
+        seq: Any = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
@@ -242,7 +243,7 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         out = self.core(
             input_ids, labels, rows.attention_mask, None, None if cache is None else cache.state,
             return_state=use_cache, inputs_embeds=inputs_embeds, num_items=num_items_in_batch, seq_idx=rows.documents,
-            logits_to_keep=logits_to_keep, output_hidden_states=bool(output_hidden_states),
+            seq=seq, logits_to_keep=logits_to_keep, output_hidden_states=bool(output_hidden_states),
         )  # fmt: skip
         left = None
         if use_cache and out.state is not None and tokens is not None:

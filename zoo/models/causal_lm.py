@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ...layers.base import shapes, tree
+from ...layers.base import Seq, shapes, tree
 from ...layers.common import weight_dtype
 from ...layers.moe import balance_loss
 from ..tokenizer import load_tokenizer
@@ -108,6 +108,7 @@ class CausalLM(Model):
         inputs_embeds: Tensor | None = None,
         num_items: Tensor | int | None = None,
         seq_idx: Any = None,
+        seq: Seq | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
     ) -> CausalLMOutput:
@@ -127,6 +128,9 @@ class CausalLM(Model):
                 larger batch that this call is a part of. The auxiliary loss counts by the same share.
             seq_idx: ``(b, l)`` integers (a tensor, an array or lists), the packed document that a token belongs to, in place of
                 ``cu_seqlens``: a new one starts where the number changes; negative at padding, which stands at the end of a row.
+            seq: The rows as :class:`~hybridzoo.kernels.Seq` describes them, made by the caller, in place of ``attention_mask``,
+                ``cu_seqlens`` and ``seq_idx``. One with ``most`` of a device's documents lets nobody wait for it, and can be captured
+                in a CUDA graph.
             logits_to_keep: How many logits of the end of every row to form, 0 for all, or the indices of the positions, ``(m,)`` int64.
             output_hidden_states: Whether ``out.hidden_states`` is filled.
 
@@ -134,7 +138,7 @@ class CausalLM(Model):
             ValueError: Shapes that disagree, two kinds of row description, or a packed row with a state.
         """
         x = self._embed(input_ids, inputs_embeds)
-        seq = describe_rows(x, attention_mask, cu_seqlens, seq_idx, state)
+        seq = describe_rows(x, attention_mask, cu_seqlens, seq_idx, seq, state)
         if labels is not None and labels.shape != x.shape[:2]:
             raise ValueError(
                 f"labels: shape {tuple(labels.shape)} differs from the tokens' {tuple(x.shape[:2])}. Pass unshifted labels."

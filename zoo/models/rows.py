@@ -24,6 +24,7 @@ def describe_rows(
     attention_mask: Tensor | None,
     cu_seqlens: Any,
     seq_idx: Any,
+    seq: Seq | None,
     state: ModelState | None,
 ) -> Seq | None:
     """Return the description that layers take of the rows of ``x``, (b, l, d); arguments and errors as of :meth:`CausalLM.forward`."""
@@ -32,7 +33,7 @@ def describe_rows(
         raise ValueError(
             f"state: holds {state.tokens.shape[0]} rows, the tokens have {b}. Use state.reorder to select rows."
         )
-    packing = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
+    packing = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx, "seq": seq}
     given = [name for name, value in packing.items() if value is not None]
     if given:
         name = ", ".join(given)
@@ -40,8 +41,10 @@ def describe_rows(
             raise ValueError(f"{name}: say the same in two ways. Give one of them.")
         if attention_mask is not None:
             raise ValueError(f"attention_mask, {name}: give one of them; a packed row has no padding.")
-        if state is not None:
+        if state is not None and (seq is None or seq.packed):
             raise ValueError(f"state, {name}: a packed row starts every document afresh and cannot continue a state.")
+    if seq is not None:
+        return _checked(seq, x)
     if cu_seqlens is not None:
         return Seq.from_cu_seqlens(cu_seqlens, b, l, x.device)
     if seq_idx is not None:
@@ -53,6 +56,16 @@ def describe_rows(
             f"attention_mask: shape {tuple(attention_mask.shape)} differs from the tokens' {(b, l)}. Mask this call's tokens only."
         )
     return Seq.from_mask(attention_mask.to(x.device))
+
+
+def _checked(seq: Seq, x: Tensor) -> Seq:
+    if seq.doc.shape != x.shape[:2]:
+        raise ValueError(
+            f"seq: describes rows of shape {tuple(seq.doc.shape)}, the tokens have {tuple(x.shape[:2])}. Describe this call's tokens."
+        )
+    if seq.doc.device != x.device:
+        raise ValueError(f"seq: is on {seq.doc.device}, the tokens are on {x.device}. Pass device= where you make it.")
+    return seq
 
 
 def number_documents(seq_idx: Any, shape: tuple[int, int]) -> Tensor:
