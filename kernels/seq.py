@@ -126,9 +126,9 @@ class Seq:
         ends = ends if device is None else _sent(ends, torch.device(device))
         at = torch.arange(length, device=ends.device)
         doc = torch.searchsorted(ends, at, right=True) - 1
-        described, offsets = cls._described(doc[None]), ends.to(torch.int32)
         # the offsets cover the row: no place is padding
-        return replace(described, padded=False, known=known, offsets=offsets, longest=longest)
+        described = replace(cls._described(doc[None]), padded=False)
+        return replace(described, known=known, offsets=ends.to(torch.int32), longest=longest)
 
     @classmethod
     def from_documents(cls, doc: Tensor, device: Any = None, most: int | None = None) -> "Seq":
@@ -280,25 +280,23 @@ def _starts(doc: Tensor, most: int | None) -> tuple[Tensor | None, int | None]:
     """:attr:`Seq.offsets` and :attr:`Seq.longest`, as far as they can be told without waiting for a device."""
     if most is not None and most < 1:
         raise ValueError(f"most: {most} documents in a row. Pass 1 or more.")
-    seen = readable(doc)
-    if not seen and (most is None or (not torch.compiler.is_compiling() and is_wrapped(doc))):
-        return None, None
-    first, (b, l) = _first(doc), doc.shape
-    count = first.sum(1).amax() if most is not None and doc.numel() else None
-    if seen:
-        found = 0 if count is None else int(count)
-        if most is not None and found > most:
-            raise ValueError(
-                f"most: a row holds {found} documents, its padding counted as one, and most is {most}. Pass {found}."
-            )
-        starts = first.flatten().nonzero().squeeze(1).to(torch.int32)
-        places = len(starts) if most is None else b * most
-        offsets = F.pad(starts, (0, places + 1 - len(starts)), value=b * l)
-        return offsets, int(offsets.diff().max()) if places else 0
-    if count is not None:
-        assert_later(count <= most, "Seq.from_documents: a row holds more documents than `most` says")
-    starts = torch.nonzero_static(first.flatten(), size=b * most, fill_value=b * l).squeeze(1)
-    return F.pad(starts, (0, 1), value=b * l).to(torch.int32), None
+    first, (b, l), seen = _first(doc), doc.shape, readable(doc)
+    if not seen:
+        if most is None or (not torch.compiler.is_compiling() and is_wrapped(doc)):
+            return None, None
+        if doc.numel():
+            assert_later(first.sum(1).amax() <= most, "Seq.from_documents: a row holds more documents than `most` says")
+        starts = torch.nonzero_static(first.flatten(), size=b * most, fill_value=b * l).squeeze(1)
+        return F.pad(starts, (0, 1), value=b * l).to(torch.int32), None
+    found = int(first.sum(1).amax()) if doc.numel() else 0
+    if most is not None and found > most:
+        raise ValueError(
+            f"most: a row holds {found} documents, its padding counted as one, and most is {most}. Pass {found}."
+        )
+    starts = first.flatten().nonzero().squeeze(1).to(torch.int32)
+    places = len(starts) if most is None else b * most
+    offsets = F.pad(starts, (0, places + 1 - len(starts)), value=b * l)
+    return offsets, int(offsets.diff().max()) if len(offsets) > 1 else 0
 
 
 def readable(x: Tensor) -> bool:

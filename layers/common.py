@@ -82,6 +82,11 @@ def hooked_everywhere() -> bool:
     return bool(forward or every._global_backward_hooks or every._global_backward_pre_hooks)
 
 
+def is_captured(x: Tensor) -> bool:
+    """Return whether what happens to a tensor now is recorded as a CUDA graph."""
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 @torch.no_grad()
 def reset_linear(layer: nn.Linear, shrink: float = 1.0) -> None:
     """Draw a linear layer as torch does, divided by ``shrink``; its bias is zero, as in mamba-ssm."""

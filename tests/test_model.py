@@ -494,3 +494,20 @@ def test_a_step_is_captured_on_a_gpu_only():
         zoo.CapturedStep(model, torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         zoo.CapturedStep(model.requires_grad_(False), torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_captured_step_of_packed_rows_wants_both_or_neither():
+    model, ids = zoo.build("mamba-tiny"), torch.zeros(1, 4, dtype=torch.long)
+    for half in ({"documents": ids}, {"most": 2}):
+        with pytest.raises(ValueError, match="CapturedStep: documents, most: one says nothing without the other"):
+            zoo.CapturedStep(model, ids, **half)
+    with pytest.raises(ValueError, match="most: a row holds 2 documents"):
+        zoo.CapturedStep(model, ids, documents=torch.tensor([[0, 0, 1, 1]]), most=1)
+
+
+def test_why_a_step_is_not_captured():
+    from hybridzoo.zoo.train.captured_step import why_not_captured
+
+    model = zoo.build("mamba-tiny")
+    assert why_not_captured(model) == "the model is on cpu, and only a GPU has CUDA graphs. Call the model itself."
+    assert "no parameter that requires a gradient" in why_not_captured(model.requires_grad_(False))

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ...layers.base import Seq, shapes, tree
-from ...layers.common import weight_dtype
+from ...layers.common import is_captured, weight_dtype
 from ...layers.moe import balance_loss
 from ..tokenizer import load_tokenizer
 from .generate import generate
@@ -184,7 +184,7 @@ class CausalLM(Model):
             )
         if not self._hooks.anywhere(self):
             return self.lm_head(self.backbone.step(self.backbone.embed(integers("input_ids", input_ids)), state))
-        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(input_ids):
             raise RuntimeError(
                 "step: a CUDA graph cannot run the hooks on the model's modules when it is replayed. Remove the hooks, or do not capture."
             )

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...layers.adapter import Adapter
 from ...layers.base import Seq
-from ...layers.common import dtype_read, scaled
+from ...layers.common import dtype_read, is_captured, scaled
 from ...layers.norm import make_norm
 from ..config.resolve import Resolved
 from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
@@ -83,7 +83,9 @@ class Backbone(nn.Module):
         stream = Stream(x, embedding=x)
         for i, (block, call, s) in enumerate(zip(self.blocks, self._callables(), before, strict=True)):
             if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
-                call = partial(self._gradient_checkpointing_func, call, use_reentrant=False)
+                # a CUDA graph has no state of random numbers to keep, and who records one refuses layers that draw any
+                options = {"preserve_rng_state": False} if is_captured(x) else {}
+                call = partial(self._gradient_checkpointing_func, call, use_reentrant=False, **options)
                 stream = stream._replace(x=stream.sum(), add=None)  # one tensor to keep, not two
             # a tensor where somebody waits for its gradient, which torch gives those of arguments alone
             value, around = (stream.sum(), {"beside": stream}) if has_backward_hooks(block) else (stream, {})
