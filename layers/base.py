@@ -60,12 +60,15 @@ def shapes(x: Any) -> str:
 class State:
     """Everything that a sequence leaves behind in one layer. Subclasses are dataclasses of tensors, batch first."""
 
+    kinds: ClassVar[dict[str, type["State"]]] = {}  # all of them by name, for who reads one from a file
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in cls.__dict__:
             # a dataclass would write its own, with megabytes of numbers
             cls.__repr__ = shapes  # type: ignore[method-assign]
         tree(cls)
+        State.kinds[cls.__name__] = cls
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its field's name."""
@@ -77,6 +80,10 @@ class State:
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """A new state with ``fn`` applied to every tensor."""
         return dataclasses.replace(self, **{name: fn(value) for name, value in self.tensors()})
+
+    def restarted(self, rows: Tensor) -> Self:
+        """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token: here, zero."""
+        return self.map(lambda t: t.masked_fill(rows.view(-1, *(1,) * (t.dim() - 1)), 0))
 
     def copy_(self, other: Self) -> None:
         """Take over another state's values in place; tensors of another shape are replaced."""

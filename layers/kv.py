@@ -1,6 +1,6 @@
 """The state of attention: the keys and values it may still look at, in slots that wrap around under a window."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,11 @@ class AttentionState(State):
     def longest(self) -> int:
         """Tokens of the longest row; this asks the device."""
         return int(self.length.max()) if self.length.numel() else 0
+
+    def restarted(self, rows: Tensor) -> "AttentionState":
+        """As :meth:`State.restarted`: with no key in any slot."""
+        new = super().restarted(rows)
+        return replace(new, pos=self.pos.masked_fill(rows[:, None], -1))
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store one token per row, ``(b, 1, h_kv, p)``, in place; ``length`` is still without it."""

@@ -117,7 +117,8 @@ class CausalLM(Model):
         Args:
             input_ids: ``(b, l)`` int64, ``l >= 1``.
             labels: ``(b, l)`` int64 aligned with ``input_ids`` (the shift is done here), -100 where no loss is wanted. Padding and
-                the first token of a packed document are never targets.
+                the first token of a packed document are never targets. ``(b, l + 1)`` where the token that follows a row is known: the
+                row is then a piece of a longer one, and its last token has a target too.
             attention_mask: ``(b, l)``, nonzero at real tokens of this call; padding may stand on either side, or in between.
             cu_seqlens: ``(n + 1,)`` offsets of the documents packed into one row, in a tensor, an array or a list; no token sees
                 another document.
@@ -139,7 +140,7 @@ class CausalLM(Model):
         """
         x = self._embed(input_ids, inputs_embeds)
         seq = describe_rows(x, attention_mask, cu_seqlens, seq_idx, seq, state)
-        if labels is not None and labels.shape != x.shape[:2]:
+        if labels is not None and labels.shape not in (x.shape[:2], (x.shape[0], x.shape[1] + 1)):
             raise ValueError(
                 f"labels: shape {tuple(labels.shape)} differs from the tokens' {tuple(x.shape[:2])}. Pass unshifted labels."
             )
@@ -163,7 +164,8 @@ class CausalLM(Model):
 
     def _loss(self, hidden: Tensor, labels: Tensor, seq: Any, aux_loss: Tensor | None, num_items: Any) -> Tensor:
         labels = integers("labels", labels).long()
-        targets = shift_labels(labels if seq is None else seq.align(labels), seq)
+        labels, after = labels[:, : hidden.shape[1]], labels[:, hidden.shape[1] :]
+        targets = shift_labels(labels if seq is None else seq.align(labels), seq, after if after.shape[1] else None)
         loss = next_token_loss(hidden, self.lm_head, targets, num_items)
         # a part of a larger batch adds its part, so that accumulating gradients does not multiply the auxiliary loss
         return loss if aux_loss is None else loss + aux_loss * share_of_items(targets, num_items)

@@ -29,13 +29,21 @@ IGNORE = -100
 _SLICE_BYTES = 1 << 28
 
 
-def shift_labels(labels: Tensor, seq: Seq | None) -> Tensor:
-    """The target of every position, ``(b, l)``: the label of the next token in its document; -100 at the end of one and at padding."""
+def shift_labels(labels: Tensor, seq: Seq | None, after: Tensor | None = None) -> Tensor:
+    """The target of every position, ``(b, l)``: the label of the next token in its document; -100 at the end of one and at padding.
+
+    ``after``, ``(b, 1)``, are the labels of the tokens that follow the rows, where those are pieces of longer ones.
+    """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if seq is not None:
         following = F.pad(seq.doc[:, 1:], (0, 1), value=-1)
         targets = targets.masked_fill((following != seq.doc) | ~seq.valid, IGNORE)
-    return targets
+    if after is None:
+        return targets
+    if seq is None:
+        return torch.cat([targets[:, :-1], after], 1)
+    last = (seq.lengths - 1).clamp(min=0)[:, None]
+    return targets.scatter(1, last, after.where(seq.lengths[:, None] > 0, IGNORE))
 
 
 def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:

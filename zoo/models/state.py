@@ -1,13 +1,18 @@
 """The state that sequences leave behind in a whole model: one state per residual block, and how many tokens made it."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ...layers.base import copy_state, map_state, nbytes_of, shapes, tree
+from ...layers.base import State, copy_state, map_state, nbytes_of, shapes, tree
+from ..errors import CheckpointError
 
 __all__ = ["ModelState", "StateCache"]
 
@@ -39,6 +44,39 @@ class ModelState:
     def reorder(self, rows: Tensor) -> "ModelState":
         """The states of the given rows, ``(m,)`` int64, in that order: beam search, or a batch that changes."""
         return self.map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def restarted(self, rows: Tensor) -> "ModelState":
+        """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token."""
+        return ModelState(_restarted(self.layers, rows), self.tokens.masked_fill(rows, 0))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a ``.safetensors`` file."""
+        tensors: dict[str, Tensor] = {"tokens": self.tokens}
+        about = [_take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)]
+        kept = {name: t.detach().contiguous() for name, t in tensors.items()}
+        save_file(kept, path, metadata={"format": "hybridzoo state 1", "layers": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "ModelState":
+        """Read what :meth:`save` has written.
+
+        Raises:
+            CheckpointError: Another file, or a state of mixers that are not registered here.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                if about.get("format") != "hybridzoo state 1":
+                    raise CheckpointError(f"{path}: is no saved state. Write one with ModelState.save.")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            layers = tuple(
+                _put_together(layer, f"layers.{i}", tensors) for i, layer in enumerate(json.loads(about["layers"]))
+            )
+            return cls(layers, tensors["tokens"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            if isinstance(e, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: cannot be read as a state ({type(e).__name__}: {e}).") from e
 
     def copy_(self, other: "ModelState") -> None:
         """Take over another state's values in place."""
@@ -82,6 +120,34 @@ class StateCache:
         if self.state is not None:
             rows = torch.arange(self.state.tokens.shape[0], device=self.state.tokens.device)
             self.reorder_cache(rows.repeat_interleave(repeats))
+
+
+def _restarted(state: Any, rows: Tensor) -> Any:
+    if isinstance(state, State):
+        return state.restarted(rows)
+    return tuple(_restarted(s, rows) for s in state)
+
+
+def _take_apart(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The structure of a state as JSON has words for it; its tensors go into ``tensors``, under names that begin with ``name``."""
+    if not isinstance(state, State):
+        return [_take_apart(s, f"{name}.{i}", tensors) for i, s in enumerate(state)]
+    plain = {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, Tensor):
+            tensors[f"{name}.{field.name}"] = value
+        else:
+            plain[field.name] = value
+    return {"kind": type(state).__name__, "plain": plain}
+
+
+def _put_together(about: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(about, list):
+        return tuple(_put_together(part, f"{name}.{i}", tensors) for i, part in enumerate(about))
+    kind = State.kinds[about["kind"]]
+    fields = {field.name for field in dataclasses.fields(kind)} - about["plain"].keys()
+    return kind(**about["plain"], **{field: tensors[f"{name}.{field}"] for field in fields})
 
 
 tree(ModelState)
