@@ -6,11 +6,13 @@ second derivative turns out to be wanted only in its backward, there is an error
 
 import functools
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from .torch_private import forward_mode, name_of, transforms_active
 
@@ -86,6 +88,26 @@ def refused_beyond(name: str, y: Tensor) -> Tensor:
         node = node.next_functions[0][0] if node.next_functions else None
     if node is not None:
         node.register_hook(named)
+    return y
+
+
+def refused_after(name: str, y: Tensor) -> Tensor:
+    """``y``, the output of a library's ``autograd.Function``, whose gradients would pass for constants; as :func:`refused_beyond`."""
+    node: Any = y.grad_fn
+    while node is not None and not isinstance(node, BackwardCFunction):
+        # a view of what the function gave
+        node = node.next_functions[0][0] if node.next_functions else None
+    if node is None:
+        return y
+    held = weakref.ref(node)  # it holds the hook
+
+    def named(gradients: tuple, outer: tuple) -> tuple | None:
+        if not torch.is_grad_enabled():
+            return None
+        anchors = (*outer, *getattr(held(), "saved_tensors", ()))
+        return tuple(refusing(name, g, *anchors) if isinstance(g, Tensor) else g for g in gradients)
+
+    node.register_hook(named)
     return y
 
 

@@ -11,6 +11,7 @@ inside forward-mode differentiation and ``torch.func``'s transforms, which would
 
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class Backend:
         refuse: Says why it cannot do a call with these facts, or ``None`` if it can, as always by default.
         run: Does it, with the arguments that the op's backends agree on; absent where the op asks for the name alone.
         plain: Whether it consists of differentiable PyTorch operations, and so has every kind of derivative.
+        reserve: Says why it would rather not do a call with these facts, and does it only where it is asked for by name; or ``None``.
     """
 
     name: str
@@ -59,6 +61,12 @@ class Backend:
     refuse: Callable[[Facts], str | None] = lambda facts: None
     run: Any = None
     plain: bool = False
+    reserve: Callable[[Facts], str | None] = lambda facts: None
+
+    def passes(self, facts: Facts) -> str | None:
+        """Say why a call that names no backend goes past this one."""
+        # in this order: who would not be taken anyway needs no library imported
+        return self.reserve(facts) or self.refuse(facts)
 
 
 def register(op: str, *backends: Backend) -> None:
@@ -75,7 +83,8 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
             ``dt_weight``: how it takes these arguments.
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d``, ``rank`` and, as
-            booleans, ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``; ``widths`` of the experts' matrices;
+            booleans, ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``, ``window``; ``length`` of the rows, and
+            whether their documents are ``counted`` (:attr:`.seq.Seq.offsets`); ``widths`` of the experts' matrices;
             ``dtypes`` of a norm's other tensors; ``subclass``, the type of the tensors if it is not torch's own;
             ``normed``, whether a Mamba layer normalises dt, B and C; what :func:`.step.cuda.refuse` asks about the states of an
             ``update``.
@@ -96,7 +105,7 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
     if transformed() is not None:
         return table[_named(table, "reference")]
     for candidate in table.values():
-        if candidate.refuse(facts) is None:
+        if candidate.passes(facts) is None:
             return candidate
     reasons = "; ".join(f"{name}: {reason}" for name, _, reason in explain(op, **facts))
     raise BackendError(f"{op}: no backend can do this call. {reasons}.")
@@ -109,7 +118,7 @@ def explain(op: str, **facts: Any) -> list[tuple[str, bool, str]]:
     forced = _named(table, wish) if wish and _named(table, wish) in table else None
     rows, taken = [], False
     for name, backend in table.items():
-        reason = backend.refuse(facts)
+        reason = backend.refuse(facts) if name == forced else backend.passes(facts)
         if reason is None and forced not in (None, name):
             reason = f"{ENV}={wish} asks for another"
         elif reason is None and taken:
@@ -124,7 +133,7 @@ def library(name: str) -> ModuleType | str:
     """An optional library, imported at the first call; or why it cannot be used, which is kept."""
     if name not in _tried:
         try:
-            _tried[name] = importlib.import_module(name)
+            _tried[name] = importlib.import_module(_MODULES.get(name, name))
         # a library built for another torch or CUDA fails with whatever its extension raises
         except (ImportError, OSError, RuntimeError, AttributeError) as e:
             _tried[name] = (
@@ -133,11 +142,20 @@ def library(name: str) -> ModuleType | str:
     return _tried[name]
 
 
+def _find(name: str) -> bool:
+    spec = importlib.util.find_spec(name.removesuffix("_4"))
+    if spec is None or not name.startswith("flash_attn"):
+        return spec is not None
+    # two distributions share the folder flash_attn: generation 2 is the package, generation 4 a part of what may be no package; the second
+    # brings a part of that name along that does without its own requirements, and is no generation 4
+    if name == "flash_attn":
+        return spec.origin is not None
+    return any(True for _ in importlib.metadata.distributions(name="flash-attn-4"))
+
+
+_MODULES = {"flash_attn_4": "flash_attn.cute"}
 _tried: dict[str, ModuleType | str] = {}
-installed = {
-    name: importlib.util.find_spec(name) is not None
-    for name in ("mamba_ssm", "causal_conv1d", "flash_attn", "megablocks")
-}
+installed = {name: _find(name) for name in ("mamba_ssm", "causal_conv1d", "flash_attn", "flash_attn_4", "megablocks")}
 
 
 def _asked(op: str, table: dict[str, Backend], name: str, where: str, facts: Facts) -> Backend:

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..kernels import contain
 from ..kernels.derivatives import ENV, refused_beyond
 from ..kernels.derivatives import plain as plain_only
-from ..kernels.dispatch import Backend, Facts, choose, refuse_library, register
-from ..kernels.numerics import HALVES
+from ..kernels.dispatch import choose
+from . import attend  # noqa: F401, registers the backends
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
 from .common import Device, Dtype, linear, reset_linear, scaled
@@ -36,23 +36,6 @@ from .rope import check_rope, rotate
 __all__ = ["Attention", "AttentionState"]
 
 _BLOCK = 1024
-
-
-def _refuse_flash(facts: Facts) -> str | None:
-    reason = refuse_library("flash_attn", facts, HALVES)
-    if reason is None and facts.get("headdim", 64) > 256:
-        return f"flash_attn takes headdim up to 256, got {facts['headdim']}"
-    if reason is None and facts.get("masked"):
-        return "flash_attn takes no mask, which a carried state and packed documents need"
-    return reason
-
-
-register(
-    "attention",
-    Backend("flash_attn", "flash-attn's CUDA kernel", _refuse_flash),
-    Backend("sdpa", "torch's scaled_dot_product_attention"),
-    Backend("math", "the same in matrix products and a softmax", plain=True),
-)
 
 
 class Attention(Mixer):
@@ -185,13 +168,8 @@ class Attention(Mixer):
             pos = past.length[:, None] + pos
         q, k, v = self._heads(qkv, pos)
 
-        packed = seq is not None and seq.packed
-        apart = seq.side_by_side if seq is not None and packed and not torch.compiler.is_compiling() else None
-        if apart is not None:
-            y = self._mix_apart(q, k, v, *apart)
-        elif seq is not None and packed:
-            q, k, v, mark = contain.enter_attention(q, k, v, seq, self.window)
-            y = contain.leave_attention(self._mix(q, k, v, pos, pos, seq.doc, seq.doc), mark)
+        if seq is not None and seq.packed:
+            y = self._mix_packed(q, k, v, seq)
         elif past is None:
             # padding stands behind the real tokens, where causality hides it anyway
             y = self._mix(q, k, v, pos, pos)
@@ -240,6 +218,26 @@ class Attention(Mixer):
         sees = (pos_k >= 0) & (pos_k <= pos_q)
         return sees if self.window is None else sees & (pos_k > pos_q - self.window)
 
+    def _choose(self, q: Tensor, **facts: Any) -> Any:
+        window = self.window is not None and self.window < q.shape[1]
+        call: dict[str, Any] = {
+            "device": q.device.type,
+            "dtype": q.dtype,
+            "headdim": self.headdim,
+            "length": q.shape[1],
+        }
+        return choose("attention", **call, window=window, **facts)
+
+    def _mix_packed(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+        backend = self._choose(q, packed=True, counted=seq.offsets is not None)
+        if backend.run is not None and q.shape[1]:
+            return backend.run(q, k, v, seq, self.softmax_scale, self.window).flatten(-2)
+        apart = None if torch.compiler.is_compiling() else seq.side_by_side
+        if apart is not None:
+            return self._mix_apart(q, k, v, *apart)
+        q, k, v, mark = contain.enter_attention(q, k, v, seq, self.window)
+        return contain.leave_attention(self._mix(q, k, v, seq.pos, seq.pos, seq.doc, seq.doc), mark)
+
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, pos_k: Tensor, *docs: Tensor) -> Tensor:
         # (b, lq, h, p), (b, lk, h_kv, p), and the position of each, perhaps the document; the last lq keys are the queries' own
         length, window = q.shape[1], self.window
@@ -247,13 +245,10 @@ class Attention(Mixer):
             return q.flatten(-2)
         past = k.shape[1] - length
         plain = not past and len(docs) == 0
-        backend = choose("attention", device=q.device.type, dtype=q.dtype, headdim=self.headdim, masked=not plain)
-        if backend.name == "flash_attn":
-            from flash_attn import flash_attn_func
-
-            reach = (-1 if window is None else window - 1, 0)
-            y = flash_attn_func(q, k, v, softmax_scale=self.softmax_scale, causal=True, window_size=reach)
-            return y.flatten(-2)
+        if past or not docs:  # packed rows have asked
+            backend = self._choose(q, masked=not plain)
+            if backend.run is not None:
+                return backend.run(q, k, v, None, self.softmax_scale, window).flatten(-2)
         if plain and (window is None or window >= length):
             return self._attend(q, k, v, None)
         # block by block, so that neither the mask nor the work grows with the square of the length under a window

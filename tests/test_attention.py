@@ -1,12 +1,9 @@
 """Attention against transformers' layers and a plain einsum, and what it promises beyond the mixer contract."""
 
 import math
-import sys
-import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from hybridzoo.kernels import Seq
 from hybridzoo.layers import Attention
@@ -148,26 +145,6 @@ def test_long_packed_rows_are_cut_into_blocks():
     with torch.no_grad():
         want = torch.cat([layer(x[:, :900]), layer(x[:, 900:])], 1)
         assert worst(layer(x, seq=packed), want) < 1e-9
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_flash_attn_is_called_by_its_conventions(monkeypatch, window):
-    def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
-        assert causal and q.shape == (2, 9, 4, 8) and k.shape == v.shape == (2, 9, 2, 8)
-        at = torch.arange(9)
-        near = at[:, None] - at[None, :]
-        mask = (near >= 0) & ((near <= window_size[0]) | (window_size[0] < 0))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=True)
-        return y.transpose(1, 2)
-
-    layer, x = Attention(32, 4, 2, window=window), torch.randn(2, 9, 32)
-    want = layer(x)
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
-    monkeypatch.setattr(
-        "hybridzoo.layers.attention.choose", lambda *args, **facts: types.SimpleNamespace(name="flash_attn")
-    )
-    assert worst(layer(x), want) < 1e-5
 
 
 @pytest.mark.parametrize("window", [None, 3, 8])

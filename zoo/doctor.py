@@ -19,7 +19,7 @@ __all__ = ["examine"]
 
 _PACKAGES = (
     "hybridzoo", "torch", "numpy", "omegaconf", "safetensors", "transformers", "tokenizers", "accelerate",
-    "tensorboard", "lm_eval", "datasets", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "megablocks",
+    "tensorboard", "lm_eval", "datasets", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "flash_attn_4", "megablocks",
 )  # fmt: skip
 
 # what a call of each op usually looks like
@@ -135,9 +135,9 @@ def _stale() -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    if importlib.util.find_spec(name) is None:
-        return "not installed"
     try:
         return importlib.metadata.version(name.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
-        return "installed"
+        # a folder without code may hold parts of another package
+        spec = importlib.util.find_spec(name)
+        return "not installed" if spec is None or spec.origin is None else "installed"
