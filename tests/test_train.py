@@ -20,7 +20,7 @@ from hybridzoo.zoo.train.data import Rows, pack, topics
 from hybridzoo.zoo.train.loop import ZooTrainer
 from hybridzoo.zoo.train.run import DifferentRun, TrainResult, train
 from hybridzoo.zoo.train.run_folder import RunFolder
-from hybridzoo.zoo.train.session import Session
+from hybridzoo.zoo.train.session import Session, Workload
 
 QUIET = {"report_to": "none", "device": "cpu"}
 
@@ -144,7 +144,7 @@ def test_the_optimiser_decays_what_param_groups_says(rows, tmp_path):
 
     model = zoo.build("jamba-tiny")
     args = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.5, use_cpu=True, report_to="none")
-    parts = {"run": RunFolder(tmp_path), "session": Session([], 1, None, None), "checkpoint": None}
+    parts = {"run": RunFolder(tmp_path), "session": Session([], Workload(1), None, None), "checkpoint": None}
     groups = ZooTrainer(HybridZooForCausalLM.wrap(model), args, **parts).create_optimizer().param_groups
     expected = zoo.param_groups(model, 0.5)
     assert [g["weight_decay"] for g in groups] == [0.5, 0.0]

@@ -137,6 +137,20 @@ def train(
     say(f"the model is in {out}; next: {again}")
 
 
+@app.command(epilog="Example: [bold]zoo report runs/mine[/bold]")
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run, finished or not.")],
+    as_json: Json = False,
+) -> None:
+    """Write the page of a training again, OUT/report.html: its curves, speed and facts."""
+    from .train.options import check_path
+    from .train.report import write_report
+
+    check_path(out)
+    page = write_report(out)
+    print_json({"report": str(page)}) if as_json else say(f"wrote {page}")
+
+
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
 def generate(
     model: ModelName,

@@ -13,7 +13,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["Bar", "Chart", "Dots", "bars", "colour", "dots", "line_chart", "picture", "style"]
+__all__ = ["Bar", "Chart", "Dots", "Mark", "bars", "colour", "dots", "line_chart", "picture", "style"]
 
 _COLOURS = 6
 # pixels: of a picture, around it, and beside a curve for the numbers of its axis
@@ -65,37 +65,50 @@ class Dots:
     limit: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A point of :func:`line_chart` to stand out: where it is, the words beside it, and the number of its colour."""
+
+    x: float
+    y: float
+    text: str
+    colour: int
+
+
 def line_chart(
     label: str,
     lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
     x_label: str,
     y_label: str,
     y_range: tuple[float, float] | None = None,
-    smoothing: float = 0.0,
+    smoothing: float | Sequence[float] = 0.0,
+    marks: Sequence[Mark] = (),
+    plot: float = 224,
 ) -> Chart:
     """Draw curves over an axis of x that starts at 0, each with its name at its end.
 
-    Lines are names with points (x, y), in the order of the colours. Where ``smoothing`` is the weight of the past, in [0, 1), a mean is
-    drawn instead of the points, which then show through.
+    Lines are names with points (x, y), in the order of the colours. Where ``smoothing``, of all or of each, is the weight of the past, in
+    [0, 1), a mean is drawn instead of the points, which then show through. ``plot`` is the height between the axes.
     """
-    height, top, bottom = 300, 30, 254
+    top, bottom = 30, 30 + plot
     every = [y for _, points in lines for _, y in points]
     low, high = y_range or (min(every), max(every) + (max(every) == min(every)))
     most = max(x for _, points in lines for x, _ in points) or 1
     down = _scale(low, high, bottom, top)
-    parts, ends = [_text(0, 14, y_label, "soft", dx=-_LEFT)], []
-    for value in _ticks(low, high):
-        parts.append(_stroke("rule", 0, down(value), 100, down(value)))
-        parts.append(_text(0, down(value) + 4, f"{value:g}", "soft", "end", -8))
-    for value in _ticks(0, most):
-        parts.append(_text(100 * value / most, bottom + 18, f"{value:g}", "soft", "middle"))
+    ticks = [(down(value), _number(value)) for value in _ticks(low, high, 5 if plot > 150 else 3)]
+    left = max(_LEFT, 8 + _width(*(text for _, text in ticks)))
+    parts, ends = [_text(0, 14, y_label, "soft", dx=-left)], []
+    for y, text in ticks:
+        parts += [_stroke("rule", 0, y, 100, y), _text(0, y + 4, text, "soft", "end", -8)]
+    for value in _ticks(0, most, 5 if plot > 150 else 3):
+        parts.append(_text(100 * value / most, bottom + 18, _number(value), "soft", "middle"))
     parts.append(_text(0, bottom + 38, x_label, "soft"))
-    curves = []
+    weights, curves = [smoothing] * len(lines) if isinstance(smoothing, float | int) else smoothing, []
     for i, (_, points) in enumerate(lines):
         xs, ys = zip(*points, strict=True)
-        smooth = _smooth(ys, smoothing)
+        smooth = _smooth(ys, weights[i])
         ends.append(min(max(down(smooth[-1]), top), bottom))
-        for kind, values in [("line faint", ys)] * bool(smoothing) + [("line", smooth)]:
+        for kind, values in [("line faint", ys)] * bool(weights[i]) + [("line", smooth)]:
             way = " ".join(f"{1000 * x / most:.1f},{down(y) - top:.1f}" for x, y in zip(xs, values, strict=True))
             curves.append(f'<polyline class="{kind}" style="stroke:{colour(i)}" points="{way}"/>')
     # what is cut off stays inside this one, and it alone is stretched
@@ -103,11 +116,19 @@ def line_chart(
         f'<svg y="{top}" width="100%" height="{bottom - top}" viewBox="0 0 1000 {bottom - top}" preserveAspectRatio="none">'
         f"{''.join(curves)}</svg>"
     )
-    for i, (end, at) in enumerate(zip(ends, _apart(ends, 18, bottom), strict=True)):
+    for mark in marks:
+        at, y = 100 * mark.x / most, min(max(down(mark.y), top), bottom)
+        parts.append(f'<circle cx="{at:.2f}%" cy="{y:.1f}" r="5" style="fill:{colour(mark.colour)}"/>')
+        # over it where the axis is near, and towards the side that has room
+        words = y - 11 if y > bottom - 24 else y + 20
+        parts.append(_text(at, words, mark.text, "strong", "end" if at > 60 else "start", fill=colour(mark.colour)))
+    names = [name for name, _ in lines]
+    for i, (end, at) in enumerate(zip(ends, _apart(ends, 18, bottom), strict=True) if any(names) else ()):
         link = f'<path class="rule" style="fill:none;stroke:{colour(i)}" d="M2,{end:.1f} L12,{at:.1f}"/>'
         parts.append(f'<svg x="100%" overflow="visible">{link}</svg>')
-        parts.append(_text(100, at + 4, lines[i][0], "strong", dx=16, fill=colour(i)))
-    return Chart(label, "".join(parts), height, _LEFT, _width(*(name for name, _ in lines)) + 20)
+        parts.append(_text(100, at + 4, names[i], "strong", dx=16, fill=colour(i)))
+    right = _width(*names) + 20 if any(names) else 14
+    return Chart(label, "".join(parts), bottom + 46, left, right)
 
 
 def bars(label: str, rows: Sequence[Bar], top: float, reference: tuple[str, float] | None = None) -> Chart:
@@ -213,6 +234,10 @@ def _text(
     looks = f' style="fill:{fill}"' if fill else ""
     more = f'<tspan dx="8" style="fill:var(--soft)">{escape(note)}</tspan>' if note else ""
     return f"<text {place}{looks}>{escape(text)}{more}</text>"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.10g}"
 
 
 def _stroke(kind: str, x0: float, y0: float, x1: float, y1: float) -> str:

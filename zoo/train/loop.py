@@ -97,6 +97,7 @@ class ZooTrainer(Trainer):
             logs["loss"] = sum(self._ask()) / self.args.world_size / (step - self.watch.logged)
             self.watch.sum.zero_()
             self.watch.logged = step
+            logs |= self.session.measures(step)
         super().log(logs, *args, **kwargs)
 
     def _ask(self) -> list[float]:

@@ -23,11 +23,13 @@ from .arguments import training_arguments
 from .digests import digest_weights
 from .diverged import Diverged
 from .examples import Examples, examples_from
-from .header import described
+from .flops import context_length, flops_per_token, peak_flops
+from .header import command_of, described, facts_of
 from .loop import ZooTrainer, load_weights
 from .options import TrainOptions, check_out, check_path, holds_weights
+from .report import Report
 from .run_folder import Checkpoint, DifferentRun, RunFolder, loss_entries
-from .session import Session
+from .session import Session, Workload
 from .start import start_from
 from .trackers import trackers
 
@@ -149,8 +151,11 @@ def train(call: TrainCall) -> TrainResult:
         if log is not None:
             return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=call.steps)
         source = f" from {data}" if isinstance(data, str | os.PathLike) else ""
-        header += described(core, rows, source, tokens, args)
-        session = Session(header, tokens // call.steps, checkpoint, call.on_step)
+        said = described(core, rows, source, tokens, args)
+        session = Session([*header, *said.values()], _workload(core, rows, args), checkpoint, call.on_step)
+        if args.process_index == 0:
+            facts = facts_of(core, "; ".join(header), said, [], args.device)
+            run.describe(_about(call, facts, session.work), session.first_step)
         try:
             history = _run(core, rows, args, run, session, checkpoint, call.report_to)
             if args.process_index == 0:
@@ -171,6 +176,7 @@ def _run(
         load_weights(core, checkpoint.folder)
         return checkpoint.history()
     callbacks = trackers(report_to, run.path, session.first_step) if args.process_index == 0 else []
+    callbacks.append(Report(run.path, run.about))
     trainer = ZooTrainer(
         HybridZooForCausalLM.wrap(core), args, train_dataset=rows, callbacks=callbacks, run=run, session=session,
         checkpoint=checkpoint,
@@ -182,6 +188,29 @@ def _run(
     if trainer.state.global_step < args.max_steps:
         raise KeyboardInterrupt
     return loss_entries(trainer.state.log_history)
+
+
+def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:
+    """Return the work of a step, as it is measured against time."""
+    devices = args.world_size * max(1, args.n_gpu)
+    real = getattr(rows, "tokens", len(rows) * rows.length) / len(rows)
+    tokens = real * args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
+    peak = None
+    if args.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(args.device), half=args.bf16 or args.fp16)
+    flops = flops_per_token(core, context_length(rows))
+    return Workload(tokens, flops, peak and peak * devices, args.device)
+
+
+def _about(call: TrainCall, facts: dict[str, str], work: Workload) -> dict[str, Any]:
+    """Return what a page of the run has to know besides what is logged."""
+    out, model = Path(call.out), call.model
+    named = isinstance(model, str | os.PathLike)
+    return {
+        "name": (Path(model).stem if Path(model).suffix in (".yaml", ".yml") else Path(model).name) if named else out.name,
+        "folder": str(out), "command": command_of(call, model, call.data),
+        "steps": call.steps, "tokens_per_step": work.tokens, "facts": facts,
+    }  # fmt: skip
 
 
 def _in_main_process(args: TrainingArguments, work: Callable[[], Any]) -> Any:

@@ -2,7 +2,8 @@
 
 Every change is one rename, so that a run killed at any moment leaves what it was before or what it becomes::
 
-    OUT/train.json                    settings, and at the end the logged losses
+    OUT/train.json                    settings, facts about the run, and at the end the logged losses
+    OUT/report.html                   a page with its curves
     OUT/tensorboard/                  the losses for TensorBoard
     OUT/checkpoints/checkpoint-N      whole from the moment it is there; zoo.json lists its files and their digests
     OUT/model.safetensors, ...        at the end the trained model, as ``zoo.save`` writes it
@@ -61,6 +62,7 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.staging = self.checkpoints / ".staging"
         self.settings: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
@@ -120,8 +122,26 @@ class RunFolder:
         # first what belongs to the old log, then the log: the other way round a killed process would leave a new log on old checkpoints
         for name in ("checkpoints", "tensorboard"):
             _delete(self.path / name)
+        self.about = {}
         self._write_log({"finished": False, "history": [], "seconds": 0.0})
         return None
+
+    def describe(self, about: dict[str, Any], first_step: int) -> dict[str, Any]:
+        """Keep facts about the run for people, and at which steps it was resumed; return them."""
+        log = self._read_log() or {}
+        before = log.get("about", {}).get("resumed", [])
+        self.about = plain(about) | {"resumed": [*before, first_step] if first_step else []}
+        self._write_log({key: log[key] for key in ("finished", "history", "seconds")})
+        return self.about
+
+    def log(self) -> dict[str, Any]:
+        """Return what is known of the run in the folder, one that has not ended as far as its newest checkpoint; a DifferentRun if none."""
+        log = self._read_log()
+        if log is None:
+            raise DifferentRun(f"{self.path}: holds no {LOG}, so no training of ours.")
+        for folder in () if log["finished"] else self._steps()[:1]:
+            log["history"] = _read_json(folder / STATE)["log_history"]
+        return log
 
     def finish(self, history: list[dict[str, float]], seconds: float) -> None:
         """Note that the model is in its place, and all is done."""
@@ -193,7 +213,7 @@ class RunFolder:
         return log
 
     def _write_log(self, content: dict[str, Any]) -> None:
-        write_whole(self.path / LOG, _dumps({"format": FORMAT, "settings": self.settings, **content}))
+        write_whole(self.path / LOG, _dumps({"format": FORMAT, "settings": self.settings, "about": self.about, **content}))
 
     def _refuse_other(self, old: dict[str, Any]) -> None:
         for key, values in _differences(old, self.settings):

@@ -1,12 +1,15 @@
-"""A training as its user sees it: progress, times, and Ctrl-C made a checkpoint."""
+"""A training as its user sees it: progress, speed, times, and Ctrl-C made a checkpoint."""
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from transformers import TrainerCallback
@@ -14,17 +17,36 @@ from transformers import TrainerCallback
 from ..terminal import progress_bar, stderr
 from .run_folder import Checkpoint
 
-__all__ = ["Session"]
+__all__ = ["Session", "Workload"]
+
+# speed is of the last seconds, or of the last that was logged if that took longer
+_WINDOW = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The work of one step of all processes, and what the devices could do.
+
+    Attributes:
+        tokens: Tokens that something is made of; padding is none. A mean, where rows differ.
+        flops: FLOPs per token, forward and backward.
+        peak: FLOPs a second that all devices do at most; ``None`` if that is not known.
+        device: The device of this process.
+    """
+
+    tokens: float
+    flops: float = 0.0
+    peak: float | None = None
+    device: torch.device = torch.device("cpu")
 
 
 class Session(TrainerCallback):
-    """Watches one call of the Trainer: shows ``header`` and progress, measures time, and turns Ctrl-C into a checkpoint."""
+    """Watches one call of the Trainer: shows ``header`` and progress, measures speed and time, and turns Ctrl-C into a checkpoint."""
 
     def __init__(
-        self, header: list[str], tokens_per_step: int, checkpoint: Checkpoint | None,
-        on_step: Callable[[int, float], None] | None,
-    ):  # fmt: skip
-        self.header, self.tokens_per_step, self.on_step = header, tokens_per_step, on_step
+        self, header: list[str], work: Workload, checkpoint: Checkpoint | None, on_step: Callable[[int, float], None] | None
+    ):
+        self.header, self.work, self.on_step = header, work, on_step
         # a checkpoint knows the time that led to it; what came after it was lost
         self.before = 0.0 if checkpoint is None else checkpoint.seconds
         self.first_step = 0 if checkpoint is None else checkpoint.step
@@ -33,6 +55,9 @@ class Session(TrainerCallback):
         self.saved_seconds = self.before  # those that the last checkpoint carries on are those of the run
         self.console: Console | None = None
         self.bar: Progress | None = None
+        # steps and seconds of what was logged last, and where the next of them begins
+        self.pace: deque[tuple[int, float]] = deque()
+        self.mark: tuple[int, float] | None = None
 
     @property
     def seconds(self) -> float:
@@ -42,6 +67,8 @@ class Session(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Show what is trained."""
         self.start = time.monotonic()
+        if self.work.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.work.device)
         if not state.is_world_process_zero:
             return
         self.console = stderr()
@@ -56,6 +83,11 @@ class Session(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Count, and stop where that is wished."""
+        if self.mark is None:
+            # the first step compiles, records and asks for memory; it says nothing of those that follow
+            if self.work.device.type == "cuda":
+                torch.cuda.synchronize(self.work.device)
+            self._begin(state.global_step)
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step)
         if self.on_step:
@@ -66,17 +98,57 @@ class Session(TrainerCallback):
         elif self.stopping or (self.interrupted and args.world_size == 1):
             control.should_save = control.should_training_stop = True
 
+    def measures(self, step: int) -> dict[str, float]:
+        """Return speed and memory for what is logged at a step; whoever asks has waited for the device."""
+        found = {}
+        if self.mark is not None and step > self.mark[0]:
+            self.pace.append((step - self.mark[0], time.monotonic() - self.mark[1]))
+            self._begin(step)
+            while len(self.pace) > 1 and sum(seconds for _, seconds in self.pace) - self.pace[0][1] >= _WINDOW:
+                self.pace.popleft()
+        if self.pace:
+            steps, seconds = map(sum, zip(*self.pace, strict=True))
+            rate = self.work.tokens * steps / max(seconds, 1e-9)
+            found["tokens_per_second"] = round(rate, 1)
+            if self.work.peak and self.work.flops:
+                found["mfu"] = round(rate * self.work.flops / self.work.peak, 4)
+        if self.work.device.type == "cuda":
+            found["memory_GiB"] = round(torch.cuda.max_memory_reserved(self.work.device) / 2**30, 3)
+        return found
+
+    def _begin(self, step: int) -> None:
+        self.mark = step, time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        """Leave the time that saving took out of the speed."""
+        self._begin(state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Leave the time that evaluating took out of the speed."""
+        self._begin(state.global_step)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the time to what is logged, and show it."""
         state.log_history[-1]["seconds"] = round(self.seconds, 3)
-        if not self.console or not logs or "loss" not in logs:
+        if not self.console or not logs:
             return
-        rate = (state.global_step - self.first_step) * self.tokens_per_step / (self.seconds - self.before)
-        note = f"loss {logs['loss']:.3f}  {rate:,.0f} tokens/s"
+        step = f"step {state.global_step:,} of {state.max_steps:,}  "
+        if "eval_loss" in logs:
+            self.console.print(f"{step}held-out loss {logs['eval_loss']:.3f}")
+        if "loss" not in logs:
+            return
+        note = f"loss {logs['loss']:.3f}" + "".join(f"  {text}" for text in _shown(logs))
         if self.bar:
             self.bar.update(self.bar.task_ids[0], note=note)
         else:
-            self.console.print(f"step {state.global_step:,} of {state.max_steps:,}  {note}")
+            self.console.print(f"{step}{note}{self._left(state.max_steps - state.global_step)}")
+
+    def _left(self, steps: int) -> str:
+        if not self.pace or not steps:
+            return ""
+        taken, seconds = map(sum, zip(*self.pace, strict=True))
+        minutes, rest = divmod(round(steps * seconds / taken), 60)
+        return f"  {minutes // 60}:{minutes % 60:02}:{rest:02} left"
 
     @contextlib.contextmanager
     def saving_on_interrupt(self) -> Iterator[None]:
@@ -97,3 +169,12 @@ class Session(TrainerCallback):
                 self.bar.stop()
             if main:
                 signal.signal(signal.SIGINT, before)
+
+
+def _shown(logs: dict[str, float]) -> Iterator[str]:
+    if "tokens_per_second" in logs:
+        yield f"{logs['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in logs:
+        yield f"{100 * logs['mfu']:.0f} % MFU"
+    if "memory_GiB" in logs:
+        yield f"{logs['memory_GiB']:.1f} GiB"
