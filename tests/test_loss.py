@@ -57,7 +57,7 @@ def test_the_loss_and_all_gradients(slices, tokens, num_items, called):
     hidden, head, targets = problem()
     if called:
         head.register_forward_hook(lambda *_: None)
-    assert loss_module._is_linear(hidden, head) != called
+    assert loss_module._is_linear(hidden, head, head) != called
     inputs = [hidden, *head.parameters()]
     close(*(gradients(f(hidden, head, targets, num_items), inputs) for f in (next_token_loss, plain)))
 
@@ -308,17 +308,18 @@ def process_group():
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [200, 40])
-@pytest.mark.parametrize("how", ["head", "root", "norm and head", "columns"])
-def test_sharded_heads(slices, process_group, how, tokens):
+@pytest.mark.parametrize("how", ["head", "root", "norm and head", "hooked", "columns"])
+def test_sharded_heads(slices, process_group, monkeypatch, how, tokens):
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     slices(tokens)
     hidden, head, targets = problem()
     model = Wrapped(head, next_token_loss, nn.LayerNorm(D, dtype=F64))
     want = gradients(plain(model.norm(hidden), head, targets), [hidden, *head.parameters()])
+    scattered, seen, before = [], [], FSDPParamGroup.post_backward
     if how == "columns":
         from torch.distributed.tensor import Replicate
 
@@ -327,12 +328,41 @@ def test_sharded_heads(slices, process_group, how, tokens):
         options = {"mesh": process_group, "reshard_after_forward": True}
         if how != "root":
             # a group gathers its weights with its first module, and is done with its last one
-            fully_shard(head if how == "head" else [model.norm, head], **options)
+            fully_shard([model.norm, head] if how == "norm and head" else head, **options)
         fully_shard(model, **options)
+        if how == "hooked":
+            head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+
+        def post_backward(group, *unused):
+            scattered.append(any(getattr(p, "_unsharded_param", head.bias).grad is not None for p in group.fsdp_params))
+            before(group, *unused)
+
+        monkeypatch.setattr(FSDPParamGroup, "post_backward", post_backward)
     for _ in range(2):
         hidden.grad = None
+        scattered.clear()
         model.zero_grad()
         loss = model(hidden, targets)
         loss.backward()
         got = [loss.detach(), hidden.grad, *(p.grad.full_tensor() for p in head.parameters())]
         close(got, want)
+        assert how == "columns" or sum(scattered) <= 2  # the head's, once, and the norm's
+    assert seen == ([(123, V)] * 2 if how == "hooked" else [])
+    assert "forward" not in vars(head)
+
+
+def test_a_sharded_head_that_rounds_what_it_returns_rounds_no_loss(slices, process_group):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    slices(40, itemsize=2)
+    hidden, head, targets = problem(F32)
+    rounded, inputs = copy.deepcopy(head).to(BF16), hidden.detach().to(BF16).requires_grad_()
+    want = gradients(next_token_loss(inputs, rounded, targets, 300), [inputs, *rounded.parameters()])
+    # as accelerate shards under bf16
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=BF16, output_dtype=BF16)
+    fully_shard(head, mesh=process_group, mp_policy=policy)
+    loss = next_token_loss(hidden, head, targets, 300)
+    assert loss.dtype == F32 and torch.equal(loss.detach(), want[0])
+    loss.backward()
+    got = [loss.detach(), hidden.grad, *(p.grad.full_tensor() for p in head.parameters())]
+    close(got, [x.float() for x in want], rtol=1e-2)

@@ -6,7 +6,7 @@ and differentiated one slice of tokens at a time, in their own dtype and while t
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +21,8 @@ from ...kernels.derivatives import plain, transformed
 from ...kernels.numerics import add_product, product
 from ...kernels.seq import Seq
 from ...layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere, upcast, weight_dtype, why_called
+from .block import is_sharded
+from .hooks import has_backward_hooks
 
 __all__ = ["IGNORE", "next_token_loss", "shift_labels"]
 
@@ -55,11 +57,12 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
         targets: ``(b, l)`` int64, -100 where there is none (:func:`shift_labels`); without any, the loss is 0.
         num_items: Divide by this instead of by the number of targets: the targets of a whole accumulated batch; 0 if it has none.
     """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    run = _differentiated if _can_differentiate(hidden, head) else _recomputed
-    # a head whose weight is no matrix of numbers (quantised) says by itself how many logits it gives
-    v = getattr(head, "out_features", None) or head.weight.shape[0]
-    return run(hidden, head, targets, _slice_tokens(hidden, v)) / _items(targets, num_items)
+    hidden, targets, items = hidden.flatten(0, 1), targets.flatten(), _items(targets, num_items)
+    if not is_sharded(head) or torch.compiler.is_compiling():
+        return _summed(hidden, head, head, targets) / items
+    if _hooked_besides(head):  # what others see of a call are its logits, all of them
+        return _recomputed(hidden, head, targets, hidden.shape[0]) / items
+    return _called_once(hidden, head, lambda h, call: _summed(h, head, call, targets) / items)
 
 
 def share_of_items(targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -83,27 +86,76 @@ def _slice_tokens(hidden: Tensor, v: int) -> int:
     return max(1, even + -even % tile)
 
 
+def _called_once(hidden: Tensor, head: nn.Module, loss: Callable[[Tensor, Callable], Tensor]) -> Tensor:
+    """The loss formed in the place of the logits of one call of a head that FSDP2 shards.
+
+    Around a call it gathers the weights, and after the call's backward it scatters their gradient: once in a step, and not once for every
+    slice. Nor may the last slices' backward take away the weights that the first ones are formed of again, as it did where a group of
+    modules is sharded together and torch is 2.11 (*got mixed torch.Tensor and DTensor*).
+    """
+    own, call, exact = vars(head).get("forward"), head.forward, []
+
+    def instead(h: Tensor) -> Tensor:
+        value = loss(h, call)
+        exact.append(value.detach())
+        return value
+
+    head.forward = instead  # type: ignore[method-assign]
+    try:
+        value = head(hidden)
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+    # a policy may round what a module returns
+    return value if value.dtype == exact[0].dtype else exact[0] + (value - value.detach())
+
+
+def _hooked_besides(head: nn.Module) -> bool:
+    """Return whether a sharded head has other hooks than the two of FSDP2."""
+    around: Any = head
+    return (
+        len(around._forward_pre_hooks) > 1
+        or len(around._forward_hooks) > 1
+        or has_backward_hooks(head)
+        or hooked_everywhere()
+    )
+
+
+def _summed(hidden: Tensor, head: nn.Linear, call: Callable, targets: Tensor) -> Tensor:
+    """The summed loss of a head, whose logits ``call`` gives."""
+    # a head whose weight is no matrix of numbers (quantised) says by itself how many logits it gives
+    v = getattr(head, "out_features", None) or head.weight.shape[0]
+    size = _slice_tokens(hidden, v)
+    if _can_differentiate(hidden, head):
+        return _differentiated(hidden, head, call, targets, size)
+    return _recomputed(hidden, call, targets, size)
+
+
 def _can_differentiate(hidden: Tensor, head: nn.Module) -> bool:
     """Return whether the head may be differentiated inside a forward.
 
     Not where it has no weights to differentiate (quantised ones may pass no gradient at all, which is for who asks for it), not while a
-    graph is traced or transformed or is to have other derivatives than first ones backwards, not where a sharded head gathers its weights
-    and scatters their gradients by itself, and not where a hook waits for the gradient of a weight, which is to see it once.
+    graph is traced or transformed or is to have other derivatives than first ones backwards, not where parts of a head gather their weights
+    and scatter their gradients by themselves, and not where a hook waits for the gradient of a weight, which is to see it once.
     """
     if torch.compiler.is_compiling() or plain() or weight_dtype(head) is None:
         return False
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # what is not imported has sharded nothing
-    if fsdp and any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in head.modules()):
+    if fsdp and (
+        any(isinstance(m, fsdp.FullyShardedDataParallel) for m in head.modules())
+        or any(is_sharded(m) for m in head.modules() if m is not head)
+    ):
         return False
     tensors = (hidden, *head.parameters())
     return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and not any(x._backward_hooks for x in tensors[1:])
 
 
-def _recomputed(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> Tensor:
+def _recomputed(hidden: Tensor, call: Callable, targets: Tensor, size: int) -> Tensor:
     """The summed loss as autograd sees it; the logits of a slice are dropped after its loss and formed again in the backward."""
 
     def slice_loss(h: Tensor, t: Tensor) -> Tensor:
-        return cross_entropy(head(h), t, ignore_index=IGNORE)[0].sum()
+        return cross_entropy(call(h), t, ignore_index=IGNORE)[0].sum()
 
     # transforms know no saved tensors that are formed again
     if hidden.shape[0] <= size or transformed() is not None:
@@ -114,10 +166,10 @@ def _recomputed(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> 
     return total
 
 
-def _differentiated(hidden: Tensor, head: nn.Linear, targets: Tensor, size: int) -> Tensor:
+def _differentiated(hidden: Tensor, head: nn.Linear, call: Callable, targets: Tensor, size: int) -> Tensor:
     """The summed loss with its gradients, which are formed slice by slice and kept."""
     total, ghidden, scale = hidden.new_zeros(()), None, 1.0
-    parts = _Products(hidden, head) if _is_linear(hidden, head) else _Calls(hidden, head)
+    parts: Any = _Products(hidden, head) if _is_linear(hidden, head, call) else _Calls(hidden, head, call)
     for h, t, at in zip(hidden.detach().split(size), targets.split(size), itertools.count(0, size), strict=False):
         logits = parts.logits(h)
         scale = _scale(logits.dtype, size)
@@ -139,11 +191,13 @@ def _differentiated(hidden: Tensor, head: nn.Linear, targets: Tensor, size: int)
     return _Known.apply(total, scale, gradients, *leaves) if leaves else total
 
 
-def _is_linear(hidden: Tensor, head: nn.Module) -> bool:
+def _is_linear(hidden: Tensor, head: nn.Module, call: Callable) -> bool:
     """Return whether two products are all there is to a head: no adapter, no hook, no mixture of types that ``F.linear`` would refuse."""
-    if hooked_everywhere() or why_called(head, nn.Linear):
-        return False
-    return all(dtype_read(p) == dtype_read(hidden) for p in head.parameters())
+    if call is head:
+        linear = not hooked_everywhere() and not why_called(head, nn.Linear)
+    else:  # inside its call
+        linear = getattr(call, "__func__", None) is nn.Linear.forward
+    return linear and all(dtype_read(p) == dtype_read(hidden) for p in head.parameters())
 
 
 class _Products:
@@ -183,8 +237,8 @@ class _Calls:
     and 6.05 GiB, and 55.8 ms and 6.66 GiB where slices are recomputed; with LoRA 53.3 ms and 7.32 GiB, against 62.6 and 7.72.
     """
 
-    def __init__(self, hidden: Tensor, head: nn.Module):
-        self.head, self.to_hidden, self.wanted = head, hidden.requires_grad, False
+    def __init__(self, hidden: Tensor, head: nn.Module, call: Callable):
+        self.head, self.call, self.to_hidden, self.wanted = head, call, hidden.requires_grad, False
         self.leaves: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self.edge: Any = None
@@ -194,7 +248,7 @@ class _Calls:
         self.h, first = h.requires_grad_(self.to_hidden), self.edge is None
         # what others do to saved tensors (offloading, recomputation) is not for a graph that ends here
         with saved_tensors_hooks(lambda x: x, lambda x: x):
-            logits = self.head(self.h)
+            logits = self.call(self.h)
         self.wanted = logits.requires_grad
         if self.wanted:
             self.edge = get_gradient_edge(logits)
