@@ -100,7 +100,7 @@ def _called_once(hidden: Tensor, head: nn.Module, loss: Callable[[Tensor, Callab
         exact.append(value.detach())
         return value
 
-    head.forward = instead  # type: ignore[method-assign]
+    head.forward = instead
     try:
         value = head(hidden)
     finally:
