@@ -234,9 +234,9 @@ def test_a_path_that_is_mistyped_leads_to_the_one_that_was_meant(tmp_path):
         with pytest.raises(FileNotFoundError) as e:
             check_path(typo)
         assert f"Did you mean {str(tmp_path / 'texts' / 'corpus.jsonl')!r}?" in str(e.value)
-    with pytest.raises(ValueError, match=r"there are \.parquet"):
+    with pytest.raises(ValueError, match=r"there are \.bin"):
         (tmp_path / "other").mkdir()
-        (tmp_path / "other" / "a.parquet").touch()
+        (tmp_path / "other" / "a.bin").touch()
         list(read_documents(tmp_path / "other", encode))
 
 

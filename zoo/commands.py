@@ -96,7 +96,11 @@ def train(
     ],
     overrides: Overrides = None,
     data: Annotated[
-        Path, typer.Option(help="Text, .jsonl or .npy (token ids) file, or a folder of them.", rich_help_panel="Data")
+        Path,
+        typer.Option(
+            help="Text, .jsonl, .parquet or .npy (token ids) file, a folder of them or of a dataset, or - for standard input.",
+            rich_help_panel="Data",
+        ),
     ] = ...,  # type: ignore[assignment]
     out: Annotated[
         Path | None, typer.Option(help="The run's folder.", show_default="runs/MODEL", rich_help_panel="Run")

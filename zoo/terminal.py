@@ -36,7 +36,7 @@ ModelName = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a n
 
 _EXTRAS = {
     "transformers": "train", "tokenizers": "train", "accelerate": "train", "tensorboard": "train", "lm_eval": "eval",
-    "datasets": "eval",
+    "datasets": "data", "pyarrow": "data",
 }  # fmt: skip
 # what terminals act on: C0 without tab and newline, DEL and C1
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

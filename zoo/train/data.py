@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .documents import Documents, read_documents, read_npy
+from ..corpus.documents import Documents, read_documents, read_npy
 from .options import check_path
 
 __all__ = ["Rows", "fingerprint", "mix", "pack", "read_documents", "rows_from", "rows_with_targets", "topics"]

@@ -1,35 +1,63 @@
-"""Rows of tokens for a training, from a path or a table."""
+"""Rows of tokens for a training, from files, standard input or a table."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..corpus.documents import read_npy
+from ..corpus.packing import layout_of
+from ..corpus.rows import StoredRows
+from ..corpus.standard_input import tokens_of_input
+from ..corpus.store import TokenStore
+from ..corpus.tokenized import Tokenizing, tokens_at
 from ..models.model import Model
-from ..tokenizer import document_encoder
-from .data import Rows, rows_from, rows_with_targets
+from .data import Rows, rows_with_targets
 from .digests import digest_rows
+from .options import STANDARD_INPUT, check_path
 
-__all__ = ["Examples", "examples_from"]
+__all__ = ["DataOptions", "Examples", "examples_from", "tokens_from"]
+
+
+class DataOptions(Protocol):
+    """Options of a training that say how its data are read."""
+
+    @property
+    def length(self) -> int | None: ...  # noqa: D102
+    @property
+    def packing(self) -> str: ...  # noqa: D102
+    @property
+    def column(self) -> str: ...  # noqa: D102
+    @property
+    def resume(self) -> bool: ...  # noqa: D102
 
 
 class Examples(Dataset):
-    """The rows of a table that hold something to predict, each with its number.
+    """The rows that hold something to predict, each with its number.
 
     Attributes:
         rows: All rows, by number.
         chosen: The numbers of those that are read, ``(n,)``.
         length: Tokens per row.
         digest: Of everything in them.
+        documents: The most documents in a row, an empty rest counted as one; ``None`` where each row is one, with no ``"documents"``.
+        tokens: In all rows, without what fills them up.
+        about: What there is to say of them, in lines.
+        epoch: How often they were gone through.
     """
 
-    def __init__(self, table: np.ndarray):
-        self.rows, self.chosen = Rows(table), rows_with_targets(table)
-        self.length, self.digest = table.shape[1], digest_rows(table)
+    def __init__(
+        self, rows: Rows | StoredRows, chosen: Sequence[int] | np.ndarray, length: int, digest: str, tokens: int,
+        documents: int | None = None, about: Sequence[str] = (),
+    ):  # fmt: skip
+        self.rows, self.chosen, self.length, self.digest = rows, chosen, length, digest
+        self.tokens, self.documents, self.about = tokens, documents, list(about)
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -38,14 +66,67 @@ class Examples(Dataset):
         number = int(self.chosen[index])
         return self.rows[number] | {"row": torch.tensor(number)}
 
+    def set_epoch(self, epoch: int) -> None:
+        """Note which pass begins."""
+        self.epoch = epoch
 
-def examples_from(data: Any, model: Model, length: int | None) -> Examples:
-    """Return the examples in ``data``, a path or a table, for a model; what it cannot read is a ``ValueError``."""
+
+def examples_from(data: Any, model: Model, options: DataOptions, out: Path | None = None) -> Examples:
+    """Return the examples in some data for a model.
+
+    Args:
+        data: A path, ``-`` for standard input, or a table ``(n, l)`` of token ids, ``~id`` for those that are only read.
+        model: Its tokenizer and its vocabulary count.
+        options: Length, packing and column.
+        out: The run's folder, where tokens are kept that can be kept nowhere else.
+
+    Raises:
+        ValueError: What cannot be read, or does not fit the model.
+    """
     if isinstance(data, str | os.PathLike):
-        default = min(512, model.cfg.max_length or 512)
-        table = rows_from(Path(data), length, *document_encoder(model.tokenizer), default)
+        if Path(data).suffix.lower() != ".npy" or (table := read_npy(check_path(data))).ndim != 2:
+            return _packed(data, model, options, out)
+        if options.length not in (None, table.shape[1]):
+            raise ValueError(
+                f"{data}: holds rows of {table.shape[1]} tokens, asked for {options.length}. Ask for that, or give a flat file."
+            )
     else:
         table = np.asarray(data)
+    return _of_table(table, model)
+
+
+def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None) -> tuple[TokenStore, list[str]]:
+    """Return the tokens of a path or of standard input, for a model, and what there is to say of them."""
+    how = Tokenizing(model.tokenizer, model.cfg.vocab_size, options.column)
+    if str(data) != STANDARD_INPUT:
+        store, about = tokens_at(check_path(data), how, out)
+    elif out is None:
+        raise ValueError("data: standard input needs a run's folder, which keeps what was read.")
+    else:
+        store, about = tokens_of_input(how, out, options.resume)
+    if (found := store.beyond(how.vocab_size)) is not None:
+        raise ValueError(
+            f"data: token id {found[0]}, in document {found[1]:,} of {data}, is outside the model's vocabulary of {how.vocab_size}. Set "
+            f"vocab_size, or tokenize with the config's tokenizer ({model.cfg.tokenizer})."
+        )
+    left_out = f", {store.skipped:,} without a token left out" if store.skipped else ""
+    tokens = f"{len(store.tokens):,} tokens of {store.tokens.dtype.itemsize} bytes"
+    return store, [f"{store.documents:,} documents{left_out}; {tokens}, {about[0]}"] if about else []
+
+
+def _packed(data: Any, model: Model, options: DataOptions, out: Path | None) -> Examples:
+    store, about = tokens_from(data, model, options, out)
+    length = options.length or min(512, model.cfg.max_length or 512)
+    layout, apart = layout_of(store, length, options.packing), options.packing == "documents"
+    padding = 1 - len(store.tokens) / (len(layout) * length)
+    how = {"documents": f"documents, at most {layout.most} in one", "stream": "a stream", "padded": "one document each"}
+    about.append(f"{len(layout):,} rows of {length:,} tokens, {how[options.packing]}; {padding:.2%} padding")
+    digest = f"{store.digest} {options.packing} {length}"
+    rows = StoredRows(store, layout, apart)
+    return Examples(rows, layout.chosen, length, digest, len(store.tokens), layout.most if apart else None, about)
+
+
+def _of_table(table: np.ndarray, model: Model) -> Examples:
     if table.ndim != 2 or table.dtype.kind not in "iu" or table.shape[0] == 0 or table.shape[1] < 2:
         raise ValueError(
             f"data: expected a path, or a table (n, l) of integers with l >= 2, got {table.dtype} of shape {table.shape}. "
@@ -56,7 +137,7 @@ def examples_from(data: Any, model: Model, length: int | None) -> Examples:
             f"data: token id {highest} is outside the model's vocabulary of {model.cfg.vocab_size}. Set vocab_size, or "
             f"tokenize with the config's tokenizer ({model.cfg.tokenizer})."
         )
-    examples = Examples(table)
-    if not len(examples):
+    chosen = rows_with_targets(table)
+    if not len(chosen):
         raise ValueError("data: no row holds anything to predict; ids below 0 stand for tokens that are only read.")
-    return examples
+    return Examples(Rows(table), chosen, table.shape[1], digest_rows(table), table.size)

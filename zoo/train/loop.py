@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..models.build import param_groups
 from ..models.model import Model
 from .diverged import Diverged, first_nonfinite, nonfinite_weight
+from .order import Shuffled
 from .run_folder import AGAIN, Checkpoint, RunFolder
 from .session import Session
 
@@ -72,9 +73,14 @@ class ZooTrainer(Trainer):
         decayed = {id(p) for p in param_groups(model)[0]["params"]}
         return [name for name, p in model.named_parameters() if id(p) in decayed]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+        return Shuffled(train_dataset or self.train_dataset, self.args.seed)
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers; the loss is added up here, in a sum that a checkpoint carries on."""
         rows = inputs.pop("row")
+        if (documents := inputs.pop("documents", None)) is not None:
+            inputs["seq_idx"] = documents
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.watch.read(rows, loss)
         return loss

@@ -10,8 +10,9 @@ from ..config.shipped import list_models
 from ..named import HUB_ID, near_path
 from ..options import at_least, check_options, option, within
 
-__all__ = ["TrainOptions", "check_out", "check_path", "default_out", "holds_weights"]
+__all__ = ["STANDARD_INPUT", "TrainOptions", "check_out", "check_path", "default_out", "holds_weights"]
 
+STANDARD_INPUT = "-"
 _SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
 _WEIGHTS = ("*.safetensors", "*.bin")
 # groups of the command line's help
@@ -37,6 +38,13 @@ class TrainOptions:
     length: int | None = option(
         None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False, panel=_DATA
     )  # fmt: skip
+    packing: str = option(
+        "documents", "Rows of whole documents apart from each other, a stream of all of them, or a document padded to each row; a table "
+        "is rows already.", choices=("documents", "stream", "padded"), panel=_DATA,
+    )  # fmt: skip
+    column: str = option(
+        "text", "The text, or the token ids, in rows of JSON Lines, parquet and datasets.", setting=False, panel=_DATA
+    )
     val: Any = option(  # noqa: RUF009  # a field, as the others
         None, "What to evaluate on, of the same kinds as the data; the best model is kept.", typed=Path | None, setting=False,
         panel=_EVALUATION,
@@ -94,6 +102,10 @@ class TrainOptions:
         2.0, "Stop when the loss, averaged over some ten steps, is this many nats above its lowest; 0 never.", bound=at_least(0),
         setting=False, panel=_RUN,
     )  # fmt: skip
+    workers: int | None = option(
+        None, "Processes that read rows ahead; the numbers are the same.", unset="2 on a GPU, else 0", bound=at_least(0), setting=False,
+        panel=_DATA,
+    )  # fmt: skip
     seed: int = option(0, "Of weights and of the order of rows.", bound=_SEEDS, trainer="seed", panel=_RUN)
     save_every: int | None = option(
         None,
@@ -147,13 +159,14 @@ class TrainOptions:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if something is there; otherwise a FileNotFoundError that names what is nearly called so."""
+    """The path, if something is there or it is ``-``, standard input; otherwise a FileNotFoundError that names what is nearly called so."""
     path = Path(path)
-    if os.path.exists(path):
+    if os.path.exists(path) or str(path) == STANDARD_INPUT:
         return path
     hint = f" Did you mean {near!r}?" if (near := near_path(path)) else ""
     raise FileNotFoundError(
-        f"{path}: no such file or folder.{hint} Give a text, .jsonl or .npy (token ids) file, or a folder of them."
+        f"{path}: no such file or folder.{hint} Give a text, .jsonl, .parquet or .npy (token ids) file, a folder of them or of a "
+        "dataset, or - for standard input."
     )
 
 

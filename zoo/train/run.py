@@ -90,8 +90,8 @@ class TrainCall(TrainOptions):
     data: str | Path | np.ndarray = dataclasses.field(
         kw_only=False,
         metadata={
-            "help": "``(n, l)`` token ids (see :func:`~hybridzoo.zoo.train.data.pack`), or a path that "
-            ":func:`~hybridzoo.zoo.train.data.read_documents` understands."
+            "help": "``(n, l)`` token ids (see :func:`~hybridzoo.zoo.train.data.pack`), a path that "
+            ":func:`~hybridzoo.zoo.train.data.read_documents` understands, or ``-`` for standard input."
         },
     )
     out: str | Path = dataclasses.field(kw_only=False, metadata={"help": "The run's folder."})
@@ -128,7 +128,7 @@ def train(call: TrainCall) -> TrainResult:
     use_cpu = call.device is not None and pick_device(call.device, numbered=False).type == "cpu"
     torch.manual_seed(call.seed)
     core, header = start_from(call.model, call.overrides, out)
-    rows = examples_from(data, core, call.length)
+    rows = examples_from(data, core, call, out)
     devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
     tokens = call.steps * call.batch_size * devices * rows.length
     run = RunFolder(out)

@@ -1,0 +1,40 @@
+"""The order in which a training reads its rows."""
+
+from collections.abc import Iterator, Sized
+from typing import Protocol
+
+import torch
+from torch.utils.data import Sampler
+
+__all__ = ["Epochs", "Shuffled"]
+
+_AT_ONCE = 4096
+
+
+class Epochs(Sized, Protocol):
+    """A data set that is told how often it was gone through: accelerate tells samplers or data sets, but not always the same of both."""
+
+    epoch: int
+
+
+class Shuffled(Sampler[int]):
+    """All rows in an order that follows from seed and epoch alone.
+
+    It is that of accelerate's ``SeedableRandomSampler`` without a list of all of them, and known in every process and after a resumption,
+    wherever the samplers that were wrapped around it have lost the number of the epoch.
+    """
+
+    def __init__(self, data: Epochs, seed: int):
+        self.data, self.seed = data, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another pass."""
+        self.data.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        drawn_by = torch.Generator().manual_seed(self.seed + self.data.epoch)
+        for some in torch.randperm(len(self.data), generator=drawn_by).split(_AT_ONCE):
+            yield from some.tolist()
