@@ -1,4 +1,4 @@
-"""Truncated backpropagation through time: the state of a batch goes on in the next one, and gradients end between them (arXiv:1602.02410)."""
+"""Truncated backpropagation through time (arXiv:1602.02410): a batch starts from the state of the one before, and gradients end there."""
 
 from pathlib import Path
 from typing import Any
