@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..corpus.documents import read_npy
+from ..corpus.lanes import Lanes
 from ..corpus.packing import layout_of
 from ..corpus.rows import StoredRows
 from ..corpus.standard_input import tokens_of_input
@@ -21,7 +22,7 @@ from .data import Rows, rows_with_targets
 from .digests import digest_rows
 from .options import STANDARD_INPUT, check_path
 
-__all__ = ["DataOptions", "Examples", "examples_from", "tokens_from"]
+__all__ = ["DataOptions", "Examples", "examples_from", "lanes_from", "tokens_from"]
 
 
 class DataOptions(Protocol):
@@ -44,7 +45,7 @@ class Examples(Dataset):
         rows: All rows, by number.
         chosen: The numbers of those that are read, ``(n,)``.
         length: Tokens per row.
-        digest: Of everything in them.
+        digest: Of their tokens and their length; the packing is an option of its own.
         documents: The most documents in a row, an empty rest counted as one; ``None`` where each row is one, with no ``"documents"``.
         tokens: In all rows, without what fills them up.
         about: What there is to say of them, in lines.
@@ -95,6 +96,20 @@ def examples_from(data: Any, model: Model, options: DataOptions, out: Path | Non
     return _of_table(table, model)
 
 
+def lanes_from(
+    data: Any, model: Model, options: DataOptions, lanes: int, seed: int = 0, out: Path | None = None
+) -> Lanes:
+    """Return a path or standard input as ``lanes`` streams side by side, for a model that carries its state from row to row."""
+    if not isinstance(data, str | os.PathLike):
+        raise ValueError(
+            "data: rows of a table do not continue each other. Give a path, to carry a state along its documents."
+        )
+    store, about = tokens_from(data, model, options, out)
+    streams = Lanes(store, _length(model, options), lanes, seed)
+    streams.about = about + streams.about
+    return streams
+
+
 def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None) -> tuple[TokenStore, list[str]]:
     """Return the tokens of a path or of standard input, for a model, and what there is to say of them."""
     how = Tokenizing(model.tokenizer, model.cfg.vocab_size, options.column)
@@ -116,14 +131,18 @@ def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None)
 
 def _packed(data: Any, model: Model, options: DataOptions, out: Path | None) -> Examples:
     store, about = tokens_from(data, model, options, out)
-    length = options.length or min(512, model.cfg.max_length or 512)
+    length = _length(model, options)
     layout, apart = layout_of(store, length, options.packing), options.packing == "documents"
     padding = 1 - len(store.tokens) / (len(layout) * length)
     how = {"documents": f"documents, at most {layout.most} in one", "stream": "a stream", "padded": "one document each"}
     about.append(f"{len(layout):,} rows of {length:,} tokens, {how[options.packing]}; {padding:.2%} padding")
-    digest = f"{store.digest} {options.packing} {length}"
+    digest = f"{store.digest} {length}"
     rows = StoredRows(store, layout, apart)
     return Examples(rows, layout.chosen, length, digest, len(store.tokens), layout.most if apart else None, about)
+
+
+def _length(model: Model, options: DataOptions) -> int:
+    return options.length or min(512, model.cfg.max_length or 512)
 
 
 def _of_table(table: np.ndarray, model: Model) -> Examples:

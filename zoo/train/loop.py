@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..checkpoint.tensors import stored_tensors
@@ -13,7 +14,7 @@ from ..errors import CheckpointError
 from ..models.build import param_groups
 from ..models.model import Model
 from .diverged import Diverged, first_nonfinite, nonfinite_weight
-from .order import Shuffled
+from .order import order_of
 from .run_folder import AGAIN, Checkpoint, RunFolder
 from .session import Session
 
@@ -73,8 +74,8 @@ class ZooTrainer(Trainer):
         decayed = {id(p) for p in param_groups(model)[0]["params"]}
         return [name for name, p in model.named_parameters() if id(p) in decayed]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
-        return Shuffled(train_dataset or self.train_dataset, self.args.seed)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return order_of(self.train_dataset if train_dataset is None else train_dataset, self.args.seed)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers; the loss is added up here, in a sum that a checkpoint carries on."""

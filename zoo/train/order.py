@@ -6,7 +6,9 @@ from typing import Protocol
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["Epochs", "Shuffled"]
+from ..corpus.lanes import Lanes
+
+__all__ = ["Epochs", "InOrder", "Shuffled", "order_of"]
 
 _AT_ONCE = 4096
 
@@ -15,6 +17,11 @@ class Epochs(Sized, Protocol):
     """A data set that is told how often it was gone through: accelerate tells samplers or data sets, but not always the same of both."""
 
     epoch: int
+
+
+def order_of(data: Epochs, seed: int) -> Sampler[int]:
+    """Return the order in which a training reads its data."""
+    return InOrder(data) if isinstance(data, Lanes) else Shuffled(data, seed)
 
 
 class Shuffled(Sampler[int]):
@@ -38,3 +45,21 @@ class Shuffled(Sampler[int]):
         drawn_by = torch.Generator().manual_seed(self.seed + self.data.epoch)
         for some in torch.randperm(len(self.data), generator=drawn_by).split(_AT_ONCE):
             yield from some.tolist()
+
+
+class InOrder(Sampler[int]):
+    """The items of data that have an order of their own, pass after pass: those of :class:`~hybridzoo.zoo.corpus.lanes.Lanes`."""
+
+    def __init__(self, data: Epochs):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go through another pass."""
+        self.data.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.data.epoch * len(self.data)
+        return iter(range(first, first + len(self.data)))
