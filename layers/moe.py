@@ -5,6 +5,7 @@ padded. A token's output therefore depends on that token alone. Losses and stati
 and padding counts in neither.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels import dispatch
 from .base import Aux, Mixer, Seq
-from .common import Device, Dtype, acc_dtype, linear, reset_linear, reset_weight, scaled, upcast
+from .common import Device, Dtype, acc_dtype, autocasts, dtype_read, linear, reset_linear, reset_weight, scaled, upcast
 from .experts import grouped_linear
 from .mlp import ACTIVATIONS, MLP, activate
 from .options import check, check_known, check_positive
@@ -28,7 +29,7 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Score tokens ``(t, d)`` for ``e`` experts."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext():
             return F.linear(upcast(x), upcast(self.weight))
 
 
@@ -246,8 +247,7 @@ class MoE(Mixer):
         return logits, score / (score.sum(-1, keepdim=True) + 1e-20), scaled(weight, self.routed_scale), expert
 
     def _mix(self, tokens: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-        device = tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        device, dtype = tokens.device.type, dtype_read(tokens)
         chosen = expert.flatten()  # (t * k,)
         order = chosen.argsort(stable=True)
         ids = torch.arange(self.num_experts, device=tokens.device)
