@@ -97,7 +97,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan, ssd, train or parity; plot draws a result, readme writes the figures of README and docs."
+            help="scan, ssd, attention, train or parity; plot draws a result, readme writes the figures of README and docs."
         ),
     ],
     file: Annotated[
@@ -107,8 +107,8 @@ def bench(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU;"
-            " a model, or model:variant, of train; fuzz of parity, which tries options drawn at random. May be repeated."
+            help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
+            " of attention; a model, or model:variant, of train; fuzz of parity, which tries options drawn at random. May be repeated."
         ),
     ] = None,
     out: Annotated[

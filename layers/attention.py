@@ -168,11 +168,8 @@ class Attention(Mixer):
             pos = past.length[:, None] + pos
         q, k, v = self._heads(qkv, pos)
 
-        if seq is not None and seq.packed:
-            y = self._mix_packed(q, k, v, seq)
-        elif past is None:
-            # padding stands behind the real tokens, where causality hides it anyway
-            y = self._mix(q, k, v, pos, pos)
+        if past is None or (seq is not None and seq.packed):
+            y = self.mix(q, k, v, seq)
         else:
             k, v = (torch.cat([old[:, : past.used].to(new.dtype), new], 1) for old, new in ((past.k, k), (past.v, v)))
             docs = [] if seq is None else [seq.doc, F.pad(seq.doc, (past.used, 0))]
@@ -218,27 +215,34 @@ class Attention(Mixer):
         sees = (pos_k >= 0) & (pos_k <= pos_q)
         return sees if self.window is None else sees & (pos_k > pos_q - self.window)
 
-    def _choose(self, q: Tensor, **facts: Any) -> Any:
-        window = self.window is not None and self.window < q.shape[1]
-        call: dict[str, Any] = {
-            "device": q.device.type,
-            "dtype": q.dtype,
-            "headdim": self.headdim,
-            "length": q.shape[1],
-        }
-        return choose("attention", **call, window=window, **facts)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq | None = None, backend: str | None = None) -> Tensor:
+        """Sum values by scaled dot products, which is what stands between the projections: ``(b, l, h, p)`` to ``(b, l, h * p)``.
 
-    def _mix_packed(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
-        backend = self._choose(q, packed=True, counted=seq.offsets is not None)
-        if backend.run is not None and q.shape[1]:
-            return backend.run(q, k, v, seq, self.softmax_scale, self.window).flatten(-2)
+        ``k`` and ``v`` have ``nheads_kv`` heads; ``backend`` is as of :func:`~hybridzoo.kernels.dispatch.choose`.
+        """
+        if seq is None or not seq.packed:
+            # padding stands behind the real tokens, where causality hides it anyway
+            pos = torch.arange(q.shape[1], device=q.device)
+            return self._mix(q, k, v, pos, pos, backend=backend)
+        chosen = choose("attention", backend=backend, **self.facts(q, seq))
+        if chosen.run is not None and q.shape[1]:
+            return chosen.run(q, k, v, seq, self.softmax_scale, self.window).flatten(-2)
         apart = None if torch.compiler.is_compiling() else seq.side_by_side
         if apart is not None:
-            return self._mix_apart(q, k, v, *apart)
+            return self._mix_apart(q, k, v, *apart, backend)
         q, k, v, mark = contain.enter_attention(q, k, v, seq, self.window)
-        return contain.leave_attention(self._mix(q, k, v, seq.pos, seq.pos, seq.doc, seq.doc), mark)
+        return contain.leave_attention(self._mix(q, k, v, seq.pos, seq.pos, seq.doc, seq.doc, backend=backend), mark)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, pos_k: Tensor, *docs: Tensor) -> Tensor:
+    def facts(self, q: Tensor, seq: Seq | None = None) -> dict[str, Any]:
+        """Facts that the choice of a backend for queries ``(b, l, h, p)`` depends on."""
+        l, packed = q.shape[1], seq is not None and seq.packed
+        rows = {"length": l, "window": self.window is not None and self.window < l, "packed": packed}
+        counted = seq is not None and seq.offsets is not None
+        return {"device": q.device.type, "dtype": q.dtype, "headdim": self.headdim, "counted": counted, **rows}
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, pos_k: Tensor, *docs: Tensor, backend: str | None = None
+    ) -> Tensor:
         # (b, lq, h, p), (b, lk, h_kv, p), and the position of each, perhaps the document; the last lq keys are the queries' own
         length, window = q.shape[1], self.window
         if not length:
@@ -246,11 +250,11 @@ class Attention(Mixer):
         past = k.shape[1] - length
         plain = not past and len(docs) == 0
         if past or not docs:  # packed rows have asked
-            backend = self._choose(q, masked=not plain)
-            if backend.run is not None:
-                return backend.run(q, k, v, None, self.softmax_scale, window).flatten(-2)
+            chosen = choose("attention", backend=backend, masked=not plain, **self.facts(q))
+            if chosen.run is not None:
+                return chosen.run(q, k, v, None, self.softmax_scale, window).flatten(-2)
         if plain and (window is None or window >= length):
-            return self._attend(q, k, v, None)
+            return self._attend(q, k, v, None, backend)
         # block by block, so that neither the mask nor the work grows with the square of the length under a window
         block = _BLOCK if window is None else min(_BLOCK, max(window, 256))
         ys = []
@@ -260,10 +264,10 @@ class Attention(Mixer):
             mask = self._sees(pos[..., rows], pos_k[..., cols])
             if len(docs) == 2:
                 mask = mask & (docs[0][:, rows, None] == docs[1][:, None, cols])
-            ys.append(self._attend(q[:, rows], k[:, cols], v[:, cols], mask))
+            ys.append(self._attend(q[:, rows], k[:, cols], v[:, cols], mask, backend))
         return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
 
-    def _mix_apart(self, q: Tensor, k: Tensor, v: Tensor, batches: list, place: Tensor) -> Tensor:
+    def _mix_apart(self, q: Tensor, k: Tensor, v: Tensor, batches: list, place: Tensor, backend: str | None) -> Tensor:
         # document by document: a mask would multiply what it hides by zero, and NaN stays NaN; see Seq.side_by_side
         ys = []
         for batch in batches:
@@ -275,14 +279,14 @@ class Attention(Mixer):
                 parts = (x.flatten(0, 1).index_select(0, flat).unflatten(0, batch.shape) for x in (q, k, v))
             q_, k_, v_ = parts
             mine = torch.arange(q_.shape[1], device=q.device)
-            ys.append(self._mix(q_, k_, v_, mine, mine).flatten(0, 1))
+            ys.append(self._mix(q_, k_, v_, mine, mine, backend=backend).flatten(0, 1))
         # for padding, which reads what nobody else does
         ys.append(q.new_zeros(1, self.nheads * self.headdim))
         return torch.cat(ys).index_select(0, place.flatten()).unflatten(0, place.shape)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None = None) -> Tensor:
         # mask ([b,] lq, lk), or plain causality; gives (b, lq, h * p)
-        math = plain_only() or os.environ.get(ENV) == "math"
+        math = plain_only() or (backend or os.environ.get(ENV)) == "math"
         # the fused kernels have first derivatives only, and none in forward mode
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"scale": self.softmax_scale, "enable_gqa": self.nheads != self.nheads_kv}

@@ -117,7 +117,7 @@ def test_outputs_are_compared_before_anything_is_timed(small, monkeypatch):
 
 
 def test_unknown_names_are_refused(small):
-    with pytest.raises(ValueError, match=r"bench: unknown benchmark 'sprint'. Known: scan, ssd, train"):
+    with pytest.raises(ValueError, match=r"bench: unknown benchmark 'sprint'. Known: scan, ssd, attention, train"):
         bench.run_bench("sprint")
     with pytest.raises(ValueError, match=r"bench: unknown peer 'jax' of scan. Known: transformers, mambapy, mamba_ssm"):
         bench.run_bench("scan", ["jax"])
@@ -125,6 +125,24 @@ def test_unknown_names_are_refused(small):
         bench.run_bench("scan", ["mambapy"], parts=["tail"])
     with pytest.raises(ValueError, match="bench train: needs a CUDA device"):
         bench.run_bench("train", parts=["mamba-130m"])
+
+
+def test_attention_is_beside_its_other_backends(small, monkeypatch):
+    shape = {"b": 2, "l": 40, "h": 4, "kv": 2, "p": 8}
+    cases = [
+        workloads.Workload("plain", "attention", shape),
+        workloads.Workload("packed", "attention", shape | {"doc": 16}, part="packed"),
+        workloads.Workload("window", "attention", shape | {"w": 5}, part="window"),
+    ]
+    monkeypatch.setitem(workloads.WORKLOADS, "attention", cases)
+    result = bench.bench("attention", peers.default_peers("attention"), ["table", "packed", "window"], timer=Clock())
+    assert [(row["name"], row["op"], row["peer"], row["backend"]) for row in result["cases"]] == [
+        (case.name, op, "math", "sdpa") for case in cases for op in ("forward", "forward+backward")
+    ]
+    # what has no such call, and what is taken anyway, is no row and no failure
+    assert bench.bench("attention", ["sdpa", "varlen"], ["packed"], timer=Clock())["cases"] == []
+    assert {c.part for c in workloads._ATTENTION} == {"table", "packed", "window"}
+    assert len({c.name for c in workloads._ATTENTION}) == len(workloads._ATTENTION)
 
 
 def test_a_missing_peer_says_so(small, monkeypatch):

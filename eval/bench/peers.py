@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import causal_conv1d, dispatch, selective_scan, selective_state_update, ssd
+from ...kernels import Seq, causal_conv1d, dispatch, selective_scan, selective_state_update, ssd
+from ...layers.attention import Attention
 from .workloads import Inputs
 
 # what has a value per token or per row, and so another layout where channels come first
@@ -120,7 +122,9 @@ _OURS: dict[str, tuple[Callable[..., Tensor], str, dict[str, Any]]] = {
 
 
 def ours(what: str, inputs: Inputs) -> Timed:
-    """Our op on its own layout, by our own backend."""
+    """Our op on its own layout, by our own backend; attention by the backend that is chosen."""
+    if what == "attention":
+        return _attention(inputs, None)
     op, name, options = _OURS[what]
     own = own_backend(name, next(iter(inputs.values())))
     if "state" in inputs:
@@ -236,6 +240,16 @@ def _decode_mamba_ssm(i: Inputs) -> Timed:
     )
 
 
+def _attention(i: Inputs, backend: str | None) -> Timed:
+    """Attention between its projections, by one of its backends or the one that is chosen."""
+    leaves, (h, p), kv = _leaves(i, "q", "k", "v"), i["q"].shape[2:], i["k"].shape[2]
+    window = int(i["window"]) if "window" in i else None
+    layer = Attention(h * p, h, kv, p, rope=None, window=window, device="meta")
+    seq = Seq.from_documents(i["documents"], i["q"].device) if "documents" in i else None
+    name = dispatch.choose("attention", backend=backend, **layer.facts(i["q"], seq)).name
+    return Timed(leaves, lambda: layer.mix(**leaves, seq=seq, backend=backend), backend=name)
+
+
 Make = Callable[[Inputs], Timed]
 # by op; the convolution's peers stand in for mamba_ssm, which calls that library
 PEERS: dict[str, dict[str, Make]] = {
@@ -244,11 +258,17 @@ PEERS: dict[str, dict[str, Make]] = {
     "ssd": {"transformers": _ssd_transformers, "mamba_ssm": _ssd_mamba_ssm},
     "conv": {"causal_conv1d": _conv_library, "causal_conv1d, channels last": _conv_library_last},
     "decode": {"mamba_ssm": _decode_mamba_ssm},
+    "attention": {name: partial(_attention, backend=name) for name in dispatch.TABLES["attention"]},
 }
 
 
 def default_peers(what: str) -> list[str]:
     """The peers that make sense on this machine's device."""
+    if what == "attention":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        facts = {"device": device, "dtype": torch.bfloat16, "packed": True}
+        able = [name for name, backend in dispatch.TABLES[what].items() if backend.refuse(facts) is None]
+        return [name for name in able if name != "math" or device == "cpu"]
     if torch.cuda.is_available():
         return ["mamba_ssm"]
     return [name for name in PEERS[what] if name != "mamba_ssm"]

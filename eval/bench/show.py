@@ -108,7 +108,8 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     if any("floor_ms" in row for row in rows):
         key.append(("the least time possible", None))
     panels = _training(rows, peers) if result["what"] == "train" else _times(rows, peers)
-    words = {"scan": "The selective scan", "ssd": "Mamba-2's scan", "train": "Training"}[result["what"]]
+    titles = {"scan": "The selective scan", "ssd": "Mamba-2's scan", "attention": "Attention", "train": "Training"}
+    words = titles[result["what"]]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(picture(f"{words} on {result['device']}", panels, key), encoding="utf-8")
     return path

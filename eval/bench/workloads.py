@@ -18,8 +18,8 @@ class Workload:
     Attributes:
         name: Its key in the results.
         title: The same for a reader.
-        op: ``"scan"``, ``"paths"`` (the scan of an image along four walks), ``"ssd"``, ``"conv"`` or ``"decode"``.
-        shape: By the glossary's letters.
+        op: ``"scan"``, ``"paths"`` (the scan of an image along four walks), ``"ssd"``, ``"conv"``, ``"decode"`` or ``"attention"``.
+        shape: By the glossary's letters; of attention also the ``kv`` heads, tokens of a packed ``doc``, and of the window ``w``.
         dtype: Of the activations; parameters and states are float32.
         device: Where it is worth measuring.
         goals: The ratio to reach, by peer and pass.
@@ -66,6 +66,12 @@ class Workload:
     def _ssd(self, b: int, l: int, h: int, p: int, n: int) -> Inputs:
         made = self._random("u z", b, l, h, p) | self._random("B C", b, l, 1, n) | self._random("dt", b, l, h)
         return made | {"A": -torch.empty(h).uniform_(1, 16)} | _parameters(h)
+
+    def _attention(self, b: int, l: int, h: int, kv: int, p: int, doc: int = 0, w: int = 0) -> Inputs:
+        made = self._random("q", b, l, h, p) | self._random("k v", b, l, kv, p)
+        # the host knows where documents start, as where it has packed them
+        made |= {"documents": (torch.arange(l, device="cpu") // doc).expand(b, l)} if doc else {}
+        return made | ({"window": torch.tensor(w, device="cpu")} if w else {})
 
     def _conv(self, b: int, l: int, d: int, k: int) -> Inputs:
         weight, bias = torch.randn(d, k, dtype=self.dtype) / k, torch.randn(d, dtype=self.dtype)
@@ -151,6 +157,40 @@ _GPU_SCANS = [
     *(_on_gpu("decode", f"decode-b{b}", f"decoding, {b} at a time", b=b, d=4096, n=16) for b in (1, 64, 256)),
     *(_on_gpu("conv", f"conv-w{k}", f"convolution of width {k}", b=8, l=2048, d=4096, k=k) for k in (2, 3, 4)),
 ]
+
+
+def _attends(part: str, b: int, l: int, h: int, kv: int, p: int, **more: int) -> Workload:
+    name = f"{part}-b{b}-l{l}-p{p}"
+    heads = f"{h} heads" + (f", {kv} of keys" if kv != h else "")
+    extra = "".join(
+        f", {what} of {more[key]}" for key, what in (("doc", "documents"), ("w", "a window")) if key in more
+    )
+    words = f"{b} × {l:,} tokens, {heads}, {p} channels{extra}"
+    return Workload(
+        name, "attention", {"b": b, "l": l, "h": h, "kv": kv, "p": p, **more}, words, BF16, "cuda", {}, part
+    )
+
+
+_ATTENTION = [
+    *(
+        _attends("table", *shape)
+        for shape in (
+            (8, 2048, 12, 12, 64),
+            (4, 4096, 16, 16, 64),
+            (16, 1024, 32, 8, 128),
+            (8, 2048, 32, 8, 128),
+            (4, 4096, 32, 8, 128),
+            (1, 32768, 32, 8, 128),
+        )
+    ),
+    *(
+        _attends("packed", *shape, doc=512)
+        for shape in ((8, 2048, 12, 12, 64), (1, 16384, 12, 12, 64), (8, 2048, 32, 8, 128), (4, 4096, 32, 8, 128))
+    ),
+    _attends("window", 8, 2048, 12, 12, 64, w=256),
+    _attends("window", 4, 4096, 16, 16, 64, w=2048),
+    _attends("window", 4, 8192, 32, 8, 128, w=1024),
+]
 _ROW = "one row of 2,048 tokens"
 _CPU_RATIOS = {"transformers": (3.0, 50.0), "mambapy": (2.0, 2.0)}
 _CPU_GOALS = {(peer, p): goal for peer, goals in _CPU_RATIOS.items() for p, goal in zip(_PASSES[0], goals, strict=True)}
@@ -165,5 +205,9 @@ WORKLOADS: dict[str, list[Workload]] = {
         Workload(
             "train-1.3b", "ssd", {"b": 8, "l": 2048, "h": 64, "p": 64, "n": 128}, "Mamba-2 1.3B, training", BF16, "cuda"
         ),
+    ],
+    "attention": [
+        Workload("b1-l2k", "attention", {"b": 1, "l": 2048, "h": 4, "kv": 2, "p": 32, "doc": 256}, _ROW + ", packed"),
+        *_ATTENTION,
     ],
 }
