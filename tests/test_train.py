@@ -18,6 +18,7 @@ from hybridzoo.__main__ import main
 from hybridzoo.zoo.tokenizer import ByteTokenizer
 from hybridzoo.zoo.train.data import Rows, pack, topics
 from hybridzoo.zoo.train.loop import ZooTrainer
+from hybridzoo.zoo.train.options import TrainOptions
 from hybridzoo.zoo.train.run import DifferentRun, TrainResult, train
 from hybridzoo.zoo.train.run_folder import RunFolder
 from hybridzoo.zoo.train.session import Session, Workload
@@ -144,7 +145,9 @@ def test_the_optimiser_decays_what_param_groups_says(rows, tmp_path):
 
     model = zoo.build("jamba-tiny")
     args = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.5, use_cpu=True, report_to="none")
-    parts = {"run": RunFolder(tmp_path), "session": Session([], Workload(1), None, None), "checkpoint": None}
+    parts = {
+        "options": TrainOptions(), "run": RunFolder(tmp_path), "session": Session([], Workload(1), None, None), "checkpoint": None,
+    }  # fmt: skip
     groups = ZooTrainer(HybridZooForCausalLM.wrap(model), args, **parts).create_optimizer().param_groups
     expected = zoo.param_groups(model, 0.5)
     assert [g["weight_decay"] for g in groups] == [0.5, 0.0]

@@ -21,9 +21,9 @@ import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError
 from hybridzoo.zoo.train.digests import digest_file, digest_weights
 from hybridzoo.zoo.train.loop import ZooTrainer
+from hybridzoo.zoo.train.manifest import manifest_of
 from hybridzoo.zoo.train.options import TrainOptions, default_out, holds_weights
 from hybridzoo.zoo.train.run import DifferentRun, Diverged, Interrupted, train
-from hybridzoo.zoo.train.run_folder import _whole as whole_manifest
 
 SMALL = ["d_model=16", "mixers.mlp.d_intermediate=16", "mixers.attention.nheads=2", "layers=attention mlp"]
 MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_GiB"}  # no two runs are equally fast
@@ -214,7 +214,7 @@ def test_a_run_of_somebody_else_runs_nothing_and_takes_no_memory(tmp_path, unfin
         files[name] = [(checkpoint / name).stat().st_size, digest_file(checkpoint / name)]
         edited(files=files)(checkpoint / "zoo.json")
     with pytest.raises(CheckpointError, match=message):
-        whole_manifest(checkpoint)
+        manifest_of(checkpoint)
     assert not (tmp_path / "ran").exists()
 
 

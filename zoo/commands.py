@@ -132,13 +132,18 @@ def train(
         raise
     if result.resumed_from == options.steps:
         say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
-    loss = result.history[-1]["loss"]
-    say(
-        f"{options.steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}"
-    )
+    loss, steps = result.history[-1]["loss"], int(result.history[-1]["step"])
+    if steps < options.steps:
+        say(f"stopped early, after step {steps}: {options.patience} evaluations were not better than the best")
+    say(f"{steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}")
     imports = [word for source in ctx.find_root().params["imports"] or [] for word in ("--import", source)]
     again = shlex.join(["zoo", *imports, "generate", str(out), "--prompt", "The "])
-    say(f"the model is in {out}; next: {again}")
+    of = (
+        f", as of step {result.best['step']}, the best on val (loss {result.best['eval_loss']:.3f})"
+        if result.best
+        else ""
+    )
+    say(f"the model is in {out}{of}; next: {again}")
 
 
 @app.command(epilog="Example: [bold]zoo report runs/mine[/bold]")

@@ -118,6 +118,8 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
     cache_name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    # the auxiliary loss and the routers' statistics of the last call, for which transformers' outputs have no place
+    reported: tuple[Tensor | None, list[dict[str, Any]]] = (None, [])
     _is_stateful = True  # recurrent states cannot be rolled back: assisted decoding is refused
     _no_split_modules = ["Block"]  # noqa: RUF012
     _fsdp_plan = {  # noqa: RUF012
@@ -245,6 +247,7 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
             return_state=use_cache, inputs_embeds=inputs_embeds, num_items=num_items_in_batch, seq_idx=rows.documents,
             seq=seq, logits_to_keep=logits_to_keep, output_hidden_states=bool(output_hidden_states),
         )  # fmt: skip
+        self.reported = None if out.aux_loss is None else out.aux_loss.detach(), out.router
         left = None
         if use_cache and out.state is not None and tokens is not None:
             left = StateCache(out.state, tokens.shape[1] + (0 if cache is None else cache.length))

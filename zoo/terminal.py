@@ -98,8 +98,10 @@ def _message(error: Exception) -> str | None:
     # None for what is a defect of ours: that deserves its traceback
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
         return f"this command needs {error.name}. Install it with: pip install 'hybridzoo[{extra}]'"
-    caused = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError)
-    return str(error) if caused or type(error).__name__ in ("BackendError", "WorkerError") else None
+    caused = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError | MemoryError)
+    return (
+        (str(error) or "out of memory") if caused or type(error).__name__ in ("BackendError", "WorkerError") else None
+    )
 
 
 def _version(wanted: bool) -> None:

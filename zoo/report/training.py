@@ -140,10 +140,14 @@ def _figures(log: Log) -> list[str]:
         shown.append(("Training loss", f"{last:.3f}", "nats per token, mean of the last twentieth"))
     if held:
         at, best = min(held, key=lambda point: point[1])
-        shown.append(("Held-out loss", f"{best:.3f}", f"best, at step {at:,.0f}; perplexity {math.exp(min(best, 99)):,.4g}"))
+        shown.append(
+            ("Held-out loss", f"{best:.3f}", f"best, at step {at:,.0f}; perplexity {math.exp(min(best, 99)):,.4g}")
+        )
     if rate := _typical(log, "tokens_per_second"):
         mfu = _typical(log, "mfu")
-        shown.append(("Speed", f"{rate:,.0f}", "tokens/s" + (f", {100 * mfu:.1f} % of the device (MFU)" if mfu else "")))
+        shown.append(
+            ("Speed", f"{rate:,.0f}", "tokens/s" + (f", {100 * mfu:.1f} % of the device (MFU)" if mfu else ""))
+        )
     if memory := _points(log, "memory_GiB"):
         shown.append(("Memory", f"{max(y for _, y in memory):.1f} GiB", "of the GPU, at most"))
     return [card(title, f'<p class="big">{escape(value)}</p><p>{escape(note)}</p>') for title, value, note in shown]
@@ -186,7 +190,9 @@ def _settled(points: Points) -> tuple[float, float] | None:
 
 
 def _loads(log: Log) -> list[tuple[str, Points]]:
-    keys = sorted({key for entry in log.get("history", []) for key in entry if key.startswith("expert_load/")}, key=_layer)
+    keys = sorted(
+        {key for entry in log.get("history", []) for key in entry if key.startswith("expert_load/")}, key=_layer
+    )
     lines = [(f"block {_layer(key)}", _points(log, key)) for key in keys]
     lines = [line for line in lines if line[1]]
     if len(lines) <= _MOST_LINES:
@@ -195,7 +201,10 @@ def _loads(log: Log) -> list[tuple[str, Points]]:
     for _, points in lines:
         for x, y in points:
             by_step.setdefault(x, []).append(y)
-    return [("mean", [(x, fmean(ys)) for x, ys in by_step.items()]), ("worst", [(x, max(ys)) for x, ys in by_step.items()])]
+    return [
+        ("mean", [(x, fmean(ys)) for x, ys in by_step.items()]),
+        ("worst", [(x, max(ys)) for x, ys in by_step.items()]),
+    ]
 
 
 def _layer(key: str) -> int:

@@ -29,18 +29,22 @@ def described(core: Model, rows: Examples, source: str, tokens: int, args: Train
     where = f"{devices} x {args.device.type}" if devices > 1 else str(args.device)
     length = rows.length
     once = len(rows) * length
+    parts = args.gradient_accumulation_steps
+    split = f" in {parts} parts, {tokens // args.max_steps:,} tokens" if parts > 1 else ""
     data = [f"{len(rows):,} rows of {length:,} tokens ({once:,}){source}", *getattr(rows, "about", ())]
     if left := len(rows.rows) - len(rows):
         data.append(f"{left:,} rows hold nothing to predict and are left out")
     return {
         "size": f"{core.num_params():,} parameters in {' and '.join(kinds)}, on {where}",
         "data": "\n".join(data),
-        "budget": f"{args.max_steps:,} steps of {args.train_batch_size * args.world_size:,} rows: {tokens:,} tokens, "
+        "budget": f"{args.max_steps:,} steps of {args.train_batch_size * args.world_size * parts:,} rows{split}: {tokens:,} tokens, "
         f"the data {tokens / once:.3g} times; into {Path(args.output_dir).parent}",
     }
 
 
-def facts_of(core: Model, start: str, said: dict[str, str], notes: Sequence[str], device: torch.device) -> dict[str, str]:
+def facts_of(
+    core: Model, start: str, said: dict[str, str], notes: Sequence[str], device: torch.device
+) -> dict[str, str]:
     """Return what the page of a run says of it, by the words for it; a note may name its own, before a colon."""
     found = {"model": start, "layers": core.cfg.layers, **said}
     for note in notes:
@@ -50,7 +54,9 @@ def facts_of(core: Model, start: str, said: dict[str, str], notes: Sequence[str]
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
     names = ("hybridzoo", "torch", "transformers", "accelerate", "peft")
-    found["versions"] = ", ".join([f"python {platform.python_version()}", *(f"{n} {v}" for n in names if (v := _version(n)))])
+    found["versions"] = ", ".join(
+        [f"python {platform.python_version()}", *(f"{n} {v}" for n in names if (v := _version(n)))]
+    )
     return found
 
 

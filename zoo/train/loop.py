@@ -1,4 +1,4 @@
-"""transformers' ``Trainer`` as a zoo training uses it: what it optimises, notices, logs and saves."""
+"""transformers' ``Trainer`` as a zoo training uses it: what it optimises, notices, logs, evaluates and saves."""
 
 from pathlib import Path
 from typing import Any
@@ -13,61 +13,59 @@ from ..checkpoint.tensors import stored_tensors
 from ..errors import CheckpointError
 from ..models.build import param_groups
 from ..models.model import Model
-from .diverged import Diverged, first_nonfinite, nonfinite_weight
+from .batches import Batch, model_inputs, targets
+from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
+from .evaluation import Evaluations, best_of, has_stalled, loss_per_target, metrics_of
+from .manifest import Checkpoint
+from .optimisers import MuonAdamW, hidden_matrices
+from .options import TrainOptions
 from .order import order_of
-from .run_folder import AGAIN, Checkpoint, RunFolder
+from .run_folder import AGAIN, RunFolder
 from .session import Session
+from .stepping import Stepping, statistics
+from .watch import Seen, Told, Watch
 
 __all__ = ["ZooTrainer", "load_weights"]
 
 
-class Watch:
-    """Adds up losses and notices what is not finite, on the device; the host asks when something is logged or saved.
+class ZooTrainer(Trainer):
+    """A ``Trainer`` that decays what :func:`param_groups` says, stops at what is not finite, and resumes as if it had not stopped.
 
-    From the first step that is not finite on, ``bad`` is 1, and the optimiser, which reads it on the device, changes no weight: the model
-    is then still the one that this step started from. ``sums`` is of the losses since the step that was logged last, of one process.
+    Args:
+        *args: Of the ``Trainer``.
+        options: Of the training.
+        run: Its folder.
+        session: What its user sees.
+        checkpoint: The one that it goes on from.
+        **kwargs: Of the ``Trainer``.
     """
 
-    def __init__(self, device: torch.device, sums: float = 0.0, step: int = 0, logged: int = 0):
-        self.sum, self.bad, self.good = (torch.full((), x, device=device) for x in (sums, 0.0, 0.0))
-        self.asked, self.logged = step, logged
-        self.loss: Tensor | None = None
-        # rows, loss and gradient norm of each since the last question
-        self.steps: list[tuple[list[Tensor], Tensor, Tensor]] = []
-        self.rows: list[Tensor] = []
+    optimizer: Any
+    control: Any
 
-    def read(self, rows: Tensor, loss: Tensor) -> None:
-        """Take in a batch, or a part of one."""
-        self.rows.append(rows)
-        self.loss = loss if self.loss is None else self.loss + loss
-
-    def differentiated(self, norm: Tensor) -> None:
-        """Take in the norm of the gradient that a step is about to use."""
-        assert self.loss is not None
-        finite = torch.isfinite(self.loss) & torch.isfinite(norm)
-        self.bad.copy_(torch.maximum(self.bad, 1 - finite.to(self.bad.dtype)))
-        self.good += 1 - self.bad
-        self.sum += self.loss
-        self.steps.append((self.rows, self.loss, norm))
-        self.rows, self.loss = [], None
-
-
-class ZooTrainer(Trainer):
-    """A ``Trainer`` that decays what :func:`param_groups` says, stops at what is not finite, and resumes as if it had not stopped."""
-
-    def __init__(self, *args: Any, run: RunFolder, session: Session, checkpoint: Checkpoint | None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, options: TrainOptions, run: RunFolder, session: Session, checkpoint: Checkpoint | None,
+        **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.run, self.session = run, session
+        self.options, self.run, self.session = options, run, session
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.add_callback(Evaluations)
         self.add_callback(session)
         device = self.args.device
-        self.watch = Watch(device)
+        self.watch = Watch(device, options.spike)
         if checkpoint is not None:
-            sums = checkpoint.manifest["loss_sums"][self.args.process_index]
-            self.watch = Watch(device, sums, checkpoint.step, checkpoint.manifest["logged"])
+            start, logged = checkpoint.manifest["losses"][self.args.process_index], checkpoint.manifest["logged"]
+            self.watch = Watch(device, options.spike, start, checkpoint.step, logged)
         # where the host runs as the device does, nothing is saved by asking later
         self.asks_at_once = device.type == "cpu"
+        self.documents: int | None = getattr(self.train_dataset, "documents", None)
+        several = self.args.world_size > 1 or self.args.n_gpu > 1
+        self.stepping = Stepping(
+            self.model, self.args.train_batch_size, self.documents, torch.bfloat16 if self.args.bf16 else None,
+            options.capture, "several devices train together" if several else None,
+        )  # fmt: skip
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Name the parameters that decay."""
@@ -77,17 +75,48 @@ class ZooTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return order_of(self.train_dataset if train_dataset is None else train_dataset, self.args.seed)
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As transformers; the loss is added up here, in a sum that a checkpoint carries on."""
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers; or Muon for the matrices of the blocks that decay, and AdamW for the rest."""
+        if self.optimizer is not None or self.options.optimizer == "adamw":
+            return super().create_optimizer(model)
+        model, args = self.model if model is None else model, self.args
+        decayed, rest = param_groups(model, args.weight_decay)
+        hidden = hidden_matrices(model)
+        muon = decayed | {"params": [p for p in decayed["params"] if id(p) in hidden]}
+        others = decayed | {"params": [p for p in decayed["params"] if id(p) not in hidden]}
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = MuonAdamW([muon], [others, rest], args.learning_rate, betas, args.adam_epsilon)
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """As transformers, or a replay of it; the loss is added up here, in a sum that a checkpoint carries on."""
         rows = inputs.pop("row")
-        if (documents := inputs.pop("documents", None)) is not None:
-            inputs["seq_idx"] = documents
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = self.stepping.take(inputs, num_items_in_batch)
+        if loss is None:
+            loss = super().training_step(model, model_inputs(inputs, self.documents), num_items_in_batch)
         self.watch.read(rows, loss)
         return loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
+        counted = [{**batch, "shift_labels": targets(batch)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: transformers would count all parameters for every batch, to estimate what a model knows of itself."""
+        return 0
+
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         norm = super()._clip_grad_norm(model)
+        self._differentiated(norm)
+        return norm
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        if grad_norm is None:  # nothing is clipped
+            grad_norm = super()._get_grad_norm(model)
+            self._differentiated(grad_norm)
+        return grad_norm
+
+    def _differentiated(self, norm: Tensor) -> None:
         self.watch.differentiated(norm)
         if self.asks_at_once:
             self._ask()
@@ -95,55 +124,89 @@ class ZooTrainer(Trainer):
             # the protocol of torch.amp.GradScaler: a fused optimiser leaves everything as it is where this is 1
             optimiser: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             optimiser.found_inf = self.watch.bad
-        return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As transformers, with the mean over all steps since the last logged one, whatever was stopped in between."""
         if "loss" in logs:
             step = self.state.global_step
-            logs["loss"] = sum(self._ask()) / self.args.world_size / (step - self.watch.logged)
+            logs["loss"] = sum(one.total for one in self._ask()) / self.args.world_size / (step - self.watch.logged)
+            logs |= statistics(*self.stepping.statistics())
             self.watch.sum.zero_()
             self.watch.logged = step
             logs |= self.session.measures(step)
         super().log(logs, *args, **kwargs)
 
-    def _ask(self) -> list[float]:
-        """Return the sums of losses of all processes, or raise :class:`Diverged` where something was not finite."""
-        watch, asked = self.watch, float(self.session.interrupted)
-        told = torch.stack([watch.sum, watch.bad, watch.good, torch.full_like(watch.sum, asked)])
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on all targets, log it, and have the best model saved; training ends where there is no better one for long."""
+        loss, _ = loss_per_target(self)
+        step, core = self.state.global_step, self.model.core
+        if loss != loss or loss == float("inf"):
+            self._diverge(
+                f"the loss of the evaluation after it is {loss}", step, [], nonfinite_weight(self.model) or "unknown"
+            )
+        metrics = metrics_of(loss, core.cfg.tokenizer)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        history = self.state.log_history
+        if (best := best_of(history)) is not None and best["step"] == step:
+            self.control.should_save = True
+        if has_stalled(history, self.options.patience):
+            self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    def _ask(self) -> list[Told]:
+        """Return what all processes have to tell, or raise :class:`Diverged` where a step must not be taken."""
+        told = self.watch.tell(self.session.interrupted)[None]
         if self.args.world_size > 1:
             told = self.accelerator.gather(told)
-        processes = told.reshape(-1, 4).tolist()
-        if any(bad for _, bad, _, _ in processes):
-            self._stop_at(int(min(good for _, bad, good, _ in processes if bad)))
+        processes = [Told(*one) for one in told.tolist()]
+        if any(one.bad for one in processes):
+            self._stop_at(int(min(one.good for one in processes if one.bad)), processes)
         # of several processes none may stop alone
-        self.session.stopping = any(wish for *_, wish in processes)
-        watch.asked += len(watch.steps)
-        watch.steps.clear()
-        watch.good.zero_()
-        return [total for total, *_ in processes]
+        self.session.stopping = any(one.wish for one in processes)
+        self.watch.forget()
+        return processes
 
-    def _stop_at(self, index: int) -> None:
+    def _stop_at(self, index: int, told: list[Told]) -> None:
         """Raise :class:`Diverged` for the step that was ``index``-th since the last question."""
-        rows, loss, norm = self.watch.steps[index]
-        step, numbers = self.watch.asked + index + 1, sorted(torch.cat(rows).tolist())
-        batch = [self.train_dataset.rows[n] for n in numbers]
-        ids, labels = (torch.stack([row[k] for row in batch]).to(self.args.device) for k in ("input_ids", "labels"))
+        seen = self.watch.steps[index]
+        loss, norm = seen.loss.item(), seen.norm.item()
+        finite = all(abs(x) < float("inf") for x in (loss, norm))
+        step, rows = self.watch.asked + index + 1, sorted(torch.cat(seen.rows).tolist())
         try:
-            where = first_nonfinite(self.model.core, ids, labels)
+            where = self._locate(seen, finite)
         except (RuntimeError, ValueError) as e:  # out of memory, say: the rest of the message matters more
             where = f"not found ({str(e).splitlines()[0]})"
-        what = f"the loss is {loss.item():.4g} and its gradient's norm {norm.item():.4g}"
-        self._diverge(what, step, numbers, where or "not found again")
+        if not finite:
+            self._diverge(f"the loss is {loss:.4g} and its gradient's norm {norm:.4g}", step, rows, where)
+        own = told[self.args.process_index]
+        self._diverge(
+            f"the loss is {loss:.4g}, and its mean over some ten steps {own.mean:.4g}, more than {self.options.spike:g} above the "
+            f"{own.lowest:.4g} of step {own.lowest_at:.0f}", step, rows, where, int(own.lowest_at),
+        )  # fmt: skip
 
-    def _diverge(self, what: str, step: int, rows: list[int], where: str) -> None:
-        last = self.run.last_step()
+    def _locate(self, seen: Seen, finite: bool) -> str:
+        numbers = torch.cat(seen.rows).tolist()
+        examples: Any = self.train_dataset
+        size = self.args.per_device_train_batch_size
+        chosen = [[examples.rows[n] for n in numbers[i : i + size]] for i in range(0, len(numbers), size)]
+        batches = [{k: torch.stack([row[k] for row in rows]).to(self.args.device) for k in rows[0]} for rows in chosen]
+        items = sum((targets(batch) != -100).sum() for batch in batches)
+        inputs = [model_inputs(batch, self.documents) | {"num_items": items} for batch in batches]
+        with self.accelerator.autocast():
+            if finite:
+                return largest_gradient(self.model.core, inputs)
+            return first_nonfinite(self.model.core, inputs) or "not found again"
+
+    def _diverge(self, what: str, step: int, rows: list[int], where: str, before: int | None = None) -> None:
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        kept = f"Checkpoint {last} in {self.run.checkpoints} is whole." if last else "There is no checkpoint yet."
         batch = f"; rows {shown} of the data" if rows else ""
+        found = "first value that is not finite" if before is None else "largest gradient"
+        calm = "" if before is None else ", or go on regardless with spike=0 (--spike 0)"
         raise Diverged(
-            f"training diverged at step {step} of {self.args.max_steps}: {what}{batch}; first value that is not finite: {where}. {kept} "
-            f"Try a lower lr (it is {self.args.learning_rate:g}) or a longer warm-up, in another folder or with resume off (--no-resume).",
+            f"training diverged at step {step} of {self.args.max_steps}: {what}{batch}; {found}: {where}. {self.run.kept(before)} "
+            f"Try a lower lr (it is {self.args.learning_rate:g}) or a longer warm-up, in another folder or with resume off "
+            f"(--no-resume){calm}.",
             step, tuple(rows), where,
         )  # fmt: skip
 
@@ -153,7 +216,7 @@ class ZooTrainer(Trainer):
         )  # asked for when a checkpoint is saved, and at the end, when old ones are looked for in vain
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        sums, step = self._ask(), self.state.global_step
+        told, step = self._ask(), self.state.global_step
         if (name := nonfinite_weight(self.model)) is not None:
             self._diverge("the weights are no longer finite after it", step, [], f"the weight {name}")
         seconds = self.session.saved_seconds = round(self.session.seconds, 3)
@@ -167,7 +230,9 @@ class ZooTrainer(Trainer):
             ) from e
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.run.publish(step, {"seconds": seconds, "loss_sums": sums, "logged": self.watch.logged})
+            best = best_of(self.state.log_history)
+            facts = {"seconds": seconds, "losses": [self.watch.kept(one) for one in told], "logged": self.watch.logged}
+            self.run.publish(step, facts, None if best is None else int(best["step"]), self.watch.risen_since(told))
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -29,11 +29,11 @@ class TrainOptions:
 
     steps: int = option(1000, "Optimiser steps.", trainer="max_steps", panel=_OPTIMISER)
     batch_size: int = option(
-        8, "Rows per device that are read at once.", trainer="per_device_train_batch_size", panel=_DATA
+        8, "Rows per device that are read at once.", trainer="per_device_train_batch_size", setting=False, panel=_DATA
     )
     accumulate: int = option(
         1, "Batches per step, whose gradients are added up as if they were one.", bound=at_least(1),
-        trainer="gradient_accumulation_steps", panel=_DATA,
+        trainer="gradient_accumulation_steps", setting=False, panel=_DATA,
     )  # fmt: skip
     length: int | None = option(
         None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False, panel=_DATA
@@ -81,9 +81,7 @@ class TrainOptions:
     final_lr: float = option(
         0.0, "Share of the rate that is left at the end.", bound=within(0, 1, True), panel=_OPTIMISER
     )
-    beta1: float = option(
-        0.9, "AdamW's, for gradients; Muon's momentum.", bound=within(0, 1), trainer="adam_beta1", panel=_OPTIMISER
-    )
+    beta1: float = option(0.9, "AdamW's, for gradients.", bound=within(0, 1), trainer="adam_beta1", panel=_OPTIMISER)
     beta2: float = option(
         0.999, "AdamW's, for their squares.", bound=within(0, 1), trainer="adam_beta2", panel=_OPTIMISER
     )
@@ -135,6 +133,8 @@ class TrainOptions:
             )
 
     def _check_together(self) -> None:
+        if isinstance(self.val, str | os.PathLike) and str(self.val) == STANDARD_INPUT:
+            raise ValueError("train(val='-'): standard input can be read once only. Give a file.")
         if self.val is None and (self.eval_every or self.patience):
             given = f"eval_every={self.eval_every}" if self.eval_every else f"patience={self.patience}"
             raise ValueError(f"train({given}): there is nothing to evaluate on. Give val, or leave it out.")
@@ -149,8 +149,12 @@ class TrainOptions:
             )
 
     def settings(self) -> dict[str, Any]:
-        """Return what a run that is continued must have in common with its beginning, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("setting")}
+        """Return what a run that is continued must have in common with its beginning, by name.
+
+        How the rows of a step are read, in few large batches or in many small ones, is not among it.
+        """
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("setting")}
+        return named | {"rows_per_step": self.batch_size * self.accumulate}
 
     def for_trainer(self) -> dict[str, Any]:
         """Return what transformers' ``TrainingArguments`` take as it is, by their names."""

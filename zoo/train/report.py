@@ -8,7 +8,8 @@ from transformers import TrainerCallback
 
 from ..checkpoint.publish import write_whole
 from ..report.training import training_page
-from .run_folder import RunFolder, plain
+from .manifest import plain
+from .run_folder import RunFolder
 
 __all__ = ["REPORT", "Report", "write_report"]
 

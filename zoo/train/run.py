@@ -19,21 +19,24 @@ from ..device import pick_device
 from ..hf import HybridZooForCausalLM
 from ..models.model import Model
 from ..options import called_with
-from .arguments import training_arguments
+from .arguments import resolved_precision, training_arguments
 from .digests import digest_weights
 from .diverged import Diverged
+from .evaluation import best_of, has_stalled
 from .examples import Examples, examples_from
 from .flops import context_length, flops_per_token, peak_flops
 from .header import command_of, described, facts_of
 from .loop import ZooTrainer, load_weights
+from .manifest import Checkpoint, loss_entries
+from .memory import OutOfMemory, naming_memory
 from .options import TrainOptions, check_out, check_path, holds_weights
 from .report import Report
-from .run_folder import Checkpoint, DifferentRun, RunFolder, loss_entries
+from .run_folder import DifferentRun, RunFolder
 from .session import Session, Workload
 from .start import start_from
 from .trackers import trackers
 
-__all__ = ["DifferentRun", "Diverged", "Interrupted", "TrainCall", "TrainResult", "train"]
+__all__ = ["DifferentRun", "Diverged", "Interrupted", "OutOfMemory", "TrainCall", "TrainResult", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -55,13 +58,15 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        model: The trained model, in evaluation mode.
+        model: The trained model, in evaluation mode; with ``val`` that of the ``best`` step.
         history: ``{"step", "loss", "learning_rate", "grad_norm", "seconds"}`` per logged step; the loss is the mean
             since the last one, in nats per token, and the seconds are those spent training, over all sessions, without what an interruption
-            lost.
+            lost. Where there are experts, ``"aux_loss"`` and an ``"expert_load/N"`` for each of their layers: the load of the busiest over
+            the mean. Where the step was evaluated, ``"eval_loss"``, in nats per target, and for bytes ``"eval_bits_per_byte"``.
         tokens: Read in all steps.
         seconds: Spent training, over all sessions.
         resumed_from: The step that this call started at.
+        best: ``{"step", "eval_loss"}`` of the lowest loss on ``val``; ``None`` without it.
     """
 
     model: Model
@@ -69,6 +74,7 @@ class TrainResult:
     tokens: int
     seconds: float
     resumed_from: int
+    best: dict[str, float] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,7 +111,7 @@ class TrainCall(TrainOptions):
 
 @called_with(TrainCall)
 def train(call: TrainCall) -> TrainResult:
-    """Train a language model: AdamW, linear warm-up, cosine decay to zero, gradients clipped at norm 1.
+    """Train a language model; by default AdamW, linear warm-up, cosine decay to zero, gradients clipped at norm 1.
 
     An interrupted run (Ctrl-C, a crash) continues from its last checkpoint when it is called again, with the numbers of a run that was
     not interrupted, and a finished one is read from its folder. Rows in which nothing is to be predicted are left out. Weights decay
@@ -115,32 +121,32 @@ def train(call: TrainCall) -> TrainResult:
         CheckpointError: Weights that cannot be read, or a run without a whole checkpoint.
         ConfigError: The config is not valid.
         DifferentRun: ``out`` holds something else, or another process is training there.
-        Diverged: A loss, gradient or weight is no longer finite; the last checkpoint is kept.
+        Diverged: A loss, gradient or weight is no longer finite, or the loss has risen (``spike``); the last good checkpoint is kept.
         FileNotFoundError: No data.
         NotADirectoryError: ``out`` is a file.
         Interrupted: After Ctrl-C, when the state has been saved; a KeyboardInterrupt.
+        OutOfMemory: A step does not fit; the last checkpoint is kept.
         ValueError: Data that cannot be read, ids outside the vocabulary, a device that is not there, or numbers that cannot work.
     """
-    out, data = Path(call.out), call.data
+    out = Path(call.out)
     check_out(out)
-    if isinstance(data, str | os.PathLike):
-        check_path(data)
+    for source in (call.data, call.val):
+        if isinstance(source, str | os.PathLike):
+            check_path(source)
     use_cpu = call.device is not None and pick_device(call.device, numbered=False).type == "cpu"
+    call = dataclasses.replace(call, precision=resolved_precision(call.precision, use_cpu))
     torch.manual_seed(call.seed)
     core, header = start_from(call.model, call.overrides, out)
-    rows = examples_from(data, core, call, out)
+    rows = examples_from(call.data, core, call, out)
+    val = _held_out(call, core, rows.length)
     devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
-    tokens = call.steps * call.batch_size * devices * rows.length
+    per_step = call.batch_size * call.accumulate * devices * rows.length
     run = RunFolder(out)
     with contextlib.ExitStack() as claimed:
         log, settings = None, {}
         # torchrun says which process is the first, before they know each other
         if os.environ.get("RANK", "0") == "0":
-            has_weights = isinstance(call.model, torch.nn.Module) or holds_weights(call.model)
-            about = {"config": OmegaConf.to_container(core.cfg), "data": rows.digest}
-            settings = (
-                about | call.settings() | {"devices": devices, "start": digest_weights(core) if has_weights else None}
-            )
+            settings = _settings(call, core, rows, val, devices)
             log = run.finished(settings) if call.resume else None
             if log is None:
                 claimed.enter_context(run.claim())
@@ -149,45 +155,77 @@ def train(call: TrainCall) -> TrainResult:
             args, lambda: (log, None if log else run.open(settings, call.resume, call.overwrite))
         )
         if log is not None:
-            return TrainResult(load(out), log["history"], tokens, log["seconds"], resumed_from=call.steps)
-        source = f" from {data}" if isinstance(data, str | os.PathLike) else ""
-        said = described(core, rows, source, tokens, args)
+            history = log["history"]
+            tokens = per_step * int(history[-1]["step"])
+            return TrainResult(load(out), history, tokens, log["seconds"], call.steps, log.get("best"))
+        source = f" from {call.data}" if isinstance(call.data, str | os.PathLike) else ""
+        said = described(core, rows, source, per_step * call.steps, args)
         session = Session([*header, *said.values()], _workload(core, rows, args), checkpoint, call.on_step)
         if args.process_index == 0:
             facts = facts_of(core, "; ".join(header), said, [], args.device)
             run.describe(_about(call, facts, session.work), session.first_step)
         try:
-            history = _run(core, rows, args, run, session, checkpoint, call.report_to)
+            with naming_memory(call, rows.length, args.device, run.kept):
+                history = _run(core, (rows, val), args, run, session, checkpoint, call)
+            best = best_of(history)
+            if best is not None and best["step"] < history[-1]["step"]:
+                load_weights(core, run.checkpoint(int(best["step"])).folder)
             if args.process_index == 0:
                 save(core, out)
-                run.finish(history, session.saved_seconds)
+                run.finish(history, session.saved_seconds, best)
         except KeyboardInterrupt:
             raise Interrupted(run.last_step(), call.steps, out) from None
-    return TrainResult(core.eval(), history, tokens, session.saved_seconds, session.first_step)
+    tokens = per_step * int(history[-1]["step"])
+    return TrainResult(core.eval(), history, tokens, session.saved_seconds, session.first_step, best)
+
+
+def _held_out(call: TrainCall, core: Model, length: int) -> Examples | None:
+    """Return what is evaluated on, in rows of the training's length."""
+    if call.val is None:
+        return None
+    try:
+        return examples_from(call.val, core, dataclasses.replace(call, length=call.length or length), Path(call.out))
+    except ValueError as e:
+        raise ValueError(f"val: {str(e).removeprefix('data: ')}") from e
+
+
+def _settings(call: TrainCall, core: Model, rows: Examples, val: Examples | None, devices: int) -> dict[str, Any]:
+    """Return what a call has to have in common with those that it continues."""
+    has_weights = isinstance(call.model, torch.nn.Module) or holds_weights(call.model)
+    data = {"data": rows.digest, "val": None if val is None else val.digest}
+    start = digest_weights(core) if has_weights else None
+    return {"config": OmegaConf.to_container(core.cfg), **data, **call.settings(), "devices": devices, "start": start}
 
 
 def _run(
-    core: Model, rows: Examples, args: TrainingArguments, run: RunFolder, session: Session,
-    checkpoint: Checkpoint | None, report_to: str,
+    core: Model, data: tuple[Examples, Examples | None], args: TrainingArguments, run: RunFolder, session: Session,
+    checkpoint: Checkpoint | None, options: TrainOptions,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Take the steps that are left, and give what was logged in all of them."""
-    if checkpoint is not None and checkpoint.step >= args.max_steps:
-        # stopped after its last step: there is nothing left to train
-        load_weights(core, checkpoint.folder)
-        return checkpoint.history()
-    callbacks = trackers(report_to, run.path, session.first_step) if args.process_index == 0 else []
+    if checkpoint is not None:
+        history = checkpoint.history()
+        if checkpoint.step >= args.max_steps or has_stalled(history, options.patience):
+            # stopped after its last step: there is nothing left to train
+            load_weights(core, checkpoint.folder)
+            return history
+    callbacks = trackers(options.report_to, run.path, session.first_step) if args.process_index == 0 else []
     callbacks.append(Report(run.path, run.about))
+    if options.checkpointing:
+        core.gradient_checkpointing_enable()
     trainer = ZooTrainer(
-        HybridZooForCausalLM.wrap(core), args, train_dataset=rows, callbacks=callbacks, run=run, session=session,
-        checkpoint=checkpoint,
+        HybridZooForCausalLM.wrap(core), args, train_dataset=data[0], eval_dataset=data[1], callbacks=callbacks,
+        options=options, run=run, session=session, checkpoint=checkpoint,
     )  # fmt: skip
+    if args.device.type == "cuda":
+        session.header.append(trainer.stepping.says)
     # a backward of one device in a thread of its own costs a sixth of a small model's step; several devices need their threads
     apart = torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ
     with session.saving_on_interrupt(), _quiet(), torch.autograd.set_multithreading_enabled(apart):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-    if trainer.state.global_step < args.max_steps:
+    history = loss_entries(trainer.state.log_history)
+    if trainer.state.global_step < args.max_steps and not has_stalled(history, options.patience):
         raise KeyboardInterrupt
-    return loss_entries(trainer.state.log_history)
+    return history
 
 
 def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:

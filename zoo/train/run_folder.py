@@ -11,8 +11,6 @@ Every change is one rename, so that a run killed at any moment leaves what it wa
 """
 
 import contextlib
-import json
-import math
 import os
 import shutil
 import socket
@@ -22,37 +20,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import is_deep
 from ..checkpoint.publish import sync, write_whole
-from ..checkpoint.tensors import check_state_file
 from ..errors import CheckpointError
 from .digests import digest_file
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    are_entries,
+    dumps,
+    is_number,
+    manifest_of,
+    plain,
+    read_json,
+    step_of,
+)  # fmt: skip
 
-__all__ = ["AGAIN", "LOG", "Checkpoint", "DifferentRun", "RunFolder"]
+__all__ = ["AGAIN", "LOG", "DifferentRun", "RunFolder"]
 
-FORMAT = 2
 AGAIN = "Use another folder, or turn resume off (--no-resume) to start again."
-LOG, MANIFEST, STATE = "train.json", "zoo.json", "trainer_state.json"
+LOG = "train.json"
 _KEPT = 2
-_FOREVER = 1e10  # seconds: longer than anything trains
 # what marks a folder as somebody's model
 _MODEL_FILES = "config.yaml config.json adapter_config.json *.safetensors *.bin checkpoints/checkpoint-*".split()
 
 
 class DifferentRun(ValueError):
     """The folder holds something else than this run, or another process is at work in it; the message says what."""
-
-
-class Checkpoint:
-    """A whole checkpoint: its folder, and what its manifest says (``step``, ``seconds``, ``loss_sums``, ``logged``)."""
-
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
-        self.folder, self.manifest = folder, manifest
-        self.step, self.seconds = int(manifest["step"]), float(manifest["seconds"])
-
-    def history(self) -> list[dict[str, float]]:
-        """Return what was logged up to here."""
-        return loss_entries(_read_json(self.folder / STATE)["log_history"])
 
 
 class RunFolder:
@@ -140,44 +135,63 @@ class RunFolder:
         if log is None:
             raise DifferentRun(f"{self.path}: holds no {LOG}, so no training of ours.")
         for folder in () if log["finished"] else self._steps()[:1]:
-            log["history"] = _read_json(folder / STATE)["log_history"]
+            log["history"] = read_json(folder / STATE)["log_history"]
         return log
 
-    def finish(self, history: list[dict[str, float]], seconds: float) -> None:
-        """Note that the model is in its place, and all is done."""
-        self._write_log({"finished": True, "history": history, "seconds": seconds})
+    def finish(self, history: list[dict[str, float]], seconds: float, best: dict[str, float] | None = None) -> None:
+        """Note that the model is in its place, and all is done; ``best`` is the step that it is of, and the loss there, if not the last."""
+        self._write_log({"finished": True, "history": history, "seconds": seconds, "best": best})
 
-    def publish(self, step: int, facts: dict[str, Any]) -> None:
-        """Make the checkpoint that lies in ``staging`` one of the run's, and delete all but the newest two."""
+    def publish(
+        self, step: int, facts: dict[str, Any], best: int | None = None, risen_since: int | None = None
+    ) -> None:
+        """Make the checkpoint that lies in ``staging`` one of the run's, and delete those that are not kept.
+
+        Kept are the newest two, that of the ``best`` step, and, where losses have ``risen_since`` a step, the newest from before that.
+        """
         place = self.checkpoints / f"checkpoint-{step}"
         ready = self.staging / place.name
         files = sorted(f for f in ready.rglob("*") if f.is_file())
         listed = {str(f.relative_to(ready)): [f.stat().st_size, digest_file(f)] for f in files}
         manifest = {"format": FORMAT, "step": step, "settings": self.settings, **facts, "files": listed}
-        (ready / MANIFEST).write_text(_dumps(manifest), encoding="utf-8")
+        (ready / MANIFEST).write_text(dumps(manifest), encoding="utf-8")
         for file in (*files, ready / MANIFEST, ready):
             sync(file)
         _delete(place)
         ready.replace(place)
         self.staging.rmdir()
         sync(self.checkpoints)
-        for old in self._steps()[_KEPT:]:
-            _delete(old)
+        kept = {*self._steps()[:_KEPT], self.checkpoints / f"checkpoint-{best}"}
+        if risen_since is not None:
+            kept.add(self.checkpoints / f"checkpoint-{self.last_step(risen_since)}")
+        for old in self._steps():
+            if old not in kept:
+                _delete(old)
 
-    def last_step(self) -> int:
-        """The step of the newest checkpoint, 0 without one."""
-        steps = self._steps()
-        return _step_of(steps[0]) if steps else 0
+    def last_step(self, until: int | None = None) -> int:
+        """The step of the newest checkpoint, ``until`` a step or else the oldest; 0 without one."""
+        steps = [step_of(folder) for folder in self._steps()]
+        return next((step for step in steps if until is None or step <= until), steps[-1] if steps else 0)
+
+    def kept(self, until: int | None = None) -> str:
+        """Say which checkpoint there is, as :meth:`last_step` counts."""
+        last = self.last_step(until)
+        return f"Checkpoint {last} in {self.checkpoints} is whole." if last else "There is no checkpoint yet."
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of a step; what is not whole is a CheckpointError."""
+        folder = self.checkpoints / f"checkpoint-{step}"
+        return Checkpoint(folder, manifest_of(folder))
 
     def _steps(self) -> list[Path]:
-        found = [f for f in self.checkpoints.glob("checkpoint-*") if _step_of(f) >= 0 and f.is_dir()]
-        return sorted(found, key=_step_of, reverse=True)
+        found = [f for f in self.checkpoints.glob("checkpoint-*") if step_of(f) >= 0 and f.is_dir()]
+        return sorted(found, key=step_of, reverse=True)
 
     def _newest_whole(self) -> Checkpoint | None:
         damaged: list[tuple[Path, str]] = []
         for folder in self._steps():
             try:
-                manifest = _whole(folder)
+                manifest = manifest_of(folder)
             except CheckpointError as e:
                 damaged.append((folder, str(e)))
                 continue
@@ -196,7 +210,7 @@ class RunFolder:
     def _read_log(self) -> dict[str, Any] | None:
         file = self.path / LOG
         try:
-            log = _read_json(file)
+            log = read_json(file)
         except FileNotFoundError:
             return None
         except ValueError as e:
@@ -207,13 +221,16 @@ class RunFolder:
                 f"{file}: is of format {there}, and this version of hybridzoo goes on from format {FORMAT}. {AGAIN}"
             )
         settings, finished, seconds, history = map(log.get, ("settings", "finished", "seconds", "history"))
-        whole = isinstance(settings, dict) and isinstance(finished, bool) and _is_number(seconds)
-        if not (whole and _are_entries(history)) or (finished and not all("loss" in e for e in history or [{}])):
+        whole = isinstance(settings, dict) and isinstance(finished, bool) and is_number(seconds)
+        whole = whole and ((best := log.get("best")) is None or are_entries([best]))
+        if not (whole and are_entries(history)) or (finished and not all("loss" in e for e in history or [{}])):
             raise DifferentRun(f"{file}: is not whole. {AGAIN}")
         return log
 
     def _write_log(self, content: dict[str, Any]) -> None:
-        write_whole(self.path / LOG, _dumps({"format": FORMAT, "settings": self.settings, "about": self.about, **content}))
+        write_whole(
+            self.path / LOG, dumps({"format": FORMAT, "settings": self.settings, "about": self.about, **content})
+        )
 
     def _refuse_other(self, old: dict[str, Any]) -> None:
         for key, values in _differences(old, self.settings):
@@ -242,70 +259,6 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-def loss_entries(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The logged losses among what transformers logs."""
-    return [{k: v for k, v in entry.items() if k != "epoch"} for entry in log_history if "loss" in entry]
-
-
-def _whole(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what was written."""
-    try:
-        manifest = _read_json(folder / MANIFEST)
-        expected = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
-        if manifest["format"] != FORMAT or manifest["step"] != _step_of(folder):
-            raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
-        kinds = {"settings": dict, "loss_sums": list, "logged": int}
-        if not all(isinstance(manifest[key], kind) for key, kind in kinds.items()):
-            raise ValueError("settings, loss_sums or logged is of another kind")
-        if not all(map(_is_number, manifest["loss_sums"])) or not 0 <= float(manifest["seconds"]) < _FOREVER:
-            raise ValueError("loss_sums are no numbers, or seconds is none")
-        if outside := [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise ValueError(f"it names {outside[0]!r}, which is not in the folder")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: has no {MANIFEST}, so no training of this version has left it there"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{folder / MANIFEST}: is not as it was written ({e})") from e
-    for name, (size, digest) in expected.items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: is missing")
-        if (now := file.stat().st_size) != size:
-            raise CheckpointError(f"{file}: has {now} bytes, and {size} were written")
-        if digest_file(file) != digest:
-            raise CheckpointError(f"{file}: is not as it was written (its digest differs)")
-    # a digest in the same folder says nothing of who wrote it
-    for file in (f for ending in ("*.pt", "*.pth") for f in folder.glob(ending)):
-        check_state_file(file)
-    try:
-        state = _read_json(folder / STATE)
-        if state["global_step"] != manifest["step"] or not _are_entries(state["log_history"]):
-            raise ValueError(f"global_step {state['global_step']}, log_history {str(state['log_history'])[:40]}")
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise CheckpointError(f"{folder / STATE}: is not as transformers writes it ({e})") from e
-    return manifest
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _are_entries(history: Any) -> bool:
-    return isinstance(history, list) and all(
-        isinstance(entry, dict) and all(map(_is_number, entry.values())) for entry in history
-    )
-
-
-def plain(value: Any) -> Any:
-    """Return what JSON has words for: keys are text, and numbers that are not finite are written out."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The keys, dotted, under which two nested mappings differ, and what each of them says."""
     for key in {**new, **old}:
@@ -315,27 +268,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif there != now:
             there, now = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(str, (there, now)))
             yield f"{prefix}{key}", f"{there} there, {now} now"
-
-
-def _step_of(folder: Path) -> int:
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if number.isascii() and number.isdigit() else -1
-
-
-def _read_json(file: Path) -> Any:
-    def refuse(token: str) -> None:
-        raise ValueError(f"{token} is no JSON")
-
-    if file.exists() and not file.is_file():
-        raise ValueError("is no regular file")  # a pipe would be waited for
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-    except RecursionError as e:
-        raise ValueError(str(e)) from e
-    if is_deep(content):
-        raise ValueError("is nested too deeply")
-    return content
-
-
-def _dumps(content: Any) -> str:
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from transformers import TrainerCallback
 
 from ..terminal import progress_bar, stderr
-from .run_folder import Checkpoint
+from .manifest import Checkpoint
 
 __all__ = ["Session", "Workload"]
 
@@ -44,7 +44,11 @@ class Session(TrainerCallback):
     """Watches one call of the Trainer: shows ``header`` and progress, measures speed and time, and turns Ctrl-C into a checkpoint."""
 
     def __init__(
-        self, header: list[str], work: Workload, checkpoint: Checkpoint | None, on_step: Callable[[int, float], None] | None
+        self,
+        header: list[str],
+        work: Workload,
+        checkpoint: Checkpoint | None,
+        on_step: Callable[[int, float], None] | None,
     ):
         self.header, self.work, self.on_step = header, work, on_step
         # a checkpoint knows the time that led to it; what came after it was lost

@@ -1,0 +1,104 @@
+"""Forward and backward of a batch: replayed from a CUDA graph where one can be recorded, and eager elsewhere."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layers.moe import MoE
+from ..hf import HybridZooForCausalLM
+from ..terminal import say
+from .batches import Batch, filled
+from .captured_step import CapturedStep, why_not_captured
+
+__all__ = ["Stepping", "statistics"]
+
+
+class Stepping:
+    """Takes batches through a recorded step, or says why the caller has to.
+
+    Args:
+        model: The model, where it is trained.
+        rows: Of a whole batch.
+        most: The most documents of a row, where rows are packed.
+        autocast: The type that is computed in, if it is not that of the weights.
+        capture: The option of that name.
+        why: Why no step can be recorded, if the caller knows that.
+
+    Attributes:
+        why_eager: Why no step is recorded; ``None`` where one is, or will be.
+
+    Raises:
+        ValueError: A step was to be recorded (``capture="on"``), and cannot be.
+    """
+
+    def __init__(
+        self, model: HybridZooForCausalLM, rows: int, most: int | None, autocast: torch.dtype | None, capture: str,
+        why: str | None = None,
+    ):  # fmt: skip
+        self.model, self.rows, self.most, self.autocast, self.must = model, rows, most, autocast, capture == "on"
+        self.captured: CapturedStep | None = None
+        self.replayed = False
+        self.balances = any(isinstance(m, MoE) for m in model.modules())
+        self.why_eager: str | None = None
+        why = "capture is off" if capture == "off" else why or why_not_captured(model.core, autocast)
+        if why is not None:
+            self._give_up(why)
+
+    @property
+    def says(self) -> str:
+        """A line for who trains."""
+        return "step: captured" if self.why_eager is None else f"step: eager, because {self.why_eager.rstrip('.')}"
+
+    def take(self, batch: Batch, num_items: Tensor | None) -> Tensor | None:
+        """Return the loss of a batch, with the gradients where a backward leaves them; ``None`` where nothing was done."""
+        self.replayed = False
+        b = batch["input_ids"].shape[0]
+        if self.captured is None and self.why_eager is None and b == self.rows:
+            self._record(batch, num_items is not None)
+        # what is balanced among experts counts every row
+        if self.captured is None or (b < self.rows and self.balances):
+            return None
+        batch, self.replayed = batch if b == self.rows else filled(batch, self.rows), True
+        more = {"documents": batch["documents"]} if "documents" in batch else {}
+        return self.captured(batch["input_ids"], batch["labels"], num_items=num_items, **more)
+
+    def statistics(self) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        """The auxiliary loss and the routers' statistics of the last batch."""
+        if self.replayed and self.captured is not None:
+            return self.captured.aux_loss, self.captured.router
+        return self.model.reported
+
+    def _record(self, batch: Batch, num_items: bool) -> None:
+        packed: dict[str, Any] = {"documents": batch["documents"], "most": self.most} if "documents" in batch else {}
+        self.model.train()
+        try:
+            self.captured = CapturedStep(
+                self.model.core,
+                batch["input_ids"],
+                batch["labels"],
+                num_items=num_items,
+                autocast=self.autocast,
+                **packed,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as e:
+            self._give_up(str(e).splitlines()[0].removeprefix("CapturedStep: "))
+            say(self.says)
+
+    def _give_up(self, why: str) -> None:
+        if self.must:
+            raise ValueError(
+                f"train(capture='on'): the step cannot be captured: {why.rstrip('.')}. Use capture='auto'."
+            )
+        self.why_eager = why
+
+
+def statistics(aux_loss: Tensor | None, router: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the auxiliary loss and, for every layer of experts, the load of the busiest one over the mean load, as they are logged."""
+    named = {} if aux_loss is None else {"aux_loss": aux_loss}
+    named |= {f"expert_load/{one['layer_idx']}": one["load"].max() * one["load"].numel() for one in router}
+    # one answer for all, so that a device is waited for once
+    values = torch.stack([x.detach().float().reshape(()) for x in named.values()]).tolist() if named else []
+    return dict(zip(named, values, strict=True))
