@@ -28,6 +28,7 @@ class About(TypedDict, total=False):
         unset: Words for what is done where it is ``None``.
         bound: Words for the numbers that are allowed, and a test of one.
         choices: All values that there are.
+        several: Whether more than one of them may be named, with commas.
         setting: Whether a run that is continued must have the value that it began with; others are of one call.
         trainer: The argument of transformers' ``TrainingArguments`` that it is.
         panel: The group of a command line's help that it stands in.
@@ -37,6 +38,7 @@ class About(TypedDict, total=False):
     unset: str
     bound: Bound | None
     choices: tuple[str, ...]
+    several: bool
     setting: bool
     trainer: str
     panel: str
@@ -44,7 +46,7 @@ class About(TypedDict, total=False):
 
 
 _UNSAID: About = {
-    "unset": "", "bound": None, "choices": (), "setting": True, "trainer": "", "panel": "", "typed": None,
+    "unset": "", "bound": None, "choices": (), "several": False, "setting": True, "trainer": "", "panel": "", "typed": None,
 }  # fmt: skip
 
 
@@ -75,9 +77,11 @@ def check_options(options: Any, where: str) -> None:
     for parameter, about in parameters_of(type(options)):
         name, value = parameter.name, getattr(options, parameter.name)
         kinds = get_args(parameter.annotation) or (parameter.annotation,)
-        choices, (words, allowed) = about.get("choices"), about.get("bound") or ("", lambda value: True)
-        if choices and value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
+        choices, (words, allowed) = about.get("choices") or (), about.get("bound") or ("", lambda value: True)
+        several = about.get("several") and isinstance(value, str)
+        named = [part.strip() for part in value.split(",")] if several else [value]
+        for unknown in (part for part in named if choices and part not in choices):
+            close = difflib.get_close_matches(str(unknown), choices, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{name}={value!r}: is not known.{hint} Known: {', '.join(choices)}.")
         if value is None or not {int, float} & set(kinds):

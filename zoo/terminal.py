@@ -34,9 +34,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
 ModelName = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a name from `zoo list` (untrained).")]
 
-_EXTRAS = {
-    "transformers": "train", "tokenizers": "train", "accelerate": "train", "tensorboard": "train", "lm_eval": "eval",
-    "datasets": "data", "pyarrow": "data",
+_TRAIN, _DATA = "'hybridzoo[train]'", "'hybridzoo[data]'"
+_PACKAGES = {
+    "transformers": _TRAIN, "tokenizers": _TRAIN, "accelerate": _TRAIN, "tensorboard": _TRAIN, "lm_eval": "'hybridzoo[eval]'",
+    "datasets": _DATA, "pyarrow": _DATA, "wandb": "wandb", "mlflow": "mlflow",
 }  # fmt: skip
 # what terminals act on: C0 without tab and newline, DEL and C1
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -96,8 +97,8 @@ class _Commands(TyperGroup):
 
 def _message(error: Exception) -> str | None:
     # None for what is a defect of ours: that deserves its traceback
-    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
-        return f"this command needs {error.name}. Install it with: pip install 'hybridzoo[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and (package := _PACKAGES.get((error.name or "").split(".")[0])):
+        return f"this command needs {error.name}. Install it with: pip install {package}"
     caused = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError | MemoryError)
     return (
         (str(error) or "out of memory") if caused or type(error).__name__ in ("BackendError", "WorkerError") else None

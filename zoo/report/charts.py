@@ -90,19 +90,21 @@ def line_chart(
     Lines are names with points (x, y), in the order of the colours. Where ``smoothing``, of all or of each, is the weight of the past, in
     [0, 1), a mean is drawn instead of the points, which then show through. ``plot`` is the height between the axes.
     """
-    top, bottom = 30, 30 + plot
+    top = 30 if y_label else 10
+    bottom = top + plot
     every = [y for _, points in lines for _, y in points]
     low, high = y_range or (min(every), max(every) + (max(every) == min(every)))
     most = max(x for _, points in lines for x, _ in points) or 1
     down = _scale(low, high, bottom, top)
     ticks = [(down(value), _number(value)) for value in _ticks(low, high, 5 if plot > 150 else 3)]
     left = max(_LEFT, 8 + _width(*(text for _, text in ticks)))
-    parts, ends = [_text(0, 14, y_label, "soft", dx=-left)], []
+    parts, ends = [_text(0, 14, y_label, "soft", dx=-left)] if y_label else [], []
     for y, text in ticks:
         parts += [_stroke("rule", 0, y, 100, y), _text(0, y + 4, text, "soft", "end", -8)]
     for value in _ticks(0, most, 5 if plot > 150 else 3):
         parts.append(_text(100 * value / most, bottom + 18, _number(value), "soft", "middle"))
-    parts.append(_text(0, bottom + 38, x_label, "soft"))
+    if x_label:
+        parts.append(_text(0, bottom + 38, x_label, "soft"))
     weights, curves = [smoothing] * len(lines) if isinstance(smoothing, float | int) else smoothing, []
     for i, (_, points) in enumerate(lines):
         xs, ys = zip(*points, strict=True)
@@ -119,8 +121,8 @@ def line_chart(
     for mark in marks:
         at, y = 100 * mark.x / most, min(max(down(mark.y), top), bottom)
         parts.append(f'<circle cx="{at:.2f}%" cy="{y:.1f}" r="5" style="fill:{colour(mark.colour)}"/>')
-        # over it where the axis is near, and towards the side that has room
-        words = y - 11 if y > bottom - 24 else y + 20
+        # over it where there is room, and towards the side that has some
+        words = y - 11 if y > top + 12 else y + 20
         parts.append(_text(at, words, mark.text, "strong", "end" if at > 60 else "start", fill=colour(mark.colour)))
     names = [name for name, _ in lines]
     for i, (end, at) in enumerate(zip(ends, _apart(ends, 18, bottom), strict=True) if any(names) else ()):
@@ -128,7 +130,7 @@ def line_chart(
         parts.append(f'<svg x="100%" overflow="visible">{link}</svg>')
         parts.append(_text(100, at + 4, names[i], "strong", dx=16, fill=colour(i)))
     right = _width(*names) + 20 if any(names) else 14
-    return Chart(label, "".join(parts), bottom + 46, left, right)
+    return Chart(label, "".join(parts), bottom + (46 if x_label else 24), left, right)
 
 
 def bars(label: str, rows: Sequence[Bar], top: float, reference: tuple[str, float] | None = None) -> Chart:

@@ -25,7 +25,7 @@ def training_page(log: Log) -> str:
         f'<p class="kicker">{escape(about.get("folder", "A training run"))}</p>',
         f"<h1>{escape(headline(log))}</h1>",
         f'<p class="lead">{escape(_lead(log))}</p>',
-        f'<section class="cards">{"".join(_figures(log))}</section>',
+        f'<section class="cards figures">{"".join(_figures(log))}</section>',
     ]
     if _points(log, "loss"):
         held = " The best of the text that is held out is marked." if _points(log, "eval_loss") else ""
@@ -35,7 +35,8 @@ def training_page(log: Log) -> str:
             f"<figure>{losses(log).html()}</figure>",
         ]
     if small := _small(log):
-        parts += ["<h2>On the way</h2>", f'<section class="cards wide">{"".join(small)}</section>']
+        parts += ["<h2>On the way</h2>", '<p class="note">Over the steps, as logged.</p>']
+        parts.append(f'<section class="cards wide">{"".join(small)}</section>')
     parts += ["<h2>The run</h2>", f"<dl>{facts(found | _measured(log))}</dl>"]
     if about.get("command"):
         parts += ["<h2>Again</h2>", f"<pre>{escape(about['command'])}</pre>"]
@@ -79,7 +80,7 @@ def losses(log: Log) -> Chart:
         marks.append(Mark(x, y, f"{y:.3f}", 1))
     elif len(read) == 1:
         marks.append(Mark(*read[0], "", 0))
-    weight = 0.8 if len(read) > 20 else 0.0
+    weight = 0.6 if len(read) > 20 else 0.0
     label = "Loss over the steps" + (", in training and on held-out text" if held else "")
     return line_chart(label, lines, "steps", "nats per token", (low - room, high + room), [weight, 0.0], marks)
 
@@ -117,7 +118,10 @@ def _lead(log: Log) -> str:
 
 
 def _seconds(log: Log) -> float:
-    return max([float(log.get("seconds") or 0), *(y for _, y in _points(log, "seconds"))])
+    logged = [
+        entry["seconds"] for entry in log.get("history", []) if "loss" in entry and _is_finite(entry.get("seconds"))
+    ]
+    return max([float(log.get("seconds") or 0), *logged])
 
 
 def _amount(value: float) -> str:
@@ -172,14 +176,14 @@ def _small(log: Log) -> list[str]:
             cards.append(card(title, f"<p>{escape(note)}</p>{_chart(title, points, _settled(points)).html()}"))
     if loads := _loads(log):
         note = "Tokens of the busiest expert over an equal share; 1 is perfect balance."
-        chart = line_chart("Load of the busiest expert", loads, "steps", "", plot=120)
+        chart = line_chart("Load of the busiest expert", loads, "", "", smoothing=0.6, plot=120)
         cards.append(card("Expert load", f"<p>{note}</p>{chart.html()}"))
     return cards
 
 
 def _chart(title: str, points: Points, y_range: tuple[float, float] | None = None) -> Chart:
     marks = [Mark(*points[0], "", 0)] if len(points) == 1 else []
-    return line_chart(f"{title} over the steps", [("", points)], "steps", "", y_range, marks=marks, plot=120)
+    return line_chart(f"{title} over the steps", [("", points)], "", "", y_range, marks=marks, plot=120)
 
 
 def _settled(points: Points) -> tuple[float, float] | None:

@@ -10,7 +10,18 @@ from ..config.shipped import list_models
 from ..named import HUB_ID, near_path
 from ..options import at_least, check_options, option, within
 
-__all__ = ["STANDARD_INPUT", "TrainOptions", "check_out", "check_path", "default_out", "holds_weights"]
+__all__ = [
+    "STANDARD_INPUT",
+    "TRACKERS",
+    "TrainOptions",
+    "check_out",
+    "check_path",
+    "default_out",
+    "holds_weights",
+    "tracker_names",
+]
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 STANDARD_INPUT = "-"
 _SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
@@ -118,8 +129,9 @@ class TrainOptions:
         False, "Replace a model or another run that is in the run's folder.", setting=False, panel=_RUN
     )
     report_to: str = option(
-        "tensorboard", "tensorboard or none.", choices=("tensorboard", "none"), setting=False, panel=_RUN
-    )
+        "tensorboard", "tensorboard, wandb or mlflow, several of them with commas, or none.", choices=(*TRACKERS, "none"),
+        several=True, setting=False, panel=_RUN,
+    )  # fmt: skip
     device: str | None = option(None, "cpu or cuda; a GPU by default, if there is one.", setting=False, panel=_SPEED)
 
     def __post_init__(self):
@@ -127,10 +139,13 @@ class TrainOptions:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"train(steps={self.steps}, batch_size={self.batch_size}): both must be at least 1.")
         self._check_together()
-        if self.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-            raise ModuleNotFoundError(
-                "No module named 'tensorboard'; report_to='none' does without", name="tensorboard"
-            )
+        for name in tracker_names(self.report_to):
+            found = importlib.util.find_spec(name)
+            if found is None or found.origin is None:  # a folder of that name, as wandb makes them, is no package
+                raise ModuleNotFoundError(
+                    f"No module named {name!r}: pip install {name}, or leave it out of report_to={self.report_to!r} ('none' does "
+                    "without any)", name=name,
+                )  # fmt: skip
 
     def _check_together(self) -> None:
         if isinstance(self.val, str | os.PathLike) and str(self.val) == STANDARD_INPUT:
@@ -160,6 +175,14 @@ class TrainOptions:
         """Return what transformers' ``TrainingArguments`` take as it is, by their names."""
         named = ((f.metadata.get("trainer"), f.name) for f in dataclasses.fields(self))
         return {theirs: getattr(self, ours) for theirs, ours in named if theirs}
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """Return the trackers that are named, each once; ``none`` beside another is a ValueError."""
+    names = list(dict.fromkeys(name.strip() for name in report_to.split(",")))
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"report_to={report_to!r}: names none and others. Leave none out, or the others.")
+    return [name for name in names if name != "none"]
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:

@@ -34,7 +34,7 @@ from .report import Report
 from .run_folder import DifferentRun, RunFolder
 from .session import Session, Workload
 from .start import start_from
-from .trackers import trackers
+from .trackers import reporting
 
 __all__ = ["DifferentRun", "Diverged", "Interrupted", "OutOfMemory", "TrainCall", "TrainResult", "train"]
 
@@ -208,23 +208,23 @@ def _run(
             # stopped after its last step: there is nothing left to train
             load_weights(core, checkpoint.folder)
             return history
-    callbacks = trackers(options.report_to, run.path, session.first_step) if args.process_index == 0 else []
-    callbacks.append(Report(run.path, run.about))
     if options.checkpointing:
         core.gradient_checkpointing_enable()
-    trainer = ZooTrainer(
-        HybridZooForCausalLM.wrap(core), args, train_dataset=data[0], eval_dataset=data[1], callbacks=callbacks,
-        options=options, run=run, session=session, checkpoint=checkpoint,
-    )  # fmt: skip
-    if args.device.type == "cuda":
-        session.header.append(trainer.stepping.says)
+    named = options.report_to if args.process_index == 0 else "none"
     # a backward of one device in a thread of its own costs a sixth of a small model's step; several devices need their threads
     apart = torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ
-    with session.saving_on_interrupt(), _quiet(), torch.autograd.set_multithreading_enabled(apart):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-    history = loss_entries(trainer.state.log_history)
-    if trainer.state.global_step < args.max_steps and not has_stalled(history, options.patience):
-        raise KeyboardInterrupt
+    with reporting(named, run.path, session.first_step) as callbacks, session.saving_on_interrupt(), _quiet():
+        trainer = ZooTrainer(
+            HybridZooForCausalLM.wrap(core), args, train_dataset=data[0], eval_dataset=data[1],
+            callbacks=[*callbacks, Report(run.path, run.about)], options=options, run=run, session=session, checkpoint=checkpoint,
+        )  # fmt: skip
+        if args.device.type == "cuda":
+            session.header.append(trainer.stepping.says)
+        with torch.autograd.set_multithreading_enabled(apart):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        history = loss_entries(trainer.state.log_history)
+        if trainer.state.global_step < args.max_steps and not has_stalled(history, options.patience):
+            raise KeyboardInterrupt
     return history
 
 
@@ -233,11 +233,11 @@ def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:
     devices = args.world_size * max(1, args.n_gpu)
     real = getattr(rows, "tokens", len(rows) * rows.length) / len(rows)
     tokens = real * args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
-    peak = None
-    if args.device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(args.device), half=args.bf16 or args.fp16)
+    gpu, peak = args.device if args.device.type == "cuda" else None, None
+    if gpu:
+        peak = peak_flops(torch.cuda.get_device_name(gpu), half=args.bf16 or args.fp16)
     flops = flops_per_token(core, context_length(rows))
-    return Workload(tokens, flops, peak and peak * devices, args.device)
+    return Workload(tokens, flops, peak and peak * devices, gpu)
 
 
 def _about(call: TrainCall, facts: dict[str, str], work: Workload) -> dict[str, Any]:

@@ -31,13 +31,13 @@ class Workload:
         tokens: Tokens that something is made of; padding is none. A mean, where rows differ.
         flops: FLOPs per token, forward and backward.
         peak: FLOPs a second that all devices do at most; ``None`` if that is not known.
-        device: The device of this process.
+        device: The GPU of this process, if it has one.
     """
 
     tokens: float
     flops: float = 0.0
     peak: float | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
 
 
 class Session(TrainerCallback):
@@ -71,7 +71,7 @@ class Session(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Show what is trained."""
         self.start = time.monotonic()
-        if self.work.device.type == "cuda":
+        if self.work.device:
             torch.cuda.reset_peak_memory_stats(self.work.device)
         if not state.is_world_process_zero:
             return
@@ -89,7 +89,7 @@ class Session(TrainerCallback):
         """Count, and stop where that is wished."""
         if self.mark is None:
             # the first step compiles, records and asks for memory; it says nothing of those that follow
-            if self.work.device.type == "cuda":
+            if self.work.device:
                 torch.cuda.synchronize(self.work.device)
             self._begin(state.global_step)
         if self.bar:
@@ -116,7 +116,7 @@ class Session(TrainerCallback):
             found["tokens_per_second"] = round(rate, 1)
             if self.work.peak and self.work.flops:
                 found["mfu"] = round(rate * self.work.flops / self.work.peak, 4)
-        if self.work.device.type == "cuda":
+        if self.work.device:
             found["memory_GiB"] = round(torch.cuda.max_memory_reserved(self.work.device) / 2**30, 3)
         return found
 
