@@ -117,7 +117,7 @@ def test_a_run_has_a_page_from_its_first_checkpoint_on(tmp_path, monkeypatch):
     assert "after 2 steps of 6" in (tmp_path / "out" / "report.html").read_text()
     train(config(), data, tmp_path / "out", **SETTINGS)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "after all 6 steps" in page and "Resumed at step 2" in page and "9 rows of 12 tokens (108) from" in page
+    assert "after all 6 steps" in page and "Resumed at step 2" in page and "rows.npy: 9 rows of 12 tokens (108)" in page
     log = json.loads((tmp_path / "out" / "train.json").read_text())
     assert log["about"]["resumed"] == [2] and log["about"]["tokens_per_step"] == 24 and log["finished"]
     again = write_report(tmp_path / "out").read_text()

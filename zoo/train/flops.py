@@ -1,10 +1,9 @@
 """Arithmetic of a training step: what a token costs, and what a device could do at most."""
 
-from typing import Any
-
 import torch
 
 from ..models.model import Model
+from .examples import Examples
 
 __all__ = ["context_length", "flops_per_token", "peak_flops"]
 
@@ -59,12 +58,12 @@ def flops_per_token(model: Model, context: float) -> int:
     return 3 * model.flops(max(1, round(context)))
 
 
-def context_length(examples: Any, looked_at: int = 64) -> float:
+def context_length(examples: Examples, looked_at: int = 64) -> float:
     """Return the length of the document that a token stands in, on average over tokens: attention costs as much as that is long.
 
     Rows without documents are one each. Packed ones are looked at, as many as asked for, evenly spread.
     """
-    if getattr(examples, "documents", None) is None:
+    if examples.documents is None:
         return examples.length
     step = max(1, len(examples) // looked_at)
     lengths = []

@@ -27,11 +27,11 @@ def described(core: Model, rows: Examples, source: str, tokens: int, args: Train
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in core.parameters()})
     devices = args.world_size * max(1, args.n_gpu)
     where = f"{devices} x {args.device.type}" if devices > 1 else str(args.device)
-    length = rows.length
-    once = len(rows) * length
+    once = len(rows) * rows.length
     parts = args.gradient_accumulation_steps
     split = f" in {parts} parts, {tokens // args.max_steps:,} tokens" if parts > 1 else ""
-    data = [f"{len(rows):,} rows of {length:,} tokens ({once:,}){source}", *getattr(rows, "about", ())]
+    data = rows.about or [f"{len(rows):,} rows of {rows.length:,} tokens ({once:,})"]
+    data = [f"{source}{data[0]}", *data[1:]]
     if left := len(rows.rows) - len(rows):
         data.append(f"{left:,} rows hold nothing to predict and are left out")
     return {

@@ -158,7 +158,7 @@ def train(call: TrainCall) -> TrainResult:
             history = log["history"]
             tokens = per_step * int(history[-1]["step"])
             return TrainResult(load(out), history, tokens, log["seconds"], call.steps, log.get("best"))
-        source = f" from {call.data}" if isinstance(call.data, str | os.PathLike) else ""
+        source = f"{call.data}: " if isinstance(call.data, str | os.PathLike) else ""
         said = described(core, rows, source, per_step * call.steps, args)
         session = Session([*header, *said.values()], _workload(core, rows, args), checkpoint, call.on_step)
         if args.process_index == 0:
@@ -231,8 +231,7 @@ def _run(
 def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:
     """Return the work of a step, as it is measured against time."""
     devices = args.world_size * max(1, args.n_gpu)
-    real = getattr(rows, "tokens", len(rows) * rows.length) / len(rows)
-    tokens = real * args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
+    tokens = rows.tokens / len(rows.rows) * args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
     gpu, peak = args.device if args.device.type == "cuda" else None, None
     if gpu:
         peak = peak_flops(torch.cuda.get_device_name(gpu), half=args.bf16 or args.fp16)
