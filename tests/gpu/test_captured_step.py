@@ -116,8 +116,10 @@ def packed(batch):
 
 
 def plain_packed(model, ids, documents, num_items):
+    # on the device, as a recorded step has it: by a number of the host's a GPU multiplies with its inverse
+    items = torch.tensor(num_items, device="cuda")
     with torch.autocast("cuda", BF16):
-        out = model(ids, labels=ids, seq=Seq.from_documents(documents.cuda(), most=MOST), num_items=num_items)
+        out = model(ids, labels=ids, seq=Seq.from_documents(documents.cuda(), most=MOST), num_items=items)
     out.loss.backward()
     return out
 
@@ -204,6 +206,7 @@ def test_recomputed_random_numbers_are_refused():
     (ids,) = batches(model, 1)
     model.backbone.layers[0].mixer.in_proj.__class__ = Drawing
     zoo.CapturedStep(model, ids, autocast=BF16)(ids)
+    model.zero_grad()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="draws random numbers and gradient checkpointing, which would draw others"):
         zoo.CapturedStep(model, ids, autocast=BF16)
