@@ -97,7 +97,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan, ssd, attention, train or parity; plot draws a result, readme writes the figures of README and docs."
+            help="scan, ssd, attention, train, data or parity; plot draws a result, readme writes the figures of README and docs."
         ),
     ],
     file: Annotated[
@@ -108,7 +108,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
-            " of attention; a model, or model:variant, of train; fuzz of parity, which tries options drawn at random. May be repeated."
+            " of attention; a model, or model:variant, of train; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which tries options"
+            " drawn at random. May be repeated."
         ),
     ] = None,
     out: Annotated[
@@ -134,6 +135,12 @@ def bench(
         measure, report = (fuzz.fuzz, fuzz.summary) if part == ["fuzz"] else (run.parity, run.table)
         result = measure(out)
         return print_json(result) if as_json else print_report(report(result))
+    if what == "data":
+        from ..zoo.tables import output
+        from .bench.data import bench_data, table
+
+        measured = bench_data(part, out, lambda size: say(f"{size} GB"))
+        return print_json(measured) if as_json else output().print(table(measured))
     if what == "readme":
         from .bench.readme import refresh
 

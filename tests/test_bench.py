@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from hybridzoo.eval import result_file
+from hybridzoo.eval.bench import data as bench_data
 from hybridzoo.eval.bench import ops as bench_ops
 from hybridzoo.eval.bench import peers, readme, timing, workloads
 from hybridzoo.eval.bench import run as bench
@@ -413,3 +414,13 @@ def test_a_side_that_fails_is_quoted(tmp_path):
     spec = {"side": "ours", "model": "no-such-model", "weights": "none", "variant": "default"}
     with pytest.raises(RuntimeError, match=r"(?s)ours of no-such-model ended with status 1:.*no-such-model"):
         bench_train._run(spec, str(tmp_path))
+
+
+def test_the_way_from_lines_to_rows_is_measured_in_a_process_of_its_own(tmp_path):
+    result = bench_data.bench_data(["0.003"], tmp_path / "data.json")
+    (row,) = result["cases"]
+    assert json.loads((tmp_path / "data.json").read_text()) == result and row["name"] == "byte 0.003 GB"
+    assert row["bytes"] >= 3e6 and 0.8 * row["bytes"] < row["tokens"] < row["bytes"] and row["padding"] < 0.01
+    assert row["prepared_peak_MB"] >= row["before_MB"] > 50 and bench_data.table(result).row_count == 1
+    with pytest.raises(ValueError, match="unknown part 'words:1'"):
+        bench_data.bench_data(["0.003", "words:1"])

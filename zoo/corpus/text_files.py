@@ -20,6 +20,9 @@ __all__ = ["decoded", "opened", "read_jsonl", "read_text", "read_unnamed"]
 
 # A text up to this size is tokenized as a whole, a longer one in pieces of about this size, cut behind a line.
 _BLOCK = 1 << 22
+_FIRST_LINE = 1 << 26  # of standard input, the most that is read to see what it is
+# not strict: control characters inside a string are what people have
+_DECODER = json.JSONDecoder(strict=False)
 
 
 class _Joined:
@@ -108,8 +111,7 @@ def read_jsonl(lines: Iterable[bytes], name: str, column: str, position: Callabl
 def _field(line: str, where: str, column: str) -> str | np.ndarray:
     wanted = f'Write one {{"{column}": "..."}} per line, or name another column (--column).'
     try:
-        # not strict: control characters inside a string are what people have
-        row = json.loads(line, strict=False)
+        row = _DECODER.decode(line)
     except (ValueError, RecursionError) as e:
         raise SourceError(f'{where}: is not a JSON object with a "{column}" ({e}). {wanted}') from e
     if not isinstance(row, dict):
@@ -143,10 +145,10 @@ def _ids(values: list[Any], where: str, column: str) -> np.ndarray:
 def read_unnamed(stream: Any, column: str) -> Iterator[Piece]:
     """Read standard input: JSON Lines if its first line is a JSON object, else one text."""
     name = "standard input"
-    head = stream.readline(_BLOCK)
+    head = stream.readline(_FIRST_LINE)
     if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         try:
-            is_jsonl = isinstance(json.loads(head.removeprefix(codecs.BOM_UTF8), strict=False), dict)
+            is_jsonl = isinstance(_DECODER.decode(head.removeprefix(codecs.BOM_UTF8).decode()), dict)
         except (ValueError, RecursionError):
             is_jsonl = False
         if is_jsonl:

@@ -125,7 +125,7 @@ def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None)
             f"vocab_size, or tokenize with the config's tokenizer ({model.cfg.tokenizer})."
         )
     left_out = f", {store.skipped:,} without a token left out" if store.skipped else ""
-    tokens = f"{len(store.tokens):,} tokens of {store.tokens.dtype.itemsize} bytes"
+    tokens = f"{len(store.tokens):,} tokens ({store.tokens.dtype})"
     return store, [f"{store.documents:,} documents{left_out}; {tokens}, {about[0]}"] if about else []
 
 
