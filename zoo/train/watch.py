@@ -90,7 +90,9 @@ class Watch:
         self.rows, self.loss = [], None
 
     def _rises(self, loss: Tensor) -> Tensor:
-        self.mean.copy_(torch.where(torch.isinf(self.mean), loss, self.mean.lerp(loss.to(self.mean.dtype), _NEWEST)))
+        mean = torch.where(torch.isinf(self.mean), loss, self.mean.lerp(loss.to(self.mean.dtype), _NEWEST))
+        # what is told of a step that was not taken is of that step
+        self.mean.copy_(torch.where(self.bad > 0, self.mean, mean))
         self.lowest_at.masked_fill_(self.mean < self.lowest, self.asked + len(self.steps))
         self.lowest.copy_(torch.minimum(self.mean, self.lowest))
         return self.mean > self.lowest + self.spike
