@@ -89,11 +89,15 @@ class Seq:
         if not torch.compiler.is_compiling() and bool(real.all()):
             return None
         order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
-        lengths = real.sum(1)
-        pos = torch.arange(real.shape[1], device=real.device).expand_as(order)
+        return replace(cls.from_lengths(real.sum(1), real.shape[1]), order=order)
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor, length: int) -> "Seq":
+        """Describe rows of one document each, ``lengths``, ``(b,)`` int64, tokens long, and padding behind it up to ``length``."""
+        pos = torch.arange(length, device=lengths.device).expand(lengths.shape[0], length)
         valid = pos < lengths[:, None]
         doc = torch.where(valid, 0, -1)
-        return cls(doc, pos, lengths, valid, torch.zeros_like(valid), order, packed=False, padded=True)
+        return cls(doc, pos, lengths, valid, torch.zeros_like(valid), None, packed=False, padded=True)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Any, batch: int, length: int, device: Any = None) -> "Seq":

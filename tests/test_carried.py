@@ -1,13 +1,18 @@
 """A row in pieces: states that restart, are saved and read, and the loss of a piece whose next token is known."""
 
+import json
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import hybridzoo as zoo
 from hybridzoo.layers import State
 from hybridzoo.layers.base import map_state
 from hybridzoo.zoo.errors import CheckpointError
 from hybridzoo.zoo.models.state import ModelState
+from hybridzoo.zoo.train.examples import lanes_from
+from hybridzoo.zoo.train.options import TrainOptions
 
 NAMES = ["mamba-tiny", "mamba2-tiny", "transformer-tiny", "jamba-tiny", "zamba2-tiny"]
 
@@ -110,3 +115,100 @@ def test_a_state_of_an_unknown_mixer_is_refused(model, tmp_path, monkeypatch):
 def test_labels_of_another_length_are_refused(model):
     with pytest.raises(ValueError, match="labels"):
         model(ids(1, 5), labels=ids(1, 7))
+
+
+def documents(tmp_path, sizes=(200, 45, 130)):
+    """JSON Lines of texts of so many letters, and each as the tokens that are read: the end of a text, then its bytes."""
+    drawn = torch.Generator().manual_seed(4)
+    texts = ["".join(chr(97 + i) for i in torch.randint(0, 26, (n,), generator=drawn)) for n in sizes]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path, [[0, *text.encode()] for text in texts]
+
+
+def carried(path, out, **options):
+    options = {"steps": 6, "batch_size": 2, "length": 32, "lr": 1e-3, "save_every": 2, "report_to": "none"} | options
+    return zoo.train("samba-tiny", data=path, out=out, carry_state=True, device="cpu", **options)
+
+
+def nats_of(model, tokens):
+    """Of every target of a document, read at once."""
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1]
+    return F.cross_entropy(logits.double(), ids[0, 1:], reduction="none")
+
+
+def test_a_document_longer_than_a_row_is_read_as_one(tmp_path):
+    """A rate of nearly zero leaves the weights as they are, and with them what the whole document would cost, row by row."""
+    path, (tokens,) = documents(tmp_path, (200,))
+    options = {"batch_size": 1, "lr": 1e-12, "steps": 9, "val": path, "eval_every": 3}
+    result = carried(path, tmp_path / "run", **options)
+    nats = nats_of(result.model, tokens)
+    rows = [part.mean().item() for part in nats.split(32)]
+    losses = [e["loss"] for e in result.history if "loss" in e]
+    # the second pass begins with an empty state
+    assert losses == pytest.approx([*rows, *rows][:9], rel=1e-5)
+    assert [e["eval_loss"] for e in result.history if "eval_loss" in e] == pytest.approx(
+        [nats.mean().item()] * 3, rel=1e-5
+    )
+
+
+def test_documents_are_evaluated_one_after_another(tmp_path):
+    path, texts = documents(tmp_path)
+    result = carried(path, tmp_path / "run", val=path, steps=2, eval_every=2, batch_size=1)
+    nats = torch.cat([nats_of(result.model, tokens) for tokens in texts])
+    (found,) = [e["eval_loss"] for e in result.history if "eval_loss" in e]
+    assert found == pytest.approx(nats.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 5, 7])
+def test_every_target_is_evaluated_once(tmp_path, lanes):
+    path, texts = documents(tmp_path)
+    model = zoo.build("samba-tiny", device="meta")
+    rows = lanes_from(path, model, TrainOptions(length=32), lanes, out=tmp_path, once=True)
+    items = [rows[i] for i in range(len(rows))]
+    assert sum(int((item["labels"][1:] >= 0).sum()) for item in items) == sum(len(t) - 1 for t in texts)
+    assert len({int(item["row"]) for item in items if (item["labels"][1:] >= 0).any()}) == 7 + 2 + 5
+
+
+def test_a_resumed_run_goes_on_with_the_state(tmp_path):
+    path, _ = documents(tmp_path)
+    whole = carried(path, tmp_path / "whole", steps=8)
+
+    def stop(step, loss):
+        if step == 5:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        carried(path, tmp_path / "run", steps=8, on_step=stop)
+    rest = carried(path, tmp_path / "run", steps=8)
+    assert rest.resumed_from == 4
+    assert [e["loss"] for e in rest.history] == [e["loss"] for e in whole.history]
+    assert all(torch.equal(a, b) for a, b in zip(rest.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_a_carried_state_helps(tmp_path):
+    """What is carried is used: the same rows cost more where each begins afresh."""
+    path, (tokens,) = documents(tmp_path, (400,))
+    model = carried(path, tmp_path / "run", batch_size=1, steps=40, lr=3e-3).model
+    ids = torch.tensor([tokens[:385]])
+    with torch.no_grad():
+        state, pieces = None, []
+        for i in range(0, 384, 32):
+            out = model(ids[:, i : i + 32], labels=ids[:, i : i + 33], state=state, return_state=True)
+            state, pieces = out.state, [*pieces, out.loss]
+    torch.testing.assert_close(
+        torch.stack(pieces).mean(), nats_of(model, tokens[:385]).mean().float(), rtol=1e-5, atol=0
+    )
+
+
+def test_a_table_has_no_documents_to_carry_a_state_along(tmp_path):
+    with pytest.raises(ValueError, match="rows of a table do not continue each other"):
+        carried(ids(8, 32).numpy(), tmp_path / "run")
+
+
+def test_too_few_rows_for_the_streams(tmp_path):
+    path, _ = documents(tmp_path, (40,))
+    with pytest.raises(ValueError, match="too few for 64 streams side by side"):
+        carried(path, tmp_path / "run", batch_size=64)

@@ -262,9 +262,9 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         replica = getattr(self, "_is_replica", False)
         if wish and replica:
             raise ValueError("use_cache: nn.DataParallel cannot gather states. Leave it out, or call the model itself.")
-        if self.training and labels is not None:
-            return False
         if wish is None:
+            if self.training and labels is not None:
+                return False
             # as transformers' models, by the config; who scores labels, or trains, has no use for it
             return self.config.use_cache and not self.training and not replica and (labels is None or cache is not None)
         return wish

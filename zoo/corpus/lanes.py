@@ -25,13 +25,14 @@ class Lanes(Dataset):
         starts       () bool: a document or the stream begins here, so that no state is to be carried into it
         row          () int64, the number of the row
 
-    Streams of unequal length are made equal by the first row of the next one.
+    Streams of unequal length are made equal by the first row of the next one; with ``once``, there is nothing to predict in it.
 
     Args:
         store: The tokens.
         length: Tokens per row.
         lanes: Streams: the rows of a batch, times the processes.
         seed: Of the order of documents.
+        once: Whether to predict every token once in a pass, as an evaluation does.
 
     Attributes:
         rows: All rows, by number, without what their place in a stream says of them.
@@ -47,14 +48,14 @@ class Lanes(Dataset):
 
     documents: int | None = None
 
-    def __init__(self, store: TokenStore, length: int, lanes: int, seed: int = 0):
+    def __init__(self, store: TokenStore, length: int, lanes: int, seed: int = 0, once: bool = False):
         self.rows = _Rows(store, length)
         if len(self.rows) < lanes:
             raise ValueError(
                 f"data: gives {len(self.rows)} rows of {length} tokens, too few for {lanes} streams side by side. Lower batch_size or "
                 "length, or give more text."
             )
-        self.length, self.lanes, self.seed, self.epoch = length, lanes, seed, 0
+        self.length, self.lanes, self.seed, self.once, self.epoch = length, lanes, seed, once, 0
         self.digest, self.tokens = f"{store.digest} lanes {lanes} {length}", len(store.tokens)
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None  # a pass as it is laid
         self.steps = -(-len(self.rows) // lanes)
@@ -71,11 +72,16 @@ class Lanes(Dataset):
         epoch, at = divmod(index, len(self))
         step, lane = divmod(at, self.lanes)
         order, ends = self._laid(epoch)
-        place = (lane * len(self.rows) // self.lanes + step) % len(self.rows)
+        place, end = (i * len(self.rows) // self.lanes for i in (lane, lane + 1))
+        place = place + step
+        again, place = place >= end, place % len(self.rows)
         nth = int(np.searchsorted(ends, place, side="right"))
         row = self.rows.ends[order[nth]] - (ends[nth] - place)
         begins = step == 0 or place == (ends[nth - 1] if nth else 0)
-        return self.rows[int(row)] | {"starts": torch.tensor(bool(begins)), "row": torch.tensor(int(row))}
+        item = self.rows[int(row)]
+        if again and self.once:
+            item["labels"] = torch.full_like(item["labels"], _NO_TARGET)
+        return item | {"starts": torch.tensor(bool(begins)), "row": torch.tensor(int(row))}
 
     def set_epoch(self, epoch: int) -> None:
         """Note which pass begins."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..models.model import Model
-from ..models.state import ModelState
+from ..models.state import ModelState, StateCache
+from .batches import Batch, model_inputs
 
 __all__ = ["CarriedState"]
 
@@ -16,48 +17,40 @@ class CarriedState:
     """The state that the rows of the last batch have left behind, for those of the next, of one process.
 
     Args:
-        model: The model, every mixer of which must be able to carry a state.
+        core: The model, every mixer of which must be able to carry a state.
 
     Raises:
         NotImplementedError: One cannot.
     """
 
-    def __init__(self, model: Model):
-        self.model = model
-        for spec in model.backbone.blocks:
-            spec.mixer.require("state")
+    def __init__(self, core: Model):
+        for block in core.backbone.blocks:
+            block.mixer.require("state")
         self.state: ModelState | None = None
 
-    def forward(self, input_ids: Tensor, labels: Tensor, starts: Tensor, **kwargs: Any) -> Any:
-        """Run a batch from where the last one ended, and keep what it leaves behind.
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the adapter for a batch of pieces, which go on from where the last ones ended, or begin documents."""
+        starts: Tensor = batch["starts"]
+        state = None if self.state is None else self.state.restarted(starts)
+        return model_inputs(batch) | {"cache": StateCache(state), "use_cache": True}
 
-        Args:
-            input_ids: ``(b, l)``.
-            labels: ``(b, l + 1)``, the token after the row included.
-            starts: ``(b,)`` bool, the rows that begin a document and know nothing of before.
-            **kwargs: As of the model's forward.
-        """
-        before = self.state
-        if before is not None:
-            before = before.restarted(starts)
-        out = self.model(input_ids, labels, state=before, return_state=True, **kwargs)
-        self.state = out.state.detach()
-        return out
-
-    def drop(self) -> None:
-        """Forget everything."""
-        self.state = None
+    def keep(self, output: Any) -> None:
+        """Take over what a batch has left behind, cut off from how it came about."""
+        caches = (value for value in output.values() if isinstance(value, StateCache))
+        state = next(caches).state
+        assert state is not None
+        self.state = state.detach()
 
     def save(self, folder: Path, process: int) -> None:
         """Write the state into a checkpoint."""
         if self.state is not None:
-            self.state.save(self._file(folder, process))
+            self.state.save(_file(folder, process))
 
     def load(self, folder: Path, process: int, device: torch.device) -> None:
-        """Read what :meth:`save` has written there; an error is a :class:`~hybridzoo.zoo.errors.CheckpointError`."""
-        file = self._file(folder, process)
+        """Read what :meth:`save` has written there; what cannot be read is a :class:`~hybridzoo.zoo.errors.CheckpointError`."""
+        file = _file(folder, process)
         self.state = ModelState.load(file, device) if file.exists() else None
 
-    @staticmethod
-    def _file(folder: Path, process: int) -> Path:
-        return folder / f"carried-{process}.safetensors"
+
+def _file(folder: Path, process: int) -> Path:
+    return folder / f"carried-{process}.safetensors"

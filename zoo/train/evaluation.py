@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from ..models.loss import IGNORE
 from .batches import Whole, model_inputs, targets
+from .carried import CarriedState
 
 __all__ = ["Evaluations", "best_of", "has_stalled", "loss_per_target"]
 
@@ -34,6 +35,7 @@ def loss_per_target(trainer: Any) -> tuple[float, int]:
     """
     model, examples, size = trainer.model, trainer.eval_dataset, trainer.args.eval_batch_size * trainer.args.world_size
     sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+    carried = CarriedState(model.core) if trainer.options.carry_state else None
     training = model.training
     model.eval()
     # the loader draws a seed; what is drawn here, training must not miss
@@ -42,9 +44,14 @@ def loss_per_target(trainer: Any) -> tuple[float, int]:
             batch = trainer._prepare_inputs(batch)
             found = (targets(batch) != IGNORE).sum()
             # of all logits that a call outside training gives, one per row is formed
-            out = model(
-                **model_inputs(batch, examples.documents), num_items_in_batch=1, logits_to_keep=1, use_cache=False
+            inputs = (
+                {"use_cache": False} | model_inputs(batch, examples.documents)
+                if carried is None
+                else carried.inputs(batch)
             )
+            out = model(**inputs, num_items_in_batch=1, logits_to_keep=1)
+            if carried is not None:
+                carried.keep(out)
             aux_loss, _ = model.reported
             nats = out.loss if aux_loss is None else out.loss - aux_loss * found
             sums += torch.stack([nats.double(), found.double()])

@@ -97,7 +97,13 @@ def examples_from(data: Any, model: Model, options: DataOptions, out: Path | Non
 
 
 def lanes_from(
-    data: Any, model: Model, options: DataOptions, lanes: int, seed: int = 0, out: Path | None = None
+    data: Any,
+    model: Model,
+    options: DataOptions,
+    lanes: int,
+    seed: int = 0,
+    out: Path | None = None,
+    once: bool = False,
 ) -> Lanes:
     """Return a path or standard input as ``lanes`` streams side by side, for a model that carries its state from row to row."""
     if not isinstance(data, str | os.PathLike):
@@ -105,7 +111,7 @@ def lanes_from(
             "data: rows of a table do not continue each other. Give a path, to carry a state along its documents."
         )
     store, about = tokens_from(data, model, options, out)
-    streams = Lanes(store, _length(model, options), lanes, seed)
+    streams = Lanes(store, _length(model, options), lanes, seed, once)
     streams.about = about + streams.about
     return streams
 

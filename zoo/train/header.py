@@ -32,7 +32,7 @@ def described(core: Model, rows: Examples, source: str, tokens: int, args: Train
     split = f" in {parts} parts, {tokens // args.max_steps:,} tokens" if parts > 1 else ""
     data = rows.about or [f"{len(rows):,} rows of {rows.length:,} tokens ({once:,})"]
     data = [f"{source}{data[0]}", *data[1:]]
-    if left := len(rows.rows) - len(rows):
+    if (left := len(rows.rows) - len(rows)) > 0:
         data.append(f"{left:,} rows hold nothing to predict and are left out")
     return {
         "size": f"{core.num_params():,} parameters in {' and '.join(kinds)}, on {where}",

@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..models.build import param_groups
 from ..models.model import Model
 from .batches import Batch, model_inputs, targets
+from .carried import CarriedState
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
 from .evaluation import Evaluations, best_of, has_stalled, loss_per_target, metrics_of
 from .manifest import Checkpoint
@@ -61,10 +62,13 @@ class ZooTrainer(Trainer):
         # where the host runs as the device does, nothing is saved by asking later
         self.asks_at_once = device.type == "cpu"
         self.documents: int | None = getattr(self.train_dataset, "documents", None)
-        several = self.args.world_size > 1 or self.args.n_gpu > 1
+        self.carried = CarriedState(self.model.core) if options.carry_state else None
+        why = "several devices train together" if self.args.world_size > 1 or self.args.n_gpu > 1 else None
+        if self.carried is not None:
+            why = "a state is carried from batch to batch"
         self.stepping = Stepping(
             self.model, self.args.train_batch_size, self.documents, torch.bfloat16 if self.args.bf16 else None,
-            options.capture, "several devices train together" if several else None,
+            options.capture, why,
         )  # fmt: skip
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -93,9 +97,18 @@ class ZooTrainer(Trainer):
         rows = inputs.pop("row")
         loss = self.stepping.take(inputs, num_items_in_batch)
         if loss is None:
-            loss = super().training_step(model, model_inputs(inputs, self.documents), num_items_in_batch)
+            carried = self.carried
+            given = model_inputs(inputs, self.documents) if carried is None else carried.inputs(inputs)
+            loss = super().training_step(model, given, num_items_in_batch)
         self.watch.read(rows, loss)
         return loss
+
+    def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As transformers; a state that is to be carried on is kept."""
+        loss, output = super().compute_loss(*args, return_outputs=True, **kwargs)
+        if self.carried is not None:
+            self.carried.keep(output)
+        return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         counted = [{**batch, "shift_labels": targets(batch)} for batch in batch_samples]
@@ -222,6 +235,8 @@ class ZooTrainer(Trainer):
         seconds = self.session.saved_seconds = round(self.session.seconds, 3)
         try:
             super()._save_checkpoint(model, trial)
+            if self.carried is not None:
+                self.carried.save(self.run.staging / f"checkpoint-{step}", self.args.process_index)
         except (RuntimeError, SafetensorError) as e:  # how a full disk is told by those who do not write in Python
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise OSError(
@@ -236,6 +251,8 @@ class ZooTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.carried is not None:
+            self.carried.load(Path(resume_from_checkpoint), self.args.process_index, self.args.device)
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         return load_weights(self.model.core, Path(resume_from_checkpoint))

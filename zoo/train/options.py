@@ -56,6 +56,10 @@ class TrainOptions:
     column: str = option(
         "text", "The text, or the token ids, in rows of JSON Lines, parquet and datasets.", setting=False, panel=_DATA
     )
+    carry_state: bool = option(
+        False, "Read documents in consecutive rows, each from the state that the one before left: truncated backpropagation through time.",
+        panel=_DATA,
+    )  # fmt: skip
     val: Any = option(  # noqa: RUF009  # a field, as the others
         None, "What to evaluate on, of the same kinds as the data; the best model is kept.", typed=Path | None, setting=False,
         panel=_EVALUATION,

@@ -23,7 +23,7 @@ from .arguments import resolved_precision, training_arguments
 from .digests import digest_weights
 from .diverged import Diverged
 from .evaluation import best_of, has_stalled
-from .examples import Examples, examples_from
+from .examples import Examples, examples_from, lanes_from
 from .flops import context_length, flops_per_token, peak_flops
 from .header import command_of, described, facts_of
 from .loop import ZooTrainer, load_weights
@@ -137,9 +137,8 @@ def train(call: TrainCall) -> TrainResult:
     call = dataclasses.replace(call, precision=resolved_precision(call.precision, use_cpu))
     torch.manual_seed(call.seed)
     core, header = start_from(call.model, call.overrides, out)
-    rows = examples_from(call.data, core, call, out)
-    val = _held_out(call, core, rows.length)
     devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
+    rows, val = _data(call, core, devices)
     per_step = call.batch_size * call.accumulate * devices * rows.length
     run = RunFolder(out)
     with contextlib.ExitStack() as claimed:
@@ -179,12 +178,26 @@ def train(call: TrainCall) -> TrainResult:
     return TrainResult(core.eval(), history, tokens, session.saved_seconds, session.first_step, best)
 
 
-def _held_out(call: TrainCall, core: Model, length: int) -> Examples | None:
-    """Return what is evaluated on, in rows of the training's length."""
+def _data(call: TrainCall, core: Model, devices: int) -> tuple[Any, Any]:
+    """Return what is trained on, and what is evaluated on, in rows of the same length."""
+    out, lanes = Path(call.out), call.batch_size * devices
+    if call.carry_state and devices > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"train(carry_state=True): {devices} GPUs in one process split batches, and with them the streams. Use torchrun, or one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
+    rows = (
+        lanes_from(call.data, core, call, lanes, call.seed, out)
+        if call.carry_state
+        else examples_from(call.data, core, call, out)
+    )
     if call.val is None:
-        return None
+        return rows, None
+    like = dataclasses.replace(call, length=call.length or rows.length)
     try:
-        return examples_from(call.val, core, dataclasses.replace(call, length=call.length or length), Path(call.out))
+        if call.carry_state:
+            return rows, lanes_from(call.val, core, like, lanes, call.seed, out, once=True)
+        return rows, examples_from(call.val, core, like, out)
     except ValueError as e:
         raise ValueError(f"val: {str(e).removeprefix('data: ')}") from e
 
@@ -231,7 +244,9 @@ def _run(
 def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:
     """Return the work of a step, as it is measured against time."""
     devices = args.world_size * max(1, args.n_gpu)
-    tokens = rows.tokens / len(rows.rows) * args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
+    tokens = (
+        rows.tokens / len(rows.rows) * args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
+    )
     gpu, peak = args.device if args.device.type == "cuda" else None, None
     if gpu:
         peak = peak_flops(torch.cuda.get_device_name(gpu), half=args.bf16 or args.fp16)
