@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import types
 
 import numpy as np
@@ -200,6 +201,14 @@ def test_examples_say_what_they_are(texts, small):
     assert {e.documents for e in others} == {None} and {len(e.about) for e in others} == {2}
     assert examples_from(path, small, options(length=32)).digest != examples.digest
     assert examples_from(path, small, options()).digest == examples.digest
+
+
+def test_workers_are_sent_no_tokens(texts, small):
+    examples = examples_from(texts[0], small, options())
+    sent = pickle.dumps(examples)
+    again = pickle.loads(sent)
+    assert len(sent) < 4000 < examples.tokens
+    assert all(torch.equal(again[7][k], examples[7][k]) for k in examples[7])
 
 
 def test_a_table_is_as_it_was(tmp_path, small):

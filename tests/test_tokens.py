@@ -23,10 +23,11 @@ from hybridzoo.zoo.corpus.documents import read_documents
 from hybridzoo.zoo.corpus.encoding import batch_encoder, identity_of
 from hybridzoo.zoo.corpus.piece import Piece
 from hybridzoo.zoo.corpus.sealed import NotWhole
-from hybridzoo.zoo.corpus.standard_input import tokens_of_input
+from hybridzoo.zoo.corpus.standard_input import OtherInput, tokens_of_input
 from hybridzoo.zoo.corpus.store import TokenStore, TokenWriter
 from hybridzoo.zoo.corpus.tokenized import Tokenizing, tokens_at
 from hybridzoo.zoo.tokenizer import ByteTokenizer, document_encoder
+from hybridzoo.zoo.train.run import train
 from hybridzoo.zoo.train.run_folder import DifferentRun
 
 BYTES = Tokenizing(ByteTokenizer(), 256)
@@ -421,25 +422,41 @@ def test_standard_input_is_text_or_lines_and_is_kept(tmp_path, monkeypatch):
         tokens_of_input(how, tmp_path / "other")
 
 
-def test_a_run_that_goes_on_does_not_take_other_input(tmp_path, monkeypatch):
+def test_what_is_kept_of_standard_input_is_not_replaced_against_its_will(tmp_path, monkeypatch):
     stdin_of(monkeypatch, "abc")
     first, _ = tokens_of_input(BYTES, tmp_path)
-    (tmp_path / "train.json").write_text("{}")
     stdin_of(monkeypatch, "abd")
-    with pytest.raises(DifferentRun, match="another text than that of standard input"):
-        tokens_of_input(BYTES, tmp_path)
+    with pytest.raises(OtherInput, match="another text than that of standard input"):
+        tokens_of_input(BYTES, tmp_path, replace=False)
     assert TokenStore(first.folder).digest == first.digest
     stdin_of(monkeypatch, "abc")
-    assert tokens_of_input(BYTES, tmp_path)[0].digest == first.digest
+    assert tokens_of_input(BYTES, tmp_path, replace=False)[0].digest == first.digest
     stdin_of(monkeypatch, "abd")
-    assert tokens_of_input(BYTES, tmp_path, resume=False)[0].digest != first.digest
+    assert tokens_of_input(BYTES, tmp_path)[0].digest != first.digest
+
+
+def test_a_run_on_standard_input_goes_on_with_nothing_there_and_with_nothing_else(tmp_path, monkeypatch):
+    def run(text, **more):
+        stdin_of(monkeypatch, text)
+        given = {"steps": 2, "batch_size": 1, "length": 16, "report_to": "none", "device": "cpu"}
+        return train("mamba-tiny", "-", tmp_path, overrides=["d_model=16", "layers=mamba"], **given | more)
+
+    def stop(step, loss):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run("some text to train on", on_step=stop, save_every=1)
+    with pytest.raises(DifferentRun, match=r"another text than that of standard input\. Use another folder"):
+        run("some other text")
+    assert run("").resumed_from == 0 and run("some text to train on").resumed_from == 2
+    assert run("some other text", resume=False).resumed_from == 0
 
 
 def test_of_several_processes_the_first_reads_standard_input(tmp_path):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from hybridzoo.zoo.corpus.standard_input import tokens_of_input\n"
+        "from hybridzoo.zoo.corpus.standard_input import OtherInput, tokens_of_input\n"
         "from hybridzoo.zoo.corpus.tokenized import Tokenizing\n"
         "from hybridzoo.zoo.tokenizer import ByteTokenizer\n"
         "print(tokens_of_input(Tokenizing(ByteTokenizer(), 256), Path(sys.argv[1]))[0].digest)\n"

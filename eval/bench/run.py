@@ -38,7 +38,7 @@ def run_bench(
             been measured, shown and written.
     """
     if what not in BENCHES:
-        raise ValueError(f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, parity, plot, readme.")
+        raise ValueError(f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, data, parity, plot, readme.")
     vs = vs or (default_peers(what) if what in PEERS else ["mamba_ssm"])
     known = bench_train.PEERS if what == "train" else list(PEERS[what])
     for name in vs:

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..config.plain import first_line
 from ..errors import SourceError
-from ..train.options import check_path
 from .columnar import dataset_folder, read_dataset, read_parquet
 from .piece import IDS, Piece
+from .places import check_path
 from .text_files import opened, read_jsonl, read_text
 
 __all__ = ["Documents", "Source", "read_documents", "read_npy", "read_pieces", "sources_at"]

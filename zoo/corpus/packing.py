@@ -10,6 +10,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Layout:
     """Rows of ``length`` tokens in a store, laid out before, in mapped files.
 
     Attributes:
+        folder: Their place.
         pieces: ``(m, 2)`` int64, begin and end in the store's tokens.
         rows: ``(n + 1,)`` int64, the places in ``pieces`` where the rows begin, and the end.
         chosen: The rows that hold something to predict.
@@ -35,6 +37,7 @@ class Layout:
 
     def __init__(self, folder: Path):
         facts, _ = unseal(folder)
+        self.folder = folder
         try:
             self.most, self.length = int(facts["most"]), int(facts["length"])
             self.pieces = mapped(folder / "pieces.bin", "<i8").reshape(-1, 2)
@@ -43,6 +46,9 @@ class Layout:
             raise NotWhole(f"{folder}: is not whole ({e})") from e
         partly = (folder / "chosen.bin").exists()
         self.chosen = mapped(folder / "chosen.bin", "<i8") if partly else range(len(self.rows) - 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.folder,)
 
     def __len__(self) -> int:
         return len(self.rows) - 1

@@ -8,29 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
-from ..train.run_folder import AGAIN, LOG, DifferentRun
 from .sealed import NotWhole, remake
 from .store import TokenStore
 from .text_files import read_unnamed
 from .tokenized import Tokenizing
 
-__all__ = ["tokens_of_input"]
+__all__ = ["OtherInput", "tokens_of_input"]
 
 _POLL_SECONDS = 0.1
 
 
-def tokens_of_input(how: Tokenizing, out: Path, resume: bool = True) -> tuple[TokenStore, list[str]]:
+class OtherInput(ValueError):
+    """Standard input is not what the tokens that are kept were made of."""
+
+
+def tokens_of_input(how: Tokenizing, out: Path, replace: bool = True) -> tuple[TokenStore, list[str]]:
     """Return the tokens of standard input, or those that an earlier call left in the run's folder ``out`` if there is nothing to read.
 
     Of several processes on one machine (torchrun's), the first reads.
 
+    Args:
+        how: Tokenizer, vocabulary and column.
+        out: The run's folder.
+        replace: Whether what is kept there may make way for other input.
+
     Raises:
-        DifferentRun: ``out`` holds a run that began with other data, and is to be continued.
+        OtherInput: It may not.
         ValueError: Nothing to read and nothing kept, what cannot be read, or processes on several machines.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return _read(how, out, resume)
+        return _read(how, out, replace)
     if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
         raise SourceError("standard input: is there on one machine only. Write it to a file, and name that (--data).")
     # the parent is the one of all; what it waits for it ends when one fails
@@ -38,7 +46,7 @@ def tokens_of_input(how: Tokenizing, out: Path, resume: bool = True) -> tuple[To
     if rank == 0:
         for old in told.parent.glob(".input-*"):
             old.unlink(missing_ok=True)
-        found = _read(how, out, resume)
+        found = _read(how, out, replace)
         told.touch()
         return found
     parent = os.getppid()
@@ -49,7 +57,7 @@ def tokens_of_input(how: Tokenizing, out: Path, resume: bool = True) -> tuple[To
     return TokenStore(out / "tokens" / "input"), []
 
 
-def _read(how: Tokenizing, out: Path, resume: bool) -> tuple[TokenStore, list[str]]:
+def _read(how: Tokenizing, out: Path, replace: bool) -> tuple[TokenStore, list[str]]:
     place = out / "tokens" / "input"
     try:
         earlier = TokenStore(place)
@@ -65,8 +73,8 @@ def _read(how: Tokenizing, out: Path, resume: bool) -> tuple[TokenStore, list[st
 
     def make(folder: Path) -> None:
         how.write(folder, read_unnamed(stream, how.column))
-        if earlier is not None and resume and (out / LOG).exists() and TokenStore(folder).digest != earlier.digest:
-            raise DifferentRun(f"{out}: holds a run on another text than that of standard input. {AGAIN}")
+        if earlier is not None and not replace and TokenStore(folder).digest != earlier.digest:
+            raise OtherInput(f"{out}: holds a run on another text than that of standard input.")
 
     remake(place, make)
     return TokenStore(place), [f"from standard input, kept in {place}"]

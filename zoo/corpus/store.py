@@ -55,6 +55,10 @@ class TokenStore:
         self.starts = mapped(folder / _DOCUMENTS, "<i8")
         self.digest = hashlib.sha256(f"{kind} {self.separator} {files}".encode()).hexdigest()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a process that reads rows maps the files again, and is sent none of them
+        return TokenStore, (self.folder,)
+
     @property
     def documents(self) -> int:
         """Documents that hold a token."""

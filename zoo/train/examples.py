@@ -13,14 +13,15 @@ from torch.utils.data import Dataset
 from ..corpus.documents import read_npy
 from ..corpus.lanes import Lanes
 from ..corpus.packing import layout_of
+from ..corpus.places import STANDARD_INPUT, check_path
 from ..corpus.rows import StoredRows
-from ..corpus.standard_input import tokens_of_input
+from ..corpus.standard_input import OtherInput, tokens_of_input
 from ..corpus.store import TokenStore
 from ..corpus.tokenized import Tokenizing, tokens_at
 from ..models.model import Model
 from .data import Rows, rows_with_targets
 from .digests import digest_rows
-from .options import STANDARD_INPUT, check_path
+from .run_folder import AGAIN, LOG, DifferentRun
 
 __all__ = ["DataOptions", "Examples", "examples_from", "lanes_from", "tokens_from"]
 
@@ -124,7 +125,10 @@ def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None)
     elif out is None:
         raise ValueError("data: standard input needs a run's folder, which keeps what was read.")
     else:
-        store, about = tokens_of_input(how, out, options.resume)
+        try:
+            store, about = tokens_of_input(how, out, not (options.resume and (out / LOG).exists()))
+        except OtherInput as e:
+            raise DifferentRun(f"{e} {AGAIN}") from e
     if (found := store.beyond(how.vocab_size)) is not None:
         raise ValueError(
             f"data: token id {found[0]}, in document {found[1]:,} of {data}, is outside the model's vocabulary of {how.vocab_size}. Set "

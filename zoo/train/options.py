@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.shipped import list_models
-from ..named import HUB_ID, near_path
+from ..corpus.places import STANDARD_INPUT, check_path
+from ..named import HUB_ID
 from ..options import at_least, check_options, option, within
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
-STANDARD_INPUT = "-"
 _SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
 _WEIGHTS = ("*.safetensors", "*.bin")
 # groups of the command line's help
@@ -187,18 +187,6 @@ def tracker_names(report_to: str) -> list[str]:
     if "none" in names and len(names) > 1:
         raise ValueError(f"report_to={report_to!r}: names none and others. Leave none out, or the others.")
     return [name for name in names if name != "none"]
-
-
-def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if something is there or it is ``-``, standard input; otherwise a FileNotFoundError that names what is nearly called so."""
-    path = Path(path)
-    if os.path.exists(path) or str(path) == STANDARD_INPUT:
-        return path
-    hint = f" Did you mean {near!r}?" if (near := near_path(path)) else ""
-    raise FileNotFoundError(
-        f"{path}: no such file or folder.{hint} Give a text, .jsonl, .parquet or .npy (token ids) file, a folder of them or of a "
-        "dataset, or - for standard input."
-    )
 
 
 def check_out(out: Path) -> None:
