@@ -190,7 +190,11 @@ def test_lm_eval_passes_every_flag_on(monkeypatch):
         (["convert", "no/such", "out"], 1, "no/such: no such folder"),
         (["convert", "no/such", "."], 1, ".: exists already"),
         (["convert", "a", "b", "--to", "gguf"], 2, "'gguf' is not one of"),
-        (["bench", "nothing"], 1, "unknown benchmark 'nothing'. Known: scan, ssd, attention, train, data, parity, plot, readme"),
+        (
+            ["bench", "nothing"],
+            1,
+            "unknown benchmark 'nothing'. Known: scan, ssd, attention, train, data, parity, plot, readme",
+        ),
         (["train", "mamba-tiny", "--data", "a file", "--out", "a file/run"], 1, "a file: is a file"),
         (["train", "mamba-tiny", "--data", "a file", "--device", "tpu"], 1, "device='tpu'"),
         (["train", "mamba-tiny", "--data", "a file", "--seed", "-1"], 1, "seed=-1"),
