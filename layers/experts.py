@@ -2,7 +2,8 @@
 
 ``torch.nn.functional.grouped_mm`` does it in one kernel. It is wrapped in an op of our own because, as of torch 2.13,
 its shape rule for tracing accepts bfloat16 only, so ``torch.compile`` fails on what runs well in eager mode. The loop is the
-oracle and the fallback.
+oracle and the fallback. megablocks 0.10.0 and grouped_gemm 0.3.0, by which it multiplies, compile for torch 2.11 without megablocks' pin
+on torch 2.7; for CUDA 13, ``debug_synchronous`` must go from megablocks' csrc/cumsum.h, which CUB no longer takes.
 """
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..kernels.derivatives import differentiable_once, plain
-from ..kernels.dispatch import FLOATS, Backend, Facts, refuse_library, register
-from ..kernels.numerics import HALVES
+from ..kernels.dispatch import FLOATS, Backend, Facts, library, refuse_library, register
 from ..kernels.operators import custom_op
 from ..kernels.torch_private import vmapped
 
@@ -31,10 +31,17 @@ def _refuse_grouped_mm(facts: Facts) -> str | None:
     return None
 
 
+def _refuse_megablocks(facts: Facts) -> str | None:
+    reason = refuse_library("megablocks", facts, (torch.bfloat16,))
+    if reason is None and getattr(library("megablocks").grouped_gemm_util, "backend", None) is None:  # type: ignore[union-attr]
+        return "megablocks multiplies by grouped_gemm, which is not installed"
+    return reason
+
+
 register(
     "moe",
     Backend("grouped_mm", "torch's grouped matmul", _refuse_grouped_mm),
-    Backend("megablocks", "megablocks' grouped matmuls", lambda facts: refuse_library("megablocks", facts, HALVES)),
+    Backend("megablocks", "megablocks' grouped matmuls", _refuse_megablocks),
     Backend("loop", "one matmul per expert", plain=True),
 )
 
@@ -48,7 +55,8 @@ def _gmm(a: Tensor, b: Tensor, offsets: Tensor, **transposed: bool) -> Tensor:
     from megablocks import grouped_gemm_util
 
     sizes = torch.tensor([j - i for i, j in _runs(offsets)])  # it wants them on the CPU
-    return grouped_gemm_util.ops.gmm(a, b, sizes, **transposed)
+    # below its autograd, which knows one of the two transpositions
+    return grouped_gemm_util.backend.gmm(a.contiguous(), b.contiguous(), sizes, **transposed)
 
 
 def _asks_the_device(x: Tensor, backend: str) -> bool:

@@ -27,7 +27,11 @@ def installed(monkeypatch):
     """All optional libraries seem to be there and to import."""
     for name in dispatch.installed:
         monkeypatch.setitem(dispatch.installed, name, True)
-        monkeypatch.setitem(dispatch._tried, name, types.ModuleType(name))
+        module = types.ModuleType(name)
+        module.grouped_gemm_util = types.SimpleNamespace(
+            backend=None, ops=None
+        )  # of megablocks without its own library
+        monkeypatch.setitem(dispatch._tried, name, module)
 
 
 @pytest.fixture
@@ -153,6 +157,8 @@ REFUSALS = [
     ("attention", "flash_attn", GPU | {"headdim": 512}, "flash_attn takes headdim up to 256, got 512"),
     ("attention", "flash_attn", GPU | {"masked": True}, "flash_attn takes no mask"),
     ("moe", "megablocks", {"device": "cpu"}, "megablocks needs CUDA tensors, got cpu"),
+    ("moe", "megablocks", GPU | {"dtype": torch.float16}, "megablocks takes bfloat16, got float16"),
+    ("moe", "megablocks", GPU, "megablocks multiplies by grouped_gemm, which is not installed"),
     ("moe", "grouped_mm", {"dtype": torch.float64}, "grouped_mm takes float32, float16 or bfloat16, got float64"),
     (
         "moe",

@@ -173,8 +173,11 @@ def test_a_backend_that_cannot_is_an_error_with_the_reason():
 
 
 def test_megablocks_is_called_by_its_conventions(monkeypatch):
-    def gmm(a, b, sizes, trans_a=False, trans_b=False):
-        assert sizes.device.type == "cpu" and sizes.dtype == torch.int64
+    """As grouped_gemm 0.3.0's ``backend.gmm`` checks them; its ``ops.gmm``, with autograd, has no ``trans_a``."""
+
+    def gmm(a, b, sizes, trans_a=False, trans_b=False, c=None):
+        assert sizes.device.type == "cpu" and sizes.dtype == torch.int64 and not (trans_a and trans_b)
+        assert a.is_contiguous() and b.is_contiguous() and c is None
         if trans_a:
             return torch.stack(
                 [m.t() @ n for m, n in zip(a.split(sizes.tolist()), b.split(sizes.tolist()), strict=True)]
@@ -183,7 +186,7 @@ def test_megablocks_is_called_by_its_conventions(monkeypatch):
         return torch.cat([m @ (n.t() if trans_b else n) for m, n in runs])
 
     library = types.ModuleType("megablocks")
-    library.grouped_gemm_util = types.SimpleNamespace(ops=types.SimpleNamespace(gmm=gmm))
+    library.grouped_gemm_util = types.SimpleNamespace(backend=types.SimpleNamespace(gmm=gmm))
     monkeypatch.setitem(sys.modules, "megablocks", library)
     offsets, results = torch.tensor([2, 2, 6]).int(), []
     x, weight = torch.randn(6, 16), torch.randn(3, 8, 16)
