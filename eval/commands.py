@@ -97,7 +97,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan, ssd, attention, train, data or parity; plot draws a result, readme writes the figures of README and docs."
+            help="scan, ssd, attention, train, trainer (zoo train itself), data or parity; plot draws a result, readme writes our figures."
         ),
     ],
     file: Annotated[
@@ -108,7 +108,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
-            " of attention; a model, or model:variant, of train; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which tries options"
+            " of attention; a model, or model:variant, of train and trainer; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which tries options"
             " drawn at random. May be repeated."
         ),
     ] = None,

@@ -64,6 +64,15 @@ def headline(folder: Path) -> str:
             f"- **Training step**: {best['ratio']:.2f} times mamba-ssm's tokens per second in {best['memory_ratio']:.2f} of its memory "
             f"({best['name']} on the same GPU, {best['about'].split(' (')[0]}; [figures](eval/results/{path.name}))."
         )
+    for path, result in _results(folder, "trainer"):
+        by = {(row["name"], row["variant"]): row for row in result["cases"]}
+        packed, plain = by.get(("mamba-130m", "packed")), by.get(("mamba-130m", "plain"))
+        if packed and plain:
+            lines.append(
+                f"- **`zoo train`**: {packed['tokens_s']:,} tokens of real text a second on one {result['device']}, "
+                f"{packed['tokens_s'] / plain['tokens_s']:.2f} times a plain loop of transformers' Trainer around the same model "
+                f"(mamba-130m, packed; [figures](eval/results/{path.name}))."
+            )
     for path, result in _results(folder, "parity"):
         errors = [max(row["logit_error"], row["decoding_error"]) for row in result["cases"]]
         families = {row["family"] for row in result["cases"]}
@@ -79,6 +88,7 @@ def performance(folder: Path) -> str:
     pieces = [
         *(piece for path, result in _results(folder, "scan", gpu=True) for piece in _gpu_scan(path, result)),
         *(piece for path, result in _results(folder, "train") for piece in _train(path, result)),
+        *(piece for path, result in _results(folder, "trainer") for piece in _trainer(path, result)),
         *(piece for path, result in _results(folder, "scan", gpu=False) for piece in _cpu_scan(path, result)),
     ]
     return "\n\n".join(piece if piece.startswith("|") else paragraph(piece) for piece in pieces)
@@ -189,6 +199,27 @@ def _train(path: Path, result: Result) -> list[str]:
                     spread(row, "peer"), f"{row['ratio']:.2f}x", _of_goal(row),
                     f"{row['ours_GiB']:.1f}", f"{row['peer_GiB']:.1f}", f"{row['memory_ratio']:.2f}x",
                     f"{row['goal_memory_ratio']:g}x",
+                ]
+                for row in rows
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def _trainer(path: Path, result: Result) -> list[str]:
+    rows = result["cases"]
+    return [
+        f"`zoo train` itself on one {result['device']} ({_versions(result)}), rows of {rows[0]['shape']['l']:,} tokens, bf16 autocast, on "
+        "Python's own documentation, a document per topic and per module, as bytes in the models' own vocabularies. Tokens are real ones, "
+        "without padding; time is from step to step, with everything between; memory is what was reserved. MFU counts three forwards per "
+        f"real token, attention over its own document ({_source(path, result)}).",
+        table(
+            ["model", "how", "tokens/s", "ms a step", "MFU", "GiB", "outside the step", "real tokens", "rows"],
+            [
+                [
+                    row["name"], row["about"], f"{row['tokens_s']:,}", f"{row['step_ms']:.1f}",
+                    "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %", f"{row['peak_GiB']:.1f}",
+                    f"{100 * row['outside_share']:.1f} %", f"{100 * row['real_share']:.0f} %", str(row["shape"]["b"]),
                 ]
                 for row in rows
             ],

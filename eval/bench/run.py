@@ -15,11 +15,13 @@ from ..result_file import Result, header, merged, same_run, write
 from . import ops as bench_ops
 from . import timing
 from . import train as bench_train
+from . import trainer as bench_trainer
 from .peers import PEERS, default_peers
 from .show import show
 from .workloads import WORKLOADS
 
-BENCHES = (*WORKLOADS, "train")
+BENCHES = (*WORKLOADS, "train", "trainer")
+_TRAINED = {"train": bench_train.PARTS, "trainer": bench_trainer.PARTS}
 
 
 def run_bench(
@@ -39,8 +41,12 @@ def run_bench(
     """
     if what not in BENCHES:
         raise ValueError(f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, data, parity, plot, readme.")
-    vs = vs or (default_peers(what) if what in PEERS else ["mamba_ssm"])
-    known = bench_train.PEERS if what == "train" else list(PEERS[what])
+    if what == "trainer" and vs:
+        raise ValueError(
+            f"bench trainer: its peers are parts, so --vs {vs[0]} says nothing. Use --part mamba-130m:mamba_ssm."
+        )
+    known = {"train": bench_train.PEERS, "trainer": []}.get(what) or list(PEERS.get(what, ()))
+    vs = vs or (default_peers(what) if what in PEERS else known)
     for name in vs:
         if name not in known:
             raise ValueError(f"bench: unknown peer {name!r} of {what}. Known: {', '.join(known)}.")
@@ -64,12 +70,12 @@ def run_bench(
 
 
 def _parts(what: str, parts: list[str] | None) -> list[str]:
-    known = list(bench_train.PARTS) if what == "train" else list(dict.fromkeys(work.part for work in WORKLOADS[what]))
+    known = list(_TRAINED[what] if what in _TRAINED else dict.fromkeys(work.part for work in WORKLOADS[what]))
     for part in parts or []:
         if part not in (*known, "all"):
             raise ValueError(f"bench: unknown part {part!r} of {what}. Known: {', '.join(known)}, all.")
     if parts is None:
-        return known if what == "train" else ["table"]
+        return known if what in _TRAINED else ["table"]
     return known if "all" in parts else parts
 
 
@@ -86,12 +92,15 @@ def bench(
     ceilings: dict[str, float] = {}
     if what == "train":
         rows, failed = bench_train.measure(vs, parts or list(bench_train.PARTS), tick, profile)
+    elif what == "trainer":
+        rows, failed = bench_trainer.measure(parts or list(bench_trainer.PARTS), tick)
     else:
         tick("ceilings")
         ceilings = timing.ceilings(device)
         timer = timer or (timing.EventTimer() if device == "cuda" else timing.HostTimer())
         rows, failed = bench_ops.measure(what, vs, parts or ["table"], timer, ceilings, tick)
     named = {row["peer"].split(",")[0] for row in rows if row.get("peer")}
-    command = f"zoo bench {what} " + " ".join(f"--vs {name}" for name in vs)
-    result = header(what, command, device, [*vs, *sorted(named)]) | {"ceilings": ceilings, "cases": rows}
+    command = " ".join([f"zoo bench {what}", *(f"--vs {name}" for name in vs)])
+    libraries = ["transformers", "mamba_ssm"] if what == "trainer" else [*vs, *sorted(named)]
+    result = header(what, command, device, libraries) | {"ceilings": ceilings, "cases": rows}
     return result | {"failed": failed} if failed else result

@@ -22,6 +22,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     timed = [row for row in result["cases"] if "ours_ms" in row]
     if timed:
         console.print((_steps if "ours_tokens_s" in timed[0] else _timed)(timed, title))
+    if trained := [row for row in result["cases"] if "outside_share" in row]:
+        console.print(_trained(trained, title))
     if memory := [row for row in result["cases"] if "ours_MB" in row]:
         console.print(_memory(memory))
     for name, value in result["ceilings"].items():
@@ -77,6 +79,20 @@ def _steps(rows: list[dict[str, Any]], title: str) -> Table:
         cells = [x for side in ("ours", "peer") for x in (f"{row[f'{side}_tokens_s']:,.0f}", spread(row, side))]
         cells += [*_ratio(row), *(f"{row[key]:.2f}" for key in ("ours_GiB", "peer_GiB"))]
         cells += [f"{met}{row['memory_ratio']:.2f}x", f"{row['goal_memory_ratio']:g}x", f"{row['error']:.1e}"]
+        table.add_row(row["name"], row["variant"], *cells)
+    return table
+
+
+def _trained(rows: list[dict[str, Any]], title: str) -> Table:
+    numbers = ("tokens/s", "beside packed", "ms a step", "MFU", "GiB", "outside", "real tokens", "rows")
+    table = _table(title, ("model", "how"), numbers)
+    packed = {row["name"]: row["tokens_s"] for row in rows if row["variant"] == "packed"}
+    for row in rows:
+        colour = "[green]" if row["outside_met"] else "[red]"
+        share = f"{row['tokens_s'] / packed[row['name']]:.2f}x" if row["name"] in packed else ""
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        cells = [f"{row['tokens_s']:,}", share, f"{row['step_ms']:.1f}", mfu, f"{row['peak_GiB']:.1f}"]
+        cells += [f"{colour}{row['outside_share']:.1%}", f"{row['real_share']:.0%}", str(row["shape"]["b"])]
         table.add_row(row["name"], row["variant"], *cells)
     return table
 

@@ -5,9 +5,6 @@ A variant changes one thing of ours, which says what that thing is worth.
 """
 
 import itertools
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from ...kernels import dispatch
 from ...zoo.models.build import build
 from ...zoo.train.captured_step import CapturedStep
 from ..result_file import Row, Tick
+from .apart import answer, run_apart
 from .timing import beside, wall_ms
 
 PEERS = ["mamba_ssm"]
@@ -88,24 +86,14 @@ def measure(vs: list[str], parts: list[str], tick: Tick, profile: bool = False) 
 
 
 def _run(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    out = Path(folder) / "result.json"
-    env = os.environ | ({"HYBRIDZOO_BACKEND": "mamba_ssm"} if spec.get("variant") == "mamba_ssm-scan" else {})
-    # -P: the folder we are in is no place to import from
-    command = [sys.executable, "-P", "-c", "from hybridzoo.eval.bench.train import main; main()"]
-    command.append(json.dumps(spec | {"out": str(out)}))
-    done = subprocess.run(command, env=env, cwd="/", stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise RuntimeError(f"{spec['side']} of {spec['model']} ended with status {done.returncode}:\n{last}")
-    return json.loads(out.read_text())
+    env = {"HYBRIDZOO_BACKEND": "mamba_ssm"} if spec.get("variant") == "mamba_ssm-scan" else {}
+    return run_apart(__name__, spec, folder, env)
 
 
 def main() -> None:
-    """One side in its own process: the description is the last argument, the result a JSON file."""
-    spec = json.loads(sys.argv[-1])
+    """Train one side in its own process."""
     torch.manual_seed(0)
-    out = spec.pop("out")
-    Path(out).write_text(json.dumps(side(spec, "cuda")))
+    answer(lambda spec: side(spec, "cuda"))
 
 
 def side(spec: dict[str, Any], device: str, shape: dict[str, int] | None = None) -> dict[str, Any]:
