@@ -75,6 +75,7 @@ def test_parts_of_trainings_are_tried_with_fewer_rows_where_memory_ends(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA H200")
     monkeypatch.setattr(bench_trainer, "_run", run)
+    monkeypatch.setattr(bench_trainer, "documentation", lambda: ["a document"])
     parts = ["mamba-130m", "mamba-130m:plain", "mamba-130m:mamba_ssm", "mamba2-130m"]
     rows, failed = bench_trainer.measure(parts, lambda text: None)
     assert failed == ["no mamba_ssm"] and [b for model, _, b in asked if model == "mamba2-130m"] == [8, 4, 2]
