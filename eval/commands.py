@@ -108,8 +108,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
-            " of attention; a model, or model:variant, of train and trainer; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which tries options"
-            " drawn at random. May be repeated."
+            " of attention; a model, or model:variant, of train and trainer; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which"
+            " tries options drawn at random. May be repeated."
         ),
     ] = None,
     out: Annotated[

@@ -32,7 +32,7 @@ def test_python_documents_itself_with_real_lengths(monkeypatch):
     lengths = [len(document) for document in found]
     assert min(lengths) > 0 and max(lengths) > 10 * np.median(lengths)
     assert sum("JSON" in document for document in found) >= 3 and any(
-        "with statement" in document for document in found
+        'The "with" statement' in document for document in found
     )
     rows = text.padded(["ab", "c" * 9], 5)
     assert [row["input_ids"] for row in rows] == [[0, 97, 98, 0, 0], [0, 99, 99, 99, 99], [99] * 5]

@@ -153,12 +153,33 @@ def test_the_command_of_a_call_is_what_made_it(tmp_path):
         "zoo train mamba-tiny d_model=32 --data 'a text.txt' --out runs/x --steps 5 --lr 0.01"
     )
     assert header.command_of(TrainCall("mamba-tiny", ROWS, "runs/x"), "mamba-tiny", ROWS) is None
-    facts = header.facts_of(
-        zoo.build("mamba-tiny"), "mamba-tiny: a fresh model", {"data": "rows"},
-        ["precision: bfloat16", "a note: that is its own", "data: more", "plain words"], torch.device("cpu"),
-    )  # fmt: skip
-    assert facts["precision"] == "bfloat16" and facts["data"] == "rows\nmore" and facts["also"] == "plain words"
-    assert "torch" in facts["versions"] and facts["layers"].startswith("mamba")
+    facts = header.facts_of(zoo.build("mamba-tiny"), "mamba-tiny: a fresh model", {"data": "rows"}, torch.device("cpu"))
+    assert facts["data"] == "rows" and "torch" in facts["versions"] and facts["layers"].startswith("mamba")
+
+
+def test_what_is_said_of_the_methods_is_what_was_asked_for(tmp_path, capsys):
+    asked = {
+        "schedule": "wsd",
+        "decay": 0.5,
+        "final_lr": 0.1,
+        "warmup": 2,
+        "optimizer": "muon",
+        "clip": 0.0,
+        "patience": 9,
+    }
+    train(config(), ROWS, tmp_path, val=ROWS[:4], checkpointing=True, **SETTINGS | asked)
+    said = capsys.readouterr().err.splitlines()
+    assert said[3:6] == [
+        "precision: float32, blocks computed again",
+        "optimizer: muon, lr 0.01 after 2 steps of warm-up, falling in the last 50% to 0.001; weight decay 0.1, no gradient clipped",
+        "evaluation: every 2 steps, on 4 rows of 12 tokens; ends after 9 without a better one",
+    ]
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "Held-out loss" in page
+        and "falling in the last 50% to 0.001" in page
+        and "step 2 of 6  held-out loss" in "\n".join(said)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ speed

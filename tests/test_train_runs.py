@@ -439,8 +439,9 @@ def test_what_is_said_without_a_terminal(tmp_path, capsys):
         "9 rows of 12 tokens (108)",
         f"6 steps of 2 rows: 144 tokens, the data 1.33 times; into {tmp_path}",
     ]
-    assert [line.split("  ")[0] for line in lines[3:]] == [f"step {i} of 6" for i in range(1, 7)]
-    assert "loss" in lines[3] and "tokens/s" in lines[4]
+    assert [line.split(":")[0] for line in lines[3:5]] == ["precision", "optimizer"]
+    assert [line.split("  ")[0] for line in lines[5:]] == [f"step {i} of 6" for i in range(1, 7)]
+    assert "loss" in lines[5] and "tokens/s" in lines[6]
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,9 @@ def _figures(log: Log) -> list[str]:
         shown.append(("Training loss", f"{last:.3f}", "nats per token, mean of the last twentieth"))
     if held:
         at, best = min(held, key=lambda point: point[1])
-        shown.append(
-            ("Held-out loss", f"{best:.3f}", f"best, at step {at:,.0f}; perplexity {math.exp(min(best, 99)):,.4g}")
-        )
+        bits = dict(_points(log, "eval_bits_per_byte")).get(at)
+        note = f"{bits:.3f} bits per byte" if bits else f"perplexity {math.exp(min(best, 99)):,.4g}"
+        shown.append(("Held-out loss", f"{best:.3f}", f"best, at step {at:,.0f}; {note}"))
     if rate := _typical(log, "tokens_per_second"):
         mfu = _typical(log, "mfu")
         shown.append(

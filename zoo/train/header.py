@@ -4,7 +4,6 @@ import dataclasses
 import os
 import platform
 import shlex
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..models.model import Model
 from .examples import Examples
 from .options import TrainOptions
 
-__all__ = ["command_of", "described", "facts_of"]
+__all__ = ["command_of", "described", "facts_of", "methods_of"]
 
 # of one call, and not of the run
 _ONCE = ("resume", "overwrite")
@@ -42,22 +41,39 @@ def described(core: Model, rows: Examples, source: str, tokens: int, args: Train
     }
 
 
-def facts_of(
-    core: Model, start: str, said: dict[str, str], notes: Sequence[str], device: torch.device
-) -> dict[str, str]:
-    """Return what the page of a run says of it, by the words for it; a note may name its own, before a colon."""
+def methods_of(options: TrainOptions, val: Examples | None, args: TrainingArguments) -> dict[str, str]:
+    """Say in what precision and by which optimiser it is trained, and how it is evaluated, each under a word for it."""
+    half = {"bfloat16": "bfloat16 autocast, weights in float32"}
+    warm = args.get_warmup_steps(args.max_steps)
+    course = {
+        "cosine": "falling as a cosine",
+        "wsd": f"falling in the last {options.decay:.0%}",
+        "constant": "constant",
+    }
+    rate = f"lr {options.lr:g} after {warm:,} steps of warm-up, {course[options.schedule]}"
+    rate += f" to {options.final_lr * options.lr:g}" if options.schedule != "constant" else ""
+    clip = f"gradients clipped at {options.clip:g}" if options.clip else "no gradient clipped"
+    found = {
+        "precision": half.get(options.precision, options.precision)
+        + (", blocks computed again" if options.checkpointing else ""),
+        "optimizer": f"{options.optimizer}, {rate}; weight decay {options.weight_decay:g}, {clip}",
+    }
+    if val is not None:
+        about = val.about[-1] if val.about else f"{len(val):,} rows of {val.length:,} tokens"
+        source = f" of {options.val}" if isinstance(options.val, str | os.PathLike) else ""
+        patience = f"; ends after {options.patience} without a better one" if options.patience else ""
+        found["evaluation"] = f"every {args.eval_steps:,.0f} steps, on {about}{source}{patience}"
+    return found
+
+
+def facts_of(core: Model, start: str, said: dict[str, str], device: torch.device) -> dict[str, str]:
+    """Return what the page of a run says of it, by the words for it."""
     found = {"model": start, "layers": core.cfg.layers, **said}
-    for note in notes:
-        word, colon, text = note.partition(": ")
-        word, text = (word, text) if colon and len(word) <= 20 else ("also", note)
-        found[word] = f"{found[word]}\n{text}" if word in found else text
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
     names = ("hybridzoo", "torch", "transformers", "accelerate", "peft")
-    found["versions"] = ", ".join(
-        [f"python {platform.python_version()}", *(f"{n} {v}" for n in names if (v := _version(n)))]
-    )
-    return found
+    versions = [f"{name} {version}" for name in names if (version := _version(name))]
+    return found | {"versions": ", ".join([f"python {platform.python_version()}", *versions])}
 
 
 def command_of(call: Any, model: Any, data: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The page of a run in its folder: ``report.html``, as far as the run has come."""
+"""The page of a run in its folder, ``report.html``: as far as the run has come."""
 
 import sys
 from pathlib import Path
@@ -17,25 +17,25 @@ REPORT = "report.html"
 
 
 class Report(TrainerCallback):
-    """Writes the page at every checkpoint and at the end; one that cannot be written is said, and stops nothing."""
+    """Writes the page of a run at every checkpoint; one that cannot be written is said, and stops nothing."""
 
     def __init__(self, out: Path, about: dict[str, Any]):
         self.path, self.about, self.failed = out / REPORT, about, False
 
     def on_save(self, args, state, control, **kwargs):
         """Write the page as far as the run has come."""
-        self._write(state)
+        if state.is_world_process_zero:
+            self._write({"history": plain(state.log_history), "finished": False})
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Write the page with everything."""
-        self._write(state)
+    def finish(self, history: list[dict[str, float]], seconds: float) -> None:
+        """Write the page of a run that is done."""
+        self._write({"history": history, "seconds": seconds, "finished": True})
 
-    def _write(self, state: Any) -> None:
-        if not state.is_world_process_zero or self.failed:
+    def _write(self, log: dict[str, Any]) -> None:
+        if self.failed:
             return
-        done = state.global_step >= state.max_steps
         try:
-            write_page(self.path, {"about": self.about, "history": plain(state.log_history), "finished": done})
+            write_page(self.path, {"about": self.about, **log})
         except Exception as e:  # a picture is no reason to lose a training
             self.failed = True
             print(f"{self.path}: cannot be written ({e})", file=sys.stderr)

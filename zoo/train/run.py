@@ -25,7 +25,7 @@ from .diverged import Diverged
 from .evaluation import best_of, has_stalled
 from .examples import Examples, examples_from, lanes_from
 from .flops import context_length, flops_per_token, peak_flops
-from .header import command_of, described, facts_of
+from .header import command_of, described, facts_of, methods_of
 from .loop import ZooTrainer, load_weights
 from .manifest import Checkpoint, loss_entries
 from .memory import OutOfMemory, naming_memory
@@ -159,18 +159,22 @@ def train(call: TrainCall) -> TrainResult:
             return TrainResult(load(out), history, tokens, log["seconds"], call.steps, log.get("best"))
         source = f"{call.data}: " if isinstance(call.data, str | os.PathLike) else ""
         said = described(core, rows, source, per_step * call.steps, args)
-        session = Session([*header, *said.values()], _workload(core, rows, args), checkpoint, call.on_step)
+        methods = methods_of(call, val, args)
+        lines = [*header, *said.values(), *(f"{word}: {text}" for word, text in methods.items())]
+        session = Session(lines, _workload(core, rows, args), checkpoint, call.on_step)
         if args.process_index == 0:
-            facts = facts_of(core, "; ".join(header), said, [], args.device)
+            facts = facts_of(core, "; ".join(header), said | methods, args.device)
             run.describe(_about(call, facts, session.work), session.first_step)
+        report = Report(run.path, run.about)
         try:
             with naming_memory(call, rows.length, args.device, run.kept):
-                history = _run(core, (rows, val), args, run, session, checkpoint, call)
+                history = _run(core, (rows, val), args, run, session, checkpoint, call, report)
             best = best_of(history)
             if best is not None and best["step"] < history[-1]["step"]:
                 load_weights(core, run.checkpoint(int(best["step"])).folder)
             if args.process_index == 0:
                 save(core, out)
+                report.finish(history, session.saved_seconds)
                 run.finish(history, session.saved_seconds, best)
         except KeyboardInterrupt:
             raise Interrupted(run.last_step(), call.steps, out) from None
@@ -212,7 +216,7 @@ def _settings(call: TrainCall, core: Model, rows: Examples, val: Examples | None
 
 def _run(
     core: Model, data: tuple[Examples, Examples | None], args: TrainingArguments, run: RunFolder, session: Session,
-    checkpoint: Checkpoint | None, options: TrainOptions,
+    checkpoint: Checkpoint | None, options: TrainOptions, report: Report,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Take the steps that are left, and give what was logged in all of them."""
     if checkpoint is not None:
@@ -229,10 +233,11 @@ def _run(
     with reporting(named, run.path, session.first_step) as callbacks, session.saving_on_interrupt(), _quiet():
         trainer = ZooTrainer(
             HybridZooForCausalLM.wrap(core), args, train_dataset=data[0], eval_dataset=data[1],
-            callbacks=[*callbacks, Report(run.path, run.about)], options=options, run=run, session=session, checkpoint=checkpoint,
+            callbacks=[*callbacks, report], options=options, run=run, session=session, checkpoint=checkpoint,
         )  # fmt: skip
         if args.device.type == "cuda":
             session.header.append(trainer.stepping.says)
+            run.about.setdefault("facts", {})["step"] = trainer.stepping.says.removeprefix("step: ")
         with torch.autograd.set_multithreading_enabled(apart):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         history = loss_entries(trainer.state.log_history)
