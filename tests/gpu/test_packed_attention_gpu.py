@@ -37,7 +37,9 @@ def made(kind, dtype=BF16):
 def run(layer, x, g, seq):
     x = x.clone().requires_grad_()
     y = layer(x, seq=seq)
-    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], g)]
+    grads = torch.autograd.grad(y, [x, *layer.parameters()], g)
+    # not y itself: its graph would keep the parameters to the stream of this call, which a later one may not record from
+    return [y.detach(), *grads]
 
 
 def worst(got, want):
