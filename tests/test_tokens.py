@@ -448,6 +448,8 @@ def test_a_run_on_standard_input_goes_on_with_nothing_there_and_with_nothing_els
         run("some text to train on", on_step=stop, save_every=1)
     with pytest.raises(DifferentRun, match=r"another text than that of standard input\. Use another folder"):
         run("some other text")
+    with pytest.raises(ValueError, match="standard input can be read once only"):
+        run("some text to train on", val="-")
     assert run("").resumed_from == 0 and run("some text to train on").resumed_from == 2
     assert run("some other text", resume=False).resumed_from == 0
 

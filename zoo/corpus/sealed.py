@@ -117,8 +117,8 @@ def _make(place: Path, make: Callable[[Path], None]) -> None:
         if e.errno not in _FULL:
             raise
         raise OSError(
-            f"{place.parent}: there is no room for the tokens ({os.strerror(e.errno or 0)}). Make some, or set HYBRIDZOO_CACHE to a "
-            "folder on a larger disk."
+            f"{place.parent}: there is no room for the tokens ({os.strerror(e.errno or 0)}). Make some, or name a folder on a larger disk: "
+            "HYBRIDZOO_CACHE, or out (--out) for those of standard input."
         ) from e
     finally:
         shutil.rmtree(part, ignore_errors=True)

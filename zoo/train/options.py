@@ -50,7 +50,7 @@ class TrainOptions:
         None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False, panel=_DATA
     )  # fmt: skip
     packing: str = option(
-        "documents", "Rows of whole documents apart from each other, a stream of all of them, or a document padded to each row; a table "
+        "documents", "documents: those that fill a row best, apart from each other; stream: end to end; padded: one in each row. A table "
         "is rows already.", choices=("documents", "stream", "padded"), panel=_DATA,
     )  # fmt: skip
     column: str = option(
