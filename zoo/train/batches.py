@@ -43,16 +43,23 @@ def filled(batch: Batch, rows: int) -> Batch:
 
 
 class Whole(Dataset):
-    """Examples, and behind them rows with nothing to predict, up to a multiple of ``size``: all batches and processes have as many."""
+    """Examples, and behind them rows with nothing to predict, up to a multiple of ``size``: all batches and processes have as many.
+
+    Without them, whoever deals batches out to processes would give some rows to two of them.
+    """
 
     def __init__(self, examples: Examples, size: int):
-        self.examples, self.rows = examples, -(-len(examples) // size) * size
+        self.examples, self.size = examples, size
 
     def __len__(self) -> int:
-        return self.rows
+        return -(-len(self.examples) // self.size) * self.size
 
     def __getitem__(self, index: int) -> Batch:
         if index < len(self.examples):
             return self.examples[index]
         first = self.examples[0]
         return first | {"labels": torch.full_like(first["labels"], IGNORE)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Note which pass begins."""
+        self.examples.set_epoch(epoch)

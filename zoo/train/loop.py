@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..checkpoint.tensors import stored_tensors
+from ..corpus.lanes import Lanes
 from ..errors import CheckpointError
 from ..models.build import param_groups
 from ..models.model import Model
-from .batches import Batch, model_inputs, targets
+from .batches import Batch, Whole, model_inputs, targets
 from .carried import CarriedState
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
 from .evaluation import Evaluations, best_of, has_stalled, loss_per_target, metrics_of
@@ -43,6 +44,7 @@ class ZooTrainer(Trainer):
 
     optimizer: Any
     control: Any
+    train_dataset: Any
 
     def __init__(
         self, *args: Any, options: TrainOptions, run: RunFolder, session: Session, checkpoint: Checkpoint | None,
@@ -78,6 +80,17 @@ class ZooTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return order_of(self.train_dataset if train_dataset is None else train_dataset, self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers; where several processes share a pass, its last batches are whole, and no row is read by two of them."""
+        examples: Any = self.train_dataset
+        if self.args.world_size == 1 or isinstance(examples, Lanes):
+            return super().get_train_dataloader()
+        self.train_dataset = Whole(examples, self.args.train_batch_size * self.args.world_size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = examples
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers; or Muon for the matrices of the blocks that decay, and AdamW for the rest."""

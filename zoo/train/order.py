@@ -1,14 +1,15 @@
 """The order in which a training reads its rows."""
 
 from collections.abc import Iterator, Sized
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Sampler
 
 from ..corpus.lanes import Lanes
+from .batches import Whole
 
-__all__ = ["Epochs", "InOrder", "Shuffled", "order_of"]
+__all__ = ["Epochs", "InOrder", "Shuffled", "Then", "order_of"]
 
 _AT_ONCE = 4096
 
@@ -19,8 +20,10 @@ class Epochs(Sized, Protocol):
     epoch: int
 
 
-def order_of(data: Epochs, seed: int) -> Sampler[int]:
+def order_of(data: Epochs | Whole, seed: int) -> Sampler[int]:
     """Return the order in which a training reads its data."""
+    if isinstance(data, Whole):
+        return Then(order_of(data.examples, seed), len(data))
     return InOrder(data) if isinstance(data, Lanes) else Shuffled(data, seed)
 
 
@@ -63,3 +66,21 @@ class InOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.data.epoch * len(self.data)
         return iter(range(first, first + len(self.data)))
+
+
+class Then(Sampler[int]):
+    """An order, and behind all of it the numbers that are left up to ``total``."""
+
+    def __init__(self, order: Any, total: int):
+        self.order, self.total = order, total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go through another pass."""
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from range(len(self.order), self.total)
