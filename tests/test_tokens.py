@@ -126,6 +126,40 @@ def test_a_parquet_file_that_was_cut_or_holds_nulls_is_one_error(tmp_path):
             tokens_at(tmp_path / "a.parquet", BYTES, None)
 
 
+def test_lists_of_every_kind_are_token_ids(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [[1, 2], [3, 4], [5, 6]] * 1000
+    for kind in (pa.list_(pa.int64()), pa.list_(pa.uint16(), 2), pa.large_list(pa.int8())):
+        parquet.write_table(pa.table({"text": pa.array(rows, kind)}), tmp_path / "a.parquet")
+        assert documents_of(tokens_at(tmp_path / "a.parquet", BYTES, None)[0]) == rows
+    words = pa.array(["one", "two"] * 3).dictionary_encode()
+    parquet.write_table(pa.table({"text": words}), tmp_path / "a.parquet")
+    assert documents_of(tokens_at(tmp_path / "a.parquet", BYTES, None)[0]) == [encode("one"), encode("two")] * 3
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="is empty"):
+        tokens_at(tmp_path / "a.parquet", BYTES, None)
+
+
+@pytest.mark.parametrize("damage", ["state.json", "dataset_info.json", "arrow"])
+def test_a_damaged_dataset_is_one_error(tmp_path, damage):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": [str(i) * 50 for i in range(5000)]}).save_to_disk(str(tmp_path / "data"))
+    if damage == "arrow":
+        file = next((tmp_path / "data").glob("*.arrow"))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        (tmp_path / "data" / damage).write_text("{")
+    with pytest.raises(ValueError, match="data: cannot be read as a dataset"):
+        tokens_at(tmp_path / "data", BYTES, None)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_pipe_is_sent_to_standard_input(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"is a pipe or a device, .*--data - <"):
+        tokens_at(tmp_path / "pipe", BYTES, None)
+
+
 @pytest.mark.parametrize("library", ["pyarrow", "datasets"])
 def test_a_library_that_is_missing_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)

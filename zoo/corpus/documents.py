@@ -85,6 +85,10 @@ def sources_at(root: Path) -> list[Source]:
         ValueError: Nothing of a kind that can be read, or a dataset whose split has to be named.
     """
     if not root.is_dir():
+        if root.exists() and not root.is_file():
+            raise SourceError(
+                f"{root}: is a pipe or a device, which is read once only. Give it as standard input: --data - < {root}"
+            )
         return [Source(root, _kind(root) or ("lines" if root.suffix.lower() == ".json" else "text"), _size(root))]
     if (saved := dataset_folder(root)) is not None:
         return [_dataset(saved)]
