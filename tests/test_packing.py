@@ -226,7 +226,8 @@ def test_a_table_is_as_it_was(tmp_path, small):
     wide = zoo.build("mamba-tiny", ["d_model=16", "layers=mamba", "vocab_size=512"])
     assert examples_from(tmp_path / "flat.npy", wide, options()).tokens == 5
     with pytest.raises(
-        ValueError, match=r"token id 300, in document 1 of .*flat\.npy, is outside the model's vocabulary of 256"
+        ValueError,
+        match=r"token id 300, in document 1 of .*flat\.npy, is outside .* of 256. Set vocab_size, to at least 301",
     ):
         examples_from(tmp_path / "flat.npy", small, options())
 

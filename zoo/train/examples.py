@@ -132,7 +132,8 @@ def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None)
     if (found := store.beyond(how.vocab_size)) is not None:
         raise ValueError(
             f"data: token id {found[0]}, in document {found[1]:,} of {data}, is outside the model's vocabulary of {how.vocab_size}. Set "
-            f"vocab_size, or tokenize with the config's tokenizer ({model.cfg.tokenizer})."
+            f"vocab_size, to at least {max(store.high, ~store.low) + 1}, or name the tokenizer that belongs to the model (it is "
+            f"{model.cfg.tokenizer})."
         )
     left_out = f", {store.skipped:,} without a token left out" if store.skipped else ""
     tokens = f"{len(store.tokens):,} tokens ({store.tokens.dtype})"
