@@ -44,26 +44,31 @@ def spoiled(
     h = dt.shape[2]
     # a step whose logarithm is -inf is a step of zero
     bad = ~(dt < math.inf) if softplus else ~dt.isfinite()
-    bad = bad | ~x.isfinite().all(3) | _by_heads(B, h)
+    bad = bad | ~_all_finite(x, 3) | _by_heads(B, h)
     if state is not None:
-        bad[:, 0] |= ~state.isfinite().flatten(2).all(2)
+        bad[:, 0] |= ~_all_finite(state, 2, 3)
     return Spoiled(_since(bad, reset), _by_heads(C, h))
 
 
 def spoiled_before(here: Tensor, gout: Tensor, z: Tensor | None, glast: Tensor | None, reset: Tensor) -> Tensor:
     """Tokens (b, l, h) whose gradient comes from one that is not finite: of a later output of the document, or of the state behind it."""
-    bad = here | ~gout.isfinite().all(3)
+    bad = here | ~_all_finite(gout, 3)
     if z is not None:
-        bad = bad | ~z.isfinite().all(3)
+        bad = bad | ~_all_finite(z, 3)
     if glast is not None:
-        bad[:, -1] |= ~glast.isfinite().flatten(2).all(2)
+        bad[:, -1] |= ~_all_finite(glast, 2, 3)
     # the other way round, a document starts where the next one did
     starts = torch.cat([reset[:, 1:], reset.new_zeros(reset.shape[0], 1)], 1)
     return _since(bad.flip(1), starts.flip(1)).flip(1)
 
 
+def _all_finite(x: Tensor, *dims: int) -> Tensor:
+    """Tell whether all is finite along some dimensions: the largest says so, and is found in one pass that writes little."""
+    return torch.linalg.vector_norm(x.detach(), math.inf, dims).isfinite()
+
+
 def _by_heads(x: Tensor, h: int) -> Tensor:
-    return (~x.isfinite().all(3)).repeat_interleave(h // x.shape[2], dim=2)
+    return (~_all_finite(x, 3)).repeat_interleave(h // x.shape[2], dim=2)
 
 
 def _since(bad: Tensor, reset: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         (mark,) = ctx.saved_tensors
-        bad = (mark > 0) | ~g.isfinite().all(2)
+        bad = (mark > 0) | ~_all_finite(g, 2)
         return g.masked_fill(bad[..., None], 0.0), bad.to(mark.dtype)
 
 
@@ -126,7 +131,7 @@ def leave_attention(y: Tensor, mark: Tensor) -> Tensor:
 
 
 def _cleaned(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bad_q, bad_k, bad_v = (~x.isfinite().flatten(2).all(2) for x in (q, k, v))
+    bad_q, bad_k, bad_v = (~_all_finite(x, 2, 3) for x in (q, k, v))
     bad_k = bad_k | bad_v
     mark = bad_q | _between(bad_k, first, _places(first))
     q, k, v = (x.masked_fill(bad[..., None, None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_k)))
