@@ -149,6 +149,17 @@ def test_a_model_takes_a_description():
     )
 
 
+def test_the_adapter_hands_a_description_on():
+    pytest.importorskip("transformers")
+    from hybridzoo.zoo.hf import HybridZooForCausalLM
+
+    model = zoo.build("jamba-tiny").eval()
+    ids, seq = torch.randint(1, 256, (2, 8)), Seq.from_documents(torch.tensor(DOC), most=4)
+    adapter = HybridZooForCausalLM.wrap(model).eval()
+    got, want = adapter(ids, labels=ids, seq=seq), model(ids, labels=ids, seq=seq)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.logits, want.logits)
+
+
 def test_a_description_of_other_rows_is_refused():
     model, ids, seq = (
         zoo.build("mamba-tiny"),
