@@ -111,6 +111,49 @@ def test_a_logged_loss_counts_the_steps_before_a_stop(tmp_path, monkeypatch):
     assert facts(resumed) == expected
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_a_device_does_meanwhile_changes_nothing_of_what_is_logged(tmp_path, monkeypatch, every):
+    class Device(ZooTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.asks_at_once, self.args.logging_steps = False, every
+
+    class Host(ZooTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.args.logging_steps = every
+
+    def on_step(done, loss):
+        if done in known:
+            known[done].append(loss)
+        if done == stop:
+            raise Stop
+
+    # steps that are not saved are logged while the next one is under way, and known to who asks after it
+    settings, known, stop = (
+        SETTINGS | {"steps": 9, "save_every": 4, "batch_size": 1, "accumulate": 2},
+        {3: [], 8: []},
+        0,
+    )
+    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Host)
+    host = train(zoo.config("jamba-tiny"), ROWS, tmp_path / "host", on_step=on_step, **settings)
+    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Device)
+    device = train(zoo.config("jamba-tiny"), ROWS, tmp_path / "device", on_step=on_step, **settings)
+    assert facts(device) == facts(host) and list(facts(device)[0][0])[:4] == [
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "aux_loss",
+    ]
+    assert [entry["step"] for entry in device.history] == [*range(every, 10, every), *([9] if every == 2 else [])]
+    assert all(before == later for before, later in known.values())
+    stop = 7
+    with pytest.raises(Stop):
+        train(zoo.config("jamba-tiny"), ROWS, tmp_path / "cut", on_step=on_step, **settings)
+    resumed = train(zoo.config("jamba-tiny"), ROWS, tmp_path / "cut", **settings)
+    assert resumed.resumed_from == 4 and facts(resumed) == facts(host)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_saves_and_ctrl_c_again_does_not_wait_for_it(tmp_path, whole, times):
     def on_step(step, loss):

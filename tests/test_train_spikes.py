@@ -23,7 +23,7 @@ def watched(losses, spike=2.0, watch=None):
     for loss in losses:
         watch.read(torch.tensor([0]), torch.tensor(loss))
         watch.differentiated(torch.tensor(1.0))
-    return watch, Told(*watch.tell(False).tolist())
+    return watch, Told(**{name: float(x) for name, x in watch.tell(False).items()})
 
 
 def expected(losses):

@@ -1,5 +1,6 @@
 """transformers' ``Trainer`` as a zoo training uses it: what it optimises, notices, logs, evaluates and saves."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from .batches import Batch, Whole, model_inputs, targets
 from .carried import CarriedState
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
 from .evaluation import Evaluations, best_of, has_stalled, loss_per_target, metrics_of
+from .later import Later
 from .manifest import Checkpoint
 from .optimisers import MuonAdamW, hidden_matrices
 from .options import TrainOptions
 from .order import order_of
 from .run_folder import AGAIN, RunFolder
 from .session import Session
-from .stepping import Stepping, statistics
+from .stepping import Stepping
 from .watch import Seen, Told, Watch
 
 __all__ = ["ZooTrainer", "load_weights"]
@@ -63,6 +65,7 @@ class ZooTrainer(Trainer):
             self.watch = Watch(device, options.spike, start, checkpoint.step, logged)
         # where the host runs as the device does, nothing is saved by asking later
         self.asks_at_once = device.type == "cpu"
+        self.late: tuple[Later, float] | None = None
         self.documents: int | None = getattr(self.train_dataset, "documents", None)
         self.carried = CarriedState(self.model.core) if options.carry_state else None
         why = "several devices train together" if self.args.world_size > 1 or self.args.n_gpu > 1 else None
@@ -113,6 +116,7 @@ class ZooTrainer(Trainer):
             carried = self.carried
             given = model_inputs(inputs, self.documents) if carried is None else carried.inputs(inputs)
             loss = super().training_step(model, given, num_items_in_batch)
+        self._log_late()
         self.watch.read(rows, loss)
         return loss
 
@@ -151,16 +155,41 @@ class ZooTrainer(Trainer):
             optimiser: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             optimiser.found_inf = self.watch.bad
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        control, now = self.control, self.asks_at_once or self.args.world_size > 1
+        if control.should_log and not (
+            now or control.should_save or control.should_evaluate or control.should_training_stop
+        ):
+            # the host would wait for the step, and the device then for the host; it is logged when the next one is on its way
+            named = {"grad_norm": grad_norm, **self.watch.tell(self.session.interrupted), **self.stepping.statistics()}
+            self.late = Later(named), kwargs["learning_rate"]
+            self.watch.sum.zero_()
+            tr_loss.zero_()
+            self._globalstep_last_logged = self.state.global_step
+            control.should_log = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _log_late(self) -> None:
+        if self.late is not None:
+            (late, rate), self.late = self.late, None
+            found = late.read()
+            told = Told(**{field.name: found.pop(field.name) for field in dataclasses.fields(Told)})
+            logs = {"loss": told.total, "grad_norm": found.pop("grad_norm"), "learning_rate": rate}
+            self._log_step(self._heard([told]), logs, found)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As transformers, with the mean over all steps since the last logged one, whatever was stopped in between."""
-        if "loss" in logs:
-            step = self.state.global_step
-            logs["loss"] = sum(one.total for one in self._ask()) / self.args.world_size / (step - self.watch.logged)
-            logs |= statistics(*self.stepping.statistics())
-            self.watch.sum.zero_()
-            self.watch.logged = step
-            logs |= self.session.measures(step)
-        super().log(logs, *args, **kwargs)
+        if "loss" not in logs:
+            return super().log(logs, *args, **kwargs)
+        told = self._ask()
+        self.watch.sum.zero_()
+        self._log_step(told, logs, Later(self.stepping.statistics()).read())
+
+    def _log_step(self, told: list[Told], logs: dict[str, float], found: dict[str, float]) -> None:
+        step = self.state.global_step
+        mean = sum(one.total for one in told) / self.args.world_size / (step - self.watch.logged)
+        self.watch.logged = step
+        super().log({**logs, "loss": mean, **found, **self.session.measures(step)})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on all targets, log it, and have the best model saved; training ends where there is no better one for long."""
@@ -182,10 +211,12 @@ class ZooTrainer(Trainer):
 
     def _ask(self) -> list[Told]:
         """Return what all processes have to tell, or raise :class:`Diverged` where a step must not be taken."""
-        told = self.watch.tell(self.session.interrupted)[None]
+        told = torch.stack(list(self.watch.tell(self.session.interrupted).values()))[None]
         if self.args.world_size > 1:
             told = self.accelerator.gather(told)
-        processes = [Told(*one) for one in told.tolist()]
+        return self._heard([Told(*one) for one in told.tolist()])
+
+    def _heard(self, processes: list[Told]) -> list[Told]:
         if any(one.bad for one in processes):
             self._stop_at(int(min(one.good for one in processes if one.bad)), processes)
         # of several processes none may stop alone

@@ -38,7 +38,7 @@ class TrainOptions:
         ValueError: Numbers that no training can work with, or a report that there is not.
     """
 
-    steps: int = option(1000, "Optimiser steps.", trainer="max_steps", panel=_OPTIMISER)
+    steps: int = option(1000, "Optimiser steps.", trainer="max_steps", panel=_RUN)
     batch_size: int = option(
         8, "Rows per device that are read at once.", trainer="per_device_train_batch_size", setting=False, panel=_DATA
     )

@@ -11,7 +11,7 @@ from ..terminal import say
 from .batches import Batch, filled
 from .captured_step import CapturedStep, why_not_captured
 
-__all__ = ["Stepping", "statistics"]
+__all__ = ["Stepping"]
 
 
 class Stepping:
@@ -63,11 +63,12 @@ class Stepping:
         more = {"documents": batch["documents"]} if "documents" in batch else {}
         return self.captured(batch["input_ids"], batch["labels"], num_items=num_items, **more)
 
-    def statistics(self) -> tuple[Tensor | None, list[dict[str, Any]]]:
-        """The auxiliary loss and the routers' statistics of the last batch."""
-        if self.replayed and self.captured is not None:
-            return self.captured.aux_loss, self.captured.router
-        return self.model.reported
+    def statistics(self) -> dict[str, Tensor]:
+        """Return what is logged of the last batch: its auxiliary loss, and of every layer of experts the highest load over the mean one."""
+        source = self.captured if self.replayed else None
+        aux_loss, router = self.model.reported if source is None else (source.aux_loss, source.router)
+        loads = {f"expert_load/{one['layer_idx']}": one["load"].max() * one["load"].numel() for one in router}
+        return loads if aux_loss is None else {"aux_loss": aux_loss, **loads}
 
     def _record(self, batch: Batch, num_items: bool) -> None:
         packed: dict[str, Any] = {"documents": batch["documents"], "most": self.most} if "documents" in batch else {}
@@ -93,12 +94,3 @@ class Stepping:
                 f"train(capture='on'): the step cannot be captured: {why.rstrip('.')}. Use capture='auto'."
             )
         self.why_eager = why
-
-
-def statistics(aux_loss: Tensor | None, router: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the auxiliary loss and, for every layer of experts, the load of the busiest one over the mean load, as they are logged."""
-    named = {} if aux_loss is None else {"aux_loss": aux_loss}
-    named |= {f"expert_load/{one['layer_idx']}": one["load"].max() * one["load"].numel() for one in router}
-    # one answer for all, so that a device is waited for once
-    values = torch.stack([x.detach().float().reshape(()) for x in named.values()]).tolist() if named else []
-    return dict(zip(named, values, strict=True))

@@ -97,10 +97,11 @@ class Watch:
         self.lowest.copy_(torch.minimum(self.mean, self.lowest))
         return self.mean > self.lowest + self.spike
 
-    def tell(self, wish: bool) -> Tensor:
-        """Return the fields of :class:`Told`, ``(7,)``, for the host to read."""
+    def tell(self, wish: bool) -> dict[str, Tensor]:
+        """Return the fields of :class:`Told`, for the host to read."""
         wished = torch.full_like(self.sum, float(wish))
-        return torch.stack([self.sum, self.bad, self.good, wished, self.mean, self.lowest, self.lowest_at])
+        values = (self.sum, self.bad, self.good, wished, self.mean, self.lowest, self.lowest_at)
+        return {field.name: x for field, x in zip(dataclasses.fields(Told), values, strict=True)}
 
     def kept(self, told: Told) -> list[float]:
         """Return of an answer what a later watch starts from."""
