@@ -97,7 +97,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan, ssd, attention, train, trainer (zoo train itself), data or parity; plot draws a result, readme writes our figures."
+            help="scan, ssd, attention, train, trainer (zoo train itself), tutorial (the run of docs/train.md), data or parity; plot draws"
+            " a result, readme writes the figures of our pages."
         ),
     ],
     file: Annotated[
@@ -135,6 +136,11 @@ def bench(
         measure, report = (fuzz.fuzz, fuzz.summary) if part == ["fuzz"] else (run.parity, run.table)
         result = measure(out)
         return print_json(result) if as_json else print_report(report(result))
+    if what == "tutorial":
+        from .bench.tutorial import PLACE, tutorial
+
+        result = tutorial(out or PLACE)
+        return print_json(result) if as_json else say(f"wrote {out or PLACE}; zoo bench readme draws it")
     if what == "data":
         from ..zoo.tables import output
         from .bench.data import bench_data, table

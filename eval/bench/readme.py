@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from ...zoo.report.training import training_picture
 from ..demo.overview import overview
 from ..markdown import paragraph, table
 from ..parity.run import table as parity_table
@@ -35,9 +36,10 @@ def refresh(readme: Path) -> list[Path]:
     folder = root / "eval" / "results"
     shown = [*_results(folder, "scan", gpu=True), *_results(folder, "train")]
     drawn = [plot(result, path.with_suffix(".svg")) for path, result in shown]
-    for path, result in _results(folder, "demo"):
-        drawn.append(root / "docs" / f"{path.stem}.svg")
-        drawn[-1].write_text(overview(result), encoding="utf-8")
+    for what, name, draw in (("demo", "demo.svg", overview), ("tutorial", "train.svg", training_picture)):
+        for _, result in _results(folder, what):
+            drawn.append(root / "docs" / name)
+            drawn[-1].write_text(draw(result), encoding="utf-8")
     return [*texts, *drawn]
 
 
