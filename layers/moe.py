@@ -5,6 +5,7 @@ padded. A token's output therefore depends on that token alone. Losses and stati
 and padding counts in neither.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -310,13 +311,18 @@ class MoE(Mixer):
         return d * (into + out_of)
 
 
-def balance_loss(layers: list[tuple[float, int, Tensor, Tensor]]) -> Tensor | float:
+def balance_loss(
+    layers: list[tuple[float, int, Tensor, Tensor]], batch_mean: Callable[[Tensor], Tensor] | None = None
+) -> Tensor | float:
     """The load-balancing loss of one or more layers together: ``coef * e * sum_e(f_e P_e)``, f and P averaged over the layers.
 
     As transformers has it for Mixtral, Jamba, Granite and Qwen 3: the tokens of all layers count as one batch, so that the loss does not
     grow with the number of layers, and layers whose imbalances differ may make up for each other. Layers with other coefficients,
     another number of experts or another ``top_k`` form batches of their own. Of each of ``layers`` there is the coefficient, ``top_k``,
     the choices of every expert per token ``(e,)``, and the mean probabilities ``(e,)``; the sum is 0.0 without any.
+
+    Where processes read parts of a batch, ``batch_mean`` averages the choices over them. The loss is linear in the probabilities, so the
+    mean of the processes' losses is then that of the whole batch, and so is its gradient.
     """
     groups: dict[tuple[float, int, int], list[tuple[Tensor, Tensor]]] = {}
     for coef, top_k, share, mean in layers:
@@ -324,5 +330,6 @@ def balance_loss(layers: list[tuple[float, int, Tensor, Tensor]]) -> Tensor | fl
     total: Tensor | float = 0.0
     for (coef, _, num_experts), members in groups.items():
         share, mean = (torch.stack(part).mean(0) for part in zip(*members, strict=True))
+        share = share if batch_mean is None else batch_mean(share.detach())
         total = total + coef * num_experts * (share * mean).sum()
     return total

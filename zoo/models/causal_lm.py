@@ -4,6 +4,7 @@ State-dict keys follow mamba-ssm: those of the trunk, and ``lm_head.weight``.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -64,8 +65,14 @@ tree(CausalLMOutput)
 
 
 class CausalLM(Model):
-    """A decoder-only language model; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`."""
+    """A decoder-only language model; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`.
 
+    Attributes:
+        batch_mean: In a training by several processes, what averages a tensor over them, so that experts are balanced over the whole
+            batch; all have to make the same calls then. ``None`` balances what a call sees.
+    """
+
+    batch_mean: Callable[[Tensor], Tensor] | None = None
     head_name, may_tie, hf_class = "lm_head", True, "HybridZooForCausalLM"
     lm_head: nn.Linear
     generate = generate
@@ -151,7 +158,9 @@ class CausalLM(Model):
         x, rows = (x, None) if seq is None else (seq.align(x), seq.cleared)
         passed: list[Tensor] | None = [] if output_hidden_states else None
         hidden, new_state, aux = self.backbone(x, rows, state, return_state, passed)
-        losses = [*aux.get("loss", []), *([balance_loss(aux["balance"])] if aux.get("balance") else [])]
+        losses = list(aux.get("loss", []))
+        if aux.get("balance"):
+            losses.append(balance_loss(aux["balance"], self.batch_mean if self.training else None))
         aux_loss = torch.stack(losses).sum() if losses else None
         loss = None if labels is None else self._loss(hidden, labels, seq, aux_loss, num_items)
         if seq is not None:
