@@ -90,6 +90,7 @@ def as_saved(model: Any) -> Model:
     """The core of a model, or of transformers' adapter around one, with what is so in config and metadata; raises as :func:`save`."""
     adapted = getattr(model, "core", None)
     core = as_it_is(model if adapted is None else adapted)
+    core.backbone.follow_owners()
     tensors = dict(core.named_parameters())
     if any(hasattr(p, "full_tensor") for p in tensors.values()):
         raise ValueError(

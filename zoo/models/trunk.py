@@ -115,12 +115,18 @@ class Backbone(nn.Module):
         state.tokens += 1
         return self._final(stream)[1]
 
+    def follow_owners(self) -> None:
+        """Let blocks that borrow parts have what somebody has put in the place of them: adapters, say, or weights with these merged."""
+        for block in self.blocks:
+            for owner in getattr(block, "owner", ()):
+                keep_sharing(block, owner)
+
     def _callables(self) -> list[Callable[..., Any]]:
         """The blocks, to be called; one whose owner is sharded by itself is called through that, which gathers the weights of both."""
+        self.follow_owners()
         blocks: list[Any] = self.blocks
         for i, block in enumerate(blocks):
             for owner in getattr(block, "owner", ()):
-                keep_sharing(block, owner)
                 if is_sharded(owner):
                     blocks[i] = partial(owner, run=block)
         return blocks
