@@ -1,16 +1,26 @@
 """Wrappers that average gradients or shard weights (DDP, FSDP2): two processes train as one, whatever the model shares."""
 
+import json
 import os
+import pickle
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import hybridzoo as zoo
+from hybridzoo.zoo.errors import CheckpointError
+from hybridzoo.zoo.hf import HybridZooForCausalLM
+from hybridzoo.zoo.train.loop import load_weights
 
 RANK = """
     import os, sys
@@ -102,6 +112,184 @@ def test_two_processes_train_as_one_also_where_blocks_share_weights(tmp_path):
     ]  # fmt: skip
     errors = [process.communicate(timeout=200)[1] for process in ranks]
     assert not any(process.returncode for process in ranks), "\n".join(errors)[-3000:]
+
+
+TRAIN = """
+    import json, os, signal, sys
+    from pathlib import Path
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import hybridzoo as zoo
+    from hybridzoo.zoo.train.digests import digest_weights
+    from hybridzoo.zoo.train.run import Diverged, Interrupted, train
+    sys.path.insert(0, os.path.dirname(sys.argv[1]))
+    from test_parallel import EXPERTS, MODELS, ROWS, TEXT, settings
+
+    out = Path(sys.argv[2])
+    first, told = os.environ["RANK"] == "0", {}
+
+
+    def history(result):
+        return [e["loss"] for e in result.history]
+
+
+    def stopped(folder, at, error=RuntimeError, how=None, **options):
+        def on_step(step, loss):
+            if step == at:
+                how() if how else exec("raise RuntimeError('stopped')")
+
+        try:
+            train("jamba-tiny", ROWS, folder, overrides=EXPERTS, on_step=on_step, **settings(2), **options)
+        except error as e:
+            return e
+        raise AssertionError(f"{folder}: was not stopped")
+
+
+    for name, overrides in MODELS.items():
+        for shard in (False, True):
+            result = train(name, ROWS, out / f"{name}-{shard}", overrides=overrides, shard=shard, **settings(2))
+            told[f"{name}-{shard}"] = history(result)
+    told["packed"] = history(train("jamba-tiny", TEXT, out / "packed", length=32, shard=True, **settings(2)))
+
+    # stopped in the middle, by an error and by Ctrl-C in one of them, they go on to the bit
+    interrupt = lambda: first and os.kill(os.getpid(), signal.SIGINT)
+    for way, at, error, how, last in (("error", 3, RuntimeError, None, 2), ("ctrl-c", 2, Interrupted, interrupt, 3)):
+        stopped(out / way, at, error, how, shard=True)
+        resumed = train("jamba-tiny", ROWS, out / way, overrides=EXPERTS, shard=True, **settings(2))
+        assert history(resumed) == told["jamba-tiny-True"] and resumed.resumed_from == last, (way, resumed.history, told)
+        assert not first or digest_weights(resumed.model) == digest_weights(zoo.load(out / "jamba-tiny-True"))
+
+    # what one of them finds is an error of all
+    for shard, when in ((False, 1), (False, 2), (True, 1), (True, 2)):
+        def poison(step, loss):
+            part = poisoned.get_parameter("backbone.layers.0.mixer.in_proj.weight")
+            if step == when and not first:
+                with torch.no_grad():
+                    (part.to_local() if shard else part).fill_(float("nan"))
+
+        poisoned = zoo.build("jamba-tiny")
+        try:
+            train(poisoned, ROWS, out / f"bad-{shard}-{when}", shard=shard, on_step=poison, **settings(2))
+            raise AssertionError("did not diverge")
+        except Diverged as e:
+            told[f"bad-{shard}-{when}"] = str(e)
+
+    # adapters of low rank, whose frozen weights are sharded with them
+    base = out / "jamba-tiny-True"
+    for shard in (False, True):
+        told[f"lora-{shard}"] = history(train(base, ROWS, out / f"lora-{shard}", lora=2, shard=shard, **settings(2)))
+    if first:
+        (out / "told.json").write_text(json.dumps(told))
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+ROWS = np.random.default_rng(0).integers(1, 200, (24, 20))
+TEXT = Path(__file__)
+# pure and mixed; experts, whose balance is that of the whole batch, and blocks that share weights
+EXPERTS = ["mixers.moe.aux_loss_coef=0.5"]
+MODELS = {"mamba-tiny": [], "mamba2attn-tiny": [], "jamba-tiny": EXPERTS, "zamba2-tiny": []}
+
+
+def settings(processes):
+    return {
+        "steps": 4, "batch_size": 4 // processes, "lr": 3e-3, "report_to": "none", "device": "cpu", "save_every": 2,
+    }  # fmt: skip
+
+
+def _told(stderr):
+    return stderr[stderr.find("Traceback") :][:4000]  # torchrun's own comes last
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Two processes' trainings: their folder, and the losses of each."""
+    out = tmp_path_factory.mktemp("together")
+    (out / "script.py").write_text(textwrap.dedent(TRAIN))
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(out / "script.py"), __file__, str(out)],
+        capture_output=True, text=True, cwd=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=550,
+    )  # fmt: skip
+    assert run.returncode == 0, _told(run.stderr)
+    return out, json.loads((out / "told.json").read_text())
+
+
+def alone(model, out, data=ROWS, **options):
+    return [e["loss"] for e in zoo.train(model, data, out, **(settings(1) | options)).history]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_train_as_one(together, tmp_path, name):
+    out, losses = together
+    want = alone(name, tmp_path / "one", overrides=MODELS[name])
+    for shard in (False, True):
+        assert losses[f"{name}-{shard}"] == pytest.approx(want, rel=1e-5)
+        # each loss is known before its step; what the last step makes is in the folder
+        for (n, p), q in zip(
+            zoo.load(out / f"{name}-{shard}").named_parameters(), zoo.load(tmp_path / "one").parameters(), strict=True
+        ):
+            torch.testing.assert_close(p, q, atol=2e-4, rtol=1e-3, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_two_processes_read_packed_rows_as_one(together, tmp_path):
+    assert together[1]["packed"] == pytest.approx(alone("jamba-tiny", tmp_path / "one", TEXT, length=32), rel=1e-5)
+
+
+def test_two_processes_train_adapters_as_one(together, tmp_path):
+    out, losses = together
+    want = alone(out / "jamba-tiny-True", tmp_path / "one", lora=2)
+    assert losses["lora-False"] == pytest.approx(want, rel=1e-5)
+    assert losses["lora-True"] == pytest.approx(want, rel=1e-5)
+    files = sorted(f.name for f in (out / "lora-True" / "adapter").iterdir())
+    assert "adapter_model.safetensors" in files and zoo.load(out / "lora-True")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_divergence_in_one_process_is_told_by_both(together, shard):
+    _, told = together
+    assert "training diverged at step 2 of 4: the loss is" in told[f"bad-{shard}-1"]
+    at_saving = "training diverged at step 2 of 4: the weights are no longer finite after it"
+    assert (
+        at_saving in told[f"bad-{shard}-2"]
+        and "the weight backbone.layers.0.mixer.in_proj.weight" in told[f"bad-{shard}-2"]
+    )
+
+
+def test_a_sharded_checkpoint_is_read_in_one_process(together, tmp_path):
+    out, _ = together
+    folder = out / "jamba-tiny-True" / "checkpoints" / "checkpoint-4"
+    assert sorted(f.name for f in (folder / "sharded").iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    model = HybridZooForCausalLM.wrap(zoo.build("jamba-tiny"))
+    load_weights(model, folder)
+    for p, q in zip(model.core.parameters(), zoo.load(out / "jamba-tiny-True").parameters(), strict=True):
+        assert torch.equal(p, q)
+    # with torch alone
+    state = {"backbone.norm_f.weight": torch.empty(64)}
+    dcp.load(state, checkpoint_id=folder / "sharded", no_dist=True)
+    assert torch.equal(state["backbone.norm_f.weight"], model.core.backbone.norm_f.weight)
+    with pytest.raises(CheckpointError, match="holds another training's tensors"):
+        load_weights(HybridZooForCausalLM.wrap(zoo.build("mamba-tiny")), folder)
+
+
+class Bad:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+def test_a_hostile_description_of_shards_is_not_run(together, tmp_path):
+    out, _ = together
+    model = HybridZooForCausalLM.wrap(zoo.build("jamba-tiny"))
+    shutil.copytree(out / "jamba-tiny-True" / "checkpoints" / "checkpoint-4", tmp_path / "c")
+    file = tmp_path / "c" / "sharded" / ".metadata"
+    whole = file.read_bytes()
+    for content, message in (
+        (pickle.dumps(Bad()), "it asks for posix.system"),
+        (whole[:100], "cannot be read"),
+        (pickle.dumps(Metadata({"backbone.norm_f.weight": BytesStorageMetadata()})), "is no tensor|it asks for"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(model, tmp_path / "c")
 
 
 def test_a_part_that_is_shared_is_moved_and_sharded_once():

@@ -33,9 +33,18 @@ def nonfinite_weight(model: torch.nn.Module) -> str | None:
     """The name of the first parameter that holds a value that is not finite."""
     named = list(model.named_parameters())
     # one answer for all, so that a device is waited for once
-    if not named or bool(torch.stack([torch.isfinite(p.detach()).all() for _, p in named]).all()):
+    if not named or bool((finite := torch.stack([_is_finite(p) for _, p in named])).all()):
         return None
-    return next(name for name, p in named if not torch.isfinite(p.detach()).all())
+    return named[finite.tolist().index(False)][0]
+
+
+def _is_finite(p: Any) -> Tensor:
+    if not hasattr(p, "full_tensor"):
+        return torch.isfinite(p.detach()).all()
+    # of a sharded one, what every process has of it
+    broken = (~torch.isfinite(p.detach().to_local())).any().to(torch.int32)
+    torch.distributed.all_reduce(broken, group=p.device_mesh.get_group())
+    return broken == 0
 
 
 def first_nonfinite(model: Model, batches: Batches) -> str | None:

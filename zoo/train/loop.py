@@ -14,17 +14,18 @@ from ..checkpoint.tensors import stored_tensors
 from ..corpus.lanes import Lanes
 from ..errors import CheckpointError
 from ..models.build import param_groups
-from ..models.model import Model
 from .batches import Batch, Whole, model_inputs, targets
 from .carried import CarriedState
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
 from .evaluation import Evaluations, best_of, has_stalled, loss_per_target, metrics_of
 from .later import Later
+from .lora import load_adapter
 from .manifest import Checkpoint
 from .optimisers import MuonAdamW, hidden_matrices
 from .options import TrainOptions
 from .order import order_of
-from .run_folder import AGAIN, RunFolder
+from .processes import anywhere, batch_mean
+from .run_folder import AGAIN, SHARDED, RunFolder
 from .session import Session
 from .stepping import Stepping
 from .watch import Seen, Told, Watch
@@ -63,6 +64,7 @@ class ZooTrainer(Trainer):
         if checkpoint is not None:
             start, logged = checkpoint.manifest["losses"][self.args.process_index], checkpoint.manifest["logged"]
             self.watch = Watch(device, options.spike, start, checkpoint.step, logged)
+        self.model.core.batch_mean = batch_mean if self.args.world_size > 1 else None
         # where the host runs as the device does, nothing is saved by asking later
         self.asks_at_once = device.type == "cpu"
         self.late: tuple[Later, float] | None = None
@@ -243,6 +245,7 @@ class ZooTrainer(Trainer):
         )  # fmt: skip
 
     def _locate(self, seen: Seen, finite: bool) -> str:
+        self.model.core.batch_mean = None  # every process looks for itself
         numbers = torch.cat(seen.rows).tolist()
         examples: Any = self.train_dataset
         size = self.args.per_device_train_batch_size
@@ -274,7 +277,7 @@ class ZooTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         told, step = self._ask(), self.state.global_step
-        if (name := nonfinite_weight(self.model)) is not None:
+        if (name := anywhere(nonfinite_weight(self.model))) is not None:
             self._diverge("the weights are no longer finite after it", step, [], f"the weight {name}")
         seconds = self.session.saved_seconds = round(self.session.seconds, 3)
         try:
@@ -297,13 +300,18 @@ class ZooTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.carried is not None:
             self.carried.load(Path(resume_from_checkpoint), self.args.process_index, self.args.device)
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        return load_weights(self.model.core, Path(resume_from_checkpoint))
+        return load_weights(self.model, Path(resume_from_checkpoint))
 
 
-def load_weights(model: Model, folder: Path) -> None:
-    """Fill a model with the weights of its checkpoint; tensors of other names, shapes or types are a CheckpointError."""
+def load_weights(trained: Any, folder: Path) -> None:
+    """Fill the Trainer's model with the weights of its checkpoint; tensors of other names, shapes or types are a CheckpointError."""
+    if (folder / SHARDED).exists():
+        from .sharding import load_shards  # which takes long to import
+
+        return load_shards(trained, folder)
+    if hasattr(trained, "peft_config"):
+        return load_adapter(trained, folder)
+    model = trained.core
     with stored_tensors(folder) as stored, torch.no_grad():
         places = dict(model.named_parameters(remove_duplicate=False))
         filled = {id(places[name]) for name in stored if name in places}

@@ -28,6 +28,7 @@ _SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
 _WEIGHTS = ("*.safetensors", "*.bin")
 # groups of the command line's help
 _DATA, _OPTIMISER, _EVALUATION, _SPEED, _RUN = "Data", "Optimiser", "Evaluation", "Speed", "Run"
+_TUNING = "Fine-tuning"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,25 @@ class TrainOptions:
         2.0, "Stop when the loss, averaged over some ten steps, is this many nats above its lowest; 0 never.", bound=at_least(0),
         setting=False, panel=_RUN,
     )  # fmt: skip
+    base: Any = option(  # noqa: RUF009  # a field, as the others
+        None, "The folder or hub id of a model whose weights a fresh model of the config starts from.", typed=str | None,
+        setting=False, panel=_TUNING,
+    )  # fmt: skip
+    lora: int | None = option(
+        None, "Rank of the adapters (LoRA) that are trained in place of the weights.", unset="the weights are trained",
+        bound=at_least(1), panel=_TUNING,
+    )  # fmt: skip
+    lora_alpha: float | None = option(
+        None, "What the adapters count for, divided by their rank.", unset="twice the rank", bound=("above 0", lambda x: x > 0),
+        panel=_TUNING,
+    )  # fmt: skip
+    lora_targets: str = option(
+        "all-linear", "Where the adapters sit: all-linear, or names of modules or parameters (in_proj,out_proj,experts.w1).",
+        panel=_TUNING,
+    )  # fmt: skip
+    shard: bool = option(
+        False, "Under torchrun, let every process hold a part of the weights and of the optimiser's state (FSDP2).", panel=_SPEED
+    )  # fmt: skip
     workers: int | None = option(
         None, "Processes that read rows ahead; the numbers are the same.", unset="2 on a GPU, else 0", bound=at_least(0), setting=False,
         panel=_DATA,
@@ -143,6 +163,7 @@ class TrainOptions:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"train(steps={self.steps}, batch_size={self.batch_size}): both must be at least 1.")
         self._check_together()
+        self._check_tuning()
         for name in tracker_names(self.report_to):
             found = importlib.util.find_spec(name)
             if found is None or found.origin is None:  # a folder of that name, as wandb makes them, is no package
@@ -165,6 +186,22 @@ class TrainOptions:
         if self.schedule == "wsd" and warm + self.decay > 1:
             raise ValueError(
                 f"train(warmup={self.warmup:g}, decay={self.decay:g}): together more than all of the {self.steps} steps. Lower one."
+            )
+
+    def _check_tuning(self) -> None:
+        if self.lora is None and (self.lora_alpha is not None or self.lora_targets != "all-linear"):
+            alpha = self.lora_alpha
+            given = f"lora_targets={self.lora_targets!r}" if alpha is None else f"lora_alpha={alpha:g}"
+            raise ValueError(f"train({given}): there are no adapters. Give their rank (lora), or leave it out.")
+        if self.lora is not None and importlib.util.find_spec("peft") is None:
+            raise ModuleNotFoundError("No module named 'peft', which makes adapters; leave lora out", name="peft")
+        if self.shard and int(os.environ.get("WORLD_SIZE", "0")) < 1:
+            raise ValueError(
+                "train(shard=True): needs processes to shard over. Start it with torchrun, or leave it out."
+            )
+        if self.shard and self.optimizer == "muon":
+            raise ValueError(
+                "train(shard=True, optimizer='muon'): Muon needs whole matrices, and a process has parts. Use adamw, or leave shard out."
             )
 
     def settings(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -27,13 +26,15 @@ from .examples import Examples, examples_from, lanes_from
 from .flops import context_length, flops_per_token, peak_flops
 from .header import command_of, described, facts_of, methods_of
 from .loop import ZooTrainer, load_weights
+from .lora import adapted, lora_config, save_adapter
 from .manifest import Checkpoint, loss_entries
 from .memory import OutOfMemory, naming_memory
-from .options import TrainOptions, check_out, check_path, holds_weights
+from .options import TrainOptions, check_out, check_path
+from .processes import in_first
 from .report import Report
 from .run_folder import DifferentRun, RunFolder
 from .session import Session, Workload
-from .start import start_from
+from .start import has_weights, start_from
 from .trackers import reporting
 
 __all__ = ["DifferentRun", "Diverged", "Interrupted", "OutOfMemory", "TrainCall", "TrainResult", "train"]
@@ -58,7 +59,8 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        model: The trained model, in evaluation mode; with ``val`` that of the ``best`` step.
+        model: The trained model, in evaluation mode; with ``val`` that of the ``best`` step. Of processes that shard one, the first has
+            it, and the others have their parts.
         history: ``{"step", "loss", "learning_rate", "grad_norm", "seconds"}`` per logged step; the loss is the mean
             since the last one, in nats per token, and the seconds are those spent training, over all sessions, without what an interruption
             lost. Where there are experts, ``"aux_loss"`` and an ``"expert_load/N"`` for each of their layers: the load of the busiest over
@@ -136,7 +138,8 @@ def train(call: TrainCall) -> TrainResult:
     use_cpu = call.device is not None and pick_device(call.device, numbered=False).type == "cpu"
     call = dataclasses.replace(call, precision=resolved_precision(call.precision, use_cpu))
     torch.manual_seed(call.seed)
-    core, header = start_from(call.model, call.overrides, out)
+    core, header = start_from(call.model, call.overrides, out, call.base)
+    adapters = lora_config(core, call, has_weights(call.model, call.base))
     devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
     rows, val = _data(call, core, devices)
     per_step = call.batch_size * call.accumulate * devices * rows.length
@@ -150,7 +153,7 @@ def train(call: TrainCall) -> TrainResult:
             if log is None:
                 claimed.enter_context(run.claim())
         args = training_arguments(out, call, use_cpu)
-        log, checkpoint = _in_main_process(
+        log, checkpoint = in_first(
             args, lambda: (log, None if log else run.open(settings, call.resume, call.overwrite))
         )
         if log is not None:
@@ -159,19 +162,22 @@ def train(call: TrainCall) -> TrainResult:
             return TrainResult(load(out), history, tokens, log["seconds"], call.steps, log.get("best"))
         source = f"{call.data}: " if isinstance(call.data, str | os.PathLike) else ""
         said = described(core, rows, source, per_step * call.steps, args)
-        methods = methods_of(call, val, args)
+        methods, work = methods_of(call, val, args), _workload(core, rows, args)
+        model, about = adapted(core, adapters) if adapters else (HybridZooForCausalLM.wrap(core), {})
+        methods |= about
         lines = [*header, *said.values(), *(f"{word}: {text}" for word, text in methods.items())]
-        session = Session(lines, _workload(core, rows, args), checkpoint, call.on_step)
+        session = Session(lines, work, checkpoint, call.on_step)
         if args.process_index == 0:
             facts = facts_of(core, "; ".join(header), said | methods, args.device)
             run.describe(_about(call, facts, session.work), session.first_step)
         report = Report(run.path, run.about)
         try:
             with naming_memory(call, rows.length, args.device, run.kept):
-                history = _run(core, (rows, val), args, run, session, checkpoint, call, report)
+                history = _run(model, (rows, val), args, run, session, checkpoint, call, report)
             best = best_of(history)
             if best is not None and best["step"] < history[-1]["step"]:
-                load_weights(core, run.checkpoint(int(best["step"])).folder)
+                load_weights(model, run.checkpoint(int(best["step"])).folder)
+            core = _outcome(model, call, adapters, first=args.process_index == 0)
             if args.process_index == 0:
                 save(core, out)
                 report.finish(history, session.saved_seconds)
@@ -208,14 +214,13 @@ def _data(call: TrainCall, core: Model, devices: int) -> tuple[Any, Any]:
 
 def _settings(call: TrainCall, core: Model, rows: Examples, val: Examples | None, devices: int) -> dict[str, Any]:
     """Return what a call has to have in common with those that it continues."""
-    has_weights = isinstance(call.model, torch.nn.Module) or holds_weights(call.model)
     data = {"data": rows.digest, "val": None if val is None else val.digest}
-    start = digest_weights(core) if has_weights else None
+    start = digest_weights(core) if has_weights(call.model, call.base) else None
     return {"config": OmegaConf.to_container(core.cfg), **data, **call.settings(), "devices": devices, "start": start}
 
 
 def _run(
-    core: Model, data: tuple[Examples, Examples | None], args: TrainingArguments, run: RunFolder, session: Session,
+    model: Any, data: tuple[Examples, Examples | None], args: TrainingArguments, run: RunFolder, session: Session,
     checkpoint: Checkpoint | None, options: TrainOptions, report: Report,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Take the steps that are left, and give what was logged in all of them."""
@@ -223,16 +228,16 @@ def _run(
         history = checkpoint.history()
         if checkpoint.step >= args.max_steps or has_stalled(history, options.patience):
             # stopped after its last step: there is nothing left to train
-            load_weights(core, checkpoint.folder)
+            load_weights(model, checkpoint.folder)
             return history
     if options.checkpointing:
-        core.gradient_checkpointing_enable()
+        model.core.gradient_checkpointing_enable()
     named = options.report_to if args.process_index == 0 else "none"
     # a backward of one device in a thread of its own costs a sixth of a small model's step; several devices need their threads
     apart = torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ
     with reporting(named, run.path, session.first_step) as callbacks, session.saving_on_interrupt(), _quiet():
-        trainer = ZooTrainer(
-            HybridZooForCausalLM.wrap(core), args, train_dataset=data[0], eval_dataset=data[1],
+        trainer = _trainer(options)(
+            model, args, train_dataset=data[0], eval_dataset=data[1],
             callbacks=[*callbacks, report], options=options, run=run, session=session, checkpoint=checkpoint,
         )  # fmt: skip
         if args.device.type == "cuda":
@@ -244,6 +249,28 @@ def _run(
         if trainer.state.global_step < args.max_steps and not has_stalled(history, options.patience):
             raise KeyboardInterrupt
     return history
+
+
+def _trainer(options: TrainOptions) -> type[ZooTrainer]:
+    if not options.shard:
+        return ZooTrainer
+    from .sharded_trainer import ShardedTrainer
+
+    return ShardedTrainer
+
+
+def _outcome(model: Any, call: TrainCall, adapters: Any, first: bool) -> Model:
+    """Return the model that comes of the Trainer's: gathered where processes hold parts, and adapters, kept by themselves, merged."""
+    if call.shard:
+        from .sharding import gathered
+
+        model = gathered(model, adapters)
+    if adapters and first:
+        save_adapter(model, Path(call.out))
+    if adapters and (first or not call.shard):  # what others hold are parts
+        model.merge_and_unload()
+    model.core.batch_mean = None
+    return model.core
 
 
 def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:
@@ -268,22 +295,6 @@ def _about(call: TrainCall, facts: dict[str, str], work: Workload) -> dict[str, 
         "folder": str(out), "command": command_of(call, model, call.data),
         "steps": call.steps, "tokens_per_step": work.tokens, "facts": facts,
     }  # fmt: skip
-
-
-def _in_main_process(args: TrainingArguments, work: Callable[[], Any]) -> Any:
-    """Do something once, where torchrun has started several processes, and give all of them the result or the error."""
-    if args.world_size == 1:
-        return work()
-    answer: list[Any] = [None]
-    if args.process_index == 0:
-        try:
-            answer = [work()]
-        except Exception as e:  # raised below, in every process
-            answer = [e]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Every change is one rename, so that a run killed at any moment leaves what it wa
     OUT/tensorboard/                  the losses for TensorBoard
     OUT/checkpoints/checkpoint-N      whole from the moment it is there; zoo.json lists its files and their digests
     OUT/model.safetensors, ...        at the end the trained model, as ``zoo.save`` writes it
+    OUT/adapter/                      at the end what LoRA has trained, as PEFT writes it
     OUT/.train.lock, .train.holder    who is at work
 """
 
@@ -37,10 +38,11 @@ from .manifest import (
     step_of,
 )  # fmt: skip
 
-__all__ = ["AGAIN", "LOG", "DifferentRun", "RunFolder"]
+__all__ = ["ADAPTER", "AGAIN", "LOG", "SHARDED", "DifferentRun", "RunFolder", "differences"]
 
 AGAIN = "Use another folder, or turn resume off (--no-resume) to start again."
 LOG = "train.json"
+ADAPTER, SHARDED = "adapter", "sharded"
 _KEPT = 2
 # what marks a folder as somebody's model
 _MODEL_FILES = "config.yaml config.json adapter_config.json *.safetensors *.bin checkpoints/checkpoint-*".split()
@@ -115,7 +117,7 @@ class RunFolder:
             if not overwrite and (resume or not (self.path / LOG).exists()):
                 raise
         # first what belongs to the old log, then the log: the other way round a killed process would leave a new log on old checkpoints
-        for name in ("checkpoints", "tensorboard"):
+        for name in ("checkpoints", "tensorboard", ADAPTER):
             _delete(self.path / name)
         self.about = {}
         self._write_log({"finished": False, "history": [], "seconds": 0.0})
@@ -233,7 +235,7 @@ class RunFolder:
         )
 
     def _refuse_other(self, old: dict[str, Any]) -> None:
-        for key, values in _differences(old, self.settings):
+        for key, values in differences(old, self.settings):
             # digests say nothing to anybody
             shown = "" if key in ("data", "start") else f" ({values})"
             raise DifferentRun(f"{self.path}: holds a run with another {key}{shown}. {AGAIN}")
@@ -259,12 +261,12 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The keys, dotted, under which two nested mappings differ, and what each of them says."""
     for key in {**new, **old}:
         there, now = old.get(key), new.get(key)
         if isinstance(there, dict) and isinstance(now, dict):
-            yield from _differences(there, now, f"{prefix}{key}.")
+            yield from differences(there, now, f"{prefix}{key}.")
         elif there != now:
             there, now = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(str, (there, now)))
             yield f"{prefix}{key}", f"{there} there, {now} now"
