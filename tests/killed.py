@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -85,13 +86,13 @@ def forked(work) -> int:
     os._exit(0)
 
 
-def run(out: Path, report: Path | None = None, last: int = 0) -> int:
+def run(out: Path, report: Path | None = None, last: int = 0, model: Any = MODEL, **options: Any) -> int:
     """One call of ``train`` in a process of its own, killed at operation ``last``; what came of it goes to ``report``."""
 
     def work():
         operations = Operations(out, last) if last >= 0 else None
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-            result = train(MODEL, ROWS, out, **SETTINGS)
+            result = train(model, ROWS, out, **SETTINGS, **options)
         history = [{k: v for k, v in entry.items() if k not in MEASURED} for entry in result.history]
         seconds = [entry["seconds"] for entry in result.history]
         assert seconds == sorted(seconds) and seconds[-1] <= result.seconds, seconds

@@ -1,15 +1,20 @@
 """Training from other weights: as the base of a fresh model, and through adapters of low rank."""
 
+import importlib.util
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import hybridzoo as zoo
+from hybridzoo.__main__ import app
 from hybridzoo.zoo.errors import CheckpointError
 from hybridzoo.zoo.hf import HybridZooForCausalLM
 from hybridzoo.zoo.models.hooks import has_hooks
@@ -139,6 +144,47 @@ def test_an_interrupted_run_of_adapters_goes_on_to_the_bit(base, tmp_path, stop)
     assert digest_weights(resumed.model) == digest_weights(whole.model)
     files = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_a_run_of_adapters_killed_at_any_operation_ends_as_if_it_had_not_been(tmp_path):
+    spec = importlib.util.spec_from_file_location("killed", Path(__file__).parent / "killed.py")
+    killed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(killed)
+    torch.manual_seed(1)
+    base = zoo.save(zoo.build(killed.MODEL), tmp_path / "base")
+    tuned = {"model": base, "lora": 2}
+    assert killed.run(tmp_path / "whole", tmp_path / "whole.json", **tuned) == 0
+    operations, want = (
+        json.loads((tmp_path / "whole.json").read_text())["operations"],
+        killed.outcome(tmp_path / "whole.json"),
+    )
+    files = {f.name: f.read_bytes() for f in (tmp_path / "whole" / "adapter").iterdir()}
+    # in the middle of a checkpoint, and all the way from the last one to the end
+    chosen = [n for n, what in enumerate(operations, 1) if "adapter" in what]
+    assert len(chosen) >= 4
+    for n in (*chosen[:2], *range(chosen[-1] - 2, chosen[-1] + 3)):
+        out, report = tmp_path / f"cut{n}", tmp_path / f"cut{n}.json"
+        assert killed.run(out, last=n, **tuned) == 9
+        assert killed.run(out, report, **tuned) == 0, operations[n - 1]
+        assert killed.outcome(report) == want and not killed.leftovers(out), operations[n - 1]
+        assert {f.name: f.read_bytes() for f in (out / "adapter").iterdir()} == files
+
+
+@pytest.mark.parametrize("targets", [[], ["--lora-targets", "in_proj,out_proj"]])
+def test_the_command_line_tunes(base, tmp_path, monkeypatch, targets):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.txt").write_text("All work and no play makes Jack a dull boy. " * 40)
+    flags = ["--steps", 2, "--batch-size", 2, "--report-to", "none", "--device", "cpu", "--length", 16]
+    call = ["train", base, "--lora", 8, *targets, "--data", "more.txt", "--out", "runs/more", *flags]
+    result = CliRunner().invoke(app, [str(word) for word in call], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "LoRA of rank 8, alpha 16, on " in result.stderr
+    assert (tmp_path / "runs/more/adapter/adapter_config.json").exists() and zoo.load("runs/more")
+    call = ["train", "jamba-tiny", "--base", base, "--data", "more.txt", "--out", "runs/base", *flags]
+    result = CliRunner().invoke(app, [str(word) for word in call], env={"COLUMNS": "200"})
+    assert result.exit_code == 0 and "a fresh model that starts from the weights of" in result.stderr
 
 
 def test_damaged_or_other_adapters_are_refused(base, tmp_path):
