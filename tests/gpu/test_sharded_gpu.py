@@ -1,7 +1,12 @@
 """FSDP2 on a GPU, in a world of one: losses and gradients are those of the model that is not sharded, with the head's slices several."""
 
 import copy
+import os
+import subprocess
+import sys
+import textwrap
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,14 +62,9 @@ def test_a_sharded_model_has_the_loss_and_the_gradients(process_group, monkeypat
 
 def test_trainer_shards_and_trains(tmp_path):
     """accelerate's own groups; before, the recomputed slices of the loss found the head's weight sharded."""
-    import os
-    import subprocess
-    import sys
-    import textwrap
-
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
+    launch(
+        tmp_path,
+        """
             import sys, torch
             from transformers import Trainer, TrainingArguments
             import hybridzoo as zoo
@@ -88,10 +88,86 @@ def test_trainer_shards_and_trains(tmp_path):
                 AcceleratorState._reset_state()
             print(losses)
             assert all(abs(a - b) < 1e-3 for a, b in zip(*losses)), losses
-        """)
+        """,
     )
+
+
+def test_zoo_train_shards_resumes_and_stops(tmp_path):
+    launch(
+        tmp_path,
+        """
+            import os, sys
+            import numpy as np, torch
+            import hybridzoo as zoo
+            import hybridzoo.zoo.models.loss as loss_module
+            from hybridzoo.zoo.train.digests import digest_weights
+            from hybridzoo.zoo.train.run import Diverged, train
+            loss_module._SLICE_BYTES = 128 * 256 * 2
+            out, rows = sys.argv[1], np.random.default_rng(0).integers(1, 200, (40, 64))
+            settings = {"steps": 6, "batch_size": 8, "lr": 1e-3, "report_to": "none", "save_every": 2}
+            history = lambda result: [entry["loss"] for entry in result.history]
+            for precision, tolerance in (("float32", 1e-5), ("bfloat16", 2e-3)):
+                results = [
+                    train("jamba-tiny", rows, f"{out}/{precision}-{shard}", shard=shard, precision=precision, capture="off", **settings)
+                    for shard in (False, True)
+                ]
+                plain, sharded = map(history, results)
+                assert np.allclose(plain, sharded, rtol=tolerance), (plain, sharded)
+                assert digest_weights(zoo.load(f"{out}/{precision}-True")) == digest_weights(results[1].model)
+
+            def stop(step, loss):
+                if step == 5:
+                    raise RuntimeError("stopped")
+
+            try:
+                train("jamba-tiny", rows, f"{out}/cut", shard=True, on_step=stop, precision="bfloat16", **settings)
+            except RuntimeError:
+                pass
+            resumed = train("jamba-tiny", rows, f"{out}/cut", shard=True, precision="bfloat16", **settings)
+            assert resumed.resumed_from == 4 and np.allclose(history(resumed), sharded, rtol=1e-3), (history(resumed), sharded)
+
+            # a step that is not finite changes no weight
+            model, seen = zoo.build("jamba-tiny"), []
+
+            def poison(step, loss):
+                weight = model.get_parameter("backbone.layers.1.mixer.fc1.weight")
+                if step == 2:
+                    with torch.no_grad():
+                        weight.to_local().fill_(3e38)
+                seen.append(weight.to_local().clone())
+
+            try:
+                train(model, rows, f"{out}/bad", shard=True, on_step=poison, **(settings | {"save_every": 6}))
+                raise AssertionError("did not diverge")
+            except Diverged as e:
+                assert e.step == 3, e
+            assert torch.equal(seen[-1], seen[1])
+
+            base = f"{out}/bfloat16-True"
+            tuned = [history(train(base, rows, f"{out}/lora-{shard}", lora=4, shard=shard, **settings)) for shard in (False, True)]
+            assert np.allclose(*tuned, rtol=2e-3), tuned
+            torch.distributed.destroy_process_group()
+        """,
+    )
+
+
+def test_adapters_are_trained_in_a_recorded_step(tmp_path):
+    rows = np.random.default_rng(0).integers(1, 200, (40, 64))
+    base = zoo.save(zoo.build("mamba2attn-tiny"), tmp_path / "base")
+    settings = {"steps": 6, "batch_size": 8, "lr": 1e-3, "report_to": "none", "lora": 4}
+    losses = {}
+    for capture in ("on", "off"):
+        result = zoo.train(base, rows, tmp_path / capture, capture=capture, **settings)
+        losses[capture] = [entry["loss"] for entry in result.history]
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)
+
+
+def launch(folder, script):
+    """Run a script in the one process of torchrun."""
+    file = folder / "script.py"
+    file.write_text(textwrap.dedent(script))
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(script), str(tmp_path / "out")],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"}, timeout=280,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(file), str(folder / "out")],
+        capture_output=True, text=True, cwd=folder, env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"}, timeout=280,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.returncode == 0, run.stderr[run.stderr.find("Traceback") :][:4000]
