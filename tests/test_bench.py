@@ -140,6 +140,8 @@ def test_attention_is_beside_its_other_backends(small, monkeypatch):
     assert [(row["name"], row["op"], row["peer"], row["backend"]) for row in result["cases"]] == [
         (case.name, op, "math", "sdpa") for case in cases for op in ("forward", "forward+backward")
     ]
+    _, text = readme._attention(Path("a.json"), result)
+    assert text.count("\n") == 1 + len(result["cases"]) and "| forward | sdpa | 2.000 | math | 5.000 | 2.50x |" in text
     # what has no such call, and what is taken anyway, is no row and no failure
     assert bench.bench("attention", ["sdpa", "varlen"], ["packed"], timer=Clock())["cases"] == []
     assert {c.part for c in workloads._ATTENTION} == {"table", "packed", "window"}

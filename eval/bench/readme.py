@@ -91,6 +91,7 @@ def performance(folder: Path) -> str:
         *(piece for path, result in _results(folder, "scan", gpu=True) for piece in _gpu_scan(path, result)),
         *(piece for path, result in _results(folder, "train") for piece in _train(path, result)),
         *(piece for path, result in _results(folder, "trainer") for piece in _trainer(path, result)),
+        *(piece for path, result in _results(folder, "attention", gpu=True) for piece in _attention(path, result)),
         *(piece for path, result in _results(folder, "scan", gpu=False) for piece in _cpu_scan(path, result)),
     ]
     return "\n\n".join(piece if piece.startswith("|") else paragraph(piece) for piece in pieces)
@@ -224,6 +225,24 @@ def _trainer(path: Path, result: Result) -> list[str]:
                     f"{100 * row['outside_share']:.1f} %", f"{100 * row['real_share']:.0f} %", str(row["shape"]["b"]),
                 ]
                 for row in rows
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def _attention(path: Path, result: Result) -> list[str]:
+    return [
+        f"Attention between its projections on one {result['device']} ({_versions(result)}), bf16, causal: the backend that is chosen by "
+        f"itself beside every other one that can do the call, outputs and gradients compared first ({_source(path, result)}). For packed "
+        "rows, the host knows where documents start, which spares `sdpa` the masks.",
+        table(
+            ["case", "pass", "taken", "ms", "beside", "ms", "ratio"],
+            [
+                [
+                    title(row["name"]), row["op"], row["backend"], f"{row['ours_ms']:.3f}", row["peer"], f"{row['peer_ms']:.3f}",
+                    f"{row['ratio']:.2f}x",
+                ]
+                for row in result["cases"]
             ],
         ),
     ]  # fmt: skip
