@@ -275,7 +275,8 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
 
 def _first(doc: Tensor) -> Tensor:
     """Tell of every token of (b, l) whether its document, or the padding at the row's end, starts with it."""
-    first = torch.ones_like(doc, dtype=torch.bool)
+    # rows that are one row expanded are one in memory, too, and written apart
+    first = torch.ones_like(doc, dtype=torch.bool, memory_format=torch.contiguous_format)
     first[:, 1:] = doc[:, 1:] != doc[:, :-1]
     return first
 

@@ -20,8 +20,8 @@ from ..kernels.numerics import HALVES
 from ..kernels.seq import Seq
 from ..kernels.torch_private import constant_when_compiled
 
-# tokens of a row from which on flash-attn 4 was measured to pay, with 128 channels per head or more
-_LONG, _WIDE = 4096, 128
+# tokens of a row from which on flash-attn 4 was measured to pay: with 128 channels per head or more, and within a window
+_LONG, _WIDE, _LONG_WINDOWED = 4096, 128, 2048
 
 
 def _refuse_rows(name: str, facts: Facts) -> str | None:
@@ -49,6 +49,10 @@ def _refuse_flash_4(facts: Facts) -> str | None:
     # without a GPU the question is what one would take
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     headdim, most = facts.get("headdim", 64), 256 if major == 9 else 128
+    if headdim % 32:
+        return (
+            f"flash_attn_4 was measured to leave channels out of a headdim that is no multiple of 32, such as {headdim}"
+        )
     if major < 9:
         return f"flash_attn_4 differentiates on compute capability 9.0 and later, this is {major}.{minor}"
     if headdim > most:
@@ -63,15 +67,18 @@ def _reserve_flash(facts: Facts) -> str | None:
 
 
 def _reserve_flash_4(facts: Facts) -> str | None:
-    # measured on an H200 against sdpa: 1.12x forward and 1.11 to 1.14x with the backward at (b, l, h, p) = (4, 4096, 32, 128), 8 heads of
-    # keys, and (1, 32768, 32, 128); 0.74x and 0.96x at (8, 2048, 12, 64)
+    # measured on an H200, forward and with the backward (eval/results/attention-h200.json): against sdpa 1.13x and 1.12x at (b, l, h, p) =
+    # (4, 4096, 32, 128), 8 heads of keys, 1.19x and 1.18x at (1, 32768, 32, 128), 0.92x and 1.03x at (16, 1024, 32, 128); within windows,
+    # against varlen, 1.07x and 1.24x at (8, 2048, 12, 64), 2.7x and 2.1x at (4, 4096, 16, 64), 2.2x and 1.9x at (4, 8192, 32, 128)
     headdim, length = facts.get("headdim", 64), facts.get("length", 0)
     if not dispatch.installed["flash_attn_4"]:
         return None
-    if facts.get("packed") or facts.get("window"):
-        return (
-            "flash_attn_4 was measured to pay on plain causal rows alone, and is taken for others where it is asked for"
-        )
+    if facts.get("packed"):
+        return "flash_attn_4 was measured to pay on rows of one document alone, and is taken for others where it is asked for"
+    if facts.get("window"):
+        if length >= _LONG_WINDOWED:
+            return None
+        return f"flash_attn_4 was measured to pay within a window from {_LONG_WINDOWED} tokens on, here {length}"
     if headdim < _WIDE or length < _LONG:
         return (
             f"flash_attn_4 was measured to pay from headdim {_WIDE} and {_LONG} tokens on, here {headdim} and {length}"

@@ -119,6 +119,14 @@ def test_offsets_of_documents():
     assert Seq.from_documents(sent.doc).offsets is None and Seq.from_documents(sent.doc, most=3).offsets.shape == (7,)
 
 
+def test_rows_expanded_from_one_are_read_as_their_copies():
+    row = torch.tensor([[0, 0, 1, 1, 1, -1]])
+    for most in (None, 4):
+        got, want = (Seq.from_documents(doc, most=most) for doc in (row.expand(3, 6), row.repeat(3, 1)))
+        assert torch.equal(got.offsets, want.offsets) and torch.equal(got.resets, want.resets)
+        assert torch.equal(got.pos, want.pos)
+
+
 def test_offsets_found_without_asking():
     doc = torch.tensor(DOC)
     found = torch.compile(lambda doc: Seq.from_documents(doc, most=4).offsets, fullgraph=True, backend="aot_eager")(doc)

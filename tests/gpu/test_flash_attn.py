@@ -55,6 +55,9 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_further_from_float64_than_twice_sdpa(shape, rows, dtype, flash):
     b, l, h, h_kv, p = shape
+    reason = TABLES["attention"][flash].refuse({"device": "cuda", "dtype": dtype, "headdim": p})
+    if reason is not None:
+        pytest.skip(reason)
     torch.manual_seed(l)
     q, g = torch.randn(2, b, l, h, p, device="cuda", dtype=dtype)
     k, v = torch.randn(2, b, l, h_kv, p, device="cuda", dtype=dtype)
@@ -160,3 +163,6 @@ def test_generation_4_is_chosen_where_it_pays():
     facts = {"device": "cuda", "dtype": BF16}
     assert choose("attention", headdim=128, length=4096, **facts).name == "flash_attn_4"
     assert choose("attention", headdim=64, length=4096, **facts).name == "sdpa"
+    assert choose("attention", headdim=64, length=4096, window=True, **facts).name == "flash_attn_4"
+    assert choose("attention", headdim=64, length=512, window=True, **facts).name == "varlen"
+    assert choose("attention", headdim=80, length=4096, window=True, **facts).name == "varlen"
