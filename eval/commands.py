@@ -121,15 +121,7 @@ def bench(
 ) -> None:
     """Time an op, or a model's training step, against other implementations on the same device; or compare checkpoints with them."""
     if what == "plot":
-        from .bench.show import plot
-
-        if file is None:
-            raise ValueError("bench plot: name the JSON file of results to draw.")
-        results = _read_json(str(file), file.read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or "cases" not in results:
-            raise ValueError(f"bench plot: {file} holds no result of zoo bench. Write one with --out.")
-        drawn = plot(results, out or file.with_suffix(".svg"))
-        return say(f"wrote {drawn}")
+        return say(f"wrote {_plot(file, out)}")
     if what == "parity":
         from .parity import fuzz, run
 
@@ -170,6 +162,17 @@ def demo(
     from .demo.run import run
 
     run(out, fresh=fresh)
+
+
+def _plot(file: Path | None, out: Path | None) -> Path:
+    from .bench.show import plot
+
+    if file is None:
+        raise ValueError("bench plot: name the JSON file of results to draw.")
+    results = _read_json(str(file), file.read_text(encoding="utf-8"))
+    if not isinstance(results, dict) or "cases" not in results:
+        raise ValueError(f"bench plot: {file} holds no result of zoo bench. Write one with --out.")
+    return plot(results, out or file.with_suffix(".svg"))
 
 
 def _read_json(option: str, text: str | None) -> Any:
