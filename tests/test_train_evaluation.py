@@ -162,3 +162,49 @@ def test_what_cannot_be_evaluated_on_is_named(tmp_path):
     with pytest.raises(ValueError, match="val: token id 256 is outside"):
         train(config(), ROWS, tmp_path, val=np.full((2, 4), 256), **SETTINGS)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_best_adapters_are_those_that_are_left(tmp_path):
+    zoo.save(zoo.build(config()), tmp_path / "base")
+    settings = SETTINGS | {
+        "steps": 16,
+        "save_every": 8,
+        "lr": 0.3,
+        "val": VAL,
+        "eval_every": 2,
+        "optimizer": "muon",
+        "accumulate": 2,
+    }
+    result = train(tmp_path / "base", ROWS, tmp_path / "out", lora=4, **settings | {"batch_size": 1})
+    losses = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
+    assert result.best["step"] == min(losses, key=losses.get) < 16
+    assert nats_per_target(zoo.load(tmp_path / "out"), VAL) == pytest.approx(result.best["eval_loss"], rel=1e-5)
+
+
+def test_what_a_person_is_told_of_it(tmp_path, monkeypatch, capsys):
+    from hybridzoo.__main__ import main
+
+    for name, table in (("rows", ROWS), ("val", VAL)):
+        np.save(tmp_path / f"{name}.npy", table)
+    command = [
+        "zoo", "train", "transformer-tiny", *SMALL, "--data", str(tmp_path / "rows.npy"), "--val", str(tmp_path / "val.npy"), "--out",
+        str(tmp_path / "out"), "--steps", "16", "--batch-size", "2", "--lr", "0.03", "--seed", "3", "--save-every", "8", "--eval-every", "2",
+        "--patience", "2", "--report-to", "none", "--device", "cpu",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", command)
+    said = []
+    for _ in range(2):  # trained, and found finished
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert not done.value.code
+        said.append(capsys.readouterr().err)
+    log = json.loads((tmp_path / "out" / "train.json").read_text())
+    best, last = log["best"], int(log["history"][-1]["step"])
+    assert f"step {last} of 16  held-out loss" in said[0] and last == best["step"] + 4
+    for text in said:
+        assert f"stopped early, after step {last}: 2 evaluations were not better than the best" in text
+        assert (
+            f"the model is in {tmp_path / 'out'}, as of step {best['step']}, the best on val (loss {best['eval_loss']:.3f})"
+            in text
+        )
+    assert "holds this run, finished" in said[1]
