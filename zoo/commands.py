@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -123,20 +124,28 @@ def train(
     from .train.run import Interrupted
     from .train.run import train as run
 
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which would all say the same
     try:
         result = run(model, data, out, overrides=overrides, **given)
     except Interrupted as e:
+        if not first:
+            raise
         again = shlex.join(["zoo", *(part for part in sys.argv[1:] if part != "--no-resume")])
         say(f"step {e.step:,} of {e.steps:,} is saved in {e.folder}" if e.step else "no step is saved yet")
         say(f"to go on: {again}")
         raise
+    if first:
+        imports = [word for source in ctx.find_root().params["imports"] or [] for word in ("--import", source)]
+        _say_how_it_went(result, options, out, imports)
+
+
+def _say_how_it_went(result: Any, options: TrainOptions, out: Path, imports: list[str]) -> None:
     if result.resumed_from == options.steps:
         say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
     loss, steps = result.history[-1]["loss"], int(result.history[-1]["step"])
     if steps < options.steps:
         say(f"stopped early, after step {steps}: {options.patience} evaluations were not better than the best")
     say(f"{steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}")
-    imports = [word for source in ctx.find_root().params["imports"] or [] for word in ("--import", source)]
     again = shlex.join(["zoo", *imports, "generate", str(out), "--prompt", "The "])
     of = (
         f", as of step {result.best['step']}, the best on val (loss {result.best['eval_loss']:.3f})"

@@ -163,8 +163,8 @@ def train(call: TrainCall) -> TrainResult:
         source = f"{call.data}: " if isinstance(call.data, str | os.PathLike) else ""
         said = described(core, rows, source, per_step * call.steps, args)
         methods, work = methods_of(call, val, args), _workload(core, rows, args)
-        model, about = adapted(core, adapters) if adapters else (HybridZooForCausalLM.wrap(core), {})
-        methods |= about
+        model, how = _wrapped(core, adapters, call.shard, args)
+        methods |= how
         lines = [*header, *said.values(), *(f"{word}: {text}" for word, text in methods.items())]
         session = Session(lines, work, checkpoint, call.on_step)
         if args.process_index == 0:
@@ -249,6 +249,14 @@ def _run(
         if trainer.state.global_step < args.max_steps and not has_stalled(history, options.patience):
             raise KeyboardInterrupt
     return history
+
+
+def _wrapped(core: Model, adapters: Any, shard: bool, args: TrainingArguments) -> tuple[Any, dict[str, str]]:
+    """Return the model as the Trainer gets it, and what there is to say of how it is trained."""
+    model, about = adapted(core, adapters) if adapters else (HybridZooForCausalLM.wrap(core), {})
+    if shard:
+        about["sharding"] = f"weights, gradients and the optimiser's state over {args.world_size} processes (FSDP2)"
+    return model, about
 
 
 def _trainer(options: TrainOptions) -> type[ZooTrainer]:
