@@ -96,7 +96,7 @@ def test_adapters_are_trained_merged_and_known_to_peft(base, tmp_path, capsys):
         again = PeftModel.from_pretrained(fresh, tmp_path / "out" / "adapter").eval()
         torch.testing.assert_close(again(ids).logits, want, atol=1e-5, rtol=1e-5)
         assert (before - want).abs().max() > 1e-3
-        again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter").eval()
+        again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter").eval()  # which names its base
         torch.testing.assert_close(again(ids).logits, want, atol=1e-5, rtol=1e-5)
     # a finished run is read from its folder
     assert fit(base, tmp_path / "out", lora=2, steps=12, lr=2e-2).resumed_from == 12
@@ -144,6 +144,20 @@ def test_an_interrupted_run_of_adapters_goes_on_to_the_bit(base, tmp_path, stop)
     assert digest_weights(resumed.model) == digest_weights(whole.model)
     files = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+def test_the_best_adapters_are_those_that_are_merged(base, tmp_path):
+    result = fit(base, tmp_path / "out", lora=2, val=ROWS[:6], eval_every=1, lr=0.2, steps=5, warmup=0)
+    best = int(result.best["step"])
+    assert best < 5, result.history
+    files = [
+        tmp_path / "out" / name / "adapter_model.safetensors" for name in (f"checkpoints/checkpoint-{best}", "adapter")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    ids = torch.from_numpy(ROWS[:6])
+    with torch.no_grad():
+        merged = zoo.load(tmp_path / "out")(ids, labels=ids)
+    assert (merged.loss - merged.aux_loss).item() == pytest.approx(result.best["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Adapters of low rank (LoRA, arXiv:2106.09685) through PEFT: what a training adapts, its checkpoints, and the merged model at the end."""
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -24,14 +25,14 @@ _EVERYWHERE = "all-linear"
 _FILE = "adapter_model.safetensors"
 
 
-def lora_config(core: Model, options: TrainOptions, trained: bool) -> Any:
+def lora_config(core: Model, options: TrainOptions, source: Any) -> Any:
     """Return PEFT's config of the adapters that the options ask for, ``None`` for none.
 
-    Targets that are not there are a ``ValueError``, and a model whose weights have not been ``trained``.
+    Targets that are not there are a ``ValueError``, and a model without a ``source``: what its weights come from.
     """
     if options.lora is None:
         return None
-    if not trained:
+    if source is None:
         raise ValueError(
             f"train(lora={options.lora}): adapters on a fresh model would leave its random weights as they are. Give the folder of a "
             "trained model, or name one as base."
@@ -42,7 +43,7 @@ def lora_config(core: Model, options: TrainOptions, trained: bool) -> Any:
     alpha: Any = options.lora_alpha or 2 * options.lora  # PEFT's word is int; half a number does as well
     return LoraConfig(
         task_type="CAUSAL_LM", r=options.lora, lora_alpha=alpha, lora_dropout=0.0,
-        target_modules=modules, target_parameters=parameters or None,
+        base_model_name_or_path=_name_of(source), target_modules=modules, target_parameters=parameters or None,
     )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def adapted(core: Model, config: Any) -> tuple[Any, dict[str, str]]:
     from peft.tuners.lora import LoraLayer
 
     whole = HybridZooForCausalLM.wrap(core)
-    whole.name_or_path = str(core.source or "")  # noted in the adapter: what it belongs to
+    whole.name_or_path = config.base_model_name_or_path  # which PEFT compares
     model = get_peft_model(whole, config)
     # numbers, in lists of layers, are no names
     at = sorted(
@@ -69,6 +70,13 @@ def adapted(core: Model, config: Any) -> tuple[Any, dict[str, str]]:
     if any(isinstance(m, MoE) for m in core.modules()) and not config.target_parameters:
         about += "; experts are no linear layers and have none, lora_targets names those that shall (experts.w1)"
     return model, {"adapters": about}
+
+
+def _name_of(source: Any) -> str:
+    """The name, for the adapter's file, of the model that it belongs to: a folder from wherever that is read, or a hub id."""
+    if not isinstance(source, str | os.PathLike):
+        return str(getattr(getattr(source, "core", source), "source", None) or "")
+    return os.path.abspath(source) if os.path.isdir(source) else str(source)
 
 
 def _targets(core: Model, asked: str) -> tuple[Any, list[str]]:

@@ -34,7 +34,7 @@ from .processes import in_first
 from .report import Report
 from .run_folder import DifferentRun, RunFolder
 from .session import Session, Workload
-from .start import has_weights, start_from
+from .start import start_from, weights_from
 from .trackers import reporting
 
 __all__ = ["DifferentRun", "Diverged", "Interrupted", "OutOfMemory", "TrainCall", "TrainResult", "train"]
@@ -139,7 +139,7 @@ def train(call: TrainCall) -> TrainResult:
     call = dataclasses.replace(call, precision=resolved_precision(call.precision, use_cpu))
     torch.manual_seed(call.seed)
     core, header = start_from(call.model, call.overrides, out, call.base)
-    adapters = lora_config(core, call, has_weights(call.model, call.base))
+    adapters = lora_config(core, call, weights_from(call.model, call.base))
     devices = int(os.environ.get("WORLD_SIZE", "0")) or (1 if use_cpu else max(1, torch.cuda.device_count()))
     rows, val = _data(call, core, devices)
     per_step = call.batch_size * call.accumulate * devices * rows.length
@@ -162,7 +162,7 @@ def train(call: TrainCall) -> TrainResult:
             return TrainResult(load(out), history, tokens, log["seconds"], call.steps, log.get("best"))
         source = f"{call.data}: " if isinstance(call.data, str | os.PathLike) else ""
         said = described(core, rows, source, per_step * call.steps, args)
-        methods, work = methods_of(call, val, args), _workload(core, rows, args)
+        methods, work = methods_of(call, val, args), _workload(core, rows, args, adapters is not None)
         model, how = _wrapped(core, adapters, call.shard, args)
         methods |= how
         lines = [*header, *said.values(), *(f"{word}: {text}" for word, text in methods.items())]
@@ -215,7 +215,7 @@ def _data(call: TrainCall, core: Model, devices: int) -> tuple[Any, Any]:
 def _settings(call: TrainCall, core: Model, rows: Examples, val: Examples | None, devices: int) -> dict[str, Any]:
     """Return what a call has to have in common with those that it continues."""
     data = {"data": rows.digest, "val": None if val is None else val.digest}
-    start = digest_weights(core) if has_weights(call.model, call.base) else None
+    start = None if weights_from(call.model, call.base) is None else digest_weights(core)
     return {"config": OmegaConf.to_container(core.cfg), **data, **call.settings(), "devices": devices, "start": start}
 
 
@@ -281,7 +281,7 @@ def _outcome(model: Any, call: TrainCall, adapters: Any, first: bool) -> Model:
     return model.core
 
 
-def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:
+def _workload(core: Model, rows: Examples, args: TrainingArguments, tuned: bool = False) -> Workload:
     """Return the work of a step, as it is measured against time."""
     devices = args.world_size * max(1, args.n_gpu)
     tokens = (
@@ -290,7 +290,9 @@ def _workload(core: Model, rows: Examples, args: TrainingArguments) -> Workload:
     gpu, peak = args.device if args.device.type == "cuda" else None, None
     if gpu:
         peak = peak_flops(torch.cuda.get_device_name(gpu), half=args.bf16 or args.fp16)
-    flops = flops_per_token(core, context_length(rows))
+    flops: float = flops_per_token(core, context_length(rows))
+    if tuned:  # weights that are frozen have no gradients: two products in place of three
+        flops *= 2 / 3
     return Workload(tokens, flops, peak and peak * devices, gpu)
 
 

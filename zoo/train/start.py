@@ -18,16 +18,16 @@ from ..named import near_path
 from .options import holds_weights
 from .run_folder import LOG, DifferentRun, RunFolder, differences
 
-__all__ = ["has_weights", "start_from"]
+__all__ = ["start_from", "weights_from"]
 
 Overrides = Sequence[str] | Mapping[str, Any] | None
 # what a message lists before it counts
 _SHOWN = 4
 
 
-def has_weights(model: Any, base: Any) -> bool:
-    """Return whether a training goes on from trained weights, and not from random ones."""
-    return base is not None or isinstance(model, torch.nn.Module) or holds_weights(model)
+def weights_from(model: Any, base: Any = None) -> Any:
+    """Return what the weights that a training goes on from come from; ``None`` where they are random."""
+    return model if base is None and (isinstance(model, torch.nn.Module) or holds_weights(model)) else base
 
 
 def start_from(model: Any, overrides: Overrides, out: Path, base: Any = None) -> tuple[Model, list[str]]:
@@ -38,11 +38,11 @@ def start_from(model: Any, overrides: Overrides, out: Path, base: Any = None) ->
     if named:
         _refuse_unfinished(model)
     if base is not None:
-        if has_weights(model, None):
+        if weights_from(model) is not None:
             what = named.removesuffix(": ") or f"the {type(model).__name__}"
             raise ValueError(f"base={str(base)!r}: {what} has weights of its own. Name a config, or leave base out.")
         return _from_base(model, overrides, out, base)
-    if overrides and has_weights(model, None):
+    if overrides and weights_from(model) is not None:
         raise ValueError(
             f"overrides: {next(iter(overrides))!r} would change the config that the weights were made for. Leave it out, or name a config "
             "to train a fresh model, with these weights as its base (--base) where they fit."
