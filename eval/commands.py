@@ -121,7 +121,7 @@ def bench(
 ) -> None:
     """Time an op, or a model's training step, against other implementations on the same device; or compare checkpoints with them."""
     if what == "plot":
-        return say(f"wrote {_plot(file, out)}")
+        return _plot(file, out)
     if what == "parity":
         from .parity import fuzz, run
 
@@ -164,7 +164,7 @@ def demo(
     run(out, fresh=fresh)
 
 
-def _plot(file: Path | None, out: Path | None) -> Path:
+def _plot(file: Path | None, out: Path | None) -> None:
     from .bench.show import plot
 
     if file is None:
@@ -172,7 +172,7 @@ def _plot(file: Path | None, out: Path | None) -> Path:
     results = _read_json(str(file), file.read_text(encoding="utf-8"))
     if not isinstance(results, dict) or "cases" not in results:
         raise ValueError(f"bench plot: {file} holds no result of zoo bench. Write one with --out.")
-    return plot(results, out or file.with_suffix(".svg"))
+    say(f"wrote {plot(results, out or file.with_suffix('.svg'))}")
 
 
 def _read_json(option: str, text: str | None) -> Any:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import hybridzoo as zoo
 from hybridzoo.eval import result_file
-from hybridzoo.eval.bench import readme, text
+from hybridzoo.eval.bench import readme, text, tutorial
 from hybridzoo.eval.bench import run as bench
 from hybridzoo.eval.bench import show as bench_show
 from hybridzoo.eval.bench import trainer as bench_trainer
@@ -113,3 +113,12 @@ def test_trainings_have_their_peers_as_parts(monkeypatch):
     for name, (base, overrides) in bench_trainer.MODELS.items():
         params = zoo.build(base, [*overrides, "tokenizer=byte"], device="meta").num_params()
         assert 110e6 < params < 140e6, name
+
+
+def test_the_run_of_the_tutorial_is_kept_as_data_without_the_machines_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = tutorial.tutorial(Path("kept.json"), steps=2, batch_size=1)
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept == json.loads(json.dumps(result)) and kept["about"]["command"] == tutorial.COMMAND
+    assert [int(entry["step"]) for entry in kept["history"]] == [1, 2] and "eval_loss" in kept["history"][-1]
+    assert "/" not in json.dumps(kept["about"]).replace("runs/hybrid", "")

@@ -1,6 +1,7 @@
 """README and docs are true: their snippets run, links lead somewhere, commands exist, tables name what ships, figures are committed ones."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -42,6 +43,32 @@ def test_python_snippets_run(code, tmp_path, monkeypatch):
 def test_the_configs_shown_work(code, tmp_path):
     (tmp_path / "my.yaml").write_text(code)
     assert zoo.build(tmp_path / "my.yaml", device="meta").num_params() > 0
+
+
+@pytest.mark.slow
+def test_the_tutorial_of_training_runs_from_top_to_bottom(tmp_path):
+    """In one folder, as a reader has it, with fewer steps; what a shell runs, and what Python runs."""
+    tools = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    for language, code in re.findall(r"^```(python|bash)\n(.*?)^```", TEXTS["docs/train.md"], re.M | re.S):
+        code = re.sub(r"--steps \d+", "--steps 4", code).replace("--batch-size 16", "--batch-size 2")
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-ec", code]
+        ran = subprocess.run(command, cwd=tmp_path, env=os.environ | tools, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{code}\n{ran.stderr}"
+    runs = {path.parent.name: path.read_text() for path in (tmp_path / "runs").glob("*/report.html")}
+    assert {"hybrid", "notes", "killed", "carried", "muon"} <= set(runs)
+    assert "nats per token of text it has not seen" in runs["hybrid"] and "Expert load" in runs["hybrid"]
+
+
+def test_the_picture_of_the_tutorial_is_its_committed_result():
+    from hybridzoo.zoo.report.training import training_picture
+
+    result = json.loads((ROOT / "eval/results/tutorial.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs/train.svg").read_text(encoding="utf-8") == training_picture(result), "run: zoo bench readme"
+    assert f"\n{result['about']['command']}\n" in TEXTS["docs/train.md"]
 
 
 @pytest.mark.slow

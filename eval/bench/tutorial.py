@@ -15,8 +15,8 @@ __all__ = ["COMMAND", "PLACE", "tutorial"]
 PLACE = Path("eval/results/tutorial.json")
 
 COMMAND = (
-    "zoo train jamba-tiny --data train.jsonl --val validation.jsonl --out runs/hybrid --steps 400 --batch-size 16 --length 128 "
-    "--lr 0.005"
+    "zoo train jamba-tiny --data train.jsonl --val validation.jsonl --out runs/hybrid "
+    "--steps 400 --batch-size 16 --length 128 --lr 0.005"
 )
 _KEPT = ("model", "layers", "size", "budget", "optimizer")
 

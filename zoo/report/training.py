@@ -183,6 +183,8 @@ def _small(log: Log) -> list[str]:
 
 def _chart(title: str, points: Points, y_range: tuple[float, float] | None = None) -> Chart:
     marks = [Mark(*points[0], "", 0)] if len(points) == 1 else []
+    top = max(y for _, y in points)
+    y_range = y_range or (min(0.0, *(y for _, y in points)), 1.06 * top if top > 0 else 1.0)
     return line_chart(f"{title} over the steps", [("", points)], "", "", y_range, marks=marks, plot=120)
 
 
