@@ -59,7 +59,8 @@ def test_the_tutorial_of_training_runs_from_top_to_bottom(tmp_path):
         ran = subprocess.run(command, cwd=tmp_path, env=os.environ | tools, capture_output=True, text=True)
         assert ran.returncode == 0, f"{code}\n{ran.stderr}"
     runs = {path.parent.name: path.read_text() for path in (tmp_path / "runs").glob("*/report.html")}
-    assert {"hybrid", "notes", "killed", "carried", "muon"} <= set(runs)
+    assert {"hybrid", "notes", "killed", "carried", "muon", "further", "tuned"} <= set(runs)
+    assert (tmp_path / "runs/tuned/adapter/adapter_config.json").exists() and "LoRA of rank 8" in runs["tuned"]
     assert "nats per token of text it has not seen" in runs["hybrid"] and "Expert load" in runs["hybrid"]
 
 

@@ -254,3 +254,4 @@ def test_attention_costs_what_the_documents_are_long():
     assert flops.context_length(Packed()) == pytest.approx(85 / 15)
     model = zoo.build("transformer-tiny", device="meta")
     assert flops.flops_per_token(model, 5.7) == 3 * model.flops(6) < 3 * model.flops(8)
+    assert flops.flops_per_token(model, 5.7, frozen=True) == 2 * model.flops(6)

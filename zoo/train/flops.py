@@ -53,9 +53,12 @@ def _within(name: list[str], words: list[str]) -> bool:
     return any(words[i : i + len(name)] == name for i in range(len(words)))
 
 
-def flops_per_token(model: Model, context: float) -> int:
-    """Return the FLOPs of a training step per token: three forwards, since a backward takes two; what is computed again is not counted."""
-    return 3 * model.flops(max(1, round(context)))
+def flops_per_token(model: Model, context: float, frozen: bool = False) -> int:
+    """Return the FLOPs of a training step per token: three forwards, since a backward takes two, or one where the weights are frozen.
+
+    What is computed again is not counted, and adapters are not.
+    """
+    return (2 if frozen else 3) * model.flops(max(1, round(context)))
 
 
 def context_length(examples: Examples, looked_at: int = 64) -> float:

@@ -25,7 +25,7 @@ __all__ = [
     "step_of",
 ]
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, STATE = "zoo.json", "trainer_state.json"
 _FOREVER = 1e10  # seconds: longer than anything trains
 

@@ -162,7 +162,7 @@ def train(call: TrainCall) -> TrainResult:
             return TrainResult(load(out), history, tokens, log["seconds"], call.steps, log.get("best"))
         source = f"{call.data}: " if isinstance(call.data, str | os.PathLike) else ""
         said = described(core, rows, source, per_step * call.steps, args)
-        methods, work = methods_of(call, val, args), _workload(core, rows, args, adapters is not None)
+        methods, work = methods_of(call, val, args), _workload(core, rows, args, frozen=adapters is not None)
         model, how = _wrapped(core, adapters, call.shard, args)
         methods |= how
         lines = [*header, *said.values(), *(f"{word}: {text}" for word, text in methods.items())]
@@ -281,7 +281,7 @@ def _outcome(model: Any, call: TrainCall, adapters: Any, first: bool) -> Model:
     return model.core
 
 
-def _workload(core: Model, rows: Examples, args: TrainingArguments, tuned: bool = False) -> Workload:
+def _workload(core: Model, rows: Examples, args: TrainingArguments, frozen: bool) -> Workload:
     """Return the work of a step, as it is measured against time."""
     devices = args.world_size * max(1, args.n_gpu)
     tokens = (
@@ -290,9 +290,7 @@ def _workload(core: Model, rows: Examples, args: TrainingArguments, tuned: bool 
     gpu, peak = args.device if args.device.type == "cuda" else None, None
     if gpu:
         peak = peak_flops(torch.cuda.get_device_name(gpu), half=args.bf16 or args.fp16)
-    flops: float = flops_per_token(core, context_length(rows))
-    if tuned:  # weights that are frozen have no gradients: two products in place of three
-        flops *= 2 / 3
+    flops = flops_per_token(core, context_length(rows), frozen)
     return Workload(tokens, flops, peak and peak * devices, gpu)
 
 
