@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 import hybridzoo as zoo
 from hybridzoo.zoo.errors import CheckpointError
 from hybridzoo.zoo.hf import HybridZooForCausalLM
-from hybridzoo.zoo.train.loop import load_weights
+from hybridzoo.zoo.train.weights import load_weights
 
 RANK = """
     import os, sys

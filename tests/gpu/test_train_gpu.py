@@ -101,6 +101,18 @@ def test_a_recorded_step_in_parts_and_with_short_batches_is_the_step(tmp_path):
     )
 
 
+def test_experts_are_balanced_over_the_parts_of_a_recorded_step(tmp_path):
+    change, settings = ["mixers.moe.aux_loss_coef=0.5"], SETTINGS | {"steps": 6}
+    whole = train(
+        "jamba-tiny", ROWS, tmp_path / "a", overrides=change, **settings | {"batch_size": 4, "capture": "off"}
+    )
+    taken = train("jamba-tiny", ROWS, tmp_path / "b", overrides=change, **settings | {"accumulate": 2})
+    eager = train(
+        "jamba-tiny", ROWS, tmp_path / "c", overrides=change, **settings | {"accumulate": 2, "capture": "off"}
+    )
+    assert losses(taken) == losses(eager) and losses(taken) == pytest.approx(losses(whole), rel=5e-3)
+
+
 def test_a_recorded_run_resumes_as_if_it_had_not_stopped(tmp_path):
     class Stop(Exception):
         pass

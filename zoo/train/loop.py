@@ -10,27 +10,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from ..checkpoint.tensors import stored_tensors
 from ..corpus.lanes import Lanes
-from ..errors import CheckpointError
 from ..models.build import param_groups
+from .balance import Balance, has_balance
 from .batches import Batch, Whole, model_inputs, targets
 from .carried import CarriedState
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
 from .evaluation import Evaluations, best_of, has_stalled, loss_per_target, metrics_of
 from .later import Later
-from .lora import load_adapter
 from .manifest import Checkpoint
 from .optimisers import MuonAdamW, hidden_matrices
 from .options import TrainOptions
 from .order import order_of
 from .processes import anywhere, batch_mean
-from .run_folder import AGAIN, SHARDED, RunFolder
+from .run_folder import RunFolder
 from .session import Session
 from .stepping import Stepping
 from .watch import Seen, Told, Watch
+from .weights import load_weights
 
-__all__ = ["ZooTrainer", "load_weights"]
+__all__ = ["ZooTrainer"]
 
 
 class ZooTrainer(Trainer):
@@ -73,6 +72,12 @@ class ZooTrainer(Trainer):
         why = "several devices train together" if self.args.world_size > 1 or self.args.n_gpu > 1 else None
         if self.carried is not None:
             why = "a state is carried from batch to batch"
+        apart = options.accumulate > 1 and self.carried is None and self.args.n_gpu <= 1
+        self.balance = (
+            Balance(self.model, self.documents, self.model.core.batch_mean)
+            if apart and has_balance(self.model)
+            else None
+        )
         self.stepping = Stepping(
             self.model, self.args.train_batch_size, self.documents, torch.bfloat16 if self.args.bf16 else None,
             options.capture, why,
@@ -128,6 +133,13 @@ class ZooTrainer(Trainer):
         if self.carried is not None:
             self.carried.keep(output)
         return (loss, output) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
+        """As transformers; experts see which of them all parts of the step choose."""
+        parts, items = super().get_batch_samples(*args, **kwargs)
+        if self.balance is not None and parts:
+            self.balance.count(parts)
+        return parts, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         counted = [{**batch, "shift_labels": targets(batch)} for batch in batch_samples]
@@ -301,30 +313,3 @@ class ZooTrainer(Trainer):
         if self.carried is not None:
             self.carried.load(Path(resume_from_checkpoint), self.args.process_index, self.args.device)
         return load_weights(self.model, Path(resume_from_checkpoint))
-
-
-def load_weights(trained: Any, folder: Path) -> None:
-    """Fill the Trainer's model with the weights of its checkpoint; tensors of other names, shapes or types are a CheckpointError."""
-    if (folder / SHARDED).exists():
-        from .sharding import load_shards  # which takes long to import
-
-        return load_shards(trained, folder)
-    if hasattr(trained, "peft_config"):
-        return load_adapter(trained, folder)
-    model = trained.core
-    with stored_tensors(folder) as stored, torch.no_grad():
-        places = dict(model.named_parameters(remove_duplicate=False))
-        filled = {id(places[name]) for name in stored if name in places}
-        lacking = (name for name, p in model.named_parameters() if id(p) not in filled)
-        if wrong := sorted(set(stored) - set(places)) + sorted(lacking):
-            raise CheckpointError(
-                f"{folder}: holds the weights of another model: {wrong[0]!r} is in one of them alone. {AGAIN}"
-            )
-        for name, tensor in stored.items():
-            value, place = tensor.read(), places[name]
-            if value.shape != place.shape or value.dtype != place.dtype:
-                raise CheckpointError(
-                    f"{tensor.file}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, the model's {place.dtype} of shape "
-                    f"{tuple(place.shape)}. {AGAIN}"
-                )
-            place.copy_(value)

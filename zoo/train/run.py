@@ -25,7 +25,7 @@ from .evaluation import best_of, has_stalled
 from .examples import Examples, examples_from, lanes_from
 from .flops import context_length, flops_per_token, peak_flops
 from .header import command_of, described, facts_of, methods_of
-from .loop import ZooTrainer, load_weights
+from .loop import ZooTrainer
 from .lora import adapted, lora_config, save_adapter
 from .manifest import Checkpoint, loss_entries
 from .memory import OutOfMemory, naming_memory
@@ -36,6 +36,7 @@ from .run_folder import DifferentRun, RunFolder
 from .session import Session, Workload
 from .start import start_from, weights_from
 from .trackers import reporting
+from .weights import load_weights
 
 __all__ = ["DifferentRun", "Diverged", "Interrupted", "OutOfMemory", "TrainCall", "TrainResult", "train"]
 

@@ -1,0 +1,81 @@
+"""Experts balanced over all parts of an accumulated step, as if it were one batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layers.moe import MoE
+from .batches import Batch, model_inputs
+
+__all__ = ["Balance", "has_balance"]
+
+
+def has_balance(model: torch.nn.Module) -> bool:
+    """Return whether a model's loss depends on how its experts share the tokens of a batch."""
+    return any(isinstance(m, MoE) and m.aux_loss_coef for m in model.modules())
+
+
+class Balance:
+    """Counts what tokens choose in all parts of a step, in a forward of its own, before the first of them is trained on.
+
+    The balance loss is linear in the mean probabilities, whose gradients parts can add up; the choices that they are multiplied with are
+    those of the whole step, and no part knows them.
+
+    Args:
+        model: The model as transformers calls it.
+        most: The most documents of a row, where rows are packed.
+        across: What averages choices over processes, if there are several.
+    """
+
+    def __init__(self, model: Any, most: int | None, across: Callable[[Tensor], Tensor] | None):
+        self.model, self.most, self.across = model, most, across
+        # of every group of layers that are balanced together; a recorded step reads them where they are
+        self.choices: list[Tensor] = []
+        self.turn = 0
+
+    def count(self, parts: list[Batch]) -> None:
+        """Count the choices in the parts of a step, and have them taken in place of those of each part."""
+        total: list[Tensor] = []
+        tokens = [_tokens(part) for part in parts]
+        for part, share in zip(parts, tokens, strict=True):
+            for i, choices in enumerate(self._of(part)):
+                weighted = choices * (share / sum(tokens))
+                total = [*total, weighted] if i == len(total) else [*total[:i], total[i] + weighted, *total[i + 1 :]]
+        total = total if self.across is None else [self.across(x) for x in total]
+        if not self.choices:
+            self.choices = total
+        for kept, x in zip(self.choices, total, strict=True):
+            kept.copy_(x)
+        self.model.core.batch_mean = self._of_the_step
+
+    def _of(self, part: Batch) -> list[Tensor]:
+        found: list[Tensor] = []
+
+        def note(choices: Tensor) -> Tensor:
+            found.append(choices)
+            return choices
+
+        self.model.core.batch_mean = note
+        inputs = model_inputs(part, self.most)
+        inputs.pop("labels")
+        # what layers draw here, training must not miss
+        with torch.random.fork_rng(_drawing(part)), torch.no_grad():
+            self.model.train()
+            self.model(**inputs, logits_to_keep=1, use_cache=False)
+        return found
+
+    def _of_the_step(self, choices: Tensor) -> Tensor:
+        self.turn = (self.turn + 1) % len(self.choices)
+        return self.choices[self.turn - 1]
+
+
+def _tokens(part: Batch) -> Any:
+    documents = part.get("documents")
+    return part["input_ids"].numel() if documents is None else (documents >= 0).sum()
+
+
+def _drawing(part: Batch) -> list[torch.device]:
+    device = part["input_ids"].device
+    return [device] if device.type == "cuda" else []
