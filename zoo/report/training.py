@@ -176,7 +176,8 @@ def _small(log: Log) -> list[str]:
             cards.append(card(title, f"<p>{escape(note)}</p>{_chart(title, points, _settled(points)).html()}"))
     if loads := _loads(log):
         note = "Tokens of the busiest expert over an equal share; 1 is perfect balance."
-        chart = line_chart("Load of the busiest expert", loads, "", "", smoothing=0.6, plot=120)
+        most = max(y for _, points in loads for _, y in points)
+        chart = line_chart("Load of the busiest expert", loads, "", "", (1.0, max(1.1, 1.03 * most)), 0.6, plot=120)
         cards.append(card("Expert load", f"<p>{note}</p>{chart.html()}"))
     return cards
 

@@ -60,9 +60,9 @@ def methods_of(options: TrainOptions, val: Examples | None, args: TrainingArgume
     }
     if val is not None:
         about = val.about[-1] if val.about else f"{len(val):,} rows of {val.length:,} tokens"
-        source = f" of {options.val}" if isinstance(options.val, str | os.PathLike) else ""
+        source = f"{options.val}: " if isinstance(options.val, str | os.PathLike) else ""
         patience = f"; ends after {options.patience} without a better one" if options.patience else ""
-        found["evaluation"] = f"every {args.eval_steps:,.0f} steps, on {about}{source}{patience}"
+        found["evaluation"] = f"every {args.eval_steps:,.0f} steps, on {source}{about}{patience}"
     return found
 
 
