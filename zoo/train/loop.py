@@ -207,7 +207,8 @@ class ZooTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on all targets, log it, and have the best model saved; training ends where there is no better one for long."""
-        loss, _ = loss_per_target(self)
+        with self.session.paused():
+            loss, _ = loss_per_target(self)
         step, core = self.state.global_step, self.model.core
         if loss != loss or loss == float("inf"):
             self._diverge(

@@ -120,6 +120,15 @@ class Session(TrainerCallback):
             found["memory_GiB"] = round(torch.cuda.max_memory_reserved(self.work.device) / 2**30, 3)
         return found
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done here out of the time spent training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.start += time.monotonic() - began
+
     def _begin(self, step: int) -> None:
         self.mark = step, time.monotonic()
 
