@@ -166,6 +166,8 @@ def train(call: TrainCall) -> TrainResult:
         methods, work = methods_of(call, val, args), _workload(core, rows, args, frozen=adapters is not None)
         model, how = _wrapped(core, adapters, call.shard, args)
         methods |= how
+        if work.device and work.peak is None:
+            methods["MFU"] = f"left out: the peak of {torch.cuda.get_device_name(work.device)} is not known"
         lines = [*header, *said.values(), *(f"{word}: {text}" for word, text in methods.items())]
         session = Session(lines, work, checkpoint, call.on_step)
         if args.process_index == 0:
