@@ -284,10 +284,10 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(tmp_path, un
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ('{"format": 2, "seconds": NaN}', "NaN is no JSON"),
+        ('{"format": 3, "seconds": NaN}', "NaN is no JSON"),
         ('{"settings": {}, "finished": true}', "is of format 1"),
-        ('{"format": 3}', "is of format 3"),
-        ('{"format": 2, "settings": []}', "is not whole"),
+        ('{"format": 2}', "is of format 2"),
+        ('{"format": 3, "settings": []}', "is not whole"),
         ("[]", "is of format none"),
     ],
 )
