@@ -167,6 +167,16 @@ def test_what_cannot_be_recorded_is_eager_with_a_reason_or_an_error(tmp_path, re
         ValueError, match=r"^train\(capture='on'\): the step cannot be captured: it draws random numbers"
     ):
         train(config(), ROWS, tmp_path / "on", capture="on", **SETTINGS)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    # what a graph keeps may be more than an eager step needs
+    monkeypatch.setattr("hybridzoo.zoo.train.stepping.CapturedStep", full)
+    assert history(train(config(), ROWS, tmp_path / "full", **SETTINGS)) == history(plain)
+    assert "step: eager, because CUDA out of memory" in capsys.readouterr().err
+    with pytest.raises(OutOfMemory, match="Use batch_size=2 with accumulate=2"):
+        train(config(), ROWS, tmp_path / "must", capture="on", **SETTINGS)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"capture='on'\): the step cannot be captured: the model is on cpu"):
         train(config(), ROWS, tmp_path / "cpu", capture="on", **SETTINGS)

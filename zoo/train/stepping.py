@@ -82,9 +82,9 @@ class Stepping:
                 autocast=self.autocast,
                 **packed,
             )
-        except torch.OutOfMemoryError:
-            raise
         except (ValueError, RuntimeError) as e:
+            if self.must and isinstance(e, torch.OutOfMemoryError):
+                raise
             self._give_up(str(e).splitlines()[0].removeprefix("CapturedStep: "))
             say(self.says)
 
