@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import hybridzoo as zoo
@@ -203,14 +204,21 @@ def _told(stderr):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """Two processes' trainings: their folder, and the losses of each."""
-    out = tmp_path_factory.mktemp("together")
-    (out / "script.py").write_text(textwrap.dedent(TRAIN))
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(out / "script.py"), __file__, str(out)],
-        capture_output=True, text=True, cwd=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=550,
-    )  # fmt: skip
-    assert run.returncode == 0, _told(run.stderr)
+    """Two processes' trainings, the same for all workers of a test run: their folder, and the losses of each."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = base / "together"
+    with FileLock(base / "together.lock"):
+        if not (out / "told.json").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            (out / "script.py").write_text(textwrap.dedent(TRAIN))
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            run = subprocess.run(
+                [*torchrun, str(out / "script.py"), __file__, str(out)],
+                capture_output=True, text=True, cwd=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=550,
+            )  # fmt: skip
+            assert run.returncode == 0, _told(run.stderr)
     return out, json.loads((out / "told.json").read_text())
 
 
