@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,8 +42,9 @@ class ShardedTrainer(ZooTrainer):
         super().__init__(fully_shard(model, mesh=mesh), args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As transformers; norms are numbers that every process knows."""
+        """As transformers; norms are numbers that every process knows, and half-precision copies of weights go with them."""
         super().create_accelerator_and_postprocess()
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: _whole(clip(*args, **kwargs))
 
