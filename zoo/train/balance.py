@@ -8,12 +8,15 @@ from torch import Tensor
 
 from ...layers.moe import MoE
 from .batches import Batch, model_inputs
+from .options import TrainOptions
 
-__all__ = ["Balance", "has_balance"]
+__all__ = ["Balance", "is_counted_first"]
 
 
-def has_balance(model: torch.nn.Module) -> bool:
-    """Return whether a model's loss depends on how its experts share the tokens of a batch."""
+def is_counted_first(model: torch.nn.Module, options: TrainOptions) -> bool:
+    """Return whether the loss of a step's parts depends on how experts share the tokens of all of them."""
+    if options.accumulate == 1 or options.carry_state:
+        return False
     return any(isinstance(m, MoE) and m.aux_loss_coef for m in model.modules())
 
 

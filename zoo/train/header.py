@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..models.model import Model
+from .balance import is_counted_first
 from .examples import Examples
 from .options import TrainOptions
 
@@ -41,7 +42,7 @@ def described(core: Model, rows: Examples, source: str, tokens: int, args: Train
     }
 
 
-def methods_of(options: TrainOptions, val: Examples | None, args: TrainingArguments) -> dict[str, str]:
+def methods_of(core: Model, options: TrainOptions, val: Examples | None, args: TrainingArguments) -> dict[str, str]:
     """Say in what precision and by which optimiser it is trained, and how it is evaluated, each under a word for it."""
     half = {"bfloat16": "bfloat16 autocast, weights in float32"}
     warm = args.get_warmup_steps(args.max_steps)
@@ -58,6 +59,10 @@ def methods_of(options: TrainOptions, val: Examples | None, args: TrainingArgume
         + (", blocks computed again" if options.checkpointing else ""),
         "optimizer": f"{options.optimizer}, {rate}; weight decay {options.weight_decay:g}, {clip}",
     }
+    if is_counted_first(core, options):
+        found["experts"] = (
+            f"balanced over all {options.accumulate} parts of a step, which a forward of its own counts first"
+        )
     if val is not None:
         about = val.about[-1] if val.about else f"{len(val):,} rows of {val.length:,} tokens"
         source = f"{options.val}: " if isinstance(options.val, str | os.PathLike) else ""

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..corpus.lanes import Lanes
 from ..models.build import param_groups
-from .balance import Balance, has_balance
+from .balance import Balance, is_counted_first
 from .batches import Batch, Whole, model_inputs, targets
 from .carried import CarriedState
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
@@ -72,12 +72,9 @@ class ZooTrainer(Trainer):
         why = "several devices train together" if self.args.world_size > 1 or self.args.n_gpu > 1 else None
         if self.carried is not None:
             why = "a state is carried from batch to batch"
-        apart = options.accumulate > 1 and self.carried is None and self.args.n_gpu <= 1
-        self.balance = (
-            Balance(self.model, self.documents, self.model.core.batch_mean)
-            if apart and has_balance(self.model)
-            else None
-        )
+        self.balance: Balance | None = None
+        if is_counted_first(self.model, options) and self.args.n_gpu <= 1:
+            self.balance = Balance(self.model, self.documents, self.model.core.batch_mean)
         self.stepping = Stepping(
             self.model, self.args.train_batch_size, self.documents, torch.bfloat16 if self.args.bf16 else None,
             options.capture, why,

@@ -163,7 +163,7 @@ def train(call: TrainCall) -> TrainResult:
             return TrainResult(load(out), history, tokens, log["seconds"], call.steps, log.get("best"))
         source = f"{call.data}: " if isinstance(call.data, str | os.PathLike) else ""
         said = described(core, rows, source, per_step * call.steps, args)
-        methods, work = methods_of(call, val, args), _workload(core, rows, args, frozen=adapters is not None)
+        methods, work = methods_of(core, call, val, args), _workload(core, rows, args, frozen=adapters is not None)
         model, how = _wrapped(core, adapters, call.shard, args)
         methods |= how
         if work.device and work.peak is None:
