@@ -277,12 +277,20 @@ def test_flash_attn_is_taken_where_it_was_measured_to_pay(monkeypatch):
         monkeypatch.setitem(dispatch.installed, name, True)
         monkeypatch.setitem(dispatch._tried, name, types.ModuleType(name))
     monkeypatch.setattr("hybridzoo.layers.attend._has_flash", lambda: True)
-    for headdim, length, taken in ((128, 4096, "flash_attn_4"), (128, 2048, "sdpa"), (64, 4096, "sdpa")):
+    for headdim, length, taken in (
+        (128, 4096, "flash_attn_4"),
+        (128, 2048, "sdpa"),
+        (64, 4096, "flash_attn_4"),
+        (32, 4096, "sdpa"),
+    ):
         assert choose("attention", headdim=headdim, length=length, **GPU).name == taken
     assert choose("attention", headdim=128, length=4096, packed=True, **GPU).name == "varlen"
+    for length, taken in ((2048, "flash_attn_4"), (1024, "varlen")):
+        assert choose("attention", headdim=64, length=length, window=True, **GPU).name == taken
+    assert choose("attention", headdim=80, length=4096, window=True, **GPU).name == "varlen"
     rows = {name: reason for name, _, reason in explain("attention", headdim=64, length=2048, **GPU)}
     assert (
-        rows["flash_attn_4"] == "flash_attn_4 was measured to pay from headdim 128 and 4096 tokens on, here 64 and 2048"
+        rows["flash_attn_4"] == "flash_attn_4 was measured to pay from headdim 64 and 4096 tokens on, here 64 and 2048"
     )
     assert "same generation" in rows["flash_attn"]
     assert choose("attention", backend="flash_attn_4", headdim=64, **GPU).name == "flash_attn_4"

@@ -60,7 +60,7 @@ def headline(folder: Path) -> str:
             f"- **Scan**: {min(ratios):.1f} to {max(ratios):.1f} times as fast as mamba-ssm's in training (bf16, {result['device']}); "
             f"at its least {slow['ratio']:.2f} times ({title(slow['name'])}; [figures](eval/results/{path.name}))."
         )
-    for path, result in _results(folder, "train"):
+    for path, result in sorted(_results(folder, "train"), key=lambda pair: pair[1]["date"])[-1:]:
         best = max(result["cases"], key=lambda row: row["ratio"])
         lines.append(
             f"- **Training step**: {best['ratio']:.2f} times mamba-ssm's tokens per second in {best['memory_ratio']:.2f} of its memory "
@@ -138,7 +138,9 @@ def _source(path: Path, result: Result) -> str:
 
 
 def _versions(result: Result) -> str:
-    return ", ".join(f"{peer_name(k)} {v}" for k, v in result["versions"].items() if k != "python")
+    # what is torch's own has no version of its own
+    there = {k: v for k, v in result["versions"].items() if k != "python" and v != "not installed"}
+    return ", ".join(f"{peer_name(k)} {v}" for k, v in there.items())
 
 
 def _of_goal(row: Result) -> str:

@@ -162,7 +162,7 @@ def test_generation_4_is_chosen_where_it_pays():
         pytest.skip(reason)
     facts = {"device": "cuda", "dtype": BF16}
     assert choose("attention", headdim=128, length=4096, **facts).name == "flash_attn_4"
-    assert choose("attention", headdim=64, length=4096, **facts).name == "sdpa"
+    assert choose("attention", headdim=64, length=2048, **facts).name == "sdpa"
     assert choose("attention", headdim=64, length=4096, window=True, **facts).name == "flash_attn_4"
     assert choose("attention", headdim=64, length=512, window=True, **facts).name == "varlen"
     assert choose("attention", headdim=80, length=4096, window=True, **facts).name == "varlen"
