@@ -67,7 +67,7 @@ def _reserve_flash(facts: Facts) -> str | None:
 
 
 def _reserve_flash_4(facts: Facts) -> str | None:
-    # measured on an H200, forward and with the backward (eval/results/attention-h200.json), at (b, l, h, p): against sdpa 1.11x and 1.26x at
+    # measured on an H200 (eval/results/attention-h200.json), forward and with the backward, at (b, l, h, p): against sdpa 1.11x, 1.26x at
     # (4, 4096, 16, 64), 1.13x and 1.12x at (4, 4096, 32, 128), 8 heads of keys, 1.19x and 1.18x at (1, 32768, 32, 128), 0.92x and 1.03x at
     # (16, 1024, 32, 128), 1.04x and 0.99x at (8, 2048, 12, 64); within windows, against varlen, 1.07x and 1.24x at (8, 2048, 12, 64), 2.7x
     # and 2.1x at (4, 4096, 16, 64), 2.2x and 1.9x at (4, 8192, 32, 128)
