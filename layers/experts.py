@@ -4,6 +4,8 @@
 its shape rule for tracing accepts bfloat16 only, so ``torch.compile`` fails on what runs well in eager mode. The loop is the
 oracle and the fallback. megablocks 0.10.0 and grouped_gemm 0.3.0, by which it multiplies, compile for torch 2.11 without megablocks' pin
 on torch 2.7; for CUDA 13, ``debug_synchronous`` must go from megablocks' csrc/cumsum.h, which CUB no longer takes.
+Forward and backward of 16,384 rows on an H200, bfloat16: 8 experts from 1,024 to 4,096 channels take 1.21 ms by grouped_mm, 1.58 ms by
+megablocks and 1.89 ms in the loop; 16 experts from 4,096 to 1,024 take 1.34, 1.94 and 2.78 ms.
 """
 
 import torch
