@@ -1,8 +1,6 @@
 """Time and memory of the way from generated JSON Lines to rows, a process for each size; the memory must not grow with the data."""
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,11 +9,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ...zoo.checkpoint.publish import write_whole
 from ...zoo.tables import columns
-from ..result_file import Result, Tick, header
+from ..result_file import Result, Row, Tick, header, write
+from .apart import answer, run_apart
 
-__all__ = ["SIZES", "bench_data", "measure", "table", "write_lines"]
+__all__ = ["SIZES", "bench_data", "main", "measure", "table"]
 
 SIZES = ("0.1", "1", "bpe:0.1")
 _LENGTH, _ROWS = 2048, 20_000
@@ -30,17 +28,18 @@ def bench_data(sizes: list[str] | None = None, out: Path | None = None, tick: Ti
         ValueError: A size that is no number of gigabytes, or a process that failed.
     """
     sizes, rows = list(sizes or SIZES), []
-    for kind, gigabytes in [_parsed(size) for size in sizes]:
-        tick(f"{kind} {gigabytes:g}")
-        code = f"from hybridzoo.eval.bench.data import measure; measure({gigabytes!r}, {kind!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"bench data: {kind} {gigabytes:g} failed: {done.stderr.strip().splitlines()[-1]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory(prefix="hybridzoo-bench-") as folder:
+        for kind, gigabytes in [_parsed(size) for size in sizes]:
+            tick(f"{kind} {gigabytes:g}")
+            spec = {"side": kind, "model": f"{gigabytes:g} GB", "gigabytes": gigabytes}
+            try:
+                rows.append(run_apart(__name__, spec, folder))
+            except RuntimeError as e:
+                raise ValueError(f"bench data: {e}") from e
     result = header("data", "zoo bench data " + " ".join(f"--part {size}" for size in sizes), "cpu", ["tokenizers"])
     result |= {"ceilings": {}, "cases": rows}
     if out is not None:
-        write_whole(out, json.dumps(result, indent=1) + "\n")
+        write(result, out)
     return result
 
 
@@ -72,8 +71,13 @@ def table(result: Result) -> Table:
     return laid
 
 
-def measure(gigabytes: float, kind: str = "byte") -> dict[str, Any]:
-    """Generate, tokenize, lay out and read, in this process and a temporary folder; print the row of the result, too."""
+def main() -> None:
+    """Measure one size in its own process."""
+    answer(lambda spec: measure(spec["gigabytes"], spec["side"]))
+
+
+def measure(gigabytes: float, kind: str) -> Row:
+    """Generate, tokenize, lay out and read, in this process and a temporary folder."""
     import os
 
     from ...zoo.corpus.packing import layout_of
@@ -84,7 +88,7 @@ def measure(gigabytes: float, kind: str = "byte") -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hybridzoo-bench-") as folder:
         os.environ["HYBRIDZOO_CACHE"] = folder
         file = Path(folder, "lines.jsonl")
-        size = write_lines(file, int(gigabytes * 1e9))
+        size = generate(file, int(gigabytes * 1e9))
         tokenizer = ByteTokenizer() if kind == "byte" else _trained()
         how = Tokenizing(tokenizer, max(256, getattr(tokenizer, "vocab_size", 0)))
         before = _peak_megabytes()
@@ -103,7 +107,7 @@ def measure(gigabytes: float, kind: str = "byte") -> dict[str, Any]:
         again = time.perf_counter()
         layout_of(tokens_at(file, how, None)[0], _LENGTH, "documents")
         opened = time.perf_counter() - again
-        row = {
+        return {
             "name": f"{kind} {gigabytes:g} GB", "op": "data", "bytes": size, "documents": store.documents, "tokens": len(store.tokens),
             "rows": len(rows), "padding": round(1 - len(store.tokens) / (len(rows) * _LENGTH), 5),
             "tokenize_MBs": round(size / 1e6 / (tokenized - begun), 1), "tokenize_s": round(tokenized - begun, 2),
@@ -111,15 +115,13 @@ def measure(gigabytes: float, kind: str = "byte") -> dict[str, Any]:
             "read_row_us": round(1e6 * (read - reading) / _ROWS, 1), "before_MB": before, "prepared_peak_MB": prepared,
             "store_MB": round(sum(f.stat().st_size for f in store.folder.rglob("*") if f.is_file()) / 1e6),
         }  # fmt: skip
-    print(json.dumps(row))
-    return row
 
 
-def write_lines(file: Path, size: int, seed: int = 0) -> int:
+def generate(file: Path, size: int) -> int:
     """Write about ``size`` bytes of documents of the lengths of web pages, taken from the text that ships with Python."""
     from pydoc_data.topics import topics
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     text = "\n".join(topics.values())
     lengths = np.clip(rng.lognormal(7.3, 1.1, _POOL), 20, 200_000).astype(int)
     starts = rng.integers(0, max(1, len(text) - lengths.max()), _POOL)

@@ -40,7 +40,9 @@ def run_bench(
             been measured, shown and written.
     """
     if what not in BENCHES:
-        raise ValueError(f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, data, parity, plot, readme.")
+        raise ValueError(
+            f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, data, parity, plot, readme, tutorial."
+        )
     if what == "trainer" and vs:
         raise ValueError(
             f"bench trainer: its peers are parts, so --vs {vs[0]} says nothing. Use --part mamba-130m:mamba_ssm."

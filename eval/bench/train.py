@@ -151,9 +151,9 @@ def keep_weights(model: nn.Module, path: str) -> None:
     save_file({name: x.detach().clone().contiguous() for name, x in model.state_dict().items()}, path)
 
 
-def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Next-token loss from the logits of all tokens; they are not copied to be shifted."""
-    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
@@ -172,13 +172,20 @@ def _ours(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor]
     return lambda ids: model(ids, labels=ids).loss, model
 
 
-def _mamba_ssm(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+def mamba_ssm_model(config: Any, device: str | None = None) -> nn.Module:
+    """Return the model of mamba-ssm that has the sizes of a config of ours."""
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-    same = build(spec["model"], device="meta")
-    cfg = MambaConfig(d_model=same.cfg.d_model, n_layer=len(same.backbone.layers), vocab_size=same.cfg.vocab_size)
-    model = MambaLMHeadModel(cfg, device=device)
+    same = build(config, device="meta")
+    cfg, n_layer = same.cfg, len(same.backbone.layers)
+    second = {"layer": "Mamba2"} if "mamba2" in cfg.layers else {}
+    theirs = MambaConfig(d_model=cfg.d_model, n_layer=n_layer, vocab_size=cfg.vocab_size, ssm_cfg=second)
+    return MambaLMHeadModel(theirs, device=device)
+
+
+def _mamba_ssm(spec: dict[str, Any], device: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    model = mamba_ssm_model(spec["model"], device)
     keep_weights(model, spec["weights"])
     return lambda ids: cross_entropy(model(ids).logits, ids), model
 

@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -27,6 +26,7 @@ from ...zoo.train.flops import flops_per_token, peak_flops
 from ..result_file import Row, Tick
 from .apart import answer, run_apart
 from .text import documentation, padded, write_lines
+from .train import cross_entropy, mamba_ssm_model
 
 __all__ = ["MODELS", "PARTS", "VARIANTS", "main", "measure", "side"]
 
@@ -247,20 +247,11 @@ class _Labelled(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        return {
-            "loss": F.cross_entropy(self.model(input_ids).logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        }
+        return {"loss": cross_entropy(self.model(input_ids).logits, labels)}
 
 
 def _library(cfg: Any) -> nn.Module:
-    from mamba_ssm.models.config_mamba import MambaConfig
-    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-    second = {"layer": "Mamba2"} if "mamba2" in cfg.layers else {}
-    n_layer = len(build(cfg, device="meta").backbone.layers)
-    theirs = MambaConfig(d_model=cfg.d_model, n_layer=n_layer, vocab_size=cfg.vocab_size, ssm_cfg=second)
-    return _Labelled(MambaLMHeadModel(theirs))
+    return _Labelled(mamba_ssm_model(cfg))
 
 
 def _row(spec: dict[str, Any], found: dict[str, Any]) -> Row:
