@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.train.digests import digest_weights
+from hybridzoo.zoo.digests import digest_weights
 from hybridzoo.zoo.train.run import train
 
 SETTINGS = {"steps": 7, "batch_size": 2, "save_every": 3, "lr": 1e-2, "seed": 3, "report_to": "none", "device": "cpu"}

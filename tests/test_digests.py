@@ -4,11 +4,11 @@ import numpy as np
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.train.digests import digest_file, digest_rows, digest_weights
+from hybridzoo.zoo.digests import digest_file, digest_rows, digest_weights
 
 
 def test_digests_see_every_row_sign_and_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr("hybridzoo.zoo.corpus.digests._CHUNK", 1000)
+    monkeypatch.setattr("hybridzoo.zoo.digests._CHUNK", 1000)
     table = np.arange(40_000, dtype=np.int64).reshape(-1, 4)
     np.save(tmp_path / "t.npy", table)
     whole = digest_rows(table)

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 import hybridzoo as zoo
 from hybridzoo.__main__ import app
+from hybridzoo.zoo.digests import digest_weights
 from hybridzoo.zoo.errors import CheckpointError
 from hybridzoo.zoo.hf import HybridZooForCausalLM
 from hybridzoo.zoo.models.hooks import has_hooks
-from hybridzoo.zoo.train.digests import digest_weights
 from hybridzoo.zoo.train.run import train
 
 ROWS = np.random.default_rng(0).integers(1, 200, (24, 20))

@@ -122,7 +122,7 @@ TRAIN = """
     import torch
     import torch.distributed as dist
     import hybridzoo as zoo
-    from hybridzoo.zoo.train.digests import digest_weights
+    from hybridzoo.zoo.digests import digest_weights
     from hybridzoo.zoo.train.run import Diverged, Interrupted, train
     sys.path.insert(0, os.path.dirname(sys.argv[1]))
     from test_parallel import EXPERTS, MODELS, ROWS, TEXT, settings

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import hybridzoo as zoo
-from hybridzoo.zoo.train.digests import digest_weights
+from hybridzoo.zoo.digests import digest_weights
 from hybridzoo.zoo.train.evaluation import best_of, has_stalled
 from hybridzoo.zoo.train.run import DifferentRun, Diverged, train
 

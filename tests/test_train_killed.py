@@ -12,8 +12,8 @@ import torch
 
 import hybridzoo as zoo
 from hybridzoo.__main__ import main
+from hybridzoo.zoo.digests import digest_weights
 from hybridzoo.zoo.train import loop, run  # noqa: F401  # imported here once, and not by every process
-from hybridzoo.zoo.train.digests import digest_weights
 
 MOMENTS = 10
 MEASURED = ("seconds", "tokens_per_second", "memory_GiB", "mfu")

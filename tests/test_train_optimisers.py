@@ -8,7 +8,7 @@ import torch
 from torch.optim import AdamW, Muon
 
 import hybridzoo as zoo
-from hybridzoo.zoo.train.digests import digest_weights
+from hybridzoo.zoo.digests import digest_weights
 from hybridzoo.zoo.train.optimisers import MuonAdamW, hidden_matrices
 from hybridzoo.zoo.train.run import DifferentRun, train
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import hybridzoo as zoo
 from hybridzoo.zoo.checkpoint import CheckpointError
-from hybridzoo.zoo.train.digests import digest_file, digest_weights
+from hybridzoo.zoo.digests import digest_file, digest_weights
 from hybridzoo.zoo.train.loop import ZooTrainer
 from hybridzoo.zoo.train.manifest import manifest_of
 from hybridzoo.zoo.train.options import TrainOptions, default_out, holds_weights

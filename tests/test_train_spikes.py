@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.train.digests import digest_weights
+from hybridzoo.zoo.digests import digest_weights
 from hybridzoo.zoo.train.loop import ZooTrainer
 from hybridzoo.zoo.train.run import Diverged, train
 from hybridzoo.zoo.train.watch import Told, Watch

@@ -100,7 +100,7 @@ def test_zoo_train_shards_resumes_and_stops(tmp_path):
             import numpy as np, torch
             import hybridzoo as zoo
             import hybridzoo.zoo.models.loss as loss_module
-            from hybridzoo.zoo.train.digests import digest_weights
+            from hybridzoo.zoo.digests import digest_weights
             from hybridzoo.zoo.train.run import Diverged, train
             loss_module._SLICE_BYTES = 128 * 256 * 2
             out, rows = sys.argv[1], np.random.default_rng(0).integers(1, 200, (40, 64))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.train.digests import digest_weights
+from hybridzoo.zoo.digests import digest_weights
 from hybridzoo.zoo.train.loop import ZooTrainer
 from hybridzoo.zoo.train.run import Diverged, OutOfMemory, train
 
@@ -16,14 +16,22 @@ ROWS = np.random.default_rng(0).integers(1, 200, (40, 64))
 SETTINGS = {"batch_size": 2, "lr": 1e-3, "report_to": "none"}
 
 
-def test_a_run_stops_at_the_first_step_that_is_not_finite(tmp_path, monkeypatch):
+def seldom(monkeypatch, **steps):
+    """Log, and save, as often as is said here."""
+
     class Seldom(ZooTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.args.logging_steps, self.args.save_steps = 4, 4
+            for name, value in steps.items():
+                setattr(self.args, name, value)
 
     monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Seldom)
-    model, seen = zoo.build("jamba-tiny"), []
+
+
+def spoiled_at_6(model, out, monkeypatch, **options):
+    """The error of a training whose sixth step meets a weight that is too large, and the weights after every step."""
+    seldom(monkeypatch, logging_steps=4, save_steps=4)
+    seen = []
 
     def on_step(step, loss):
         if step == 5:
@@ -32,9 +40,14 @@ def test_a_run_stops_at_the_first_step_that_is_not_finite(tmp_path, monkeypatch)
         seen.append(digest_weights(model))
 
     with pytest.raises(Diverged) as e:
-        train(model, ROWS, tmp_path, steps=12, on_step=on_step, **SETTINGS)
-    assert e.value.step == 6 and "backbone.layers.1.mixer" in e.value.where
-    assert len(seen) == 8 and len(set(seen[4:])) == 1 == len({digest_weights(model), seen[4]})
+        train(model, ROWS, out, steps=12, on_step=on_step, **SETTINGS, **options)
+    return e.value, [*seen, digest_weights(model)]
+
+
+def test_a_run_stops_at_the_first_step_that_is_not_finite(tmp_path, monkeypatch):
+    error, seen = spoiled_at_6(zoo.build("jamba-tiny"), tmp_path, monkeypatch)
+    assert error.step == 6 and "backbone.layers.1.mixer" in error.where
+    assert len(seen) == 9 and len(set(seen[4:])) == 1
 
 
 @pytest.fixture
@@ -50,12 +63,7 @@ def text(tmp_path):
     "options", [{}, {"capture": "off"}, {"optimizer": "muon"}, {"accumulate": 2}, {"clip": 0}], ids=str
 )
 def test_steps_wait_for_the_device_only_where_something_is_logged(tmp_path, monkeypatch, text, options, packed):
-    class Seldom(ZooTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.args.logging_steps = 100
-
-    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Seldom)
+    seldom(monkeypatch, logging_steps=100)
     done, data = [], {"data": text, "length": 64} if packed else {"data": ROWS}
 
     def on_step(step, loss):
@@ -131,23 +139,8 @@ def test_a_recorded_run_resumes_as_if_it_had_not_stopped(tmp_path):
 
 
 def test_muon_takes_no_step_that_is_not_finite(tmp_path, monkeypatch):
-    class Seldom(ZooTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.args.logging_steps, self.args.save_steps = 4, 4
-
-    monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Seldom)
-    model, seen = zoo.build("transformer-tiny"), []
-
-    def on_step(step, loss):
-        if step == 5:
-            with torch.no_grad():
-                model.get_parameter("backbone.layers.1.mixer.fc1.weight").fill_(3e38)
-        seen.append(digest_weights(model))
-
-    with pytest.raises(Diverged) as e:
-        train(model, ROWS, tmp_path, steps=12, optimizer="muon", on_step=on_step, **SETTINGS)
-    assert e.value.step == 6 and len(set(seen[4:])) == 1 == len({digest_weights(model), seen[4]})
+    error, seen = spoiled_at_6(zoo.build("transformer-tiny"), tmp_path, monkeypatch, optimizer="muon")
+    assert error.step == 6 and len(set(seen[4:])) == 1
 
 
 def test_a_device_that_is_full_is_one_error(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..checkpoint.publish import sync
-from .digests import digest_file
+from ..digests import digest_file
 
 __all__ = ["NotWhole", "kept", "remake", "seal", "unseal"]
 

@@ -18,9 +18,9 @@ from ..corpus.rows import StoredRows
 from ..corpus.standard_input import OtherInput, tokens_of_input
 from ..corpus.store import TokenStore
 from ..corpus.tokenized import Tokenizing, tokens_at
+from ..digests import digest_rows
 from ..models.model import Model
 from .data import Rows, rows_with_targets
-from .digests import digest_rows
 from .run_folder import AGAIN, LOG, DifferentRun
 
 __all__ = ["DataOptions", "Examples", "examples_from", "lanes_from", "tokens_from"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..checkpoint.files import is_deep
 from ..checkpoint.tensors import check_state_file
+from ..digests import digest_file
 from ..errors import CheckpointError
-from .digests import digest_file
 
 __all__ = [
     "FORMAT",

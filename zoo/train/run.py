@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..checkpoint import load, save
 from ..device import pick_device
+from ..digests import digest_weights
 from ..hf import HybridZooForCausalLM
 from ..models.model import Model
 from ..options import called_with
 from .arguments import resolved_precision, training_arguments
-from .digests import digest_weights
 from .diverged import Diverged
 from .evaluation import best_of, has_stalled
 from .examples import Examples, examples_from, lanes_from

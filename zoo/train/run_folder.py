@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.publish import sync, write_whole
+from ..digests import digest_file
 from ..errors import CheckpointError
-from .digests import digest_file
 from .manifest import (
     FORMAT,
     MANIFEST,
