@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows has none: there, two processes that save to one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["GENERATION", "check_new", "new_folder", "publishing", "steady", "sync", "write_whole"]
+__all__ = ["GENERATION", "check_new", "discard", "new_folder", "publishing", "steady", "sync", "write_whole"]
 
 GENERATION = "generation_config.json"
 _SAVING, _DECIDED, _REMOVE = ".saving-", ".decided", ".remove.json"
@@ -251,3 +251,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _complete(new)
         os.replace(new, folder)
         sync(folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there, renamed first: nobody takes half of it for a whole one, and what is left lies in ``.deleting-*``."""
+    if folder.exists():
+        aside = folder.with_name(f".deleting-{uuid.uuid4().hex}")
+        folder.replace(aside)
+        shutil.rmtree(aside)

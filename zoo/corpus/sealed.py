@@ -7,12 +7,11 @@ import errno
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoint.publish import sync
+from ..checkpoint.publish import discard, sync
 from ..digests import digest_file
 
 __all__ = ["NotWhole", "kept", "remake", "seal", "unseal"]
@@ -111,7 +110,7 @@ def _make(place: Path, make: Callable[[Path], None]) -> None:
     try:
         part.mkdir(mode=0o700)
         make(part)
-        _delete(place)
+        discard(place)
         part.replace(place)
     except OSError as e:
         if e.errno not in _FULL:
@@ -124,19 +123,11 @@ def _make(place: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _delete(folder: Path) -> None:
-    # renamed first: nobody takes half a folder for a whole one
-    if folder.exists():
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.deleting")
-        folder.replace(aside)
-        shutil.rmtree(aside)
-
-
 def _sweep(parent: Path) -> None:
     """Remove what processes that were killed have left of other folders; who is at work on one holds its lock."""
     from filelock import FileLock, Timeout
 
-    for aside in parent.glob(".*.deleting"):
+    for aside in parent.glob(".deleting-*"):
         shutil.rmtree(aside, ignore_errors=True)
     for part in parent.glob(".*.writing"):
         lock = FileLock(part.with_suffix(".lock"))

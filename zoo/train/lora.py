@@ -1,8 +1,6 @@
 """Adapters of low rank (LoRA, arXiv:2106.09685) through PEFT: what a training adapts, its checkpoints, and the merged model at the end."""
 
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ...layers.moe import MoE
-from ..checkpoint.publish import sync
+from ..checkpoint.publish import discard, new_folder
 from ..errors import CheckpointError, nearest
 from ..hf import HybridZooForCausalLM
 from ..models.model import Model
@@ -133,11 +131,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 def save_adapter(model: Any, out: Path) -> None:
     """Write the adapters into ``OUT/adapter``, which is whole from the moment that it is there."""
-    aside, place = out / f".writing-{uuid.uuid4().hex}", out / ADAPTER
-    model.save_pretrained(aside)
-    for file in aside.iterdir():
-        sync(file)
-    if place.exists():  # of a call that was ended before it said that all is done
-        shutil.rmtree(place)
-    aside.replace(place)
-    sync(out)
+    discard(out / ADAPTER)  # of a call that was ended before it said that all is done
+    with new_folder(out / ADAPTER) as aside:
+        model.save_pretrained(aside)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.publish import sync, write_whole
+from ..checkpoint.publish import discard, sync, write_whole
 from ..digests import digest_file
 from ..errors import CheckpointError
 from .manifest import (
@@ -118,7 +118,7 @@ class RunFolder:
                 raise
         # first what belongs to the old log, then the log: the other way round a killed process would leave a new log on old checkpoints
         for name in ("checkpoints", "tensorboard", ADAPTER):
-            _delete(self.path / name)
+            discard(self.path / name)
         self.about = {}
         self._write_log({"finished": False, "history": [], "seconds": 0.0})
         return None
@@ -159,7 +159,7 @@ class RunFolder:
         (ready / MANIFEST).write_text(dumps(manifest), encoding="utf-8")
         for file in (*files, ready / MANIFEST, ready):
             sync(file)
-        _delete(place)
+        discard(place)
         ready.replace(place)
         self.staging.rmdir()
         sync(self.checkpoints)
@@ -168,7 +168,7 @@ class RunFolder:
             kept.add(self.checkpoints / f"checkpoint-{self.last_step(risen_since)}")
         for old in self._steps():
             if old not in kept:
-                _delete(old)
+                discard(old)
 
     def last_step(self, until: int | None = None) -> int:
         """The step of the newest checkpoint, ``until`` a step or else the oldest; 0 without one."""
@@ -251,14 +251,6 @@ class RunFolder:
                 f"{self.path}: holds a model that no training of ours has left there ({found.relative_to(self.path)}, and no {LOG}). Use "
                 "another folder, or say overwrite (--overwrite) to replace it."
             )
-
-
-def _delete(folder: Path) -> None:
-    # renamed first: nobody takes half a folder for a whole one
-    if folder.exists():
-        aside = folder.with_name(f".deleting-{uuid.uuid4().hex}")
-        folder.replace(aside)
-        shutil.rmtree(aside)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
