@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .rows import NO_TARGET
 from .store import TokenStore
 
 __all__ = ["Lanes"]
-
-_NO_TARGET = -100
 
 
 class Lanes(Dataset):
@@ -80,7 +79,7 @@ class Lanes(Dataset):
         begins = step == 0 or place == (ends[nth - 1] if nth else 0)
         item = self.rows[int(row)]
         if again and self.once:
-            item["labels"] = torch.full_like(item["labels"], _NO_TARGET)
+            item["labels"] = torch.full_like(item["labels"], NO_TARGET)
         return item | {"starts": torch.tensor(bool(begins)), "row": torch.tensor(int(row))}
 
     def set_epoch(self, epoch: int) -> None:
@@ -115,9 +114,9 @@ class _Rows(Dataset):
         begin = int(store.starts[document]) + (number - first) * length
         found = store.tokens[begin : min(begin + length + 1, int(store.starts[document + 1]))].astype(np.int64)
         ids = np.full(length + 1, store.separator, dtype=np.int64)
-        labels = np.full(length + 1, _NO_TARGET, dtype=np.int64)
+        labels = np.full(length + 1, NO_TARGET, dtype=np.int64)
         ids[: len(found)] = np.where(found < 0, ~found, found)
-        labels[: len(found)] = np.where(found < 0, _NO_TARGET, found)
+        labels[: len(found)] = np.where(found < 0, NO_TARGET, found)
         documents = np.where(np.arange(length) < len(found), 0, -1)
         parts = {"input_ids": ids[:-1], "labels": labels, "documents": documents}
         return {name: torch.from_numpy(part) for name, part in parts.items()}

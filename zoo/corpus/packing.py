@@ -17,9 +17,8 @@ import numpy as np
 from .sealed import NotWhole, kept, seal, unseal
 from .store import TokenStore, mapped, raw
 
-__all__ = ["PACKINGS", "Layout", "best_fit", "layout_of"]
+__all__ = ["Layout", "best_fit", "layout_of"]
 
-PACKINGS = ("documents", "stream", "padded")
 # pieces among which those that fill a row best are looked for; more would not fill them better
 _WINDOW = 1 << 17
 

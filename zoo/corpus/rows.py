@@ -8,9 +8,9 @@ from torch.utils.data import Dataset
 from .packing import Layout
 from .store import TokenStore
 
-__all__ = ["StoredRows"]
+__all__ = ["NO_TARGET", "StoredRows"]
 
-_NO_TARGET = -100
+NO_TARGET = -100  # the label of what is not predicted
 
 
 class StoredRows(Dataset):
@@ -39,13 +39,13 @@ class StoredRows(Dataset):
             begins.append(used)
             ids[used : (used := used + end - begin)] = store.tokens[begin:end]
         labels = ids.copy()
-        labels[used:] = _NO_TARGET
+        labels[used:] = NO_TARGET
         if store.read_only:
-            labels[ids < 0] = _NO_TARGET
+            labels[ids < 0] = NO_TARGET
             ids = np.where(ids < 0, ~ids, ids)
         row = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
         if self.apart:
-            labels[begins] = _NO_TARGET
+            labels[begins] = NO_TARGET
             documents = np.full(layout.length, -1, dtype=np.int64)
             documents[:used] = np.repeat(np.arange(len(begins)), np.diff(begins, append=used))
             row["documents"] = torch.from_numpy(documents)

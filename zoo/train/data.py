@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..corpus.documents import Documents, read_documents, read_npy
+from ..corpus.rows import NO_TARGET
 from .options import check_path
 
 __all__ = ["Rows", "fingerprint", "mix", "pack", "read_documents", "rows_from", "rows_with_targets", "topics"]
@@ -174,7 +175,7 @@ class Rows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = torch.from_numpy(np.array(self.table[index], dtype=np.int64))
-        return {"input_ids": torch.where(row < 0, ~row, row), "labels": row.masked_fill(row < 0, -100)}
+        return {"input_ids": torch.where(row < 0, ~row, row), "labels": row.masked_fill(row < 0, NO_TARGET)}
 
 
 def rows_with_targets(table: np.ndarray) -> np.ndarray:

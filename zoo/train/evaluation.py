@@ -10,7 +10,7 @@ from ..models.loss import IGNORE
 from .batches import Whole, model_inputs, targets
 from .carried import CarriedState
 
-__all__ = ["Evaluations", "best_of", "has_stalled", "loss_per_target"]
+__all__ = ["Evaluations", "best_of", "has_stalled", "loss_per_target", "metrics_of"]
 
 
 class Evaluations(TrainerCallback):
@@ -27,8 +27,8 @@ class Evaluations(TrainerCallback):
         control.should_log |= control.should_evaluate
 
 
-def loss_per_target(trainer: Any) -> tuple[float, int]:
-    """Return the mean cross-entropy in nats over all targets of the trainer's evaluation set, and their number.
+def loss_per_target(trainer: Any) -> float:
+    """Return the mean cross-entropy in nats over all targets of the trainer's evaluation set.
 
     Rows are as in training, spread over the processes. Every target counts once, whatever batch it is in; auxiliary losses are not part
     of it.
@@ -57,22 +57,22 @@ def loss_per_target(trainer: Any) -> tuple[float, int]:
             sums += torch.stack([nats.double(), found.double()])
     model.train(training)
     nats, count = trainer.accelerator.reduce(sums, "sum").tolist()
-    return nats / count, int(count)
+    return nats / count
 
 
-def evaluations(history: list[dict[str, float]]) -> list[dict[str, float]]:
+def _evaluations(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """The steps that were evaluated, each with its loss."""
     return [{"step": e["step"], "eval_loss": e["eval_loss"]} for e in history if "eval_loss" in e]
 
 
 def best_of(history: list[dict[str, float]]) -> dict[str, float] | None:
     """The first step whose evaluation gave the lowest loss, with it; ``None`` where nothing was evaluated."""
-    return min(evaluations(history), key=lambda e: e["eval_loss"], default=None)
+    return min(_evaluations(history), key=lambda e: e["eval_loss"], default=None)
 
 
 def has_stalled(history: list[dict[str, float]], patience: int | None) -> bool:
     """Return whether the last ``patience`` evaluations have not been better than one before them."""
-    found, best = evaluations(history), best_of(history)
+    found, best = _evaluations(history), best_of(history)
     return patience is not None and best is not None and len(found) - 1 - found.index(best) >= patience
 
 

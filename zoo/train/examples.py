@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +21,10 @@ from ..corpus.tokenized import Tokenizing, tokens_at
 from ..digests import digest_rows
 from ..models.model import Model
 from .data import Rows, rows_with_targets
+from .options import TrainOptions
 from .run_folder import AGAIN, LOG, DifferentRun
 
-__all__ = ["DataOptions", "Examples", "examples_from", "lanes_from", "tokens_from"]
-
-
-class DataOptions(Protocol):
-    """Options of a training that say how its data are read."""
-
-    @property
-    def length(self) -> int | None: ...  # noqa: D102
-    @property
-    def packing(self) -> str: ...  # noqa: D102
-    @property
-    def column(self) -> str: ...  # noqa: D102
-    @property
-    def resume(self) -> bool: ...  # noqa: D102
+__all__ = ["Examples", "examples_from", "lanes_from", "tokens_from"]
 
 
 class Examples(Dataset):
@@ -73,13 +61,13 @@ class Examples(Dataset):
         self.epoch = epoch
 
 
-def examples_from(data: Any, model: Model, options: DataOptions, out: Path | None = None) -> Examples:
+def examples_from(data: Any, model: Model, options: TrainOptions, out: Path | None = None) -> Examples:
     """Return the examples in some data for a model.
 
     Args:
         data: A path, ``-`` for standard input, or a table ``(n, l)`` of token ids, ``~id`` for those that are only read.
         model: Its tokenizer and its vocabulary count.
-        options: Length, packing and column.
+        options: Of the training; length, packing and column count.
         out: The run's folder, where tokens are kept that can be kept nowhere else.
 
     Raises:
@@ -100,7 +88,7 @@ def examples_from(data: Any, model: Model, options: DataOptions, out: Path | Non
 def lanes_from(
     data: Any,
     model: Model,
-    options: DataOptions,
+    options: TrainOptions,
     lanes: int,
     seed: int = 0,
     out: Path | None = None,
@@ -117,7 +105,7 @@ def lanes_from(
     return streams
 
 
-def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None) -> tuple[TokenStore, list[str]]:
+def tokens_from(data: Any, model: Model, options: TrainOptions, out: Path | None) -> tuple[TokenStore, list[str]]:
     """Return the tokens of a path or of standard input, for a model, and what there is to say of them."""
     how = Tokenizing(model.tokenizer, model.cfg.vocab_size, options.column)
     if str(data) != STANDARD_INPUT:
@@ -140,7 +128,7 @@ def tokens_from(data: Any, model: Model, options: DataOptions, out: Path | None)
     return store, [f"{store.documents:,} documents{left_out}; {tokens}, {about[0]}"] if about else []
 
 
-def _packed(data: Any, model: Model, options: DataOptions, out: Path | None) -> Examples:
+def _packed(data: Any, model: Model, options: TrainOptions, out: Path | None) -> Examples:
     store, about = tokens_from(data, model, options, out)
     length = _length(model, options)
     layout, apart = layout_of(store, length, options.packing), options.packing == "documents"
@@ -152,7 +140,7 @@ def _packed(data: Any, model: Model, options: DataOptions, out: Path | None) -> 
     return Examples(rows, layout.chosen, length, digest, len(store.tokens), layout.most if apart else None, about)
 
 
-def _length(model: Model, options: DataOptions) -> int:
+def _length(model: Model, options: TrainOptions) -> int:
     return options.length or min(512, model.cfg.max_length or 512)
 
 

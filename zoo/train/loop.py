@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..corpus.lanes import Lanes
 from ..models.build import param_groups
+from ..models.loss import IGNORE
 from .balance import Balance, is_counted_first
 from .batches import Batch, Whole, model_inputs, targets
 from .carried import CarriedState
@@ -163,8 +164,12 @@ class ZooTrainer(Trainer):
             self._ask()
         else:
             # the protocol of torch.amp.GradScaler: a fused optimiser leaves everything as it is where this is 1
-            optimiser: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            optimiser.found_inf = self.watch.bad
+            self._plain_optimizer.found_inf = self.watch.bad
+
+    @property
+    def _plain_optimizer(self) -> Any:
+        """The optimiser without accelerate's around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         control, now = self.control, self.asks_at_once or self.args.world_size > 1
@@ -205,7 +210,7 @@ class ZooTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on all targets, log it, and have the best model saved; training ends where there is no better one for long."""
         with self.session.paused():
-            loss, _ = loss_per_target(self)
+            loss = loss_per_target(self)
         step, core = self.state.global_step, self.model.core
         if loss != loss or loss == float("inf"):
             self._diverge(
@@ -261,7 +266,7 @@ class ZooTrainer(Trainer):
         size = self.args.per_device_train_batch_size
         chosen = [[examples.rows[n] for n in numbers[i : i + size]] for i in range(0, len(numbers), size)]
         batches = [{k: torch.stack([row[k] for row in rows]).to(self.args.device) for k in rows[0]} for rows in chosen]
-        items = sum((targets(batch) != -100).sum() for batch in batches)
+        items = sum((targets(batch) != IGNORE).sum() for batch in batches)
         inputs = [model_inputs(batch, self.documents) | {"num_items": items} for batch in batches]
         with self.accelerator.autocast():
             if finite:
@@ -281,9 +286,8 @@ class ZooTrainer(Trainer):
         )  # fmt: skip
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(
-            self.run.staging
-        )  # asked for when a checkpoint is saved, and at the end, when old ones are looked for in vain
+        # asked for when a checkpoint is saved, and at the end, when old ones are looked for in vain
+        return str(self.run.staging)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         told, step = self._ask(), self.state.global_step

@@ -79,10 +79,6 @@ class ShardedTrainer(ZooTrainer):
             group.update(before)
         self.lr_scheduler.load_state_dict(kept["scheduler"])
 
-    @property
-    def _plain_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
     def _known(self) -> dict[str, Any]:
         """The tensors that the optimiser keeps of every weight."""
         state = get_optimizer_state_dict(self.model, self._plain_optimizer, options=_FLAT)
