@@ -5,6 +5,7 @@ that nothing is imported again; they end by ``os._exit``, so that no ``finally``
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -78,6 +79,7 @@ def forked(work) -> int:
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
+        gc.freeze()  # what the parent has made is not looked through, which would copy it
         torch.set_num_threads(1)
         work()
     except BaseException as e:

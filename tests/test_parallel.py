@@ -21,6 +21,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 import hybridzoo as zoo
 from hybridzoo.zoo.errors import CheckpointError
 from hybridzoo.zoo.hf import HybridZooForCausalLM
+from hybridzoo.zoo.train.batches import Whole
+from hybridzoo.zoo.train.examples import examples_from
+from hybridzoo.zoo.train.options import TrainOptions
+from hybridzoo.zoo.train.order import order_of
 from hybridzoo.zoo.train.weights import load_weights
 
 RANK = """
@@ -125,7 +129,7 @@ TRAIN = """
     from hybridzoo.zoo.digests import digest_weights
     from hybridzoo.zoo.train.run import Diverged, Interrupted, train
     sys.path.insert(0, os.path.dirname(sys.argv[1]))
-    from test_parallel import EXPERTS, MODELS, ROWS, TEXT, settings
+    from test_parallel import EXPERTS, MODELS, ROWS, TEXT, UNEVEN, curve, settings, uneven
 
     out = Path(sys.argv[2])
     first, told = os.environ["RANK"] == "0", {}
@@ -152,6 +156,9 @@ TRAIN = """
             result = train(name, ROWS, out / f"{name}-{shard}", overrides=overrides, shard=shard, **settings(2))
             told[f"{name}-{shard}"] = history(result)
     told["packed"] = history(train("jamba-tiny", TEXT, out / "packed", length=32, shard=True, **settings(2)))
+
+    result = train("transformer-tiny", UNEVEN, out / "uneven", batch_size=2, **uneven())
+    told["uneven"], told["uneven-tokens"] = curve(result), result.tokens
 
     # stopped in the middle, by an error and by Ctrl-C in one of them, they go on to the bit
     interrupt = lambda: first and os.kill(os.getpid(), signal.SIGINT)
@@ -190,6 +197,26 @@ TEXT = Path(__file__)
 # pure and mixed; experts, whose balance is that of the whole batch, and blocks that share weights
 EXPERTS = ["mixers.moe.aux_loss_coef=0.5"]
 MODELS = {"mamba-tiny": [], "mamba2attn-tiny": [], "jamba-tiny": EXPERTS, "zamba2-tiny": []}
+
+
+# the last batch of every pass is short, and rows have unequal numbers of targets
+DRAW = np.random.default_rng(0)
+UNEVEN = DRAW.integers(1, 200, (10, 12))
+UNEVEN[:, :6] = np.where(np.arange(6) < DRAW.integers(1, 6, (10, 1)), ~UNEVEN[:, :6], UNEVEN[:, :6])
+VAL = DRAW.integers(1, 200, (5, 12))
+VAL[1, :9], VAL[3, 1:] = ~VAL[1, :9], ~VAL[3, 1:]
+SMALL = ["d_model=16", "mixers.mlp.d_intermediate=16", "mixers.attention.nheads=2"]
+
+
+def uneven():
+    return {
+        "overrides": SMALL, "val": VAL, "steps": 8, "eval_every": 2, "save_every": 4, "lr": 1e-2, "seed": 3, "report_to": "none",
+        "device": "cpu",
+    }  # fmt: skip
+
+
+def curve(result):
+    return [[entry["loss"], entry["grad_norm"], entry.get("eval_loss", 0)] for entry in result.history]
 
 
 def settings(processes):
@@ -237,6 +264,29 @@ def test_two_processes_train_as_one(together, tmp_path, name):
             zoo.load(out / f"{name}-{shard}").named_parameters(), zoo.load(tmp_path / "one").parameters(), strict=True
         ):
             torch.testing.assert_close(p, q, atol=2e-4, rtol=1e-3, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_two_processes_share_uneven_batches_and_evaluations_as_one(together, tmp_path):
+    out, told = together
+    one = zoo.train("transformer-tiny", UNEVEN, tmp_path / "one", batch_size=4, **uneven())
+    assert told["uneven"] == [pytest.approx(entry, rel=1e-5) for entry in curve(one)]
+    assert told["uneven-tokens"] == one.tokens
+    assert json.loads((out / "uneven" / "train.json").read_text())["best"] == pytest.approx(one.best, rel=1e-5)
+    for p, q in zip(zoo.load(out / "uneven").parameters(), one.model.parameters(), strict=True):
+        assert np.allclose(p.detach(), q.detach(), atol=1e-5)
+
+
+def test_rows_behind_the_last_make_batches_whole_and_hold_nothing_to_predict():
+    examples = examples_from(UNEVEN, zoo.build("transformer-tiny", SMALL), TrainOptions(report_to="none"))
+    whole = Whole(examples, 4)
+    numbers = list(order_of(whole, seed=3))
+    assert len(whole) == 12 and numbers[10:] == [10, 11] and numbers[:10] == list(order_of(examples, seed=3))
+    assert sorted(numbers[:10]) == list(range(10))
+    assert all(bool((whole[i]["labels"] == -100).all()) for i in (10, 11))
+    assert all(bool((whole[i]["labels"] == examples[i]["labels"]).all()) for i in range(10))
+    whole.set_epoch(1)
+    assert examples.epoch == 1 and list(order_of(whole, seed=3))[:10] != numbers[:10]
+    assert len(Whole(examples, 5)) == 10
 
 
 def test_two_processes_read_packed_rows_as_one(together, tmp_path):

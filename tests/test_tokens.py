@@ -5,9 +5,9 @@ import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 import types
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridzoo.zoo.corpus import sealed, text_files, tokenized
+from hybridzoo.zoo.corpus import sealed, store, text_files, tokenized
 from hybridzoo.zoo.corpus.documents import read_documents
 from hybridzoo.zoo.corpus.encoding import batch_encoder, identity_of
 from hybridzoo.zoo.corpus.piece import Piece
@@ -32,6 +32,9 @@ from hybridzoo.zoo.train.run_folder import DifferentRun
 
 BYTES = Tokenizing(ByteTokenizer(), 256)
 encode = ByteTokenizer().encode
+# nothing is imported again
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
 
 @pytest.fixture(autouse=True)
@@ -338,22 +341,22 @@ def test_a_damaged_store_is_made_again(tmp_path, cache, damage):
     assert again.digest == digest and documents_of(again) == [encode("abc" * 1000)] and "tokenized in" in about[0]
 
 
-def test_a_process_that_is_killed_leaves_nothing_half(tmp_path, cache):
-    file = tmp_path / "a.jsonl"
+@forks
+def test_a_process_that_is_killed_leaves_nothing_half(tmp_path, cache, monkeypatch):
+    file, writing = tmp_path / "a.jsonl", FORK.Event()
     file.write_text(lines(*({"text": "word " * 50} for _ in range(40_000))))
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from hybridzoo.zoo.corpus import store, tokenized\n"
-        "from hybridzoo.zoo.tokenizer import ByteTokenizer\n"
-        "seal = store.seal\n"
-        "def wait(*args):\n    print('writing', flush=True)\n    time.sleep(60)\n"
-        "store.seal = wait\n"
-        "tokenized.tokens_at(Path(sys.argv[1]), tokenized.Tokenizing(ByteTokenizer(), 256), None)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"writing\n"
-        process.kill()
+
+    def wait(*args):
+        writing.set()
+        time.sleep(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "seal", wait)
+        process = FORK.Process(target=tokens_at, args=(file, BYTES, None))
+        process.start()
+    assert writing.wait(60)
+    process.kill()
+    process.join()
     assert not kept_in(cache) and list((cache / "tokens").glob(".*.writing"))
     # another file's turn takes away what is left
     (tmp_path / "b.txt").write_text("b")
@@ -362,25 +365,20 @@ def test_a_process_that_is_killed_leaves_nothing_half(tmp_path, cache):
     assert tokens_at(file, BYTES, None)[0].documents == 40_000
 
 
+@forks
 def test_of_several_processes_one_tokenizes(tmp_path, cache):
-    file = tmp_path / "a.jsonl"
+    file, at_once, said = tmp_path / "a.jsonl", FORK.Barrier(3), FORK.Queue()
     file.write_text(lines(*({"text": "word " * 50} for _ in range(20_000))))
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from hybridzoo.zoo.corpus import tokenized\n"
-        "from hybridzoo.zoo.tokenizer import ByteTokenizer\n"
-        "sys.stdin.readline()\n"
-        "store, about = tokenized.tokens_at(Path(sys.argv[1]), tokenized.Tokenizing(ByteTokenizer(), 256), None)\n"
-        "print(store.digest, about[0].startswith('tokenized in'))\n"
-    )
-    start = [sys.executable, "-c", code, str(file)]
-    several = [subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    for process in several:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = [process.communicate()[0].split() for process in several]
-    assert len({digest for digest, _ in said}) == 1 and sorted(made for _, made in said) == ["False", "False", "True"]
+
+    def tokenize():
+        at_once.wait()
+        store, about = tokens_at(file, BYTES, None)
+        said.put((store.digest, about[0].startswith("tokenized in")))
+
+    for _ in range(3):
+        FORK.Process(target=tokenize).start()
+    found = [said.get(timeout=60) for _ in range(3)]
+    assert len({digest for digest, _ in found}) == 1 and sorted(made for _, made in found) == [False, False, True]
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
@@ -488,30 +486,22 @@ def test_a_run_on_standard_input_goes_on_with_nothing_there_and_with_nothing_els
     assert run("some other text", resume=False).resumed_from == 0
 
 
+@forks
 def test_of_several_processes_the_first_reads_standard_input(tmp_path):
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from hybridzoo.zoo.corpus.standard_input import OtherInput, tokens_of_input\n"
-        "from hybridzoo.zoo.corpus.tokenized import Tokenizing\n"
-        "from hybridzoo.zoo.tokenizer import ByteTokenizer\n"
-        "print(tokens_of_input(Tokenizing(ByteTokenizer(), 256), Path(sys.argv[1]))[0].digest)\n"
-    )
-    ranks = [os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for rank in (1, 0)]
-    several = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for env in ranks
-    ]
+    said = FORK.Queue()
+
+    def read(rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        sys.stdin = io.TextIOWrapper(io.BytesIO(b"some text" if rank == 0 else b""))
+        said.put((rank, tokens_of_input(BYTES, tmp_path)[0].digest))
+
+    several = [FORK.Process(target=read, args=(rank,)) for rank in (1, 0)]
+    several[0].start()
     time.sleep(0.5)
-    assert several[0].poll() is None, "the second waits"
-    second = several[1].communicate("some text")[0]
-    assert several[0].communicate()[0] == second != ""
+    assert several[0].is_alive() and said.empty(), "the second waits"
+    several[1].start()
+    found = dict(said.get(timeout=60) for _ in range(2))
+    assert found[0] == found[1] != ""
 
 
 def test_the_bar_counts_bytes_of_all_files(tmp_path, monkeypatch):
