@@ -188,21 +188,6 @@ def test_a_resumed_run_goes_on_with_the_state(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(rest.model.parameters(), whole.model.parameters(), strict=True))
 
 
-def test_a_carried_state_helps(tmp_path):
-    """What is carried is used: the same rows cost more where each begins afresh."""
-    path, (tokens,) = documents(tmp_path, (400,))
-    model = carried(path, tmp_path / "run", batch_size=1, steps=40, lr=3e-3).model
-    ids = torch.tensor([tokens[:385]])
-    with torch.no_grad():
-        state, pieces = None, []
-        for i in range(0, 384, 32):
-            out = model(ids[:, i : i + 32], labels=ids[:, i : i + 33], state=state, return_state=True)
-            state, pieces = out.state, [*pieces, out.loss]
-    torch.testing.assert_close(
-        torch.stack(pieces).mean(), nats_of(model, tokens[:385]).mean().float(), rtol=1e-5, atol=0
-    )
-
-
 def test_a_table_has_no_documents_to_carry_a_state_along(tmp_path):
     with pytest.raises(ValueError, match="rows of a table do not continue each other"):
         carried(ids(8, 32).numpy(), tmp_path / "run")

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridzoo.zoo.corpus.places import check_path
 from hybridzoo.zoo.tokenizer import ByteTokenizer
 from hybridzoo.zoo.train.data import Rows, fingerprint, mix, pack, read_documents, rows_from, rows_with_targets, topics
-from hybridzoo.zoo.train.options import check_path
 
 encode = ByteTokenizer().encode
 

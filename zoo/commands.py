@@ -109,8 +109,9 @@ def train(
     **given: Any,
 ) -> None:
     """Train a model on your text. Ctrl-C saves; the same command continues."""
+    from .corpus.places import check_path
     from .named import check_model
-    from .train.options import check_out, check_path, default_out
+    from .train.options import check_out, default_out
 
     # what can be wrong without a model is found before seconds of imports
     options = TrainOptions(**given)
@@ -161,7 +162,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the page of a training again, OUT/report.html: its curves, speed and facts."""
-    from .train.options import check_path
+    from .corpus.places import check_path
     from .train.report import write_report
 
     check_path(out)

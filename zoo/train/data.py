@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..corpus.documents import Documents, read_documents, read_npy
+from ..corpus.places import check_path
 from ..corpus.rows import NO_TARGET
-from .options import check_path
 
 __all__ = ["Rows", "fingerprint", "mix", "pack", "read_documents", "rows_from", "rows_with_targets", "topics"]
 

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.shipped import list_models
-from ..corpus.places import STANDARD_INPUT, check_path
+from ..corpus.places import STANDARD_INPUT
 from ..named import HUB_ID
 from ..options import at_least, check_options, option, within
 
 __all__ = [
-    "STANDARD_INPUT",
     "TRACKERS",
     "TrainOptions",
     "check_out",
-    "check_path",
     "default_out",
     "holds_weights",
     "tracker_names",

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint import load, save
+from ..corpus.places import check_path
 from ..device import pick_device
 from ..digests import digest_weights
 from ..hf import HybridZooForCausalLM
@@ -29,7 +30,7 @@ from .loop import ZooTrainer
 from .lora import adapted, lora_config, save_adapter
 from .manifest import Checkpoint, loss_entries
 from .memory import OutOfMemory, naming_memory
-from .options import TrainOptions, check_out, check_path
+from .options import TrainOptions, check_out
 from .processes import in_first
 from .report import Report
 from .run_folder import DifferentRun, RunFolder
