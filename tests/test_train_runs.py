@@ -129,6 +129,7 @@ def test_what_a_device_does_meanwhile_changes_nothing_of_what_is_logged(tmp_path
         if done == stop:
             raise Stop
 
+    mixed = zoo.config("jamba-tiny", ["layers=mamba moe attention moe"])
     # steps that are not saved are logged while the next one is under way, and known to who asks after it
     settings, known, stop = (
         SETTINGS | {"steps": 9, "save_every": 4, "batch_size": 1, "accumulate": 2},
@@ -136,9 +137,9 @@ def test_what_a_device_does_meanwhile_changes_nothing_of_what_is_logged(tmp_path
         0,
     )
     monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Host)
-    host = train(zoo.config("jamba-tiny"), ROWS, tmp_path / "host", on_step=on_step, **settings)
+    host = train(mixed, ROWS, tmp_path / "host", on_step=on_step, **settings)
     monkeypatch.setattr("hybridzoo.zoo.train.run.ZooTrainer", Device)
-    device = train(zoo.config("jamba-tiny"), ROWS, tmp_path / "device", on_step=on_step, **settings)
+    device = train(mixed, ROWS, tmp_path / "device", on_step=on_step, **settings)
     assert facts(device) == facts(host) and list(facts(device)[0][0])[:4] == [
         "loss",
         "grad_norm",
@@ -149,8 +150,8 @@ def test_what_a_device_does_meanwhile_changes_nothing_of_what_is_logged(tmp_path
     assert all(before == later for before, later in known.values())
     stop = 7
     with pytest.raises(Stop):
-        train(zoo.config("jamba-tiny"), ROWS, tmp_path / "cut", on_step=on_step, **settings)
-    resumed = train(zoo.config("jamba-tiny"), ROWS, tmp_path / "cut", **settings)
+        train(mixed, ROWS, tmp_path / "cut", on_step=on_step, **settings)
+    resumed = train(mixed, ROWS, tmp_path / "cut", **settings)
     assert resumed.resumed_from == 4 and facts(resumed) == facts(host)
 
 
