@@ -14,6 +14,7 @@ one and runs the adjoint recurrence. With ``a_t = exp(dt_t A)``, ``gy`` the grad
     W_t = G_t a_t h_{t-1}  (the gradient of dt_t A)         gA = sum_t W_t dt_t         gdt_t = sum_n (W_t A + G_t B_t u_t)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,27 @@ def scan_op(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     *tensors, dt_softplus = operands
     i = ScanInputs(*tensors)
-    work, (b, l, _), q = steps.ScanWork(i, dt_softplus), i.u.shape, steps.CHUNK
-    out = blank(i.u)
-    saved = work.rates.new_empty(b, -(-l // q), *work.rates.shape)
-    last = work.rates.new_empty(b, *work.rates.shape)
+    work, out = steps.ScanWork(i, dt_softplus), blank(i.u)
+    saved, last = states_of(work)
+
+    def give(rows: slice, at: slice, y: Tensor) -> None:
+        out[rows, at] = y if i.z is None else y.mul_(F.silu(i.z[rows, at].to(work.acc)))
+
+    forward_sweeps(work, saved, last, give)
+    return out, outward(last), saved.view(-1)
+
+
+def states_of(work: steps.ScanWork) -> tuple[Tensor, Tensor]:
+    """Uninitialised states, at chunk starts (b, chunks, g, n, d/g) and after the last step (b, g, n, d/g)."""
+    b, l, _ = work.i.u.shape
+    return work.rates.new_empty(b, -(-l // steps.CHUNK), *work.rates.shape), work.rates.new_empty(b, *work.rates.shape)
+
+
+def forward_sweeps(
+    work: steps.ScanWork, saved: Tensor, last: Tensor, give: Callable[[slice, slice, Tensor], None]
+) -> None:
+    """Scan: fill in the states of :func:`states_of`, and give away the outputs, (rows, steps, d) of some rows and steps at a time."""
+    i, q = work.i, steps.CHUNK
     for rows, every in work.sweeps():
         a, x = work.buffers(rows, every, 2)
         last[rows] = 0.0 if i.initial_state is None else work.inward(i.initial_state[rows])
@@ -55,12 +73,8 @@ def scan_op(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
             h = block.scan(a, x, saved[rows, c].copy_(h))
             states = x.cut(count)[0]
             saved[rows, c + 1 : -(-at.stop // q)] = states[:, q - 1 : count - 1 : q]
-            y = block.read(states)
-            if i.z is not None:
-                y.mul_(F.silu(i.z[rows, at].to(work.acc)).view_as(y))
-            out[rows, at] = y.flatten(2)
+            give(rows, at, block.read(states).flatten(2))
         last[rows] = h
-    return out, _outward(last), saved.view(-1)
 
 
 @scan_op.register_fake
@@ -78,10 +92,37 @@ def scan_backward_op(gout: Tensor, glast: Tensor | None, saved: Tensor, *operand
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
     *tensors, dt_softplus = operands
     i = ScanInputs(**dict(zip(_INPUTS, tensors, strict=True)))
-    work, (b, l, d) = steps.ScanWork(i, dt_softplus), i.u.shape
-    saved = saved.view(b, -(-l // steps.CHUNK), *work.rates.shape)
+    work = steps.ScanWork(i, dt_softplus)
     gu, gdt, gB, gC = map(blank, (i.u, i.dt, i.B, i.C))
     gz = None if i.z is None else blank(i.z)
+
+    def give(rows: slice, at: slice, block: steps.ScanBlock, *grads: Tensor) -> None:
+        for into, g in zip((gu, gdt, gB, gC), grads, strict=True):
+            into[rows, at] = g
+
+    summed, ginit = backward_sweeps(work, saved, gout, glast, gz, give)
+    gA, gD, gbias = of_parameters(summed, i)
+    return filled((gu, gdt, gA, gB, gC, gD, gz, gbias, outward(ginit)), i.u)
+
+
+def backward_sweeps(
+    work: steps.ScanWork, saved: Tensor, gout: Tensor, glast: Tensor | None, gz: Tensor | None, give: Callable
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """Scan back from the gradients of the outputs and of the last state, and fill in the gate's.
+
+    Args:
+        work: The scan.
+        saved: The states at chunk starts, in one dimension.
+        gout: The gradient of the outputs.
+        glast: The gradient of the last state.
+        gz: Uninitialised, for the gradient of the gate; ``None`` without one.
+        give: Takes rows, steps, their block and its gradients of u, of dt before bias and softplus, of B and of C.
+
+    Returns:
+        Gradients of rates, D and bias, and that of the initial state.
+    """
+    i, (b, l, d), dt_softplus = work.i, work.i.u.shape, work.dt_softplus
+    saved = saved.view(b, -(-l // steps.CHUNK), *work.rates.shape)
     grates = torch.zeros_like(work.rates)
     gD, gbias = (None if m is None else grates.new_zeros(d) for m in (i.D, i.dt_bias))
     ginit = work.rates.new_empty(b, *work.rates.shape)
@@ -92,24 +133,30 @@ def scan_backward_op(gout: Tensor, glast: Tensor | None, saved: Tensor, *operand
         for at in reversed(every):
             block, h = steps.ScanBlock(work, rows, at), saved[rows, at.start // steps.CHUNK]
             block.scan(a, x, h)
-            gy = gout[rows, at].to(work.acc).view_as(block.u)
+            gy = work.take(gout, rows, at).view_as(block.u)
             if i.z is not None and gz is not None:
                 gate = i.z[rows, at].to(work.acc).view_as(block.u)
                 y = block.read(x.cut(at.stop - at.start)[0])
                 gz[rows, at] = torch.ops.aten.silu_backward(y.mul_(gy), gate).flatten(2)
                 gy = gy * F.silu(gate)
-            gu_, gdt_, grates_, gB_, gC_, gh = _block_backward(block, [a, x, G], h, gy, gh)
-            graw = _through_step_sizes(gdt_, block, dt_softplus)
-            gu[rows, at], gdt[rows, at], gB[rows, at], gC[rows, at] = gu_.flatten(2), graw, gB_, gC_
+            gu, gdt, grates_, gB, gC, gh = _block_backward(block, [a, x, G], h, gy, gh)
+            graw = _through_step_sizes(gdt, block, dt_softplus)
+            give(rows, at, block, gu.flatten(2), graw, gB, gC)
             grates += grates_
             if gD is not None:
                 gD += (gy * block.u).flatten(2).sum((0, 1))
             if gbias is not None:
                 gbias += graw.sum((0, 1))
         ginit[rows] = gh
+    return (grates, gD, gbias), ginit
+
+
+def of_parameters(summed: tuple[Tensor, Tensor | None, Tensor | None], i: ScanInputs) -> tuple[Any, Any, Any]:
+    """Gradients of A, D and the bias, in their types, from those of rates, D and the bias."""
+    grates, gD, gbias = summed
     gA = grates.transpose(1, 2).reshape(i.A.shape).to(i.A.dtype).contiguous()
     gD, gbias = (m if w is None else cast(m, w.dtype) for m, w in ((gD, i.D), (gbias, i.dt_bias)))
-    return filled((gu, gdt, gA, gB, gC, gD, gz, gbias, _outward(ginit)), i.u)
+    return gA, gD, gbias
 
 
 def _block_backward(
@@ -186,7 +233,8 @@ def _backward(ctx: Any, gout: Tensor | None, glast: Tensor | None, _: Any) -> tu
 scan_op.register_autograd(_backward, setup_context=_setup)
 
 
-def _outward(state: Tensor) -> Tensor:
+def outward(state: Tensor) -> Tensor:
+    """A state (b, g, n, d/g) as (b, d, n)."""
     # never a view: autograd lets nobody write into those of an op
     b, g, n, e = state.shape
     out = state.new_empty(b, g * e, n)

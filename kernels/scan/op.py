@@ -13,9 +13,9 @@ from .. import checks
 from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
 from ..gpu import launch_plans
 from ..seq import Seq, clear_padding, marks_of
-from . import chunked, cuda, library, low_rank, reference
+from . import chunked, chunked_paths, cuda, library, low_rank, reference
 from .inputs import ScanInputs
-from .paths import over_paths, per_path, walks
+from .paths import Path, is_order, over_paths, per_path, walks
 
 register(
     "selective_scan",
@@ -24,7 +24,7 @@ register(
     Backend("chunked", CHUNKED, run=chunked.selective_scan),
     Backend("reference", LOOP, run=reference.selective_scan, plain=True),
 )
-# of a scan by our kernels; every other backend scans what was gathered, and what was multiplied before
+# of a scan by our kernels; PyTorch's operations walk in place too (IN_PLACE), a library scans what was gathered and multiplied before
 register(
     "paths",
     Backend("cuda", "our kernels walk over the tokens where they are", cuda.refuse),
@@ -35,6 +35,8 @@ register(
     Backend("cuda", "our scan forms the step sizes itself", lambda facts: cuda.refuse(facts) or low_rank.refuse(facts)),
     Backend("product", "a matrix product in front of the scan", plain=True),
 )
+
+IN_PLACE = {"chunked": chunked_paths.selective_scan, "reference": reference.over_paths}
 
 
 def selective_scan(
@@ -51,7 +53,7 @@ def selective_scan(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     seq: Seq | None = None,
-    paths: Sequence[Sequence[int]] | None = None,
+    paths: Sequence[Sequence[int] | Tensor] | None = None,
     return_final_state: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -69,13 +71,15 @@ def selective_scan(
         z: ``(b, l, d)``, the gate.
         dt_bias: ``(d,)``, added to ``dt``.
         dt_weight: ``(d, r)``: ``dt`` is ``(b, l, r)``, and its product with this weight, read in its type, are the step sizes. Our
-            CUDA kernels form them as they scan (16 bits, d_state up to 16, r up to 16); other calls, in a product in front.
+            CUDA kernels form them as they scan (16 bits, d_state up to 16, r up to 16), and PyTorch's operations those of one
+            path or block at a time; other calls, in a product in front.
         dt_softplus: Pass the biased ``dt`` through softplus.
         initial_state: ``(b, d, n)``, what an earlier call left; zeros if absent. Differentiable.
         seq: Documents and padding: the state is dropped where a document starts, and padding leaves it alone.
         paths: Walks ``(n_outer, n_inner, stride_outer, stride_inner, reverse)`` over the same ``l`` tokens: step t visits token
-            ``(t // n_inner) * stride_outer + (t % n_inner) * stride_inner``, from the end if reversed. One scan per path, outputs
-            summed at the tokens. ``dt, A, B, C, D, dt_bias, dt_weight, initial_state`` are shared, or have a leading axis of one per path.
+            ``(t // n_inner) * stride_outer + (t % n_inner) * stride_inner``, from the end if reversed. Any other walk is an
+            int64 tensor ``(l,)`` of the tokens as they are visited. One scan per path, outputs summed at the tokens. ``dt, A, B, C, D,
+            dt_bias, dt_weight, initial_state`` are shared, or have a leading axis of one per path.
         return_final_state: Also return the state after each row's last real token. Differentiable.
         backend: ``"chunked"``, ``"reference"``, ...; chosen automatically if absent (:mod:`hybridzoo.kernels.dispatch`).
 
@@ -108,24 +112,33 @@ def selective_scan(
     if chosen.name != "cuda" or paths is not None:
         B, C = (m.unsqueeze(2) if m.dim() == 3 else m for m in (B, C))
     walked = None if paths is None else walks(where, paths, l, seq)
-    own = chosen.name == "cuda" and (walked is None or choose("paths", backend=backend, **facts).name == "cuda")
+    # an order that is listed token by token is for others than our kernels: what they scan is gathered then
+    own = chosen.name == "cuda" and (
+        walked is None or (not any(map(is_order, walked)) and choose("paths", backend=backend, **facts).name == "cuda")
+    )
     reset, valid = marks_of(seq)
     i = given._replace(u=u, dt=dt, B=B, C=C, z=z, reset=reset, valid=valid)
     for each in [i] if walked is None else per_path(len(walked), i):
         _check_scan(where, each)
-    if dt_weight is not None and not own:
-        i = i._replace(dt=low_rank.step_sizes(dt, dt_weight), dt_weight=None)
     if own:
         out, state = cuda.selective_scan(i, dt_softplus, walked)
         # whether a low-rank form of another rank can be read as it is depends on what lies behind its last row
         if plain and (dt_weight is None or dt_weight.shape[-1] % 8 == 0):
             launch_plans.keep(where, given, lambda: cuda.plan_of(given, out, dt_softplus), dt_softplus, backend)
-    elif walked is None:
-        out, state = chosen.run(i, dt_softplus)
     else:
-        out, state = over_paths(lambda x: chosen.run(x, dt_softplus), walked, i)
+        out, state = _run(chosen, i, dt_softplus, walked)
     (out,) = clear_padding(seq, out)
     return (out, state) if return_final_state else out
+
+
+def _run(chosen: Backend, i: ScanInputs, dt_softplus: bool, walked: list[Path] | None) -> tuple[Tensor, Tensor]:
+    if walked is not None and chosen.name in IN_PLACE:
+        return IN_PLACE[chosen.name](i, dt_softplus, walked)
+    if i.dt_weight is not None:
+        i = i._replace(dt=low_rank.step_sizes(i.dt, i.dt_weight), dt_weight=None)
+    if walked is None:
+        return chosen.run(i, dt_softplus)
+    return over_paths(lambda x: chosen.run(x, dt_softplus), walked, i)
 
 
 def _check_scan(where: str, i: ScanInputs) -> None:

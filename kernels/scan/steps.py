@@ -31,11 +31,15 @@ class Buffer:
 
 
 class ScanWork:
-    """The inputs of a scan, and how it goes over them: sweeps of rows, and blocks of steps in each."""
+    """The inputs of a scan, and how it goes over them: sweeps of rows, and blocks of steps in each.
 
-    def __init__(self, i: ScanInputs, dt_softplus: bool):
-        self.i, self.dt_softplus, self.acc, n = i, dt_softplus, i.acc, i.A.shape[1]
+    ``order``, ``(l,)`` int64, has the tokens in the order they are visited, if not in their own: every block reads and writes its own.
+    """
+
+    def __init__(self, i: ScanInputs, dt_softplus: bool, order: Tensor | None = None):
+        self.i, self.dt_softplus, self.order, self.acc, n = i, dt_softplus, order, i.acc, i.A.shape[1]
         self.rates = rates(i.A, i.acc).reshape(i.B.shape[2], -1, n).transpose(1, 2).contiguous()  # (g, n, d/g)
+        self.expand = self.rates if i.dt_weight is None else i.dt_weight.to(i.acc)
 
     def sweeps(self) -> Iterator[tuple[slice, list[slice]]]:
         """Rows that are scanned together, and the blocks of steps they go in, each starting where a state is saved."""
@@ -52,6 +56,18 @@ class ScanWork:
         """Uninitialised work space for the largest block, (rows, steps, g, n, d/g) each."""
         shape = (rows.stop - rows.start, blocks[0].stop if blocks else 0, *self.rates.shape)
         return [Buffer(self.rates.new_empty(shape)) for _ in range(count)]
+
+    def take(self, x: Tensor, rows: slice, steps: slice) -> Tensor:
+        """Some rows and steps of (b, l, ...), in the accumulation dtype."""
+        cut = x[rows, steps] if self.order is None else x[rows].index_select(1, self.order[steps])
+        return cut.to(self.acc)
+
+    def add(self, total: Tensor, rows: slice, steps: slice, x: Tensor) -> None:
+        """Add to some rows and steps of (b, l, ...), which is in the accumulation dtype, in place."""
+        if self.order is None:
+            total[rows, steps] += x
+        else:
+            total[rows].index_add_(1, self.order[steps], x)
 
     def inward(self, state: Tensor) -> Tensor:
         """A state (b, d, n) as (b, g, n, d/g), in the accumulation dtype."""
@@ -72,11 +88,13 @@ class ScanBlock:
         g, _, e = self.rates.shape
 
         def cut(x: Tensor) -> Tensor:
-            return x[rows, steps].to(work.acc)
+            return work.take(x, rows, steps)
 
         self.u = cut(i.u).unflatten(2, (g, 1, e))
         self.B, self.C = cut(i.B)[..., None], cut(i.C)[..., None]
-        self.raw = cut(i.dt) if i.dt_bias is None else cut(i.dt) + i.dt_bias.to(work.acc)
+        self.low = None if i.dt_weight is None else cut(i.dt)
+        self.raw = cut(i.dt) if self.low is None else self.low @ work.expand.T
+        self.raw = self.raw if i.dt_bias is None else self.raw + i.dt_bias.to(work.acc)
         self.valid = None if i.valid is None else i.valid[rows, steps]
         self.dt = step_sizes(self.raw, None, work.dt_softplus, self.valid).unflatten(2, (g, 1, e))
         self.dtu = self.dt * self.u
