@@ -9,9 +9,11 @@ from .mlp import MLP
 from .moe import MoE
 from .norm import GatedRMSNorm, RMSNorm, make_norm
 from .options import OptionError
+from .ss2d import SS2D
 
 __all__ = [
     "MLP",
+    "SS2D",
     "Attention",
     "AttentionState",
     "CausalConv1d",

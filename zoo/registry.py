@@ -292,6 +292,7 @@ _SHIPPED = {
     "mamba2": "Mamba2",
     "mlp": "MLP",
     "moe": "MoE",
+    "ss2d": "SS2D",
 }
 for _name, _cls in _SHIPPED.items():
     register_mixer(_name)(getattr(importlib.import_module(f"...layers.{_name}", __name__), _cls))
