@@ -179,7 +179,9 @@ class Seq:
         """
         doc = torch.zeros(batch, length, dtype=torch.long, device=device)
         pos, none = torch.arange(length, device=device).expand_as(doc), torch.zeros_like(doc, dtype=torch.bool)
-        size = (int(grid[0]), int(grid[1]))
+        h, w = grid
+        # what is traced stays free: a number would be a constant of the graph
+        size = (h, w) if torch.compiler.is_compiling() else (int(h), int(w))
         return cls(doc, pos, torch.full_like(doc[:, 0], length), ~none, none, None, False, False, grid=size)
 
     def _on(self, device: torch.device) -> "Seq":

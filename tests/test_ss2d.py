@@ -315,6 +315,53 @@ def test_hooks_and_adapters_on_projections_are_called():
     torch.testing.assert_close(maps(mixer, x, h, w), maps(twin, x, h, w))
 
 
+class OnImages(nn.Module):
+    """As a model calls it: rows out of images, and their size with them."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.mixer = random(SS2D(12, **options))
+
+    def forward(self, images):
+        b, _, h, w = images.shape
+        return self.mixer(images.flatten(2).mT, seq=Seq.from_grid((h, w), b, h * w))
+
+
+@pytest.mark.parametrize("options", [{}, {"directions": ["window2-rows", "columns"], "gate": True}])
+def test_one_graph_for_images_of_any_size_and_an_export_too(options):
+    net, graphs = OnImages(options), []
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(net, (torch.randn(2, 12, 6, 10),), dynamic_shapes={"images": free}).module()
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counted)
+    for b, h, w in ((2, 6, 10), (3, 5, 7), (2, 11, 4), (4, 9, 9)):
+        images = torch.randn(b, 12, h, w)
+        want = net(images)
+        torch.testing.assert_close(exported(images), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(compiled(images), want, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("options", [{}, VANILLA])
+def test_transforms_of_torch_go_through_plain_pytorch(options):
+    net, images, tangent = OnImages(options), torch.randn(2, 12, 3, 4), torch.randn(2, 12, 3, 4)
+
+    def loss(images):
+        return net(images).sin().sum()
+
+    leaf = images.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(images), want, atol=1e-5, rtol=1e-4)
+    _, along = torch.func.jvp(loss, (images,), (tangent,))
+    torch.testing.assert_close(along, (want * tangent).sum(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(net)(images[:, None])[:, 0], net(images), atol=1e-5, rtol=1e-5)
+
+
 def measured(options, h=24, w=32, d=32):
     """Tensors of a map's size and more that a layer keeps for its backward, and those it allocates in either pass."""
     mixer, x = SS2D(d, **options), torch.randn(2, h * w, d, requires_grad=True)
