@@ -42,7 +42,8 @@ def names_of(field: str, directions: Any) -> tuple[str, ...]:
     listed = isinstance(directions, list | tuple) and len(directions) > 0
     check(listed, field, f"{directions!r} is neither a number nor a list of orders. Known: {known}.")
     for name in directions:
-        check(isinstance(name, str) and _NAME.fullmatch(name), field, f"unknown order {name!r}. Known: {known}.")
+        named = isinstance(name, str) and _NAME.fullmatch(name) is not None
+        check(named, field, f"unknown order {name!r}. Known: {known}.")
     return tuple(directions)
 
 

@@ -2,8 +2,8 @@
 
 Same parameters, names, shapes and initialisation as VMamba's ``SS2D``, whose ``v05_noz`` is the default here, and whose first version is
 ``ssm_ratio=2, d_state=16, gate=True, conv_bias=True``. Different from it: one projection in the tokens' own order in place of one per
-flipped and transposed copy, step sizes that are formed where they are used, and outputs that are summed where the tokens are, so that a
-layer takes the same memory for four directions as for one; and a state in float32 whatever the model's precision.
+flipped and transposed copy, step sizes that are formed where they are used, and outputs that are summed where the tokens are, so that four
+directions need no more tensors of the map's size than one; and a state in float32 whatever the model's precision.
 """
 
 import math
