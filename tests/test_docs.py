@@ -110,6 +110,15 @@ def test_the_table_of_models_names_what_ships():
     assert sorted(set(re.findall(r"`([\w.]+(?:-[\w.]+)+)`", table))) == zoo.list_models()
 
 
+def test_the_table_of_mixers_names_what_ships_and_what_it_can():
+    table = TEXTS["docs/mixers.md"].split("## The mixers that come with it")[1].split("##")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|.*\| ([a-z, ]+) \|$", table, re.M)
+    shipped = {name: registry._entries[name].cls for name in registry._OURS}
+    assert {name: (kind, set(can.split(", "))) for name, kind, can in rows} == {
+        name: (cls.__name__, set(cls.capabilities)) for name, cls in shipped.items()
+    }
+
+
 def test_every_command_shown_exists_with_its_options():
     import typer
 
