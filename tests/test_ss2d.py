@@ -102,7 +102,10 @@ def test_outputs_and_gradients_are_vmambas(options, h, w, backend, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-@pytest.mark.parametrize("options", [{}, VANILLA, {"directions": ["columns-back", "rows"], "d_state": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, VANILLA, {"directions": ["columns-back", "rows"], "d_state": 4}, {"directions": ["window2-columns", "rows"]}],
+)
 def test_our_cuda_kernels_walk_the_same_way(options, emulated, monkeypatch):
     h, w = 3, 5
     mixer = random(SS2D(16, **options))

@@ -134,11 +134,13 @@ def selective_scan(
 def _run(chosen: Backend, i: ScanInputs, dt_softplus: bool, walked: list[Path] | None) -> tuple[Tensor, Tensor]:
     if walked is not None and chosen.name in IN_PLACE:
         return IN_PLACE[chosen.name](i, dt_softplus, walked)
-    if i.dt_weight is not None:
-        i = i._replace(dt=low_rank.step_sizes(i.dt, i.dt_weight), dt_weight=None)
-    if walked is None:
-        return chosen.run(i, dt_softplus)
-    return over_paths(lambda x: chosen.run(x, dt_softplus), walked, i)
+
+    def run(x: ScanInputs) -> tuple[Tensor, Tensor]:
+        if x.dt_weight is not None and chosen.name != "cuda":
+            x = x._replace(dt=low_rank.step_sizes(x.dt, x.dt_weight), dt_weight=None)
+        return chosen.run(x, dt_softplus)
+
+    return run(i) if walked is None else over_paths(run, walked, i)
 
 
 def _check_scan(where: str, i: ScanInputs) -> None:
