@@ -140,7 +140,7 @@ class TrainOptions:
     seed: int = option(0, "Of weights and of the order of rows.", bound=_SEEDS, trainer="seed", panel=_RUN)
     save_every: int | None = option(
         None,
-        "Steps between checkpoints; two are kept.",
+        "Steps between checkpoints; the last two are kept, and the best.",
         unset="a tenth of all",
         bound=at_least(1),
         setting=False,
