@@ -6,9 +6,17 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..device import pick_device
 from .options import TrainOptions
 
-__all__ = ["resolved_precision", "training_arguments"]
+__all__ = ["on_cpu", "resolved_precision", "training_arguments"]
+
+
+def on_cpu(device: str | None) -> bool:
+    """Return whether the CPU trains, because it is named or there is nothing else; transformers wants to be told of either."""
+    if device is None:
+        return not torch.accelerator.is_available()
+    return pick_device(device, numbered=False).type == "cpu"
 
 
 def resolved_precision(wish: str, use_cpu: bool) -> str:

@@ -15,12 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..checkpoint import load, save
 from ..corpus.places import check_path
-from ..device import pick_device
 from ..digests import digest_weights
 from ..hf import HybridZooForCausalLM
 from ..models.model import Model
 from ..options import called_with
-from .arguments import resolved_precision, training_arguments
+from .arguments import on_cpu, resolved_precision, training_arguments
 from .diverged import Diverged
 from .evaluation import best_of, has_stalled
 from .examples import Examples, examples_from, lanes_from
@@ -137,7 +136,7 @@ def train(call: TrainCall) -> TrainResult:
     for source in (call.data, call.val):
         if isinstance(source, str | os.PathLike):
             check_path(source)
-    use_cpu = call.device is not None and pick_device(call.device, numbered=False).type == "cpu"
+    use_cpu = on_cpu(call.device)
     call = dataclasses.replace(call, precision=resolved_precision(call.precision, use_cpu))
     torch.manual_seed(call.seed)
     core, header = start_from(call.model, call.overrides, out, call.base)
