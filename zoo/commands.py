@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .terminal import Device, Json, ModelName, print_json, print_report, print_text, say, with_options
+from .terminal import Device, Json, ModelName, counted, print_json, print_report, print_text, say, with_options
 from .train.options import TrainOptions
 
 __all__ = ["app"]
@@ -145,8 +145,12 @@ def _say_how_it_went(result: Any, options: TrainOptions, out: Path, imports: lis
         say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
     loss, steps = result.history[-1]["loss"], int(result.history[-1]["step"])
     if steps < options.steps:
-        say(f"stopped early, after step {steps}: {options.patience} evaluations were not better than the best")
-    say(f"{steps} steps, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}")
+        say(
+            f"stopped early, after step {steps}: {counted(options.patience or 0, 'evaluation')} not better than the best"
+        )
+    say(
+        f"{counted(steps, 'step')}, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}"
+    )
     again = shlex.join(["zoo", *imports, "generate", str(out), "--prompt", "The "])
     of = (
         f", as of step {result.best['step']}, the best on val (loss {result.best['eval_loss']:.3f})"
@@ -162,10 +166,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the page of a training again, OUT/report.html: its curves, speed and facts."""
-    from .corpus.places import check_path
     from .train.report import write_report
 
-    check_path(out)
     page = write_report(out)
     print_json({"report": str(page)}) if as_json else say(f"wrote {page}")
 

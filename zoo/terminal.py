@@ -20,6 +20,7 @@ __all__ = [
     "Device",
     "Json",
     "ModelName",
+    "counted",
     "print_json",
     "print_report",
     "print_text",
@@ -146,6 +147,11 @@ def progress_bar(console: Console, **options: Any) -> Progress:
 def stderr() -> Console:
     """Return the console for what a person is told."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun, which is one of those that take an s."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
 
 
 def say(text: str) -> None:

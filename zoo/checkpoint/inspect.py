@@ -25,6 +25,11 @@ def detect(folder: Path) -> Family | None:
     if not file.exists():
         if (folder / native.CONFIG).exists():
             return None
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: holds an adapter of PEFT and no model. Pass the folder of the model that it was merged into (zoo train --lora "
+                "writes it around the adapter's), or merge it with PeftModel.from_pretrained and merge_and_unload."
+            )
         raise CheckpointError(
             f"{folder}: holds neither {native.CONFIG} nor config.json. Pass a folder that zoo.save, save_pretrained or mamba-ssm "
             "has written."

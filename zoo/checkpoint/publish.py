@@ -6,6 +6,7 @@ places if the process that began it has died. Before that rename the old model s
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from safetensors import SafetensorError
+
+from ..config.plain import first_line
 from ..errors import CheckpointError
 
 try:
@@ -23,13 +27,15 @@ try:
 except ImportError:  # Windows has none: there, two processes that save to one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["GENERATION", "check_new", "discard", "new_folder", "publishing", "steady", "sync", "write_whole"]
+__all__ = ["GENERATION", "check_new", "discard", "new_folder", "publishing", "steady", "sync", "why_unwritten", "write_whole"]
 
 GENERATION = "generation_config.json"
 _SAVING, _DECIDED, _REMOVE = ".saving-", ".decided", ".remove.json"
 # seconds: how long what a killed process left is kept; how long a load waits for a save, and a save for another's files to be in place
 _STALE, _PATIENCE, _LOCK_PATIENCE = 600, 10, 60
 T = TypeVar("T")
+# how libraries that do not write in Python call what cannot be written, and the room that is left when a disk is full
+_UNWRITTEN, _ROOM = ("I/O error", "inline_container", "PytorchStreamWriter"), 1 << 20
 # folders that a thread has locked: device, inode, thread
 _held: set[tuple[int, int, int]] = set()
 
@@ -140,6 +146,12 @@ def _scratch(parent: Path) -> Iterator[Path]:
     try:
         with _locked(new):
             yield new
+    except (SafetensorError, RuntimeError) as e:
+        if parent.name.startswith(_SAVING) or not any(words in str(e) for words in _UNWRITTEN):
+            raise  # a scratch folder says nothing to anybody; what it is for is named by who made it
+        raise OSError(
+            f"{parent}: cannot be written to ({why_unwritten(e, parent)}). Make room, and do the same again."
+        ) from e
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -191,6 +203,14 @@ def _locked(folder: Path, patience: float = _LOCK_PATIENCE) -> Iterator[None]:
         if not mine:
             _held.discard(key)
         os.close(fd)
+
+
+def why_unwritten(error: Exception, folder: Path) -> str:
+    """Return why a file could not be written to ``folder``; some libraries say of a full disk that a position is not the expected one."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < _ROOM:
+            return os.strerror(errno.ENOSPC)
+    return first_line(error)
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """transformers' ``Trainer`` as a zoo training uses it: what it optimises, notices, logs, evaluates and saves."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from ..checkpoint.publish import why_unwritten
 from ..corpus.lanes import Lanes
 from ..models.build import param_groups
 from ..models.loss import IGNORE
@@ -298,8 +300,14 @@ class ZooTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.carried is not None:
                 self.carried.save(self.run.staging / f"checkpoint-{step}", self.args.process_index)
-        except (RuntimeError, SafetensorError) as e:  # how a full disk is told by those who do not write in Python
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        except (
+            RuntimeError,
+            SafetensorError,
+            OSError,
+        ) as e:  # the first two are a full disk's, of those who do not write in Python
+            why = why_unwritten(e, self.run.checkpoints)
+            if self.args.should_save:  # the room is somebody else's
+                shutil.rmtree(self.run.staging, ignore_errors=True)
             raise OSError(
                 f"{self.run.checkpoints}: the checkpoint of step {step} cannot be written ({why}). Those before it are whole; make "
                 "room, and the same call goes on."

@@ -20,6 +20,7 @@ from ..hf import HybridZooForCausalLM
 from ..models.model import Model
 from ..options import called_with
 from .arguments import on_cpu, resolved_precision, training_arguments
+from .disk import naming_disk
 from .diverged import Diverged
 from .evaluation import best_of, has_stalled
 from .examples import Examples, examples_from, lanes_from
@@ -146,6 +147,7 @@ def train(call: TrainCall) -> TrainResult:
     per_step = call.batch_size * call.accumulate * devices * rows.length
     run = RunFolder(out)
     with contextlib.ExitStack() as claimed:
+        claimed.enter_context(naming_disk(out))
         log, settings = None, {}
         # torchrun says which process is the first, before they know each other
         if os.environ.get("RANK", "0") == "0":

@@ -44,6 +44,7 @@ AGAIN = "Use another folder, or turn resume off (--no-resume) to start again."
 LOG = "train.json"
 ADAPTER, SHARDED = "adapter", "sharded"
 _KEPT = 2
+_DIGESTS = {"data": ", or the same in rows of another length or in other streams", "val": ", or without", "start": ""}
 # what marks a folder as somebody's model
 _MODEL_FILES = "config.yaml config.json adapter_config.json *.safetensors *.bin checkpoints/checkpoint-*".split()
 
@@ -76,12 +77,12 @@ class RunFolder:
                 f"{self.path}: {by} is training in this folder. Wait until it has ended, or use another folder."
             ) from None
         try:
-            write_whole(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
             # of those who were killed: whoever is at work holds the lock
             # (.saving without more is a save that was decided: the next load or save finishes it)
             lost = [f for pattern in (".saving-*", ".writing-*", ".deleting-*") for f in self.path.glob(pattern)]
             for left in (*lost, *self.checkpoints.glob(".staging"), *self.checkpoints.glob(".deleting-*")):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
+            write_whole(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -133,11 +134,13 @@ class RunFolder:
 
     def log(self) -> dict[str, Any]:
         """Return what is known of the run in the folder, one that has not ended as far as its newest checkpoint; a DifferentRun if none."""
-        log = self._read_log()
+        log = self._read_log() if self.path.is_dir() else None
         if log is None:
-            raise DifferentRun(f"{self.path}: holds no {LOG}, so no training of ours.")
-        for folder in () if log["finished"] else self._steps()[:1]:
-            log["history"] = read_json(folder / STATE)["log_history"]
+            found = f"holds no {LOG}, so no training of ours" if self.path.is_dir() else "no such folder"
+            raise DifferentRun(f"{self.path}: {found}. Name the folder of a run (--out of zoo train).")
+        if not log["finished"]:
+            histories = (_history_of(folder) for folder in self._steps())
+            log["history"] = next((history for history in histories if history), log["history"])
         return log
 
     def finish(self, history: list[dict[str, float]], seconds: float, best: dict[str, float] | None = None) -> None:
@@ -237,7 +240,7 @@ class RunFolder:
     def _refuse_other(self, old: dict[str, Any]) -> None:
         for key, values in differences(old, self.settings):
             # digests say nothing to anybody
-            shown = "" if key in ("data", "start") else f" ({values})"
+            shown = _DIGESTS.get(key, f" ({values})")
             raise DifferentRun(f"{self.path}: holds a run with another {key}{shown}. {AGAIN}")
 
     def _refuse_foreign(self, overwrite: bool) -> None:
@@ -251,6 +254,15 @@ class RunFolder:
                 f"{self.path}: holds a model that no training of ours has left there ({found.relative_to(self.path)}, and no {LOG}). Use "
                 "another folder, or say overwrite (--overwrite) to replace it."
             )
+
+
+def _history_of(checkpoint: Path) -> list[dict[str, float]]:
+    """Return what was logged until a checkpoint; nothing where it is damaged, or has made way for a newer one."""
+    try:
+        history = read_json(checkpoint / STATE)["log_history"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return history if are_entries(history) else []
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
