@@ -184,7 +184,7 @@ def test_rows_with_nothing_to_predict_are_known():
         ("latin.txt", b"caf\xe9", ValueError, "not UTF-8 text .byte 3 is 0xe9"),
         ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', ValueError, "line 2"),
         ("list.jsonl", b"[1]\n", ValueError, "line 1"),
-        ("number.jsonl", b'{"text": 1}\n', ValueError, "is a int"),
+        ("number.jsonl", b'{"text": 1}\n', ValueError, "is the number 1"),
         ("bad.npy", b"nothing", ValueError, "not a NumPy array"),
         ("", b"", ValueError, "holds no file that ends in"),
         (
@@ -203,7 +203,7 @@ def test_rows_with_nothing_to_predict_are_known():
         ("sixteen.txt", "text".encode("utf-16"), ValueError, "is UTF-16 text. Convert it: iconv"),
         ("half.jsonl", b'{"text": "a\\ud800"}\n', ValueError, "line 1: .*half of a surrogate pair"),
         ("blank.jsonl", b"\n\r\n", ValueError, "is empty"),
-        ("null.jsonl", b'{"text": null}\n', ValueError, "is a NoneType"),
+        ("null.jsonl", b'{"text": null}\n', ValueError, "is null"),
         ("objects.npy", npy(np.array([{}])), ValueError, "not a NumPy array of numbers"),
         ("cut.npy", npy(np.arange(99))[:-9], ValueError, "not a NumPy array of numbers .it is cut short"),
         ("float.npy", npy(np.zeros(3)), ValueError, "holds float64"),

@@ -186,14 +186,14 @@ def test_one_broken_line_in_a_million_is_named(tmp_path):
     ("content", "message"),
     [
         ('{"text": "a"}\n{"txt": "a"}\n', r"line 2: .*its keys: 'txt'\. .*--column"),
-        ('{"text": [1, 2]}\n{"text": [1, "2"]}\n', 'line 2: "text" holds a str'),
-        ('{"text": [true]}\n', 'line 1: "text" holds a bool'),
+        ('{"text": [1, 2]}\n{"text": [1, "2"]}\n', 'line 2: "text" holds a string'),
+        ('{"text": [true]}\n', 'line 1: "text" holds true'),
         ('{"text": [1, 99999999999999999999]}\n', "line 1: .*beyond 64 bits"),
         ('{"text": [1]}\n{"text": [1, 256]}\n', r"line 2: holds id 256, .*vocabulary of 256\. Set vocab_size"),
         ('{"text": [-300]}\n', "line 1: holds id 299"),
         ('{"text": ""}\n{"text": "\\u0000"}\n', "none of 2 documents holds a token"),
         ('{"text": ""}\n{"text": []}\n', "is empty"),
-        ('{"text": {}}\n', "is a dict"),
+        ('{"text": {}}\n', "is an object"),
     ],
     ids=range(9),
 )

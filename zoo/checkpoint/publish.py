@@ -27,7 +27,17 @@ try:
 except ImportError:  # Windows has none: there, two processes that save to one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["GENERATION", "check_new", "discard", "new_folder", "publishing", "steady", "sync", "why_unwritten", "write_whole"]
+__all__ = [
+    "GENERATION",
+    "check_new",
+    "discard",
+    "new_folder",
+    "publishing",
+    "steady",
+    "sync",
+    "why_unwritten",
+    "write_whole",
+]
 
 GENERATION = "generation_config.json"
 _SAVING, _DECIDED, _REMOVE = ".saving-", ".decided", ".remove.json"

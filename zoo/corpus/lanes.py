@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..terminal import counted
 from .rows import NO_TARGET
 from .store import TokenStore
 
@@ -51,8 +52,8 @@ class Lanes(Dataset):
         self.rows = _Rows(store, length)
         if len(self.rows) < lanes:
             raise ValueError(
-                f"data: gives {len(self.rows)} rows of {length} tokens, too few for {lanes} streams side by side. Lower batch_size or "
-                "length, or give more text."
+                f"data: gives {counted(len(self.rows), 'row')} of {length} tokens, too few for {lanes} streams side by side. Lower "
+                "batch_size or length, or give more text."
             )
         self.length, self.lanes, self.seed, self.once, self.epoch = length, lanes, seed, once, 0
         self.digest, self.tokens = f"{store.digest} lanes {lanes} {length}", len(store.tokens)
@@ -60,7 +61,7 @@ class Lanes(Dataset):
         self.steps = -(-len(self.rows) // lanes)
         padding = 1 - self.tokens / (len(self.rows) * length)
         self.about = [
-            f"{lanes:,} streams of {self.steps:,} rows of {length:,} tokens, each goes on from the one before; "
+            f"{counted(lanes, 'stream')} of {counted(self.steps, 'row')} of {length:,} tokens, each goes on from the one before; "
             f"{max(0.0, padding):.2%} padding"
         ]
 

@@ -115,7 +115,7 @@ def _field(line: str, where: str, column: str) -> str | np.ndarray:
     except (ValueError, RecursionError) as e:
         raise SourceError(f'{where}: is not a JSON object with a "{column}" ({e}). {wanted}') from e
     if not isinstance(row, dict):
-        raise SourceError(f'{where}: is not a JSON object with a "{column}", but a {type(row).__name__}. {wanted}')
+        raise SourceError(f'{where}: is not a JSON object with a "{column}", but {_called(row)}. {wanted}')
     if column not in row:
         keys = ", ".join(map(repr, list(row)[:8])) or "none"
         raise SourceError(f'{where}: is not a JSON object with a "{column}"; its keys: {keys}. {wanted}')
@@ -123,7 +123,7 @@ def _field(line: str, where: str, column: str) -> str | np.ndarray:
     if isinstance(value, list):
         return _ids(value, where, column)
     if not isinstance(value, str):
-        raise SourceError(f'{where}: "{column}" is a {type(value).__name__}, not a string and no list of token ids.')
+        raise SourceError(f'{where}: "{column}" is {_called(value)}, not a string and no list of token ids.')
     try:
         value.encode()
     except UnicodeEncodeError as e:
@@ -133,9 +133,17 @@ def _field(line: str, where: str, column: str) -> str | np.ndarray:
     return value
 
 
+def _called(value: Any) -> str:
+    """Return what JSON calls a value."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds = {dict: "an object", list: "a list", str: "a string"}
+    return kinds.get(type(value), f"the number {value}")
+
+
 def _ids(values: list[Any], where: str, column: str) -> np.ndarray:
-    if odd := {type(v).__name__ for v in values if type(v) is not int}:
-        raise SourceError(f'{where}: "{column}" holds a {min(odd)}. Token ids are integers.')
+    if odd := {_called(v) for v in values if type(v) is not int}:
+        raise SourceError(f'{where}: "{column}" holds {min(odd)}. Token ids are integers.')
     try:
         return np.array(values, dtype=np.int64)
     except OverflowError:

@@ -20,6 +20,7 @@ from ..corpus.store import TokenStore
 from ..corpus.tokenized import Tokenizing, tokens_at
 from ..digests import digest_rows
 from ..models.model import Model
+from ..terminal import counted
 from .data import Rows, rows_with_targets
 from .options import TrainOptions
 from .run_folder import AGAIN, LOG, DifferentRun
@@ -125,7 +126,7 @@ def tokens_from(data: Any, model: Model, options: TrainOptions, out: Path | None
         )
     left_out = f", {store.skipped:,} without a token left out" if store.skipped else ""
     tokens = f"{len(store.tokens):,} tokens ({store.tokens.dtype})"
-    return store, [f"{store.documents:,} documents{left_out}; {tokens}, {about[0]}"] if about else []
+    return store, [f"{counted(store.documents, 'document')}{left_out}; {tokens}, {about[0]}"] if about else []
 
 
 def _packed(data: Any, model: Model, options: TrainOptions, out: Path | None) -> Examples:
@@ -134,7 +135,7 @@ def _packed(data: Any, model: Model, options: TrainOptions, out: Path | None) ->
     layout, apart = layout_of(store, length, options.packing), options.packing == "documents"
     padding = 1 - len(store.tokens) / (len(layout) * length)
     how = {"documents": f"documents, at most {layout.most} in one", "stream": "a stream", "padded": "one document each"}
-    about.append(f"{len(layout):,} rows of {length:,} tokens, {how[options.packing]}; {padding:.2%} padding")
+    about.append(f"{counted(len(layout), 'row')} of {length:,} tokens, {how[options.packing]}; {padding:.2%} padding")
     digest = f"{store.digest} {length}"
     rows = StoredRows(store, layout, apart)
     return Examples(rows, layout.chosen, length, digest, len(store.tokens), layout.most if apart else None, about)

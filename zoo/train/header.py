@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..models.model import Model
+from ..terminal import counted
 from .balance import is_counted_first
 from .examples import Examples
 from .options import TrainOptions
@@ -30,15 +31,17 @@ def described(core: Model, rows: Examples, source: str, tokens: int, args: Train
     once = len(rows) * rows.length
     parts = args.gradient_accumulation_steps
     split = f" in {parts} parts, {tokens // args.max_steps:,} tokens" if parts > 1 else ""
-    data = rows.about or [f"{len(rows):,} rows of {rows.length:,} tokens ({once:,})"]
+    budget = (
+        f"{counted(args.max_steps, 'step')} of {counted(args.train_batch_size * args.world_size * parts, 'row')}{split}"
+    )
+    data = rows.about or [f"{counted(len(rows), 'row')} of {rows.length:,} tokens ({once:,})"]
     data = [f"{source}{data[0]}", *data[1:]]
     if (left := len(rows.rows) - len(rows)) > 0:
         data.append(f"{left:,} rows hold nothing to predict and are left out")
     return {
         "size": f"{core.num_params():,} parameters in {' and '.join(kinds)}, on {where}",
         "data": "\n".join(data),
-        "budget": f"{args.max_steps:,} steps of {args.train_batch_size * args.world_size * parts:,} rows{split}: {tokens:,} tokens, "
-        f"the data {tokens / once:.3g} times; into {Path(args.output_dir).parent}",
+        "budget": f"{budget}: {tokens:,} tokens, the data {tokens / once:.3g} times; into {Path(args.output_dir).parent}",
     }
 
 
@@ -51,7 +54,7 @@ def methods_of(core: Model, options: TrainOptions, val: Examples | None, args: T
         "wsd": f"falling in the last {options.decay:.0%}",
         "constant": "constant",
     }
-    rate = f"lr {options.lr:g} after {warm:,} steps of warm-up, {course[options.schedule]}"
+    rate = f"lr {options.lr:g} after {counted(warm, 'step')} of warm-up, {course[options.schedule]}"
     rate += f" to {options.final_lr * options.lr:g}" if options.schedule != "constant" else ""
     clip = f"gradients clipped at {options.clip:g}" if options.clip else "no gradient clipped"
     found = {
@@ -64,10 +67,10 @@ def methods_of(core: Model, options: TrainOptions, val: Examples | None, args: T
             f"balanced over all {options.accumulate} parts of a step, which a forward of its own counts first"
         )
     if val is not None:
-        about = val.about[-1] if val.about else f"{len(val):,} rows of {val.length:,} tokens"
+        about = val.about[-1] if val.about else f"{counted(len(val), 'row')} of {val.length:,} tokens"
         source = f"{options.val}: " if isinstance(options.val, str | os.PathLike) else ""
         patience = f"; ends after {options.patience} without a better one" if options.patience else ""
-        found["evaluation"] = f"every {args.eval_steps:,.0f} steps, on {source}{about}{patience}"
+        found["evaluation"] = f"every {counted(args.eval_steps, 'step')}, on {source}{about}{patience}"
     return found
 
 
