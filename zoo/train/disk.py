@@ -1,4 +1,4 @@
-"""What a disk that takes no more says, in words that name the folder and what to do."""
+"""The errors of a disk that is full or takes nothing, which name the folder and what to do."""
 
 import contextlib
 import errno
