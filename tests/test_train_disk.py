@@ -150,3 +150,21 @@ def test_the_cpu_needs_no_naming(tmp_path):
     unnamed = {k: v for k, v in SETTINGS.items() if k != "device"}
     result = train(config(), ROWS, tmp_path, **unnamed, precision="bfloat16")
     assert len(result.history) == 2 and next(result.model.parameters()).device.type == "cpu"
+
+
+def test_the_folder_of_a_run_is_no_data_of_it(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.md").write_text("a text that is long enough " * 9)
+    settings = SETTINGS | {"length": 12}
+    first = train(config(), texts, texts / "run", **settings)
+    (texts / "run" / "adapter").mkdir()
+    (texts / "run" / "adapter" / "README.md").write_text("as PEFT leaves one")
+    assert train(config(), texts, texts / "run", **settings).history == first.history  # not refused as another data's
+    assert train(config(), texts, tmp_path / "other", **settings).history[-1]["loss"] == first.history[-1]["loss"]
+
+
+def test_a_link_to_nowhere_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match=r"is a link to .*nowhere, where nothing is"):
+        train(config(), ROWS, tmp_path / "link", **SETTINGS)

@@ -367,6 +367,8 @@ def test_what_a_model_argument_means(tmp_path, monkeypatch):
     assert [m for m in ("mamba-tiny", "my.yaml", "runs/mine", "state-spaces/mamba-130m", "runs", "configs/my.yaml") if holds_weights(m)] == [
         "runs/mine", "state-spaces/mamba-130m",
     ]  # fmt: skip
+    (tmp_path / "runs" / "mamba-tiny").mkdir(parents=True, exist_ok=True)
+    assert default_out("mamba-tiny") == Path("runs/mamba-tiny")  # of an earlier call, which the same call continues
     assert default_out("runs/mine") == Path("runs/mine-finetuned") == default_out("runs/mine/")
     assert default_out("mamba2-1.3b") == Path("runs/mamba2-1.3b") and default_out("configs/my.yaml") == Path("runs/my")
     assert default_out("state-spaces/mamba-130m") == Path("runs/mamba-130m")

@@ -94,6 +94,9 @@ def sources_at(root: Path) -> list[Source]:
         return [_dataset(saved)]
     # what file managers and notebooks leave behind begins with a dot, and is nobody's text
     seen = [f for f in root.rglob("*") if not any(part.startswith(".") for part in f.relative_to(root).parts)]
+    # nor are the models that trainings leave there, one of this very data perhaps, which would be other data when it goes on
+    runs = {lock.parent for lock in root.rglob(".train.lock")} - {root}
+    seen = [f for f in seen if f.name != "modeling_hybridzoo.py" and runs.isdisjoint(f.parents)]
     saved_ones = {f.parent for f in seen if f.name == "state.json" and (f.parent / "dataset_info.json").is_file()}
     files = [f for f in seen if _kind(f) and f.is_file() and f.parent not in saved_ones]
     found = [Source(f, _kind(f) or "", _size(f)) for f in files] + [_dataset(folder) for folder in saved_ones]

@@ -227,6 +227,10 @@ def tracker_names(report_to: str) -> list[str]:
 def check_out(out: Path) -> None:
     """Refuse a run's folder that is a file, or would have to lie in one, with a NotADirectoryError."""
     file = next((p for p in (out, *out.parents) if p.exists()), out)
+    if out.is_symlink() and not out.exists():
+        raise NotADirectoryError(
+            f"{out}: is a link to {os.readlink(out)}, where nothing is. Make a folder there, or name another."
+        )
     if file.exists() and not file.is_dir():
         raise NotADirectoryError(f"{file}: is a file, and out={str(out)!r} has to be a folder. Name another.")
 
@@ -242,8 +246,13 @@ def holds_weights(model: Any) -> bool:
     return bool(named) and not os.path.exists(path)
 
 
+def _is_same(out: Path, model: str) -> bool:
+    # a config's name is no folder, and its run may be there from an earlier call
+    return os.path.exists(out) and os.path.exists(model) and os.path.samefile(out, model)
+
+
 def default_out(model: str) -> Path:
     """``runs/MODEL``, or ``runs/MODEL-finetuned`` where that is the folder the weights come from."""
     name = Path(model).name if Path(model).suffix not in (".yaml", ".yml") else Path(model).stem
     out = Path("runs") / (name or Path(model).resolve().name)
-    return out.with_name(f"{out.name}-finetuned") if os.path.exists(out) and os.path.samefile(out, model) else out
+    return out.with_name(f"{out.name}-finetuned") if _is_same(out, model) else out
