@@ -137,7 +137,7 @@ def _called(value: Any) -> str:
     """Return what JSON calls a value."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    kinds = {dict: "an object", list: "a list", str: "a string"}
+    kinds: dict[Any, str] = {dict: "an object", list: "a list", str: "a string"}
     return kinds.get(type(value), f"the number {value}")
 
 
