@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .zoo.config.shipped import list_models
     from .zoo.importing import import_mixers
     from .zoo.models.build import build, param_groups
+    from .zoo.models.state import ModelState
     from .zoo.registry import ConfigError, list_mixers, register_mixer
     from .zoo.train.captured_step import CapturedStep
     from .zoo.train.run import train as train
@@ -34,6 +35,7 @@ __all__ = [
     "CapturedStep",
     "ConfigError",
     "Mixer",
+    "ModelState",
     "build",
     "config",
     "import_mixers",
@@ -54,6 +56,7 @@ __getattr__, __dir__ = lazily(
     CapturedStep="zoo.train.captured_step",
     ConfigError="zoo.registry",
     Mixer="layers",
+    ModelState="zoo.models.state",
     build="zoo.models.build",
     config="zoo.config.resolve:load_config",
     evaluate="eval.run",

@@ -10,7 +10,6 @@ import hybridzoo as zoo
 from hybridzoo.layers import State
 from hybridzoo.layers.base import map_state
 from hybridzoo.zoo.errors import CheckpointError
-from hybridzoo.zoo.models.state import ModelState
 from hybridzoo.zoo.train.examples import lanes_from
 from hybridzoo.zoo.train.options import TrainOptions
 
@@ -84,7 +83,7 @@ def test_a_row_that_restarts_knows_nothing_of_before(model):
 def test_a_state_read_from_a_file_goes_on_to_the_bit(model, tmp_path):
     state = model(ids(2, 9)).state
     state.save(tmp_path / "s.safetensors")
-    read = ModelState.load(tmp_path / "s.safetensors")
+    read = zoo.ModelState.load(tmp_path / "s.safetensors")
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(leaves(state), leaves(read), strict=True))
     more = ids(2, 5, seed=3)
     assert torch.equal(model(more, state=state).logits, model(more, state=read).logits)
@@ -97,19 +96,19 @@ def test_a_file_that_is_no_state_is_named(tmp_path):
     file = tmp_path / "s.safetensors"
     save_file({"tokens": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match="is no saved state"):
-        ModelState.load(file)
+        zoo.ModelState.load(file)
     file.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read as a state"):
-        ModelState.load(file)
+        zoo.ModelState.load(file)
     with pytest.raises(FileNotFoundError):
-        ModelState.load(tmp_path / "none.safetensors")
+        zoo.ModelState.load(tmp_path / "none.safetensors")
 
 
 def test_a_state_of_an_unknown_mixer_is_refused(model, tmp_path, monkeypatch):
     model(ids(1, 3)).state.save(tmp_path / "s.safetensors")
     monkeypatch.setattr(State, "kinds", {})
     with pytest.raises(CheckpointError, match="KeyError"):
-        ModelState.load(tmp_path / "s.safetensors")
+        zoo.ModelState.load(tmp_path / "s.safetensors")
 
 
 def test_labels_of_another_length_are_refused(model):
