@@ -146,7 +146,8 @@ def _say_how_it_went(result: Any, options: TrainOptions, out: Path, imports: lis
     loss, steps = result.history[-1]["loss"], int(result.history[-1]["step"])
     if steps < options.steps:
         say(
-            f"stopped early, after step {steps}: {counted(options.patience or 0, 'evaluation')} not better than the best"
+            f"stopped early, after step {steps}: {counted(options.patience or 0, 'evaluation')} "
+            f"{'was' if options.patience == 1 else 'were'} not better than the best"
         )
     say(
         f"{counted(steps, 'step')}, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}"
