@@ -103,6 +103,13 @@ def reset_weight(weight: Tensor, shrink: float = 1.0) -> None:
 
 
 @torch.no_grad()
+def reset_decays(A_log: Tensor) -> None:
+    """Let A be -1 ... -n along the states, the last dimension of its logarithm (S4D-Real, arXiv:2206.11893)."""
+    n = torch.arange(1, A_log.shape[-1] + 1, device=A_log.device, dtype=A_log.dtype)
+    A_log.copy_(n.log().expand_as(A_log))
+
+
+@torch.no_grad()
 def reset_dt_bias(bias: Tensor, dt_min: float, dt_max: float, dt_init_floor: float) -> None:
     """Draw the bias so that ``softplus(bias)`` is log-uniform between ``dt_min`` and ``dt_max`` (Mamba §3.6)."""
     dt = torch.rand_like(bias).mul_(math.log(dt_max) - math.log(dt_min)).add_(math.log(dt_min)).exp_()

@@ -29,6 +29,7 @@ from .common import (
     dtype_read,
     hooked_everywhere,
     linear,
+    reset_decays,
     reset_dt_bias,
     reset_linear,
     upcast,
@@ -186,8 +187,7 @@ class Mamba(Mixer):
         reset_dt_bias(self.dt_proj.bias, *self.dt_range)
         bound = self.dt_rank**-0.5 * self.dt_scale
         self.dt_proj.weight.uniform_(-bound, bound)
-        n = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=self.A_log.dtype)
-        self.A_log.copy_(n.log().expand_as(self.A_log))
+        reset_decays(self.A_log)
         self.D.fill_(1.0)
         for norm in (self.dt_norm, self.b_norm, self.c_norm):
             if norm is not None:

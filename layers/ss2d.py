@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import selective_scan
 from .base import Aux, Mixer, Seq
-from .common import Device, Dtype, acc_dtype, called, linear, reset_dt_bias, reset_weight, upcast
+from .common import Device, Dtype, acc_dtype, called, linear, reset_decays, reset_dt_bias, reset_weight, upcast
 from .norm import LayerNorm
 from .options import check, check_dt, check_known, check_positive
 from .orders import names_of, paths_of, ranks_of
@@ -134,8 +134,7 @@ class SS2D(Mixer):
         reset_weight(self.x_proj_weight)
         self.dt_projs_weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         reset_dt_bias(self.dt_projs_bias, *self.dt_range)
-        n = torch.arange(1, self.d_state + 1, device=self.A_logs.device, dtype=self.A_logs.dtype)
-        self.A_logs.copy_(n.log().expand_as(self.A_logs))
+        reset_decays(self.A_logs)
         self.Ds.fill_(1.0)
         if self.out_norm is not None:
             self.out_norm.reset_parameters()

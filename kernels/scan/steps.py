@@ -5,6 +5,7 @@ them vector operations, and the contractions become batched matrix products.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class ScanWork:
     def __init__(self, i: ScanInputs, dt_softplus: bool, order: Tensor | None = None):
         self.i, self.dt_softplus, self.order, self.acc, n = i, dt_softplus, order, i.acc, i.A.shape[1]
         self.rates = rates(i.A, i.acc).reshape(i.B.shape[2], -1, n).transpose(1, 2).contiguous()  # (g, n, d/g)
-        self.expand = self.rates if i.dt_weight is None else i.dt_weight.to(i.acc)
+        self.expand: Any = None if i.dt_weight is None else i.dt_weight.to(i.acc)
 
     def sweeps(self) -> Iterator[tuple[slice, list[slice]]]:
         """Rows that are scanned together, and the blocks of steps they go in, each starting where a state is saved."""

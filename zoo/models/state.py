@@ -73,9 +73,9 @@ class ModelState:
                 _put_together(layer, f"layers.{i}", tensors) for i, layer in enumerate(json.loads(about["layers"]))
             )
             return cls(layers, tensors["tokens"])
+        except CheckpointError:
+            raise
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
-            if isinstance(e, CheckpointError):
-                raise
             raise CheckpointError(f"{path}: cannot be read as a state ({type(e).__name__}: {e}).") from e
 
     def copy_(self, other: "ModelState") -> None:

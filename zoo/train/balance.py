@@ -40,12 +40,11 @@ class Balance:
 
     def count(self, parts: list[Batch]) -> None:
         """Count the choices in the parts of a step, and have them taken in place of those of each part."""
-        total: list[Tensor] = []
         tokens = [_tokens(part) for part in parts]
-        for part, share in zip(parts, tokens, strict=True):
-            for i, choices in enumerate(self._of(part)):
-                weighted = choices * (share / sum(tokens))
-                total = [*total, weighted] if i == len(total) else [*total[:i], total[i] + weighted, *total[i + 1 :]]
+        shares = [n / sum(tokens) for n in tokens]
+        # of every group, what each part chooses
+        groups = zip(*map(self._of, parts), strict=True)
+        total: list[Any] = [sum(x * share for x, share in zip(group, shares, strict=True)) for group in groups]
         total = total if self.across is None else [self.across(x) for x in total]
         if not self.choices:
             self.choices = total
