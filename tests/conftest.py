@@ -40,6 +40,25 @@ def emulated(monkeypatch):
     monkeypatch.setattr(launch_plans, "_known", {})
 
 
+@pytest.fixture(scope="session")
+def train_until():
+    """Cut a training off after a step: ``train_until(step, ...)``, the rest as for ``train``."""
+    from hybridzoo.zoo.train.run import train
+
+    class Stop(Exception):
+        pass
+
+    def cut_off(step, *args, **options):
+        def on_step(done, loss):
+            if done == step:
+                raise Stop
+
+        with pytest.raises(Stop):
+            train(*args, on_step=on_step, **options)
+
+    return cut_off
+
+
 # the first version known to be right: older ones normalise Mamba-2's groups as one (or cannot make Zamba2), and compute other logits
 # than the newer from the same files
 JUDGES = {"Mamba2": "5.23", "Bamba": "5.23", "GraniteMoeHybrid": "5.23", "Zamba2": "5.17", "NemotronH": "5.17"}

@@ -77,20 +77,11 @@ def test_evaluating_changes_nothing_of_a_training(tmp_path):
     assert all(torch.equal(newest[0][name], newest[1][name]) for name in newest[0])
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("step", [3, 4, 5])
-def test_a_run_with_evaluations_resumes_as_if_it_had_not_stopped(tmp_path, step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
+def test_a_run_with_evaluations_resumes_as_if_it_had_not_stopped(tmp_path, step, train_until):
     settings = SETTINGS | {"val": VAL, "eval_every": 1}
     whole = train(config(), ROWS, tmp_path / "whole", **settings)
-    with pytest.raises(Stop):
-        train(config(), ROWS, tmp_path / "cut", on_step=on_step, **settings)
+    train_until(step, config(), ROWS, tmp_path / "cut", **settings)
     resumed = train(config(), ROWS, tmp_path / "cut", **settings)
     assert 0 < resumed.resumed_from < step
     assert without(resumed.history, *MEASURED) == without(whole.history, *MEASURED) and resumed.best == whole.best

@@ -106,21 +106,13 @@ def test_a_step_that_must_not_be_taken_changes_no_weight(value, monkeypatch):
     assert digest_weights(model) != before
 
 
-def test_muon_trains_decays_and_resumes_exactly(tmp_path):
-    class Stop(Exception):
-        pass
-
-    def on_step(done, loss):
-        if done == 6:
-            raise Stop
-
+def test_muon_trains_decays_and_resumes_exactly(tmp_path, train_until):
     settings = SETTINGS | {"optimizer": "muon"}
     whole = train(config(), ROWS, tmp_path / "whole", **settings)
     adamw = train(config(), ROWS, tmp_path / "adamw", **SETTINGS)
     assert losses(whole)[0] == losses(adamw)[0] and losses(whole)[-1] < losses(whole)[0] - 0.02
     assert losses(whole) != losses(adamw)
-    with pytest.raises(Stop):
-        train(config(), ROWS, tmp_path / "cut", on_step=on_step, **settings)
+    train_until(6, config(), ROWS, tmp_path / "cut", **settings)
     with pytest.raises(DifferentRun, match=r"another optimizer \(muon there, adamw now\)"):
         train(config(), ROWS, tmp_path / "cut", **SETTINGS)
     resumed = train(config(), ROWS, tmp_path / "cut", **settings)
@@ -170,18 +162,10 @@ def test_the_rate_takes_its_course(tmp_path, options):
     assert rates == pytest.approx([1e-2 * factor for factor in course(**options)], rel=1e-6, abs=1e-12)
 
 
-def test_a_course_is_taken_up_where_it_was_left(tmp_path):
-    class Stop(Exception):
-        pass
-
-    def on_step(done, loss):
-        if done == 7:
-            raise Stop
-
+def test_a_course_is_taken_up_where_it_was_left(tmp_path, train_until):
     settings = SETTINGS | {"schedule": "wsd", "decay": 0.5}
     whole = train(config(), ROWS, tmp_path / "whole", **settings)
-    with pytest.raises(Stop):
-        train(config(), ROWS, tmp_path / "cut", on_step=on_step, **settings)
+    train_until(7, config(), ROWS, tmp_path / "cut", **settings)
     resumed = train(config(), ROWS, tmp_path / "cut", **settings)
     assert [e["learning_rate"] for e in resumed.history] == [e["learning_rate"] for e in whole.history]
     assert losses(resumed) == losses(whole)

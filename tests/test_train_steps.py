@@ -76,17 +76,9 @@ def test_packed_documents_in_parts_are_the_step(tmp_path, text):
     close(parts, whole)
 
 
-def test_a_run_may_go_on_with_its_steps_split_otherwise(tmp_path, capsys):
-    class Stop(Exception):
-        pass
-
-    def on_step(done, loss):
-        if done == 5:
-            raise Stop
-
+def test_a_run_may_go_on_with_its_steps_split_otherwise(tmp_path, capsys, train_until):
     whole = train(config(), ROWS, tmp_path / "whole", **SETTINGS)
-    with pytest.raises(Stop):
-        train(config(), ROWS, tmp_path / "cut", on_step=on_step, **SETTINGS)
+    train_until(5, config(), ROWS, tmp_path / "cut", **SETTINGS)
     with pytest.raises(DifferentRun, match=r"another rows_per_step \(4 there, 2 now\)"):
         train(config(), ROWS, tmp_path / "cut", **SETTINGS | {"batch_size": 2})
     resumed = train(config(), ROWS, tmp_path / "cut", **SETTINGS | {"batch_size": 2, "accumulate": 2})

@@ -121,18 +121,10 @@ def test_experts_are_balanced_over_the_parts_of_a_recorded_step(tmp_path):
     assert losses(taken) == losses(eager) and losses(taken) == pytest.approx(losses(whole), rel=5e-3)
 
 
-def test_a_recorded_run_resumes_as_if_it_had_not_stopped(tmp_path):
-    class Stop(Exception):
-        pass
-
-    def on_step(step, loss):
-        if step == 7:
-            raise Stop
-
+def test_a_recorded_run_resumes_as_if_it_had_not_stopped(tmp_path, train_until):
     settings = SETTINGS | {"steps": 12, "save_every": 4, "val": ROWS[:5], "optimizer": "muon"}
     whole = train("mamba-tiny", ROWS, tmp_path / "whole", **settings)
-    with pytest.raises(Stop):
-        train("mamba-tiny", ROWS, tmp_path / "cut", on_step=on_step, **settings)
+    train_until(7, "mamba-tiny", ROWS, tmp_path / "cut", **settings)
     resumed = train("mamba-tiny", ROWS, tmp_path / "cut", **settings)
     assert resumed.resumed_from == 4 and losses(resumed) == losses(whole)
     assert resumed.best == whole.best and digest_weights(resumed.model) == digest_weights(whole.model)
