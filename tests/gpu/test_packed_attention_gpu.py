@@ -125,6 +125,7 @@ def test_nobody_waits_and_a_graph_records_it(kind):
         torch.cuda.set_sync_debug_mode("default")
     held = doc.clone()
     aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         run(layer, x, g, Seq.from_documents(held, most=5))
     torch.cuda.synchronize()
