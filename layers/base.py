@@ -160,6 +160,7 @@ class Mixer(Sharing):
         no_decay_parameters: Dotted names of parameters that weight decay must not touch; ``zoo.param_groups`` honours them.
         without_effect: Options that decide initialisation, losses or speed, and nothing of what is computed.
         attends: Whether it is attention, whose share in a model is stated.
+        mixes_tokens: Whether an output depends on other tokens; not so in channel mixers.
         shares: Names of values that mixers of this kind write for those in later blocks, such as RWKV-7's ``v_first``. One that names any
             has a ``step`` of its own, and takes ``shared`` there and in ``forward``: a dict of per-token tensors, ``(b, l, ...)`` and
             ``(b, ...)``, to read from and to write to; ``None`` outside a model.
@@ -172,6 +173,7 @@ class Mixer(Sharing):
     no_decay_parameters: ClassVar[tuple[str, ...]] = ()
     without_effect: ClassVar[frozenset[str]] = frozenset()
     attends: ClassVar[bool] = False
+    mixes_tokens: ClassVar[bool] = True
     shares: ClassVar[tuple[str, ...]] = ()
     rounds_input: bool = False
 

@@ -46,6 +46,12 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
 
 
+def drop_rows(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth (arXiv:1603.09382): rows of ``(b, ...)`` are zero with probability ``rate``, and the others make up for them."""
+    kept = torch.empty(x.shape[0], *(1,) * (x.dim() - 1), device=x.device, dtype=x.dtype).bernoulli_(1 - rate)
+    return x * kept.div_(1 - rate)
+
+
 def linear(
     d_in: int, d_out: int, bias: bool, device: Device, dtype: Dtype, cls: type[nn.Linear] = nn.Linear
 ) -> nn.Linear:
@@ -93,6 +99,15 @@ def reset_linear(layer: nn.Linear, shrink: float = 1.0) -> None:
     reset_weight(layer.weight, shrink)
     if layer.bias is not None:
         layer.bias.zero_()
+
+
+def reset_normal(layer: nn.Linear, std: float) -> None:
+    """Draw a linear layer normally, cut off at 2, with a bias of zero, as vision models begin."""
+    if layer.weight.is_meta:
+        return  # nothing to draw, and arithmetic on meta tensors would import the compiler: seconds
+    nn.init.trunc_normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()

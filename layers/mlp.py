@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
-from .common import Device, Dtype, linear, reset_linear, scaled
-from .options import check_known, check_positive, check_rank
+from .common import Device, Dtype, linear, reset_linear, reset_normal, scaled
+from .options import check, check_known, check_positive, check_rank
 
 __all__ = ["MLP"]
 
@@ -30,8 +30,12 @@ def activate(h: Tensor, activation: str, gated: bool, gate_multiplier: float = 1
     return value * act(scaled(gate, gate_multiplier))
 
 
-def _hidden(d_model: int, gated: bool) -> int:
-    return -(-(8 * d_model // 3 if gated else 4 * d_model) // 128) * 128
+def _hidden(d_model: int, given: int | None, expand: float | None, gated: bool) -> int:
+    if expand is None:
+        return given or -(-(8 * d_model // 3 if gated else 4 * d_model) // 128) * 128
+    check(given is None, "expand", f"{expand} is given beside d_intermediate = {given}. Leave one of the two out.")
+    check(round(expand * d_model) >= 1, "expand", f"{expand} * d_model = {expand * d_model} is no size. Use 4, say.")
+    return round(expand * d_model)
 
 
 class MLP(Mixer):
@@ -41,12 +45,15 @@ class MLP(Mixer):
         d_model: Channels of the residual stream.
         d_intermediate: Hidden channels; by default 8/3 (gated) or 4 (plain) times ``d_model``, rounded up to a
             multiple of 128.
+        expand: The same as a multiple of ``d_model``, for trunks of several widths.
         activation: ``"silu"``, ``"gelu"``, ``"relu"`` or ``"relu2"`` (squared ReLU).
         gated: Whether one half of ``fc1`` gates the other.
         bias: Whether both projections have one.
         gate_multiplier: Factor of the gate before its activation; this and the next are muP's, as in Falcon-H1.
         out_multiplier: Factor of the output.
         adapter_rank: Rank of an addition to ``fc1`` that is not shared where the block is, see :class:`Adapter`; 0 for none.
+        init_std: Standard deviation of normal initial weights, cut off at 2, as vision models have them (0.02); by default they are drawn
+            as mamba-ssm does.
         layer_idx, n_layer: Place among the residual blocks; ``fc2`` is drawn smaller by the square root of their number.
         device, dtype: As for ``torch.nn.Linear``.
 
@@ -54,18 +61,22 @@ class MLP(Mixer):
         OptionError: An option cannot work.
     """
 
+    without_effect = frozenset({"init_std"})
+    mixes_tokens = False
     rounds_input = True
 
     def __init__(
         self,
         d_model: int,
         d_intermediate: int | None = None,
+        expand: float | None = None,
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
         gate_multiplier: float = 1.0,
         out_multiplier: float = 1.0,
         adapter_rank: int = 0,
+        init_std: float | None = None,
         layer_idx: int = 0,
         n_layer: int = 1,
         device: Device = None,
@@ -73,10 +84,11 @@ class MLP(Mixer):
     ):
         super().__init__()
         check_positive(d_model=d_model, d_intermediate=d_intermediate)
+        check(init_std is None or init_std > 0, "init_std", f"{init_std} is not positive. The usual value is 0.02.")
         check_known("activation", activation, ACTIVATIONS)
         check_rank(adapter_rank)
-        d_intermediate = d_intermediate or _hidden(d_model, gated)
-        self.activation, self.gated = activation, gated
+        d_intermediate = _hidden(d_model, d_intermediate, expand, gated)
+        self.activation, self.gated, self.init_std = activation, gated, init_std
         self.gate_multiplier, self.out_multiplier = gate_multiplier, out_multiplier
         self.fc1 = linear(d_model, d_intermediate * (2 if gated else 1), bias, device, dtype)
         sizes = [self.fc1.out_features]
@@ -88,14 +100,19 @@ class MLP(Mixer):
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
         """As :meth:`Mixer.effective_options`."""
         o = super().effective_options(options, d_model)
-        return o | {"d_intermediate": o["d_intermediate"] or _hidden(d_model, o["gated"])}
+        hidden = _hidden(d_model, o["d_intermediate"], o["expand"], o["gated"])
+        return o | {"d_intermediate": hidden, "expand": None}
 
     def reset_parameters(self, layer_idx: int = 0, n_layer: int = 1) -> None:
-        """Draw the weights as mamba-ssm does."""
-        reset_linear(self.fc1)
+        """Draw the weights as mamba-ssm does, or normally."""
         if self.adapter is not None:
             self.adapter.reset_parameters()
-        reset_linear(self.fc2, shrink=n_layer**0.5)
+        if self.init_std is None:
+            reset_linear(self.fc1)
+            reset_linear(self.fc2, shrink=n_layer**0.5)
+        else:
+            reset_normal(self.fc1, self.init_std)
+            reset_normal(self.fc2, self.init_std)
 
     def forward(
         self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False

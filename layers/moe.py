@@ -99,6 +99,7 @@ class MoE(Mixer):
     fp32_parameters = ("correction",)
     no_decay_parameters = ("correction",)
     without_effect = frozenset({"aux_loss_coef", "z_loss_coef", "backend"})
+    mixes_tokens = False
 
     def __init__(
         self,

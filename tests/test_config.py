@@ -443,14 +443,14 @@ def test_no_config_gives_anything_but_a_model_or_a_config_error(changes):
 def test_a_build_reads_and_checks_its_config_once(monkeypatch):
     import hybridzoo.zoo.config.resolve as resolve_module
     from hybridzoo.zoo import registry
-    from hybridzoo.zoo.config import check, specs
+    from hybridzoo.zoo.config import check, specs, stages
     from hybridzoo.zoo.models.stats import stats
 
     calls = []
     for name, homes in {
         "typed": [resolve_module],
         "specs_of": [resolve_module],
-        "expand": [resolve_module, specs],
+        "expand": [stages],
         "check_mixer_options": [registry, check, specs],
     }.items():
         real = getattr(homes[0], name)

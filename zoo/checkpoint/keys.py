@@ -61,7 +61,7 @@ class View:
             parts = []
             for (_, options, where), k in zip(spec.parts, keys, strict=True):
                 mixer = get_mixer(options["type"], where).cls
-                parts.append(Part(options["type"], mixer.effective_options(options, self.cfg.d_model), k))
+                parts.append(Part(options["type"], mixer.effective_options(options, spec.d_model), k))
             self.blocks.append(parts)
 
     @property

@@ -68,20 +68,20 @@ def filled(name: str, entry: Any) -> dict[str, Any]:
     return check_mixer_options(without_streams(entry), where) | streams
 
 
-def check_mixers(specs: list[BlockSpec], d_model: int, needs: Mapping[str, str]) -> None:
+def check_mixers(specs: list[BlockSpec], needs: Mapping[str, str]) -> None:
     """Build each distinct mixer once, on the meta device; refuse what cannot be built or has not what the model ``needs``, and too many."""
-    built: dict[tuple[int, str], tuple[Any, str, BlockSpec]] = {}
+    built: dict[tuple[int, str, int], tuple[Any, str, BlockSpec]] = {}
     for spec in specs:
         for _, part, where in spec.parts:
-            built.setdefault((id(part), spec.reads), (part, where, spec))
+            built.setdefault((id(part), spec.reads, spec.d_model), (part, where, spec))
     if len(built) > MAX_MIXERS:
         raise ConfigError(
             f"override: makes {len(built)} different mixers, more than {MAX_MIXERS}. Make fewer exceptions."
         )
     for part, where, spec in built.values():
-        place: dict[str, Any] = {"d_in": spec.d_in(d_model), "layer_idx": spec.index, "n_layer": len(specs)}
+        place: dict[str, Any] = {"d_in": spec.d_in, "layer_idx": spec.index, "n_layer": len(specs)}
         try:
-            mixer = build_mixer(part, where, d_model=d_model, device="meta", **place)
+            mixer = build_mixer(part, where, d_model=spec.d_model, device="meta", **place)
             for capability, model in needs.items():
                 check_capability(capability, mixer, part, where, f"block {spec.index} ({spec.token}) of {model}")
         except ConfigError:
@@ -89,5 +89,5 @@ def check_mixers(specs: list[BlockSpec], d_model: int, needs: Mapping[str, str])
         except Exception as e:
             # a constructor, perhaps a third party's, may fail in any way; to who wrote the config it is one kind of error
             raise ConfigError(
-                f"{where} ({part['type']}): cannot be built with d_model = {d_model}: {first_line(e)}. Check its options."
+                f"{where} ({part['type']}): cannot be built with d_model = {spec.d_model}: {first_line(e)}. Check its options."
             ) from e

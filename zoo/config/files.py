@@ -19,7 +19,7 @@ import yaml
 
 from ..errors import ConfigError, nearest, shortened
 from .plain import MAX_DEPTH, first_line, plain, refuse_interpolation
-from .shipped import CONFIGS, list_models
+from .shipped import list_models, shipped
 from .yaml_text import TooMuch, parse_yaml
 
 __all__ = ["FOLDER_CONFIG", "apply_overrides", "find_config", "inherit", "read_config"]
@@ -31,8 +31,8 @@ _MAX_BASES = 16
 
 def find_config(name: str | Path) -> Path:
     """Find the file of a shipped name, or of a path: a YAML file, or a folder with a ``config.yaml``."""
-    if isinstance(name, str) and name in list_models():
-        return CONFIGS / "lm" / f"{name}.yaml"
+    if isinstance(name, str) and name in list_models() and (file := shipped(name)) is not None:
+        return file
     path = Path(name)
     is_folder = os.path.isdir(path)  # unlike Path's, false for a name that no file system would take
     found = path / FOLDER_CONFIG if is_folder else path

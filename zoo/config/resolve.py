@@ -17,16 +17,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
-from ..layout import BlockSpec, compress, expand
+from ..layout import BlockSpec
 from .check import check_imports, check_mixers, filled
 from .files import apply_overrides, find_config, inherit, read_config
+from .images import ImageSchema
 from .plain import plain
-from .schema import SCHEMAS, ConfigSchema, typed
+from .schema import SCHEMAS, ConfigSchema, TrunkSchema, typed
 from .shipped import list_models
 from .specs import block_specs, specs_of
+from .stages import pattern_of, stages_of, written
 
 __all__ = [
     "ConfigSchema",
+    "ImageSchema",
     "Resolved",
     "block_specs",
     "find_config",
@@ -43,6 +46,11 @@ class Resolved:
 
     config: DictConfig
     specs: list[BlockSpec]
+
+    @property
+    def pattern(self) -> str:
+        """What stands where, as one text."""
+        return pattern_of(self.config)
 
 
 def resolve(
@@ -94,13 +102,13 @@ def validate(cfg: Any, *, saved: bool = False) -> DictConfig:
 
 
 def _plain(cfg: Any, saved: bool) -> dict[str, Any]:
-    if not isinstance(cfg, Mapping | DictConfig | ConfigSchema):
+    if not isinstance(cfg, Mapping | DictConfig | TrunkSchema):
         raise ConfigError(
             f"config: found {type(cfg).__name__}, expected a mapping, a DictConfig, a model's name or a path."
             if not saved
             else f"zoo: found {type(cfg).__name__}, expected a mapping: a saved config is whole, and names no other file."
         )
-    data = plain(dataclasses.asdict(cfg) if isinstance(cfg, ConfigSchema) else cfg)
+    data = plain(dataclasses.asdict(cfg) if isinstance(cfg, TrunkSchema) else cfg)
     if not isinstance(data, dict):
         raise ConfigError("config: is an empty node. Pass a mapping.")
     return data
@@ -110,9 +118,9 @@ def _check(data: dict[str, Any]) -> Resolved:
     values = typed(data)
     check_imports(values)
     values["mixers"] = {name: filled(name, entry) for name, entry in values["mixers"].items()}
-    tokens = expand(values["layers"])
-    values["layers"] = compress(tokens)
-    specs = specs_of(tokens, values)
-    check_mixers(specs, values["d_model"], SCHEMAS[values["task"]].needs)
+    stages = stages_of(values)
+    values |= written(values, stages)
+    specs = specs_of(stages, values)
+    check_mixers(specs, SCHEMAS[values["task"]].needs)
     # the plain data has been read as text and typed; OmegaConf only holds it
     return Resolved(OmegaConf.create(values), specs)

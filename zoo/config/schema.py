@@ -12,7 +12,7 @@ from ..errors import ConfigError, nearest
 from ..registry import of_another_kind
 from .plain import first_line
 
-__all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "check_choice", "typed"]
+__all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "TrunkSchema", "check_choice", "typed"]
 
 # nobody writes down more; each is checked and built on the meta device, which takes milliseconds
 MAX_MIXERS = 256
@@ -23,6 +23,12 @@ _RANGES = {
     "d_model": (1, 2**20),
     "max_length": (1, 2**31),
     "initializer_range": (0, 10),
+    "n_classes": (0, 2**24),
+    "in_channels": (1, 2**16),
+    "image_size": (1, 2**16),
+    "stem.patch": (1, 2**12),
+    "drop_path": (0, 0.99),
+    "crop": (0.01, 1),
     "norm.eps": (0, 1),
     "embedding_multiplier": (0, 2**20),
     "residual_multiplier": (0, 2**20),
@@ -39,14 +45,12 @@ class NormSchema:
 
 
 @dataclasses.dataclass
-class ConfigSchema:
-    """The keys of a config file.
+class TrunkSchema:
+    """The keys that the configs of every task have: what the trunk is, between what reads the inputs and what gives the answers.
 
     Attributes:
         task: What the model does; ``causal_lm``, or another that is registered (:mod:`hybridzoo.zoo.models.tasks`).
         base: A config to inherit from: a shipped name, or a path relative to this file.
-        vocab_size: Token ids that exist.
-        pad_vocab_size_multiple: The embedding table is rounded up to a multiple of this.
         d_model: Channels of the residual stream.
         layers: The pattern, see :mod:`hybridzoo.zoo.layout.expand`.
         mixers: What each name of the pattern is: ``{type: registered mixer, **options}``. Two options are the block's and not the
@@ -55,47 +59,68 @@ class ConfigSchema:
             ``residual`` stream (default), or replace the ``side`` stream.
         override: Exceptions by index of the residual block: ``{at: 0 | [0, -1], set: {option: value}}``.
         norm: See :class:`NormSchema`.
-        tie_embeddings: Whether the head is the embedding table.
         residual_in_fp32: Whether the residual stream stays float32 in a half-precision model.
-        max_length: Tokens that evaluation gives the model at once; where nothing is stated, what the tokenizer states.
-        tokenizer: ``byte``, a hub id or a folder.
-        initializer_range: Standard deviation of the embedding at initialisation.
-        embedding_multiplier: Factor of the embedded tokens (muP, arXiv:2203.03466; Granite, Falcon-H1).
         residual_multiplier: Factor of what every block adds to the residual stream.
-        logits_multiplier: Factor of the logits.
         imports: Filled in: the Python module that each registered mixer of somebody else's came from, ``{my_mixer: mine}``. A name to
             import, for the message where the mixer is not registered; reading a config never imports it.
         needs: No key: the capabilities that every mixer must declare, each with a word for the model that needs it.
     """
 
-    needs: ClassVar[dict[str, str]] = {"causal": "a causal language model"}
-    task: str = "causal_lm"
+    needs: ClassVar[dict[str, str]] = {}
+    task: str = MISSING
     base: str | None = None
-    vocab_size: int = MISSING
-    pad_vocab_size_multiple: int = 1
     d_model: int = MISSING
     layers: Any = MISSING
     mixers: dict[str, Any] = MISSING
     override: list[Any] = dataclasses.field(default_factory=list)
     norm: NormSchema = dataclasses.field(default_factory=NormSchema)
-    tie_embeddings: bool = True
     residual_in_fp32: bool = False
+    residual_multiplier: float = 1.0
+    imports: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def check(cls, values: dict[str, Any]) -> None:
+        """Raise a :class:`ConfigError` where values that are right by themselves do not fit each other."""
+
+
+@dataclasses.dataclass
+class ConfigSchema(TrunkSchema):
+    """The keys of a language model's config, those of :class:`TrunkSchema` included.
+
+    Attributes:
+        vocab_size: Token ids that exist.
+        pad_vocab_size_multiple: The embedding table is rounded up to a multiple of this.
+        tie_embeddings: Whether the head is the embedding table.
+        max_length: Tokens that evaluation gives the model at once; where nothing is stated, what the tokenizer states.
+        tokenizer: ``byte``, a hub id or a folder.
+        initializer_range: Standard deviation of the embedding at initialisation.
+        embedding_multiplier: Factor of the embedded tokens (muP, arXiv:2203.03466; Granite, Falcon-H1).
+        logits_multiplier: Factor of the logits.
+    """
+
+    needs: ClassVar[dict[str, str]] = {"causal": "a causal language model"}
+    task: str = "causal_lm"
+    vocab_size: int = MISSING
+    pad_vocab_size_multiple: int = 1
+    tie_embeddings: bool = True
     max_length: int | None = None
     tokenizer: str = "byte"
     initializer_range: float = 0.02
     embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
-    imports: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 # the keys of each task's configs; a task that is registered adds its own
-SCHEMAS: dict[str, type[ConfigSchema]] = {"causal_lm": ConfigSchema}
+SCHEMAS: dict[str, type[TrunkSchema]] = {"causal_lm": ConfigSchema}
 # checked by who knows what is in them, and not by OmegaConf
-_NESTED = ("layers", "mixers", "override")
+_NESTED = ("layers", "stages", "mixers", "override")
+# the order in which a message lists what every config has
+_FIRST = ("d_model", "vocab_size", "layers", "mixers")
 _KINDS = {
     "mixers": (dict, "a mapping, such as {mamba: {d_state: 16}}"),
     "norm": (dict, "a mapping, such as {type: rmsnorm, eps: 1.0e-5}"),
+    "stem": (dict, "a mapping, such as {type: conv, patch: 4}"),
+    "stages": (list, "a list, such as [{layers: ss2d * 2}, {layers: ss2d * 8}]"),
     "imports": (dict, "a mapping, such as {my_mixer: my_package.mixers}"),
     "override": (list, "a list, such as [{at: 0, set: {d_state: 128}}]"),
 }
@@ -104,7 +129,7 @@ _KINDS = {
 def typed(data: dict[str, Any]) -> dict[str, Any]:
     """Return the top level with defaults filled in, unknown keys refused and every scalar of its type and in its range."""
     given = {key: value for key, value in data.items() if key != "base"}
-    schema = ConfigSchema
+    schema: type[TrunkSchema] = ConfigSchema
     if isinstance(task := given.get("task", schema.task), str):  # other kinds are refused below
         check_choice("task", task, SCHEMAS)
         schema = SCHEMAS[task]
@@ -114,19 +139,28 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
         values: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), scalars))
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as e:
         raise ConfigError(f"{getattr(e, 'full_key', None) or 'config'}: {first_line(e)}. Correct the value.") from None
-    values |= {key: given[key] for key in _NESTED if key in given}
+    for key in _NESTED:  # last, behind what takes a line each
+        if key in values and (value := given.get(key, values.pop(key))) is not None:
+            values[key] = value
     for key, value in values.items():
         if value == MISSING:
             raise ConfigError(f"{key}: is missing (found {MISSING!r}). Give it a value.")
         if key in scalars and (problem := of_another_kind(scalars[key], value)):
             raise ConfigError(f"{key}: {problem}.")
     del values["base"]
-    leaves = values | {f"norm.{key}": value for key, value in values["norm"].items()}
+    leaves = values | {f"{part}.{key}": value for part in _parts(schema) for key, value in values[part].items()}
     check_choice("norm.type", leaves["norm.type"], NORMS)
     for key, (low, high) in _RANGES.items():
         if (value := leaves.get(key)) is not None and not low <= value <= high:
             raise ConfigError(f"{key}: is {value}, outside {low} to {high}. Choose a value in that range.")
+    schema.check(values)
     return values
+
+
+def _parts(schema: type) -> dict[str, type]:
+    """The keys that hold keys of their own, and what types those."""
+    made = {f.name: f.default_factory for f in dataclasses.fields(schema)}
+    return {name: made for name, made in made.items() if isinstance(made, type) and dataclasses.is_dataclass(made)}
 
 
 def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
@@ -137,13 +171,14 @@ def check_choice(key: str, value: Any, choices: Collection[str]) -> None:
 
 def _check_keys(given: dict[str, Any], schema: type) -> None:
     """Refuse keys that do not exist, those that every config has where they are missing, and values of another kind or size."""
-    for prefix, keys, of in (("", given, schema), ("norm.", given.get("norm"), NormSchema)):
+    parts = _parts(schema)
+    for prefix, keys, of in (("", given, schema), *((f"{name}.", given.get(name), of) for name, of in parts.items())):
         known = [f.name for f in dataclasses.fields(of)]
         for key in keys if isinstance(keys, dict) else ():
             if key not in known:
                 raise ConfigError(f"{prefix}{key}: unknown key.{nearest(key, known)} Keys: {', '.join(known)}.")
     needed = [f.name for f in dataclasses.fields(schema) if f.default == MISSING]
-    needed.sort(key=lambda key: key != "d_model")
+    needed.sort(key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
     for key in needed:
         if given.get(key, MISSING) in (None, MISSING):
             every = f"{', '.join(needed[:-1])} and {needed[-1]}"

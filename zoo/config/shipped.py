@@ -7,15 +7,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONFIGS", "NUMBERS", "describe", "find_models", "list_models"]
+__all__ = ["CONFIGS", "NUMBERS", "describe", "find_models", "list_models", "shipped"]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-NUMBERS = CONFIGS / "lm" / "numbers.json"
+NUMBERS = CONFIGS / "numbers.json"
+# of the folders there, those that hold models
+_FOLDERS = ("lm", "text", "vision")
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """The names of the shipped configs that match an fnmatch ``pattern``, sorted."""
-    return sorted(path.stem for path in CONFIGS.glob("lm/*.yaml") if fnmatch.fnmatchcase(path.stem, pattern))
+    paths = (path for folder in _FOLDERS for path in (CONFIGS / folder).glob("*.yaml"))
+    return sorted(path.stem for path in paths if fnmatch.fnmatchcase(path.stem, pattern))
+
+
+def shipped(name: str) -> Path | None:
+    """The file of a shipped config; ``None`` if there is none of that name."""
+    found = (CONFIGS / folder / f"{name}.yaml" for folder in _FOLDERS)
+    return next((path for path in found if path.is_file()), None)
 
 
 def find_models(pattern: str) -> list[dict[str, Any]]:
@@ -38,6 +47,7 @@ def find_models(pattern: str) -> list[dict[str, Any]]:
 
 def describe(name: str) -> str:
     """The first sentence of the comment at the head of a shipped config."""
-    lines = (CONFIGS / "lm" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    path = shipped(name)
+    lines = path.read_text(encoding="utf-8").splitlines() if path else []
     head = " ".join(line.lstrip("# ") for line in lines[: next((i for i, x in enumerate(lines) if x[:1] != "#"), None)])
     return re.split(r"(?<=\.) (?=[A-Z])", head)[0].rstrip(".")

@@ -6,9 +6,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError, nearest
-from ..layout import READS, WRITES, BlockSpec, expand, split_token
+from ..layout import READS, WRITES, BlockSpec, split_token
 from ..layout.pattern import MAX_BLOCKS
-from ..registry import check_mixer_options, list_mixers
+from ..registry import check_mixer_options, get_mixer, list_mixers
+from .stages import Stage, stages_of
 
 __all__ = ["STREAMS", "block_specs", "specs_of", "without_streams"]
 
@@ -21,25 +22,31 @@ _MAX_EXCEPTIONS = 256
 def block_specs(cfg: Any) -> list[BlockSpec]:
     """Return the residual blocks of a resolved config: those that a model has under ``specs``."""
     data: Any = OmegaConf.to_container(cfg) if isinstance(cfg, DictConfig) else cfg
-    return specs_of(expand(data["layers"]), data)
+    return specs_of(stages_of(data), data)
 
 
-def specs_of(tokens: list[str], data: Mapping[str, Any]) -> list[BlockSpec]:
-    """Return the residual blocks of expanded tokens and a config whose ``mixers`` are complete, exceptions from ``override`` applied."""
+def specs_of(stages: list[Stage], data: Mapping[str, Any]) -> list[BlockSpec]:
+    """Return the residual blocks of a config whose ``mixers`` are complete, exceptions from ``override`` applied."""
     mixers = data["mixers"]
     # blocks of one mixer have one table of options, of which exceptions make others
     options = {name: without_streams(entry) for name, entry in mixers.items()}
-    specs = []
-    for index, token in enumerate(tokens):
-        names, label = split_token(token)
-        for name in names:
-            if name not in mixers:
-                hint = f" Add mixers.{name}: {{type: {name}}}." if name in list_mixers() else nearest(name, mixers)
-                known = ", ".join(mixers) or "nothing"
-                raise ConfigError(f"layers: unknown mixer {name!r} in block {index}.{hint} Under mixers: {known}.")
-        parts = [(name, options[name], f"mixers.{name}") for name in names]
-        specs.append(BlockSpec(index, token, label, parts, **_streams(names, mixers)))
-    _check_streams(specs)
+    specs: list[BlockSpec] = []
+    for number, stage in enumerate(stages):
+        for token in stage.tokens:
+            index, (names, label) = len(specs), split_token(token)
+            for name in names:
+                if name not in mixers:
+                    hint = f" Add mixers.{name}: {{type: {name}}}." if name in list_mixers() else nearest(name, mixers)
+                    known = ", ".join(mixers) or "nothing"
+                    raise ConfigError(
+                        f"{stage.where}: unknown mixer {name!r} in block {index}.{hint} Under mixers: {known}."
+                    )
+            parts = [(name, options[name], f"mixers.{name}") for name in names]
+            place = {"d_model": stage.d_model, "stage": number}
+            specs.append(BlockSpec(index, token, label, parts, **_streams(names, mixers), **place))
+    for number in range(len(stages)):
+        _check_streams([spec for spec in specs if spec.stage == number])
+    _set_drops(specs, data.get("drop_path") or 0.0)
     exceptions = data.get("override") or []
     if len(exceptions) > _MAX_EXCEPTIONS:
         raise ConfigError(
@@ -55,12 +62,24 @@ def specs_of(tokens: list[str], data: Mapping[str, Any]) -> list[BlockSpec]:
     first: dict[str, BlockSpec] = {}
     for spec in specs:
         twin = first.setdefault(spec.label, spec) if spec.label else spec
+        joined = f"layers: label {spec.label!r} joins blocks {twin.index} ({twin.token}) and {spec.index} ({spec.token})"
         if [part[:2] for part in twin.parts] != [part[:2] for part in spec.parts]:
             raise ConfigError(
-                f"layers: label {spec.label!r} joins blocks {twin.index} ({twin.token}) and {spec.index} ({spec.token})"
-                ", whose mixers or options differ. Use two labels, or override every block of the label alike."
+                f"{joined}, whose mixers or options differ. Use two labels, or override every block of the label alike."
             )
+        if twin.d_model != spec.d_model:
+            raise ConfigError(f"{joined}, which have {twin.d_model} and {spec.d_model} channels. Use two labels.")
     return specs
+
+
+def _set_drops(specs: list[BlockSpec], rate: float) -> None:
+    """Let stochastic depth grow from 0 to ``rate``, in equal steps; what mixes channels alone goes with the block before it."""
+    depths, depth = [], -1
+    for spec in specs:
+        depth += any(get_mixer(part["type"], where).cls.mixes_tokens for _, part, where in spec.parts)
+        depths.append(max(depth, 0))
+    for spec, depth in zip(specs, depths, strict=True):
+        spec.drop = rate * depth / max(1, depths[-1])
 
 
 def without_streams(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +99,7 @@ def _streams(names: list[str], mixers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_streams(specs: list[BlockSpec]) -> None:
-    first = next((spec.index for spec in specs if spec.writes == "side"), len(specs))
+    first = next((i for i, spec in enumerate(specs) if spec.writes == "side"), len(specs))
     for spec in specs[: first + 1]:
         if spec.reads in ("side", "residual_plus_side"):
             raise ConfigError(

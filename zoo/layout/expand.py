@@ -36,6 +36,9 @@ class BlockSpec:
             **options}``, and the dotted key for messages.
         reads: What goes into the block, one of :data:`READS`.
         writes: Where what comes out of it goes, one of :data:`WRITES`.
+        d_model: Channels of the residual stream there.
+        stage: Which part of the trunk it stands in, from 0; each has a width of its own, and a text's trunk is one.
+        drop: The probability that training leaves the block out, for one row of a batch (stochastic depth, arXiv:1603.09382).
     """
 
     index: int
@@ -44,10 +47,14 @@ class BlockSpec:
     parts: list[tuple[str, dict[str, Any], str]]
     reads: str = "residual"
     writes: str = "residual"
+    d_model: int = 0
+    stage: int = 0
+    drop: float = 0.0
 
-    def d_in(self, d_model: int) -> int:
+    @property
+    def d_in(self) -> int:
         """Channels of the block's input."""
-        return 2 * d_model if self.reads == "residual_and_embedding" else d_model
+        return 2 * self.d_model if self.reads == "residual_and_embedding" else self.d_model
 
 
 def expand(spec: Any, where: str = "layers") -> list[str]:

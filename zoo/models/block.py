@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...layers.adapter import Adapter
 from ...layers.base import Mixer, Seq, Sharing
-from ...layers.common import dtype_read, linear, reset_linear, scaled
+from ...layers.common import drop_rows, dtype_read, linear, reset_linear, scaled
 from ...layers.norm import NORMS, make_norm
 from ..config.resolve import Resolved
 from ..registry import build_mixer
@@ -96,10 +96,11 @@ class Block(Sharing):
     def __init__(self, resolved: Resolved, index: int, device=None, dtype=None):
         super().__init__()
         cfg, spec = resolved.config, resolved.specs[index]
-        d_model, d_in = cfg.d_model, spec.d_in(cfg.d_model)
+        d_model, d_in = spec.d_model, spec.d_in
         # in a tuple, so that it is no child: the block that owns the parts which this one borrows
         self.owner: tuple[Block, ...] = ()
         self.multiplier, self.reads, self.writes = cfg.residual_multiplier, spec.reads, spec.writes
+        self.drop = spec.drop
         self.side_proj: nn.Linear | None = None
         if spec.reads == "residual_plus_side":
             self.side_proj = linear(d_model, d_model, False, device, dtype)
@@ -192,6 +193,8 @@ class Block(Sharing):
         return dict(stream.shared or {}) if self.shares else stream.shared
 
     def _written(self, before: Stream, x: Tensor, y: Tensor, shared: dict[str, Tensor] | None) -> Stream:
+        if self.training and self.drop:
+            y = drop_rows(y, self.drop)
         if self.writes == "side":
             return Stream(x, None, before.embedding, y, shared)
         return Stream(x, scaled(y, self.multiplier), before.embedding, before.side, shared)

@@ -1,13 +1,14 @@
 """All that models have in common, whatever their task."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...layers.base import Mixer
-from ..config.resolve import ConfigSchema, resolve
+from ..config.resolve import resolve
+from ..config.schema import ConfigSchema, TrunkSchema
 from .hooks import Hooks
 from .state import ModelState
 from .trunk import Backbone
@@ -27,7 +28,7 @@ class Model(nn.Module):
         dtype: Of the weights; parameters that must stay float32 do.
 
     Attributes:
-        schema: The dataclass of its config's keys, :class:`~hybridzoo.zoo.config.schema.ConfigSchema` or one derived from it.
+        schema: The dataclass of its config's keys, :class:`~hybridzoo.zoo.config.schema.TrunkSchema` or one derived from it.
         head_name: The head's name in the model, and in state-dict keys.
         may_tie: Whether the config's ``tie_embeddings`` says that the head's weight is the embedding's.
         hf_class: The class in :mod:`hybridzoo.zoo.hf` through which transformers sees the model; ``None`` if there is none.
@@ -39,7 +40,7 @@ class Model(nn.Module):
         family: The published family whose files it was read from, which an export tries first.
     """
 
-    schema: ClassVar[type[ConfigSchema]] = ConfigSchema
+    schema: ClassVar[type[TrunkSchema]] = ConfigSchema
     head_name: ClassVar[str] = "head"
     may_tie: ClassVar[bool] = False
     hf_class: ClassVar[str | None] = None
@@ -52,7 +53,8 @@ class Model(nn.Module):
         self.metadata: dict[str, dict[str, Any]] = {}
         self.family: str | None = None
         self._hooks = Hooks()
-        self.backbone = Backbone(resolved, self.make_embedding(device, dtype), device=device, dtype=dtype)
+        parts = self.make_embedding(device, dtype), self.make_downsample(device, dtype)
+        self.backbone = Backbone(resolved, *parts, device=device, dtype=dtype)
         setattr(self, self.head_name, self.make_head(device, dtype))
         if not any(p.is_meta for p in self.head.parameters()):
             # there is nothing to draw, and normal_ on a meta tensor would import the compiler: seconds
@@ -61,6 +63,10 @@ class Model(nn.Module):
     def make_embedding(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
         """Return the module that makes ``(b, l, d)`` of the model's inputs."""
         raise NotImplementedError
+
+    def make_downsample(self, device: Any, dtype: torch.dtype | None) -> list[nn.Module]:
+        """Return what stands between the stages, one module less than there are stages; here, of a trunk that is one, none."""
+        return []
 
     def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
         """Return the module that makes the model's answers of the final norm's ``(b, l, d)``, or of what is pooled from it."""
@@ -77,7 +83,7 @@ class Model(nn.Module):
     @property
     def head(self) -> nn.Module:
         """The head, under whatever name."""
-        return self.get_submodule(self.head_name)
+        return cast(nn.Module, self._modules[self.head_name])
 
     def init_state(self, batch: int, max_len: int = 0, device=None, dtype=None) -> ModelState:
         """The state before the first token.

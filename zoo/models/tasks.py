@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from ..config.schema import SCHEMAS, ConfigSchema, check_choice
 from .causal_lm import CausalLM
+from .image_classification import ImageClassifier
 from .model import Model
 
 __all__ = ["register_task", "task_of"]
@@ -41,3 +42,4 @@ def task_of(cfg: Mapping[str, Any]) -> type[Model]:
 
 
 register_task("causal_lm")(CausalLM)
+register_task("image_classification")(ImageClassifier)

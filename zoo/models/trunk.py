@@ -1,9 +1,10 @@
-"""The trunk that every task shares: embedding in, residual blocks, final norm out.
+"""The trunk that every task shares: embedding in, residual blocks, final norm out; between stages of an image model, a smaller map.
 
-State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.layers.N.{norm,mixer}.*``, ``backbone.norm_f.weight``.
+State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.layers.N.{norm,mixer}.*``, ``backbone.norm_f.weight``; blocks are
+counted over all stages, and behind stage S stands ``backbone.downsample.S``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from ...layers.adapter import Adapter
 from ...layers.base import Seq
 from ...layers.common import dtype_read, is_captured, scaled
 from ...layers.norm import make_norm
+from ...layers.patches import Map
 from ..config.resolve import Resolved
 from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
 from .hooks import has_backward_hooks
@@ -27,11 +29,20 @@ class Backbone(nn.Module):
     """Embedding (the task's, from what it reads to ``(b, l, d)``), blocks and final norm.
 
     Blocks that carry the same label in the pattern are one module; where it has adapters, modules that share all parts but those.
+
+    Args:
+        resolved: The config.
+        embedding: From the task's inputs to the first stage's tokens.
+        downsample: Behind every stage but the last, from its map ``(b, h * w, d)`` and ``(h, w)`` to those of the next.
+        device, dtype: As for ``torch.nn.Linear``.
     """
 
-    def __init__(self, resolved: Resolved, embedding: nn.Module, device=None, dtype=None):
+    def __init__(
+        self, resolved: Resolved, embedding: nn.Module, downsample: Iterable[nn.Module] = (), device=None, dtype=None
+    ):
         super().__init__()
         self.embedding = embedding
+        self.downsample = nn.ModuleList(downsample)
         self.layers = nn.ModuleList()
         labelled: dict[str, Block] = {}
         for spec in resolved.specs:
@@ -43,8 +54,11 @@ class Backbone(nn.Module):
                 first, block = block, Block(resolved, spec.index, device="meta", dtype=dtype)
                 share(block, first)
             self.layers.append(block)
-        cfg = resolved.config
-        self.norm_f = make_norm(cfg.norm.type, cfg.d_model, cfg.norm.eps, device=device, dtype=dtype)
+        cfg, stages = resolved.config, [spec.stage for spec in resolved.specs]
+        # the block that each later stage begins with, and the number of the stage before
+        self.begins = {stages.index(stage): stage - 1 for stage in range(1, stages[-1] + 1)}
+        width = resolved.specs[-1].d_model
+        self.norm_f = make_norm(cfg.norm.type, width, cfg.norm.eps, device=device, dtype=dtype)
         # keys of tasks that read tokens and give logits
         self.embedding_multiplier = cfg.get("embedding_multiplier", 1.0)
         self.logits_multiplier = cfg.get("logits_multiplier", 1.0)
@@ -69,10 +83,12 @@ class Backbone(nn.Module):
         state: ModelState | None = None,
         return_state: bool = False,
         passed: list[Tensor] | None = None,
+        maps: list[Map] | None = None,
     ) -> tuple[Tensor, ModelState | None, dict[str, list]]:
         """Run embedded tokens ``(b, l, d)``, in ``seq``'s order, through all blocks and the final norm.
 
-        ``passed``, a list to fill, collects the embedding and what every block leaves, the last one after the norm.
+        ``passed``, a list to fill, collects the embedding and what every block leaves, the last one after the norm; ``maps`` what every
+        stage leaves, before it is made smaller or normed, with the height and width that it has.
         """
         if passed is not None:
             passed.append(x)
@@ -80,8 +96,12 @@ class Backbone(nn.Module):
         before = (None,) * len(self.layers) if state is None else state.layers
         after: list[Any] = []
         aux: dict[str, list] = {}
+        length = x.shape[1]
         stream = Stream(x, embedding=x)
         for i, (block, call, s) in enumerate(zip(self.blocks, self._callables(), before, strict=True)):
+            if i in self.begins:
+                x, seq = self._smaller(self.downsample[self.begins[i]], stream.sum(), seq, maps)
+                stream = Stream(x, embedding=x)
             if self.gradient_checkpointing and self.training and i % self.checkpoint_every == 0:
                 # a CUDA graph has no state of random numbers to keep, and who records one refuses layers that draw any
                 options = {"preserve_rng_state": False} if is_captured(x) else {}
@@ -98,12 +118,21 @@ class Backbone(nn.Module):
                 aux.setdefault(key, []).extend(values)
         new = None
         if return_state:
-            seen = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long) if seq is None else seq.lengths
+            seen = x.new_full((x.shape[0],), length, dtype=torch.long) if seq is None else seq.lengths
             new = ModelState(tuple(after), seen if state is None else state.tokens + seen)
+        if maps is not None:
+            maps.append((stream.sum(), grid_of(seq)))
         normed, hidden = self._final(stream)
         if passed is not None:
             passed.append(normed)
         return hidden, new, aux
+
+    def _smaller(self, part: nn.Module, x: Tensor, seq: Seq | None, maps: list[Map] | None) -> tuple[Tensor, Seq]:
+        grid = grid_of(seq)
+        if maps is not None:
+            maps.append((x, grid))
+        x, grid = part(x, grid)
+        return (x.float() if self.residual_in_fp32 else x), Seq.from_grid(grid, *x.shape[:2], x.device)
 
     def step(self, x: Tensor, state: ModelState) -> Tensor:
         """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
@@ -139,3 +168,8 @@ class Backbone(nn.Module):
         normed = norm(stream.x, dtype, add=stream.add) if is_plain_norm(norm) else norm(stream.sum()).to(dtype)
         # the head is linear, so the factor may stand in front of it, where it is d and not v multiplications
         return normed, normed if factor == 1 else (normed * factor).to(weight.dtype)
+
+
+def grid_of(seq: Seq | None) -> tuple[int, int]:
+    """``(h, w)`` of the maps that the rows of a stage are; ``(0, 0)`` where they are none."""
+    return (0, 0) if seq is None or seq.grid is None else seq.grid
