@@ -217,6 +217,10 @@ class Mixer(Sharing):
         """Forward FLOPs per token (2 per multiply-add) in a sequence of ``seq_len`` tokens; here, 2 per parameter."""
         return 2 * sum(p.numel() for p in self.parameters())
 
+    def scan_ops(self) -> int:
+        """Those of :meth:`flops` that are a scan's, per token: the field counts 9 n + 1 per channel (state-spaces/mamba#110)."""
+        return 0
+
     def state_bytes(self, seq_len: int) -> int:
         """Bytes that one sequence of ``seq_len`` tokens leaves behind in this layer."""
         return nbytes_of(self.init_state(1, seq_len, device="meta"))

@@ -1,4 +1,4 @@
-"""What makes tokens of an image, and fewer and wider ones of a map: stems and downsampling layers, channels last.
+"""Stems, which make tokens of an image, and layers that make fewer and wider ones of a map; channels last.
 
 A map is ``(b, h * w, d)``, top row first, with its ``(h, w)`` beside it. Convolutions are torch's, on channels-last memory: no token is
 copied to another place.
@@ -45,7 +45,7 @@ class Stem(nn.Module):
         norm: Type and eps of the norm behind (and between); ``None`` for none behind.
         class_token: Where one more token stands that belongs to no pixel: ``"first"``, ``"middle"``, ``"last"``; ``"none"`` for none.
         positions: ``(h, w)`` in tokens of a learned position embedding, which is interpolated for maps of another size.
-        device, dtype: As for ``torch.nn.Linear``.
+        **made: ``device`` and ``dtype``, as for ``torch.nn.Linear``.
     """
 
     no_decay_parameters = ("pos_embed", "class_token")
@@ -59,8 +59,7 @@ class Stem(nn.Module):
         norm: tuple[str, float] | None = ("layernorm", 1e-5),
         class_token: str = "none",
         positions: tuple[int, int] | None = None,
-        device: Device = None,
-        dtype: Dtype = None,
+        **made: Any,
     ):
         super().__init__()
         if kind not in STEMS or (kind == "conv" and (patch not in (1, 2, 4) or norm is None)):
@@ -69,7 +68,6 @@ class Stem(nn.Module):
                 "norm."
             )
         self.kind, self.patch, self.at, self.positions = kind, patch, class_token, positions
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
         if kind == "patch":
             self.proj = nn.Conv2d(in_channels, d, patch, patch, **made)
             self.norm = make_norm(norm[0], d, norm[1], **made) if norm else None
@@ -100,8 +98,27 @@ class Stem(nn.Module):
             x = self.norm2(x)
         return self._placed(x, grid), grid
 
+    def halfway(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width between the two convolutions."""
+        return (-(-h // 2), -(-w // 2)) if self.patch >= 2 else (h, w)
+
+    def grid(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width in tokens, of images of ``h`` and ``w`` pixels."""
+        if self.kind == "patch":
+            return h // self.patch, w // self.patch
+        h, w = self.halfway(h, w)
+        return (-(-h // 2), -(-w // 2)) if self.patch == 4 else (h, w)
+
+    def flops(self, h: int, w: int) -> int:
+        """FLOPs of an image, 2 per multiply-add."""
+        grid = self.grid(h, w)
+        if self.kind == "patch":
+            return 2 * grid[0] * grid[1] * self.proj.weight.numel()
+        half = self.halfway(h, w)
+        return 2 * (half[0] * half[1] * self.conv1.weight.numel() + grid[0] * grid[1] * self.conv2.weight.numel())
+
     def index(self, tokens: int) -> int:
-        """Where the class token stands among ``tokens`` others."""
+        """The place of the class token among ``tokens`` others."""
         return {"first": 0, "middle": tokens // 2, "last": tokens}[self.at]
 
     def _placed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -206,13 +206,14 @@ class SS2D(Mixer):
         return (earlier.float() @ near.float()) > 0
 
     def flops(self, seq_len: int) -> int:
-        """FLOPs per token: 2 per multiply-add of projections and convolution, 9 n + 1 per channel and direction for the scan.
-
-        The scan's 9 is the field's count (state-spaces/mamba#110).
-        """
+        """FLOPs per token: 2 per multiply-add of projections and convolution, and :meth:`scan_ops`."""
         k, d, r, n = len(self.directions), self.d_inner, self.dt_rank, self.d_state
         weights = (3 if self.gate else 2) * self.d_model * d + k * ((r + 2 * n) * d + r * d) + self.d_conv**2 * d
-        return 2 * weights + k * d * (9 * n + 1)
+        return 2 * weights + self.scan_ops()
+
+    def scan_ops(self) -> int:
+        """As :meth:`Mixer.scan_ops`, for every direction."""
+        return len(self.directions) * self.d_inner * (9 * self.d_state + 1)
 
 
 def _d_inner(ssm_ratio: float, d_model: int) -> int:

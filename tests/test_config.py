@@ -53,7 +53,7 @@ def test_a_shipped_config_survives_saving_and_reading(name, tmp_path):
     assert load_config(tmp_path) == cfg  # the folder that holds it
     assert validate(cfg) == cfg
     assert validate(OmegaConf.to_container(cfg)) == cfg
-    assert cfg.max_length < math.inf
+    assert cfg.task != "causal_lm" or cfg.max_length < math.inf
 
 
 def test_a_window_that_nobody_states_is_none():

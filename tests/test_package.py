@@ -76,10 +76,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"hybridzoo"}
-    missing = [
-        f"hybridzoo/configs/lm/{n}.yaml" for n in zoo.list_models() if f"hybridzoo/configs/lm/{n}.yaml" not in names
-    ]
-    assert not missing
+    configs = [p for p in (ROOT / "configs").rglob("*") if p.suffix in (".yaml", ".json")]
+    assert {p.stem for p in configs} >= set(zoo.list_models())
+    assert {f"hybridzoo/{p.relative_to(ROOT)}" for p in configs} <= set(names)
     for file in (
         "py.typed",
         "zoo/report/chart.css",

@@ -56,7 +56,13 @@ def list_(
 def show(
     model: Annotated[str, typer.Argument(help="A name from `zoo list`, a YAML file, or a saved folder.")],
     overrides: Overrides = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence, for which FLOPs are stated.", min=1)] = 2048,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            "--seq-len", "--image-size", min=1, show_default="2048, or the config's image_size",
+            help="Tokens per sequence, or pixels in each direction of an image, for which FLOPs are stated.",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the weights.", show_default="a folder's own, else float32")
     ] = None,
@@ -75,14 +81,21 @@ def show(
     saved = Path(model).is_dir()
     kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if saved else None
     built = build(config_of(model) if saved else model, overrides or [], device="meta", dtype=kind)
-    report = stats(built, seq_len)
-    lengths = sorted({seq_len, 4096, 32_768, 262_144})
-    state = {str(l): stats(built, l).state_bytes for l in lengths}
+    report, counted = stats(built, seq_len), None
+    state = {}
+    if report.unit == "image":
+        from .models.macs import macs
+
+        counted = macs(built, seq_len)
+    else:
+        lengths = sorted({report.seq_len, 4096, 32_768, 262_144})
+        state = {str(l): stats(built, l).state_bytes for l in lengths}
     if as_json:
-        return print_json({"name": model, **dataclasses.asdict(report), "state_bytes_by_length": state})
+        more = {"macs": counted._asdict()} if counted else {"state_bytes_by_length": state}
+        return print_json({"name": model, **dataclasses.asdict(report), **more})
     from .tables import shown
 
-    shown(model, report, state)
+    shown(model, report, state, counted)
 
 
 @app.command(epilog="Example: [bold]zoo train jamba-tiny d_model=64 --data texts/ --out runs/mine --steps 500[/bold]")

@@ -12,6 +12,7 @@ from rich.text import Text
 from .errors import printable
 
 if TYPE_CHECKING:
+    from .models.macs import Macs
     from .models.stats import Row, Stats
 
 __all__ = ["columns", "fold", "in_bytes", "listed", "output", "shown"]
@@ -51,18 +52,19 @@ def listed(models: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def shown(name: str, report: "Stats", state: dict[str, int]) -> None:
-    """Print a model's layers and what they cost."""
+def shown(name: str, report: "Stats", state: dict[str, int], counted: "Macs | None" = None) -> None:
+    """Print a model's layers and what they cost; of an image model also in the units of papers."""
     console = output()
-    some_rest = report.active_params != report.params
+    some_rest, image = report.active_params != report.params, report.unit == "image"
     active = ["active"] if some_rest else []
-    table = columns("block", "layer", "parameters", *active, "forward FLOPs", f"state at {report.seq_len:,}")
+    last = [] if image else [f"state at {report.seq_len:,}"]
+    table = columns("block", "layer", "parameters", *active, "forward FLOPs", *last)
 
     def add(block: str, layer: str, rows: Sequence["Row"], **style: Any) -> None:
         params, active = (sum(getattr(row, key) for row in rows) for key in ("params", "active_params"))
         flops, kept = sum(row.flops for row in rows), sum(row.state_bytes for row in rows)
         counts = [f"{params:,}" if params else "", *([in_units(active, "B")] if some_rest else [])]
-        table.add_row(Text(block), Text(layer), *counts, in_units(flops), in_bytes(kept), **style)
+        table.add_row(Text(block), Text(layer), *counts, in_units(flops), *([] if image else [in_bytes(kept)]), **style)
 
     at = 0
     for group, times in fold(report.rows):
@@ -79,10 +81,16 @@ def shown(name: str, report: "Stats", state: dict[str, int]) -> None:
     console.print(table)
     forward = f"{in_units(report.flops)} forward, {in_units(3 * report.flops)} training"
     console.print(f"weights: {report.dtype}, {in_gigabytes(report.weight_bytes)}")
-    console.print(f"FLOPs per token at {report.seq_len:,} tokens: {forward}")
-    sizes = [f"{in_bytes(n) or '0 B'} at {int(l):,}" for l, n in state.items()]
-    one = sizes[0].split(" at ")[0] + " at any length"
-    console.print("state per sequence: " + (one if len(set(state.values())) == 1 else ", ".join(sizes)))
+    if image:
+        console.print(f"FLOPs per image of {report.seq_len} x {report.seq_len} pixels: {forward}")
+    else:
+        console.print(f"FLOPs per token at {report.seq_len:,} tokens: {forward}")
+        sizes = [f"{in_bytes(n) or '0 B'} at {int(l):,}" for l, n in state.items()]
+        one = sizes[0].split(" at ")[0] + " at any length"
+        console.print("state per sequence: " + (one if len(set(state.values())) == 1 else ", ".join(sizes)))
+    if counted is not None:
+        parts = (f"{n / 1e9:.3g} G {of}" for n, of in zip(counted, ("of products", "of scans", "of norms"), strict=True))
+        console.print(f"as papers count it: {counted.total / 1e9:.3g} GMACs ({', '.join(parts)})")
     if report.attention_of_mixers is not None:
         shares = (100 * report.attention_of_mixers, 100 * report.attention_of_blocks)
         console.print("attention: {:.1f} % of the sequence mixers, {:.1f} % of all blocks".format(*shares))

@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from ...layers.patches import DOWNSAMPLING, STEMS
 from ..errors import ConfigError
+from ..layout import BlockSpec
+from ..registry import get_mixer
 from .schema import SCHEMAS, NormSchema, TrunkSchema, check_choice
 
 __all__ = ["INTERPOLATIONS", "ImageSchema", "StemSchema"]
@@ -101,6 +103,17 @@ class ImageSchema(TrunkSchema):
         for key in ("image_mean", "image_std"):
             if not values[key] or (key == "image_std" and min(values[key]) <= 0):
                 raise ConfigError(f"{key}: is {values[key]}. Give a number for every channel; deviations are positive.")
+
+    @classmethod
+    def check_specs(cls, values: dict[str, Any], specs: list[BlockSpec]) -> None:
+        """As :meth:`TrunkSchema.check_specs`."""
+        for spec in specs if values["class_token"] != "none" else ():
+            for _, part, where in spec.parts:
+                if "grid" in get_mixer(part["type"], where).cls.capabilities:
+                    raise ConfigError(
+                        f"{where} ({part['type']}): mixes maps, and with a class token (class_token: {values['class_token']}) a row is "
+                        "none. Set class_token to none, and pool to mean."
+                    )
 
 
 SCHEMAS["image_classification"] = ImageSchema

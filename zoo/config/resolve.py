@@ -49,7 +49,7 @@ class Resolved:
 
     @property
     def pattern(self) -> str:
-        """What stands where, as one text."""
+        """The pattern as one text."""
         return pattern_of(self.config)
 
 
@@ -121,6 +121,8 @@ def _check(data: dict[str, Any]) -> Resolved:
     stages = stages_of(values)
     values |= written(values, stages)
     specs = specs_of(stages, values)
-    check_mixers(specs, SCHEMAS[values["task"]].needs)
+    schema = SCHEMAS[values["task"]]
+    check_mixers(specs, schema.needs)
+    schema.check_specs(values, specs)
     # the plain data has been read as text and typed; OmegaConf only holds it
     return Resolved(OmegaConf.create(values), specs)

@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.norm import NORMS
 from ..errors import ConfigError, nearest
+from ..layout import BlockSpec
 from ..registry import of_another_kind
 from .plain import first_line
 
@@ -81,6 +82,10 @@ class TrunkSchema:
     @classmethod
     def check(cls, values: dict[str, Any]) -> None:
         """Raise a :class:`ConfigError` where values that are right by themselves do not fit each other."""
+
+    @classmethod
+    def check_specs(cls, values: dict[str, Any], specs: list[BlockSpec]) -> None:
+        """Raise a :class:`ConfigError` where a block, which can be built, has no place in such a model."""
 
 
 @dataclasses.dataclass

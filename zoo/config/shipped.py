@@ -11,19 +11,26 @@ __all__ = ["CONFIGS", "NUMBERS", "describe", "find_models", "list_models", "ship
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NUMBERS = CONFIGS / "numbers.json"
-# of the folders there, those that hold models
-_FOLDERS = ("lm", "text", "vision")
+# the folders there that hold models, by their task
+_FOLDERS = {"causal_lm": "lm", "image_classification": "vision", "token_classification": "text"}
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names of the shipped configs that match an fnmatch ``pattern``, sorted."""
-    paths = (path for folder in _FOLDERS for path in (CONFIGS / folder).glob("*.yaml"))
+def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
+    """The names of the shipped configs that match an fnmatch ``pattern``, sorted; with a ``task`` (``"image_classification"``), of that alone.
+
+    Raises:
+        ValueError: There is no such task.
+    """
+    if task not in (None, *_FOLDERS):
+        raise ValueError(f"list_models(task={task!r}): unknown task. Known: {', '.join(_FOLDERS)}.")
+    folders = _FOLDERS.values() if task is None else [_FOLDERS[task]]
+    paths = (path for folder in folders for path in (CONFIGS / folder).glob("*.yaml"))
     return sorted(path.stem for path in paths if fnmatch.fnmatchcase(path.stem, pattern))
 
 
 def shipped(name: str) -> Path | None:
     """The file of a shipped config; ``None`` if there is none of that name."""
-    found = (CONFIGS / folder / f"{name}.yaml" for folder in _FOLDERS)
+    found = (CONFIGS / folder / f"{name}.yaml" for folder in _FOLDERS.values())
     return next((path for path in found if path.is_file()), None)
 
 

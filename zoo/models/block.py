@@ -56,6 +56,7 @@ class Parallel(Mixer):
         super().__init__()
         self.branches = Branches(branches)
         self.capabilities = frozenset.intersection(*(m.capabilities for m in branches))  # type: ignore[misc]
+        self.mixes_tokens = any(m.mixes_tokens for m in branches)  # type: ignore[misc]
         self.rounds_input = all(m.rounds_input for m in branches)
         self.shares = tuple(dict.fromkeys(name for m in branches for name in m.shares))  # type: ignore[misc]
 

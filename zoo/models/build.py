@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...layers.base import Mixer
 from ..config.resolve import resolve
 from ..config.schema import SCHEMAS
 from ..device import pick_device
@@ -57,7 +56,7 @@ def build(
 def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
     """Split the parameters for an optimiser: those that weight decay may touch, and the rest.
 
-    Matrices decay. Vectors (norms, biases) do not, nor what a mixer names in ``no_decay_parameters`` (decay rates, step biases).
+    Matrices decay. Vectors (norms, biases) do not, nor what a module names in ``no_decay_parameters`` (decay rates, step biases, positions).
 
     Args:
         model: A model, or any module that contains mixers.
@@ -68,10 +67,10 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, 
     """
     exempt = {
         id(p)
-        for mixer in model.modules()
-        if isinstance(mixer, Mixer)
-        for name, p in mixer.named_parameters()
-        if name in mixer.no_decay_parameters
+        for part in model.modules()
+        if (exempted := getattr(part, "no_decay_parameters", ()))
+        for name, p in part.named_parameters()
+        if name in exempted
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() >= 2 and id(p) not in exempt]

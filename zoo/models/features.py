@@ -13,7 +13,7 @@ __all__ = ["FeatureInfo", "FeatureMaps"]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureInfo:
-    """What the stages of a model give, asked as timm's ``feature_info`` is.
+    """Facts about the maps of a model's stages, asked for as timm's ``feature_info`` is.
 
     Attributes:
         widths: Channels of every stage.

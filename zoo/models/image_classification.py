@@ -56,17 +56,18 @@ class ImageClassifier(Model):
     """
 
     schema = ImageSchema
-    head_name, hf_class = "head", "HybridZooForImageClassification"
+    head_name, hf_class, unit = "head", "HybridZooForImageClassification", "image"
     batch_mean: Any = None
 
     def make_embedding(self, device: Any, dtype: torch.dtype | None) -> Stem:
         """The stem, see :class:`~hybridzoo.layers.patches.Stem`."""
         cfg, stem = self.cfg, self.cfg.stem
-        side = -(-cfg.image_size // stem.patch) if stem.type == "conv" else cfg.image_size // stem.patch
+        side = cfg.image_size // stem.patch if stem.type == "patch" else -(-cfg.image_size // stem.patch)
         norm = (cfg.norm.type, cfg.norm.eps) if stem.norm else None
         at = (side, side) if cfg.pos_embed else None
         width = self.specs[0].d_model
-        return Stem(cfg.in_channels, width, stem.type, stem.patch, norm, cfg.class_token, at, device, dtype)
+        made = {"device": device, "dtype": dtype}
+        return Stem(cfg.in_channels, width, stem.type, stem.patch, norm, cfg.class_token, at, **made)
 
     def make_downsample(self, device: Any, dtype: torch.dtype | None) -> list[nn.Module]:
         """As :meth:`Model.make_downsample`: one :class:`~hybridzoo.layers.patches.Downsample` between two stages."""
@@ -83,6 +84,48 @@ class ImageClassifier(Model):
         reset_normal(head, STD)
         return head
 
+    def make_end(self, part: str) -> nn.Module | None:
+        """As of :class:`Model`: all of them draw their own values."""
+        made = {"backbone.embedding": self.make_embedding, self.head_name: self.make_head}
+        if part in made:
+            return made[part](None, torch.float32)
+        return nn.ModuleList(self.make_downsample(None, torch.float32)) if part == "backbone.downsample" else None
+
+    @property
+    def usual_size(self) -> int:
+        """Pixels in each direction."""
+        return self.cfg.image_size
+
+    def grids(self, size: int) -> list[tuple[int, int]]:
+        """``(h, w)`` in tokens of every stage, for images of ``size`` pixels in each direction."""
+        grids = [self._stem.grid(size, size)]
+        for _ in self.backbone.downsample:
+            h, w = grids[-1]
+            grids.append((-(-h // 2), -(-w // 2)))
+        return grids
+
+    def tokens(self, size: int) -> list[int]:
+        """Tokens in every block, a class token included."""
+        more, grids = self._stem.class_token is not None, self.grids(size)
+        return [grids[spec.stage][0] * grids[spec.stage][1] + more for spec in self.specs]
+
+    def embedding_flops(self, size: int) -> int:
+        """As of :class:`Model`: the stem's convolutions."""
+        return self._stem.flops(size, size)
+
+    def block_flops(self, size: int) -> list[int]:
+        """As of :class:`Model`, per image: of all tokens of a map."""
+        return [l * block.flops(l) for l, block in zip(self.tokens(size), self.backbone.blocks, strict=True)]
+
+    def between_flops(self, size: int) -> list[int]:
+        """As of :class:`Model`: of what makes maps smaller."""
+        parts = zip(self.backbone.downsample, self.grids(size)[1:], strict=True)
+        return [2 * h * w * cast(Downsample, part).proj.weight.numel() for part, (h, w) in parts]  # type: ignore[operator]
+
+    @property
+    def _stem(self) -> Stem:
+        return cast(Stem, self.backbone.embedding)
+
     @property
     def widths(self) -> list[int]:
         """Channels of every stage."""
@@ -90,7 +133,7 @@ class ImageClassifier(Model):
 
     @property
     def feature_info(self) -> FeatureInfo:
-        """What :meth:`forward_features` gives of every stage: channels, pixels per token, and the module it comes from."""
+        """Channels, pixels per token and the module of what :meth:`forward_features` gives of every stage."""
         last = {spec.stage: spec.index for spec in self.specs}
         strides = [self.cfg.stem.patch * 2**stage for stage in last]
         return FeatureInfo(self.widths, strides, [f"backbone.layers.{i}" for i in last.values()])
@@ -148,8 +191,7 @@ class ImageClassifier(Model):
         self._check(pixel_values, None)
         maps: list[Map] = []
         hidden, _, _ = self._run(pixel_values, None, maps)
-        stem = cast(Stem, self.backbone.embedding)
-        grid = self._grid(pixel_values)
+        stem, grid = self._stem, self._stem.grid(*pixel_values.shape[2:])
 
         def image(x: Tensor, size: tuple[int, int]) -> Tensor:
             if stem.class_token is not None:
@@ -205,11 +247,7 @@ class ImageClassifier(Model):
     def _pooled(self, hidden: Tensor) -> Tensor:
         if self.cfg.pool == "mean":
             return hidden.mean(1)
-        return hidden[:, cast(Stem, self.backbone.embedding).index(hidden.shape[1] - 1)]
-
-    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        stem, (h, w) = self.cfg.stem, pixel_values.shape[2:]
-        return (-(-h // stem.patch), -(-w // stem.patch)) if stem.type == "conv" else (h // stem.patch, w // stem.patch)
+        return hidden[:, self._stem.index(hidden.shape[1] - 1)]
 
     def _check(self, pixel_values: Tensor, labels: Tensor | None) -> None:
         c, patch = self.cfg.in_channels, self.cfg.stem.patch

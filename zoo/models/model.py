@@ -31,6 +31,7 @@ class Model(nn.Module):
         schema: The dataclass of its config's keys, :class:`~hybridzoo.zoo.config.schema.TrunkSchema` or one derived from it.
         head_name: The head's name in the model, and in state-dict keys.
         may_tie: Whether the config's ``tie_embeddings`` says that the head's weight is the embedding's.
+        unit: What FLOPs are stated of: a ``"token"`` in a sequence of a length, or an ``"image"`` of a height and width.
         hf_class: The class in :mod:`hybridzoo.zoo.hf` through which transformers sees the model; ``None`` if there is none.
         cfg: The resolved config.
         specs: The mixers of each residual block, as the config says.
@@ -44,6 +45,7 @@ class Model(nn.Module):
     head_name: ClassVar[str] = "head"
     may_tie: ClassVar[bool] = False
     hf_class: ClassVar[str | None] = None
+    unit: ClassVar[str] = "token"
 
     def __init__(self, cfg: Any, device=None, dtype=None):
         super().__init__()
@@ -72,8 +74,20 @@ class Model(nn.Module):
         """Return the module that makes the model's answers of the final norm's ``(b, l, d)``, or of what is pooled from it."""
         raise NotImplementedError
 
+    def make_end(self, part: str) -> nn.Module | None:
+        """Return what stands in front of the blocks, between or behind them, anew, by its dotted name; ``None`` if a draw tells no more.
+
+        Here, where :meth:`reset_ends` draws what these hold, there is nothing to learn from another.
+        """
+        return None
+
     def reset_ends(self) -> None:
         """Draw the initial values of embedding and head, after those of the blocks; here, they stay as they were made."""
+
+    @property
+    def usual_size(self) -> int:
+        """At which costs are stated unless another is asked for; here, tokens of a sequence."""
+        return 2048
 
     @property
     def task(self) -> str:
@@ -106,13 +120,26 @@ class Model(nn.Module):
         """Recompute every block in the backward instead of keeping its activations (training mode only)."""
         self.backbone.gradient_checkpointing = enabled
 
-    def head_flops(self, seq_len: int) -> int:
-        """Forward FLOPs per token of the head, in a sequence of ``seq_len``; here, those of one that reads every token."""
+    def head_flops(self, size: int) -> int:
+        """Forward FLOPs per :attr:`unit` of the head, at ``size``; here, those of one that reads every token."""
         return 2 * sum(p.numel() for p in self.head.parameters())
 
-    def flops(self, seq_len: int) -> int:
-        """Forward FLOPs per token (2 per multiply-add) in a sequence of ``seq_len`` tokens, head included."""
-        return sum(block.flops(seq_len) for block in self.backbone.blocks) + self.head_flops(seq_len)
+    def embedding_flops(self, size: int) -> int:
+        """Those of the embedding; here, of one that looks up."""
+        return 0
+
+    def between_flops(self, size: int) -> list[int]:
+        """Those of what stands between stages."""
+        return []
+
+    def block_flops(self, size: int) -> list[int]:
+        """Forward FLOPs per :attr:`unit` of every block; here, per token in a sequence of ``size``."""
+        return [block.flops(size) for block in self.backbone.blocks]
+
+    def flops(self, size: int) -> int:
+        """Forward FLOPs (2 per multiply-add) per :attr:`unit`, at ``size``, :attr:`usual_size` or another; embedding and head included."""
+        parts = sum(self.block_flops(size)) + sum(self.between_flops(size))
+        return self.embedding_flops(size) + parts + self.head_flops(size)
 
     def num_params(self) -> int:
         """Parameters, tied and shared ones counted once."""

@@ -28,8 +28,11 @@ def redraw(model: Model, names: Iterable[str]) -> None:
         if part not in fresh and place["block"]:
             fresh[part] = Block(Resolved(cfg, model.specs), int(place["block"]), dtype=torch.float32)
         elif part == "backbone.norm_f":
-            fresh[part] = make_norm(cfg.norm.type, cfg.d_model, cfg.norm.eps, dtype=torch.float32)
+            width = model.specs[-1].d_model
+            fresh[part] = make_norm(cfg.norm.type, width, cfg.norm.eps, dtype=torch.float32)
+        elif part not in fresh and (made := model.make_end(part)) is not None:
+            fresh[part] = made
         if part in fresh:
             tensor.copy_(fresh[part].get_parameter(rest))
-        else:  # embedding and head
+        else:  # a table and its head
             nn.init.normal_(tensor, std=cfg.initializer_range)
