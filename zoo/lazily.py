@@ -1,4 +1,4 @@
-"""Packages whose names are imported when first asked for, so that none of their modules makes another one's reader wait."""
+"""Names that are imported when first asked for, so that no module makes another one's reader wait, and packages that are optional."""
 
 import importlib
 import sys
@@ -33,3 +33,22 @@ def lazily(
         return value
 
     return load, lambda: sorted({*vars(sys.modules[package]), *homes})
+
+
+def needed(module: str, does: str, install: str) -> Any:
+    """Return a module of an optional package; without the package, raise a ModuleNotFoundError that says what to install.
+
+    Args:
+        module: Its dotted name.
+        does: What it is for, as in "reads this data".
+        install: Its name for pip.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        package = module.split(".")[0]
+        if (e.name or "").split(".")[0] != package:
+            raise
+        raise ModuleNotFoundError(
+            f"No module named {package!r}, which {does}. Install it with: pip install {install}", name=package
+        ) from e

@@ -39,6 +39,7 @@ _TRAIN, _DATA = "'hybridzoo[train]'", "'hybridzoo[data]'"
 _PACKAGES = {
     "transformers": _TRAIN, "tokenizers": _TRAIN, "accelerate": _TRAIN, "tensorboard": _TRAIN, "lm_eval": "'hybridzoo[eval]'",
     "datasets": _DATA, "pyarrow": _DATA, "wandb": "wandb", "mlflow": "mlflow",
+    "PIL": "'hybridzoo[vision]'", "sklearn": "'hybridzoo[vision]'", "mlxtend": "--no-deps mlxtend", "timm": "timm",
 }  # fmt: skip
 # what terminals act on: C0 without tab and newline, DEL and C1
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..config.plain import first_line
 from ..errors import SourceError
+from ..lazily import needed
 from .piece import Piece
 
 __all__ = ["dataset_folder", "read_dataset", "read_parquet"]
@@ -68,17 +69,7 @@ def read_dataset(folder: Path, column: str) -> Iterator[Piece]:
 
 
 def _library(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] != name:
-            raise
-        raise ModuleNotFoundError(
-            f"No module named {name!r}, which reads this data. Install it with: pip install 'hybridzoo[data]'",
-            name=name,
-        ) from e
+    return needed(name, "reads this data", "'hybridzoo[data]'")
 
 
 def _kind(schema: Any, column: str, where: str) -> str:
