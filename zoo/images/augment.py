@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lazily import needed
 from .pixels import Pixels, pillow
+from .timm_parts import timm_part
 
-__all__ = ["Augment", "Augmented", "drawing", "timm_data"]
+__all__ = ["Augment", "Augmented", "drawing"]
 
 _CROPS = ("auto", "resized", "shift", "none")
 _SMALL = 64
@@ -78,8 +78,6 @@ class Augmented:
 
     def __init__(self, augment: Augment, pixels: Pixels, seed: int):
         self.augment, self.pixels, self.seed = augment, pixels, seed
-        if augment.erasing or augment.rand_augment:
-            timm_data()
         if augment.rand_augment and pixels.channels not in (1, 3):
             raise ValueError(
                 f"rand_augment: changes colours, and the model takes {pixels.channels} channels. Leave it out."
@@ -107,7 +105,7 @@ class Augmented:
     def _cropped(self, image: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         size = self.pixels.size
         if self.augment.crop == "resized":
-            return self.pixels.resized(image, size, size, _part(image.shape[0], image.shape[1], draw))
+            return self.pixels.resized(image[_part(image.shape[0], image.shape[1], draw)], size, size)
         image = self.pixels.fitted(image)
         if self.augment.crop == "shift":
             by = max(1, size // 8)
@@ -122,7 +120,7 @@ class Augmented:
         fill = [round(255 * mean) for mean in self.pixels.mean]
         given = {"translate_const": int(0.45 * self.pixels.size), "img_mean": tuple(fill) if len(fill) > 1 else fill[0]}
         try:
-            return timm_data().rand_augment_transform(self.augment.rand_augment, given)
+            return timm_part("auto_augment").rand_augment_transform(self.augment.rand_augment, given)
         except (AssertionError, ValueError, KeyError, IndexError) as e:
             raise ValueError(
                 f"rand_augment={self.augment.rand_augment!r}: is none that timm knows. An example: rand-m9-mstd0.5-inc1."
@@ -132,12 +130,7 @@ class Augmented:
     def _eraser(self) -> Any:
         if not self.augment.erasing:
             return None
-        return timm_data().RandomErasing(self.augment.erasing, mode="pixel", device="cpu")
-
-
-def timm_data() -> Any:
-    """Return the module ``timm.data``."""
-    return needed("timm.data", "has mixup, cutmix, random erasing and RandAugment", "timm")
+        return timm_part("random_erasing").RandomErasing(self.augment.erasing, mode="pixel", device="cpu")
 
 
 @contextlib.contextmanager
@@ -156,19 +149,18 @@ def drawing(*key: int) -> Iterator[None]:
             np.random.set_state(legacy)
 
 
-def _part(h: int, w: int, draw: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw a part of a picture, ``(left, top, right, bottom)``; where none fits, the middle of as extreme a shape as may be."""
+def _part(h: int, w: int, draw: np.random.Generator) -> tuple[slice, slice]:
+    """Draw a part of a picture; where none fits, it is the middle, of as extreme a shape as may be."""
     for _ in range(_TRIES):
         area = h * w * draw.uniform(*_AREA)
         ratio = math.exp(draw.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
-        part_w, part_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < part_w <= w and 0 < part_h <= h:
-            left, top = int(draw.integers(0, w - part_w + 1)), int(draw.integers(0, h - part_h + 1))
-            return left, top, left + part_w, top + part_h
-    part_w = min(w, max(1, round(h * _RATIO[1])))
-    part_h = min(h, max(1, round(w / _RATIO[0])))
-    left, top = (w - part_w) // 2, (h - part_h) // 2
-    return left, top, left + part_w, top + part_h
+        part_h, part_w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < part_h <= h and 0 < part_w <= w:
+            top, left = int(draw.integers(0, h - part_h + 1)), int(draw.integers(0, w - part_w + 1))
+            return slice(top, top + part_h), slice(left, left + part_w)
+    part_h, part_w = min(h, max(1, round(w / _RATIO[0]))), min(w, max(1, round(h * _RATIO[1])))
+    top, left = (h - part_h) // 2, (w - part_w) // 2
+    return slice(top, top + part_h), slice(left, left + part_w)
 
 
 def _through_pillow(policy: Any, image: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """A picture's bytes, or its numbers, as an array of the channels that a model takes.
 
 Photos that a camera held upright are turned (EXIF), what is transparent is laid on white, and of an animation the first image is taken.
-16 bits stay as fine as they are, as floats. A profile of colours (ICC) is not applied, as in the data that published models have seen.
+Grey of 16 bits stays as fine as it is, as floats; of colours and transparency of 16 bits Pillow keeps the upper 8. A profile of colours
+(ICC) is not applied, as in the data that published models have seen.
 """
 
 import io

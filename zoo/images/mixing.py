@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .augment import drawing, timm_data
+from .augment import drawing
+from .timm_parts import timm_part
 
 __all__ = ["Mixing"]
 
@@ -39,7 +40,7 @@ class Mixing:
                 "below 1."
             )
         if self.mixes:
-            timm_data()
+            _ = self._timm
 
     @property
     def mixes(self) -> bool:
@@ -78,6 +79,6 @@ class Mixing:
 
     @cached_property
     def _timm(self) -> Any:
-        return timm_data().Mixup(
+        return timm_part("mixup").Mixup(
             self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=self.n_classes
         )  # fmt: skip

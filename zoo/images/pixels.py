@@ -6,7 +6,6 @@ The shorter side becomes ``image_size / crop``, the middle is cut out, values be
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -93,17 +92,16 @@ class Pixels:
             )
         return (longer, self.shorter) if w <= h else (self.shorter, longer)
 
-    def resized(self, image: np.ndarray, h: int, w: int, box: Sequence[int] | None = None) -> np.ndarray:
-        """Return a picture, or the part ``(left, top, right, bottom)`` of it, as ``h`` x ``w`` pixels."""
-        if box is None and image.shape[:2] == (h, w):
+    def resized(self, image: np.ndarray, h: int, w: int) -> np.ndarray:
+        """Return a picture as ``h`` x ``w`` pixels."""
+        if image.shape[:2] == (h, w):
             return image
-        library = pillow()
+        library, kind = pillow(), FILTERS[self.interpolation]
         if image.dtype == np.uint8 and image.shape[2] == 3:
-            return np.asarray(library.fromarray(image).resize((w, h), FILTERS[self.interpolation], box))
+            return np.asarray(library.fromarray(np.ascontiguousarray(image)).resize((w, h), kind))
         # band by band: Pillow takes four for colour and transparency, and has no float colours
         bands = [np.ascontiguousarray(image[:, :, band]) for band in range(image.shape[2])]
-        sizes = [library.fromarray(band).resize((w, h), FILTERS[self.interpolation], box) for band in bands]
-        made = np.stack([np.asarray(band) for band in sizes], axis=2)
+        made = np.stack([np.asarray(library.fromarray(band).resize((w, h), kind)) for band in bands], axis=2)
         # a cubic filter overshoots, which 8 bits cut off by themselves
         return made if made.dtype == np.uint8 else np.clip(made, 0, 1)
 
