@@ -361,3 +361,52 @@ def test_examples_are_what_a_training_reads():
     assert len(examples.digest) == 64 and isinstance(examples.about, list)
     number = examples[7]["row"].item()
     assert torch.equal(examples.rows[number]["pixel_values"], examples[7]["pixel_values"])
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A folder of a few images that count as many, and every look at one that was taken."""
+    from hybridzoo.zoo.images import scan
+
+    monkeypatch.setenv("HYBRIDZOO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scan, "MANY", 5)
+    monkeypatch.setattr(scan, "KEPT", 1000)
+    photos(tmp_path / "data")
+    (tmp_path / "data" / "dog" / "bad.png").write_bytes(b"bad")
+    looks = []
+    monkeypatch.setattr(scan, "_look", lambda *a, look=scan._look: looks.append(a[2]) or look(*a))
+    return tmp_path / "data", looks
+
+
+def test_many_images_are_looked_at_once(many):
+    root, looks = many
+    first = images_from(root, config(), damaged="skip")
+    assert len(looks) == 7 and len(first) == 6
+    again = images_from(root, config(), augment=Augment(), damaged="skip")
+    with pytest.raises(DamagedImage, match=r"bad.png: is no image"):
+        images_from(root, config())
+    assert len(looks) == 7 and (again.digest, again.chosen.tolist()) == (first.digest, first.chosen.tolist())
+    assert torch.equal(values(images_from(root, config(), damaged="skip")), values(first))
+    Image.fromarray(noise(seed=99)).save(root / "cat" / "1.png")
+    assert images_from(root, config(), damaged="skip").digest != first.digest and len(looks) == 14
+    images_from(root, config(in_channels=1), damaged="skip")
+    assert len(looks) == 21
+    # of what a folder held before, nothing is left
+    assert len([entry for entry in (root.parent / "cache" / "images").iterdir() if not entry.name.startswith(".")]) == 1
+
+
+def test_what_is_small_is_read_again_and_kept(many, monkeypatch):
+    from hybridzoo.zoo.images import scan
+
+    root, looks = many
+    monkeypatch.setattr(scan, "KEPT", 10**6)
+    for n in (7, 14):
+        assert images_from(root, config(), damaged="skip").rows.kept is not None and len(looks) == n
+
+
+def test_where_nothing_can_be_kept_every_call_looks(many, monkeypatch, tmp_path):
+    root, looks = many
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HYBRIDZOO_CACHE", str(tmp_path / "file"))
+    for n in (7, 14):
+        assert len(images_from(root, config(), damaged="skip")) == 6 and len(looks) == n

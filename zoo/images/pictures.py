@@ -1,5 +1,6 @@
 """Pictures with labels, wherever they lie: what every source of them offers, and arrays as one."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ import numpy as np
 
 from ..errors import SourceError, nearest
 
-__all__ = ["ArrayPictures", "FilePictures", "Pictures", "class_numbers", "pictures_in_arrays"]
+__all__ = ["ArrayPictures", "FilePictures", "Pictures", "class_numbers", "pictures_in_arrays", "stamp"]
 
 
 class Pictures(Protocol):
@@ -32,6 +33,9 @@ class Pictures(Protocol):
     def name(self, number: int) -> str:
         """Return its name for messages."""
 
+    def identity(self) -> tuple[str, list[Any]] | None:
+        """Return where they lie, and what changes when what lies there does, without reading it; None where nobody knows."""
+
 
 class FilePictures:
     """Pictures that are files."""
@@ -48,6 +52,10 @@ class FilePictures:
     def name(self, number: int) -> str:
         """Return its path."""
         return str(self.files[number])
+
+    def identity(self) -> tuple[str, list[Any]]:
+        """Return the folder of all, and path, size and time of each."""
+        return os.path.commonpath([os.path.abspath(file) for file in self.files]), [stamp(file) for file in self.files]
 
 
 class ArrayPictures:
@@ -66,6 +74,15 @@ class ArrayPictures:
     def name(self, number: int) -> str:
         """Return its place."""
         return f"{self.called}, image {number}"
+
+    def identity(self) -> None:
+        """Return nothing: they are in memory, and read at once."""
+
+
+def stamp(file: Path) -> list[Any]:
+    """Return path, size and time of a file."""
+    found = file.stat()
+    return [os.path.abspath(file), found.st_size, found.st_mtime_ns]
 
 
 def pictures_in_arrays(images: Any, labels: Any, classes: list[str] | None) -> ArrayPictures:

@@ -109,7 +109,7 @@ class Pixels:
         """Return ``(h, w, channels)`` uint8, or float32 in [0, 1], as normalised ``(channels, h, w)`` float32."""
         if image.dtype != np.uint8:
             mean, std = (np.array(x, dtype=np.float32)[:, None, None] for x in (self.mean, self.std))
-            return (image.transpose(2, 0, 1) - mean) / std
+            return (np.ascontiguousarray(image.transpose(2, 0, 1)) - mean) / std
         made = np.empty((self.channels, *image.shape[:2]), dtype=np.float32)
         for channel, values in enumerate(self._values):
             np.take(values, image[:, :, channel], out=made[channel])

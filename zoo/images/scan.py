@@ -16,11 +16,14 @@ from .damaged import DAMAGED, DamagedImage, refusal
 from .decode import as_channels, decoded
 from .pictures import Pictures
 from .pixels import Pixels
+from .remembered import remembered
 
-__all__ = ["KEPT", "Scan", "check_size", "image_in", "image_of", "scanned"]
+__all__ = ["KEPT", "MANY", "Scan", "check_size", "image_in", "image_of", "scanned"]
 
 # the most bytes of decoded images that stay in memory; more are decoded whenever they are read
 KEPT = 1 << 28
+# of as many pictures it is remembered what was seen; fewer are looked at faster than that is written
+MANY = 10_000
 _AT_ONCE, _SILENT_SECONDS = 1024, 2.0
 
 
@@ -40,6 +43,14 @@ class Scan(NamedTuple):
     about: list[str]
 
 
+class Seen(NamedTuple):
+    """A look at all pictures, as it is remembered: their digest, their bytes, and what is wrong with those that are damaged, by number."""
+
+    digest: str
+    size: int
+    damaged: dict[str, str]
+
+
 def scanned(pictures: Pictures, pixels: Pixels, damaged: str) -> Scan:
     """Look at all pictures, on all cores.
 
@@ -53,29 +64,54 @@ def scanned(pictures: Pictures, pixels: Pixels, damaged: str) -> Scan:
     """
     if damaged not in DAMAGED:
         raise ValueError(f"damaged={damaged!r}: unknown. Known: {', '.join(DAMAGED)}.")
-    n = len(pictures.labels)
-    total = hashlib.sha256(json.dumps([pictures.classes, pictures.labels.tolist(), pixels.channels]).encode())
-    found: list[DamagedImage] = []
-    kept: list[np.ndarray | None] | None = []
-    chosen, size = [], 0
-    for number, (digest, image) in enumerate(_side_by_side(lambda i: _look(pictures, pixels, i), n)):
-        total.update(digest)
-        if isinstance(image, DamagedImage):
-            found.append(image)
-        else:
-            chosen.append(number)
-            size += image.nbytes
-        if kept is not None:
-            kept.append(None if isinstance(image, DamagedImage) else image)
-            kept = kept if size <= KEPT else None
-    if found and (damaged == "stop" or not chosen):
+    n, begun = len(pictures.labels), time.monotonic()
+    looks: list[tuple[Seen, list[np.ndarray | None] | None]] = []
+
+    def look() -> dict[str, Any]:
+        looks.append(_look_at_all(pictures, pixels))
+        return looks[-1][0]._asdict()
+
+    if n < MANY:
+        look()
+    elif (facts := remembered(pictures, pixels, look)) is not None:
+        known = Seen(**facts)
+        if not looks and known.size <= KEPT:  # they are wanted as well
+            look()
+        elif not looks:
+            looks.append((known, None))
+    seen, kept = looks[-1]
+    found = [DamagedImage(text) for text in seen.damaged.values()]
+    if found and (damaged == "stop" or len(found) == n):
         raise refusal(found, n)
+    chosen = np.setdiff1d(np.arange(n), [int(number) for number in seen.damaged])
     about = [f"{counted(len(chosen), 'image')} of {len(pictures.classes):,} classes"]
-    about[0] += f", {size / 2**20:,.1f} MiB in memory" if kept is not None else ", decoded whenever they are read"
+    about[0] += f", {seen.size / 2**20:,.1f} MiB in memory" if kept is not None else ", decoded whenever they are read"
+    if n >= MANY:
+        about[0] += f"; looked at in {time.monotonic() - begun:.1f} s"
     if found:
         named = " ".join(str(one) for one in found[:3]) + (" ..." if len(found) > 3 else "")
         about.append(f"{counted(len(found), 'image')} left out: {named}")
-    return Scan(np.array(chosen, dtype=np.int64), kept, total.hexdigest(), [*about, *pictures.about])
+    return Scan(chosen, kept, seen.digest, [*about, *pictures.about])
+
+
+def _look_at_all(pictures: Pictures, pixels: Pixels) -> tuple[Seen, list[np.ndarray | None] | None]:
+    """Look at all pictures, and keep them while they fit."""
+    labels = pictures.labels.tolist()
+    total = hashlib.sha256(json.dumps([pictures.classes, labels, pixels.channels]).encode())
+    damaged: dict[str, str] = {}
+    kept: list[np.ndarray | None] | None = []
+    size = 0
+    for number, (digest, image) in enumerate(_side_by_side(lambda i: _look(pictures, pixels, i), len(labels))):
+        total.update(digest)
+        whole = not isinstance(image, DamagedImage)
+        if whole:
+            size += image.nbytes
+        else:
+            damaged[str(number)] = str(image)
+        if kept is not None:
+            kept.append(image if whole else None)
+            kept = kept if size <= KEPT else None
+    return Seen(total.hexdigest(), size, damaged), kept
 
 
 def image_of(pictures: Pictures, number: int, channels: int) -> np.ndarray:

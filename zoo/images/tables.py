@@ -10,7 +10,8 @@ import numpy as np
 from ..config.plain import first_line
 from ..errors import SourceError
 from ..lazily import needed
-from .pictures import class_numbers
+from ..terminal import stderr
+from .pictures import class_numbers, stamp
 from .splits import part_called, parts_called
 
 __all__ = ["TablePictures", "is_table", "pictures_in_table"]
@@ -37,6 +38,11 @@ class TablePictures:
     def name(self, number: int) -> str:
         """Return its row."""
         return f"{self.where}, row {number}"
+
+    def identity(self) -> tuple[str, list[Any]] | None:
+        """Return path, size and time of its files, and what ``datasets`` knows it by."""
+        files = [stamp(Path(file["filename"])) for file in self.table.cache_files]
+        return (files[0][0], [self.table._fingerprint, *files]) if files else None
 
 
 def is_table(path: Path) -> bool:
@@ -85,6 +91,9 @@ def pictures_in_table(data: Any, split: str, classes: list[str] | None, column: 
 
 def _opened(datasets: Any, path: Path, split: str) -> Any:
     files = [path] if path.is_file() else _parquet_files(path)
+    silent = not stderr().is_terminal and not datasets.are_progress_bars_disabled()
+    if silent:
+        datasets.disable_progress_bars()
     try:
         if not files:
             return datasets.load_from_disk(str(path))
@@ -94,6 +103,9 @@ def _opened(datasets: Any, path: Path, split: str) -> Any:
         raise
     except Exception as e:  # what is missing or damaged ends in whatever the part that meets it raises
         raise SourceError(f"{path}: cannot be read as a table ({first_line(e)}). Save it again.") from e
+    finally:
+        if silent:
+            datasets.enable_progress_bars()
 
 
 def _parquet_files(folder: Path) -> list[Path]:
