@@ -149,7 +149,7 @@ def test_importing_is_light():
         "start = time.process_time()\n"
         "import hybridzoo\n"
         "print(time.process_time() - start)\n"
-        "heavy = {'transformers', 'datasets', 'lm_eval', 'triton', 'matplotlib', 'accelerate', 'tokenizers', 'pandas'}\n"
+        "heavy = {'transformers', 'datasets', 'lm_eval', 'triton', 'matplotlib', 'accelerate', 'tokenizers', 'pandas', 'PIL', 'sklearn'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     # processor time of the best of three: other processes must not decide

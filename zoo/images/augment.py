@@ -109,8 +109,9 @@ class Augmented:
         image = self.pixels.fitted(image)
         if self.augment.crop == "shift":
             by = max(1, size // 8)
-            top, left = draw.integers(0, 2 * by + 1, 2)
-            image = np.pad(image, ((by, by), (by, by), (0, 0)))[top : top + size, left : left + size]
+            down, right = draw.integers(-by, by + 1, 2).tolist()
+            whole, image = image, np.zeros_like(image)
+            image[_onto(down, size), _onto(right, size)] = whole[_onto(-down, size), _onto(-right, size)]
         return image
 
     @cached_property
@@ -161,6 +162,11 @@ def _part(h: int, w: int, draw: np.random.Generator) -> tuple[slice, slice]:
     part_h, part_w = min(h, max(1, round(w / _RATIO[0]))), min(w, max(1, round(h * _RATIO[1])))
     top, left = (h - part_h) // 2, (w - part_w) // 2
     return slice(top, top + part_h), slice(left, left + part_w)
+
+
+def _onto(by: int, size: int) -> slice:
+    """Return the places that are taken once what is ``size`` long has moved by so many."""
+    return slice(max(0, by), size + min(0, by))
 
 
 def _through_pillow(policy: Any, image: np.ndarray) -> np.ndarray:

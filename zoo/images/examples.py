@@ -114,8 +114,8 @@ def images_from(
 
     Args:
         data: A folder of class folders (``root/cat/1.png``, or with ``train`` and ``val`` in front), one that ``datasets`` has saved, a
-            parquet file or a folder of them, the name of a built-in set (``digits``, ``mnist-5k``), a ``datasets.Dataset``, or a pair of
-            arrays ``(images, labels)``: uint8, uint16 or float in [0, 1].
+            parquet file or a folder of them, the name of a built-in set (``digits``, ``mnist-5k``; a folder that is called so is
+            ``./digits``), a ``datasets.Dataset``, or a pair of arrays ``(images, labels)``: uint8, uint16 or float in [0, 1].
         cfg: The config of the model: ``in_channels``, ``image_size``, ``n_classes``, ``labels``, and how images are resized and normalised.
         split: The part of the data, where it has parts: ``train``, ``val`` or ``test``; of a built-in set also ``train+val``.
         augment: How images are changed in training; None: they are as in evaluation.

@@ -112,7 +112,7 @@ class Pixels:
             return (np.ascontiguousarray(image.transpose(2, 0, 1)) - mean) / std
         made = np.empty((self.channels, *image.shape[:2]), dtype=np.float32)
         for channel, values in enumerate(self._values):
-            np.take(values, image[:, :, channel], out=made[channel])
+            np.take(values, image[:, :, channel], out=made[channel], mode="clip")  # of all modes the fastest
         return made
 
     @cached_property
