@@ -189,10 +189,15 @@ def test_half_are_mirrored_and_digits_are_not():
     mirrored = [bool(made[0, 0, 31]) for made in drawn(Augment(crop="none"), pixels, image, 400)]
     assert 160 < sum(mirrored) < 240
     assert not any(made[0, 0, 31] for made in drawn(Augment(crop="none", flip=0.0), pixels, image))
-    assert Augment().resolved(8, digits=True) == Augment(crop="shift", flip=0.0)
-    assert Augment().resolved(224, digits=False) == Augment(crop="resized", flip=0.5)
+    for size, digits, crop, flip in (
+        (8, True, "none", 0.0),
+        (28, True, "shift", 0.0),
+        (32, False, "shift", 0.5),
+        (64, False, "resized", 0.5),
+    ):
+        assert Augment().resolved(size, digits) == Augment(crop=crop, flip=flip)
     examples = images_from("digits", config(n_classes=10, in_channels=1, image_size=8), augment=Augment())
-    assert examples.rows.augmented.augment == Augment(crop="shift", flip=0.0)
+    assert examples.rows.augmented.augment == Augment(crop="none", flip=0.0)
 
 
 def test_shifts_are_an_eighth_to_any_side():

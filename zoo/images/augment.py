@@ -22,7 +22,7 @@ from .timm_parts import timm_part
 __all__ = ["Augment", "Augmented", "drawing"]
 
 _CROPS = ("auto", "resized", "shift", "none")
-_SMALL = 64
+_TINY, _PHOTO = 16, 64
 # Inception's, as every recipe since has them (arXiv:1409.4842, section 6)
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
@@ -33,8 +33,9 @@ class Augment:
 
     Attributes:
         crop: ``resized``: a part of 8 to 100 % of the area, brought to size (for photos); ``shift``: an eighth of the size to any side,
-            black where nothing is, as for CIFAR (arXiv:1512.03385, section 4.2); ``none``; or ``auto``: ``shift`` for models of less
-            than 64 pixels, and ``resized`` for others.
+            black where nothing is, as for CIFAR (arXiv:1512.03385, section 4.2); ``none``; or ``auto``: ``resized`` for models of 64
+            pixels and more, ``none`` for those of less than 16, where a pixel is much (scikit-learn's digits are the worse for being
+            shifted), and ``shift`` between them.
         flip: Share of the pictures that are mirrored, left for right; without it half, and none of a built-in set, which are digits.
         rand_augment: timm's spelling of a RandAugment (arXiv:1909.13719), ``rand-m9-mstd0.5-inc1`` say; needs timm, and 1 or 3 channels.
         erasing: Share of the pictures of which a part is replaced by noise (arXiv:1708.04896); needs timm.
@@ -58,7 +59,8 @@ class Augment:
 
     def resolved(self, size: int, digits: bool) -> "Augment":
         """Return this with what is left open decided, for a model of ``size`` pixels and pictures that may be digits."""
-        crop = ("shift" if size < _SMALL else "resized") if self.crop == "auto" else self.crop
+        auto = "resized" if size >= _PHOTO else "shift" if size >= _TINY else "none"
+        crop = auto if self.crop == "auto" else self.crop
         flip = (0.0 if digits else 0.5) if self.flip is None else self.flip
         return dataclasses.replace(self, crop=crop, flip=flip)
 
