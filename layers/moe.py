@@ -154,7 +154,7 @@ class MoE(Mixer):
         if num_shared_experts:
             width = num_shared_experts * d_intermediate
             place: dict[str, Any] = {"layer_idx": layer_idx, "n_layer": n_layer, "device": device, "dtype": dtype}
-            self.shared = MLP(d_model, width, activation, gated, **place)
+            self.shared = MLP(d_model, width, activation=activation, gated=gated, **place)
         self.reset_parameters(layer_idx, n_layer)
 
     @staticmethod
