@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .common import Device, Dtype, linear, reset_normal, weight_dtype
 from .norm import make_norm
 
-__all__ = ["DOWNSAMPLING", "STEMS", "STD", "Downsample", "Map", "Stem", "to_image", "to_tokens"]
+__all__ = ["DOWNSAMPLING", "STD", "STEMS", "Downsample", "Map", "Stem", "to_image", "to_tokens"]
 
 # of linear layers, tokens and positions, in every published vision model of this kind
 STD = 0.02
@@ -167,11 +167,12 @@ class Downsample(nn.Module):
         super().__init__()
         if kind not in DOWNSAMPLING:
             raise ValueError(f"Downsample: unknown kind {kind!r}. Known: {', '.join(DOWNSAMPLING)}.")
-        self.kind, made = kind, {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kind = kind
         if kind == "merge":
             self.norm: nn.Module = make_norm(norm[0], 4 * d, norm[1], **made)
             self.proj: nn.Module = linear(4 * d, d_out, False, device, dtype)
-            reset_normal(self.proj, STD)  # type: ignore[arg-type]
+            reset_normal(self.proj, STD)
         else:
             size, around = (3, 1) if kind == "conv" else (2, 0)
             self.proj = nn.Conv2d(d, d_out, size, 2, around, **made)

@@ -129,10 +129,14 @@ def test_the_stem_and_what_makes_maps_smaller_are_torchs():
 
 
 def test_overrides_reach_the_network():
-    model = zoo.build("vmamba-tiny-s1l8", ["n_classes=10", "in_channels=1", "image_size=28", "drop_path=0.4"], device="meta")
+    model = zoo.build(
+        "vmamba-tiny-s1l8", ["n_classes=10", "in_channels=1", "image_size=28", "drop_path=0.4"], device="meta"
+    )
     assert model.head.out_features == 10 and model.backbone.embedding.conv1.in_channels == 1
     assert model.backbone.layers[-1].drop == pytest.approx(0.4) and model.usual_size == 28
-    narrow = zoo.build("vmamba-tiny-s1l8", ["d_model=32", "stages.2.layers=ss2d", "stages[3].d_model=200"], device="meta")
+    narrow = zoo.build(
+        "vmamba-tiny-s1l8", ["d_model=32", "stages.2.layers=ss2d", "stages[3].d_model=200"], device="meta"
+    )
     assert narrow.widths == [32, 64, 128, 200] and len(narrow.specs) == 4 + 4 + 1 + 4
     assert zoo.config("vmamba-tiny-s1l8", d_model=48).stages == zoo.config("vmamba-tiny-s1l8").stages
 
@@ -163,7 +167,10 @@ def test_a_head_is_replaced_and_removed():
     assert all(torch.equal(model.get_parameter(name), p) for name, p in body.items())
     x = torch.randn(2, 3, 16, 16)
     model.reset_head(0)
-    assert torch.equal(model(x).logits, model.forward_head(model.forward_features(x))) and model(x).logits.shape == (2, 32)
+    assert torch.equal(model(x).logits, model.forward_head(model.forward_features(x))) and model(x).logits.shape == (
+        2,
+        32,
+    )
     with pytest.raises(ValueError, match=r"labels: the model has no head \(n_classes = 0\)\. Call reset_head"):
         model(x, torch.tensor([0, 1]))
     assert zoo.build(MICRO, n_classes=0).num_params() == sum(p.numel() for p in body.values())
@@ -187,7 +194,10 @@ def test_losses_are_torchs():
 
 
 def test_experts_have_their_losses():
-    model = micro("mixers.mlp=null", mixers={"mlp": {"type": "moe", "d_intermediate": 16, "num_experts": 4, "top_k": 2}, "ss2d": {}})
+    model = micro(
+        "mixers.mlp=null",
+        mixers={"mlp": {"type": "moe", "d_intermediate": 16, "num_experts": 4, "top_k": 2}, "ss2d": {}},
+    )
     x, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 4, 2])
     out = model(x, labels)
     assert out.aux_loss > 0 and len(out.router) == 3
@@ -225,7 +235,10 @@ def test_a_detectors_backbone_gives_maps():
     assert {"outnorm1.weight", "outnorm2.weight"} <= set(net.state_dict())
     torch.testing.assert_close(maps[0].mean(1), torch.zeros(2, 5, 3), atol=1e-5, rtol=0)
     plain = FeatureMaps(net.model, norm=False)(torch.ones(1, 3, 16, 16))
-    assert len(plain) == 3 and all(torch.equal(a, b) for a, b in zip(plain, net.model.forward_features(torch.ones(1, 3, 16, 16), True), strict=True))
+    assert len(plain) == 3 and all(
+        torch.equal(a, b)
+        for a, b in zip(plain, net.model.forward_features(torch.ones(1, 3, 16, 16), True), strict=True)
+    )
     with pytest.raises(ValueError, match=r"FeatureMaps: stages \[3\] of 3\. Use some of -3 to 2\."):
         FeatureMaps(net.model, [3])
 
@@ -242,8 +255,10 @@ def test_a_class_token_is_what_the_head_reads():
     assert torch.equal(out.logits, model.head(out.hidden[:, 8]))
     maps = model.forward_features(torch.randn(2, 3, 20, 12), return_stages=True)
     assert [tuple(m.shape) for m in maps] == [(2, 8, 5, 3)] and model(torch.randn(1, 3, 20, 12)).logits.shape == (1, 4)
-    decayed, rest = (group["params"] for group in zoo.param_groups(model))
-    assert all(any(p is q for q in rest) for p in (model.backbone.embedding.pos_embed, model.backbone.embedding.class_token))
+    _, rest = (group["params"] for group in zoo.param_groups(model))
+    assert all(
+        any(p is q for q in rest) for p in (model.backbone.embedding.pos_embed, model.backbone.embedding.class_token)
+    )
     with pytest.raises(ValueError, match="forward_head: the head reads the class token"):
         model.forward_head(maps[0])
     with pytest.raises(ConfigError, match="mixes maps, and with a class token"):

@@ -59,7 +59,10 @@ def show(
     seq_len: Annotated[
         int | None,
         typer.Option(
-            "--seq-len", "--image-size", min=1, show_default="2048, or the config's image_size",
+            "--seq-len",
+            "--image-size",
+            min=1,
+            show_default="2048, or the config's image_size",
             help="Tokens per sequence, or pixels in each direction of an image, for which FLOPs are stated.",
         ),
     ] = None,

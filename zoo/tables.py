@@ -89,7 +89,9 @@ def shown(name: str, report: "Stats", state: dict[str, int], counted: "Macs | No
         one = sizes[0].split(" at ")[0] + " at any length"
         console.print("state per sequence: " + (one if len(set(state.values())) == 1 else ", ".join(sizes)))
     if counted is not None:
-        parts = (f"{n / 1e9:.3g} G {of}" for n, of in zip(counted, ("of products", "of scans", "of norms"), strict=True))
+        parts = (
+            f"{n / 1e9:.3g} G {of}" for n, of in zip(counted, ("of products", "of scans", "of norms"), strict=True)
+        )
         console.print(f"as papers count it: {counted.total / 1e9:.3g} GMACs ({', '.join(parts)})")
     if report.attention_of_mixers is not None:
         shares = (100 * report.attention_of_mixers, 100 * report.attention_of_blocks)

@@ -19,7 +19,7 @@ _IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 @dataclasses.dataclass
 class StemSchema:
-    """From pixels to tokens, see :class:`hybridzoo.layers.patches.Stem`: ``conv`` or ``patch``, pixels per token, and whether it is normed."""
+    """From pixels to tokens: ``conv`` or ``patch``, pixels per token, and whether it is normed (:class:`hybridzoo.layers.patches.Stem`)."""
 
     type: str = "conv"
     patch: int = 4

@@ -164,7 +164,7 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
 
 def _parts(schema: type) -> dict[str, type]:
     """The keys that hold keys of their own, and what types those."""
-    made = {f.name: f.default_factory for f in dataclasses.fields(schema)}
+    made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(schema)}
     return {name: made for name, made in made.items() if isinstance(made, type) and dataclasses.is_dataclass(made)}
 
 

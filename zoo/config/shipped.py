@@ -16,7 +16,7 @@ _FOLDERS = {"causal_lm": "lm", "image_classification": "vision", "token_classifi
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
-    """The names of the shipped configs that match an fnmatch ``pattern``, sorted; with a ``task`` (``"image_classification"``), of that alone.
+    """The names of the shipped configs that match an fnmatch ``pattern``, sorted; with a ``task``, of that alone.
 
     Raises:
         ValueError: There is no such task.

@@ -42,8 +42,8 @@ def specs_of(stages: list[Stage], data: Mapping[str, Any]) -> list[BlockSpec]:
                         f"{stage.where}: unknown mixer {name!r} in block {index}.{hint} Under mixers: {known}."
                     )
             parts = [(name, options[name], f"mixers.{name}") for name in names]
-            place = {"d_model": stage.d_model, "stage": number}
-            specs.append(BlockSpec(index, token, label, parts, **_streams(names, mixers), **place))
+            place: dict[str, Any] = {"d_model": stage.d_model, "stage": number, **_streams(names, mixers)}
+            specs.append(BlockSpec(index, token, label, parts, **place))
     for number in range(len(stages)):
         _check_streams([spec for spec in specs if spec.stage == number])
     _set_drops(specs, data.get("drop_path") or 0.0)
@@ -62,7 +62,9 @@ def specs_of(stages: list[Stage], data: Mapping[str, Any]) -> list[BlockSpec]:
     first: dict[str, BlockSpec] = {}
     for spec in specs:
         twin = first.setdefault(spec.label, spec) if spec.label else spec
-        joined = f"layers: label {spec.label!r} joins blocks {twin.index} ({twin.token}) and {spec.index} ({spec.token})"
+        joined = (
+            f"layers: label {spec.label!r} joins blocks {twin.index} ({twin.token}) and {spec.index} ({spec.token})"
+        )
         if [part[:2] for part in twin.parts] != [part[:2] for part in spec.parts]:
             raise ConfigError(
                 f"{joined}, whose mixers or options differ. Use two labels, or override every block of the label alike."

@@ -56,7 +56,8 @@ def build(
 def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
     """Split the parameters for an optimiser: those that weight decay may touch, and the rest.
 
-    Matrices decay. Vectors (norms, biases) do not, nor what a module names in ``no_decay_parameters`` (decay rates, step biases, positions).
+    Matrices decay. Vectors (norms, biases) do not, nor what a module names in ``no_decay_parameters`` (decay rates, step biases, or
+    learned positions).
 
     Args:
         model: A model, or any module that contains mixers.

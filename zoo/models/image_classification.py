@@ -4,6 +4,7 @@ State-dict keys are those of the trunk, its stem under ``backbone.embedding``, a
 """
 
 import dataclasses
+import itertools
 from typing import Any, cast
 
 import torch
@@ -73,7 +74,7 @@ class ImageClassifier(Model):
         """As :meth:`Model.make_downsample`: one :class:`~hybridzoo.layers.patches.Downsample` between two stages."""
         cfg, widths = self.cfg, self.widths
         norm = cfg.norm.type, cfg.norm.eps
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         return [Downsample(d, d_out, cfg.downsample, norm, device, dtype) for d, d_out in pairs]
 
     def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -241,7 +242,7 @@ class ImageClassifier(Model):
     def _run(self, pixel_values: Tensor, passed: list[Tensor] | None, maps: list[Map] | None) -> Any:
         x, grid = self.backbone.embedding(pixel_values)
         # rows with a class token are no maps
-        seq = Seq.from_grid(grid, *x.shape[:2], x.device) if x.shape[1] == grid[0] * grid[1] else None
+        seq = Seq.from_grid(grid, x.shape[0], x.shape[1], x.device) if x.shape[1] == grid[0] * grid[1] else None
         return self.backbone(x, seq, passed=passed, maps=maps)
 
     def _pooled(self, hidden: Tensor) -> Tensor:
@@ -268,4 +269,6 @@ class ImageClassifier(Model):
             raise ValueError("labels: the model has no head (n_classes = 0). Call reset_head first.")
         hard = labels.dim() == 1 and not labels.is_floating_point()
         if labels.shape != ((b,) if hard else (b, n)):
-            raise ValueError(f"labels: expected ({b},) integers or ({b}, {n}) probabilities, got {tuple(labels.shape)}.")
+            raise ValueError(
+                f"labels: expected ({b},) integers or ({b}, {n}) probabilities, got {tuple(labels.shape)}."
+            )

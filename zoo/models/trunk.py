@@ -1,7 +1,7 @@
 """The trunk that every task shares: embedding in, residual blocks, final norm out; between stages of an image model, a smaller map.
 
-State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.layers.N.{norm,mixer}.*``, ``backbone.norm_f.weight``; blocks are
-counted over all stages, and behind stage S stands ``backbone.downsample.S``.
+State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.layers.N.{norm,mixer}.*``, ``backbone.norm_f.weight``; blocks
+are counted over all stages, and behind stage S stands ``backbone.downsample.S``.
 """
 
 from collections.abc import Callable, Iterable
@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         if maps is not None:
             maps.append((x, grid))
         x, grid = part(x, grid)
-        return (x.float() if self.residual_in_fp32 else x), Seq.from_grid(grid, *x.shape[:2], x.device)
+        return (x.float() if self.residual_in_fp32 else x), Seq.from_grid(grid, x.shape[0], x.shape[1], x.device)
 
     def step(self, x: Tensor, state: ModelState) -> Tensor:
         """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
