@@ -3,6 +3,9 @@
 Same parameters, names and initialisation as mamba-ssm's ``Mamba``. Different from it: the state is float32 whatever
 the model's precision, it can be carried in and out of ``forward`` with gradients, rows may be padded or packed, and
 projections with hooks or adapters such as LoRA are called as modules. Without any, a GPU trains the layer as one node of autograd.
+
+In both directions it is Vim's (arXiv:2401.09417, "bimamba v2"), with the same names again, or with one set of parameters for both; either
+is equivariant under reverse complements if it is to be (Caduceus, arXiv:2403.03234).
 """
 
 import functools
@@ -20,7 +23,7 @@ from ..kernels.dispatch import ENV, choose
 from ..kernels.gpu.operands import eager
 from ..kernels.mamba_layer import Weights, mamba_layer
 from ..kernels.torch_private import saved_tensors_are_handled
-from .base import Aux, Mixer, Seq, State
+from .base import Seq, State
 from .common import (
     Device,
     Dtype,
@@ -29,16 +32,18 @@ from .common import (
     dtype_read,
     hooked_everywhere,
     linear,
-    reset_decays,
-    reset_dt_bias,
     reset_linear,
+    scaled,
     upcast,
     why_called,
 )
 from .conv import CausalConv1d
+from .directions import Directions, RowMixer, silenced
+from .mamba_parts import NAMES, Parts, StepProjection
 from .norm import RMSNorm
 from .options import check, check_dt, check_positive
-from .recompute import left_alone, recipe, recomputing, repeatable
+from .recompute import left_alone, recipe, recomputing
+from .turning import turning
 
 __all__ = ["Mamba", "MambaState"]
 
@@ -56,29 +61,6 @@ class MambaState(State):
     ssm: Tensor
 
 
-class StepProjection(nn.Linear):
-    """The step sizes' projection, a linear layer whose bias is float32 whatever its weight is, and with it the output.
-
-    Where nothing is put around it or in its place, the layer takes the product alone, and the scan adds the bias.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Project ``(..., dt_rank)`` to ``(..., d_inner)``; in the wider of the product's and the bias's type."""
-        out = self.product(x)
-        return out if self.bias is None else out + self.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        """The same without the bias."""
-        out = F.linear(x, self.weight)
-        return repeatable(out, _project, x, self.weight, out.dtype)
-
-
-def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    # what autocast made of the operands, wherever the backward runs
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype))
-
-
 @functools.lru_cache(maxsize=256)
 def _ours(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool, wish: str | None) -> bool:
     # ``wish`` is what dispatch reads in the environment; asking it takes as long as a product
@@ -94,7 +76,7 @@ def _dt_rank(d_model: int) -> int:
     return math.ceil(d_model / 16)
 
 
-class Mamba(Mixer):
+class Mamba(RowMixer):
     """Mamba's mixer: project, convolve, scan with input-dependent step sizes, gate, project.
 
     Args:
@@ -112,6 +94,16 @@ class Mamba(Mixer):
         bcdt_norm: Whether dt, B and C are RMS-normalised (Jamba, arXiv:2403.19887; Falcon-Mamba, arXiv:2410.05355).
         bcdt_norm_affine: Whether those norms are learned (Jamba) or have no weight (Falcon-Mamba).
         bcdt_norm_eps: Their epsilon.
+        x_proj_bias: Whether the projection to dt, B and C has a bias.
+        dt_offset: Added to the step sizes after softplus.
+        directions: 1, from the first token on; 2, also from the last one back. Then the mixer is not causal and has no state.
+        tie_directions: ``"none"``: the way back has a convolution, ``x_proj``, ``dt_proj``, ``A`` and ``D`` of its own, named
+            ``conv1d_b`` and so on (Vim); ``"all"``: one set for both.
+        combine_directions: ``"sum"`` or ``"mean"`` of both outputs (Vim: mean), in front of ``out_proj``.
+        conv_padding: ``"causal"``, each way reads the tokens that it has passed; ``"same"``, both read around a token, in the row's own
+            order: of a width of 4, one before it and two behind.
+        reverse_complement: Whether the layer is equivariant under reverse complements (:mod:`.reverse_complement`): each half of the
+            channels is one strand's, and the parameters are those of a layer of ``d_model / 2``.
         layer_idx, n_layer: Place among the residual blocks; ``out_proj`` is drawn smaller by the square root of their number.
         device, dtype: As for ``torch.nn.Linear``; ``A_log``, ``D`` and ``dt_proj.bias`` are float32 at least.
 
@@ -123,6 +115,15 @@ class Mamba(Mixer):
     no_decay_parameters = ("A_log", "D", "dt_proj.bias")
     without_effect = frozenset({"dt_min", "dt_max", "dt_init_floor", "dt_scale"})
     rounds_input = True
+    # these, and on the way back those of the same names with a _b, are set one way after the other
+    conv1d: CausalConv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
+    dt_norm: RMSNorm | None
+    b_norm: RMSNorm | None
+    c_norm: RMSNorm | None
 
     def __init__(
         self,
@@ -140,6 +141,13 @@ class Mamba(Mixer):
         bcdt_norm: bool = False,
         bcdt_norm_affine: bool = True,
         bcdt_norm_eps: float = 1e-6,
+        x_proj_bias: bool = False,
+        dt_offset: float = 0.0,
+        directions: int = 1,
+        tie_directions: str = "none",
+        combine_directions: str = "sum",
+        conv_padding: str = "causal",
+        reverse_complement: bool = False,
         layer_idx: int = 0,
         n_layer: int = 1,
         device: Device = None,
@@ -149,31 +157,32 @@ class Mamba(Mixer):
         check_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank)
         check_dt(dt_min, dt_max, dt_init_floor)
         check(bcdt_norm_eps > 0, "bcdt_norm_eps", f"{bcdt_norm_eps} is not positive. The usual value is 1e-6.")
-        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, expand * d_model
-        self.dt_rank = dt_rank or _dt_rank(d_model)
-        self.dt_range, self.dt_scale = (dt_min, dt_max, dt_init_floor), dt_scale
-        pinned = acc_dtype(dtype)
+        check(dt_offset >= 0, "dt_offset", f"{dt_offset} is negative, and step sizes are not. Use 0 or more.")
+        ways = Directions.of(directions, tie_directions, combine_directions, conv_padding, reverse_complement)
+        width = self._go(ways, d_model)
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, expand * width
+        self.dt_rank = dt_rank or _dt_rank(width)
+        self.dt_range, self.dt_scale, self.dt_offset = (dt_min, dt_max, dt_init_floor), dt_scale, dt_offset
 
-        self.in_proj = linear(d_model, 2 * self.d_inner, bias, device, dtype)
-        self.conv1d = CausalConv1d(self.d_inner, d_conv, conv_bias, "silu", device, dtype)
-        self.x_proj = linear(self.d_inner, self.dt_rank + 2 * d_state, False, device, dtype)
-        self.dt_proj = linear(self.dt_rank, self.d_inner, False, device, dtype, StepProjection)
-        self.dt_proj.bias = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=pinned))
-        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, device=device, dtype=pinned))
-        self.D = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=pinned))
-        norm = functools.partial(RMSNorm, eps=bcdt_norm_eps, affine=bcdt_norm_affine, device=device, dtype=dtype)
-        sizes = self.dt_rank, d_state, d_state
-        self.dt_norm, self.b_norm, self.c_norm = (norm(size) if bcdt_norm else None for size in sizes)
-        self.out_proj = linear(self.d_inner, d_model, bias, device, dtype)
+        self.in_proj = linear(width, 2 * self.d_inner, bias, device, dtype)
+        norm = functools.partial(RMSNorm, eps=bcdt_norm_eps, affine=bcdt_norm_affine) if bcdt_norm else None
+        for own in self.ways.sets:
+            conv = self.ways.convolution(self.d_inner, d_conv, conv_bias, device, dtype)
+            self._set(NAMES[own], Parts.of(conv, (self.dt_rank, d_state), x_proj_bias, norm, device, dtype))
+        self.out_proj = linear(self.d_inner, width, bias, device, dtype)
         # where nothing has been put around a part or in its place
         self.kinds = {name: type(part) for name, part in self.named_children()}
         self.reset_parameters(layer_idx, n_layer)
+
+    def _parts(self, own: str = "") -> Parts:
+        return Parts(*(getattr(self, name) for name in NAMES[own]))
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
         """As :meth:`Mixer.effective_options`."""
         o = super().effective_options(options, d_model)
-        o["dt_rank"] = o["dt_rank"] or _dt_rank(d_model)
+        o |= Directions.effective(o)
+        o["dt_rank"] = o["dt_rank"] or _dt_rank(d_model // 2 if o["reverse_complement"] else d_model)
         return o if o["bcdt_norm"] else o | {"bcdt_norm_affine": None, "bcdt_norm_eps": None}
 
     @torch.no_grad()
@@ -182,22 +191,11 @@ class Mamba(Mixer):
         if self.A_log.is_meta:
             return  # nothing to draw, and arithmetic on meta tensors would import the compiler: seconds
         reset_linear(self.in_proj)
-        self.conv1d.reset_parameters()
-        reset_linear(self.x_proj)
-        reset_dt_bias(self.dt_proj.bias, *self.dt_range)
-        bound = self.dt_rank**-0.5 * self.dt_scale
-        self.dt_proj.weight.uniform_(-bound, bound)
-        reset_decays(self.A_log)
-        self.D.fill_(1.0)
-        for norm in (self.dt_norm, self.b_norm, self.c_norm):
-            if norm is not None:
-                norm.reset_parameters()
+        for p in map(self._parts, self.ways.sets):
+            p.reset(self.dt_range, self.dt_rank**-0.5 * self.dt_scale)
         reset_linear(self.out_proj, shrink=n_layer**0.5)
 
-    def forward(
-        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
-    ) -> Any:
-        """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
+    def _along(self, x: Tensor, state: Any, seq: Seq | None, return_state: bool) -> Any:
         given, (x, seq) = seq, self._enter(x, state, seq)
         if not return_state and state is None and (weights := self._as_one(x)) is not None:
             again = None if saved_tensors_are_handled() else recipe(x)
@@ -208,13 +206,38 @@ class Mamba(Mixer):
             u, z = self.in_proj(spared(x)).chunk(2, dim=-1)  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
-            dt, A, B, C, options = self._scan_inputs(spared(u), z)
+            dt, A, B, C, options = self._scan_inputs(spared(u), z, self._parts())
             before = None if state is None else state.ssm
             options |= {"initial_state": before, "seq": seq, "return_final_state": return_state}
             out = selective_scan(u, spared(dt), A, B, C, **options)
         y, *ssm = out if return_state else (out,)
         y = self._leave(self.out_proj(y), given)
         return (y, MambaState(conv, *ssm)) if return_state else y
+
+    def _both(self, x: Tensor, seq: Seq | None) -> Tensor:
+        given, (x, seq) = seq, self._enter(x, None, seq)
+        with recomputing() as spared:
+            xz = self.in_proj(spared(x))
+        there, back = ((1, x.shape[1], 0, 1, reverse) for reverse in (0, 1))
+        if seq is not None and seq.packed:
+            turn = turning(seq)
+            y = self._way(xz, seq) + turn(self._way(turn(xz), seq, back=True))
+        elif self.ways.joined:
+            y = self._way(xz, seq, [there, back])
+        else:
+            y = self._way(xz, seq) + self._way(xz, seq, [back], back=True)
+        return self._leave(self.out_proj(scaled(y, self.ways.share)), given)
+
+    def _way(self, xz: Tensor, seq: Seq | None, paths: Any = None, back: bool = False) -> Tensor:
+        """Convolve and scan along ``paths``; without, from the first token to the last, which on the way back are those of turned rows."""
+        p, (u, z) = self._parts(self.ways.sets[-1] if back else ""), xz.chunk(2, dim=-1)
+        u = p.conv1d(u, seq=seq, mirrored=self.ways.mirrored(back, turned=paths is None))
+        if paths is not None:
+            # what a walk meets before the last token leaves no trace
+            u, seq = silenced(u, seq), None
+        with recomputing() as spared:
+            dt, A, B, C, options = self._scan_inputs(spared(u), z, p)
+            return selective_scan(u, spared(dt), A, B, C, **options, seq=seq, paths=paths)
 
     def _as_one(self, x: Tensor) -> Weights | None:
         """The weights, where forward and backward may be one node of autograd: plain tensors, to be differentiated, on a GPU of ours."""
@@ -246,32 +269,44 @@ class Mamba(Mixer):
             why = why_called(getattr(self, name), kind)
             if why is not None:
                 return f"{name} {why}"
-        if self.x_proj.bias is not None or self.dt_proj.bias is None:
-            return "x_proj has a bias, or dt_proj has none"
+        if self.x_proj.bias is not None or self.dt_proj.bias is None or self.dt_offset:
+            return "x_proj has a bias, dt_proj has none, or the step sizes have an offset"
         if len({None if m is None else m.eps for m in (self.dt_norm, self.b_norm, self.c_norm)}) > 1:
             return "the norms of dt, B and C have different eps"
         return None
 
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
+        if not self.ways.causal:
+            self.require("state")
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv1d.step(u, state.conv)
-        dt, A, B, C, options = self._scan_inputs(u, z)
+        dt, A, B, C, options = self._scan_inputs(u, z, self._parts())
         return self.out_proj(selective_state_update(state.ssm, u, dt, A, B.unsqueeze(1), C.unsqueeze(1), **options))
 
-    def _scan_inputs(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    def _scan_inputs(self, u: Tensor, z: Tensor, p: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         # dt (..., d_inner), A (d_inner, n), B and C (..., n), and the rest by name
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
-            dt, B, C = self.dt_norm(dt), self.b_norm(B), self.c_norm(C)
-        steps: Any = self.dt_proj
+        dt, B, C = p.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if p.dt_norm is not None and p.b_norm is not None and p.c_norm is not None:
+            dt, B, C = p.dt_norm(dt), p.b_norm(B), p.c_norm(C)
+        steps: Any = p.dt_proj
         # a bias of somebody else's may be adapted, quantised, or elsewhere until the module is called
-        whole = called(steps, StepProjection) or steps.bias is None
-        options = {"D": self.D, "z": z, "dt_bias": None if whole else upcast(steps.bias), "dt_softplus": True}
-        return steps(dt) if whole else steps.product(dt), -upcast(self.A_log).exp(), B, C, options
+        whole = bool(self.dt_offset) or called(steps, StepProjection) or steps.bias is None
+        dt = steps(dt) if whole else steps.product(dt)
+        if self.dt_offset:
+            dt = (F.softplus(upcast(dt)) + self.dt_offset).to(u.dtype)
+        options = {
+            "D": p.D,
+            "z": z,
+            "dt_bias": None if whole else upcast(steps.bias),
+            "dt_softplus": not self.dt_offset,
+        }
+        return dt, -upcast(p.A_log).exp(), B, C, options
 
-    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> MambaState:
-        """Zeros: ``conv`` in ``dtype``, ``ssm`` in float32."""
+    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> Any:
+        """Zeros: ``conv`` in ``dtype``, ``ssm`` in float32; ``()`` where there is no state."""
+        if not self.ways.causal:
+            return ()
         device, dtype = device or self._device, dtype or self._dtype
         return MambaState(
             conv=torch.zeros(batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
@@ -285,5 +320,5 @@ class Mamba(Mixer):
         """
         d, r, n = self.d_inner, self.dt_rank, self.d_state
         # of sizes, not of weights, which quantised layers keep in other shapes
-        weights = 3 * self.d_model * d + (r + 2 * n) * d + r * d + self.d_conv * d
-        return 2 * weights + d * (9 * n + 1)
+        each = (r + 2 * n) * d + r * d + self.d_conv * d
+        return self.ways.flops(2 * 3 * self.width * d, 2 * each, d * (9 * n + 1))

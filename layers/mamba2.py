@@ -3,23 +3,25 @@
 Same parameters, names and initialisation as mamba-ssm's ``Mamba2``. Different from it: ``step`` and ``forward`` agree
 for every option (upstream's ``step`` ignores ``dt_limit`` and fails with ``D_has_hdim``), the state is float32 and
 can be carried in and out of ``forward`` with gradients, rows may be padded or packed, and the projections are called
-as modules.
+as modules. In both directions, projections and norm are those of both, and the gate comes behind the sum.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import conv_ssd_update, ssd, ssd_state_update
-from .base import Aux, Mixer, Seq, State
+from .base import Seq, State
 from .common import Device, Dtype, acc_dtype, called, linear, reset_dt_bias, reset_linear, scaled, upcast
 from .conv import CausalConv1d
+from .directions import Directions, RowMixer, names_of
 from .norm import GatedRMSNorm
 from .options import check, check_divides, check_dt, check_positive
+from .turning import turning
 
 __all__ = ["Mamba2", "Mamba2State"]
 
@@ -37,7 +39,19 @@ class Mamba2State(State):
     ssm: Tensor
 
 
-class Mamba2(Mixer):
+class Parts(NamedTuple):
+    """The parts that each way along the rows has of its own, unless both have them in common."""
+
+    conv1d: CausalConv1d
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+
+
+_NAMES = names_of(Parts)
+
+
+class Mamba2(RowMixer):
     """Mamba-2's mixer: project once, convolve x, B and C, scan per head, gate and normalise, project.
 
     Args:
@@ -64,6 +78,12 @@ class Mamba2(Mixer):
         in_multiplier: Factor of the input; this and the next two are muP's (arXiv:2203.03466), as in Falcon-H1.
         multipliers: Factors of the projected z, x, B, C and dt.
         out_multiplier: Factor of the output.
+        directions: 1, from the first token on; 2, also from the last one back. Then the mixer is not causal and has no state.
+        tie_directions: ``"none"``: the way back has ``conv1d_b``, ``dt_bias_b``, ``A_b_log`` and ``D_b`` of its own; ``"all"``: one set
+            for both.
+        combine_directions: ``"sum"`` or ``"mean"`` of both scans, in front of gate and norm.
+        conv_padding: As for :class:`.mamba.Mamba`.
+        reverse_complement: As for :class:`.mamba.Mamba`.
         layer_idx, n_layer: Place among the residual blocks; ``out_proj`` is drawn smaller by the square root of their number.
         device, dtype: As for ``torch.nn.Linear``; ``A_log``, ``D`` and ``dt_bias`` are float32 at least.
 
@@ -74,6 +94,11 @@ class Mamba2(Mixer):
     fp32_parameters = ("A_log", "D", "dt_bias")
     no_decay_parameters = ("A_log", "D", "dt_bias")
     without_effect = frozenset({"dt_min", "dt_max", "dt_init_floor", "A_init_range", "chunk_size"})
+    # these, and on the way back those of the same names with a _b, are set one way after the other
+    conv1d: CausalConv1d
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def __init__(
         self,
@@ -100,6 +125,11 @@ class Mamba2(Mixer):
         in_multiplier: float = 1.0,
         multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0),
         out_multiplier: float = 1.0,
+        directions: int = 1,
+        tie_directions: str = "none",
+        combine_directions: str = "sum",
+        conv_padding: str = "causal",
+        reverse_complement: bool = False,
         layer_idx: int = 0,
         n_layer: int = 1,
         device: Device = None,
@@ -109,31 +139,37 @@ class Mamba2(Mixer):
         check_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim, ngroups=ngroups)
         check_positive(d_ssm=d_ssm, chunk_size=chunk_size, d_inner=d_inner)
         check_dt(dt_min, dt_max, dt_init_floor)
-        what = "expand * d_model" if d_inner is None else "d_inner"
-        d_inner = d_inner or expand * d_model
+        ways = Directions.of(directions, tie_directions, combine_directions, conv_padding, reverse_complement)
+        width = self._go(ways, d_model)
+        what = "d_inner" if d_inner is not None else "expand * d_model" if width == d_model else "expand * d_model / 2"
+        d_inner = d_inner or expand * width
         self._check_shapes(d_inner, what, d_ssm, headdim, ngroups)
-        self._check_ranges(A_init_range, dt_limit, multipliers)
-        check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-5.")
+        self._check_ranges(A_init_range, dt_limit, multipliers, norm_eps)
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.d_ssm = d_ssm or d_inner
         self.d_mlp, self.nheads = d_inner - self.d_ssm, self.d_ssm // headdim
         self.A_init_range, self.dt_range = tuple(A_init_range), (dt_min, dt_max, dt_init_floor)
         self.dt_limit, self.chunk_size, self.D_has_hdim = tuple(dt_limit), chunk_size, D_has_hdim
         self.in_multiplier, self.multipliers, self.out_multiplier = in_multiplier, tuple(multipliers), out_multiplier
-        self.rounds_input = in_multiplier == 1
-        self.d_xBC = self.d_ssm + 2 * ngroups * d_state
-        pinned = acc_dtype(dtype)
+        self.rounds_input, self.d_xBC = in_multiplier == 1, self.d_ssm + 2 * ngroups * d_state
 
-        self.in_proj = linear(d_model, 2 * self.d_mlp + self.d_ssm + self.d_xBC + self.nheads, bias, device, dtype)
-        self.conv1d = CausalConv1d(self.d_xBC, d_conv, conv_bias, "silu", device, dtype)
-        self.dt_bias = nn.Parameter(torch.empty(self.nheads, device=device, dtype=pinned))
-        self.A_log = nn.Parameter(torch.empty(self.nheads, device=device, dtype=pinned))
-        self.D = nn.Parameter(torch.empty(self.d_ssm if D_has_hdim else self.nheads, device=device, dtype=pinned))
+        self.in_proj = linear(width, 2 * self.d_mlp + self.d_ssm + self.d_xBC + self.nheads, bias, device, dtype)
+        self._add_parts(conv_bias, device, dtype)
         self.norm = None
         if rmsnorm:
             self.norm = GatedRMSNorm(self.d_ssm, norm_eps, self.d_ssm // ngroups, norm_before_gate, device, dtype)
-        self.out_proj = linear(d_inner, d_model, bias, device, dtype)
+        self.out_proj = linear(d_inner, width, bias, device, dtype)
         self.reset_parameters(layer_idx, n_layer)
+
+    def _add_parts(self, conv_bias: bool, device: Device, dtype: Dtype) -> None:
+        sizes = self.nheads, self.nheads, self.d_ssm if self.D_has_hdim else self.nheads
+        pinned: dict[str, Any] = {"device": device, "dtype": acc_dtype(dtype)}
+        for own in self.ways.sets:
+            conv = self.ways.convolution(self.d_xBC, self.d_conv, conv_bias, device, dtype)
+            self._set(_NAMES[own], Parts(conv, *(nn.Parameter(torch.empty(size, **pinned)) for size in sizes)))
+
+    def _parts(self, own: str = "") -> Parts:
+        return Parts(*(getattr(self, name) for name in _NAMES[own]))
 
     @staticmethod
     def _check_shapes(d_inner: int, what: str, d_ssm: int | None, headdim: int, ngroups: int) -> None:
@@ -153,19 +189,21 @@ class Mamba2(Mixer):
         )
 
     @staticmethod
-    def _check_ranges(A_init_range: tuple[float, float], dt_limit: tuple[float, float], multipliers: tuple) -> None:
+    def _check_ranges(A_init_range: tuple, dt_limit: tuple, multipliers: tuple, norm_eps: float) -> None:
         low, high = A_init_range
         rates = f"({low}, {high}) is not a range of positive rates. Use 0 < low <= high."
         check(0 < low <= high, "A_init_range", rates)
         low, high = dt_limit
         check(0 <= low < high, "dt_limit", f"({low}, {high}) is not a range of step sizes. Use 0 <= low < high.")
         check(len(multipliers) == 5, "multipliers", f"{len(multipliers)} numbers. Give 5, for z, x, B, C, dt.")
+        check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-5.")
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
         """As :meth:`Mixer.effective_options`; ``d_inner`` in place of ``expand``."""
         o = super().effective_options(options, d_model)
-        o["d_inner"] = o["d_inner"] or o["expand"] * d_model
+        o |= Directions.effective(o)
+        o["d_inner"] = o["d_inner"] or o["expand"] * (d_model // 2 if o["reverse_complement"] else d_model)
         del o["expand"]
         o["d_ssm"] = o["d_ssm"] or o["d_inner"]
         o |= {name: [float(number) for number in o[name]] for name in ("dt_limit", "multipliers")}
@@ -177,37 +215,59 @@ class Mamba2(Mixer):
         if self.A_log.is_meta:
             return  # nothing to draw, and arithmetic on meta tensors would import the compiler: seconds
         reset_linear(self.in_proj)
-        self.conv1d.reset_parameters()
-        reset_dt_bias(self.dt_bias, *self.dt_range)
-        self.A_log.uniform_(*self.A_init_range).log_()
-        self.D.fill_(1.0)
+        for p in map(self._parts, self.ways.sets):
+            p.conv1d.reset_parameters()
+            reset_dt_bias(p.dt_bias, *self.dt_range)
+            p.A_log.uniform_(*self.A_init_range).log_()
+            p.D.fill_(1.0)
         if self.norm is not None:
             self.norm.reset_parameters()
         reset_linear(self.out_proj, shrink=n_layer**0.5)
 
-    def forward(
-        self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
-    ) -> Any:
-        """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
+    def _along(self, x: Tensor, state: Any, seq: Seq | None, return_state: bool) -> Any:
         given, (x, seq) = seq, self._enter(x, state, seq)
         mlp, z, xBC, dt = self._project(x)
-        xBC, conv = self.conv1d(xBC, None if state is None else state.conv, seq, return_state)
+        p = self._parts()
+        xBC, conv = p.conv1d(xBC, None if state is None else state.conv, seq, return_state)
         u, B, C = self._heads(xBC)
-        options = self._scan_options(z) | {
+        options = self._scan_options(z, p) | {
             "chunk_size": self.chunk_size,
             "seq": seq,
             "return_final_state": return_state,
         }
         before = None if state is None else state.ssm
-        out = ssd(u, dt, -upcast(self.A_log).exp(), B, C, **options, initial_state=before)
+        out = ssd(u, dt, -upcast(p.A_log).exp(), B, C, **options, initial_state=before)
         y, *ssm = out if return_state else (out,)
-        y = self._leave(self._finish(y, z, mlp), given)
+        y = self._leave(self._finish(y.flatten(-2), z, mlp), given)
         return (y, Mamba2State(conv, *ssm)) if return_state else y
+
+    def _both(self, x: Tensor, seq: Seq | None) -> Tensor:
+        given, (x, seq), turn = seq, self._enter(x, None, seq), turning(seq)
+        mlp, z, xBC, dt = self._project(x)
+        if self.ways.joined:
+            xBC = self.conv1d(xBC, seq=seq)
+        y = self._way(xBC, dt, seq) + turn(self._way(turn(xBC), turn(dt), seq, back=True))
+        y = scaled(y, self.ways.share)
+        if self.norm is None:
+            y = y * F.silu(z)
+        return self._leave(self._finish(y, z, mlp), given)
+
+    def _way(self, xBC: Tensor, dt: Tensor, seq: Seq | None, back: bool = False) -> Tensor:
+        """Convolve, unless that is done, and scan, from the first token to the last, which on the way back are those of turned rows."""
+        p = self._parts(self.ways.sets[-1] if back else "")
+        if not self.ways.joined:
+            xBC = p.conv1d(xBC, seq=seq, mirrored=self.ways.mirrored(back, turned=back))
+        u, B, C = self._heads(xBC)
+        options = self._scan_options(None, p) | {"chunk_size": self.chunk_size, "seq": seq}
+        return ssd(u, dt, -upcast(p.A_log).exp(), B, C, **options).flatten(-2)
 
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
+        if not self.ways.causal:
+            self.require("state")
         mlp, z, xBC, dt = self._project(x)
-        A, options, conv = -upcast(self.A_log).exp(), self._scan_options(z), self.conv1d
+        p = self._parts()
+        A, options, conv = -upcast(p.A_log).exp(), self._scan_options(z, p), p.conv1d
         if called(conv, CausalConv1d):
             u, B, C = self._heads(conv.step(xBC, state.conv))
             y = ssd_state_update(state.ssm, u, dt, A, B, C, **options)
@@ -215,7 +275,7 @@ class Mamba2(Mixer):
             taps = conv.weight.squeeze(1)
             options |= {"ngroups": self.ngroups, "activation": conv.activation}
             y = conv_ssd_update(xBC, state.conv, taps, conv.bias, state.ssm, dt, A, **options)
-        return self._finish(y, z, mlp)
+        return self._finish(y.flatten(-2), z, mlp)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sizes = [self.d_mlp, self.d_mlp, self.d_ssm, self.d_xBC, self.nheads]
@@ -234,26 +294,27 @@ class Mamba2(Mixer):
         per_group = (self.ngroups, self.d_state)
         return u.unflatten(-1, (self.nheads, self.headdim)), B.unflatten(-1, per_group), C.unflatten(-1, per_group)
 
-    def _scan_options(self, z: Tensor) -> dict[str, Any]:
+    def _scan_options(self, z: Tensor | None, p: Parts) -> dict[str, Any]:
         heads = (self.nheads, self.headdim)
         return {
-            "D": self.D.view(heads) if self.D_has_hdim else self.D,
+            "D": p.D.view(heads) if self.D_has_hdim else p.D,
             # with a norm, the gate belongs to it
-            "z": z.unflatten(-1, heads) if self.norm is None else None,
-            "dt_bias": upcast(self.dt_bias),
+            "z": z.unflatten(-1, heads) if z is not None and self.norm is None else None,
+            "dt_bias": upcast(p.dt_bias),
             "dt_softplus": True,
             "dt_limit": self.dt_limit,
         }
 
     def _finish(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
-        y = y.flatten(-2)
         if self.norm is not None:
             y = self.norm(y, z)
         y = self.out_proj(torch.cat([mlp, y], dim=-1) if self.d_mlp else y)
         return scaled(y, self.out_multiplier)
 
-    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> Mamba2State:
-        """Zeros: ``conv`` in ``dtype``, ``ssm`` in float32."""
+    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> Any:
+        """Zeros: ``conv`` in ``dtype``, ``ssm`` in float32; ``()`` where there is no state."""
+        if not self.ways.causal:
+            return ()
         device, dtype = device or self._device, dtype or self._dtype
         ssm = (batch, self.nheads, self.headdim, self.d_state)
         return Mamba2State(
@@ -272,4 +333,4 @@ class Mamba2(Mixer):
         d_inner = self.d_mlp + self.d_ssm
         d_proj = self.d_mlp + d_inner + self.d_xBC + self.nheads
         # of sizes, not of weights, which quantised layers keep in other shapes
-        return 2 * (self.d_model * (d_proj + d_inner) + self.d_conv * self.d_xBC) + scan
+        return self.ways.flops(2 * self.width * (d_proj + d_inner), 2 * self.d_conv * self.d_xBC, scan)

@@ -23,6 +23,22 @@ VARIANTS = {
         "jamba": {"d_state": 4, "bcdt_norm": True, "dt_rank": 5},
         "falcon": {"d_state": 4, "bcdt_norm": True, "bcdt_norm_affine": False, "d_conv": 2, "expand": 1},
         "biases": {"d_state": 1, "bias": True, "conv_bias": False, "d_conv": 1},
+        "offset": {"d_state": 4, "x_proj_bias": True, "dt_offset": 0.02},
+        "vim": {"d_state": 4, "directions": 2, "combine_directions": "mean"},
+        "one-set": {"d_state": 4, "directions": 2, "tie_directions": "all", "bcdt_norm": True, "bias": True},
+        "typeseg": {
+            "d_state": 4,
+            "expand": 1,
+            "bias": True,
+            "x_proj_bias": True,
+            "dt_offset": 1e-4,
+            "directions": 2,
+            "tie_directions": "all",
+            "conv_padding": "same",
+        },
+        "around": {"d_state": 4, "d_conv": 5, "directions": 2, "conv_padding": "same", "conv_bias": False},
+        "strands": {"d_state": 4, "reverse_complement": True},
+        "caduceus": {"d_state": 4, "directions": 2, "reverse_complement": True},
     },
     "mamba2": {
         "default": MAMBA2,
@@ -31,6 +47,12 @@ VARIANTS = {
         "norm-first": MAMBA2 | {"ngroups": 4, "norm_before_gate": True, "d_conv": 2},
         "mup": MAMBA2
         | {"d_inner": 48, "in_multiplier": 1.5, "multipliers": (0.5, 1.5, 0.8, 1.2, 0.7), "out_multiplier": 0.6},
+        "both-ways": MAMBA2 | {"directions": 2},
+        "one-set": MAMBA2 | {"directions": 2, "tie_directions": "all", "combine_directions": "mean", "rmsnorm": False},
+        "around": MAMBA2 | {"directions": 2, "tie_directions": "all", "conv_padding": "same", "D_has_hdim": True},
+        "around-each": MAMBA2 | {"directions": 2, "conv_padding": "same", "d_conv": 3, "bias": True, "d_ssm": 48},
+        "strands": MAMBA2 | {"reverse_complement": True, "expand": 1},
+        "caduceus": MAMBA2 | {"directions": 2, "reverse_complement": True},
         "gate-only": MAMBA2 | {"rmsnorm": False, "D_has_hdim": True, "d_ssm": 48, "chunk_size": 64},
     },
     "attention": {
@@ -109,12 +131,15 @@ def test_effective_options_are_what_the_constructor_makes_of_the_given_ones(name
     assert worst(twin(x), mixer(x)) < 1e-12 and twin.flops(64) == mixer.flops(64)
 
 
-def test_every_mixer_of_ours_but_ss2d_is_causal_and_takes_a_map_for_a_row():
+def test_every_mixer_of_ours_but_ss2d_takes_a_map_for_a_row_and_is_causal_unless_it_reads_both_ways():
     for name, variants in VARIANTS.items():
         if name == "ss2d":
             continue
-        mixer = make(name, 32, **next(iter(variants.values())))
-        assert "causal" in mixer.capabilities and "grid" not in mixer.capabilities and mixer.reach(8) is None
+        for options in variants.values():
+            mixer = make(name, 32, **options)
+            both_ways = options.get("directions") == 2 or options.get("reverse_complement", False)
+            assert ("causal" in mixer.capabilities) is ("state" in mixer.capabilities) is not both_ways
+            assert "grid" not in mixer.capabilities and mixer.reach(8) is None
 
 
 @pytest.mark.parametrize(("name", "options"), [(n, o) for n, each in VARIANTS.items() for o in each.values()], ids=str)
