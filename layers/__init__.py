@@ -9,11 +9,14 @@ from .mlp import MLP
 from .moe import MoE
 from .norm import GatedRMSNorm, RMSNorm, make_norm
 from .options import OptionError
+from .reverse_complement import ReverseComplement, StrandEmbedding, StrandHead, reverse_complement
 from .ss2d import SS2D
+from .ss2d2 import SS2D2
 
 __all__ = [
     "MLP",
     "SS2D",
+    "SS2D2",
     "Attention",
     "AttentionState",
     "CausalConv1d",
@@ -26,10 +29,14 @@ __all__ = [
     "MoE",
     "OptionError",
     "RMSNorm",
+    "ReverseComplement",
     "Seq",
     "State",
+    "StrandEmbedding",
+    "StrandHead",
     "copy_state",
     "make_norm",
     "map_state",
     "nbytes_of",
+    "reverse_complement",
 ]

@@ -97,19 +97,22 @@ class SS2D(Mixer):
         self.dt_rank, self.dt_range = dt_rank or _dt_rank(d_model), (dt_min, dt_max, dt_init_floor)
         self.directions = names_of("directions", directions)
         self.gate, self.gate_activation, self.out_activation = gate, gate_activation, out_activation
-        k, d, r, n = len(self.directions), self.d_inner, self.dt_rank, d_state
-        pinned: dict[str, Any] = {"device": device, "dtype": acc_dtype(dtype)}
+        k, d = len(self.directions), self.d_inner
 
         self.in_proj = linear(d_model, 2 * d if gate else d, False, device, dtype)
         self.conv2d = _depthwise(d, d_conv, conv_bias, device, dtype) if d_conv else None
-        self.x_proj_weight = nn.Parameter(torch.empty(k, r + 2 * n, d, device=device, dtype=dtype))
-        self.dt_projs_weight = nn.Parameter(torch.empty(k, d, r, device=device, dtype=dtype))
-        self.dt_projs_bias = nn.Parameter(torch.empty(k, d, **pinned))
-        self.A_logs = nn.Parameter(torch.empty(k * d, n, **pinned))
-        self.Ds = nn.Parameter(torch.empty(k * d, **pinned))
+        self.x_proj_weight = nn.Parameter(torch.empty(k, self.dt_rank + 2 * d_state, d, device=device, dtype=dtype))
+        self._add_scans(k, device, dtype)
         self.out_norm = LayerNorm(d, out_norm_eps, device=device, dtype=dtype) if out_norm else None
         self.out_proj = linear(d, d_model, False, device, dtype)
         self.reset_parameters()
+
+    def _add_scans(self, k: int, device: Device, dtype: Dtype) -> None:
+        d, pinned = self.d_inner, acc_dtype(dtype)
+        self.dt_projs_weight = nn.Parameter(torch.empty(k, d, self.dt_rank, device=device, dtype=dtype))
+        self.dt_projs_bias = nn.Parameter(torch.empty(k, d, device=device, dtype=pinned))
+        self.A_logs = nn.Parameter(torch.empty(k * d, self.d_state, device=device, dtype=pinned))
+        self.Ds = nn.Parameter(torch.empty(k * d, device=device, dtype=pinned))
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
@@ -132,12 +135,15 @@ class SS2D(Mixer):
             for p in self.conv2d.parameters():
                 p.uniform_(-1 / self.d_conv, 1 / self.d_conv)
         reset_weight(self.x_proj_weight)
+        self._reset_scans()
+        if self.out_norm is not None:
+            self.out_norm.reset_parameters()
+
+    def _reset_scans(self) -> None:
         self.dt_projs_weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         reset_dt_bias(self.dt_projs_bias, *self.dt_range)
         reset_decays(self.A_logs)
         self.Ds.fill_(1.0)
-        if self.out_norm is not None:
-            self.out_norm.reset_parameters()
 
     def forward(
         self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
@@ -175,11 +181,14 @@ class SS2D(Mixer):
         y = self.conv2d(u.unflatten(1, grid).permute(0, 3, 1, 2))
         return y.permute(0, 2, 3, 1).flatten(1, 2)
 
+    def _read(self, u: Tensor) -> Tensor:
+        """Step sizes, B and C of each direction at every token, (k, b, l, r + 2 n): all of it one product in the tokens' order."""
+        each = F.linear(u, self.x_proj_weight.flatten(0, 1))
+        return each.unflatten(-1, self.x_proj_weight.shape[:2]).permute(2, 0, 1, 3)
+
     def _scan(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
-        k, r, n = len(self.directions), self.dt_rank, self.d_state
-        # of every token, what each direction reads there: (k, b, l, ...), all of it one product in the tokens' order
-        each = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (k, r + 2 * n)).permute(2, 0, 1, 3)
-        dt, B, C = each.split([r, n, n], dim=-1)
+        k, n = len(self.directions), self.d_state
+        dt, B, C = self._read(u).split([self.dt_rank, n, n], dim=-1)
         return selective_scan(
             u,
             dt,
@@ -207,13 +216,18 @@ class SS2D(Mixer):
 
     def flops(self, seq_len: int) -> int:
         """FLOPs per token: 2 per multiply-add of projections and convolution, and :meth:`scan_ops`."""
-        k, d, r, n = len(self.directions), self.d_inner, self.dt_rank, self.d_state
-        weights = (3 if self.gate else 2) * self.d_model * d + k * ((r + 2 * n) * d + r * d) + self.d_conv**2 * d
-        return 2 * weights + self.scan_ops()
+        steps = 2 * len(self.directions) * self.dt_rank * self.d_inner
+        return self._flops_around + steps + self.scan_ops()
 
     def scan_ops(self) -> int:
         """As :meth:`Mixer.scan_ops`, for every direction."""
         return len(self.directions) * self.d_inner * (9 * self.d_state + 1)
+
+    @property
+    def _flops_around(self) -> int:
+        """FLOPs per token of what stands around the scans."""
+        d, read = self.d_inner, len(self.directions) * (self.dt_rank + 2 * self.d_state)
+        return 2 * d * ((3 if self.gate else 2) * self.d_model + read + self.d_conv**2)
 
 
 def _d_inner(ssm_ratio: float, d_model: int) -> int:

@@ -98,6 +98,12 @@ VARIANTS = {
         "windows": {"directions": ["window2-rows", "columns", "window3-columns-back"], "out_norm": None},
         "scan-alone": {"d_conv": 0, "d_state": 4},
     },
+    "ss2d2": {
+        "default": {"d_state": 8, "chunk_size": 4},
+        "gated": {"d_state": 4, "ssm_ratio": 2.0, "nheads": 8, "gate": True, "conv_bias": True},
+        "there-and-back": {"d_state": 3, "directions": 2, "d_conv": 5, "out_activation": "gelu"},
+        "windows": {"d_state": 4, "directions": ["window2-rows", "columns-back"], "out_norm": None, "d_conv": 0},
+    },
 }
 
 
@@ -133,7 +139,7 @@ def test_effective_options_are_what_the_constructor_makes_of_the_given_ones(name
 
 def test_every_mixer_of_ours_but_ss2d_takes_a_map_for_a_row_and_is_causal_unless_it_reads_both_ways():
     for name, variants in VARIANTS.items():
-        if name == "ss2d":
+        if name in ("ss2d", "ss2d2"):
             continue
         for options in variants.values():
             mixer = make(name, 32, **options)

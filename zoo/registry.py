@@ -293,6 +293,7 @@ _SHIPPED = {
     "mlp": "MLP",
     "moe": "MoE",
     "ss2d": "SS2D",
+    "ss2d2": "SS2D2",
 }
 for _name, _cls in _SHIPPED.items():
     register_mixer(_name)(getattr(importlib.import_module(f"...layers.{_name}", __name__), _cls))
