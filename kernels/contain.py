@@ -1,8 +1,8 @@
 """Packed documents in one matrix product: what is not finite in one of them must not reach the others through a product with zero.
 
-Operands go into the products with zeros in the place of NaN and infinity, and what depends on these places, later tokens of the same
-document and head, and earlier ones in the backward, is overwritten with NaN. A CPU looks first whether there is anything to do; a GPU is
-not asked, which would make the host wait for it.
+Operands go into the products with zeros in the place of NaN and infinity, and what depends on these places, of a scan later tokens of
+the same document and head, and earlier ones in the backward, is overwritten with NaN. A CPU looks first whether there is anything to do;
+a GPU is not asked, which would make the host wait for it.
 """
 
 import math
@@ -15,6 +15,9 @@ from torch import Tensor
 from .derivatives import transformed
 from .numerics import acc_dtype
 from .seq import Seq
+
+# the first and the last place of a row, (b, l) each, of every token
+Range = tuple[Tensor, Tensor]
 
 
 class Spoiled(NamedTuple):
@@ -80,17 +83,17 @@ def _since(bad: Tensor, reset: Tensor) -> Tensor:
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(last)
-        return _cleaned(q, k, v, first)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Range, seeing: Range) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*seeing)
+        return _cleaned(q, k, v, seen)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         gq, gk, gv, gmark = grads
-        hurt, (last,) = gmark > 0, ctx.saved_tensors
-        seen = _between(hurt, _places(last), last)
+        hurt = gmark > 0
+        by_hurt = _between(hurt, *ctx.saved_tensors)
         return (
-            *(g.masked_fill(bad[..., None, None], math.nan) for g, bad in ((gq, hurt), (gk, seen), (gv, seen))),
+            *(g.masked_fill(bad[..., None, None], math.nan) for g, bad in ((gq, hurt), (gk, by_hurt), (gv, by_hurt))),
             None,
             None,
         )
@@ -110,19 +113,23 @@ class _Leave(torch.autograd.Function):
 
 
 def enter_attention(
-    q: Tensor, k: Tensor, v: Tensor, seq: Seq, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, seq: Seq, span: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Operands (b, l, h, p) for attention behind a mask, which is a product with zero, and a mark for :func:`leave_attention`.
 
-    Heads of a token are not told apart: the layer mixes them.
+    Heads of a token are not told apart: the layer mixes them. ``span`` are the tokens before and behind it that a query sees, -1 for all
+    of its document.
     """
-    at = _places(seq.doc)
-    ends = F.pad(seq.doc[:, 1:] != seq.doc[:, :-1], (0, 1), value=True)
-    last = torch.where(ends, at, at.shape[1]).flip(1).cummin(1).values.flip(1)
-    first = at - (seq.pos if window is None else seq.pos.clamp(max=window - 1))
-    if window is not None:
-        last = torch.minimum(last, at + window - 1)
-    return _cleaned(q, k, v, first) if transformed() else _Enter.apply(q, k, v, first, last)
+    at, change = _places(seq.doc), seq.doc[:, 1:] != seq.doc[:, :-1]
+    start = torch.where(F.pad(change, (1, 0), value=True), at, 0).cummax(1).values
+    end = torch.where(F.pad(change, (0, 1), value=True), at, at.shape[1]).flip(1).cummin(1).values.flip(1)
+
+    def within(before: int, behind: int) -> Range:
+        first = start if before < 0 else torch.maximum(start, at - before)
+        return first, end if behind < 0 else torch.minimum(end, at + behind)
+
+    seen, seeing = within(*span), within(*span[::-1])  # by a query, a key
+    return _cleaned(q, k, v, seen) if transformed() else _Enter.apply(q, k, v, seen, seeing)
 
 
 def leave_attention(y: Tensor, mark: Tensor) -> Tensor:
@@ -130,10 +137,10 @@ def leave_attention(y: Tensor, mark: Tensor) -> Tensor:
     return y.masked_fill(mark[..., None] > 0, math.nan) if transformed() else _Leave.apply(y, mark)
 
 
-def _cleaned(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cleaned(q: Tensor, k: Tensor, v: Tensor, seen: Range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bad_q, bad_k, bad_v = (~_all_finite(x, 2, 3) for x in (q, k, v))
     bad_k = bad_k | bad_v
-    mark = bad_q | _between(bad_k, first, _places(first))
+    mark = bad_q | _between(bad_k, *seen)
     q, k, v = (x.masked_fill(bad[..., None, None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_k)))
     return q, k, v, mark.to(q.dtype)
 

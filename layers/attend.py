@@ -1,27 +1,54 @@
 """Backends of attention: who sums values by their scaled dot products, and why not the others.
 
-``sdpa`` and ``math`` are PyTorch's scaled dot product, which :class:`.attention.Attention` calls itself, with a mask where one is needed.
+``sdpa`` and ``math`` are PyTorch's scaled dot product (:func:`dot_product`), which :class:`.attention.Attention` calls itself, with a mask
+where one is needed.
 The others read rows as they are, documents by their offsets and a window by its width: a whole batch is one launch, whatever is packed in
-it, and nobody asks the device where documents start.
+it, and nobody asks the device where documents start. They are told by a span which keys a query sees: how many before it and how many
+behind it, -1 for all of its document, so that ``(-1, 0)`` is plain causality and ``(-1, -1)`` none.
 """
 
 import functools
 import importlib
 import inspect
+import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import contain, dispatch
-from ..kernels.derivatives import refused_after
+from ..kernels.derivatives import ENV, plain, refused_after, refused_beyond
 from ..kernels.dispatch import Backend, Facts, refuse_library, register
 from ..kernels.numerics import HALVES
 from ..kernels.seq import Seq
 from ..kernels.torch_private import constant_when_compiled
 
+Span = tuple[int, int]
+
 # tokens of a row from which on flash-attn 4 was measured to pay: with 64 channels per head or more, and within a window
 _LONG, _WIDE, _LONG_WINDOWED = 4096, 64, 2048
+
+
+def dot_product(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool, scale: float | None, backend: str | None = None
+) -> Tensor:
+    """Sum ``v`` (b, lk, h_kv, p) by the scaled dot products of ``q`` (b, lq, h, p) and ``k``, to (b, lq, h * p).
+
+    ``mask`` is true where a query sees a key, ([b,] lq, lk); or says whether none sees a later one.
+    """
+    math = plain() or (backend or os.environ.get(ENV)) == "math"
+    # the fused kernels have first derivatives only, and none in forward mode
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    options |= {"is_causal": mask} if isinstance(mask, bool) else {"attn_mask": mask.unsqueeze(-3)}
+    with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+    if torch.is_grad_enabled() and not math and not torch.compiler.is_compiling():
+        y = refused_beyond("attention", y)
+    return y.transpose(1, 2).flatten(-2)
 
 
 def _refuse_rows(name: str, facts: Facts) -> str | None:
@@ -76,6 +103,8 @@ def _reserve_flash_4(facts: Facts) -> str | None:
         return None
     if facts.get("packed"):
         return "flash_attn_4 was measured to pay on rows of one document alone, and is taken for others where it is asked for"
+    if not facts.get("causal", True):
+        return "flash_attn_4 was measured to pay on causal attention alone, and is taken for other kinds where it is asked for"
     if facts.get("window"):
         if length >= _LONG_WINDOWED:
             return None
@@ -121,30 +150,32 @@ def _names_groups() -> bool:
 def _flat(q: Tensor, seq: Seq | None) -> tuple[Tensor, int]:
     """Offsets of the documents in all rows of q (b, l, h, p), one after the other, and a bound of their length."""
     b, l = q.shape[:2]
-    if seq is None:
-        return torch.arange(0, (b + 1) * l, l, device=q.device, dtype=torch.int32), l
+    if seq is None or not seq.packed:
+        starts = torch.arange(0, (b + 1) * l, l, device=q.device)
+        if seq is not None:
+            # a row's document, and its padding as one more
+            starts = F.pad(torch.stack([starts[:-1], starts[:-1] + seq.lengths], 1).flatten(), (0, 1), value=b * l)
+        return starts.to(torch.int32), l
     assert seq.offsets is not None
     return seq.offsets, l if seq.longest is None else seq.longest
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, window: int | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, span: Span) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     (offsets, longest), shape = _flat(q, seq), q.shape[:2]
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    options: dict[str, Any] = {"scale": scale, "window_size": span}
     if q.shape[2] != k.shape[2] and _takes_groups():
         options["enable_gqa"] = True
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     return _once(varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)).unflatten(0, shape)
 
 
-def _flash(
-    library: Any, q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, window: int | None
-) -> Tensor:
+def _flash(library: Any, q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, span: Span) -> Tensor:
     """Call either generation of flash-attn: the arguments that are passed have the same names in both."""
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "window_size": (-1, -1)}
-    if window is not None:
-        options["window_size"] = (window - 1, 0)
+    # which leaves nothing to say of a window that has no end
+    size = (-1, -1) if span == (-1, 0) else span
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": span[1] == 0, "window_size": size}
     if torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
     if seq is None:
@@ -155,17 +186,17 @@ def _flash(
     return _once(library.flash_attn_varlen_func(q, k, v, **options)).unflatten(0, shape)
 
 
-def _flash_2(q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, window: int | None) -> Tensor:
-    return _flash(importlib.import_module("flash_attn"), q, k, v, seq, scale, window)
+def _flash_2(q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, span: Span) -> Tensor:
+    return _flash(importlib.import_module("flash_attn"), q, k, v, seq, scale, span)
 
 
-def _flash_4(q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, window: int | None) -> Tensor:
+def _flash_4(q: Tensor, k: Tensor, v: Tensor, seq: Seq | None, scale: float | None, span: Span) -> Tensor:
     library = importlib.import_module("flash_attn.cute")
     if seq is None:
-        return _flash(library, q, k, v, seq, scale, window)
+        return _flash(library, q, k, v, seq, scale, span)
     # its tiles reach over the end of a document, and what stands there is multiplied by zero
-    q, k, v, mark = contain.enter_attention(q, k, v, seq, window)
-    y = _flash(library, q, k, v, seq, scale, window)
+    q, k, v, mark = contain.enter_attention(q, k, v, seq, span)
+    y = _flash(library, q, k, v, seq, scale, span)
     return contain.leave_attention(y.flatten(2), mark).view_as(y)
 
 

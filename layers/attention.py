@@ -1,4 +1,4 @@
-"""Causal attention with grouped keys and values, on PyTorch's scaled dot product.
+"""Attention with grouped keys and values, causal or not, on PyTorch's scaled dot product.
 
 Multi-query and grouped-query heads (arXiv:1911.02150, arXiv:2305.13245), rotary positions, sliding windows
 (arXiv:2004.05150) and a convolution over q, k and v as in mamba-ssm's ``MHA``, whose parameter names and row order
@@ -6,24 +6,19 @@ Multi-query and grouped-query heads (arXiv:1911.02150, arXiv:2305.13245), rotary
 convolution's state holds its inputs (upstream stores its outputs).
 
 The rule: a query sees a key of the same document if ``0 <= pos_k <= pos_q``, and ``pos_k > pos_q - window`` where
-there is one.
+there is one. Without causality it sees all of them, or those with ``|pos_k - pos_q| < window``.
 """
 
 import functools
-import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import contain
-from ..kernels.derivatives import ENV, refused_beyond
-from ..kernels.derivatives import plain as plain_only
 from ..kernels.dispatch import choose
-from . import attend  # noqa: F401, registers the backends
+from . import attend
 from .adapter import Adapter
 from .base import Aux, Mixer, Seq
 from .common import Device, Dtype, linear, reset_linear, scaled
@@ -39,7 +34,7 @@ _BLOCK = 1024
 
 
 class Attention(Mixer):
-    """Causal self-attention.
+    """Self-attention; without a state where it is not causal.
 
     Args:
         d_model: Channels of the residual stream.
@@ -51,7 +46,7 @@ class Attention(Mixer):
         rope_interleaved: Rotate neighbouring channels, instead of one half against the other.
         rope_scaling: Llama 3.1's stretching of the positions for long contexts (arXiv:2407.21783 §3.4.2): factor, low and high
             frequency factor, and the context it starts from.
-        window: Tokens a query sees, itself included; all earlier ones by default.
+        window: Tokens a query sees, itself included; all earlier ones by default. Without causality, as many behind it.
         qk_norm: RMS-normalise every query and key head.
         norm_eps: The epsilon of those norms.
         qkv_bias: Whether ``in_proj`` has a bias.
@@ -62,6 +57,7 @@ class Attention(Mixer):
         key_multiplier: Factor of the keys.
         out_multiplier: Factor of the output.
         adapter_rank: Rank of an addition to q, k and v that is not shared where the block is, see :class:`Adapter`; 0 for none.
+        causal: Whether a query sees no later token, which images and labels of tokens need not hide.
         d_in: Channels of the input, where they are not ``d_model``; the model decides it.
         layer_idx, n_layer: Place among the residual blocks; ``out_proj`` is drawn smaller by the square root of their number.
         device, dtype: As for ``torch.nn.Linear``.
@@ -93,6 +89,7 @@ class Attention(Mixer):
         key_multiplier: float = 1.0,
         out_multiplier: float = 1.0,
         adapter_rank: int = 0,
+        causal: bool = True,
         d_in: int | None = None,
         layer_idx: int = 0,
         n_layer: int = 1,
@@ -101,11 +98,8 @@ class Attention(Mixer):
     ):
         super().__init__()
         check_positive(d_model=d_model, nheads=nheads, nheads_kv=nheads_kv, headdim=headdim, window=window)
-        check(d_conv >= 0, "d_conv", f"{d_conv} is not a filter width. Use 0 for no convolution, or 1 or more.")
+        _check_numbers(d_conv, causal, norm_eps, softmax_scale)
         check_rank(adapter_rank)
-        check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-6.")
-        nan = f"{softmax_scale} is not positive, and PyTorch's kernels would give NaN. The usual value is headdim ** -0.5."
-        check(softmax_scale is None or softmax_scale > 0, "softmax_scale", nan)
         if headdim is None:
             check_divides("nheads", nheads, "d_model", d_model, ", or set headdim")
         self.nheads, self.nheads_kv = nheads, nheads_kv or nheads
@@ -115,7 +109,9 @@ class Attention(Mixer):
         self.rope, self.rope_interleaved = rope, rope_interleaved
         self.rope_scaling = None if rope_scaling is None else tuple(rope_scaling)
         self.rotary_dim = self.headdim if rotary_dim is None else rotary_dim
-        self.window, self.softmax_scale, self.d_conv = window, softmax_scale, d_conv
+        self.window, self.softmax_scale, self.d_conv, self.causal = window, softmax_scale, d_conv, causal
+        if not causal:
+            self.capabilities = frozenset({"packing", "padding"})  # type: ignore[misc]
         self.in_multiplier, self.key_multiplier, self.out_multiplier = in_multiplier, key_multiplier, out_multiplier
         self.rounds_input = in_multiplier == 1
 
@@ -156,6 +152,8 @@ class Attention(Mixer):
         self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
+        if return_state or state is not None:
+            self.require("state")
         given, (x, seq) = seq, self._enter(x, state, seq)
         qkv, conv = self._project(x), None
         if self.conv1d is not None:
@@ -179,6 +177,7 @@ class Attention(Mixer):
 
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place; it grows when full."""
+        self.require("state")
         state.make_room(self.window)
         qkv = self._project(x)
         if self.conv1d is not None and state.conv is not None:
@@ -211,34 +210,47 @@ class Attention(Mixer):
 
     def _sees(self, pos_q: Tensor, pos_k: Tensor) -> Tensor:
         # (..., lq), (..., lk) -> (..., lq, lk)
-        pos_q, pos_k = pos_q[..., :, None], pos_k[..., None, :]
-        sees = (pos_k >= 0) & (pos_k <= pos_q)
-        return sees if self.window is None else sees & (pos_k > pos_q - self.window)
+        before, (left, right) = pos_q[..., :, None] - pos_k[..., None, :], self.span
+        sees = (pos_k >= 0)[..., None, :]
+        sees = sees if right < 0 else sees & (before >= -right)
+        return sees if left < 0 else sees & (before <= left)
+
+    @property
+    def span(self) -> attend.Span:
+        """Tokens before and behind it that a query sees, -1 for all of its document."""
+        left = -1 if self.window is None else self.window - 1
+        return left, 0 if self.causal else left
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq | None = None, backend: str | None = None) -> Tensor:
         """Sum values by scaled dot products, which is what stands between the projections: ``(b, l, h, p)`` to ``(b, l, h * p)``.
 
         ``k`` and ``v`` have ``nheads_kv`` heads; ``backend`` is as of :func:`~hybridzoo.kernels.dispatch.choose`.
         """
-        if seq is None or not seq.packed:
+        if seq is None or not self._apart(seq):
             # padding stands behind the real tokens, where causality hides it anyway
             pos = torch.arange(q.shape[1], device=q.device)
             return self._mix(q, k, v, pos, pos, backend=backend)
         chosen = choose("attention", backend=backend, **self.facts(q, seq))
         if chosen.run is not None and q.shape[1]:
-            return chosen.run(q, k, v, seq, self.softmax_scale, self.window).flatten(-2)
+            return chosen.run(q, k, v, seq, self.softmax_scale, self.span).flatten(-2)
         apart = None if torch.compiler.is_compiling() else seq.side_by_side
         if apart is not None:
             return self._mix_apart(q, k, v, *apart, backend)
-        q, k, v, mark = contain.enter_attention(q, k, v, seq, self.window)
+        q, k, v, mark = contain.enter_attention(q, k, v, seq, self.span)
         return contain.leave_attention(self._mix(q, k, v, seq.pos, seq.pos, seq.doc, seq.doc, backend=backend), mark)
 
     def facts(self, q: Tensor, seq: Seq | None = None) -> dict[str, Any]:
         """Facts that the choice of a backend for queries ``(b, l, h, p)`` depends on."""
-        l, packed = q.shape[1], seq is not None and seq.packed
-        rows = {"length": l, "window": self.window is not None and self.window < l, "packed": packed}
-        counted = seq is not None and seq.offsets is not None
-        return {"device": q.device.type, "dtype": q.dtype, "headdim": self.headdim, "counted": counted, **rows}
+        l, packed = q.shape[1], seq is not None and self._apart(seq)
+        # of rows and their padding, the lengths say where documents start
+        counted = seq is not None and (seq.offsets is not None or not seq.packed)
+        rows = {"length": l, "packed": packed, "counted": counted}
+        sees = {"window": self.window is not None and self.window < l, "causal": self.causal}
+        return {"device": q.device.type, "dtype": q.dtype, "headdim": self.headdim, **rows, **sees}
+
+    def _apart(self, seq: Seq) -> bool:
+        # whether a row has tokens that must not see each other, though they could
+        return seq.packed or (seq.padded and not self.causal)
 
     def _mix(
         self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, pos_k: Tensor, *docs: Tensor, backend: str | None = None
@@ -252,7 +264,7 @@ class Attention(Mixer):
         if past or not docs:  # packed rows have asked
             chosen = choose("attention", backend=backend, masked=not plain, **self.facts(q))
             if chosen.run is not None:
-                return chosen.run(q, k, v, None, self.softmax_scale, window).flatten(-2)
+                return chosen.run(q, k, v, None, self.softmax_scale, self.span).flatten(-2)
         if plain and (window is None or window >= length):
             return self._attend(q, k, v, None, backend)
         # block by block, so that neither the mask nor the work grows with the square of the length under a window
@@ -260,7 +272,8 @@ class Attention(Mixer):
         ys = []
         for i in range(0, length, block):
             first = 0 if window is None or i < window else past + i - window + 1
-            rows, cols = slice(i, i + block), slice(first, past + i + block)
+            ahead = 0 if self.causal else (window or length) - 1
+            rows, cols = slice(i, i + block), slice(first, past + i + block + ahead)
             mask = self._sees(pos[..., rows], pos_k[..., cols])
             if len(docs) == 2:
                 mask = mask & (docs[0][:, rows, None] == docs[1][:, None, cols])
@@ -269,36 +282,37 @@ class Attention(Mixer):
 
     def _mix_apart(self, q: Tensor, k: Tensor, v: Tensor, batches: list, place: Tensor, backend: str | None) -> Tensor:
         # document by document: a mask would multiply what it hides by zero, and NaN stays NaN; see Seq.side_by_side
-        ys = []
+        ys: list[Tensor] = []
         for batch in batches:
+            docs: tuple[Tensor, ...] = ()
             if isinstance(batch, tuple):
                 row, start, end = batch
                 parts = (x[row : row + 1, start:end] for x in (q, k, v))
             else:
                 flat = batch.flatten()
                 parts = (x.flatten(0, 1).index_select(0, flat).unflatten(0, batch.shape) for x in (q, k, v))
+                if not self.causal:
+                    # nor does it hide the last token's copies behind a document
+                    docs = (F.pad((batch[:, 1:] != batch[:, :-1]).long(), (1, 0), value=1),) * 2
             q_, k_, v_ = parts
             mine = torch.arange(q_.shape[1], device=q.device)
-            ys.append(self._mix(q_, k_, v_, mine, mine, backend=backend).flatten(0, 1))
+            ys.append(self._mix(q_, k_, v_, mine, mine, *docs, backend=backend).flatten(0, 1))
         # for padding, which reads what nobody else does
         ys.append(q.new_zeros(1, self.nheads * self.headdim))
         return torch.cat(ys).index_select(0, place.flatten()).unflatten(0, place.shape)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None = None) -> Tensor:
-        # mask ([b,] lq, lk), or plain causality; gives (b, lq, h * p)
-        math = plain_only() or (backend or os.environ.get(ENV)) == "math"
-        # the fused kernels have first derivatives only, and none in forward mode
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        options: dict[str, Any] = {"scale": self.softmax_scale, "enable_gqa": self.nheads != self.nheads_kv}
-        options |= {"is_causal": True} if mask is None else {"attn_mask": mask.unsqueeze(-3)}
-        with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
-            y = F.scaled_dot_product_attention(q, k, v, **options)
-        if torch.is_grad_enabled() and not math and not torch.compiler.is_compiling():
-            y = refused_beyond("attention", y)
-        return y.transpose(1, 2).flatten(-2)
+        return attend.dot_product(q, k, v, self.causal if mask is None else mask, self.softmax_scale, backend)
 
-    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> AttentionState:
+    def reach(self, length: int, grid: tuple[int, int] | None = None) -> Tensor | None:
+        """As :meth:`Mixer.reach`: all of a row, or as far as the window goes on both sides."""
+        at = torch.arange(length)
+        return None if self.causal or self.window is None else (at[:, None] - at).abs() < self.window
+
+    def init_state(self, batch: int, max_len: int = 0, device: Device = None, dtype: Dtype = None) -> Any:
         """An empty state with room for ``max_len`` tokens, or for the window if that is less or all that is known."""
+        if not self.causal:
+            return ()
         device = device or self._device
         cap = min(max_len or self.window or 1, self.window or max(1, max_len))
         zeros = functools.partial(torch.zeros, device=device, dtype=dtype or self._dtype)
@@ -310,11 +324,21 @@ class Attention(Mixer):
     def flops(self, seq_len: int) -> int:
         """FLOPs per token, 2 per multiply-add: projections, convolution, scores and values.
 
-        Scores and values count the average context: ``(seq_len + 1) / 2`` tokens, or fewer with a window.
+        Scores and values count the average context: ``(seq_len + 1) / 2`` tokens, or ``seq_len``, or fewer with a window.
         """
         w = min(self.window or seq_len, seq_len)
-        context = (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
-        mixing = int(4 * self.nheads * self.headdim * context)
+        pairs = w * (w + 1) // 2 + (seq_len - w) * w
+        pairs = pairs if self.causal else 2 * pairs - seq_len
+        mixing = int(4 * self.nheads * self.headdim * (pairs / seq_len))
         extra = sum(part.flops() for part in (self.conv1d, self.adapter) if part is not None)
         # of sizes, not of weights, which quantised layers keep in other shapes
         return 2 * (self.d_in * self.d_qkv + self.nheads * self.headdim * self.d_model) + extra + mixing
+
+
+def _check_numbers(d_conv: int, causal: bool, norm_eps: float, softmax_scale: float | None) -> None:
+    check(d_conv >= 0, "d_conv", f"{d_conv} is not a filter width. Use 0 for no convolution, or 1 or more.")
+    ahead = f"{d_conv} is the width of a causal convolution, and causal is false. Use 0."
+    check(causal or not d_conv, "d_conv", ahead)
+    check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-6.")
+    nan = f"{softmax_scale} is not positive, and PyTorch's kernels would give NaN. The usual value is headdim ** -0.5."
+    check(softmax_scale is None or softmax_scale > 0, "softmax_scale", nan)

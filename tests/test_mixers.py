@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from hybridzoo.kernels import Seq
-from hybridzoo.layers import MLP, Attention, Mamba, Mamba2, Mixer, MoE, OptionError, State, copy_state, map_state
+from hybridzoo.layers import (
+    MLP,
+    Attention,
+    Mamba,
+    Mamba2,
+    Mixer,
+    MoE,
+    OptionError,
+    State,
+    copy_state,
+    map_state,
+)
 from hybridzoo.layers.testing import PROMISES, Case, check_mixer, counted_flops
 from hybridzoo.zoo.registry import build_mixer, check_mixer_options, get_mixer, list_mixers
 
@@ -65,6 +76,8 @@ VARIANTS = {
         "stretched": HEADS | {"rope": 100.0, "rope_scaling": (4.0, 1.0, 3.0, 16.0)},
         "mup": HEADS | {"in_multiplier": 1.5, "key_multiplier": 0.7, "out_multiplier": 0.8},
         "adapter": HEADS | {"adapter_rank": 3},
+        "around": HEADS | {"causal": False, "qkv_bias": True, "out_bias": True},
+        "around-window": HEADS | {"causal": False, "window": 4, "qk_norm": True},
         "conv-window": HEADS | {"d_conv": 3, "window": 3, "qk_norm": True},
     },
     "mlp": {
@@ -423,6 +436,9 @@ def test_mlp_equals_transformers_llama():
         (Mamba2(64, d_state=8, headdim=16), 2 * 4 * (128 + 16) + 2 * 128 * (16 + 24) + 2 * 8 * 24),
         (Attention(64, 4, 2), 4 * 64 * 25 // 2),
         (Attention(64, 4, 2, window=5), int(4 * 64 * (15 + 19 * 5) / 24)),
+        (Attention(64, 4, 2, causal=False), 4 * 64 * 24),
+        # of 24 tokens, 16 see all 9 places, and 4 at each end 5 to 8
+        (Attention(64, 4, 2, causal=False, window=5), int(4 * 64 * (16 * 9 + 2 * 26) / 24)),
         (Attention(64, 4, 2, d_conv=4), 4 * 64 * 25 // 2 + 2 * 4 * 128),
         (MLP(64), 0),
         (MoE(64, 96, num_experts=4), 0),
@@ -454,6 +470,11 @@ def test_flops_are_the_counted_matmuls_and_the_stated_rest(mixer, rest):
         (lambda: Attention(72, 8), "headdim", "9 is odd"),
         (lambda: Attention(64, 8, window=0), "window", "0 is not a size"),
         (lambda: Attention(64, 8, d_conv=-1), "d_conv", "-1"),
+        (lambda: Attention(64, 8, d_conv=4, causal=False), "d_conv", "4 is the width of a causal convolution"),
+        (
+            "kernel_size",
+            "4 has no middle, or nothing around it. Use 3, 5, ....",
+        ),
         (lambda: MLP(32, activation="swish"), "activation", "Known: 'silu', 'gelu', 'relu', 'relu2'"),
         (lambda: MoE(32, 64, num_experts=2, top_k=3), "top_k", "3 exceeds num_experts = 2"),
         (lambda: MoE(32, 64, router="sinkhorn"), "router", "Known: 'softmax_topk', 'topk_softmax'"),

@@ -15,31 +15,39 @@ from hybridzoo.layers import Attention
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16}
 DOC = torch.tensor([[0] * 9 + [1] * 4 + [2] * 7 + [-1] * 3, [0] * 1 + [1] * 22])
-OPTIONS = [{}, {"window": 5}, {"nheads_kv": 1, "softmax_scale": 0.3}, {"window": 30, "d_conv": 3, "qk_norm": True}]
+OPTIONS = [
+    {},
+    {"window": 5},
+    {"nheads_kv": 1, "softmax_scale": 0.3},
+    {"window": 30, "d_conv": 3, "qk_norm": True},
+    {"causal": False},
+    {"causal": False, "window": 4, "rope": None},
+    {"causal": False, "window": 1},
+]
 
 
-def documents(q, k, v, offsets, scale, window):
+def documents(q, k, v, offsets, scale, span):
     """Of every document in rows (t, h, p): where it is, its operands with a key for every query head, and its weights (h, q, k)."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
     for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         wide = [x[a:b].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (q, k, v)]
         near = torch.arange(b - a)[:, None] - torch.arange(b - a)
-        hidden = (near < 0) | ((near > window) if window >= 0 else False)
+        hidden = (near < -span[1] if span[1] >= 0 else False) | (near > span[0] if span[0] >= 0 else near > b - a)
         scores = torch.einsum("qhp,khp->hqk", *wide[:2]) * scale
         yield slice(a, b), *wide, scores.masked_fill(hidden, -math.inf).softmax(-1), scale
 
 
-def loop(q, k, v, offsets, scale, window):
+def loop(q, k, v, offsets, scale, span):
     out = torch.zeros_like(q)
-    for rows, _, _, v_, weights, _ in documents(q, k, v, offsets, scale, window):
+    for rows, _, _, v_, weights, _ in documents(q, k, v, offsets, scale, span):
         out[rows] = torch.einsum("hqk,khp->qhp", weights, v_)
     return out
 
 
-def gradients(g, q, k, v, offsets, scale, window):
+def gradients(g, q, k, v, offsets, scale, span):
     """By the formulas: what stands in for a kernel runs below autograd."""
     gq, gk, gv = (torch.zeros_like(x) for x in (q, k, v))
-    for rows, q_, k_, v_, weights, factor in documents(q, k, v, offsets, scale, window):
+    for rows, q_, k_, v_, weights, factor in documents(q, k, v, offsets, scale, span):
         to_weights = torch.einsum("qhp,khp->hqk", g[rows], v_)
         to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True)) * factor
         gq[rows] = torch.einsum("hqk,khp->qhp", to_scores, k_)
@@ -52,15 +60,16 @@ def gradients(g, q, k, v, offsets, scale, window):
 
 
 def forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, **options):
-    left, right = options["window_size_left"], options["window_size_right"]
-    assert right == 0 and is_causal == (left == -1) and cum_seq_q.dtype == torch.int32
+    span = options["window_size_left"], options["window_size_right"]
+    assert span[1] in (0, span[0]) and is_causal == (span == (-1, 0)) and cum_seq_q.dtype == torch.int32
     assert max_q >= cum_seq_q.diff().max() and cum_seq_q[-1] == query.shape[0] and torch.equal(cum_seq_q, cum_seq_k)
-    out, none = loop(query, key, value, cum_seq_q, options.get("scale"), left), torch.zeros(2, dtype=torch.uint64)
+    out, none = loop(query, key, value, cum_seq_q, options.get("scale"), span), torch.zeros(2, dtype=torch.uint64)
     return out, query.new_zeros(query.shape[1], query.shape[0]), none, none, none
 
 
 def backward(grad_out, q, k, v, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *_, **options):
-    return gradients(grad_out, q, k, v, cum_seq_q, options.get("scale"), options["window_size_left"])
+    span = options["window_size_left"], options["window_size_right"]
+    return gradients(grad_out, q, k, v, cum_seq_q, options.get("scale"), span)
 
 
 @pytest.fixture
@@ -110,6 +119,16 @@ def test_varlen_takes_windows_of_rows_that_are_not_packed(varlen, monkeypatch):
     assert choose("attention", window=True, **GPU).name == "varlen" != choose("attention", **GPU).name
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_varlen_takes_rows_and_their_padding_where_nothing_hides_it(window, varlen, monkeypatch):
+    layer, x = Attention(32, 4, 2, causal=False, window=window), torch.randn(3, 23, 32)
+    seq = Seq.from_mask(torch.tensor([[0] * 3 + [1] * 20, [1] * 23, [1] + [0] * 22]))
+    assert choose("attention", **layer.facts(torch.empty(3, 23, 4, 8), seq) | GPU).name == "varlen"
+    both(layer, x, seq, monkeypatch, "varlen")
+    compiled = torch.compile(lambda x, mask: layer(x, seq=Seq.from_mask(mask)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, seq.valid)[seq.valid], layer(x, seq=seq)[seq.valid])
+
+
 def test_varlen_when_compiled(varlen):
     layer, x = Attention(32, 4, 2), torch.randn(2, 23, 32)
     compiled = torch.compile(
@@ -138,10 +157,10 @@ class FlashAttention(torch.autograd.Function):
     """What both generations of flash-attn are to autograd."""
 
     @staticmethod
-    def forward(ctx, q, k, v, offsets, scale, window):
+    def forward(ctx, q, k, v, offsets, scale, span):
         ctx.save_for_backward(q, k, v, offsets)
-        ctx.rest = scale, window
-        return loop(q, k, v, offsets, scale, window)
+        ctx.rest = scale, span
+        return loop(q, k, v, offsets, scale, span)
 
     @staticmethod
     def backward(ctx, grad):
@@ -149,19 +168,24 @@ class FlashAttention(torch.autograd.Function):
         return *gradients(grad, q, k, v, offsets, *ctx.rest), None, None, None
 
 
+def as_flash_attn_reads(causal, window_size):
+    """``causal`` overrides what is behind a query."""
+    return window_size[0], 0 if causal else window_size[1]
+
+
 def library(generation):
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size
     ):
-        assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k >= cu_seqlens_q.diff().max()
-        assert window_size[1] == (0 if window_size[0] >= 0 else -1)
-        y = FlashAttention.apply(q, k, v, cu_seqlens_q, softmax_scale, window_size[0])
+        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k >= cu_seqlens_q.diff().max()
+        y = FlashAttention.apply(q, k, v, cu_seqlens_q, softmax_scale, as_flash_attn_reads(causal, window_size))
         return (y, None) if generation == 4 else y
 
     def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
         b, l = q.shape[:2]
         offsets, flat = torch.arange(0, (b + 1) * l, l), (x.flatten(0, 1) for x in (q, k, v))
-        y = FlashAttention.apply(*flat, offsets, softmax_scale, window_size[0]).unflatten(0, (b, l))
+        span = as_flash_attn_reads(causal, window_size)
+        y = FlashAttention.apply(*flat, offsets, softmax_scale, span).unflatten(0, (b, l))
         return (y, None) if generation == 4 else y
 
     return types.SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
@@ -194,14 +218,15 @@ def test_flash_attn_refuses_second_derivatives(flash, monkeypatch):
             g.square().sum().backward()
 
 
-def test_damage_stays_in_its_document_where_tiles_reach_over_its_end(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"causal": False, "window": 3}], ids=str)
+def test_damage_stays_in_its_document_where_tiles_reach_over_its_end(options, monkeypatch):
     """flash-attn 4 multiplies by zero what stands behind a document; here, all that stands in the row."""
     own = FlashAttention
 
     class Reaching(FlashAttention):
         @staticmethod
-        def forward(ctx, q, k, v, offsets, scale, window):
-            return own.forward(ctx, q, k, v, offsets, scale, window) + 0 * v.sum() + 0 * k.sum()
+        def forward(ctx, q, k, v, offsets, scale, span):
+            return own.forward(ctx, q, k, v, offsets, scale, span) + 0 * v.sum() + 0 * k.sum()
 
         @staticmethod
         def backward(ctx, grad):
@@ -214,7 +239,7 @@ def test_damage_stays_in_its_document_where_tiles_reach_over_its_end(monkeypatch
     table = dispatch.TABLES["attention"]
     monkeypatch.setitem(table, "flash_attn_4", dataclasses.replace(table["flash_attn_4"], refuse=lambda facts: None))
     monkeypatch.setenv(dispatch.ENV, "flash_attn_4")
-    layer, x, seq = Attention(32, 4, 2), torch.randn(2, 23, 32), Seq.from_documents(DOC)
+    layer, x, seq = Attention(32, 4, 2, **options), torch.randn(2, 23, 32), Seq.from_documents(DOC)
     others = DOC[0] != 1
     results = []
     for hurt in (None, "x", "g"):
@@ -288,6 +313,9 @@ def test_flash_attn_is_taken_where_it_was_measured_to_pay(monkeypatch):
     for length, taken in ((2048, "flash_attn_4"), (1024, "varlen")):
         assert choose("attention", headdim=64, length=length, window=True, **GPU).name == taken
     assert choose("attention", headdim=80, length=4096, window=True, **GPU).name == "varlen"
+    assert choose("attention", headdim=128, length=4096, causal=False, **GPU).name == "sdpa"
+    reasons = {name: reason for name, _, reason in explain("attention", headdim=128, length=4096, causal=False, **GPU)}
+    assert "was measured to pay on causal attention alone" in reasons["flash_attn_4"]
     rows = {name: reason for name, _, reason in explain("attention", headdim=64, length=2048, **GPU)}
     assert (
         rows["flash_attn_4"] == "flash_attn_4 was measured to pay from headdim 64 and 4096 tokens on, here 64 and 2048"

@@ -25,11 +25,18 @@ def flash(request, monkeypatch):
     return request.param
 
 
-def by_formula(q, k, v, scale, window, doc):
-    """In float64: q, k, v (b, l, h, p), and the document of every token."""
-    group, at = q.shape[2] // k.shape[2], torch.arange(q.shape[1], device=q.device)
-    near = at[:, None] - at
-    sees = (near >= 0) & (near < (window or q.shape[1])) & (doc[:, :, None] == doc[:, None, :])
+def seen(span, doc):
+    """Which keys a query sees, (b, l, l): so many before it and behind it, of its document."""
+    at, (left, right) = torch.arange(doc.shape[1], device=doc.device), span
+    before = at[:, None] - at
+    sees = doc[:, :, None] == doc[:, None, :]
+    sees = sees if left < 0 else sees & (before <= left)
+    return sees if right < 0 else sees & (before >= -right)
+
+
+def by_formula(q, k, v, scale, sees):
+    """In float64: q, k, v (b, l, h, p), and which keys a query sees."""
+    group = q.shape[2] // k.shape[2]
     q, k, v = q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bqhp,bkhp->bhqk", q, k) * (scale or q.shape[3] ** -0.5)
     return torch.einsum("bhqk,bkhp->bqhp", scores.masked_fill(~sees[:, None], -math.inf).softmax(-1), v)
@@ -51,7 +58,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-@pytest.mark.parametrize("rows", ["plain", "packed", "window", "packed window"])
+@pytest.mark.parametrize(
+    "rows", ["plain", "packed", "window", "packed window", "around", "packed around", "packed around window"]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_further_from_float64_than_twice_sdpa(shape, rows, dtype, flash):
     b, l, h, h_kv, p = shape
@@ -61,7 +70,8 @@ def test_no_further_from_float64_than_twice_sdpa(shape, rows, dtype, flash):
     torch.manual_seed(l)
     q, g = torch.randn(2, b, l, h, p, device="cuda", dtype=dtype)
     k, v = torch.randn(2, b, l, h_kv, p, device="cuda", dtype=dtype)
-    window, scale = 33 if "window" in rows else None, 0.2 if h_kv == 1 else None
+    left, scale = 32 if "window" in rows else -1, 0.2 if h_kv == 1 else None
+    span = left, left if "around" in rows else 0
     doc = torch.zeros(b, l, dtype=torch.long, device="cuda")
     if "packed" in rows:
         doc = (torch.rand(b, l, device="cuda") < 0.03).cumsum(1)
@@ -72,16 +82,14 @@ def test_no_further_from_float64_than_twice_sdpa(shape, rows, dtype, flash):
         y = f(*inputs)
         return [y, *torch.autograd.grad(y, inputs, g.to(dtype))]
 
-    sees = doc[:, None, :, None] == doc[:, None, None, :]
-    near = torch.arange(l, device="cuda")[:, None] - torch.arange(l, device="cuda")
-    sees = sees & (near >= 0) & (near < (window or l))
+    sees = seen(span, doc)
 
     def sdpa(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, sees, scale=scale, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, sees[:, None], scale=scale, enable_gqa=True).transpose(1, 2)
 
-    exact = outputs(lambda q, k, v: by_formula(q, k, v, scale, window, doc), torch.float64)
-    got = outputs(lambda q, k, v: TABLES["attention"][flash].run(q, k, v, seq, scale, window), dtype)
+    exact = outputs(lambda q, k, v: by_formula(q, k, v, scale, sees), torch.float64)
+    got = outputs(lambda q, k, v: TABLES["attention"][flash].run(q, k, v, seq, scale, span), dtype)
     torchs = outputs(sdpa, dtype)
     for name, a, b_, c in zip("yqkv", got, torchs, exact, strict=True):
         if c.norm() == 0:  # of one key, q and k have no gradient
@@ -90,7 +98,9 @@ def test_no_further_from_float64_than_twice_sdpa(shape, rows, dtype, flash):
         assert relative(a, c) < 2 * relative(b_, c) + 1e-3, name
 
 
-@pytest.mark.parametrize("options", [{}, {"nheads_kv": 2, "window": 60}, {"headdim": 128, "qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"nheads_kv": 2, "window": 60}, {"headdim": 128, "qk_norm": True}, {"causal": False}], ids=str
+)
 def test_a_layer_by_name(options, flash, monkeypatch):
     layer = Attention(256, 4, **options, device="cuda", dtype=BF16)
     x, g = torch.randn(2, 2, 300, 256, device="cuda", dtype=BF16)
@@ -107,8 +117,9 @@ def test_a_layer_by_name(options, flash, monkeypatch):
             assert relative(got, want.double()) < 2e-2
 
 
-def test_damage_stays_in_its_document(flash):
-    layer = Attention(256, 4, 2, device="cuda", dtype=BF16)
+@pytest.mark.parametrize("causal", [True, False])
+def test_damage_stays_in_its_document(causal, flash):
+    layer = Attention(256, 4, 2, causal=causal, device="cuda", dtype=BF16)
     doc = torch.tensor([[0] * 130 + [1] * 120 + [2] * 50]).cuda()
     x, g = torch.randn(2, 1, 300, 256, device="cuda", dtype=BF16)
     others, results = (doc != 1)[0], []

@@ -62,6 +62,7 @@ LAYERS = {
     "mamba2": lambda: Mamba2(64, d_state=16, headdim=16, device="cuda"),
     "attention": lambda: Attention(64, nheads=4, device="cuda"),
     "window": lambda: Attention(64, nheads=4, window=100, device="cuda"),
+    "around": lambda: Attention(64, nheads=4, causal=False, device="cuda"),
 }
 
 

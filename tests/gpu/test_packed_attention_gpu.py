@@ -19,6 +19,8 @@ OPTIONS = {
     "plain": {},
     "groups": {"nheads_kv": 2},
     "window": {"window": 50, "nheads_kv": 1},
+    "around": {"causal": False},
+    "around window": {"causal": False, "window": 40, "nheads_kv": 2},
     "wide": {"headdim": 128, "nheads": 3},
     "odd": {"headdim": 96, "nheads": 2, "softmax_scale": 0.2, "qk_norm": True, "d_conv": 3},
 }
