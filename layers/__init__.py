@@ -3,6 +3,7 @@
 from .attention import Attention, AttentionState
 from .base import Mixer, Seq, State, copy_state, map_state, nbytes_of
 from .conv import CausalConv1d
+from .conv2d import GatedConv2d
 from .mamba import Mamba, MambaState
 from .mamba2 import Mamba2, Mamba2State
 from .mlp import MLP
@@ -20,6 +21,7 @@ __all__ = [
     "Attention",
     "AttentionState",
     "CausalConv1d",
+    "GatedConv2d",
     "GatedRMSNorm",
     "Mamba",
     "Mamba2",

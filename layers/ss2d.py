@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels import selective_scan
 from .base import Aux, Mixer, Seq
 from .common import Device, Dtype, acc_dtype, called, linear, reset_decays, reset_dt_bias, reset_weight, upcast
+from .conv2d import around, check_width, convolve, depthwise, reset_depthwise
 from .norm import LayerNorm
 from .options import check, check_dt, check_known, check_positive
 from .orders import names_of, paths_of, ranks_of
@@ -87,8 +88,7 @@ class SS2D(Mixer):
         super().__init__()
         check_positive(d_model=d_model, d_state=d_state, dt_rank=dt_rank)
         check_dt(dt_min, dt_max, dt_init_floor)
-        odd = d_conv == 0 or (d_conv > 1 and d_conv % 2 == 1)
-        check(odd, "d_conv", f"{d_conv} has no middle, or nothing around it. Use 3, 5, ..., or 0 for no convolution.")
+        check_width("d_conv", d_conv, none=True)
         check_known("gate_activation", gate_activation, ("silu", None))
         check_known("out_activation", out_activation, ("gelu", None))
         check_known("out_norm", out_norm, ("layernorm", None))
@@ -100,7 +100,7 @@ class SS2D(Mixer):
         k, d = len(self.directions), self.d_inner
 
         self.in_proj = linear(d_model, 2 * d if gate else d, False, device, dtype)
-        self.conv2d = _depthwise(d, d_conv, conv_bias, device, dtype) if d_conv else None
+        self.conv2d = depthwise(d, d_conv, conv_bias, device, dtype) if d_conv else None
         self.x_proj_weight = nn.Parameter(torch.empty(k, self.dt_rank + 2 * d_state, d, device=device, dtype=dtype))
         self._add_scans(k, device, dtype)
         self.out_norm = LayerNorm(d, out_norm_eps, device=device, dtype=dtype) if out_norm else None
@@ -132,8 +132,7 @@ class SS2D(Mixer):
         for layer in (self.in_proj, self.out_proj):
             nn.init.trunc_normal_(layer.weight, std=STD)
         if self.conv2d is not None:
-            for p in self.conv2d.parameters():
-                p.uniform_(-1 / self.d_conv, 1 / self.d_conv)
+            reset_depthwise(self.conv2d)
         reset_weight(self.x_proj_weight)
         self._reset_scans()
         if self.out_norm is not None:
@@ -155,7 +154,8 @@ class SS2D(Mixer):
             self.require("packing" if seq.packed else "padding")
         grid = self.grid_of(x, seq)
         u, z = self._project(x)
-        y = self._scan(F.silu(self._convolve(u, grid)), grid)
+        u = u if self.conv2d is None else convolve(self.conv2d, u, grid)
+        y = self._scan(F.silu(u), grid)
         if self.out_norm is not None:
             y = self.out_norm(y)
         if self.out_activation is not None:
@@ -173,13 +173,6 @@ class SS2D(Mixer):
             # apart from each other: the convolution would copy its part, and the backward join the two
             u, z = (F.linear(x, w) for w in self.in_proj.weight.chunk(2))
         return u, z
-
-    def _convolve(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
-        if self.conv2d is None:
-            return u
-        # channels last: torch's convolution takes and gives the tokens where they are
-        y = self.conv2d(u.unflatten(1, grid).permute(0, 3, 1, 2))
-        return y.permute(0, 2, 3, 1).flatten(1, 2)
 
     def _read(self, u: Tensor) -> Tensor:
         """Step sizes, B and C of each direction at every token, (k, b, l, r + 2 n): all of it one product in the tokens' order."""
@@ -209,10 +202,7 @@ class SS2D(Mixer):
         earlier = torch.zeros(length, length, dtype=torch.bool)
         for rank in ranks_of(self.directions, grid):
             earlier |= rank <= rank[:, None]
-        at, around = torch.arange(length), self.d_conv // 2
-        rows, columns = at // grid[1], at % grid[1]
-        near = ((rows[:, None] - rows).abs() <= around) & ((columns[:, None] - columns).abs() <= around)
-        return (earlier.float() @ near.float()) > 0
+        return (earlier.float() @ around(self.d_conv, grid).float()) > 0
 
     def flops(self, seq_len: int) -> int:
         """FLOPs per token: 2 per multiply-add of projections and convolution, and :meth:`scan_ops`."""
@@ -235,10 +225,3 @@ def _d_inner(ssm_ratio: float, d_model: int) -> int:
     whole = d >= 1 and abs(d - ssm_ratio * d_model) < 1e-6 * d
     check(whole, "ssm_ratio", f"{ssm_ratio} * d_model = {ssm_ratio * d_model} is no number of channels. Use 1 or 2.")
     return d
-
-
-def _depthwise(d: int, width: int, bias: bool, device: Device, dtype: Dtype) -> nn.Conv2d:
-    device = torch.get_default_device() if device is None else torch.device(device)
-    options: dict[str, Any] = {"padding": width // 2, "groups": d, "bias": bias, "device": device, "dtype": dtype}
-    build = nn.Conv2d if device.type == "meta" else lambda *args, **kw: nn.utils.skip_init(nn.Conv2d, *args, **kw)
-    return build(d, d, width, **options)

@@ -12,6 +12,7 @@ from hybridzoo.kernels import Seq
 from hybridzoo.layers import (
     MLP,
     Attention,
+    GatedConv2d,
     Mamba,
     Mamba2,
     Mixer,
@@ -79,6 +80,11 @@ VARIANTS = {
         "around": HEADS | {"causal": False, "qkv_bias": True, "out_bias": True},
         "around-window": HEADS | {"causal": False, "window": 4, "qk_norm": True},
         "conv-window": HEADS | {"d_conv": 3, "window": 3, "qk_norm": True},
+    },
+    "conv2d": {
+        "default": {"kernel_size": 3},
+        "some": {"conv_ratio": 0.4, "expand": 1.3, "activation": "silu", "bias": False},
+        "like-mamba": {"kernel_size": 5, "expand": 2.0, "conv_ratio": 2.0, "activation": "silu", "init_std": None},
     },
     "mlp": {
         "default": {},
@@ -150,9 +156,9 @@ def test_effective_options_are_what_the_constructor_makes_of_the_given_ones(name
     assert worst(twin(x), mixer(x)) < 1e-12 and twin.flops(64) == mixer.flops(64)
 
 
-def test_every_mixer_of_ours_but_ss2d_takes_a_map_for_a_row_and_is_causal_unless_it_reads_both_ways():
+def test_every_mixer_of_ours_but_those_of_maps_takes_a_map_for_a_row_and_is_causal_unless_it_reads_both_ways():
     for name, variants in VARIANTS.items():
-        if name in ("ss2d", "ss2d2"):
+        if name in ("conv2d", "ss2d", "ss2d2"):
             continue
         for options in variants.values():
             mixer = make(name, 32, **options)
@@ -472,9 +478,12 @@ def test_flops_are_the_counted_matmuls_and_the_stated_rest(mixer, rest):
         (lambda: Attention(64, 8, d_conv=-1), "d_conv", "-1"),
         (lambda: Attention(64, 8, d_conv=4, causal=False), "d_conv", "4 is the width of a causal convolution"),
         (
+            lambda: GatedConv2d(32, kernel_size=4),
             "kernel_size",
             "4 has no middle, or nothing around it. Use 3, 5, ....",
         ),
+        (lambda: GatedConv2d(32, expand=0.01), "expand", "0.01 * d_model = 0.32 is no number of channels"),
+        (lambda: GatedConv2d(32, conv_ratio=3.0), "conv_ratio", "= 96.0 is none of the 1 to 85 channels there are"),
         (lambda: MLP(32, activation="swish"), "activation", "Known: 'silu', 'gelu', 'relu', 'relu2'"),
         (lambda: MoE(32, 64, num_experts=2, top_k=3), "top_k", "3 exceeds num_experts = 2"),
         (lambda: MoE(32, 64, router="sinkhorn"), "router", "Known: 'softmax_topk', 'topk_softmax'"),

@@ -288,6 +288,7 @@ def check_capability(capability: str, mixer: Mixer, spec: dict[str, Any], where:
 # a file of layers/ is named as configs name the class in it
 _SHIPPED = {
     "attention": "Attention",
+    "conv2d": "GatedConv2d",
     "mamba": "Mamba",
     "mamba2": "Mamba2",
     "mlp": "MLP",
