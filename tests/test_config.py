@@ -323,7 +323,7 @@ def test_an_unknown_model_suggests_the_nearest_and_lists_the_families():
     with pytest.raises(ConfigError) as e:
         zoo.config("mamba-tinny")
     assert str(e.value).startswith(
-        "model: unknown model 'mamba-tinny'. Did you mean 'mamba-tiny'? Families: jamba, mamba"
+        "model: unknown model 'mamba-tinny'. Did you mean 'mamba-tiny'? Families: hybrid-vision, jamba, mamba"
     )
     with pytest.raises(ConfigError, match="unknown model"):
         zoo.config("x" * 5000)
