@@ -322,3 +322,7 @@ class Mamba(RowMixer):
         # of sizes, not of weights, which quantised layers keep in other shapes
         each = (r + 2 * n) * d + r * d + self.d_conv * d
         return self.ways.flops(2 * 3 * self.width * d, 2 * each, d * (9 * n + 1))
+
+    def scan_ops(self) -> int:
+        """As :meth:`Mixer.scan_ops`, for every direction."""
+        return self.ways.flops(0, 0, self.d_inner * (9 * self.d_state + 1))
