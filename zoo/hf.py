@@ -1,127 +1,35 @@
-"""One thin adapter to transformers: Trainer, ``generate``, lm-eval's HFLM and ``AutoModelForCausalLM`` see a zoo model through it.
+"""The adapters to transformers: Trainer, ``generate``, pipelines, lm-eval's HFLM and the Auto classes see a zoo model through them.
 
-The only file that imports transformers for modelling. The adapter owns no weights: its submodules *are* those of the
-:class:`~hybridzoo.zoo.models.causal_lm.CausalLM` in ``core``, so the state-dict keys are the same.
+The files ``hf*.py`` alone import transformers for modelling; this one has language models, and enters all into transformers' tables.
 """
 
-import copy
-import os
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
     SuppressTokensLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..layers.base import Mixer
-from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded, write_config
-from .checkpoint.publish import GENERATION, publishing, steady
-from .config.resolve import validate
+from .hf_base import Adapter, HybridZooConfig
 from .hf_calls import CACHE_NAMES, Finite, Generation, Rows, one_cache, refuse_others
-from .layout import expand
 from .models.causal_lm import padded_vocab
-from .models.model import Model
-from .models.redraw import redraw
 from .models.state import StateCache
-from .models.tasks import task_of
 from .tokenizer import byte_tokenizer
 
 __all__ = ["HybridZooConfig", "HybridZooForCausalLM", "StateCache", "byte_tokenizer"]
 
-_FOLLOWS = (
-    "{name}: {value!r}, but the config's zoo part makes it {own!r}. Change it there: zoo.config(..., overrides), or zoo.load and "
-    "resize_token_embeddings for another vocabulary."
-)
 
-
-class HybridZooConfig(PreTrainedConfig):
-    """transformers' view of a zoo config.
-
-    Args:
-        zoo: The resolved config as plain data (``zoo.config(...)``); the other fields of transformers follow from it.
-    """
-
-    model_type = "hybridzoo"
-    keys_to_ignore_at_inference = [*CACHE_NAMES, "router"]  # noqa: RUF012
-
-    zoo: dict | None = None
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.zoo is not None:
-            cfg = validate(self.zoo, saved=True)
-            self.zoo = dict(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-            self.vocab_size = padded_vocab(cfg)  # the width of the logits
-            self.hidden_size = cfg.d_model
-            if cfg.max_length is not None:
-                self.max_position_embeddings = cfg.max_length
-            self.tie_word_embeddings = bool(cfg.tie_embeddings)
-            if cfg.tokenizer == "byte":
-                # another tokenizer brings its own; a wrong id here would end texts at the wrong token
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                    setattr(self, name, 0 if getattr(self, name) is None else getattr(self, name))
-        super().__post_init__(**kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As transformers, with the ``config.yaml`` that says the same."""
-        if self.zoo is not None:
-            write_config(validate(self.zoo), Path(save_directory))
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Residual blocks."""
-        return 0 if self.zoo is None else len(expand(self.zoo["layers"]))
-
-    @num_hidden_layers.setter
-    def num_hidden_layers(self, value: int) -> None:
-        if value != self.num_hidden_layers:
-            raise ValueError(_FOLLOWS.format(name="num_hidden_layers", value=value, own=self.num_hidden_layers))
-
-    def check(self) -> None:
-        """Raise a ``ValueError`` where a field says something else than the ``zoo`` part that it follows from."""
-        if self.zoo is None:
-            raise ValueError(
-                "HybridZooConfig.zoo: is missing. Build the config with HybridZooConfig(zoo=...) from a zoo config."
-            )
-        as_it_should = HybridZooConfig(zoo=self.zoo)
-        longest = getattr(self, "max_position_embeddings", None)
-        if longest != self.zoo["max_length"]:
-            # decides nothing but how far the model is evaluated
-            self.zoo = {**self.zoo, "max_length": longest}
-        for name in ("vocab_size", "hidden_size", "tie_word_embeddings"):
-            value, own = getattr(self, name), getattr(as_it_should, name)
-            if value != own:
-                raise ValueError(_FOLLOWS.format(name=name, value=value, own=own))
-
-
-class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
+class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
     """A zoo language model as transformers knows it; ``core`` is the model itself."""
 
-    config: HybridZooConfig
-    config_class = HybridZooConfig
-    base_model_prefix = "backbone"
     cache_name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
-    # the auxiliary loss and the routers' statistics of the last call, for which transformers' outputs have no place
-    reported: tuple[Tensor | None, list[dict[str, Any]]] = (None, [])
     _is_stateful = True  # recurrent states cannot be rolled back: assisted decoding is refused
-    _no_split_modules = ["Block"]  # noqa: RUF012
     _fsdp_plan = {  # noqa: RUF012
         "backbone.embedding": "free_full_weight",
         "backbone.layers.*": "free_full_weight",
@@ -130,73 +38,6 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
     }
     _supports_sdpa = True
     _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012
-
-    def __init__(self, config: HybridZooConfig, core: Model | None = None):
-        super().__init__(config)
-        config.check()
-        made: Any = task_of(config.zoo or {})(config.zoo) if core is None else core
-        # not registered as a submodule: its parts are, under the keys they have in the core itself
-        object.__setattr__(self, "core", made)
-        self.backbone, self.lm_head = made.backbone, made.lm_head
-        # one table of parts for both: what PEFT or a new vocabulary puts in the place of one is what the core computes with
-        made._modules = self._modules
-        self._tied_weights_keys = _tied_names(made)
-        mixers = (mixer for mixer in made.modules() if isinstance(mixer, Mixer))
-        self._keep_in_fp32_modules_strict = {name for mixer in mixers for name in mixer.fp32_parameters}
-        for p in made.parameters():
-            # by its layer; one without memory is still to be loaded
-            p._is_hf_initialized = not p.is_meta
-        self.post_init()
-
-    @classmethod
-    def wrap(cls, model: Model) -> "HybridZooForCausalLM":
-        """The adapter around an existing model; both share every weight.
-
-        Raises:
-            ValueError: It has another task.
-        """
-        if model.hf_class != cls.__name__:
-            raise ValueError(
-                f"{cls.__name__}: cannot be around a model whose task is {model.task!r}. Use the model itself."
-            )
-        content = hf_config(model)
-        ids = model.metadata.get("config.json", {})
-        config = HybridZooConfig(zoo=content["zoo"], auto_map=content["auto_map"], dtype=content["dtype"], **ids)
-        adapter = cls(config, core=model)
-        if GENERATION in model.metadata:
-            adapter.generation_config = GenerationConfig.from_dict(model.metadata[GENERATION])
-        return adapter
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers, from a folder that nobody saves to meanwhile."""
-        name, load = pretrained_model_name_or_path, super().from_pretrained
-        folder = Path(name, kwargs.get("subfolder") or "") if name is not None and os.path.isdir(name) else None
-        loaded = load(name, *args, **kwargs) if folder is None else steady(folder, lambda: load(name, *args, **kwargs))
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.core.source, model.core.metadata = folder, known_about_text(model)
-        return loaded
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As transformers; but all files take their places at once, and those of the model that was there go, as with ``zoo.save``."""
-        folder, core = Path(save_directory), as_it_is(self.core)
-        if core.cfg.tie_embeddings != self.core.cfg.tie_embeddings:
-            self.core.cfg.tie_embeddings = self.config.tie_word_embeddings = core.cfg.tie_embeddings
-            self.config.zoo = {**(self.config.zoo or {}), "tie_embeddings": core.cfg.tie_embeddings}
-        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
-        shared = getattr(self.config, "distributed_config", None) is not None or kwargs.get("distributed_checkpoint")
-        if shared or push_to_hub or not is_main_process or folder.is_file():
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        with publishing(folder, lambda new: superseded(folder, new)) as place:
-            super().save_pretrained(place, **kwargs)
 
     def forward(
         self,
@@ -278,31 +119,6 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         processors.insert(0, Finite())
         return processors
 
-    def _set_gradient_checkpointing(self, *args, every_n_layers: int = 1, **kwargs) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        # transformers counts layers of its own kind alone
-        self.backbone.checkpoint_every = every_n_layers
-
-    def _replicate_for_data_parallel(self) -> "HybridZooForCausalLM":
-        # nn.DataParallel gives a replica a table of parts of its own, on its device; so must its core have it
-        replica = super()._replicate_for_data_parallel()
-        object.__setattr__(replica, "core", copy.copy(self.core))
-        replica.core._modules = replica._modules
-        return replica
-
-    def initialize_weights(self) -> None:
-        """Give the tensors that a file lacks the values of a new model; all others have theirs, from the file or from their layers."""
-        if getattr(self, "_is_hf_initialized", False):
-            return  # another process has the values, and sends them
-        lacking = [name for name, p in self.core.named_parameters() if not getattr(p, "_is_hf_initialized", p.is_meta)]
-        redraw(self.core, lacking)
-
-    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """Not as transformers: tied names are one parameter here, which is missing if the file has none of them."""
-        untied = loading_info.missing_keys - set(self.all_tied_weights_keys)
-        there = {name for name in untied if getattr(self.get_parameter_or_buffer(name), "_is_hf_initialized", False)}
-        loading_info.missing_keys -= there
-
     def _init_weights(self, module: nn.Module) -> None:
         # asked for rows of a new vocabulary
         if isinstance(module, nn.Embedding | nn.Linear):
@@ -333,12 +149,6 @@ class HybridZooForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         self.config.zoo = {**(self.config.zoo or {}), **sizes}
         self.config.vocab_size = rows
         return embedding
-
-
-def _tied_names(core: Model) -> dict[str, str]:
-    first: dict[int, str] = {}
-    sources = ((name, first.setdefault(id(p), name)) for name, p in core.named_parameters(remove_duplicate=False))
-    return {name: source for name, source in sources if source != name}
 
 
 AutoConfig.register("hybridzoo", HybridZooConfig, exist_ok=True)
