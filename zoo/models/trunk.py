@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...layers.adapter import Adapter
 from ...layers.base import Seq
-from ...layers.common import dtype_read, is_captured, scaled
+from ...layers.common import dtype_read, is_captured, scaled, upcast
 from ...layers.norm import make_norm
 from ...layers.patches import Map
 from ..config.resolve import Resolved
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         """
         if passed is not None:
             passed.append(x)
-        x = x.float() if self.residual_in_fp32 else x
+        x = upcast(x) if self.residual_in_fp32 else x
         before = (None,) * len(self.layers) if state is None else state.layers
         after: list[Any] = []
         aux: dict[str, list] = {}
@@ -132,11 +132,11 @@ class Backbone(nn.Module):
         if maps is not None:
             maps.append((x, grid))
         x, grid = part(x, grid)
-        return (x.float() if self.residual_in_fp32 else x), Seq.from_grid(grid, x.shape[0], x.shape[1], x.device)
+        return (upcast(x) if self.residual_in_fp32 else x), Seq.from_grid(grid, x.shape[0], x.shape[1], x.device)
 
     def step(self, x: Tensor, state: ModelState) -> Tensor:
         """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
-        x = x.float() if self.residual_in_fp32 else x
+        x = upcast(x) if self.residual_in_fp32 else x
         stream = Stream(x, embedding=x)
         self._callables()
         for block, s in zip(self.blocks, state.layers, strict=True):
