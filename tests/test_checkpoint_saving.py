@@ -154,13 +154,13 @@ def test_a_file_that_is_replaced_after_it_was_opened_does_not_mix(tmp_path, monk
     from hybridzoo.zoo.checkpoint import reading
 
     zoo.save(filled(1.0), tmp_path)
-    real, other = reading._fill, filled(2.0)
+    real, other = reading.fill, filled(2.0)
 
     def saved_in_between(*args):
         zoo.save(other, tmp_path)
         return real(*args)
 
-    monkeypatch.setattr(reading, "_fill", saved_in_between)
+    monkeypatch.setattr(reading, "fill", saved_in_between)
     assert seen(tmp_path) == {1.0}
     monkeypatch.undo()
     assert seen(tmp_path) == {2.0}
@@ -170,7 +170,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path, monkeyp
     from hybridzoo.zoo.checkpoint import reading
 
     zoo.save(filled(1.0), tmp_path)
-    real, file = reading._fill, tmp_path / "model.safetensors"
+    real, file = reading.fill, tmp_path / "model.safetensors"
 
     def overwritten(*args):
         with open(file, "r+b") as f:  # in place, as other libraries do
@@ -179,7 +179,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path, monkeyp
         os.utime(file, (1, 1))
         return real(*args)
 
-    monkeypatch.setattr(reading, "_fill", overwritten)
+    monkeypatch.setattr(reading, "fill", overwritten)
     with pytest.raises(CheckpointError, match=r"model.safetensors: was written to while it was read"):
         zoo.load(tmp_path)
 

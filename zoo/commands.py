@@ -26,7 +26,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the config: d_model=256 mixers.mamba.d_state=8", show_default=False),
 ]
-Format = enum.StrEnum("Format", ["hf", "mamba_ssm", "hybridzoo"])
+Format = enum.StrEnum("Format", ["hf", "mamba_ssm", "hybridzoo", "vmamba", "vim"])
 Dtype = enum.StrEnum("Dtype", ["float32", "bfloat16", "float16"])
 
 
@@ -238,10 +238,18 @@ def generate(
 @app.command(epilog="Example: [bold]zoo convert state-spaces/mamba-130m out/ --to hf[/bold]")
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A folder of ours, transformers' or mamba-ssm's, or a hub id.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A folder of ours, transformers' or mamba-ssm's, a hub id, or a .pth file of VMamba or Vim.",
+        ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="DST", help="A new folder; it appears when it is complete.")],
-    to: Annotated[Format, typer.Option(help="The format to write.")] = Format.hf,
+    to: Annotated[
+        Format | None, typer.Option(help="The format to write.", show_default="hf for texts, hybridzoo for others")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="The config of a file without any; found in its tensors.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of a training's file: model, or model_ema.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rewrite a checkpoint in another format, bit for bit, and print what matched."""
@@ -249,7 +257,7 @@ def convert(
 
     # as a Text: in a plain string, brackets would be markup
     with Console(stderr=True).status(Text(printable(f"{source} -> {folder}"))):
-        report = run(source, folder, to.value)
+        report = run(source, folder, to and to.value, config=config, weights=weights)
     if as_json:
         return print_json(dataclasses.asdict(report))
     print_report(report)

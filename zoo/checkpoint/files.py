@@ -25,9 +25,9 @@ _DEEPEST_JSON = 64
 
 
 def open_source(source: Any) -> Path:
-    """The folder that ``source`` names: itself, or the snapshot of a hub id, downloaded if it is not there yet."""
+    """The folder or file that ``source`` names: itself, or the snapshot of a hub id, downloaded if it is not there yet."""
     folder = Path(source)
-    if folder.is_dir():
+    if folder.is_dir() or folder.is_file():
         return folder
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         raise CheckpointError(
@@ -47,6 +47,8 @@ def open_source(source: Any) -> Path:
         got = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "*.safetensors"], **here))
         if not any(got.glob("*.safetensors")):
             got = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "*.bin"], **here))
+            if not any(got.glob("*.bin")):
+                got = Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, "*.pth"], **here))
     except Exception as e:
         reason = why or f"{type(e).__name__}: {(str(e).strip() or 'no reason').splitlines()[0]}"
         raise CheckpointError(

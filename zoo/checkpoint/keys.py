@@ -14,7 +14,8 @@ from ..registry import get_mixer
 
 __all__ = ["Part", "Piece", "View", "attention", "experts", "gated_mlp", "halves", "layer_count", "rows", "same"]
 
-Index = tuple[slice | int, ...]
+# None is a dimension of size 1 more
+Index = tuple[slice | int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Part:
 class View:
     """A model, perhaps on the meta device, as a converter sees it: its blocks, and the names and shapes of its parameters.
 
-    ``stored`` names the tensors to be read, none when writing. Where a family's files have come in two forms, they tell which.
+    ``stored`` has the shapes of the tensors to be read, none when writing. Where a family's files have come in two forms, they tell which.
     """
 
-    def __init__(self, model: Model, stored: frozenset[str] = frozenset()):
-        self.cfg, self.stored = model.cfg, stored
+    def __init__(self, model: Model, stored: Mapping[str, tuple[int, ...]] | None = None):
+        self.cfg, self.stored = model.cfg, stored or {}
         # shared blocks once, under their first name
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         specs = model.specs

@@ -20,6 +20,7 @@ from ..config.files import read_config as read_yaml
 from ..config.resolve import validate
 from ..errors import CheckpointError, shortened
 from ..models.model import Model
+from ..models.tasks import task_of
 from ..tokenizer import tokenizer_files, tokenizer_folder
 from .files import SPECIAL_IDS, dump, open_regular, read_json
 from .publish import GENERATION, publishing, write_whole
@@ -27,7 +28,7 @@ from .tensors import READABLE
 
 __all__ = ["as_it_is", "as_saved", "assign", "fp32_names", "hf_config", "read_config", "save", "superseded"]
 
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.yaml", "preprocessor_config.json"
 # a tokenizer's files are one set, which is written whole or left alone
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
@@ -38,14 +39,14 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bi
 # read by transformers where the package was not imported first (trust_remote_code)
 _REMOTE_CODE = '''"""Lets transformers' Auto classes read this folder with trust_remote_code=True; needs `pip install hybridzoo[hf]`."""
 
-from hybridzoo.zoo.hf import HybridZooConfig, HybridZooForCausalLM
+from hybridzoo.zoo.hf import {names}
 
-__all__ = ["HybridZooConfig", "HybridZooForCausalLM"]
+__all__ = [{quoted}]
 '''
 
 
 def save(model: Model, folder: str | os.PathLike[str]) -> Path:
-    """Write a model so that ``zoo.load`` and transformers' ``AutoModelForCausalLM`` can read it.
+    """Write a model so that ``zoo.load`` and transformers' Auto classes can read it.
 
     All files take their places at once: a save that is interrupted, at whatever moment, leaves the model that was there or the new one.
     Weights of the model that was there go; files of other kinds are left alone. The tokenizer's files and what is known about generating
@@ -83,6 +84,7 @@ def superseded(folder: Path, new: set[str]) -> Iterable[str]:
     if WEIGHTS not in new and f"{WEIGHTS}.index.json" not in new:
         return ()  # no model, but an adapter's own files, say
     old = {p.name for p in folder.iterdir() if _WEIGHTS.fullmatch(p.name) or p.name == GENERATION}
+    old |= {PROCESSOR}
     return old | set(TOKENIZER if new & set(TOKENIZER) else ())
 
 
@@ -152,6 +154,8 @@ def known_about_text(adapter: Any) -> dict[str, dict[str, Any]]:
     before = adapter.core.metadata
     ids = {name: getattr(adapter.config, name, None) for name in SPECIAL_IDS}
     ids = {name: value for name, value in ids.items() if value is not None or name in before.get("config.json", {})}
+    if getattr(adapter, "generation_config", None) is None:
+        return {"config.json": ids} if ids else {}
     generation = adapter.generation_config.to_diff_dict()
     for name in {"transformers_version", "_from_model_config"} - before.get(GENERATION, {}).keys():
         generation.pop(name, None)
@@ -162,12 +166,20 @@ def known_about_text(adapter: Any) -> dict[str, dict[str, Any]]:
 
 def write_config(cfg: DictConfig, place: Path) -> None:
     """Write what people read, and what transformers runs where the package was not imported first."""
+    cls = task_of(cfg)
+    classes = cls.auto_classes(cfg).values()
+    code = _REMOTE_CODE.format(names=", ".join(classes), quoted=", ".join(f'"{name}"' for name in classes))
     write_whole(place / CONFIG, OmegaConf.to_yaml(cfg))
-    write_whole(place / "modeling_hybridzoo.py", _REMOTE_CODE)
+    if classes:
+        write_whole(place / "modeling_hybridzoo.py", code)
+    for name, content in cls.companions(cfg).items():
+        write_whole(place / name, dump(content))
 
 
 def write_companions(model: Model, place: Path, target: Path) -> None:
     """The tokenizer's files and those about generating, for a model whose folder shall be ``target``."""
+    if "tokenizer" not in model.cfg:
+        return
     source, byte = model.source, model.cfg.tokenizer == "byte"
     at = tokenizer_folder(model.cfg.tokenizer, source)
     files = [name for name in TOKENIZER if at is not None and (at / name).is_file()]
@@ -211,9 +223,14 @@ def hf_config(model: Model) -> dict[str, Any]:
     """The ``config.json`` under which transformers knows the model."""
     config: dict[str, Any] = {"model_type": "hybridzoo"}
     if model.hf_class is not None:
-        auto, code = "AutoModel" + model.hf_class.removeprefix("HybridZoo"), "modeling_hybridzoo"
         config["architectures"] = [model.hf_class]
-        config["auto_map"] = {"AutoConfig": f"{code}.HybridZooConfig", auto: f"{code}.{model.hf_class}"}
+        classes = model.auto_classes(model.cfg)
+        config["auto_map"] = {auto: f"modeling_hybridzoo.{name}" for auto, name in classes.items()}
+    if names := model.cfg.get("labels"):
+        config |= {
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
     return config | {
         **model.metadata.get("config.json", {}),
         "zoo": OmegaConf.to_container(model.cfg),

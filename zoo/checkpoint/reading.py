@@ -1,4 +1,4 @@
-"""``zoo.load``: a folder or hub id in any format that the zoo knows becomes a model.
+"""A folder in any format that the zoo knows becomes a model.
 
 The format is told by ``config.json``: its ``model_type`` is ours or one of transformers', and one with ``d_model`` and ``n_layer`` is
 mamba-ssm's. The model is built on the meta device, names and shapes of all stored tensors are checked
@@ -17,7 +17,6 @@ import torch
 
 from ...layers.moe import Router
 from ..config.resolve import Resolved, block_specs
-from ..device import pick_device
 from ..errors import CheckpointError, ConfigError, nearest
 from ..models.model import Model
 from ..models.tasks import task_of
@@ -25,39 +24,22 @@ from . import native
 from .blame import in_words_of_file
 from .family import Family, Pieces
 from .fields import Fields
-from .files import open_source, read_json, read_metadata
+from .files import read_json, read_metadata
 from .inspect import detect, read_config
 from .keys import Piece, View, layer_count
 from .publish import steady
+from .report import LoadReport
 from .tensors import READABLE, Stored, check_one_set, stored_tensors
 
-__all__ = ["load"]
+__all__ = ["checked", "fill", "load_folder", "one_precision", "shape_of"]
 
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
-def load(
-    source: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+def load_folder(
+    folder: Path, source: str | os.PathLike[str], *, device: torch.device, dtype: torch.dtype | None = None
 ) -> Any:
-    """Read a model that the zoo, transformers or mamba-ssm has written.
-
-    Args:
-        source: A folder, or a hub id such as ``"state-spaces/mamba-130m"`` (downloaded through huggingface_hub).
-        device: Where the weights go; the CPU by default.
-        dtype: What they are cast to; by default they stay as stored, or, where the files mix precisions, have the one that
-            ``config.json`` states, as in transformers. Parameters that must be float32 are.
-
-    Returns:
-        The model in evaluation mode, of its task's class: a :class:`~hybridzoo.zoo.models.causal_lm.CausalLM`, say.
-
-    Raises:
-        CheckpointError: A file is missing, damaged or hostile, its tensors do not fit the config, the family is unknown, or the folder
-            is being written to.
-        ConfigError: The config of one of our own folders is not valid.
-        ValueError: The device is not there; nothing has been read or downloaded then.
-    """
-    device = pick_device("cpu" if device is None else device, meta=True)
-    folder = open_source(source)
+    """Read the model in a folder, which ``source`` names; the rest is as for :func:`~.loading.load`."""
     with contextlib.ExitStack() as files:
 
         def opened() -> tuple[Family, Any, dict[str, Stored], dict[str, dict[str, Any]]]:
@@ -72,11 +54,13 @@ def load(
         family, cfg, stored, metadata = steady(folder, opened)
         model, pieces = _matched(family, cfg, stored, folder)
         if dtype is None:
-            dtype = _one_precision(model, pieces, stored, folder)
-        _fill(model, pieces, stored, device, dtype)
+            dtype = one_precision(model, pieces, stored, folder)
+        fill(model, pieces, stored, device, dtype)
     # absolute: its tokenizer may be asked for when the process is in another folder
     model.source, model.metadata = folder.absolute(), metadata
     model.family = None if isinstance(family, Own) else family.model_type
+    left_out = tuple(sorted(stored.keys() - pieces.keys()))
+    model.load_report = LoadReport(str(folder), family.model_type, matched=tuple(pieces), unexpected=left_out)
     return model.eval()
 
 
@@ -107,14 +91,15 @@ def _matched(family: Family, cfg: Any, stored: dict[str, Stored], folder: Path) 
         fields = Fields(read_json(folder / "config.json"), folder / "config.json")
         what = in_words_of_file(str(e), family, fields, family.read(fields))
         raise CheckpointError(f"{fields.file}: describes no model that works: {what}") from e
-    view = View(model, frozenset(stored))
-    if model.cfg.tie_embeddings and HEAD in stored:
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    view = View(model, shapes)
+    if model.cfg.get("tie_embeddings") and HEAD in stored:
         table = next(piece.theirs for piece in family.keys(view) if piece.ours == EMBEDDING)
         if table in stored and not _equal(stored[table], stored[HEAD]):
             model.cfg.tie_embeddings = False
             model = type(model)(Resolved(model.cfg, model.specs), device="meta")
-            view = View(model, frozenset(stored))
-    return model, _checked(view, family, stored, folder)
+            view = View(model, shapes)
+    return model, checked(view, family, stored, folder)
 
 
 def _check_size(cfg: Any, stored: dict[str, Any], folder: Path) -> None:
@@ -146,7 +131,7 @@ def _floating(tensor: Stored, name: str) -> Stored:
     return tensor
 
 
-def _one_precision(model: Model, pieces: Pieces, stored: dict[str, Stored], folder: Path) -> torch.dtype | None:
+def one_precision(model: Model, pieces: Pieces, stored: dict[str, Stored], folder: Path) -> torch.dtype | None:
     """Choose the precision of weights that are stored in several; ``None`` if they are of one, as layers need them.
 
     Apart are those that are kept in float32 anyway, and routers, which compute in a precision of their own.
@@ -165,23 +150,24 @@ def _one_precision(model: Model, pieces: Pieces, stored: dict[str, Stored], fold
     return functools.reduce(torch.promote_types, kinds)
 
 
-def _checked(view: View, family: Family, stored: dict[str, Stored], folder: Path) -> Pieces:
+def checked(view: View, family: Family, stored: dict[str, Stored], folder: Path) -> Pieces:
     """The pieces by stored tensor, once everything that the model needs is known to be there in the right shape."""
     pieces = family.pieces(view)
     for name in pieces:
         if name not in stored:
             raise CheckpointError(
-                f"{folder}: tensor {name!r} is missing. The files are not complete, or config.json is another's."
+                f"{folder}: tensor {name!r} is missing. The files are not complete, or {family.told_by} is another's."
             )
     ignored = re.compile(family.ignored)
     for name, tensor in stored.items():
         if name not in pieces:
-            if ignored.fullmatch(name) or (view.cfg.tie_embeddings and name == HEAD):
+            if ignored.fullmatch(name) or (view.cfg.get("tie_embeddings") and name == HEAD):
                 continue  # a tied head that is stored too is equal
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} is not part of the model.{nearest(name, pieces)} Check that config.json belongs to it."
+                f"{tensor.file}: tensor {name!r} is not part of the model.{nearest(name, pieces)} Check that {family.told_by} belongs "
+                "to it."
             )
-        expected, config = shape_of(view, pieces[name]), "the config" if isinstance(family, Own) else "config.json"
+        expected, config = shape_of(view, pieces[name]), "the config" if isinstance(family, Own) else family.told_by
         if tensor.shape != expected:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, {config} makes it {expected}. Check that it belongs to it."
@@ -201,9 +187,10 @@ def shape_of(view: View, pieces: Iterable[Piece]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _fill(
+def fill(
     model: Model, pieces: Pieces, stored: dict[str, Stored], device: torch.device, dtype: torch.dtype | None
 ) -> None:
+    """Read the stored tensors into a model on the meta device, each into its places, onto a device and in a precision."""
     pinned = native.fp32_names(model)
     # which tensor of theirs is the first to fill a place; a family may store what is shared more than once
     filled: dict[tuple[str, str], str] = {}

@@ -14,6 +14,7 @@ import os
 import pickle
 import pickletools
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,17 @@ from torch import Tensor
 from ..errors import CheckpointError, shortened
 from .files import open_regular, read_json
 
-__all__ = ["READABLE", "Stored", "check_one_set", "check_state_file", "stored_in", "stored_tensors"]
+__all__ = [
+    "READABLE",
+    "Stored",
+    "check_one_set",
+    "check_state_file",
+    "plain_tensors",
+    "stored_in",
+    "stored_tensors",
+    "torch_content",
+    "unchanged",
+]
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 # a tensor takes about 120 bytes of a safetensors header, and 300 of a pickle
@@ -50,6 +61,11 @@ _STATES = _PLAIN | {
     for name in ("_reconstruct", "ndarray", "dtype", "UInt32DType")
 } | {"_codecs encode", "collections defaultdict", "builtins dict", "__builtin__ dict"}  # fmt: skip
 
+# a training's checkpoint may have settings, of which nothing is read: their classes stay away, and a dict stands for them
+_SETTINGS: list[Any] = [(OrderedDict, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode")]
+_MAKES_OBJECTS = frozenset("STACK_GLOBAL INST OBJ NEWOBJ NEWOBJ_EX EXT1 EXT2 EXT4".split())
+_TRAINING = _STATES | {"argparse Namespace", "yacs.config CfgNode", "NEWOBJ"}
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -69,9 +85,8 @@ def stored_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
     """
     found: dict[str, Stored] = {}
     with contextlib.ExitStack() as files:
-        opened = [(file, files.enter_context(open_regular(file))) for file in _weight_files(folder)]
-        before = [_version(handle) for _, handle in opened]
-        for file, handle in opened:
+        for file in _weight_files(folder):
+            handle = files.enter_context(unchanged(file))
             read = stored_in if file.suffix == ".safetensors" else _torch_file
             for name, stored in read(file, handle):
                 if name in found:
@@ -80,9 +95,16 @@ def stored_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
                     )
                 found[name] = stored
         yield found
-        for (file, handle), version in zip(opened, before, strict=True):
-            if _version(handle) != version:
-                raise CheckpointError(f"{file}: was written to while it was read. Load it again when that is done.")
+
+
+@contextlib.contextmanager
+def unchanged(file: Path) -> Iterator[BinaryIO]:
+    """A file opened for reading; at the end of the block, one that was written to meanwhile is refused."""
+    with open_regular(file) as handle:
+        before = _version(handle)
+        yield handle
+        if _version(handle) != before:
+            raise CheckpointError(f"{file}: was written to while it was read. Load it again when that is done.")
 
 
 def _version(handle: BinaryIO) -> tuple[int, int]:
@@ -192,17 +214,26 @@ def _fill(handle: BinaryIO, at: int, place: memoryview, file: Path) -> None:
 
 
 def _torch_file(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
-    size = os.fstat(handle.fileno()).st_size
-    with _damage(file):
+    return plain_tensors(file, handle, torch_content(file, handle))
+
+
+def torch_content(file: Path, handle: BinaryIO, settings: bool = False) -> Any:
+    """The content of a file of ``torch.save``: tensors alone, or with ``settings`` a training's checkpoint, which is data too."""
+    with _damage(file), torch.serialization.safe_globals(_SETTINGS if settings else []):
         # files of before torch 1.6 are no zip archives and cannot be mapped
         zipped = zipfile.is_zipfile(handle)
-        _check_pickles(file, handle, zipped, _PLAIN)
+        _check_pickles(file, handle, zipped, _TRAINING if settings else _PLAIN)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     if not os.path.samestat(os.stat(file), os.fstat(handle.fileno())):
         raise CheckpointError(f"{file}: was replaced while it was read. Load it again when that is done.")
+    return content
+
+
+def plain_tensors(file: Path, handle: BinaryIO, content: Any) -> Iterator[tuple[str, Stored]]:
+    """The tensors of a dict from a file of torch's, each known to be plain numbers that lie in the file."""
+    size, total = os.fstat(handle.fileno()).st_size, 0
     if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected a dict of tensors by name.")
-    total = 0
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{file}: {name!r} is a {type(tensor).__name__}, expected a tensor.")
@@ -282,7 +313,7 @@ def _check_names(file: Path, stream: Any, allowed: frozenset[str]) -> None:
             module, _, name = str(arg).partition(" ")
             if arg in allowed or (module in ("torch", "torch.storage") and _names_numbers(name)):
                 continue
-        elif op.name not in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
+        elif op.name in allowed or op.name not in _MAKES_OBJECTS:
             continue
         raise CheckpointError(
             f"{file}: is damaged, or wants to run code, which is refused ({shortened(str(arg or op.name))}: plain tensors need none). "

@@ -1,6 +1,5 @@
 """Write a model in another library's format, and convert folders from one format to another."""
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,82 +10,63 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...layers.common import weight_dtype
+from ..config.plain import first_line
+from ..config.stages import pattern_of
 from ..errors import CheckpointError
 from ..layout import expand, split_token
 from ..models.causal_lm import CausalLM, padded_vocab
 from ..models.model import Model
+from ..models.tasks import task_of
 from . import native
-from .families import FAMILIES
-from .family import Family
+from .families import FAMILIES, FILE_FAMILIES
+from .family import Family, FileFamily, Shapes
 from .fields import Fields
-from .files import SPECIAL_IDS, dump, open_source
+from .files import SPECIAL_IDS, dump
 from .keys import View
+from .loading import STRUCTURE, load
 from .publish import GENERATION, check_new, new_folder
-from .reading import load, shape_of
-from .tensors import stored_tensors
+from .reading import shape_of
+from .report import LoadReport, Report
 
-__all__ = ["Report", "convert", "export"]
+__all__ = ["convert", "export"]
 
-FORMATS = ("hf", "mamba_ssm", "hybridzoo")
+FORMATS = ("hf", "mamba_ssm", "hybridzoo", *FILE_FAMILIES)
 _SHARD = 5 * 10**9
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """The outcome of :func:`convert`.
-
-    Attributes:
-        source: Format that was read: ``hybridzoo`` or a ``model_type``.
-        target: Format that was written, likewise.
-        tensors: Parameters of the model, shared ones once.
-        parameters: Numbers in them.
-        pattern: The model's layers.
-        files: What the new folder holds.
-        left_out: Stored tensors that are not taken: copies of a tied head, tables, layers that nobody loads.
-    """
-
-    source: str
-    target: str
-    tensors: int
-    parameters: int
-    pattern: str
-    files: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-        left_out = f"\nleft out {len(self.left_out)} that the model does not need: {some}" if self.left_out else ""
-        return (
-            f"{self.source} -> {self.target}: all {self.tensors} tensors matched, {self.parameters:,} parameters, "
-            f"layers {self.pattern}{left_out}\nwrote {', '.join(self.files)}"
-        )
-
-
-def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], to: str = "hf") -> Report:
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    to: str | None = None,
+    *,
+    config: Any = None,
+    weights: str | None = None,
+) -> Report:
     """Read a model in any format, and write it in another.
 
     Args:
         source: As for ``zoo.load``.
         folder: A new folder.
-        to: As for :func:`export`. Tokenizer files, generation settings and the ids of special tokens are copied along.
+        to: As for :func:`export`; by default ``"hf"`` for a language model, and ``"hybridzoo"`` for any other. Tokenizer files, generation
+            settings and the ids of special tokens are copied along.
+        config: As for ``zoo.load``, where the source is a file of weights.
+        weights: Likewise.
 
     Raises:
         CheckpointError: As ``zoo.load`` and :func:`export`; no folder is left behind then.
     """
-    _check_format(to)
+    if to is not None:
+        _check_format(to)
     # before the weights are read, which may take minutes
     check_new(Path(folder))
-    place = open_source(source)
-    model = load(source)
+    model = load(source, config=config, weights=weights)
     with new_folder(Path(folder)) as new:
-        target = _write(model, new, to)
+        target = _write(model, new, to or ("hf" if isinstance(model, CausalLM) else "hybridzoo"))
         files = tuple(sorted(p.name for p in new.iterdir()))
-    with stored_tensors(place) as stored:
-        names = frozenset(stored)
-    taken = FAMILIES[model.family].pieces(View(model, names)).keys() if model.family else names
+    read: LoadReport = model.load_report
     return Report(
         source=model.family or "hybridzoo", target=target, tensors=sum(1 for _ in model.parameters()),
-        parameters=model.num_params(), pattern=model.cfg.layers, files=files, left_out=tuple(sorted(names - taken)),
+        parameters=model.num_params(), pattern=pattern_of(model.cfg), files=files, left_out=read.unexpected, part=read.part,
     )  # fmt: skip
 
 
@@ -96,10 +76,11 @@ def export(model: Model, folder: str | os.PathLike[str], to: str = "hf") -> str:
     Args:
         model: A model, or the transformers adapter around one.
         folder: A new or empty folder; it appears when it is complete.
-        to: ``"hf"``, the family of transformers that has this architecture; ``"mamba_ssm"``; or ``"hybridzoo"``, as ``zoo.save``.
+        to: ``"hf"``, the family of transformers that has this architecture; ``"mamba_ssm"``; ``"vmamba"`` or ``"vim"``, a file
+            ``model.pth`` that these projects' code reads, under the key ``model``; or ``"hybridzoo"``, as ``zoo.save``.
 
     Returns:
-        The ``model_type`` that was written, or ``"mamba_ssm"`` or ``"hybridzoo"``.
+        The ``model_type`` that was written, or the format.
 
     Raises:
         CheckpointError: The format cannot express the model, or the folder is not empty.
@@ -115,6 +96,15 @@ def _write(model: Model, place: Path, to: str) -> str:
         return to
     model = native.as_saved(model)
     view = View(model)
+    if to in FILE_FAMILIES:
+        file_family = FILE_FAMILIES[to]
+        _check_expressed(view, file_family)
+        torch.save({"model": dict(_theirs(view, file_family, model))}, place / "model.pth")
+        return to
+    if not isinstance(model, CausalLM):
+        raise CheckpointError(
+            f"to={to!r}: is for language models, and this one's task is {model.task!r}. Use to='hybridzoo'."
+        )
     family, config = _expressed(view, to, model.family)
     tensors = _theirs(view, family, model)
     if to == "mamba_ssm":
@@ -179,6 +169,25 @@ def _expressed(view: View, to: str, first: str | None = None) -> tuple[Family, d
     )
 
 
+def _check_expressed(view: View, family: FileFamily) -> None:
+    """Refuse a model that would be another one when its file is read again."""
+    name = family.model_type
+    try:
+        shapes = {theirs: shape_of(view, group) for theirs, group in family.pieces(view).items()}
+        found = family.find(Shapes(shapes, Path("model.pth")))
+        back = View(task_of(found)(found, device="meta"))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(
+            f"to={name!r}: {name} has no such layers as {pattern_of(view.cfg)!r} ({first_line(e)}). Use to='hybridzoo'."
+        ) from e
+    mine, other = image_signature(view), image_signature(back)
+    if mine != other:
+        raise CheckpointError(
+            f"to={name!r}: a file of {name} says nothing of {', '.join(differing(other, mine))}, and would be another model. Use "
+            "to='hybridzoo'."
+        )
+
+
 def _types(cfg: dict[str, Any]) -> list[str]:
     return ["+".join(cfg["mixers"][name]["type"] for name in split_token(token)[0]) for token in expand(cfg["layers"])]
 
@@ -194,6 +203,14 @@ def signature(view: View) -> dict[str, Any]:
         "norm": (cfg.norm.type, cfg.norm.eps), "d_model": cfg.d_model, "vocab": padded_vocab(cfg),
         "tied": cfg.tie_embeddings, "residual_in_fp32": cfg.residual_in_fp32,
     }  # fmt: skip
+
+
+def image_signature(view: View) -> dict[str, Any]:
+    """Everything of an image model that decides what it computes."""
+    return {
+        "blocks": [[(part.type, part.options) for part in block] for block in view.blocks], "shapes": view.shapes,
+        "streams": view.streams, "sharing": view.source,
+    } | {key: view.cfg.get(key) for key in STRUCTURE if key not in ("layers", "stages", "mixers", "override")}  # fmt: skip
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -228,7 +245,7 @@ def _as_stored(model: Model) -> dict[str, Tensor]:
     So a half-precision checkpoint is written back as it was read, and decay rates that were trained further keep their digits.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    dtype: Any = weight_dtype(model.head)
+    dtype: Any = weight_dtype(model.head) or weight_dtype(model)
     kinds: dict[str, list[str]] = {}
     for name in native.fp32_names(model) & parameters.keys():
         kinds.setdefault(name.rpartition(".")[2], []).append(name)

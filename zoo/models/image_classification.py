@@ -85,6 +85,23 @@ class ImageClassifier(Model):
         reset_normal(head, STD)
         return head
 
+    @classmethod
+    def auto_classes(cls, cfg: Any) -> dict[str, str]:
+        """As :meth:`Model.auto_classes`."""
+        # transformers' own processor lets colours through, which its pipeline makes of grey pictures, too
+        grey = {"AutoImageProcessor": "HybridZooImageProcessor"} if cfg.in_channels == 1 else {}
+        return super().auto_classes(cfg) | grey
+
+    @classmethod
+    def companions(cls, cfg: Any) -> dict[str, dict[str, Any]]:
+        """As :meth:`Model.companions`: how images are brought to the size and the range of numbers that the model was trained with."""
+        from ..images.pixels import processor_config
+
+        content = processor_config(cfg)
+        if "AutoImageProcessor" in cls.auto_classes(cfg):
+            del content["image_processor_type"]
+        return {"preprocessor_config.json": content}
+
     def make_end(self, part: str) -> nn.Module | None:
         """As of :class:`Model`: all of them draw their own values."""
         made = {"backbone.embedding": self.make_embedding, self.head_name: self.make_head}

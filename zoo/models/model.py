@@ -39,6 +39,7 @@ class Model(nn.Module):
         metadata: Facts of that folder that are about text and not about the network, by file: the ids of special tokens under
             ``"config.json"``, everything under ``"generation_config.json"``. Saving writes it back.
         family: The published family whose files it was read from, which an export tries first.
+        load_report: What was matched, missing and unexpected when it was loaded; ``None`` if it was built.
     """
 
     schema: ClassVar[type[TrunkSchema]] = ConfigSchema
@@ -54,6 +55,7 @@ class Model(nn.Module):
         self.source: Path | None = None
         self.metadata: dict[str, dict[str, Any]] = {}
         self.family: str | None = None
+        self.load_report: Any = None
         self._hooks = Hooks()
         parts = self.make_embedding(device, dtype), self.make_downsample(device, dtype)
         self.backbone = Backbone(resolved, *parts, device=device, dtype=dtype)
@@ -73,6 +75,18 @@ class Model(nn.Module):
     def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
         """Return the module that makes the model's answers of the final norm's ``(b, l, d)``, or of what is pooled from it."""
         raise NotImplementedError
+
+    @classmethod
+    def auto_classes(cls, cfg: Any) -> dict[str, str]:
+        """Return the classes of :mod:`hybridzoo.zoo.hf` that transformers reads a saved model by, under the names of its Auto classes."""
+        if cls.hf_class is None:
+            return {}
+        return {"AutoConfig": "HybridZooConfig", "AutoModel" + cls.hf_class.removeprefix("HybridZoo"): cls.hf_class}
+
+    @classmethod
+    def companions(cls, cfg: Any) -> dict[str, dict[str, Any]]:
+        """Return the content of further JSON files that transformers looks for beside a model of this config, by their names."""
+        return {}
 
     def make_end(self, part: str) -> nn.Module | None:
         """Return what stands in front of the blocks, between or behind them, anew, by its dotted name; ``None`` if a draw tells no more.
