@@ -3,26 +3,39 @@
 The files ``hf*.py`` alone import transformers for modelling; this one has language models, and enters all into transformers' tables.
 """
 
+import importlib.util
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     GenerationMixin,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from .hf_base import Adapter, HybridZooConfig
 from .hf_calls import CACHE_NAMES, Finite, Generation, Rows, one_cache, refuse_others
+from .hf_images import HybridZooForImageClassification
 from .models.causal_lm import padded_vocab
 from .models.state import StateCache
 from .tokenizer import byte_tokenizer
 
-__all__ = ["HybridZooConfig", "HybridZooForCausalLM", "StateCache", "byte_tokenizer"]
+__all__ = [
+    "HybridZooConfig",
+    "HybridZooForCausalLM",
+    "HybridZooForImageClassification",
+    "StateCache",
+    "byte_tokenizer",
+]
 
 
 class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
@@ -124,14 +137,6 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
         if isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=self.core.cfg.initializer_range)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.backbone.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another token embedding in place."""
-        self.backbone.embedding = value
-
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
@@ -153,5 +158,14 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
 
 AutoConfig.register("hybridzoo", HybridZooConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridZooConfig, HybridZooForCausalLM, exist_ok=True)
+AutoModelForImageClassification.register(HybridZooConfig, HybridZooForImageClassification, exist_ok=True)
 # the Trainer's label smoothing shifts the labels of the models that stand here by name, and of no others
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("hybridzoo", HybridZooForCausalLM.__name__)
+if importlib.util.find_spec("PIL"):
+    from .hf_pixels import HybridZooImageProcessor
+
+    __all__ += ["HybridZooImageProcessor"]
+    processors = {"pil": HybridZooImageProcessor}
+    AutoImageProcessor.register(HybridZooConfig, image_processor_classes=processors, exist_ok=True)
+# a pipeline for images complains of models that do not stand here
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault("hybridzoo", HybridZooForImageClassification.__name__)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..layers.base import Mixer
 from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded, write_config
 from .checkpoint.publish import GENERATION, publishing, steady
-from .config.resolve import validate
+from .config.resolve import block_specs, resolve, validate
 from .hf_calls import CACHE_NAMES
-from .layout import expand
 from .models.causal_lm import padded_vocab
 from .models.model import Model
 from .models.redraw import redraw
@@ -25,6 +24,8 @@ from .models.tasks import task_of
 
 __all__ = ["Adapter", "HybridZooConfig"]
 
+# as transformers calls classes without names
+_UNNAMED = "LABEL_{}"
 _FOLLOWS = (
     "{name}: {value!r}, but the config's zoo part makes it {own!r}. Change it there: zoo.config(..., overrides), or zoo.load and "
     "resize_token_embeddings for another vocabulary."
@@ -49,18 +50,29 @@ class HybridZooConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.zoo is not None:
-            cfg = validate(self.zoo, saved=True)
+            resolved = resolve(self.zoo, saved=True)
+            cfg = resolved.config
             self.zoo = dict(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-            self.vocab_size = padded_vocab(cfg)  # the width of the logits
-            self.hidden_size = cfg.d_model
-            if cfg.max_length is not None:
-                self.max_position_embeddings = cfg.max_length
-            self.tie_word_embeddings = bool(cfg.tie_embeddings)
-            if cfg.tokenizer == "byte":
-                # another tokenizer brings its own; a wrong id here would end texts at the wrong token
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                    setattr(self, name, 0 if getattr(self, name) is None else getattr(self, name))
+            self.hidden_size = resolved.specs[-1].d_model
+            self.tie_word_embeddings = bool(cfg.get("tie_embeddings"))
+            if "vocab_size" in cfg:
+                self._follow_text(cfg)
+            if "image_size" in cfg:
+                self.image_size, self.num_channels = cfg.image_size, cfg.in_channels
+            if "n_classes" in cfg and self.id2label is None:
+                names = cfg.labels or [_UNNAMED.format(i) for i in range(cfg.n_classes)]
+                self.id2label = dict(enumerate(names))
+                self.label2id = {name: i for i, name in self.id2label.items()}
         super().__post_init__(**kwargs)
+
+    def _follow_text(self, cfg: Any) -> None:
+        self.vocab_size = padded_vocab(cfg)  # the width of the logits, of a language model
+        if cfg.max_length is not None:
+            self.max_position_embeddings = cfg.max_length
+        if cfg.tokenizer == "byte":
+            # another tokenizer brings its own; a wrong id here would end texts at the wrong token
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(self, name, 0 if getattr(self, name) is None else getattr(self, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As transformers, with the ``config.yaml`` that says the same."""
@@ -71,7 +83,7 @@ class HybridZooConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """Residual blocks."""
-        return 0 if self.zoo is None else len(expand(self.zoo["layers"]))
+        return 0 if self.zoo is None else len(block_specs(self.zoo))
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
@@ -85,14 +97,28 @@ class HybridZooConfig(PreTrainedConfig):
                 "HybridZooConfig.zoo: is missing. Build the config with HybridZooConfig(zoo=...) from a zoo config."
             )
         as_it_should = HybridZooConfig(zoo=self.zoo)
-        longest = getattr(self, "max_position_embeddings", None)
-        if longest != self.zoo["max_length"]:
+        if (
+            "max_length" in self.zoo
+            and (longest := getattr(self, "max_position_embeddings", None)) != self.zoo["max_length"]
+        ):
             # decides nothing but how far the model is evaluated
             self.zoo = {**self.zoo, "max_length": longest}
-        for name in ("vocab_size", "hidden_size", "tie_word_embeddings"):
-            value, own = getattr(self, name), getattr(as_it_should, name)
+        for name in ("vocab_size", "hidden_size", "tie_word_embeddings", "image_size", "num_channels"):
+            value, own = (getattr(config, name, None) for config in (self, as_it_should))
             if value != own:
                 raise ValueError(_FOLLOWS.format(name=name, value=value, own=own))
+        if self.id2label != as_it_should.id2label and "n_classes" in self.zoo:
+            # another number of classes, or other names, are for fine-tuning: transformers asks for them so
+            self.zoo = {**self.zoo, **_classes(self.id2label or {})}
+
+
+def _classes(id2label: dict[int, str]) -> dict[str, Any]:
+    n = len(id2label)
+    if sorted(id2label) != list(range(n)) or len(set(id2label.values())) != n:
+        raise ValueError(f"id2label: expected a name of its own for every class from 0 to {n - 1}, got {id2label}.")
+    names = [str(id2label[i]) for i in range(n)]
+    unnamed = all(name == _UNNAMED.format(i) for i, name in enumerate(names))
+    return {"n_classes": n, "labels": None if unnamed else names}
 
 
 class Adapter(PreTrainedModel):
@@ -164,7 +190,7 @@ class Adapter(PreTrainedModel):
     ) -> None:
         """As transformers; but all files take their places at once, and those of the model that was there go, as with ``zoo.save``."""
         folder, core = Path(save_directory), as_it_is(self.core)
-        if core.cfg.tie_embeddings != self.core.cfg.tie_embeddings:
+        if core.cfg.get("tie_embeddings") != self.core.cfg.get("tie_embeddings"):
             self.core.cfg.tie_embeddings = self.config.tie_word_embeddings = core.cfg.tie_embeddings
             self.config.zoo = {**(self.config.zoo or {}), "tie_embeddings": core.cfg.tie_embeddings}
         kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
@@ -174,6 +200,18 @@ class Adapter(PreTrainedModel):
             return
         with publishing(folder, lambda new: superseded(folder, new)) as place:
             super().save_pretrained(place, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding: of tokens, or the stem of an image model."""
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding in place."""
+        self.backbone.embedding = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # layers have drawn their own, and initialize_weights what a file lacks
+        return
 
     def _set_gradient_checkpointing(self, *args, every_n_layers: int = 1, **kwargs) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
