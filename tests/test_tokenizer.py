@@ -11,7 +11,10 @@ import torch
 
 import hybridzoo as zoo
 from hybridzoo.zoo import hub, tokenizer
+from hybridzoo.zoo.corpus.encoding import batch_encoder, identity_of
+from hybridzoo.zoo.corpus.piece import Piece
 from hybridzoo.zoo.tokenizer import (
+    AsciiTokenizer,
     ByteTokenizer,
     appends_end,
     check_growth,
@@ -417,3 +420,41 @@ def test_a_panic_of_the_library_is_an_error_like_any_other(tmp_path):
         (tmp_path / name).write_text(json.dumps(content | (broken if name == "tokenizer.json" else {})))
     with pytest.raises(ValueError, match=r"cannot be read \(PanicException"):
         from_transformers(str(tmp_path))
+
+
+# the other one that is built in
+
+MIXED = [
+    "def f(x):\n\treturn x  # 1\r\n",
+    "",
+    "naïve Ā € 漢字 🦓 \ufffd",
+    "a\x00b\x07c\x7fd\x80",
+    "<other> <0x01>",
+    "\x0b" * 9,
+]
+
+
+def test_ascii_has_one_id_for_each_byte_and_one_for_all_that_are_not_printable_ascii(tmp_path):
+    ours, theirs = AsciiTokenizer(), tokenizer.byte_tokenizer("ascii")
+    model = zoo.build("mamba-tiny", [*TINY, "tokenizer=ascii", "vocab_size=130"])
+    model.source = zoo.save(model, tmp_path / "m")
+    stored = from_transformers(str(model.source))
+    for text in MIXED:
+        ids = [b if 32 <= b <= 126 or b in (9, 10, 13) else 128 for b in text.encode()]
+        assert ours.encode(text) == ids == theirs.encode(text) == stored.encode(text)
+    assert ours.encode("a\ud800b") == [97, 98] and ours.decode([97, 128, 129, 10]) == "a\ufffd\n"
+    assert len(stored) == stored.vocab_size == ours.vocab_size == 130
+    padded = stored(["ab", "c"], padding=True)
+    assert padded["input_ids"] == [[97, 98], [99, 129]] and padded["attention_mask"] == [[1, 1], [1, 0]]
+    assert stored.pad_token_id == ours.pad_token_id and stored.eos_token_id is None
+    assert type(zoo.load(model.source).tokenizer) is AsciiTokenizer is type(model.tokenizer)
+    for content in tokenizer.tokenizer_files("ascii").values():
+        check_growth(content)
+
+
+def test_training_reads_ascii_as_it_reads_bytes():
+    pieces = [Piece("a file", text, True, 0) for text in MIXED]
+    ids = batch_encoder(AsciiTokenizer())(pieces)
+    assert [found.tolist() for found in ids] == [AsciiTokenizer().encode(text) for text in MIXED]
+    assert document_encoder(AsciiTokenizer())[1] == 0  # an id that no text has
+    assert identity_of(AsciiTokenizer()) == "ascii" and identity_of(ByteTokenizer()) == "byte"

@@ -1,7 +1,8 @@
-"""The built-in byte tokenizer: a token is a byte, and id 0 ends a document.
+"""The tokenizers that are built in, and those of others.
 
-Byte 0 does not occur in text, so its id is free for ``<|endoftext|>``. The same table is written as a ``tokenizer.json``, so that
-transformers, lm-eval and a saved folder agree with it id by id.
+``byte``: a token is a byte, and id 0 ends a document. Byte 0 does not occur in text, so its id is free for ``<|endoftext|>``. ``ascii``: a
+token is a byte too, but all that are not printable ASCII, tab or line end are one. The same tables are written as a ``tokenizer.json``, so
+that transformers, lm-eval and a saved folder agree with them id by id.
 """
 
 import base64
@@ -16,6 +17,8 @@ from .errors import SourceError
 from .hub import unreachable
 
 __all__ = [
+    "BUILT_IN",
+    "AsciiTokenizer",
     "ByteTokenizer",
     "appends_end",
     "byte_tokenizer",
@@ -30,9 +33,10 @@ __all__ = [
     "whose",
 ]
 
-_END = "<|endoftext|>"
+_END, _PAD = "<|endoftext|>", "<|pad|>"
+_SPECIAL = ("bos_token", "eos_token", "pad_token")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-_REMEDY = "Name a folder that holds a tokenizer.json, a hub id, or byte"
+_REMEDY = "Name a folder that holds a tokenizer.json, a hub id, byte or ascii"
 # what a folder with a tokenizer in it has one of
 _OWN = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "tekken.json")
 # published ones reach 9: a space becomes a character of three bytes, perhaps twice
@@ -48,13 +52,46 @@ class ByteTokenizer:
     vocab_size = 256
     eos_token_id = 0
 
+    def in_bytes(self, text: str) -> bytes:
+        """The ids as bytes: those of the UTF-8; NUL characters are left out, since their id ends a document."""
+        return text.encode("utf-8", errors="replace").replace(b"\0", b"")
+
     def encode(self, text: str) -> list[int]:
-        """UTF-8 bytes; NUL characters are left out, since their id ends a document."""
-        return [b for b in text.encode("utf-8", errors="replace") if b]
+        """The ids of a text."""
+        return list(self.in_bytes(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a run of ids; ends of documents are left out and broken UTF-8 is replaced."""
         return bytes(i for i in ids if 0 < i < 256).decode("utf-8", errors="replace")
+
+
+class AsciiTokenizer:
+    """Text to the bytes that typeseg knows (PyPI, 0.2.7, ``_tokenize.py``); needs no files and no library.
+
+    Ids below 128 are those of printable ASCII, tab, line feed and carriage return; every other byte of the UTF-8 is 128, and 129 pads.
+    """
+
+    vocab_size = 130
+    eos_token_id = None
+    pad_token_id = 129
+    _other = 128
+    _known = frozenset(b"\t\n\r" + bytes(range(0x20, 0x7F)))
+
+    def in_bytes(self, text: str) -> bytes:
+        """The ids as bytes, one for each of the UTF-8; half characters (lone surrogates) are left out."""
+        return text.encode("utf-8", errors="ignore").translate(_ASCII)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return list(self.in_bytes(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a run of ids; what was no ASCII is replaced, and padding left out."""
+        return "".join(chr(i) if i in self._known else "\ufffd" for i in ids if 0 <= i <= self._other)
+
+
+_ASCII = bytes(b if b in AsciiTokenizer._known else AsciiTokenizer._other for b in range(256))
+BUILT_IN: dict[str, type[ByteTokenizer] | type[AsciiTokenizer]] = {"byte": ByteTokenizer, "ascii": AsciiTokenizer}
 
 
 def load_tokenizer(name: str, source: Path | None = None) -> Any:
@@ -64,11 +101,11 @@ def load_tokenizer(name: str, source: Path | None = None) -> Any:
         ValueError: There is no such tokenizer, it cannot be read, or it needs code of its own, which is never run.
     """
     found = whose(name, source)
-    return ByteTokenizer() if found == "byte" else from_transformers(found)
+    return BUILT_IN[found]() if found in BUILT_IN else from_transformers(found)
 
 
 def whose(name: str, source: Path | None) -> str:
-    """Find a model's tokenizer: ``byte`` for the built-in one, else a folder or a hub id.
+    """Find a model's tokenizer: ``byte`` or ``ascii`` for one that is built in, else a folder or a hub id.
 
     Files of a tokenizer in the model's folder go before the config, which may name a place on another machine. What the config names by a
     relative path is looked for in the model's folder; one that leads out of it is a ``ValueError``.
@@ -76,8 +113,8 @@ def whose(name: str, source: Path | None) -> str:
     if source is None:
         return name
     if any(f.is_file() for pattern in _OWN for f in source.glob(pattern)):
-        return "byte" if name == "byte" and _is_built_in(source) else str(source)
-    if name == "byte" or Path(name).is_absolute():
+        return name if name in BUILT_IN and _is_built_in(name, source) else str(source)
+    if name in BUILT_IN or Path(name).is_absolute():
         return name
     inside = source / name
     if ".." in Path(name).parts or (inside.exists() and not inside.resolve().is_relative_to(source.resolve())):
@@ -94,7 +131,7 @@ def tokenizer_folder(name: str, source: Path | None) -> Path | None:
         found = whose(name, source)
     except SourceError:
         return None  # said when the tokenizer is asked for
-    return Path(found) if found != "byte" and Path(found).is_dir() else None
+    return Path(found) if found not in BUILT_IN and Path(found).is_dir() else None
 
 
 def from_transformers(name: str) -> Any:
@@ -166,7 +203,7 @@ def ends_of_text(model: Any) -> list[int]:
 
 def appends_end(tokenizer: Any) -> bool:
     """Return whether a tokenizer puts its end of text behind every text."""
-    if isinstance(tokenizer, ByteTokenizer) or tokenizer.eos_token_id is None:
+    if isinstance(tokenizer, ByteTokenizer | AsciiTokenizer) or tokenizer.eos_token_id is None:
         return False
     ids, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     # an unknown letter may have the same id
@@ -189,9 +226,9 @@ def _encoded(encode: Callable[[str], Any], text: str) -> Any:
         ) from e
 
 
-def _is_built_in(folder: Path) -> bool:
-    # the built-in one has no chat template
-    ours = all(_content(folder / name) == content for name, content in tokenizer_files().items())
+def _is_built_in(tokenizer: str, folder: Path) -> bool:
+    # none that is built in has a chat template
+    ours = all(_content(folder / name) == content for name, content in tokenizer_files(tokenizer).items())
     return ours and not any(folder.glob("chat_template*"))
 
 
@@ -202,34 +239,49 @@ def _content(file: Path) -> Any:
         return None  # transformers says what is wrong with it
 
 
-def byte_tokenizer() -> Any:
-    """Return the byte tokenizer as transformers' class: ids 1 to 255 are bytes, 0 is ``<|endoftext|>`` (bos, eos and pad)."""
+def byte_tokenizer(name: str = "byte") -> Any:
+    """Return a built-in tokenizer as transformers' class.
+
+    Of the byte tokenizer, ids 1 to 255 are bytes, and 0 is ``<|endoftext|>`` (bos, eos and pad).
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    files = tokenizer_files(name)
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer_files()["tokenizer.json"])),
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), _END),
+        tokenizer_object=Tokenizer.from_str(json.dumps(files["tokenizer.json"])),
+        **{key: value for key, value in files["tokenizer_config.json"].items() if key in _SPECIAL},
         clean_up_tokenization_spaces=False,
     )
 
 
-def tokenizer_files() -> dict[str, dict[str, Any]]:
-    """``tokenizer.json`` and ``tokenizer_config.json`` of the byte tokenizer, as plain data."""
+def tokenizer_files(name: str = "byte") -> dict[str, dict[str, Any]]:
+    """``tokenizer.json`` and ``tokenizer_config.json`` of a built-in tokenizer, as plain data."""
+    symbols, unknown = _byte_symbols(), None
+    if name == "byte":
+        special, at, known = (
+            dict.fromkeys(_SPECIAL, _END),
+            0,
+            {symbol: byte for byte, symbol in symbols.items() if byte},
+        )
+    else:
+        special, at, unknown = {"pad_token": _PAD}, AsciiTokenizer.pad_token_id, "<other>"
+        # ids that no text has are named, since a table without gaps is what everybody can read
+        known = {symbols[i] if i in AsciiTokenizer._known else f"<{i:#04x}>": i for i in range(AsciiTokenizer._other)}
+        known[unknown] = AsciiTokenizer._other
+    (token,) = set(special.values())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = {"id": 0, "content": _END, **flags, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocab = {_END: 0} | {symbol: byte for byte, symbol in _byte_symbols().items() if byte}
     model: dict[str, Any] = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": [],
+        "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {token: at} | known, "merges": [],
     }  # fmt: skip
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
-        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": at, "content": token, **flags, "special": True}],
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model,
     }  # fmt: skip
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _END, "eos_token": _END, "pad_token": _END,
+        "tokenizer_class": "PreTrainedTokenizerFast", **special,
         "clean_up_tokenization_spaces": False, "add_bos_token": False, "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}

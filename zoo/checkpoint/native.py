@@ -21,7 +21,7 @@ from ..config.resolve import validate
 from ..errors import CheckpointError, shortened
 from ..models.model import Model
 from ..models.tasks import task_of
-from ..tokenizer import tokenizer_files, tokenizer_folder
+from ..tokenizer import BUILT_IN, tokenizer_files, tokenizer_folder
 from .files import SPECIAL_IDS, dump, open_regular, read_json
 from .publish import GENERATION, publishing, write_whole
 from .tensors import READABLE
@@ -180,10 +180,10 @@ def write_companions(model: Model, place: Path, target: Path) -> None:
     """The tokenizer's files and those about generating, for a model whose folder shall be ``target``."""
     if "tokenizer" not in model.cfg:
         return
-    source, byte = model.source, model.cfg.tokenizer == "byte"
+    source, built_in = model.source, model.cfg.tokenizer in BUILT_IN
     at = tokenizer_folder(model.cfg.tokenizer, source)
     files = [name for name in TOKENIZER if at is not None and (at / name).is_file()]
-    if source is not None and not source.is_dir() and not byte:
+    if source is not None and not source.is_dir() and not built_in:
         warnings.warn(
             f"{source}: the folder that the model was loaded from is gone, so no tokenizer's files are saved with it. Save them by the "
             "tokenizer's own save_pretrained.",
@@ -192,8 +192,8 @@ def write_companions(model: Model, place: Path, target: Path) -> None:
     if files and at is not None and not (target.exists() and at.samefile(target)):
         for name in files:
             shutil.copyfile(at / name, place / name)
-    elif byte and not files:
-        for name, content in tokenizer_files().items():
+    elif built_in and not files:
+        for name, content in tokenizer_files(model.cfg.tokenizer).items():
             (place / name).write_text(dump(content), encoding="utf-8")
     if generation := model.metadata.get(GENERATION):
         (place / GENERATION).write_text(dump(generation), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tokenizer import ByteTokenizer, appends_end, document_encoder
+from ..tokenizer import BUILT_IN, AsciiTokenizer, ByteTokenizer, appends_end, document_encoder
 from .piece import Piece
 
 __all__ = ["Encode", "batch_encoder", "identity_of"]
@@ -17,8 +17,11 @@ Encode = Callable[[Sequence[Piece]], list[np.ndarray]]
 
 def batch_encoder(tokenizer: Any) -> Encode:
     """Return the function that gives the token ids of pieces: those of :func:`document_encoder`, and of a document in parts the same."""
-    if isinstance(tokenizer, ByteTokenizer):
-        return _bytes
+    if isinstance(tokenizer, ByteTokenizer | AsciiTokenizer):
+        return lambda pieces: [
+            np.frombuffer(tokenizer.in_bytes(piece.content), dtype=np.uint8) if isinstance(piece.content, str) else piece.content
+            for piece in pieces
+        ]  # fmt: skip
     one, _ = document_encoder(tokenizer)  # says what is wrong with a tokenizer that cannot encode
     end = -1 if appends_end(tokenizer) else None
     # its threads are wanted, and said to be: it would warn of every process that reads rows later
@@ -45,19 +48,11 @@ def batch_encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def _bytes(pieces: Sequence[Piece]) -> list[np.ndarray]:
-    return [
-        np.frombuffer(piece.content.encode("utf-8", errors="replace").replace(b"\0", b""), dtype=np.uint8)
-        if isinstance(piece.content, str)
-        else piece.content
-        for piece in pieces
-    ]
-
-
 def identity_of(tokenizer: Any) -> str:
     """Return what tells a tokenizer from those that encode otherwise, whatever its name is and wherever its files are."""
-    if isinstance(tokenizer, ByteTokenizer):
-        return "byte"
+    for name, cls in BUILT_IN.items():
+        if isinstance(tokenizer, cls):
+            return name
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = backend.to_str()
