@@ -27,8 +27,9 @@ from ..zoo.errors import nearest
 from ..zoo.hf import HybridZooForCausalLM, byte_tokenizer
 from ..zoo.hub import unreachable
 from ..zoo.models.build import build
-from ..zoo.models.causal_lm import CausalLM
-from ..zoo.tokenizer import from_transformers, whose
+from ..zoo.models.model import Model
+from ..zoo.models.tasks import check_language_model
+from ..zoo.tokenizer import BUILT_IN, from_transformers, whose
 
 __all__ = ["explained", "fingerprint", "open_model", "open_tokenizer", "quiet", "reachable", "usable_device", "window"]
 
@@ -59,9 +60,10 @@ def open_model(
 
     Raises:
         CheckpointError: A folder without a config, or one that cannot be loaded.
+        SourceError: The model is no language model.
     """
-    if isinstance(pretrained, CausalLM):
-        pretrained = HybridZooForCausalLM.wrap(pretrained)
+    if isinstance(pretrained, Model):
+        pretrained = _wrapped(pretrained, type(pretrained).__name__)
     if isinstance(pretrained, torch.nn.Module):
         return (pretrained.to(device) if device else pretrained), None
     cast = None if dtype in (None, "auto") else get_dtype(dtype)
@@ -74,7 +76,7 @@ def open_model(
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return HybridZooForCausalLM.wrap(build(name, device=device, dtype=cast)), None
+            return _wrapped(build(name, device=device, dtype=cast), name), None
     try:
         folder = open_source(name)
         detect(folder)
@@ -83,7 +85,12 @@ def open_model(
             raise  # nobody's model: ours is the better message
         # a family that the zoo does not know, or no such folder: transformers knows, or says why not
         return None, None
-    return HybridZooForCausalLM.wrap(load(folder, device=device, dtype=cast)), folder
+    return _wrapped(load(folder, device=device, dtype=cast), name), folder
+
+
+def _wrapped(model: Model, name: str) -> HybridZooForCausalLM:
+    check_language_model(model, f"pretrained={name}")
+    return HybridZooForCausalLM.wrap(model)
 
 
 def reachable(name: str, revision: str | None = None) -> str:
@@ -118,9 +125,9 @@ def open_tokenizer(tokenizer: Any, model: Any, folder: Path | None, add_bos_toke
     """
     if tokenizer is None and isinstance(model, HybridZooForCausalLM):
         tokenizer = whose(model.core.cfg.tokenizer, folder or model.core.source)
-    if tokenizer == "byte":
-        tokenizer = byte_tokenizer()
-        tokenizer.name_or_path = "byte"
+    if isinstance(tokenizer, str) and tokenizer in BUILT_IN:
+        name, tokenizer = tokenizer, byte_tokenizer(tokenizer)
+        tokenizer.name_or_path = name
     elif isinstance(tokenizer, str):
         tokenizer = from_transformers(tokenizer)
     if tokenizer is not None and add_bos_token is not None and getattr(tokenizer, "add_bos_token", None) is not None:

@@ -212,6 +212,7 @@ def generate(
     from .device import pick_device
     from .models.build import build
     from .models.finite import check_finite
+    from .models.tasks import check_language_model
     from .tokenizer import encode_prompt, ends_of_text
     from .train.options import holds_weights
 
@@ -220,9 +221,11 @@ def generate(
     built: Any
     if Path(model).is_dir() or holds_weights(model):
         built = load(model, device=at)
+        check_language_model(built, model)
         check_finite(built, model)
     else:
         built = build(model, device=at).eval()
+        check_language_model(built, model)
         say(f"{model} is a config: the model is untrained, and babbles")
     ids, ends = torch.tensor([encode_prompt(built, prompt)], device=at), ends_of_text(built)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}

@@ -223,6 +223,8 @@ def _typed_option(schema: type, key: str, value: Any) -> Any:
 
 def of_another_kind(given: Any, typed: Any) -> str | None:
     """Say what is wrong with a value that OmegaConf would convert all the same: a number as a text, or other than 0 and 1 as a flag."""
+    if isinstance(typed, list) and isinstance(given, list):
+        return next((problem for pair in zip(given, typed, strict=True) if (problem := of_another_kind(*pair))), None)
     if isinstance(typed, str) and not isinstance(given, str):
         return f"Value {given!r} of type {type(given).__name__!r} is no text. Write it in quotes"
     digits = isinstance(given, str) and given.strip("+-. ").isdigit()

@@ -97,7 +97,7 @@ class ConfigSchema(TrunkSchema):
         pad_vocab_size_multiple: The embedding table is rounded up to a multiple of this.
         tie_embeddings: Whether the head is the embedding table.
         max_length: Tokens that evaluation gives the model at once; where nothing is stated, what the tokenizer states.
-        tokenizer: ``byte``, a hub id or a folder.
+        tokenizer: ``byte``, ``ascii``, a hub id or a folder.
         initializer_range: Standard deviation of the embedding at initialisation.
         embedding_multiplier: Factor of the embedded tokens (muP, arXiv:2203.03466; Granite, Falcon-H1).
         logits_multiplier: Factor of the logits.

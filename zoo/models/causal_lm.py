@@ -4,23 +4,18 @@ State-dict keys follow mamba-ssm: those of the trunk, and ``lm_head.weight``.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ...layers.base import Seq, shapes, tree
 from ...layers.common import is_captured, weight_dtype
-from ...layers.moe import balance_loss
-from ..tokenizer import load_tokenizer
 from .generate import generate
 from .loss import next_token_loss, share_of_items, shift_labels
-from .model import Model
 from .rows import describe_rows, integers
 from .state import ModelState
+from .text import TextModel, padded_vocab
 
 __all__ = ["CausalLM", "CausalLMOutput", "padded_vocab"]
 
@@ -64,23 +59,12 @@ class CausalLMOutput:
 tree(CausalLMOutput)
 
 
-class CausalLM(Model):
-    """A decoder-only language model; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`.
+class CausalLM(TextModel):
+    """A decoder-only language model; arguments and attributes are those of :class:`~hybridzoo.zoo.models.text.TextModel`."""
 
-    Attributes:
-        batch_mean: In a training by several processes, what averages a tensor over them, so that experts are balanced over the whole
-            batch; all have to make the same calls then. ``None`` balances what a call sees.
-    """
-
-    batch_mean: Callable[[Tensor], Tensor] | None = None
     head_name, may_tie, hf_class = "lm_head", True, "HybridZooForCausalLM"
     lm_head: nn.Linear
     generate = generate
-
-    def make_embedding(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
-        """A table of ``padded_vocab`` rows."""
-        table = torch.empty(padded_vocab(self.cfg), self.cfg.d_model, device=device, dtype=dtype)
-        return nn.Embedding.from_pretrained(table, freeze=False)
 
     def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
         """A linear layer, whose weight is the table's where they are tied."""
@@ -97,11 +81,6 @@ class CausalLM(Model):
     def head_flops(self, seq_len: int) -> int:
         """As of :class:`Model`, from the config: a quantised head has no parameters to count."""
         return 2 * self.cfg.d_model * padded_vocab(self.cfg)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer in the model's folder, else the one that its config names, with ``encode``, ``decode`` and ``eos_token_id``."""
-        return load_tokenizer(self.cfg.tokenizer, self.source)
 
     def forward(
         self,
@@ -145,7 +124,7 @@ class CausalLM(Model):
         Raises:
             ValueError: Shapes that disagree, two kinds of row description, or a packed row with a state.
         """
-        x = self._embed(input_ids, inputs_embeds)
+        x = self.embedded(input_ids, inputs_embeds)
         seq = describe_rows(x, attention_mask, cu_seqlens, seq_idx, seq, state)
         if labels is not None and labels.shape not in (x.shape[:2], (x.shape[0], x.shape[1] + 1)):
             raise ValueError(
@@ -154,18 +133,10 @@ class CausalLM(Model):
         return_state = (labels is None or state is not None) if return_state is None else return_state
         if return_state and not torch.compiler.is_compiling():
             self._hooks.look_again()
-        # from here on padding holds zeros, whatever the caller has there
-        x, rows = (x, None) if seq is None else (seq.align(x), seq.cleared)
-        passed: list[Tensor] | None = [] if output_hidden_states else None
-        hidden, new_state, aux = self.backbone(x, rows, state, return_state, passed)
-        losses = list(aux.get("loss", []))
-        if aux.get("balance"):
-            losses.append(balance_loss(aux["balance"], self.batch_mean if self.training else None))
-        aux_loss = torch.stack(losses).sum() if losses else None
-        loss = None if labels is None else self._loss(hidden, labels, seq, aux_loss, num_items)
-        if seq is not None:
-            hidden, passed = seq.restore(hidden), passed and [seq.restore(h) for h in passed]
-        found = loss, aux_loss, new_state, aux.get("router", []), hidden, None if passed is None else tuple(passed)
+        run = self.passed(x, seq, state, return_state=return_state, hidden_states=output_hidden_states)
+        loss = None if labels is None else self._loss(run.hidden, labels, seq, run.aux_loss, num_items)
+        hidden = run.hidden if seq is None else seq.restore(run.hidden)
+        found = loss, run.aux_loss, run.state, run.router, hidden, run.hidden_states
         out = CausalLMOutput(*found, self.lm_head, logits_to_keep)
         if labels is None:
             out.logits  # noqa: B018  # formed inside the call, where hooks and wrappers expect the head's
@@ -204,23 +175,3 @@ class CausalLM(Model):
         out = self(input_ids.unsqueeze(1), state=before, return_state=True)
         state.copy_(out.state)
         return out.logits.squeeze(1)
-
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: give exactly one of them.")
-        if inputs_embeds is not None:
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != self.cfg.d_model:
-                raise ValueError(
-                    f"inputs_embeds: expected shape (b, l, {self.cfg.d_model}) with l >= 1, got {tuple(inputs_embeds.shape)}."
-                )
-            return inputs_embeds
-        assert input_ids is not None
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}.")
-        return self.backbone.embed(integers("input_ids", input_ids, ", or vectors as inputs_embeds"))
-
-
-def padded_vocab(cfg: DictConfig) -> int:
-    """Rows of the embedding: ``vocab_size`` rounded up to ``pad_vocab_size_multiple``."""
-    multiple = cfg.pad_vocab_size_multiple
-    return -(-cfg.vocab_size // multiple) * multiple

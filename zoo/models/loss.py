@@ -24,7 +24,7 @@ from ...layers.common import acc_dtype, autocasts, dtype_read, hooked_everywhere
 from .block import is_sharded
 from .hooks import has_backward_hooks
 
-__all__ = ["IGNORE", "next_token_loss", "shift_labels"]
+__all__ = ["IGNORE", "items_of", "next_token_loss", "share_of_items", "shift_labels"]
 
 IGNORE = -100
 # Logits per slice. Every slice also reads and writes the gradient of the whole head, so few large ones move fewer bytes.
@@ -57,7 +57,7 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
         targets: ``(b, l)`` int64, -100 where there is none (:func:`shift_labels`); without any, the loss is 0.
         num_items: Divide by this instead of by the number of targets: the targets of a whole accumulated batch; 0 if it has none.
     """
-    hidden, targets, items = hidden.flatten(0, 1), targets.flatten(), _items(targets, num_items)
+    hidden, targets, items = hidden.flatten(0, 1), targets.flatten(), items_of(targets, num_items)
     if not is_sharded(head) or torch.compiler.is_compiling():
         return _summed(hidden, head, head, targets) / items
     if _hooked_besides(head):  # what others see of a call are its logits, all of them
@@ -67,10 +67,11 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, num_items:
 
 def share_of_items(targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
     """The share that these targets have in the items, in [0, 1]: 1 where they are all, 0 where there are none."""
-    return (targets != IGNORE).sum() / _items(targets, num_items)
+    return (targets != IGNORE).sum() / items_of(targets, num_items)
 
 
-def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+def items_of(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    """The number that a summed loss is divided by: the given one, or that of these targets; never 0."""
     # none among none are a loss of 0, and not 0 / 0
     items = (targets != IGNORE).sum() if num_items is None else num_items
     return items + (items == 0)

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..config.schema import SCHEMAS, ConfigSchema, check_choice
+from ..errors import SourceError
 from .causal_lm import CausalLM
 from .image_classification import ImageClassifier
 from .model import Model
+from .token_classification import TokenClassifier
 
-__all__ = ["register_task", "task_of"]
+__all__ = ["check_language_model", "register_task", "task_of"]
 
 T = TypeVar("T", bound=type[Model])
 
@@ -41,5 +43,19 @@ def task_of(cfg: Mapping[str, Any]) -> type[Model]:
     return _tasks[name]
 
 
+def check_language_model(model: Model, name: object) -> None:
+    """Refuse a model that continues no text, and has no likelihood of one, for who asks for that; ``name`` is what the caller named it by.
+
+    Raises:
+        SourceError: It has another task.
+    """
+    if not isinstance(model, CausalLM):
+        raise SourceError(
+            f"{name}: is no language model, its task is {model.task!r}. It neither continues texts nor scores them: name a causal_lm, or "
+            "call this one yourself, zoo.load(...)(...).logits."
+        )
+
+
 register_task("causal_lm")(CausalLM)
 register_task("image_classification")(ImageClassifier)
+register_task("token_classification")(TokenClassifier)
