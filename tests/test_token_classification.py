@@ -1,7 +1,5 @@
 """A class for every token: the loss against numpy, rows of every kind, configs, and what is asked of a language model alone."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -175,7 +173,6 @@ def test_other_formats_have_no_place_for_it(model, tmp_path):
             export(model, tmp_path / to, to)
         assert not (tmp_path / to).exists()
     assert convert(folder, tmp_path / "again", "hybridzoo").parameters == model.num_params()
-    assert "architectures" not in json.loads((folder / "config.json").read_text())
 
 
 def test_who_wants_a_language_model_is_told_that_it_is_none(model, tmp_path):
@@ -188,3 +185,67 @@ def test_who_wants_a_language_model_is_told_that_it_is_none(model, tmp_path):
     for named in (model, folder):
         with pytest.raises(ValueError, match=r"is no language model, its task is 'token_classification'"):
             zoo.evaluate(named, tasks=["hybridzoo_induction"])
+
+
+# in transformers' hands
+
+
+def test_transformers_loads_calls_and_saves_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = zoo.build(CONFIG, labels=list("abcde")).eval()
+    folder = zoo.save(model, tmp_path / "m")
+    loaded = transformers.AutoModelForTokenClassification.from_pretrained(folder)
+    assert type(loaded).__name__ == "HybridZooForTokenClassification" and not loaded.training
+    assert loaded.config.id2label == dict(enumerate("abcde")) and loaded.config.pad_token_id == 129
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(["def f(x):", "a"], padding=True, return_tensors="pt")
+    labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"] % 5, -100)
+    ours = model(batch["input_ids"], labels, batch["attention_mask"], output_hidden_states=True)
+    out = loaded(**batch, labels=labels, output_hidden_states=True)
+    assert torch.equal(out.logits, ours.logits) and torch.equal(out.loss, ours.loss)
+    assert all(map(torch.equal, out.hidden_states, ours.hidden_states)) and torch.equal(
+        loaded.reported[0], ours.aux_loss
+    )
+    # two documents in a row, by positions that start again
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = loaded(batch["input_ids"][:1], position_ids=positions)
+    assert torch.equal(packed.logits, model(batch["input_ids"][:1], cu_seqlens=[0, 4, 9]).logits)
+    with pytest.raises(ValueError, match="use_cache: is not an argument of HybridZooForTokenClassification"):
+        loaded(**batch, use_cache=True)
+    loaded.save_pretrained(tmp_path / "again")
+    again = zoo.load(tmp_path / "again")
+    assert type(again) is TokenClassifier and again.cfg == model.cfg
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    with pytest.raises(ValueError, match="HybridZooForTokenClassification: cannot be around a model whose task is"):
+        type(loaded).wrap(zoo.build("mamba-tiny"))
+
+
+def test_transformers_pipeline_names_what_it_finds(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = zoo.save(zoo.build(DENSE, labels=list("abcde")).eval(), tmp_path / "m")
+    found = transformers.pipeline("token-classification", model=str(folder), device="cpu")("SELECT 1;")
+    with torch.no_grad():
+        ids = zoo.load(folder)(torch.tensor([list(b"SELECT 1;")])).logits[0].argmax(-1)
+    assert [entry["entity"] for entry in found] == ["abcde"[i] for i in ids]
+
+
+def test_transformers_trains_it_for_other_classes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    folder = zoo.save(zoo.build(DENSE), tmp_path / "m")
+    load = transformers.AutoModelForTokenClassification.from_pretrained
+    model = load(folder, id2label={0: "even", 1: "odd"}, ignore_mismatched_sizes=True)
+    assert model.core.cfg.n_classes == 2 and list(model.core.cfg.labels) == ["even", "odd"]
+    rows = [{"input_ids": x.tolist(), "labels": (x % 2).tolist()} for x in torch.randint(128, (64, 12)).split(1)]
+    rows = [{key: value[0][: 6 + i % 6] for key, value in row.items()} for i, row in enumerate(rows)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    arguments = transformers.TrainingArguments(
+        tmp_path / "run", max_steps=60, per_device_train_batch_size=16, learning_rate=2e-2, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    collator = transformers.DataCollatorForTokenClassification(tokenizer)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+    trainer.train()
+    ids = torch.arange(128)[None]
+    assert (zoo.load(zoo.save(model, tmp_path / "new"))(ids).logits.argmax(-1) == ids % 2).float().mean() > 0.9

@@ -12,6 +12,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForTokenClassification,
     GenerationMixin,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
@@ -20,11 +21,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from .hf_base import Adapter, HybridZooConfig
 from .hf_calls import CACHE_NAMES, Finite, Generation, Rows, one_cache, refuse_others
 from .hf_images import HybridZooForImageClassification
+from .hf_tokens import HybridZooForTokenClassification
 from .models.causal_lm import padded_vocab
 from .models.state import StateCache
 from .tokenizer import byte_tokenizer
@@ -33,6 +36,7 @@ __all__ = [
     "HybridZooConfig",
     "HybridZooForCausalLM",
     "HybridZooForImageClassification",
+    "HybridZooForTokenClassification",
     "StateCache",
     "byte_tokenizer",
 ]
@@ -159,6 +163,7 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
 AutoConfig.register("hybridzoo", HybridZooConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridZooConfig, HybridZooForCausalLM, exist_ok=True)
 AutoModelForImageClassification.register(HybridZooConfig, HybridZooForImageClassification, exist_ok=True)
+AutoModelForTokenClassification.register(HybridZooConfig, HybridZooForTokenClassification, exist_ok=True)
 # the Trainer's label smoothing shifts the labels of the models that stand here by name, and of no others
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("hybridzoo", HybridZooForCausalLM.__name__)
 if importlib.util.find_spec("PIL"):
@@ -167,5 +172,6 @@ if importlib.util.find_spec("PIL"):
     __all__ += ["HybridZooImageProcessor"]
     processors = {"pil": HybridZooImageProcessor}
     AutoImageProcessor.register(HybridZooConfig, image_processor_classes=processors, exist_ok=True)
-# a pipeline for images complains of models that do not stand here
+# pipelines complain of models that do not stand here
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault("hybridzoo", HybridZooForImageClassification.__name__)
+MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.setdefault("hybridzoo", HybridZooForTokenClassification.__name__)

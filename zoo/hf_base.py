@@ -21,6 +21,7 @@ from .models.causal_lm import padded_vocab
 from .models.model import Model
 from .models.redraw import redraw
 from .models.tasks import task_of
+from .tokenizer import AsciiTokenizer
 
 __all__ = ["Adapter", "HybridZooConfig"]
 
@@ -73,6 +74,8 @@ class HybridZooConfig(PreTrainedConfig):
             # another tokenizer brings its own; a wrong id here would end texts at the wrong token
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(self, name, 0 if getattr(self, name) is None else getattr(self, name))
+        elif cfg.tokenizer == "ascii" and self.pad_token_id is None:
+            self.pad_token_id = AsciiTokenizer.pad_token_id
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As transformers, with the ``config.yaml`` that says the same."""

@@ -80,7 +80,7 @@ tree(TokenClassificationOutput)
 class TokenClassifier(TextModel):
     """A classifier of tokens; arguments and attributes are those of :class:`~hybridzoo.zoo.models.text.TextModel`."""
 
-    schema = TokenClassificationSchema
+    schema, hf_class = TokenClassificationSchema, "HybridZooForTokenClassification"
     head: nn.Linear
 
     def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
