@@ -77,13 +77,22 @@ def show(
     check_model(model, hub=False)
     import torch
 
+    from .checkpoint import load
     from .checkpoint.inspect import config_of, stored_dtype
+    from .checkpoint.single import file_in
     from .models.build import build
     from .models.stats import stats
 
-    saved = Path(model).is_dir()
+    saved, file = Path(model).is_dir(), file_in(Path(model))
     kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if saved else None
-    built = build(config_of(model) if saved else model, overrides or [], device="meta", dtype=kind)
+    if file is not None and overrides:
+        raise ValueError(
+            f"{overrides[0]}: cannot be changed in a file of weights, {file}. Leave it out, or name a config."
+        )
+    if file is not None:
+        built = load(file, device="meta", dtype=kind)
+    else:
+        built = build(config_of(model) if saved else model, overrides or [], device="meta", dtype=kind)
     report, counted = stats(built, seq_len), None
     state = {}
     if report.unit == "image":
@@ -209,6 +218,7 @@ def generate(
     import torch
 
     from .checkpoint import load
+    from .checkpoint.single import file_in
     from .device import pick_device
     from .models.build import build
     from .models.finite import check_finite
@@ -219,7 +229,7 @@ def generate(
     at = pick_device(device)
     torch.manual_seed(seed)
     built: Any
-    if Path(model).is_dir() or holds_weights(model):
+    if Path(model).is_dir() or holds_weights(model) or file_in(Path(model)):
         built = load(model, device=at)
         check_language_model(built, model)
         check_finite(built, model)

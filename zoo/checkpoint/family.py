@@ -88,10 +88,12 @@ class FileFamily(Family):
     Attributes:
         mark: A regular expression for the name of one tensor that every file of this family has, and no other family's.
         configs: Patterns for the names of the shipped configs of such models, which say what tensors do not.
+        is_written: Whether an export can be asked for such a file.
     """
 
     mark: ClassVar[str]
     configs: ClassVar[tuple[str, ...]] = ()
+    is_written: ClassVar[bool] = True
     told_by = "the config"
     ignored = r"(?!)"
 

@@ -20,10 +20,10 @@ from .single import file_in, opened_file, recognised
 
 __all__ = ["STRUCTURE", "load"]
 
-# keys of an image model's config that decide what it is; the others are about data and training
+# keys of a config that decide what a model is; the others are about data and training
 STRUCTURE = (
     "d_model", "layers", "stages", "mixers", "override", "stem", "downsample", "norm", "class_token", "pos_embed", "pool",
-    "residual_in_fp32", "residual_multiplier",
+    "residual_in_fp32", "residual_multiplier", "vocab_size", "tokenizer",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def load(
 
     Args:
         source: A folder; a hub id such as ``"state-spaces/mamba-130m"`` (downloaded through huggingface_hub); or a file of weights without
-            any config, ``.pth`` or ``.safetensors``, of VMamba or Vim.
+            any config: ``.pth`` or ``.safetensors`` of VMamba or Vim, ``.npz`` of typeseg.
         device: Where the weights go; the CPU by default.
         dtype: What they are cast to; by default they stay as stored, or, where the files mix precisions, have the one that
             ``config.json`` states, as in transformers. Parameters that must be float32 are.
@@ -109,7 +109,7 @@ def _config_of(family: FileFamily, shapes: Shapes, config: Any) -> tuple[Resolve
         resolved = resolve(found)
     except ConfigError as e:
         raise CheckpointError(f"{shapes.file}: its tensors describe no model that works: {e}") from e
-    facts = {key: found[key] for key in ("n_classes", "in_channels", "image_size") if key in found}
+    facts = {key: found[key] for key in ("n_classes", "labels", "in_channels", "image_size") if key in found}
     for name in (name for pattern in family.configs for name in list_models(pattern)):
         shipped = _shipped(name).config
         if all(shipped.get(key) == resolved.config.get(key) for key in STRUCTURE):

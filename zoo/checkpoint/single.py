@@ -1,4 +1,4 @@
-"""One file of weights that no config describes, as trainings of vision models write and publish them: ``.pth``, ``.pt``, ``.safetensors``.
+"""One file of weights that no config describes, as trainings of vision models write and publish them; and typeseg's ``.npz``.
 
 A training's checkpoint is a dict of dicts, and the weights are under ``model``, perhaps once more, averaged, under ``model_ema``.
 """
@@ -13,11 +13,12 @@ from typing import Any
 from ..errors import CheckpointError, nearest, shortened
 from .families import FILE_FAMILIES
 from .family import FileFamily
+from .npz import stored_arrays
 from .tensors import Stored, plain_tensors, stored_in, torch_content, unchanged
 
 __all__ = ["WeightFile", "file_in", "opened_file", "recognised"]
 
-ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
+ENDINGS = (".pth", ".pt", ".bin", ".safetensors", ".npz")
 # in the order in which they are taken where nobody says which; the former is what the projects' own loaders take
 _PARTS = ("model", "state_dict", "model_ema", "state_dict_ema")
 
@@ -38,10 +39,12 @@ class WeightFile:
 
 
 def file_in(folder: Path) -> Path | None:
-    """The one ``.pth`` file of a folder that holds no model with a config."""
+    """The one file of weights, ``.pth`` or typeseg's ``mamba_al.npz``, of a folder without any config; or the path, if it is one."""
+    if folder.is_file():
+        return folder if folder.suffix in ENDINGS else None
     if not folder.is_dir() or any((folder / name).exists() for name in ("config.json", "config.yaml")):
         return None
-    files = sorted(folder.glob("*.pth"))
+    files = sorted(folder.glob("*.pth")) or sorted(folder.glob("mamba_al.npz"))
     if len(files) > 1:
         raise CheckpointError(
             f"{folder}: holds {len(files)} files of weights, such as {files[0].name}, and no config. Pass the path of one."
@@ -57,10 +60,11 @@ def opened_file(file: Path, weights: str | None = None) -> Iterator[WeightFile]:
             f"{file}: is no folder and no file of weights, which end in {', '.join(ENDINGS)}. Pass one of these."
         )
     with unchanged(file) as handle:
-        if file.suffix == ".safetensors":
+        if file.suffix in (".safetensors", ".npz"):
             if weights is not None:
                 raise CheckpointError(f"{file}: has one set of tensors, and no part {weights!r}. Leave weights out.")
-            yield WeightFile(dict(stored_in(file, handle)))
+            read = stored_arrays if file.suffix == ".npz" else stored_in
+            yield WeightFile(dict(read(file, handle)))
             return
         content = torch_content(file, handle, settings=True)
         parts = _parts(content)

@@ -31,6 +31,7 @@ __all__ = [
     "Stored",
     "check_one_set",
     "check_state_file",
+    "damaged",
     "plain_tensors",
     "stored_in",
     "stored_tensors",
@@ -153,9 +154,9 @@ def stored_in(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
     size = os.fstat(handle.fileno()).st_size
     n = int.from_bytes(handle.read(8), "little")
     if size < 8 or n > size - 8:
-        raise _damaged(file, f"has {size} bytes, too few for its header")
+        raise damaged(file, f"has {size} bytes, too few for its header")
     if n > _LARGEST_HEADER:
-        raise _damaged(file, f"its header has {n} bytes, more than {_LARGEST_HEADER}")
+        raise damaged(file, f"its header has {n} bytes, more than {_LARGEST_HEADER}")
     text = bytearray(n)
     _fill(handle, 8, memoryview(text), file)
     try:
@@ -166,17 +167,17 @@ def stored_in(file: Path, handle: BinaryIO) -> Iterator[tuple[str, Stored]]:
             for name, e in header.items()
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise _damaged(file, f"no header of safetensors: {e}") from e
+        raise damaged(file, f"no header of safetensors: {e}") from e
     at = 0
     for begin, end, name, kind, shape in entries:
         dtype = _KINDS.get(kind, repr(kind))
         size_fits = not isinstance(dtype, torch.dtype) or end - begin == math.prod(shape) * dtype.itemsize
         if begin != at or end < at or not size_fits:
-            raise _damaged(file, f"tensor {name!r} of shape {shape} is said to lie at {begin} to {end}")
+            raise damaged(file, f"tensor {name!r} of shape {shape} is said to lie at {begin} to {end}")
         at = end
         yield name, Stored(file, shape, dtype, functools.partial(_values, file, handle, 8 + n + begin, shape, dtype))
     if at != size - 8 - n:
-        raise _damaged(file, f"its tensors take {at} bytes, and {size - 8 - n} are there")
+        raise damaged(file, f"its tensors take {at} bytes, and {size - 8 - n} are there")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def _numbers(values: Any) -> list[int]:
 
 def _values(file: Path, handle: BinaryIO, at: int, shape: tuple[int, ...], dtype: torch.dtype | str) -> Tensor:
     if not isinstance(dtype, torch.dtype):
-        raise _damaged(file, f"numbers of kind {dtype}")
+        raise damaged(file, f"numbers of kind {dtype}")
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         place: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -308,7 +309,7 @@ def _check_names(file: Path, stream: Any, allowed: frozenset[str]) -> None:
     start = stream.tell()
     for op, arg, at in pickletools.genops(stream):
         if at is not None and at - start > _LARGEST_HEADER:
-            raise _damaged(file, f"its description of tensors has more than {_LARGEST_HEADER} bytes")
+            raise damaged(file, f"its description of tensors has more than {_LARGEST_HEADER} bytes")
         if op.name == "GLOBAL":
             module, _, name = str(arg).partition(" ")
             if arg in allowed or (module in ("torch", "torch.storage") and _names_numbers(name)):
@@ -325,7 +326,8 @@ def _names_numbers(name: str) -> bool:
     return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
 
 
-def _damaged(file: Path, reason: str) -> CheckpointError:
+def damaged(file: Path, reason: str) -> CheckpointError:
+    """An error about what a file holds, to be raised."""
     return CheckpointError(f"{file}: is damaged ({reason}). Copy it again.")
 
 
@@ -343,4 +345,4 @@ def _damage(file: Path) -> Iterator[None]:
         if isinstance(e, CheckpointError | torch.OutOfMemoryError):
             raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise _damaged(file, reason) from e
+        raise damaged(file, reason) from e

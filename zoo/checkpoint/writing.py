@@ -30,7 +30,7 @@ from .report import LoadReport, Report
 
 __all__ = ["convert", "export"]
 
-FORMATS = ("hf", "mamba_ssm", "hybridzoo", *FILE_FAMILIES)
+FORMATS = ("hf", "mamba_ssm", "hybridzoo", *(name for name, family in FILE_FAMILIES.items() if family.is_written))
 _SHARD = 5 * 10**9
 
 

@@ -12,6 +12,7 @@ from .nemotron_h import NemotronH
 from .phi3 import Phi3
 from .qwen import Qwen2, Qwen3, Qwen3Moe
 from .smollm3 import SmolLM3
+from .typeseg import TypeSeg
 from .vim import Vim
 from .vmamba import VMamba
 from .zamba2 import Zamba2
@@ -25,4 +26,4 @@ _CONVERTERS: tuple[type[Family], ...] = (
 # by model_type, in the order in which an export tries them: the plainer first, then what has more options
 FAMILIES: dict[str, Family] = {cls.model_type: cls() for cls in _CONVERTERS}
 # of files that no config.json lies beside; told by the names of their tensors
-FILE_FAMILIES: dict[str, FileFamily] = {"vmamba": VMamba(), "vim": Vim()}
+FILE_FAMILIES: dict[str, FileFamily] = {"vmamba": VMamba(), "vim": Vim(), "typeseg": TypeSeg()}
