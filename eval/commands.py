@@ -97,8 +97,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan, ssd, attention, train, trainer (zoo train itself), tutorial (the run of docs/train.md), data or parity; plot draws"
-            " a result, readme writes the figures of our pages."
+            help="scan, ssd, attention, train, trainer (zoo train itself), vision (image models), tutorial (the run of docs/train.md), data"
+            " or parity; plot draws a result, readme writes the figures of our pages."
         ),
     ],
     file: Annotated[
@@ -109,14 +109,16 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
-            " of attention; a model, or model:variant, of train and trainer; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which"
-            " tries options drawn at random. May be repeated."
+            " of attention; a model, or model:variant, of train, trainer and vision; walks or bytes of vision; gigabytes, or bpe:gigabytes,"
+            " of data; fuzz of parity, which tries options drawn at random. May be repeated."
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Also write the result to this JSON file, beside what it holds of this commit.")
     ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Of train: print the kernels of a step.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Of train and vision: print the kernels of a step.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time an op, or a model's training step, against other implementations on the same device; or compare checkpoints with them."""

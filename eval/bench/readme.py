@@ -34,7 +34,11 @@ def refresh(readme: Path) -> list[Path]:
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     folder = root / "eval" / "results"
-    shown = [*_results(folder, "scan", gpu=True), *_results(folder, "train")]
+    shown = [
+        *_results(folder, "scan", gpu=True),
+        *_results(folder, "train"),
+        *_results(folder, "vision", device="NVIDIA"),
+    ]
     drawn = [plot(result, path.with_suffix(".svg")) for path, result in shown]
     for what, name, draw in (("demo", "demo.svg", overview), ("tutorial", "train.svg", training_picture)):
         for _, result in _results(folder, what):
@@ -75,6 +79,15 @@ def headline(folder: Path) -> str:
                 f"{packed['tokens_s'] / plain['tokens_s']:.2f} times a plain loop of transformers' Trainer around the same model "
                 f"(mamba-130m, packed; [figures](eval/results/{path.name}))."
             )
+    for path, result in _results(folder, "vision", device="NVIDIA"):
+        rows = [row for row in result["cases"] if row.get("peer") == "published" and row["pass"] == "training"]
+        if rows:
+            row = rows[0]
+            lines.append(
+                f"- **Images**: {row['name']} trains on {row['ours_images_s']:,.0f} images of {row['shape']['h']} x {row['shape']['w']} a "
+                f"second, {row['ratio']:.2f} times the published structure on mamba-ssm's scan, in {row['memory_ratio']:.2f} of its memory "
+                f"({result['device']}; [figures](eval/results/{path.name}))."
+            )
     for path, result in _results(folder, "parity"):
         errors = [max(row["logit_error"], row["decoding_error"]) for row in result["cases"]]
         families = {row["family"] for row in result["cases"]}
@@ -91,6 +104,7 @@ def performance(folder: Path) -> str:
         *(piece for path, result in _results(folder, "scan", gpu=True) for piece in _gpu_scan(path, result)),
         *(piece for path, result in _results(folder, "train") for piece in _train(path, result)),
         *(piece for path, result in _results(folder, "trainer") for piece in _trainer(path, result)),
+        *(piece for path, result in _results(folder, "vision", device="NVIDIA") for piece in _vision(path, result)),
         *(piece for path, result in _results(folder, "attention", gpu=True) for piece in _attention(path, result)),
         *(piece for path, result in _results(folder, "scan", gpu=False) for piece in _cpu_scan(path, result)),
     ]
@@ -127,9 +141,10 @@ def checkpoints(folder: Path) -> str:
 PAGES = {"README.md": headline, "docs/performance.md": performance, "docs/checkpoints.md": checkpoints}
 
 
-def _results(folder: Path, what: str, gpu: bool | None = None) -> list[tuple[Path, Result]]:
+def _results(folder: Path, what: str, gpu: bool | None = None, device: str = "") -> list[tuple[Path, Result]]:
     found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-    return [(p, r) for p, r in found if r["what"] == what and gpu in (None, "sfu_Gexps" in r.get("ceilings", {}))]
+    found = [(p, r) for p, r in found if r["what"] == what and r["device"].startswith(device)]
+    return [(p, r) for p, r in found if gpu in (None, "sfu_Gexps" in r.get("ceilings", {}))]
 
 
 def _source(path: Path, result: Result) -> str:
@@ -229,6 +244,38 @@ def _trainer(path: Path, result: Result) -> list[str]:
                 for row in rows
             ],
         ),
+    ]  # fmt: skip
+
+
+def _vision(path: Path, result: Result) -> list[str]:
+    rows = [row for row in result["cases"] if "ours_images_s" in row]
+    counted = [row for row in result["cases"] if row.get("counted")]
+    judged = [row for row in rows if row.get("goal_ratio")]
+    bytes_of = "; ".join(
+        f"{row['name']} {row['ours_GB']:.2f} GB, {row['to_least']:.1f} times the least possible {row['least_GB']:.2f} GB "
+        f"(the published structure {row['published_GB']:.2f} GB)"
+        for row in counted
+    )
+    return [
+        f"Image models on one {result['device']} ({_versions(result)}), bf16 autocast, beside VMamba as it is published (four copies of "
+        "every map, mamba-ssm's scan, sums in float32; our weights, the same logits) and timm's models, in turns in one process. Memory is "
+        f"a side's own, weights and all ({_source(path, result)}). {sum(row['met'] for row in judged)} of {len(judged)} goals of speed are "
+        "reached.",
+        table(
+            ["model", "pass", "images", "beside", "images/s", "theirs", "ratio", "of the goal", "GiB", "theirs", "ratio"],
+            [
+                [
+                    row["name"], row["pass"], " x ".join(str(row["shape"][k]) for k in "bhw"), peer_name(row["peer"]),
+                    f"{row['ours_images_s']:,.0f}", f"{row['peer_images_s']:,.0f}", f"{row['ratio']:.2f}x",
+                    _of_goal(row) if row.get("goal_ratio") else "",
+                    *(f"{row[key]:.2f}" if key in row else "" for key in ("ours_GiB", "peer_GiB")),
+                    f"{row['memory_ratio']:.2f}x" if "memory_ratio" in row else "",
+                ]
+                for row in rows
+            ],
+        ),
+        *([f"Bytes that the scans of a forward move for 128 images, counted from shapes: {bytes_of}."] if counted else []),
+        f"![Images per second beside other models]({'eval/results/' + path.stem}.svg)",
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Both sides are measured in turns, so that what disturbs the machine disturbs bot
 publish it and in the layout they want; before anything is timed, outputs and gradients are compared with ours.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +17,16 @@ from . import ops as bench_ops
 from . import timing
 from . import train as bench_train
 from . import trainer as bench_trainer
+from . import vision as bench_vision
 from .peers import PEERS, default_peers
 from .show import show
 from .workloads import WORKLOADS
 
-BENCHES = (*WORKLOADS, "train", "trainer")
-_TRAINED = {"train": bench_train.PARTS, "trainer": bench_trainer.PARTS}
+BENCHES = (*WORKLOADS, "train", "trainer", "vision")
+_TRAINED = {"train": bench_train.PARTS, "trainer": bench_trainer.PARTS, "vision": bench_vision.PARTS}
+_LIBRARIES = {"trainer": ["transformers", "mamba_ssm"], "vision": ["mamba_ssm", "triton", "timm"]}
+# of benchmarks whose peers are parts: one of them
+_PEER_PARTS = {"trainer": "mamba-130m:mamba_ssm", "vision": "vmamba-tiny-s1l8:timm"}
 
 
 def run_bench(
@@ -43,11 +48,11 @@ def run_bench(
         raise ValueError(
             f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, data, parity, plot, readme, tutorial."
         )
-    if what == "trainer" and vs:
+    if what in _PEER_PARTS and vs:
         raise ValueError(
-            f"bench trainer: its peers are parts, so --vs {vs[0]} says nothing. Use --part mamba-130m:mamba_ssm."
+            f"bench {what}: its peers are parts, so --vs {vs[0]} says nothing. Use --part {_PEER_PARTS[what]}."
         )
-    known = {"train": bench_train.PEERS, "trainer": []}.get(what) or list(PEERS.get(what, ()))
+    known = bench_train.PEERS if what == "train" else list(PEERS.get(what, ()))
     vs = vs or (default_peers(what) if what in PEERS else known)
     for name in vs:
         if name not in known:
@@ -58,21 +63,28 @@ def run_bench(
         console = Console(width=200)  # a log has room for every column
     # no end in sight: steps differ a thousandfold in time
     columns = (*Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        result = bench(what, vs, chosen, lambda text: bar.update(task, description=text), profile)
-    result["command"] += "".join(f" --part {part}" for part in parts or [])
-    show(result, console)
-    if out is not None and not profile:
-        before = same_run(Path(out), result)
-        write(result if before is None else merged(before, result), Path(out))
-    if result.get("failed"):
-        raise ValueError("bench: failed, and left out:\n" + "\n".join(result["failed"]))
-    return result
+    results, failed = [], []
+    # parts of image models take half a minute each: one that ends is kept, whatever becomes of the next
+    for group in [[part] for part in chosen] if what == "vision" else [chosen]:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(what, total=None)
+            result = bench(what, vs, group, lambda text: bar.update(task, description=text), profile)  # noqa: B023
+        result["command"] += "".join(f" --part {part}" for part in (group if what == "vision" else parts or []))
+        show(result, console)
+        if out is not None and not profile:
+            before = same_run(Path(out), result)
+            write(result if before is None else merged(before, result), Path(out))
+        failed += result.get("failed", [])
+        results.append(result)
+    if failed:
+        raise ValueError("bench: failed, and left out:\n" + "\n".join(failed))
+    return functools.reduce(merged, results)
 
 
 def _parts(what: str, parts: list[str] | None) -> list[str]:
     known = list(_TRAINED[what] if what in _TRAINED else dict.fromkeys(work.part for work in WORKLOADS[what]))
+    if what == "vision" and (parts is None or "all" in parts):
+        parts = bench_vision.parts_of("cuda" if torch.cuda.is_available() else "cpu")
     for part in parts or []:
         if part not in (*known, "all"):
             raise ValueError(f"bench: unknown part {part!r} of {what}. Known: {', '.join(known)}, all.")
@@ -96,6 +108,11 @@ def bench(
         rows, failed = bench_train.measure(vs, parts or list(bench_train.PARTS), tick, profile)
     elif what == "trainer":
         rows, failed = bench_trainer.measure(parts or list(bench_trainer.PARTS), tick)
+    elif what == "vision":
+        parts = parts or bench_vision.parts_of(device)
+        # the floors under the walks need them
+        ceilings = timing.ceilings(device) if "walks" in parts and device == "cuda" else {}
+        rows, failed = bench_vision.measure(parts, tick, ceilings, profile, timer)
     else:
         tick("ceilings")
         ceilings = timing.ceilings(device)
@@ -103,6 +120,6 @@ def bench(
         rows, failed = bench_ops.measure(what, vs, parts or ["table"], timer, ceilings, tick)
     named = {row["peer"].split(",")[0] for row in rows if row.get("peer")}
     command = " ".join([f"zoo bench {what}", *(f"--vs {name}" for name in vs)])
-    libraries = ["transformers", "mamba_ssm"] if what == "trainer" else [*vs, *sorted(named)]
+    libraries = _LIBRARIES.get(what) or [*vs, *sorted(named)]
     result = header(what, command, device, libraries) | {"ceilings": ceilings, "cases": rows}
     return result | {"failed": failed} if failed else result

@@ -19,13 +19,17 @@ __all__ = ["peer_name", "plot", "shape_text", "show", "spread"]
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a result as tables."""
     title = f"{result['what']} on {result['device']}, {result['commit']}"
-    timed = [row for row in result["cases"] if "ours_ms" in row]
+    if imaged := [row for row in result["cases"] if "ours_images_s" in row]:
+        console.print(_images(imaged, title))
+    timed = [row for row in result["cases"] if "ours_ms" in row and "ours_images_s" not in row]
     if timed:
         console.print((_steps if "ours_tokens_s" in timed[0] else _timed)(timed, title))
     if trained := [row for row in result["cases"] if "outside_share" in row]:
         console.print(_trained(trained, title))
     if memory := [row for row in result["cases"] if "ours_MB" in row]:
         console.print(_memory(memory))
+    if counted := [row for row in result["cases"] if row.get("counted")]:
+        console.print(_bytes(counted))
     for name, value in result["ceilings"].items():
         console.print(f"{name} {value:g}", highlight=False)
 
@@ -83,6 +87,37 @@ def _steps(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def _images(rows: list[dict[str, Any]], title: str) -> Table:
+    numbers = ("images/s", "spread", "peer", "spread", "ratio", "goal", "GiB", "peer", "ratio", "goal", "logits differ")
+    table = _table(title, ("model", "pass", "images", "beside"), numbers)
+    for row in rows:
+        cells = [x for side in ("ours", "peer") for x in (f"{row[f'{side}_images_s']:,.0f}", spread(row, side))]
+        cells += _ratio(row)
+        if "ours_GiB" in row:
+            colour = "" if "memory_met" not in row else "[green]" if row["memory_met"] else "[red]"
+            cells += [f"{row['ours_GiB']:.2f}", f"{row['peer_GiB']:.2f}", f"{colour}{row['memory_ratio']:.2f}x"]
+            cells.append(f"{row['goal_memory_ratio']:g}x" if "memory_met" in row else "")
+        else:
+            cells += [""] * 4
+        size = " x ".join(str(row["shape"][k]) for k in "bhw")
+        error = f"{row['error']:.1e}" if "error" in row else ""
+        table.add_row(row["name"], row["pass"], size, peer_name(row["peer"]), *cells, error)
+    return table
+
+
+def _bytes(rows: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "bytes of the scans of a forward, counted from shapes",
+        ("model",),
+        ("ours GB", "published", "least", "to least", "goal"),
+    )
+    for row in rows:
+        colour = "[green]" if row["met"] else "[red]"
+        sides = (f"{row[f'{side}_GB']:.2f}" for side in ("ours", "published", "least"))
+        table.add_row(row["name"], *sides, f"{colour}{row['to_least']:.2f}x", f"{row['goal_to_least']:g}x")
+    return table
+
+
 def _trained(rows: list[dict[str, Any]], title: str) -> Table:
     numbers = ("tokens/s", "beside packed", "ms a step", "MFU", "GiB", "outside", "real tokens", "rows")
     table = _table(title, ("model", "how"), numbers)
@@ -115,7 +150,11 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     if path.suffix != ".svg":
         raise ValueError(f"bench plot: writes SVG, and {path} is none. Name a file that ends in .svg.")
     rows = [row for row in result["cases"] if row.get("peer")]
-    if result["what"] != "train":
+    if result["what"] == "vision":
+        rows = [row for row in rows if any(row.get("pass", "").split(",")[0] == what for what, *_ in _IMAGED)]
+        # large batches alone: speed is what is drawn
+        rows = [row for row in rows if row["shape"]["b"] > 2]
+    elif result["what"] != "train":
         rows = [row for row in rows if row.get("part", "table") == "table"]
     if not rows:
         raise ValueError(f"bench: {result['what']} has no rows with a peer to draw.")
@@ -123,8 +162,9 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     key: list[tuple[str, int | None]] = [("hybridzoo", 0), *((peer_name(peer), i) for i, peer in enumerate(peers, 1))]
     if any("floor_ms" in row for row in rows):
         key.append(("the least time possible", None))
-    panels = _training(rows, peers) if result["what"] == "train" else _times(rows, peers)
+    panels = {"train": _training, "vision": _imaging}.get(result["what"], _times)(rows, peers)
     titles = {"scan": "The selective scan", "ssd": "Mamba-2's scan", "attention": "Attention", "train": "Training"}
+    titles["vision"] = "Image models"
     words = titles[result["what"]]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(picture(f"{words} on {result['device']}", panels, key), encoding="utf-8")
@@ -132,8 +172,41 @@ def plot(result: dict[str, Any], path: Path) -> Path:
 
 
 def peer_name(peer: str) -> str:
-    """A library's name as its authors write it."""
-    return peer.replace("_", "-")
+    """A library's name as its authors write it, or a model's without its size."""
+    return peer.removesuffix("_patch4_window7_224").replace("_", "-")
+
+
+# of image models: the pass, the figure, its unit and its form
+_IMAGED = (
+    ("training", "images_s", "training, images per second", ",.0f"),
+    ("training", "GiB", "training, peak GiB", ".1f"),
+    ("forward", "images_s", "inference, images per second", ",.0f"),
+)
+
+
+def _imaging(rows: list[dict[str, Any]], peers: list[str]) -> list[tuple[str, Chart]]:
+    panels = []
+    for name, (what, key, words, form) in itertools.product(dict.fromkeys(row["name"] for row in rows), _IMAGED):
+        # a side is measured once beside every peer; the first time counts
+        shown: dict[tuple[str, str], Bar] = {}
+        for row in rows:
+            if row["name"] != name or row["pass"].split(",")[0] != what or f"ours_{key}" not in row:
+                continue
+            recorded = "graph" in row["pass"]
+            if recorded and key == "GiB":
+                continue
+            for side, who, colour in (
+                ("ours", "hybridzoo", 0),
+                ("peer", peer_name(row["peer"]), 1 + peers.index(row["peer"])),
+            ):
+                value = row[f"{side}_{key}"]
+                bar = Bar(who + ", graph" * recorded, value, f"{value:{form}}", colour)
+                shown.setdefault((who, row["pass"]), bar)
+        if shown:
+            heading = f"{name}, {words}"
+            rows_of = sorted(shown.values(), key=lambda bar: bar.colour)
+            panels.append((heading, bars(heading, rows_of, max(bar.value for bar in rows_of))))
+    return panels
 
 
 def _times(rows: list[dict[str, Any]], peers: list[str]) -> list[tuple[str, Chart]]:

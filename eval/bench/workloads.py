@@ -142,7 +142,23 @@ _GPU_SCANS = [
         _on_gpu(
             "paths", f"vmamba-{h}x{h}-n{n}", f"four walks over {h} × {h}, n = {n}", b=b, l=h * h, d=d, n=n, k=4, r=r
         )
-        for b, h, d, n, r in ((64, 56, 192, 16, 6), (64, 14, 768, 16, 24), (128, 56, 96, 1, 6), (128, 14, 384, 1, 24))
+        for b, h, d, n, r in ((64, 56, 192, 16, 6), (64, 14, 768, 16, 24), (128, 56, 96, 1, 6))
+    ),
+    # and the smallest: its third and last stage
+    *(
+        _on_gpu(
+            "paths",
+            f"vmamba-{h}x{h}-n1",
+            f"four walks over {h} × {h}, n = 1",
+            (1, 1.2),
+            b=128,
+            l=h * h,
+            d=d,
+            n=1,
+            k=4,
+            r=r,
+        )
+        for h, d, r in ((14, 384, 24), (7, 768, 48))
     ),
     *(
         _on_gpu("length", f"length-{k}k", f"one row of {k << 10:,} tokens", b=1, l=k << 10, d=1536, n=16)
