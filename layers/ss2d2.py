@@ -15,6 +15,7 @@ from .common import Device, Dtype, acc_dtype, upcast
 from .options import check_divides, check_positive
 from .orders import paths_of
 from .ss2d import SS2D
+from .turning import reordered
 
 __all__ = ["SS2D2"]
 
@@ -103,10 +104,11 @@ class SS2D2(SS2D):
     def _scan(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         n, paths = self.d_state, paths_of(self.directions, grid, u.device)
         orders = [path_index(path, u.device) for path in walks("SS2D2", paths, u.shape[1], None)]
+        each = [(order, torch.argsort(order)) for order in orders]
         # of all directions, head by head: (b, l, k, ...)
-        read = torch.stack([x.index_select(1, order) for x, order in zip(self._read(u), orders, strict=True)], 2)
+        read = torch.stack([reordered(x, *order) for x, order in zip(self._read(u), each, strict=True)], 2)
         dt, B, C = read.split([self.nheads, n, n], dim=-1)
-        x = torch.stack([u.index_select(1, order) for order in orders], 2)
+        x = torch.stack([reordered(u, *order) for order in each], 2)
         heads = (-1, self.d_inner // self.nheads)
         y = ssd(
             x.flatten(2).unflatten(-1, heads),
@@ -120,7 +122,7 @@ class SS2D2(SS2D):
             chunk_size=self.chunk_size,
         )
         ways = y.flatten(2).unflatten(-1, (len(orders), -1)).unbind(2)
-        back = [way.index_select(1, torch.argsort(order)) for way, order in zip(ways, orders, strict=True)]
+        back = [reordered(way, inverse, order) for way, (order, inverse) in zip(ways, each, strict=True)]
         return torch.stack(back).sum(0)
 
     def flops(self, seq_len: int) -> int:

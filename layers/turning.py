@@ -1,14 +1,47 @@
-"""Rows turned around, for whoever reads them from the end."""
+"""Rows in another order of their tokens: turned around, for whoever reads them from the end, or as a walk over a map visits them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.derivatives import transformed
 from .base import Seq
 
-__all__ = ["turning"]
+__all__ = ["reordered", "turning"]
+
+
+class _Reordered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return _taken(x, order)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        # torch knows of no inverse, and would add up what meets nothing, in atomic operations that 16-bit numbers are slow in
+        order, inverse = ctx.saved_tensors
+        other = (order, None) if inverse is None else (inverse, order)
+        return _Reordered.apply(g, *other), None, None
+
+
+def _taken(x: Tensor, order: Tensor) -> Tensor:
+    return x.index_select(1, order) if order.dim() == 1 else x.gather(1, order[..., None].expand_as(x))
+
+
+def reordered(x: Tensor, order: Tensor, inverse: Tensor | None = None) -> Tensor:
+    """The tokens of ``(b, l, d)`` in another order.
+
+    Args:
+        x: ``(b, l, d)``.
+        order: ``(l,)`` int64, or ``(b, l)``, one for each row: where each token comes from, every one of them once.
+        inverse: The order that undoes it, in the same shape; ``None`` where that is the order itself.
+    """
+    # a transform wants plain operations; a compiler, in which nobody can ask for one, takes the function as it is
+    plain = not torch.compiler.is_compiling() and transformed() is not None
+    return _taken(x, order) if plain else _Reordered.apply(x, order, inverse)
 
 
 def turning(seq: Seq | None) -> Callable[[Tensor], Tensor]:
@@ -19,5 +52,5 @@ def turning(seq: Seq | None) -> Callable[[Tensor], Tensor]:
     at = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
     last = F.pad(doc[:, 1:] != doc[:, :-1], (0, 1), value=True)[:, : doc.shape[1]]
     end = torch.where(last, at, doc.shape[1]).flip(1).cummin(1).values.flip(1)
-    index = torch.where(seq.valid, end - seq.pos, at)[..., None]
-    return lambda x: x.gather(1, index.expand_as(x))
+    order = torch.where(seq.valid, end - seq.pos, at)
+    return lambda x: reordered(x, order)

@@ -11,7 +11,7 @@ import hybridzoo as zoo
 from hybridzoo.kernels import Seq
 from hybridzoo.layers import Mamba, Mamba2, OptionError
 from hybridzoo.layers.directions import RowConv1d
-from hybridzoo.layers.turning import turning
+from hybridzoo.layers.turning import reordered, turning
 
 D, MAMBA2 = 16, {"d_state": 5, "headdim": 8, "chunk_size": 4}
 WAYS = [
@@ -260,6 +260,21 @@ def test_turning_turns_every_document_in_its_place():
         [8, 9, 10, 11],
     ]
     assert turning(Seq.from_documents(torch.zeros(2, 0, dtype=torch.long)))(torch.ones(2, 0, 3)).shape == (2, 0, 3)
+
+
+def test_orders_and_their_gradients_are_those_of_indexing():
+    x, weight = torch.randn(2, 2, 9, 3, dtype=torch.float64)
+    x.requires_grad_()
+    rows = torch.stack([torch.randperm(9) for _ in range(2)])
+    for order in (rows[0], rows):
+        index = order.expand(2, 9)[..., None].expand_as(x)
+        got, want = reordered(x, order, order.argsort(-1)), torch.gather(x, 1, index)
+        assert torch.equal(got, want)
+        (a,), (b,) = (torch.autograd.grad((y * weight).sum(), x) for y in (got, want))
+        assert torch.equal(a, b)
+        torch.autograd.gradgradcheck(lambda x: reordered(x.sin(), order, order.argsort(-1)).sin(), x)  # noqa: B023
+        _, tangent = torch.func.jvp(lambda x: reordered(x, order, order.argsort(-1)), (x.detach(),), (weight,))  # noqa: B023
+        assert torch.equal(tangent, weight.gather(1, index))
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
