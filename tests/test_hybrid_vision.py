@@ -115,6 +115,16 @@ def test_lora_on_every_linear_layer(name):
 
 
 @pytest.mark.parametrize("name", MICRO)
+def test_saved_and_loaded(name, tmp_path):
+    model, (x, _) = made(name).eval(), images(28, 28)
+    zoo.save(model, tmp_path / "it")
+    again = zoo.load(tmp_path / "it").eval()
+    assert again.cfg == model.cfg
+    close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("name", MICRO)
 @pytest.mark.parametrize("size", ODD, ids=str)
 def test_odd_sizes(name, size):
     model, x = made(name).double().eval(), images(*size)[0].double()
