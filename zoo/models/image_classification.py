@@ -57,6 +57,7 @@ class ImageClassifier(Model):
     """
 
     schema = ImageSchema
+    main_input_name = "pixel_values"
     head_name, hf_class, unit = "head", "HybridZooForImageClassification", "image"
     batch_mean: Any = None
 

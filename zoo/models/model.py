@@ -29,6 +29,7 @@ class Model(nn.Module):
 
     Attributes:
         schema: The dataclass of its config's keys, :class:`~hybridzoo.zoo.config.schema.TrunkSchema` or one derived from it.
+        main_input_name: What it reads, the first argument of its forward.
         head_name: The head's name in the model, and in state-dict keys.
         may_tie: Whether the config's ``tie_embeddings`` says that the head's weight is the embedding's.
         unit: What FLOPs are stated of: a ``"token"`` in a sequence of a length, or an ``"image"`` of a height and width.
@@ -43,6 +44,7 @@ class Model(nn.Module):
     """
 
     schema: ClassVar[type[TrunkSchema]] = ConfigSchema
+    main_input_name: ClassVar[str] = "input_ids"
     head_name: ClassVar[str] = "head"
     may_tie: ClassVar[bool] = False
     hf_class: ClassVar[str | None] = None
