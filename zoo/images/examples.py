@@ -21,7 +21,7 @@ from .scan import check_size, image_in, image_of, scanned
 from .splits import check_split
 from .tables import is_table, pictures_in_table
 
-__all__ = ["ImageExamples", "ImageRows", "classes_of", "images_from", "pixel_values"]
+__all__ = ["ImageExamples", "ImageRows", "classes_of", "images_from", "pictures_of", "pixel_values"]
 
 
 class ImageRows(Dataset):
@@ -43,18 +43,25 @@ class ImageRows(Dataset):
         return len(self.pictures.labels)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return self.read(number, self.epoch)
+
+    def read(self, number: int, epoch: int) -> dict[str, Tensor]:
+        """Return an image as it is in an epoch."""
         image = None if self.kept is None else self.kept[number]
         if image is None:
             image = image_of(self.pictures, number, self.pixels.channels)
         if self.augmented is None:
             made = torch.from_numpy(self.pixels.evaluated(image))
         else:
-            made = self.augmented(image, number, self.epoch)
+            made = self.augmented(image, number, epoch)
         return {"pixel_values": made, "labels": torch.tensor(self.pictures.labels[number])}
 
 
 class ImageExamples(Dataset):
     """The images that can be used, ``{"pixel_values": (c, h, w) float32, "labels": int64, "row": int64}``, each with its number.
+
+    Where images are changed, an index goes on behind the last of an epoch with the next one: a process that reads ahead need not be told
+    of epochs.
 
     Attributes:
         rows: All images, by number.
@@ -65,6 +72,7 @@ class ImageExamples(Dataset):
         length: 1: what is counted for each is an image.
         tokens: Their number.
         documents: None, as where each row is one.
+        draws: Whether images are changed, and other in every epoch.
     """
 
     documents = None
@@ -75,13 +83,15 @@ class ImageExamples(Dataset):
     ):
         self.rows, self.chosen, self.classes, self.digest, self.about = rows, chosen, list(classes), digest, list(about)
         self.tokens = len(chosen)
+        self.draws = rows.augmented is not None
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        epoch, index = divmod(index, len(self))
         number = int(self.chosen[index])
-        return self.rows[number] | {"row": torch.tensor(number)}
+        return self.rows.read(number, epoch or self.epoch) | {"row": torch.tensor(number)}
 
     @property
     def labels(self) -> np.ndarray:
@@ -131,7 +141,7 @@ def images_from(
     """
     pixels = Pixels.of(cfg)
     named = cfg.labels if classes is None else classes
-    pictures = _pictures(data, split, None if named is None else list(named), column)
+    pictures = pictures_of(data, split, None if named is None else list(named), column)
     there = len(pictures.classes)
     if pictures.numbered and there < cfg.n_classes:
         pictures.classes += map(str, range(there, cfg.n_classes))
@@ -148,7 +158,7 @@ def images_from(
 
 def classes_of(data: Any, split: str = "train", column: str | None = None) -> list[str]:
     """Return the names of the classes of some data, as :func:`images_from` takes it, before there is a model and without reading images."""
-    return _pictures(data, split, None, column).classes
+    return pictures_of(data, split, None, column).classes
 
 
 def pixel_values(image: str | os.PathLike[str] | np.ndarray, cfg: Any) -> Tensor:
@@ -167,7 +177,8 @@ def pixel_values(image: str | os.PathLike[str] | np.ndarray, cfg: Any) -> Tensor
     return torch.from_numpy(pixels.evaluated(found))
 
 
-def _pictures(data: Any, split: str, classes: list[str] | None, column: str | None) -> Pictures:
+def pictures_of(data: Any, split: str, classes: list[str] | None, column: str | None) -> Pictures:
+    """Return the pictures of a part of some data, which are not read; arguments as of :func:`images_from`."""
     if isinstance(data, str) and data in BUILT_IN:
         images, labels, names = builtin_set(data, split)
         if classes is not None and classes != names:

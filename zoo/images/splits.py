@@ -5,9 +5,11 @@ from typing import TypeVar
 
 from ..errors import SourceError
 
-__all__ = ["SPLITS", "check_split", "part_called", "parts_called"]
+__all__ = ["SPLITS", "NoPart", "check_split", "part_called", "parts_called"]
 
 T = TypeVar("T")
+
+
 SPLITS = ("train", "val", "test")
 _NAMES = {
     "train": ("train", "training"),
@@ -16,6 +18,10 @@ _NAMES = {
 }
 # few sets have both: the one that is there is what a model is judged by
 _INSTEAD = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
+
+
+class NoPart(SourceError):
+    """Data have parts, and neither the one that is asked for nor what stands in for it."""
 
 
 def check_split(split: str, known: tuple[str, ...] = SPLITS) -> None:
@@ -34,12 +40,12 @@ def part_called(there: Mapping[str, T], split: str, where: str) -> T:
     """Return the thing that is called as the part is, or as what stands in for it: ``test`` for a missing ``val``, and the reverse.
 
     Raises:
-        SourceError: There is neither.
+        NoPart: There is neither.
     """
     found = parts_called(there)
     for part in _INSTEAD[split]:
         if part in found:
             return found[part]
-    raise SourceError(
+    raise NoPart(
         f"{where}: has no part {split!r}; its parts: {', '.join(sorted(there)) or 'none'}. Add it, or name other data."
     )
