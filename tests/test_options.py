@@ -96,14 +96,17 @@ def test_every_option_of_a_training_is_one_of_the_command():
     assert all(f"--{f.name.replace('_', '-')} " in text for f in dataclasses.fields(TrainOptions))
     assert all(f.metadata["panel"] for f in dataclasses.fields(TrainOptions))
     panels = [line.split("─")[1].strip() for line in text.splitlines() if line.startswith("╭")]
-    assert {"Data", "Optimiser", "Evaluation", "Speed", "Run"} <= set(panels)
+    assert {"Data", "Optimiser", "Evaluation", "Speed", "Run", "Images", "Fine-tuning"} <= set(panels)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eval_every": 3}, r"train\(eval_every=3\): there is nothing to evaluate on. Give val"),
-        ({"patience": 2}, r"train\(patience=2\): there is nothing"),
+        ({"optimizer": "muon", "layer_decay": 0.7}, r"train\(optimizer='muon', layer_decay=0.7\): Muon has one rate"),
+        ({"ema": 0.99, "lora": 4}, r"train\(ema=0.99, lora=4\): do not go together. Leave one out"),
+        ({"layer_decay": 0}, r"train\(layer_decay=0\): must be a number above 0, up to 1"),
+        ({"mixup": -1}, r"train\(mixup=-1\): must be a number at least 0"),
+        ({"augment": "shifts"}, r"augment='shifts': is not known. Did you mean 'shift'\?"),
         ({"schedule": "constant", "final_lr": 0.1}, r"train\(final_lr=0.1\): a constant rate does not fall"),
         ({"schedule": "wsd", "warmup": 900, "decay": 0.2}, r"train\(warmup=900, decay=0.2\): together more than all of the 1000"),
         ({"schedule": "wds"}, r"schedule='wds': is not known. Did you mean 'wsd'\?"),

@@ -36,7 +36,10 @@ def small():
     return zoo.config("transformer-tiny", ["d_model=16", "mixers.mlp.d_intermediate=16", "mixers.attention.nheads=2"])
 
 
-@pytest.mark.parametrize("name", zoo.list_models("*-tiny"))
+TINY = [name for name in zoo.list_models("*-tiny") if zoo.config(name).task == "causal_lm"]
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_every_tiny_model_learns(name, rows, tmp_path):
     result = train(name, rows, tmp_path, steps=10, batch_size=4, lr=5e-3, save_every=10, **QUIET)
     losses = [entry["loss"] for entry in result.history]
@@ -167,8 +170,27 @@ def test_the_optimiser_decays_what_param_groups_says(rows, tmp_path):
         ({"steps": 2.5}, r"train\(steps=2.5\): must be an integer"),
         ({"batch_size": "8"}, r"train\(batch_size='8'\): must be an integer"),
         ({"lr": "1e-3"}, r"train\(lr='1e-3'\): must be a number above 0"),
+        ({"eval_every": 3}, r"train\(eval_every=3\): there is nothing to evaluate on. Give val"),
+        ({"patience": 2}, r"train\(patience=2\): there is nothing"),
+        (
+            {"mixup": 0.5},
+            r"train\(mixup=0.5\): is for images, and this model reads text \(task: causal_lm\). Leave it out",
+        ),
     ],
-    ids=["steps", "missing", "vocabulary", "masked", "seed", "large seed", "part of a step", "text", "text for lr"],
+    ids=[
+        "steps",
+        "missing",
+        "vocabulary",
+        "masked",
+        "seed",
+        "large seed",
+        "part of a step",
+        "text",
+        "text for lr",
+        "evaluations",
+        "patience",
+        "images",
+    ],
 )
 def test_bad_requests_are_refused_before_anything_is_written(small, rows, tmp_path, change, message):
     arguments = {"data": rows, "steps": 1} | change

@@ -142,7 +142,7 @@ def test_another_evaluation_is_another_run(tmp_path):
 
 
 def test_an_evaluation_that_is_no_number_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("hybridzoo.zoo.train.loop.loss_per_target", lambda trainer: float("nan"))
+    monkeypatch.setattr("hybridzoo.zoo.train.text_feed.loss_per_target", lambda trainer: float("nan"))
     with pytest.raises(Diverged, match=r"step 2 of 6: the loss of the evaluation after it is nan"):
         train(config(), ROWS, tmp_path, val=VAL, **SETTINGS)
 

@@ -124,7 +124,8 @@ def train(
     data: Annotated[
         Path,
         typer.Option(
-            help="Text, .jsonl, .parquet or .npy (token ids) file, a folder of them or of a dataset, or - for standard input.",
+            help="Text, .jsonl, .parquet or .npy (token ids) file, a folder of them or of a dataset, or - for standard input; of images a "
+            "folder of class folders or of a dataset, digits or mnist-5k.",
             rich_help_panel="Data",
         ),
     ] = ...,  # type: ignore[assignment]
@@ -133,15 +134,15 @@ def train(
     ] = None,
     **given: Any,
 ) -> None:
-    """Train a model on your text. Ctrl-C saves; the same command continues."""
-    from .corpus.places import check_path
+    """Train a model on your text or images. Ctrl-C saves; the same command continues."""
+    from .images.builtin import check_data
     from .named import check_model
     from .train.options import check_out, default_out
 
     # what can be wrong without a model is found before seconds of imports
     options = TrainOptions(**given)
     check_model(model)
-    check_path(data)
+    check_data(data)
     out = out or default_out(model)
     check_out(out)
     from .device import pick_device
@@ -175,14 +176,13 @@ def _say_how_it_went(result: Any, options: TrainOptions, out: Path, imports: lis
             f"{'was' if options.patience == 1 else 'were'} not better than the best"
         )
     say(
-        f"{counted(steps, 'step')}, {result.tokens:,} tokens at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}"
+        f"{counted(steps, 'step')}, {result.tokens:,} {result.unit} at {result.tokens_per_second:,.0f} per second, last loss {loss:.3f}"
     )
-    again = shlex.join(["zoo", *imports, "generate", str(out), "--prompt", "The "])
-    of = (
-        f", as of step {result.best['step']}, the best on val (loss {result.best['eval_loss']:.3f})"
-        if result.best
-        else ""
-    )
+    next_ = ["predict", str(out), "IMAGE"] if result.unit == "images" else ["generate", str(out), "--prompt", "The "]
+    again, of = shlex.join(["zoo", *imports, *next_]), ""
+    if result.best:
+        right = f", {result.best['eval_accuracy']:.2%} right" if "eval_accuracy" in result.best else ""
+        of = f", as of step {result.best['step']}, the best on val (loss {result.best['eval_loss']:.3f}{right})"
     say(f"the model is in {out}{of}; next: {again}")
 
 

@@ -31,6 +31,7 @@ class About(TypedDict, total=False):
         several: Whether more than one of them may be named, with commas.
         setting: Whether a run that is continued must have the value that it began with; others are of one call.
         trainer: The argument of transformers' ``TrainingArguments`` that it is.
+        of: The kind of data that it is about, where there are others: ``text`` or ``images``.
         panel: The group of a command line's help that it stands in.
         typed: The type of what a command line says, where Python may say more.
     """
@@ -41,12 +42,13 @@ class About(TypedDict, total=False):
     several: bool
     setting: bool
     trainer: str
+    of: str
     panel: str
     typed: Any
 
 
 _UNSAID: About = {
-    "unset": "", "bound": None, "choices": (), "several": False, "setting": True, "trainer": "", "panel": "", "typed": None,
+    "unset": "", "bound": None, "choices": (), "several": False, "setting": True, "trainer": "", "of": "", "panel": "", "typed": None,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from .plain import MAX_DEPTH, first_line, plain, refuse_interpolation
 from .shipped import list_models, shipped
 from .yaml_text import TooMuch, parse_yaml
 
-__all__ = ["FOLDER_CONFIG", "apply_overrides", "find_config", "inherit", "read_config"]
+__all__ = ["FOLDER_CONFIG", "apply_overrides", "find_config", "inherit", "overridden", "read_config"]
 
 FOLDER_CONFIG = "config.yaml"
 _MAX_BYTES = 1_000_000
@@ -146,6 +146,12 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str] | Mapping[str
         # values that stand for one another in a dict of the caller's are told apart, since what follows changes them in place
         _put(data, key, plain(value, at=tuple(_keys(key, entry))), entry)
     return data
+
+
+def overridden(overrides: Sequence[str] | Mapping[str, Any] | None) -> set[str]:
+    """Return the keys of a config, of the first level, that some overrides are about."""
+    keys = (entry.partition("=")[0].strip() for entry in overrides or ())
+    return {re.split(r"[.\[]", key)[0] for key in keys}
 
 
 def _read_override(entry: str) -> tuple[str, Any, str]:

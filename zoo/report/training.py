@@ -8,6 +8,7 @@ from typing import Any
 
 from .blocks import card, facts, page
 from .charts import Chart, Mark, line_chart, picture
+from .confusion import confusion_blocks
 
 __all__ = ["duration", "headline", "losses", "training_page", "training_picture"]
 
@@ -18,7 +19,7 @@ _MOST_LINES = 6
 
 
 def training_page(log: Log) -> str:
-    """Return the page of a run: ``about`` and ``history`` as :mod:`~hybridzoo.zoo.train.run_folder` writes them."""
+    """Return the page of a run: ``about`` and ``history`` as :mod:`~hybridzoo.zoo.train.run_folder` writes them, maybe ``confusion``."""
     about = log.get("about", {})
     found = about.get("facts", {})
     parts = [
@@ -28,12 +29,14 @@ def training_page(log: Log) -> str:
         f'<section class="cards figures">{"".join(_figures(log))}</section>',
     ]
     if _points(log, "loss"):
-        held = " The best of the text that is held out is marked." if _points(log, "eval_loss") else ""
+        held = f" The best of the {_data(log)} that is held out is marked." if _points(log, "eval_loss") else ""
         parts += [
             "<h2>Learning</h2>",
             f'<p class="note">Nats per target, the mean over the steps between two points and a running mean of those.{held}</p>',
             f"<figure>{losses(log).html()}</figure>",
         ]
+    if log.get("confusion"):
+        parts += confusion_blocks(log["confusion"])
     if small := _small(log):
         parts += ["<h2>On the way</h2>", '<p class="note">Over the steps, as logged.</p>']
         parts.append(f'<section class="cards wide">{"".join(small)}</section>')
@@ -46,17 +49,23 @@ def training_page(log: Log) -> str:
 def training_picture(log: Log) -> str:
     """Return an SVG file with the losses of a run, and its rate of learning below them."""
     panels = [("loss", losses(log))]
+    if right := _points(log, "eval_accuracy"):
+        panels.append(("accuracy on held-out images", _accuracies(right)))
     if rates := _points(log, "learning_rate"):
         panels.append(("learning rate", _chart("Learning rate", rates)))
     return picture(headline(log), panels)
 
 
 def headline(log: Log) -> str:
-    """Return the outcome in a sentence: the loss that was reached, on held-out text where there is some."""
+    """Return the outcome in a sentence: the loss or the accuracy that was reached, on what is held out where there is something."""
     name, steps = _name(log), log.get("about", {}).get("steps", 0)
-    held, read = _points(log, "eval_loss"), _points(log, "loss")
-    if held:
-        at, best = min(held, key=lambda point: point[1])
+    best_at, read = _best(log), _points(log, "loss")
+    if best_at is not None:
+        at, best = best_at
+        if right := dict(_points(log, "eval_accuracy")).get(at):
+            return (
+                f"{name}: {right:.2%} of the images that it has not seen are told right, at step {at:,.0f} of {steps:,}"
+            )
         return f"{name}: {best:.3f} nats per token of text it has not seen, at step {at:,.0f} of {steps:,}"
     if not read:
         return f"{name}: nothing logged yet"
@@ -75,14 +84,16 @@ def losses(log: Log) -> Chart:
     low, high = min(settled), max(settled)
     room = 0.05 * (high - low) or 0.5
     marks = []
-    if held:
-        x, y = min(held, key=lambda point: point[1])
+    if (best := _best(log)) is not None:
+        x, y = best
         marks.append(Mark(x, y, f"{y:.3f}", 1))
     elif len(read) == 1:
         marks.append(Mark(*read[0], "", 0))
     weight = 0.6 if len(read) > 20 else 0.0
-    label = "Loss over the steps" + (", in training and on held-out text" if held else "")
-    return line_chart(label, lines, "steps", "nats per token", (low - room, high + room), [weight, 0.0], marks)
+    label = "Loss over the steps" + (f", in training and on held-out {_data(log)}" if held else "")
+    return line_chart(
+        label, lines, "steps", f"nats per {_unit(log)[:-1]}", (low - room, high + room), [weight, 0.0], marks
+    )
 
 
 def duration(seconds: float) -> str:
@@ -107,14 +118,29 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _unit(log: Log) -> str:
+    """The plural of what is read: tokens or images."""
+    return str(log.get("about", {}).get("unit") or "tokens")
+
+
+def _data(log: Log) -> str:
+    return "images" if _unit(log) == "images" else "text"
+
+
+def _best(log: Log) -> tuple[float, float] | None:
+    """The step of the best evaluation, as :func:`~hybridzoo.zoo.train.evaluation.best_of` has it, and its loss."""
+    held, right = _points(log, "eval_loss"), dict(_points(log, "eval_accuracy"))
+    return min(held, key=lambda point: (-right.get(point[0], 0), point[1]), default=None)
+
+
 def _lead(log: Log) -> str:
     about, steps = log.get("about", {}), [x for x, _ in _points(log, "loss")]
     done = steps[-1] if steps else 0
     ended = "" if log.get("finished") or done >= about.get("steps", 0) else ", and not at its end yet"
-    tokens = done * about.get("tokens_per_step", 0)
+    units = done * about.get(f"{_unit(log)}_per_step", 0)
     again = about.get("resumed") or []
     resumed = f" Resumed at step {_and([f'{step:,}' for step in again])}." if again else ""
-    return f"{_amount(tokens)} tokens read in {duration(_seconds(log))}{ended}.{resumed}"
+    return f"{_amount(units)} {_unit(log)} read in {duration(_seconds(log))}{ended}.{resumed}"
 
 
 def _seconds(log: Log) -> float:
@@ -137,24 +163,33 @@ def _and(words: Sequence[str]) -> str:
 
 def _figures(log: Log) -> list[str]:
     """Cards with the numbers that one looks for first."""
-    read, held = _points(log, "loss"), _points(log, "eval_loss")
+    read, unit = _points(log, "loss"), _unit(log)
     shown = []
     if read:
         last = fmean(y for _, y in read[-max(1, len(read) // 20) :])
-        shown.append(("Training loss", f"{last:.3f}", "nats per token, mean of the last twentieth"))
-    if held:
-        at, best = min(held, key=lambda point: point[1])
-        bits = dict(_points(log, "eval_bits_per_byte")).get(at)
-        note = f"{bits:.3f} bits per byte" if bits else f"perplexity {math.exp(min(best, 99)):,.4g}"
-        shown.append(("Held-out loss", f"{best:.3f}", f"best, at step {at:,.0f}; {note}"))
-    if rate := _typical(log, "tokens_per_second"):
+        shown.append(("Training loss", f"{last:.3f}", f"nats per {unit[:-1]}, mean of the last twentieth"))
+    if (best := _best(log)) is not None:
+        shown += _judged(log, *best)
+    if rate := _typical(log, f"{unit}_per_second"):
         mfu = _typical(log, "mfu")
         shown.append(
-            ("Speed", f"{rate:,.0f}", "tokens/s" + (f", {100 * mfu:.1f} % of the device (MFU)" if mfu else ""))
+            ("Speed", f"{rate:,.0f}", f"{unit}/s" + (f", {100 * mfu:.1f} % of the device (MFU)" if mfu else ""))
         )
     if memory := _points(log, "memory_GiB"):
         shown.append(("Memory", f"{max(y for _, y in memory):.1f} GiB", "of the GPU, at most"))
     return [card(title, f'<p class="big">{escape(value)}</p><p>{escape(note)}</p>') for title, value, note in shown]
+
+
+def _judged(log: Log, at: float, loss: float) -> list[tuple[str, str, str]]:
+    """The card of the best evaluation: its title, a number and a note."""
+    right, five, bits = (
+        dict(_points(log, key)).get(at) for key in ("eval_accuracy", "eval_accuracy_top5", "eval_bits_per_byte")
+    )
+    if right is not None:
+        among = f"{five:.2%} among the first five; " if five is not None else ""
+        return [("Held-out accuracy", f"{right:.2%}", f"best, at step {at:,.0f}; {among}loss {loss:.3f}")]
+    note = f"{bits:.3f} bits per byte" if bits else f"perplexity {math.exp(min(loss, 99)):,.4g}"
+    return [("Held-out loss", f"{loss:.3f}", f"best, at step {at:,.0f}; {note}")]
 
 
 def _typical(log: Log, key: str) -> float:
@@ -168,9 +203,12 @@ def _small(log: Log) -> list[str]:
         ("Learning rate", "learning_rate", "The peak is what --lr says."),
         ("Gradient norm", "grad_norm", "Before it is clipped."),
         ("Tokens per second", "tokens_per_second", "Real tokens, without padding, saving and evaluating."),
+        ("Images per second", "images_per_second", "Without saving and evaluating."),
         ("Balance of the experts", "aux_loss", "The auxiliary losses, weighted as they are in the loss."),
     ]
     cards = []
+    if right := _points(log, "eval_accuracy"):
+        cards.append(card("Accuracy", f"<p>On images that are held out, in per cent.</p>{_accuracies(right).html()}"))
     for title, key, note in shown:
         if points := _points(log, key):
             cards.append(card(title, f"<p>{escape(note)}</p>{_chart(title, points, _settled(points)).html()}"))
@@ -187,6 +225,15 @@ def _chart(title: str, points: Points, y_range: tuple[float, float] | None = Non
     top = max(y for _, y in points)
     y_range = y_range or (min(0.0, *(y for _, y in points)), 1.06 * top if top > 0 else 1.0)
     return line_chart(f"{title} over the steps", [("", points)], "", "", y_range, marks=marks, plot=120)
+
+
+def _accuracies(points: Points) -> Chart:
+    """The share of right answers in per cent, from a little below the second evaluation's on: the first only finds its way."""
+    shares = [(x, 100 * y) for x, y in points]
+    low = min(y for _, y in shares[1:] or shares)
+    marks = [Mark(*shares[0], "", 0)] if len(shares) == 1 else []
+    label = "Share of right answers on held-out images over the steps"
+    return line_chart(label, [("", shares)], "", "", (max(0.0, low - 2), 100.0), marks=marks, plot=120)
 
 
 def _settled(points: Points) -> tuple[float, float] | None:

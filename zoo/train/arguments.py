@@ -27,8 +27,8 @@ def resolved_precision(wish: str, use_cpu: bool) -> str:
     return "bfloat16" if able else "float32"
 
 
-def training_arguments(out: Path, options: TrainOptions, use_cpu: bool) -> TrainingArguments:
-    """Return the arguments of a run in the folder ``out``."""
+def training_arguments(out: Path, options: TrainOptions, use_cpu: bool, evaluated: bool) -> TrainingArguments:
+    """Return the arguments of a run in the folder ``out``, in which the model is ``evaluated`` or not."""
     on_gpu = not use_cpu and torch.cuda.is_available()
     workers = options.workers if options.workers is not None else 2 if on_gpu else 0
     save_steps = options.save_every or max(1, options.steps // 10)
@@ -38,7 +38,7 @@ def training_arguments(out: Path, options: TrainOptions, use_cpu: bool) -> Train
         # fused: it can be told on the device to leave the weights alone
         optim="adamw_torch_fused",
         logging_steps=max(1, options.steps // 200), save_steps=save_steps,
-        eval_strategy="no" if options.val is None else "steps", eval_steps=options.eval_every or save_steps,
+        eval_strategy="steps" if evaluated else "no", eval_steps=options.eval_every or save_steps,
         per_device_eval_batch_size=options.batch_size,
         # what is not finite is an error, and looking for it after every step would wait for the device
         logging_nan_inf_filter=False,

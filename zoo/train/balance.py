@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ...layers.moe import MoE
-from .batches import Batch, model_inputs
+from .batches import Batch
+from .feed import Feed
 from .options import TrainOptions
 
 __all__ = ["Balance", "is_counted_first"]
@@ -28,19 +29,20 @@ class Balance:
 
     Args:
         model: The model as transformers calls it.
-        most: The most documents of a row, where rows are packed.
+        feed: What it reads.
+        examples: What it is trained on.
         across: What averages choices over processes, if there are several.
     """
 
-    def __init__(self, model: Any, most: int | None, across: Callable[[Tensor], Tensor] | None):
-        self.model, self.most, self.across = model, most, across
+    def __init__(self, model: Any, feed: Feed, examples: Any, across: Callable[[Tensor], Tensor] | None):
+        self.model, self.feed, self.examples, self.across = model, feed, examples, across
         # of every group of layers that are balanced together; a recorded step reads them where they are
         self.choices: list[Tensor] = []
         self.turn = 0
 
     def count(self, parts: list[Batch]) -> None:
         """Count the choices in the parts of a step, and have them taken in place of those of each part."""
-        tokens = [_tokens(part) for part in parts]
+        tokens = [self.feed.weight(part) for part in parts]
         shares = [n / sum(tokens) for n in tokens]
         # of every group, what each part chooses
         groups = zip(*map(self._of, parts), strict=True)
@@ -60,12 +62,11 @@ class Balance:
             return choices
 
         self.model.core.batch_mean = note
-        inputs = model_inputs(part, self.most)
-        inputs.pop("labels")
+        inputs = self.feed.silent(part, self.examples)
         # what layers draw here, training must not miss
         with torch.random.fork_rng(_drawing(part)), torch.no_grad():
             self.model.train()
-            self.model(**inputs, logits_to_keep=1, use_cache=False)
+            self.model(**inputs)
         return found
 
     def _of_the_step(self, choices: Tensor) -> Tensor:
@@ -73,11 +74,6 @@ class Balance:
         return self.choices[self.turn - 1]
 
 
-def _tokens(part: Batch) -> Any:
-    documents = part.get("documents")
-    return part["input_ids"].numel() if documents is None else (documents >= 0).sum()
-
-
 def _drawing(part: Batch) -> list[torch.device]:
-    device = part["input_ids"].device
+    device = part["labels"].device
     return [device] if device.type == "cuda" else []

@@ -8,23 +8,26 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ...kernels.seq import Seq
 from ...layers.moe import MoE
+from ..models.block import Block
 from ..models.hooks import has_hooks
 
 __all__ = ["CapturedStep", "why_not_captured"]
 
 
 class CapturedStep:
-    """The loss of a batch and the gradients of all parameters, replayed from a CUDA graph: ``loss = step(input_ids, labels)``.
+    """The loss of a batch and the gradients of all parameters, replayed from a CUDA graph: ``loss = step(inputs, labels)``.
 
     A step has a thousand launches, and Python between them; a graph is one. Everything else is as in
-    ``model(input_ids, labels=labels).loss.backward()``: gradients appear in ``p.grad`` and are added to what is there, and any
+    ``model(inputs, labels=labels).loss.backward()``: gradients appear in ``p.grad`` and are added to what is there, and any
     optimiser may follow. Values are the same to the bit. What a graph asks for: a GPU, batches of one shape, and a model that stays
     as it is (its parameters may be changed in place, as optimisers do, and not be replaced).
 
     Args:
-        model: A language model of the zoo.
-        input_ids: ``(b, l)`` int64, a batch to record the step with; its values do not matter.
-        labels: As ``input_ids``, which stand in for them by default.
+        model: A model of the zoo.
+        inputs: A batch to record the step with, whose values do not matter: ``input_ids`` ``(b, l)`` int64 of a language model,
+            ``pixel_values`` ``(b, c, h, w)`` of one of images.
+        labels: The model's, as they will be given: integers, or the probabilities of classes. ``inputs`` stand in for those of tokens by
+            default.
         documents: ``(b, l)`` int64, the packed document of every token, -1 at padding at a row's end: rows of the step are packed.
         most: The most documents that a row of the step may hold, its padding counted as one; needed with ``documents``.
         num_items: Whether the step is told what to divide the summed loss by, as ``num_items`` of the model's forward.
@@ -42,7 +45,7 @@ class CapturedStep:
     def __init__(
         self,
         model: nn.Module,
-        input_ids: Tensor,
+        inputs: Tensor,
         labels: Tensor | None = None,
         *,
         documents: Tensor | None = None,
@@ -59,8 +62,11 @@ class CapturedStep:
         self.model, self.autocast, self.most = model, autocast, most
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         device = self.parameters[0].device
-        self.input_ids = input_ids.to(device, copy=True)
-        self.labels = self.input_ids.clone() if labels is None else labels.to(device, copy=True)
+        self.reads = getattr(model, "main_input_name", "input_ids")
+        if labels is None and inputs.is_floating_point():
+            raise ValueError(f"CapturedStep: labels: are missing, and {self.reads} are none. Pass them.")
+        self.inputs = inputs.to(device, copy=True)
+        self.labels = self.inputs.clone() if labels is None else labels.to(device, copy=True)
         self.documents: Any = None if documents is None else documents.to(device, torch.long, copy=True)
         self.num_items: Any = torch.ones((), dtype=torch.long, device=device) if num_items else None
         before = [p.grad for p in self.parameters]
@@ -83,18 +89,21 @@ class CapturedStep:
                 self._step()
         torch.cuda.current_stream().wait_stream(aside)
         if _checkpoints(self.model) and not torch.equal(drawn, torch.cuda.get_rng_state(device)):
+            torch.cuda.set_rng_state(drawn, device)
             raise ValueError(f"CapturedStep: {_DRAWS.format('it draws random numbers')}")
         self._forget()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss, self.aux_loss, self.router = self._step()
+        # what a step draws (stochastic depth), the first replay draws as the step itself would have done
+        torch.cuda.set_rng_state(drawn, device)
 
     def _step(self) -> tuple[Tensor, Tensor | None, list[dict[str, Any]]]:
         options: dict[str, Any] = {} if self.num_items is None else {"num_items": self.num_items}
         if self.documents is not None:
             options["seq"] = Seq.from_documents(self.documents, most=self.most)
         with torch.autocast("cuda", self.autocast, enabled=self.autocast is not None):
-            out = self.model(self.input_ids, labels=self.labels, **options)
+            out = self.model(self.inputs, labels=self.labels, **options)
         out.loss.backward()
         # an adapter's output has neither
         aux_loss = getattr(out, "aux_loss", None)
@@ -102,7 +111,7 @@ class CapturedStep:
 
     def __call__(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         labels: Tensor | None = None,
         *,
         documents: Tensor | None = None,
@@ -111,8 +120,8 @@ class CapturedStep:
         """Run the step on a batch.
 
         Args:
-            input_ids: Of the shape that was recorded.
-            labels: The same; ``input_ids`` by default.
+            inputs: Of the shape that was recorded.
+            labels: The same; of tokens, ``inputs`` by default.
             documents: The same, where the step was recorded with documents.
             num_items: What the summed loss is divided by, where the step was recorded with that.
 
@@ -122,9 +131,9 @@ class CapturedStep:
         Raises:
             ValueError: Another shape, more documents than the step was recorded for, or an argument that it was recorded without.
         """
-        rows = {"input_ids": input_ids, "labels": input_ids if labels is None else labels, "documents": documents}
+        rows = {"inputs": inputs, "labels": inputs if labels is None else labels, "documents": documents}
         for name, given in {**rows, "num_items": num_items}.items():
-            _check_given(name, given, getattr(self, name))
+            _check_given(self.reads if name == "inputs" else name, given, getattr(self, name))
         if documents is not None and not documents.is_cuda:
             # what a device would stop at can be said here
             Seq.from_documents(documents, most=self.most)
@@ -196,6 +205,9 @@ def why_not_captured(model: nn.Module, autocast: torch.dtype | None = None) -> s
     dropout = next((name for name, m in model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0), None)
     if dropout is not None and _checkpoints(model):
         return _DRAWS.format(f"there is dropout, {dropout} for one,")
+    drawing = next((name for name, m in model.named_modules() if isinstance(m, Block) and m.drop), None)
+    if drawing is not None and _checkpoints(model):
+        return _DRAWS.format(f"there is stochastic depth, {drawing} for one,")
     return _why_not_experts(model, autocast or parameters[0].dtype, device)
 
 

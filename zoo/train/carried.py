@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..models.model import Model
 from ..models.state import ModelState, StateCache
-from .batches import Batch, model_inputs
+from .batches import Batch
+from .tokens import model_inputs
 
 __all__ = ["CarriedState"]
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..config.stages import pattern_of
 from ..models.model import Model
 from ..terminal import counted
 from .balance import is_counted_first
-from .examples import Examples
+from .feed import Feed
 from .options import TrainOptions
 
 __all__ = ["command_of", "described", "facts_of", "methods_of"]
@@ -23,30 +24,31 @@ __all__ = ["command_of", "described", "facts_of", "methods_of"]
 _ONCE = ("resume", "overwrite")
 
 
-def described(core: Model, rows: Examples, source: str, tokens: int, args: TrainingArguments) -> dict[str, str]:
+def described(feed: Feed, rows: Any, args: TrainingArguments) -> dict[str, str]:
     """Say what is trained, on what and for how long, each under a word for it."""
+    core, parts = feed.core, args.gradient_accumulation_steps
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in core.parameters()})
     devices = args.world_size * max(1, args.n_gpu)
     where = f"{devices} x {args.device.type}" if devices > 1 else str(args.device)
-    once = len(rows) * rows.length
-    parts = args.gradient_accumulation_steps
-    split = f" in {parts} parts, {tokens // args.max_steps:,} tokens" if parts > 1 else ""
+    each = args.train_batch_size * args.world_size * parts
+    units, once = each * feed.size(rows), len(rows) * feed.size(rows)
+    split = f" in {parts} parts, {units:,} {feed.unit}" if parts > 1 else ""
     budget = (
-        f"{counted(args.max_steps, 'step')} of {counted(args.train_batch_size * args.world_size * parts, 'row')}{split}"
+        f"{counted(args.max_steps, 'step')} of {counted(each, feed.row)}{split}: {units * args.max_steps:,} {feed.unit}"
     )
-    data = rows.about or [f"{counted(len(rows), 'row')} of {rows.length:,} tokens ({once:,})"]
+    source = f"{feed.options.data}: " if isinstance(feed.options.data, str | os.PathLike) else ""
+    data = feed.described(rows)
     data = [f"{source}{data[0]}", *data[1:]]
-    if (left := len(rows.rows) - len(rows)) > 0:
-        data.append(f"{left:,} rows hold nothing to predict and are left out")
     return {
         "size": f"{core.num_params():,} parameters in {' and '.join(kinds)}, on {where}",
         "data": "\n".join(data),
-        "budget": f"{budget}: {tokens:,} tokens, the data {tokens / once:.3g} times; into {Path(args.output_dir).parent}",
+        "budget": f"{budget}, the data {units * args.max_steps / once:.3g} times; into {Path(args.output_dir).parent}",
     }
 
 
-def methods_of(core: Model, options: TrainOptions, val: Examples | None, args: TrainingArguments) -> dict[str, str]:
+def methods_of(feed: Feed, rows: Any, val: Any, args: TrainingArguments) -> dict[str, str]:
     """Say in what precision and by which optimiser it is trained, and how it is evaluated, each under a word for it."""
+    options = feed.options
     half = {"bfloat16": "bfloat16 autocast, weights in float32"}
     warm = args.get_warmup_steps(args.max_steps)
     course = {
@@ -62,12 +64,17 @@ def methods_of(core: Model, options: TrainOptions, val: Examples | None, args: T
         + (", blocks computed again" if options.checkpointing else ""),
         "optimizer": f"{options.optimizer}, {rate}; weight decay {options.weight_decay:g}, {clip}",
     }
-    if is_counted_first(core, options):
+    if options.layer_decay is not None:
+        found["optimizer"] += f"; the rate times {options.layer_decay:g} for every layer towards the input"
+    if options.ema is not None:
+        found["average"] = f"of the weights, {options.ema:g} of it kept in a step: what is evaluated and saved"
+    found |= feed.methods(rows)
+    if is_counted_first(feed.core, options):
         found["experts"] = (
             f"balanced over all {options.accumulate} parts of a step, which a forward of its own counts first"
         )
     if val is not None:
-        about = val.about[-1] if val.about else f"{counted(len(val), 'row')} of {val.length:,} tokens"
+        about = feed.judged(val)
         source = f"{options.val}: " if isinstance(options.val, str | os.PathLike) else ""
         patience = f"; ends after {options.patience} without a better one" if options.patience else ""
         found["evaluation"] = f"every {counted(args.eval_steps, 'step')}, on {source}{about}{patience}"
@@ -76,7 +83,7 @@ def methods_of(core: Model, options: TrainOptions, val: Examples | None, args: T
 
 def facts_of(core: Model, start: str, said: dict[str, str], device: torch.device) -> dict[str, str]:
     """Return what the page of a run says of it, by the words for it."""
-    found = {"model": start, "layers": core.cfg.layers, **said}
+    found = {"model": start, "layers": pattern_of(core.cfg), **said}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
     names = ("hybridzoo", "torch", "transformers", "accelerate", "peft")

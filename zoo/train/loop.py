@@ -1,5 +1,6 @@
 """transformers' ``Trainer`` as a zoo training uses it: what it optimises, notices, logs, evaluates and saves."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -16,13 +17,15 @@ from ..corpus.lanes import Lanes
 from ..models.build import param_groups
 from ..models.loss import IGNORE
 from .balance import Balance, is_counted_first
-from .batches import Batch, Whole, model_inputs, targets
-from .carried import CarriedState
+from .batches import Batch, Whole
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
-from .evaluation import Evaluations, best_of, has_stalled, loss_per_target, metrics_of
+from .ema import Ema
+from .evaluation import Evaluations, best_of, has_stalled
+from .feed import Feed
+from .feeds import feed_of
 from .later import Later
 from .manifest import Checkpoint
-from .optimisers import MuonAdamW, hidden_matrices
+from .optimisers import muon_and_adamw
 from .options import TrainOptions
 from .order import order_of
 from .processes import anywhere, batch_mean
@@ -44,6 +47,7 @@ class ZooTrainer(Trainer):
         run: Its folder.
         session: What its user sees.
         checkpoint: The one that it goes on from.
+        feed: What the model reads; found, unless it is given.
         **kwargs: Of the ``Trainer``.
     """
 
@@ -53,7 +57,7 @@ class ZooTrainer(Trainer):
 
     def __init__(
         self, *args: Any, options: TrainOptions, run: RunFolder, session: Session, checkpoint: Checkpoint | None,
-        **kwargs: Any,
+        feed: Feed | None = None, **kwargs: Any,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.options, self.run, self.session = options, run, session
@@ -70,18 +74,26 @@ class ZooTrainer(Trainer):
         # where the host runs as the device does, nothing is saved by asking later
         self.asks_at_once = device.type == "cpu"
         self.late: tuple[Later, float] | None = None
-        self.documents: int | None = getattr(self.train_dataset, "documents", None)
-        self.carried = CarriedState(self.model.core) if options.carry_state else None
+        self.feed = feed_of(self.model.core, options) if feed is None else feed
+        self.carried = self.feed.carried()
+        self.ema = None if options.ema is None else Ema(self.model, options.ema)
+        if self.ema is not None:
+            self.add_callback(self.ema)
         why = "several devices train together" if self.args.world_size > 1 or self.args.n_gpu > 1 else None
         if self.carried is not None:
             why = "a state is carried from batch to batch"
         self.balance: Balance | None = None
         if is_counted_first(self.model, options) and self.args.n_gpu <= 1:
-            self.balance = Balance(self.model, self.documents, self.model.core.batch_mean)
+            self.balance = Balance(self.model, self.feed, self.train_dataset, self.model.core.batch_mean)
+        most = getattr(self.train_dataset, "documents", None)
         self.stepping = Stepping(
-            self.model, self.args.train_batch_size, self.documents, torch.bfloat16 if self.args.bf16 else None,
-            options.capture, why,
-        )  # fmt: skip
+            self.model,
+            self.args.train_batch_size,
+            most,
+            torch.bfloat16 if self.args.bf16 else None,
+            options.capture,
+            why,
+        )
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Name the parameters that decay."""
@@ -94,25 +106,27 @@ class ZooTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """As transformers; where several processes share a pass, its last batches are whole, and no row is read by two of them."""
         examples: Any = self.train_dataset
-        if self.args.world_size == 1 or isinstance(examples, Lanes):
-            return super().get_train_dataloader()
-        self.train_dataset = Whole(examples, self.args.train_batch_size * self.args.world_size)
+        if self.args.world_size > 1 and not isinstance(examples, Lanes):
+            self.train_dataset = Whole(examples, self.args.train_batch_size * self.args.world_size)
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.train_dataset = examples
+        # its own: a loader draws a seed for its workers, once or in every pass, and what layers draw must not depend on their number
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As transformers; or Muon for the matrices of the blocks that decay, and AdamW for the rest."""
-        if self.optimizer is not None or self.options.optimizer == "adamw":
+        """As transformers; or with rates that fall by layer; or Muon for the matrices of blocks that decay, and AdamW for the rest."""
+        args, layer_decay = self.args, self.options.layer_decay
+        if self.optimizer is not None or (self.options.optimizer == "adamw" and layer_decay is None):
             return super().create_optimizer(model)
-        model, args = self.model if model is None else model, self.args
-        decayed, rest = param_groups(model, args.weight_decay)
-        hidden = hidden_matrices(model)
-        muon = decayed | {"params": [p for p in decayed["params"] if id(p) in hidden]}
-        others = decayed | {"params": [p for p in decayed["params"] if id(p) not in hidden]}
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.optimizer = MuonAdamW([muon], [others, rest], args.learning_rate, betas, args.adam_epsilon)
+        model = self.model if model is None else model
+        if layer_decay is None:
+            self.optimizer = muon_and_adamw(model, args)
+        else:
+            kind, given = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = kind(param_groups(model, args.weight_decay, layer_decay, args.learning_rate), **given)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
@@ -121,8 +135,8 @@ class ZooTrainer(Trainer):
         loss = self.stepping.take(inputs, num_items_in_batch)
         if loss is None:
             carried = self.carried
-            given = model_inputs(inputs, self.documents) if carried is None else carried.inputs(inputs)
-            loss = super().training_step(model, given, num_items_in_batch)
+            given = self.feed.inputs(inputs, self.train_dataset) if carried is None else carried.inputs(inputs)
+            loss = super().training_step(model, given, self.feed.items(inputs, num_items_in_batch))
         self._log_late()
         self.watch.read(rows, loss)
         return loss
@@ -135,14 +149,16 @@ class ZooTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
-        """As transformers; experts see which of them all parts of the step choose."""
+        """As transformers; images are mixed, and experts see which of them all parts of the step choose."""
         parts, items = super().get_batch_samples(*args, **kwargs)
+        step, process = self.state.global_step, self.args.process_index
+        parts = [self.feed.prepared(batch, step, i, process) for i, batch in enumerate(parts)]
         if self.balance is not None and parts:
             self.balance.count(parts)
         return parts, items
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
-        counted = [{**batch, "shift_labels": targets(batch)} for batch in batch_samples]
+        counted = [{**batch, "shift_labels": self.feed.targets(batch)} for batch in batch_samples]
         return super()._get_num_items_in_batch(counted, device)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -210,20 +226,21 @@ class ZooTrainer(Trainer):
         super().log({**logs, "loss": mean, **found, **self.session.measures(step)})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate on all targets, log it, and have the best model saved; training ends where there is no better one for long."""
-        with self.session.paused():
-            loss = loss_per_target(self)
-        step, core = self.state.global_step, self.model.core
+        """Evaluate, log it, and have the best model saved; training ends where there is no better one for long."""
+        with self.session.paused(), contextlib.nullcontext() if self.ema is None else self.ema.in_place():
+            metrics = self.feed.evaluated(self)
+        step, loss = self.state.global_step, metrics["eval_loss"]
         if loss != loss or loss == float("inf"):
             self._diverge(
                 f"the loss of the evaluation after it is {loss}", step, [], nonfinite_weight(self.model) or "unknown"
             )
-        metrics = metrics_of(loss, core.cfg.tokenizer)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         history = self.state.log_history
         if (best := best_of(history)) is not None and best["step"] == step:
             self.control.should_save = True
+            if self.args.process_index == 0:
+                self.feed.keep(self.run.path, step)
         if has_stalled(history, self.options.patience):
             self.control.should_save = self.control.should_training_stop = True
         return metrics
@@ -265,11 +282,12 @@ class ZooTrainer(Trainer):
         self.model.core.batch_mean = None  # every process looks for itself
         numbers = torch.cat(seen.rows).tolist()
         examples: Any = self.train_dataset
+        examples.set_epoch(int(self.state.epoch or 0))
         size = self.args.per_device_train_batch_size
         chosen = [[examples.rows[n] for n in numbers[i : i + size]] for i in range(0, len(numbers), size)]
         batches = [{k: torch.stack([row[k] for row in rows]).to(self.args.device) for k in rows[0]} for rows in chosen]
-        items = sum((targets(batch) != IGNORE).sum() for batch in batches)
-        inputs = [model_inputs(batch, self.documents) | {"num_items": items} for batch in batches]
+        items = sum((self.feed.targets(batch) != IGNORE).sum() for batch in batches)
+        inputs = [self.feed.inputs(batch, examples) | {"num_items": items} for batch in batches]
         with self.accelerator.autocast():
             if finite:
                 return largest_gradient(self.model.core, inputs)
@@ -277,7 +295,7 @@ class ZooTrainer(Trainer):
 
     def _diverge(self, what: str, step: int, rows: list[int], where: str, before: int | None = None) -> None:
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        batch = f"; rows {shown} of the data" if rows else ""
+        batch = f"; {self.feed.row}s {shown} of the data" if rows else ""
         found = "first value that is not finite" if before is None else "largest gradient"
         calm = "" if before is None else ", or go on regardless with spike=0 (--spike 0)"
         raise Diverged(
@@ -300,6 +318,8 @@ class ZooTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.carried is not None:
                 self.carried.save(self.run.staging / f"checkpoint-{step}", self.args.process_index)
+            if self.ema is not None and self.args.should_save:
+                self.ema.save(self.run.staging / f"checkpoint-{step}")
         except (
             RuntimeError,
             SafetensorError,
@@ -322,4 +342,6 @@ class ZooTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.carried is not None:
             self.carried.load(Path(resume_from_checkpoint), self.args.process_index, self.args.device)
+        if self.ema is not None:
+            self.ema.load(Path(resume_from_checkpoint))
         return load_weights(self.model, Path(resume_from_checkpoint))

@@ -15,12 +15,14 @@ class OutOfMemory(MemoryError):
 
 
 @contextlib.contextmanager
-def naming_memory(options: TrainOptions, length: int, device: torch.device, kept: Callable[[], str]) -> Iterator[None]:
+def naming_memory(
+    options: TrainOptions, sizes: tuple[str, str], device: torch.device, kept: Callable[[], str]
+) -> Iterator[None]:
     """Turn what PyTorch and Python raise where memory runs out into an :class:`OutOfMemory`.
 
     Args:
         options: Of the training.
-        length: Tokens per row.
+        sizes: Words for what a batch holds, and for what makes that smaller.
         device: The device that trains.
         kept: Says what has been saved.
     """
@@ -30,7 +32,7 @@ def naming_memory(options: TrainOptions, length: int, device: torch.device, kept
         if not _is_memory(e):
             raise
         why = f"{device}: out of memory{_used(device)}"
-        raise OutOfMemory(f"{why}, with {_sizes(options, length)}. {_remedy(options, length)} {kept()}") from e
+        raise OutOfMemory(f"{why}, with {_sizes(options, sizes[0])}. {_remedy(options, sizes[1])} {kept()}") from e
 
 
 def _is_memory(error: Exception) -> bool:
@@ -45,18 +47,18 @@ def _used(device: torch.device) -> str:
     return f" ({held / 2**30:.1f} of {there / 2**30:.1f} GiB held)"
 
 
-def _sizes(options: TrainOptions, length: int) -> str:
+def _sizes(options: TrainOptions, rows: str) -> str:
     parts = f" in each of {options.accumulate} parts" if options.accumulate > 1 else ""
-    return f"batch_size={options.batch_size} rows of {length:,} tokens{parts}"
+    return f"batch_size={options.batch_size} {rows}{parts}"
 
 
-def _remedy(options: TrainOptions, length: int) -> str:
+def _remedy(options: TrainOptions, smaller: str) -> str:
     ways = []
-    if options.batch_size > 1:
+    if options.batch_size is not None and options.batch_size > 1:
         least = next(k for k in range(2, options.batch_size + 1) if options.batch_size % k == 0)
-        smaller = f"batch_size={options.batch_size // least} with accumulate={options.accumulate * least}"
-        ways.append(f"{smaller} (the same steps, and this run can go on with them)")
+        parts = f"batch_size={options.batch_size // least} with accumulate={options.accumulate * least}"
+        ways.append(f"{parts} (the same steps, and this run can go on with them)")
     if not options.checkpointing:
         ways.append("checkpointing (--checkpointing)")
-    ways.append(f"a length below {length:,}")
+    ways.append(smaller)
     return f"Use {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}."

@@ -7,12 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-__all__ = ["MuonAdamW", "hidden_matrices"]
+from ..models.build import param_groups
+
+__all__ = ["MuonAdamW", "hidden_matrices", "muon_and_adamw"]
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:
     """Return the ``id`` of every matrix in a model's blocks; embedding, head, vectors, filters and stacks of experts are none."""
     return {id(p) for p in model.get_submodule("backbone.layers").parameters() if p.dim() == 2}
+
+
+def muon_and_adamw(model: nn.Module, args: Any) -> "MuonAdamW":
+    """Return Muon for the matrices of a model's blocks that decay, and AdamW for the rest, as transformers' arguments say."""
+    decayed, rest = param_groups(model, args.weight_decay)
+    hidden = hidden_matrices(model)
+    muon = decayed | {"params": [p for p in decayed["params"] if id(p) in hidden]}
+    others = decayed | {"params": [p for p in decayed["params"] if id(p) not in hidden]}
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonAdamW([muon], [others, rest], args.learning_rate, betas, args.adam_epsilon)
 
 
 class MuonAdamW(Optimizer):

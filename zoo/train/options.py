@@ -26,7 +26,7 @@ _SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
 _WEIGHTS = ("*.safetensors", "*.bin")
 # groups of the command line's help
 _DATA, _OPTIMISER, _EVALUATION, _SPEED, _RUN = "Data", "Optimiser", "Evaluation", "Speed", "Run"
-_TUNING = "Fine-tuning"
+_TUNING, _IMAGES = "Fine-tuning", "Images"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,37 +37,42 @@ class TrainOptions:
         ValueError: Numbers that no training can work with, or a report that there is not.
     """
 
-    steps: int = option(1000, "Optimiser steps.", trainer="max_steps", panel=_RUN)
-    batch_size: int = option(
-        8, "Rows per device that are read at once.", trainer="per_device_train_batch_size", setting=False, panel=_DATA
-    )
+    steps: int = option(1000, "Optimiser steps.", bound=at_least(1), trainer="max_steps", panel=_RUN)
+    batch_size: int | None = option(
+        None, "Rows or images per device that are read at once.", unset="8 rows, or 64 images", bound=at_least(1),
+        trainer="per_device_train_batch_size", setting=False, panel=_DATA,
+    )  # fmt: skip
     accumulate: int = option(
         1, "Batches per step, whose gradients are added up as if they were one.", bound=at_least(1),
         trainer="gradient_accumulation_steps", setting=False, panel=_DATA,
     )  # fmt: skip
     length: int | None = option(
-        None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False, panel=_DATA
+        None, "Tokens per row.", unset="a table's own, or max_length, at most 512", bound=at_least(2), setting=False, of="text",
+        panel=_DATA,
     )  # fmt: skip
     packing: str = option(
         "documents", "documents: those that fill a row best, apart from each other; stream: end to end; padded: one in each row. A table "
-        "is rows already.", choices=("documents", "stream", "padded"), panel=_DATA,
+        "is rows already.", choices=("documents", "stream", "padded"), of="text", panel=_DATA,
     )  # fmt: skip
     column: str = option(
-        "text", "The text, or the token ids, in rows of JSON Lines, parquet and datasets.", setting=False, panel=_DATA
+        "text",
+        "The text, the token ids or the images, in rows of JSON Lines, parquet and datasets.",
+        setting=False,
+        panel=_DATA,
     )
     carry_state: bool = option(
         False, "Read documents in consecutive rows, each from the state that the one before left: truncated backpropagation through time.",
-        panel=_DATA,
+        of="text", panel=_DATA,
     )  # fmt: skip
     val: Any = option(  # noqa: RUF009  # a field, as the others
         None, "What to evaluate on, of the same kinds as the data; the best model is kept.", typed=Path | None, setting=False,
-        panel=_EVALUATION,
+        unset="of images the val or test that the data have beside train, else nothing", panel=_EVALUATION,
     )  # fmt: skip
     eval_every: int | None = option(
         None, "Steps between evaluations.", unset="as save_every", bound=at_least(1), setting=False, panel=_EVALUATION
     )  # fmt: skip
     patience: int | None = option(
-        None, "Evaluations without a better loss after which to stop.", unset="never", bound=at_least(1), panel=_EVALUATION
+        None, "Evaluations without a better one after which to stop.", unset="never", bound=at_least(1), panel=_EVALUATION
     )  # fmt: skip
     precision: str = option(
         "auto", "auto, float32 or bfloat16: what is computed in; weights stay float32. auto is bfloat16 on a GPU that has it.",
@@ -81,9 +86,10 @@ class TrainOptions:
         "adamw", "adamw, or muon: Muon for the matrices inside blocks, AdamW for the rest.", choices=("adamw", "muon"),
         panel=_OPTIMISER,
     )  # fmt: skip
-    lr: float = option(
-        1e-3, "Peak learning rate.", bound=("above 0", lambda x: x > 0), trainer="learning_rate", panel=_OPTIMISER
-    )
+    lr: float | None = option(
+        None, "Peak learning rate.", unset="1e-3, and 3e-3 for images", bound=("above 0", lambda x: x > 0),
+        trainer="learning_rate", panel=_OPTIMISER,
+    )  # fmt: skip
     warmup: float = option(
         0.1, "Steps until the peak; below 1, their share.", bound=at_least(0), trainer="warmup_steps", panel=_OPTIMISER
     )
@@ -107,6 +113,14 @@ class TrainOptions:
         trainer="max_grad_norm",
         panel=_OPTIMISER,
     )
+    layer_decay: float | None = option(
+        None, "Factor of the rate for every layer that lies between a layer and the head (fine-tuning; 0.65 to 0.9, say).",
+        unset="one rate for all", bound=("above 0, up to 1", lambda x: 0 < x <= 1), panel=_TUNING,
+    )  # fmt: skip
+    ema: float | None = option(
+        None, "Average the weights over the steps, and keep this share of the mean in a step (0.9999, say): the mean is what is evaluated "
+        "and saved.", unset="the weights are", bound=within(0, 1), panel=_OPTIMISER,
+    )  # fmt: skip
     checkpointing: bool = option(
         False, "Keep less of every block, and compute it again in the backward.", setting=False, panel=_SPEED
     )
@@ -120,15 +134,55 @@ class TrainOptions:
     )  # fmt: skip
     lora: int | None = option(
         None, "Rank of the adapters (LoRA) that are trained in place of the weights.", unset="the weights are trained",
-        bound=at_least(1), panel=_TUNING,
+        bound=at_least(1), of="text", panel=_TUNING,
     )  # fmt: skip
     lora_alpha: float | None = option(
         None, "What the adapters count for, divided by their rank.", unset="twice the rank", bound=("above 0", lambda x: x > 0),
-        panel=_TUNING,
+        of="text", panel=_TUNING,
     )  # fmt: skip
     lora_targets: str = option(
         "all-linear", "Where the adapters sit: all-linear, or names of modules or parameters (in_proj,out_proj,experts.w1).",
-        panel=_TUNING,
+        of="text", panel=_TUNING,
+    )  # fmt: skip
+    freeze: int = option(
+        0, "Stages, from the stem on, that stay as they are.", bound=at_least(0), of="images", panel=_TUNING
+    )
+    augment: str = option(
+        "auto", "auto, resized (a random part, brought to size), shift (by an eighth) or none: how images are cropped in training. auto is "
+        "shift for models of less than 64 pixels.", choices=("auto", "resized", "shift", "none"), of="images", panel=_IMAGES,
+    )  # fmt: skip
+    flip: float | None = option(
+        None, "Share of the images that are mirrored.", unset="half; none of built-in sets, which are digits, or without augment",
+        bound=within(0, 1, True), of="images", panel=_IMAGES,
+    )  # fmt: skip
+    rand_augment: str | None = option(
+        None, "timm's spelling of a RandAugment, rand-m9-mstd0.5-inc1 say.", unset="none", of="images", panel=_IMAGES
+    )
+    random_erasing: float = option(
+        0.0,
+        "Share of the images of which a part is erased, by timm.",
+        bound=within(0, 1, True),
+        of="images",
+        panel=_IMAGES,
+    )
+    mixup: float = option(
+        0.0,
+        "Mix images in pairs, by timm: alpha of the shares (0.8, say).",
+        bound=at_least(0),
+        of="images",
+        panel=_IMAGES,
+    )
+    cutmix: float = option(
+        0.0, "Paste parts of images into others, by timm: alpha of the areas (1, say).", bound=at_least(0), of="images",
+        panel=_IMAGES,
+    )  # fmt: skip
+    label_smoothing: float = option(
+        0.0, "Share of a label's probability that is spread over all classes.", bound=within(0, 1), of="images",
+        panel=_IMAGES,
+    )  # fmt: skip
+    damaged: str = option(
+        "stop", "stop or skip: what to do about files that are no whole images.", choices=("stop", "skip"), setting=False,
+        of="images", panel=_IMAGES,
     )  # fmt: skip
     shard: bool = option(
         False, "Under torchrun, let every process hold a part of the weights and of the optimiser's state (FSDP2).", panel=_SPEED
@@ -158,8 +212,6 @@ class TrainOptions:
 
     def __post_init__(self):
         check_options(self, "train")
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"train(steps={self.steps}, batch_size={self.batch_size}): both must be at least 1.")
         self._check_together()
         self._check_tuning()
         for name in tracker_names(self.report_to):
@@ -173,9 +225,6 @@ class TrainOptions:
     def _check_together(self) -> None:
         if isinstance(self.val, str | os.PathLike) and str(self.val) == STANDARD_INPUT:
             raise ValueError("train(val='-'): standard input can be read once only. Give a file.")
-        if self.val is None and (self.eval_every or self.patience):
-            given = f"eval_every={self.eval_every}" if self.eval_every else f"patience={self.patience}"
-            raise ValueError(f"train({given}): there is nothing to evaluate on. Give val, or leave it out.")
         if self.schedule == "constant" and self.final_lr:
             raise ValueError(
                 f"train(final_lr={self.final_lr:g}): a constant rate does not fall. Leave it out, or use another schedule."
@@ -186,7 +235,23 @@ class TrainOptions:
                 f"train(warmup={self.warmup:g}, decay={self.decay:g}): together more than all of the {self.steps} steps. Lower one."
             )
 
+    def check_evaluated(self, val: Any) -> None:
+        """Refuse options of evaluations where there is nothing to evaluate on, with a ValueError."""
+        if val is None and (self.eval_every or self.patience):
+            given = f"eval_every={self.eval_every}" if self.eval_every else f"patience={self.patience}"
+            raise ValueError(f"train({given}): there is nothing to evaluate on. Give val, or leave it out.")
+
     def _check_tuning(self) -> None:
+        alone = {"ema": self.ema, "layer_decay": self.layer_decay}
+        others: dict[str, Any] = {"lora": self.lora, "shard": self.shard or None}
+        if self.optimizer == "muon" and self.layer_decay is not None:
+            raise ValueError(
+                f"train(optimizer='muon', layer_decay={self.layer_decay:g}): Muon has one rate. Use adamw, or leave layer_decay out."
+            )
+        for name, value in alone.items():
+            for other, also in others.items():
+                if value is not None and also is not None:
+                    raise ValueError(f"train({name}={value:g}, {other}={also}): do not go together. Leave one out.")
         if self.lora is None and (self.lora_alpha is not None or self.lora_targets != "all-linear"):
             alpha = self.lora_alpha
             given = f"lora_targets={self.lora_targets!r}" if alpha is None else f"lora_alpha={alpha:g}"
@@ -202,13 +267,14 @@ class TrainOptions:
                 "train(shard=True, optimizer='muon'): Muon needs whole matrices, and a process has parts. Use adamw, or leave shard out."
             )
 
-    def settings(self) -> dict[str, Any]:
-        """Return what a run that is continued must have in common with its beginning, by name.
+    def settings(self, kind: str = "text") -> dict[str, Any]:
+        """Return what a run on data of a kind that is continued must have in common with its beginning, by name.
 
         How the rows of a step are read, in few large batches or in many small ones, is not among it.
         """
-        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("setting")}
-        return named | {"rows_per_step": self.batch_size * self.accumulate}
+        fields = [f for f in dataclasses.fields(self) if f.metadata.get("setting") and f.metadata["of"] in ("", kind)]
+        named = {f.name: getattr(self, f.name) for f in fields}
+        return named | {"rows_per_step": self.batch_size and self.batch_size * self.accumulate}
 
     def for_trainer(self) -> dict[str, Any]:
         """Return what transformers' ``TrainingArguments`` take as it is, by their names."""

@@ -23,7 +23,7 @@ class Epochs(Sized, Protocol):
 def order_of(data: Epochs | Whole, seed: int) -> Sampler[int]:
     """Return the order in which a training reads its data."""
     if isinstance(data, Whole):
-        return Then(order_of(data.examples, seed), len(data))
+        return Then(order_of(data.examples, seed), len(data), _draws(data.examples))
     return InOrder(data) if isinstance(data, Lanes) else Shuffled(data, seed)
 
 
@@ -31,7 +31,8 @@ class Shuffled(Sampler[int]):
     """All rows in an order that follows from seed and epoch alone.
 
     It is that of accelerate's ``SeedableRandomSampler`` without a list of all of them, and known in every process and after a resumption,
-    wherever the samplers that were wrapped around it have lost the number of the epoch.
+    wherever the samplers that were wrapped around it have lost the number of the epoch. Where examples draw (images that are changed), the
+    index says the epoch too: ``epoch * len(data) + number``.
     """
 
     def __init__(self, data: Epochs, seed: int):
@@ -46,8 +47,9 @@ class Shuffled(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         drawn_by = torch.Generator().manual_seed(self.seed + self.data.epoch)
+        first = self.data.epoch * len(self.data) if _draws(self.data) else 0
         for some in torch.randperm(len(self.data), generator=drawn_by).split(_AT_ONCE):
-            yield from some.tolist()
+            yield from (first + some).tolist()
 
 
 class InOrder(Sampler[int]):
@@ -69,10 +71,10 @@ class InOrder(Sampler[int]):
 
 
 class Then(Sampler[int]):
-    """An order, and behind all of it the numbers that are left up to ``total``."""
+    """An order, and behind all of it the numbers that are left up to ``total``; or -1 as often, where numbers go on with the next pass."""
 
-    def __init__(self, order: Any, total: int):
-        self.order, self.total = order, total
+    def __init__(self, order: Any, total: int, goes_on: bool = False):
+        self.order, self.total, self.goes_on = order, total, goes_on
 
     def __len__(self) -> int:
         return self.total
@@ -83,4 +85,10 @@ class Then(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         yield from self.order
-        yield from range(len(self.order), self.total)
+        left = range(len(self.order), self.total)
+        yield from (-1 if self.goes_on else number for number in left)
+
+
+def _draws(data: Any) -> bool:
+    """Return whether data are others in every pass, and told by the index which one it is: who reads ahead hears of nothing else."""
+    return getattr(data, "draws", False)

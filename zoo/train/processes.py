@@ -1,5 +1,6 @@
 """Processes that train one model together, as torchrun starts them."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainingArguments
 
-__all__ = ["anywhere", "batch_mean", "in_first"]
+__all__ = ["anywhere", "batch_mean", "devices_in_one", "in_first"]
 
 
 def in_first(args: TrainingArguments, work: Callable[[], Any]) -> Any:
@@ -34,6 +35,11 @@ def anywhere(found: str | None) -> str | None:
     told: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, found)
     return next((one for one in told if one is not None), None)
+
+
+def devices_in_one() -> bool:
+    """Return whether one process has all devices: torchrun has started none."""
+    return "WORLD_SIZE" not in os.environ
 
 
 def batch_mean(part: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from ..checkpoint.publish import write_whole
 from ..report.training import training_page
+from .confusion import read_confusion
 from .manifest import plain
 from .run_folder import RunFolder
 
@@ -53,5 +54,5 @@ def write_report(out: Path) -> Path:
 
 def write_page(path: Path, log: dict[str, Any]) -> Path:
     """Write a page, whole or not at all."""
-    write_whole(path, training_page(log))
+    write_whole(path, training_page(log | {"confusion": read_confusion(path.parent)}))
     return path

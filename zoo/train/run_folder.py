@@ -7,6 +7,7 @@ Every change is one rename, so that a run killed at any moment leaves what it wa
     OUT/tensorboard/                  the losses for TensorBoard
     OUT/checkpoints/checkpoint-N      whole from the moment it is there; zoo.json lists its files and their digests
     OUT/model.safetensors, ...        at the end the trained model, as ``zoo.save`` writes it
+    OUT/confusion.json            of images, which classes the best model takes for which
     OUT/adapter/                      at the end what LoRA has trained, as PEFT writes it
     OUT/.train.lock, .train.holder    who is at work
 """
@@ -38,11 +39,11 @@ from .manifest import (
     step_of,
 )  # fmt: skip
 
-__all__ = ["ADAPTER", "AGAIN", "LOG", "SHARDED", "DifferentRun", "RunFolder", "differences"]
+__all__ = ["ADAPTER", "AGAIN", "CONFUSION", "LOG", "SHARDED", "DifferentRun", "RunFolder", "differences"]
 
 AGAIN = "Use another folder, or turn resume off (--no-resume) to start again."
 LOG = "train.json"
-ADAPTER, SHARDED = "adapter", "sharded"
+ADAPTER, SHARDED, CONFUSION = "adapter", "sharded", "confusion.json"
 _KEPT = 2
 _DIGESTS = {"data": ", or the same in rows of another length or in other streams", "val": ", or without", "start": ""}
 # what marks a folder as somebody's model
@@ -118,7 +119,7 @@ class RunFolder:
             if not overwrite and (resume or not (self.path / LOG).exists()):
                 raise
         # first what belongs to the old log, then the log: the other way round a killed process would leave a new log on old checkpoints
-        for name in ("checkpoints", "tensorboard", ADAPTER):
+        for name in ("checkpoints", "tensorboard", ADAPTER, CONFUSION):
             discard(self.path / name)
         self.about = {}
         self._write_log({"finished": False, "history": [], "seconds": 0.0})

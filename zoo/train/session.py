@@ -28,16 +28,18 @@ class Workload:
     """The work of one step of all processes, and what the devices could do.
 
     Attributes:
-        tokens: Tokens that something is made of; padding is none. A mean, where rows differ.
-        flops: FLOPs per token, forward and backward.
+        units: Tokens that something is made of, and padding is none, a mean where rows differ; or images.
+        flops: FLOPs per unit, forward and backward.
         peak: FLOPs a second that all devices do at most; ``None`` if that is not known.
         device: The GPU of this process, if it has one.
+        unit: The word for what is counted, in the plural.
     """
 
-    tokens: float
+    units: float
     flops: float = 0.0
     peak: float | None = None
     device: torch.device | None = None
+    unit: str = "tokens"
 
 
 class Session(TrainerCallback):
@@ -112,8 +114,8 @@ class Session(TrainerCallback):
                 self.pace.popleft()
         if self.pace:
             steps, seconds = map(sum, zip(*self.pace, strict=True))
-            rate = self.work.tokens * steps / max(seconds, 1e-9)
-            found["tokens_per_second"] = round(rate, 1)
+            rate = self.work.units * steps / max(seconds, 1e-9)
+            found[f"{self.work.unit}_per_second"] = round(rate, 1)
             if self.work.peak and self.work.flops:
                 found["mfu"] = round(rate * self.work.flops / self.work.peak, 4)
         if self.work.device:
@@ -147,10 +149,11 @@ class Session(TrainerCallback):
             return
         step = f"step {state.global_step:,} of {state.max_steps:,}  "
         if "eval_loss" in logs:
-            self.console.print(f"{step}held-out loss {logs['eval_loss']:.3f}")
+            right = f", {logs['eval_accuracy']:.2%} right" if "eval_accuracy" in logs else ""
+            self.console.print(f"{step}held-out loss {logs['eval_loss']:.3f}{right}")
         if "loss" not in logs:
             return
-        note = f"loss {logs['loss']:.3f}" + "".join(f"  {text}" for text in _shown(logs))
+        note = f"loss {logs['loss']:.3f}" + "".join(f"  {text}" for text in _shown(logs, self.work.unit))
         if self.bar:
             self.bar.update(self.bar.task_ids[0], note=note)
         else:
@@ -184,9 +187,9 @@ class Session(TrainerCallback):
                 signal.signal(signal.SIGINT, before)
 
 
-def _shown(logs: dict[str, float]) -> Iterator[str]:
-    if "tokens_per_second" in logs:
-        yield f"{logs['tokens_per_second']:,.0f} tokens/s"
+def _shown(logs: dict[str, float], unit: str) -> Iterator[str]:
+    if (rate := logs.get(f"{unit}_per_second")) is not None:
+        yield f"{rate:,.0f} {unit}/s"
     if "mfu" in logs:
         yield f"{100 * logs['mfu']:.0f} % MFU"
     if "memory_GiB" in logs:

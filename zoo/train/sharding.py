@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import CheckpointError
-from ..hf import HybridZooForCausalLM
 from ..models.build import build
+from .feed import Feed
 from .lora import adapted
 from .run_folder import AGAIN, SHARDED
 
@@ -53,7 +53,7 @@ def load_shards(model: nn.Module, folder: Path) -> None:
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 
-def gathered(model: Any, adapters: Any) -> Any:
+def gathered(model: Any, adapters: Any, feed: Feed) -> Any:
     """Return the Trainer's model, whole and in memory, in the first process; in the others what they have. All have to call it."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank():
@@ -61,7 +61,7 @@ def gathered(model: Any, adapters: Any) -> Any:
     core = build(model.core.cfg)
     for name in ("source", "metadata", "family"):
         setattr(core, name, getattr(model.core, name))
-    whole = adapted(core, adapters)[0] if adapters else HybridZooForCausalLM.wrap(core)
+    whole = adapted(core, adapters)[0] if adapters else feed.adapter(core)
     whole.load_state_dict(state)
     return whole
 

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 from ..checkpoint import load
 from ..checkpoint.native import as_saved
-from ..hf import HybridZooForCausalLM
 from ..models.build import build
 from ..models.finite import check_finite
 from ..models.model import Model
@@ -32,7 +31,7 @@ def weights_from(model: Any, base: Any = None) -> Any:
 
 def start_from(model: Any, overrides: Overrides, out: Path, base: Any = None) -> tuple[Model, list[str]]:
     """Return the model that training starts from, and what there is to say of it."""
-    if isinstance(model, HybridZooForCausalLM):
+    if isinstance(getattr(model, "core", None), Model):  # transformers' adapter
         model = model.core
     named = f"{model}: " if isinstance(model, str | os.PathLike) else ""
     if named:
@@ -86,6 +85,16 @@ def _from_base(config: Any, overrides: Overrides, out: Path, base: Any) -> tuple
     core = build(config, overrides)
     old = _loaded(base, out)
     there, here = dict(old.named_parameters()), dict(core.named_parameters())
+    about: list[str] = []
+    # classes are those of the data
+    if hasattr(core, "reset_head"):
+        if old.cfg.n_classes == core.cfg.n_classes:
+            core.cfg.labels = core.cfg.labels or old.cfg.labels
+        else:
+            about.append(f"a new head for {core.cfg.n_classes:,} classes in place of that for {old.cfg.n_classes:,}")
+            there, here = (
+                {k: p for k, p in named.items() if not k.startswith(f"{core.head_name}.")} for named in (there, here)
+            )
     if wrong := list(_misfits(there, here)):
         raise ValueError(
             f"base={str(base)!r}: {len(wrong)} of {len(there.keys() | here.keys())} tensors do not fit the config: {_listed(wrong, '; ')}. "
@@ -97,7 +106,7 @@ def _from_base(config: Any, overrides: Overrides, out: Path, base: Any) -> tuple
     # texts are the old model's: its tokenizer's files, its special tokens
     core.source, core.metadata, core.family = old.source, old.metadata, old.family
     named = f"{config}: a fresh model that " if isinstance(config, str | os.PathLike) else ""
-    about = [f"{named}starts from the weights of {base}"]
+    about.insert(0, f"{named}starts from the weights of {base}")
     configs = (OmegaConf.to_container(model.cfg) for model in (old, core))
     if changes := [f"{key} ({values})" for key, values in differences(*configs)]:  # type: ignore[arg-type]
         about.append(f"its config differs from theirs in {_listed(changes, ', ')}")

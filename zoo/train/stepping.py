@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...layers.moe import MoE
-from ..hf import HybridZooForCausalLM
 from ..terminal import say
 from .batches import Batch, filled
 from .captured_step import CapturedStep, why_not_captured
@@ -18,7 +17,7 @@ class Stepping:
     """Takes batches through a recorded step, or says why the caller has to.
 
     Args:
-        model: The model, where it is trained.
+        model: The adapter around the model, where it is trained.
         rows: Of a whole batch.
         most: The most documents of a row, where rows are packed.
         autocast: The type that is computed in, if it is not that of the weights.
@@ -33,10 +32,11 @@ class Stepping:
     """
 
     def __init__(
-        self, model: HybridZooForCausalLM, rows: int, most: int | None, autocast: torch.dtype | None, capture: str,
+        self, model: Any, rows: int, most: int | None, autocast: torch.dtype | None, capture: str,
         why: str | None = None,
     ):  # fmt: skip
         self.model, self.rows, self.most, self.autocast, self.must = model, rows, most, autocast, capture == "on"
+        self.reads: str = model.main_input_name
         self.captured: CapturedStep | None = None
         self.replayed = False
         self.balances = any(isinstance(m, MoE) for m in model.modules())
@@ -53,7 +53,7 @@ class Stepping:
     def take(self, batch: Batch, num_items: Tensor | None) -> Tensor | None:
         """Return the loss of a batch, with the gradients where a backward leaves them; ``None`` where nothing was done."""
         self.replayed = False
-        b = batch["input_ids"].shape[0]
+        b = batch["labels"].shape[0]
         if self.captured is None and self.why_eager is None and b == self.rows:
             self._record(batch, num_items is not None)
         # what is balanced among experts counts every row
@@ -61,7 +61,7 @@ class Stepping:
             return None
         batch, self.replayed = batch if b == self.rows else filled(batch, self.rows), True
         more = {"documents": batch["documents"]} if "documents" in batch else {}
-        return self.captured(batch["input_ids"], batch["labels"], num_items=num_items, **more)
+        return self.captured(batch[self.reads], batch["labels"], num_items=num_items, **more)
 
     def statistics(self) -> dict[str, Tensor]:
         """Return what is logged of the last batch: its auxiliary loss, and of every layer of experts the highest load over the mean one."""
@@ -76,7 +76,7 @@ class Stepping:
         try:
             self.captured = CapturedStep(
                 self.model.core,
-                batch["input_ids"],
+                batch[self.reads],
                 batch["labels"],
                 num_items=num_items,
                 autocast=self.autocast,
