@@ -359,3 +359,6 @@ def test_the_trained_model_knows_python_from_sql(wheel):
 def test_the_shipped_config_is_the_wheels_model(wheel):
     assert OmegaConf.to_container(zoo.config("typeseg")) == OmegaConf.to_container(zoo.load(wheel[0]).cfg)
     assert zoo.build("typeseg", device="meta").num_params() == 1_364_035
+    # who says the config, says the names; elsewhere they are the manifest's
+    file, shipped = os.path.join(wheel[0], "mamba_al.npz"), zoo.config("typeseg")
+    assert zoo.load(file, config="typeseg").cfg == shipped == zoo.load(file, config=shipped).cfg

@@ -102,14 +102,16 @@ def _load_file(file: Path, device: torch.device, dtype: torch.dtype | None, conf
 def _config_of(family: FileFamily, shapes: Shapes, config: Any) -> tuple[Resolved, str]:
     """The config of a file's model, and where it comes from."""
     if config is not None:
-        name = config if isinstance(config, str) else "given"
-        return resolve(config, {"n_classes": family.classes(shapes), "labels": None}), name
+        given, n, name = resolve(config), family.classes(shapes), config if isinstance(config, str) else "given"
+        return given if given.config.get("n_classes") == n else resolve(given, {"n_classes": n, "labels": None}), name
     found = family.find(shapes)
     try:
         resolved = resolve(found)
     except ConfigError as e:
         raise CheckpointError(f"{shapes.file}: its tensors describe no model that works: {e}") from e
-    facts = {key: found[key] for key in ("n_classes", "labels", "in_channels", "image_size") if key in found}
+    facts: dict[str, Any] = {
+        key: found[key] for key in ("n_classes", "labels", "in_channels", "image_size") if key in found
+    }
     for name in (name for pattern in family.configs for name in list_models(pattern)):
         shipped = _shipped(name).config
         if all(shipped.get(key) == resolved.config.get(key) for key in STRUCTURE):
