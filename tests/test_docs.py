@@ -110,7 +110,8 @@ def test_links_lead_somewhere(page):
 
 def test_the_table_of_models_names_what_ships():
     table = TEXTS["docs/configs.md"].split("## Shipped models")[1]
-    assert sorted(set(re.findall(r"`([\w.]+(?:-[\w.]+)+)`", table))) == zoo.list_models()
+    named, shipped = set(re.findall(r"`([\w.-]+)`", table)), set(zoo.list_models())
+    assert shipped <= named and {name for name in named if "-" in name} <= shipped
 
 
 def test_the_table_of_mixers_names_what_ships_and_what_it_can():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import hybridzoo as zoo
 from hybridzoo.kernels import Seq
 
-MODELS = zoo.list_models("*-tiny")
+MODELS = zoo.list_models("*-tiny", task="causal_lm")
 # more than a window, a chunk and a filter; a document of one token; padding, and none
 ROWS = [[3, 1, 90, 40], [133, 1], [70, 64]]
 LENGTH = 134

@@ -36,10 +36,7 @@ def small():
     return zoo.config("transformer-tiny", ["d_model=16", "mixers.mlp.d_intermediate=16", "mixers.attention.nheads=2"])
 
 
-TINY = [name for name in zoo.list_models("*-tiny") if zoo.config(name).task == "causal_lm"]
-
-
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", zoo.list_models("*-tiny", task="causal_lm"))
 def test_every_tiny_model_learns(name, rows, tmp_path):
     result = train(name, rows, tmp_path, steps=10, batch_size=4, lr=5e-3, save_every=10, **QUIET)
     losses = [entry["loss"] for entry in result.history]

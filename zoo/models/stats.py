@@ -118,7 +118,7 @@ def _rows(model: Model, size: int) -> list[Row]:
 
 def numbers(source: Any) -> dict[str, Any]:
     """Count a model for ``zoo list``, as ``configs/numbers.json`` keeps it: the state is that of 1,024 tokens."""
-    model = build(source, device="meta")
+    model = source if isinstance(source, Model) else build(source, device="meta")
     found = stats(model, 1024 if model.unit == "token" else None)
     kept = ("params", "active_params", "state_bytes")
     return {key: getattr(found, key) for key in kept} | {"pattern": found.layers}
