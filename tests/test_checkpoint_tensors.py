@@ -280,5 +280,5 @@ def test_a_folder_with_nothing_but_a_config_and_one_without_tensors(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors: no such file, nor pytorch_model.bin"):
         zoo.load(folder)
-    with pytest.raises(CheckpointError, match=r"config.json: no such folder"):
+    with pytest.raises(CheckpointError, match=r"config.json: is no folder and no file of weights"):
         zoo.load(folder / "config.json")
