@@ -2,16 +2,19 @@
 
 import dataclasses
 import shutil
+import types
 
 import pytest
 import torch
 
 from hybridzoo.kernels import dispatch, selective_scan
+from hybridzoo.kernels.gpu import nvrtc
 from hybridzoo.kernels.scan import cuda as cuda_ops
-from hybridzoo.kernels.scan import cuda_paths, reference
+from hybridzoo.kernels.scan import cuda_paths, reference, walk_launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.params import walk
 from hybridzoo.kernels.scan.paths import over_paths, path_index, walks
+from hybridzoo.kernels.scan.shapes import ROOM, Cut, backward_plan
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -55,6 +58,8 @@ CASES = {
         None,
     ),
     "shared parameters": (35, 40, 16, [FOUR[3], FOUR[0]], {"g": 2, "own": False}, 2),
+    "five directions, one state, bfloat16": (35, 40, 1, [*FOUR, FOUR[1]], {"dtype": torch.bfloat16}, None),
+    "states formed again": (9, 12, 40, [(3, 3, 3, 1, 0), (3, 3, 1, 3, 1)], {}, None),
     "one path back, no gate": (35, 40, 16, [FOUR[2]], {"g": 2, "gate": False}, 2),
 }
 
@@ -75,6 +80,52 @@ def test_outputs_states_and_gradients(case, emulated):
     wanted = torch.autograd.grad(loss, [x for x in exact if x is not None])
     got = [g for g, x in zip(grads[:9], inputs, strict=True) if x is not None]
     compare([out, last, *got], [want, states, *wanted], TOLERANCE[out.dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_whole_beside_rows_that_are_cut(dtype, emulated):
+    inputs, flat = operands(35, 40, 1, 4, dtype), [int(x) for path in FOUR for x in path]
+    _, last, saved = cuda_paths.forward(ScanInputs(*inputs), True, flat, True)
+    gout, glast = torch.randn_like(inputs[0]), torch.randn_like(last)
+    grads = cuda_paths.backward(ScanInputs(*inputs), True, flat, gout, glast, saved, Cut(1, 3, 16, 8))
+    exact = [None if x is None else x.double().requires_grad_() for x in inputs]
+    want, states = gathered(exact, walks("test", FOUR, 35, None))
+    loss = (want * gout.double()).sum() + (states * glast.double()).sum()
+    compare(grads[:9], torch.autograd.grad(loss, exact), TOLERANCE[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize(("k", "launched"), [(1, 2), (4, 2), (5, 4)])
+def test_a_backward_is_one_launch_for_up_to_four_paths(k, launched, emulated, monkeypatch):
+    names, run = [], nvrtc.launch
+    monkeypatch.setattr(
+        nvrtc, "launch", lambda source, name, *rest: names.append((name, rest)) or run(source, name, *rest)
+    )
+    paths = ([*FOUR, FOUR[0]])[:k]
+    inputs, flat = ScanInputs(*operands(35, 40, 1, k, torch.bfloat16)), [int(x) for path in paths for x in path]
+    out, last, saved = cuda_paths.forward(inputs, True, flat, True)
+    names.clear()
+    cuda_paths.backward(inputs, True, flat, out, last, saved)
+    assert len(names) == launched and all("_walks<" in name for name, _ in names)
+    # two rows, two tiles of 32 channels
+    assert [rest[1] for name, rest in names if name.startswith("scan")] == [
+        4 * part for part in (min(k, 4), k - 4) if part > 0
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(128, 196, 384, 1, 1), (128, 784, 384, 16, 1), (1, 4096, 64, 16, 1), (128, 49, 768, 1, 1)]
+)
+def test_all_paths_together_are_cut_for_the_processors_there_are(sizes):
+    b, *rest = sizes
+    call = types.SimpleNamespace(sizes=sizes, i=types.SimpleNamespace(u=torch.empty(0, dtype=torch.bfloat16)))
+    for k in (1, 4):
+        _, grid = backward_plan((k * b, *rest), 132)
+        # rows that are left whole are shared out
+        want = dataclasses.replace(grid.cut, whole=grid.cut.whole // k)
+        assert walk_launches._cut([call] * k, 132, ROOM, None) == want and want.whole < b
+    assert walk_launches._cut([call], 132, ROOM, 5) == 5
 
 
 @needs_compiler

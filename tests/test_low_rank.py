@@ -132,7 +132,7 @@ def test_along_paths(own, emulated):
 
 
 @needs_compiler
-def test_step_sizes_are_there_for_one_path_at_a_time(emulated, monkeypatch):
+def test_step_sizes_of_a_forward_are_there_for_one_path_at_a_time(emulated, monkeypatch):
     # a rank that the scan does not form
     *first, weight = operands(2, 35, 40, 16, 24, BF16, 4)
     flat, made, form = [int(x) for path in FOUR for x in path], [], low_rank.step_sizes
@@ -144,10 +144,19 @@ def test_step_sizes_are_there_for_one_path_at_a_time(emulated, monkeypatch):
         return formed
 
     monkeypatch.setattr(low_rank, "step_sizes", step_sizes)
-    out, last, saved = cuda_paths.forward(ScanInputs(*first, None, None, weight), True, flat, True)
     i = ScanInputs(*first, None, None, weight)
+    out, last, saved = cuda_paths.forward(i, True, flat, True)
+    assert len(made) == 4
+    # a backward has those of all paths, and their gradient in the same place
+    spread, seen = low_rank.with_gradients_of_walks, []
+
+    def with_gradients(grads, *rest):
+        seen.append(grads.dt is made[-1]())
+        return spread(grads, *rest)
+
+    monkeypatch.setattr(low_rank, "with_gradients_of_walks", with_gradients)
     cuda_paths.backward(i, True, flat, torch.ones_like(out), torch.ones_like(last), saved)
-    assert len(made) == 8
+    assert len(made) == 5 and seen == [True]
 
 
 @needs_compiler

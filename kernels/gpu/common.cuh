@@ -325,6 +325,14 @@ struct Walk {
     }
 };
 
+// Up to four launches as one, alike but for their operands and the walk that they follow, with `blocks` each: those of one walk over small
+// maps are fewer than the multiprocessors hold.
+template <class P>
+struct Walks {
+    P each[4];
+    int blocks;
+};
+
 // How the lanes of a warp are shared out: LN of them to each of the groups of channels.  Shared memory serves a load of 16 (or 8) bytes per
 // lane in half the time if the four lanes of a quad do not ask for four different places; so neither the lanes of a group, who read
 // different states, nor the groups, who read different channels, fill a quad.

@@ -1,19 +1,21 @@
-"""The CUDA scan over walks (:mod:`.paths`): a launch per path, all over the same memory, and nothing is gathered or flipped.
+"""The CUDA scan over walks (:mod:`.paths`): all over the same memory, and nothing is gathered or flipped.
 
-Outputs are summed at the tokens, in float32 and in the order of the paths; the last launch gates the sum and rounds it. Gradients of what
-paths share are kept per path and then summed in one pass.
+A forward is a launch per path: outputs are summed at the tokens, in float32 and in the order of the paths, and the last launch gates and
+rounds the sum. A backward is one launch (:mod:`.walk_launches`): gradients of what paths share are kept per path, then summed in one pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..gpu import nvrtc
 from ..gpu.operands import in_rows
-from . import launches, low_rank
+from . import launches, low_rank, walk_launches
 from .inputs import ScanInputs
-from .operands import ScanOperands, WideGradients
+from .operands import ScanOperands
 from .paths import per_path
 
 
@@ -55,25 +57,31 @@ def backward(
     chunks: int | None = None,
 ) -> ScanInputs:
     """Gradients of the inputs, in their shapes."""
-    varied = per_path(len(paths) // 5, i)
-    calls = _walks(varied, paths, dt_softplus)
+    k = len(paths) // 5
+    calls = _walks(per_path(k, i), paths, dt_softplus)
     gout = in_rows(gout, calls[0].i.u.dtype)
-    # of step sizes in low-rank form, the gradient of one path at a time is in memory
-    one = None if i.dt_weight is None else gout.new_empty(calls[0].i.u.shape)
-    wide = calls[0].gradients(len(calls), dt=one)
-    each: list[ScanInputs] = []
-    for k, (call, own) in enumerate(zip(calls, varied, strict=True)):
-        into = WideGradients(*(g if g is None or g is one else g[k] for g in wide))  # type: ignore[arg-type]
-        glast_k, saved_k = (None if x is None else x[k] for x in (glast, saved))
-        grads = launches.backward(call, gout, glast_k, saved_k, chunks=chunks, into=into)
-        each.append(low_rank.with_gradients(grads, own))
-    # what is written into one tensor for all paths is there already
-    planes = wide._asdict() if one is None else wide._asdict() | {"dt": None}
+    low, weight, dt = None, None, None
+    if i.dt_weight is not None:
+        # in autograd's thread this may be what comes first, and cuBLAS warns where there is no context
+        nvrtc.enter(gout.device)
+        low, weight = _stacked(calls, "dt", i.dt), _stacked(calls, "dt_weight", i.dt_weight)
+        dt = low_rank.step_sizes(low, weight)
+        calls = [replace(c, i=c.i._replace(dt=dt[j], dt_weight=None)) for j, c in enumerate(calls)]
+    # step sizes that were formed for this are the last that anybody reads of a token: their gradient goes there
+    wide = calls[0].gradients(k, dt=dt)
+    grads = walk_launches.backward(calls, gout, glast, saved, wide, chunks)
+    if low is not None and weight is not None:
+        grads = low_rank.with_gradients_of_walks(grads, low, weight, i.dt_weight)
     found: dict[str, Any] = {}
     for name, x in i._asdict().items():
-        parts = [getattr(grads, name) for grads in each]
-        g = planes.get(name)
-        if g is None and parts[0] is not None:
-            g = torch.stack(parts)
+        g = getattr(grads, name)
         found[name] = None if x is None or g is None else g.sum(0) if g.dim() > x.dim() else g
     return ScanInputs(**found)
+
+
+def _stacked(calls: list[ScanOperands], name: str, given: Tensor) -> Tensor:
+    """An operand of all walks as one tensor, with an axis of one per walk, as it is read."""
+    parts = [getattr(call.i, name) for call in calls]
+    if given.dim() == parts[0].dim():
+        return parts[0].expand(len(parts), *parts[0].shape)
+    return given if given.dtype == parts[0].dtype else torch.stack(parts)

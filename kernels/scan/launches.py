@@ -120,20 +120,40 @@ def _forward_launches(
     return _scan(signature, shape, FULL, grid), sweep, signature[1][0] * grid.cut.chunks
 
 
-def _sweep(call: ScanOperands, sweep: Launch | None, pieces: int, u: Tensor) -> tuple[Tensor | None, int, int]:
-    """Memory and addresses of what each piece of cut rows adds to the state, (pieces, d, n), and of its sum of dt, (pieces, d, 2).
+def room_of(call: ScanOperands, pieces: int) -> int:
+    """Numbers that a sweep leaves, a multiple of four: what each piece of cut rows adds to the state, (pieces, d, n), and its sum of dt."""
+    _, _, d, n, _ = call.sizes
+    return _added(pieces, d, n) + ceil_div(pieces * d * 2, 4) * 4
+
+
+def _added(pieces: int, d: int, n: int) -> int:
+    # what comes second starts at a multiple of 16 bytes
+    return ceil_div(pieces * d * n, 4) * 4
+
+
+def places(call: ScanOperands, memory: Tensor | None, pieces: int) -> tuple[int, int]:
+    """Where in its memory a sweep leaves what pieces add, (pieces, d, n), and their sums of dt, (pieces, d, 2): addresses."""
+    _, _, d, n, _ = call.sizes
+    return (0, 0) if memory is None else (memory.data_ptr(), memory.data_ptr() + 4 * _added(pieces, d, n))
+
+
+def sweeping(call: ScanOperands, u: Tensor, local: int, decay: int) -> tuple:
+    """The operands of a sweep, in the order of its parameters."""
+    marks = None, call.i.reset, call.i.valid
+    return (u, *call.scanned, *marks, None, None, None, local, decay, None, None, call.i.dt_weight)
+
+
+def _swept(call: ScanOperands, sweep: Launch | None, pieces: int, u: Tensor) -> tuple[Tensor | None, int, int]:
+    """Memory and addresses (:func:`places`) of what a sweep has left.
 
     On the way back ``u`` is the gradient of the outputs, and what is added is the gradient of the state, from the right.
     """
     if sweep is None:
         return None, 0, 0
-    _, _, d, n, _ = call.sizes
-    # asking twice takes the host as long as a small kernel; what comes second starts at a multiple of 16 bytes
-    local = ceil_div(pieces * d * n, 4) * 4
-    memory = call.i.A.new_empty(local + pieces * d * 2)
-    at = memory.data_ptr(), memory.data_ptr() + 4 * local
-    marks = None, call.i.reset, call.i.valid
-    sweep(u.device, u, *call.scanned, *marks, None, None, None, *at, None, None, call.i.dt_weight)
+    # asking twice takes the host as long as a small kernel
+    memory = call.i.A.new_empty(room_of(call, pieces))
+    at = places(call, memory, pieces)
+    sweep(u.device, *sweeping(call, u, *at))
     return memory, *at
 
 
@@ -167,14 +187,14 @@ def forward(
     out, last, saved = into
     scan, sweep, pieces = plan or planned(call, out, shape, chunks)
     i = call.i
-    _memory, local, decay = _sweep(call, sweep, pieces, i.u)
+    _memory, local, decay = _swept(call, sweep, pieces, i.u)
     inputs = (i.u, *call.scanned, i.initial_state, i.reset, i.valid)
     scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum, i.dt_weight)
     return out, last, saved
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_launches(
+def backward_launches(
     signature: tuple, count: int, room: int, shape: BackwardShape | None, chunks: int | Cut | None, outputs: bool
 ) -> tuple[Launch, Launch | None, int, Grid, Launch]:
     """The backward, the sweep before it where rows are cut, into how many pieces, the grid, and the launch that adds up partial sums."""
@@ -228,10 +248,10 @@ def backward(
         _, _, saved = forward(c, True, into=(wide.u, None, c.saved_states()))
     signature = c.signature(gout, wide.u, wide.dt, wide.z)
     room = shared_memory(device) - DRIVERS
-    scan, sweep, pieces, grid, add_up = _backward_launches(
+    scan, sweep, pieces, grid, add_up = backward_launches(
         signature, processors(device), room, shape, chunks, out is not None
     )
-    _memory, local, decay = _sweep(c, sweep, pieces, gout)
+    _memory, local, decay = _swept(c, sweep, pieces, gout)
     # one piece of memory for all partial sums, since asking for it takes a small call longer than the kernel
     one, rows = b * l * g * n, grid.cut.pieces(b)
     partial = new(2 * grid.tiles * one + rows * d * (n + 2))

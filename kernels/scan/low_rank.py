@@ -25,7 +25,10 @@ def step_sizes(dt: Tensor, weight: Tensor) -> Tensor:
     """
     weight = weight.to(dt.dtype)
     with torch.autocast(dt.device.type, enabled=False):
-        return dt @ (weight.mT if weight.dim() == 2 else weight.mT.unsqueeze(1))
+        if weight.dim() == 2 or dt.dim() == 3:
+            return dt @ (weight.mT if weight.dim() == 2 else weight.mT.unsqueeze(1))
+        # rows of all tokens: a product that broadcasts would copy the weight for every sequence
+        return torch.bmm(dt.flatten(1, 2), weight.mT).unflatten(1, dt.shape[1:3])
 
 
 def gradients(gdt: Tensor, dt: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +44,17 @@ def with_gradients(grads: ScanInputs, i: ScanInputs) -> ScanInputs:
         return grads
     gdt, gweight = gradients(grads.dt, i.dt, i.dt_weight)
     return grads._replace(dt=gdt, dt_weight=gweight)
+
+
+def with_gradients_of_walks(grads: ScanInputs, low: Tensor, weight: Tensor, given: Tensor | None) -> ScanInputs:
+    """As :func:`with_gradients`, for (k, b, l, r) and (k, d, r) of k walks; the weight's gradient is in the type of the one ``given``."""
+    assert given is not None
+    rows, each = grads.dt.flatten(1, 2), low.flatten(1, 2)
+    with torch.autocast(rows.device.type, enabled=False):
+        glow = torch.bmm(rows, weight.to(rows.dtype)).unflatten(1, low.shape[1:3])
+        # one by one: of products in a batch, cuBLAS does not split the sum over all tokens
+        gweight = torch.stack([product(g.mT, x, given.dtype) for g, x in zip(rows, each, strict=True)])
+    return grads._replace(dt=glow, dt_weight=gweight)
 
 
 def in_vectors(dt: Tensor) -> bool:

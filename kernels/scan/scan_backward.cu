@@ -52,7 +52,7 @@ struct Backward {
     using S = BackwardShape<sizeof(T), NS, LN, CH, NW, K, TS>;
     using P = Packed<T>;
     using L = Lanes<LN>;
-    static constexpr int N = S::N, NG = S::NG, CPB = S::CPB, THREADS = S::THREADS, SUBS = S::SUBS, PT = S::PT;
+    static constexpr int EACH = CH, STEPS = K, N = S::N, NG = S::NG, CPB = S::CPB, THREADS = S::THREADS, SUBS = S::SUBS, PT = S::PT;
     static constexpr int V = P::lanes, ROW = CPB / V, IT = (K * ROW + THREADS - 1) / THREADS, STRIDE = THREADS / ROW;
     static_assert(STRIDE * ROW == THREADS, "a thread moves the same channels of every STRIDE-th step");
     static constexpr int BV = N < V ? N : V, BROW = N / BV, BIT = (2 * K * BROW + THREADS - 1) / THREADS;
@@ -583,20 +583,30 @@ struct Backward {
     }
 };
 
-template <class T, int NS, int LN, int CH, int NW, int K, int TS, int FLAGS, int MIN_BLOCKS>
-__global__ void __launch_bounds__(NW * 32, MIN_BLOCKS) scan_backward(const BackwardParams p) {
-    SHARED_MEMORY(memory);
-    using F = Backward<T, NS, LN, CH, NW, K, TS, FLAGS>;
-    const int tiles_d = p.tiles_per_group * p.groups, tile_d = blockIdx.x % tiles_d;
-    const int rest = blockIdx.x / tiles_d;
+template <class F>
+DEVICE void run_block(const BackwardParams& p, char* memory, int block) {
+    const int tiles_d = p.tiles_per_group * p.groups, tile_d = block % tiles_d;
+    const int rest = block / tiles_d;
     const int group = tile_d / p.tiles_per_group, per_group = p.d / p.groups, in_group = tile_d % p.tiles_per_group;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     int chunk;
     int64 b;
     p.cut.place(rest, p.batch, b, chunk);
     F f{p, reinterpret_cast<float*>(memory), group * per_group + in_group * F::CPB, (group + 1) * per_group, group, in_group, chunk,
-        b, tid, warp, lane, F::L::share(lane), warp * F::NG + F::L::group(lane), keep_in_register(F::wide_at(lane / F::NG, (warp * F::NG + lane % F::NG) * CH))};
-    f.run(p.cut.begin(chunk) / K, (p.cut.end(b, chunk, p.l) - 1) / K);
+        b, tid, warp, lane, F::L::share(lane), warp * F::NG + F::L::group(lane), keep_in_register(F::wide_at(lane / F::NG, (warp * F::NG + lane % F::NG) * F::EACH))};
+    f.run(p.cut.begin(chunk) / F::STEPS, (p.cut.end(b, chunk, p.l) - 1) / F::STEPS);
+}
+
+template <class T, int NS, int LN, int CH, int NW, int K, int TS, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(NW * 32, MIN_BLOCKS) scan_backward(const BackwardParams p) {
+    SHARED_MEMORY(memory);
+    run_block<Backward<T, NS, LN, CH, NW, K, TS, FLAGS>>(p, memory, blockIdx.x);
+}
+
+template <class T, int NS, int LN, int CH, int NW, int K, int TS, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(NW * 32, MIN_BLOCKS) scan_backward_walks(const __grid_constant__ Walks<BackwardParams> walks) {
+    SHARED_MEMORY(memory);
+    run_block<Backward<T, NS, LN, CH, NW, K, TS, FLAGS>>(walks.each[blockIdx.x / walks.blocks], memory, blockIdx.x % walks.blocks);
 }
 
 // out[i] = sum_k in[k * stride + i], for several arrays in one launch, each in a fixed order
@@ -611,11 +621,11 @@ struct SumParams {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) sum_partials(const SumParams p) {
+DEVICE void sum_block(const SumParams& p, int block) {
     int k = 0;
-    while (k + 1 < SumParams::PARTS && (int)blockIdx.x >= p.part[k + 1].block0) ++k;
+    while (k + 1 < SumParams::PARTS && block >= p.part[k + 1].block0) ++k;
     const SumParams::Part& a = p.part[k];
-    const int64 i = (int64)(blockIdx.x - a.block0) * 256 + threadIdx.x;
+    const int64 i = (int64)(block - a.block0) * 256 + threadIdx.x;
     if (i >= a.size) return;
     const float* in = p.in[k] + i;
     float total[4] = {0.f, 0.f, 0.f, 0.f};
@@ -629,4 +639,14 @@ __global__ void __launch_bounds__(256) sum_partials(const SumParams p) {
         reinterpret_cast<float*>(p.out[k])[i] = sum[0];
     else
         write_channels<T, 1>(reinterpret_cast<T*>(p.out[k]) + i, sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) sum_partials(const SumParams p) {
+    sum_block<T>(p, blockIdx.x);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) sum_partials_walks(const __grid_constant__ Walks<SumParams> walks) {
+    sum_block<T>(walks.each[blockIdx.x / walks.blocks], blockIdx.x % walks.blocks);
 }

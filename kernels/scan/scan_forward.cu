@@ -616,6 +616,13 @@ __global__ void __launch_bounds__(NC + NH, MIN_BLOCKS) scan_forward(const Forwar
     run_block<Forward<T, NC, NS, LN, CH, TT, NH, K, MODE, FLAGS>>(p, memory, MODE, blockIdx.x, p.tiles_per_group, 0);
 }
 
+template <class T, int NC, int NS, int LN, int CH, int TT, int NH, int K, int MODE, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(NC + NH, MIN_BLOCKS) scan_forward_walks(const __grid_constant__ Walks<ForwardParams> walks) {
+    SHARED_MEMORY(memory);
+    const ForwardParams& p = walks.each[blockIdx.x / walks.blocks];
+    run_block<Forward<T, NC, NS, LN, CH, TT, NH, K, MODE, FLAGS>>(p, memory, MODE, blockIdx.x % walks.blocks, p.tiles_per_group, 0);
+}
+
 // Blocks of two shapes, for channels that do not fill the multiprocessors with blocks of one: those of the first shape come first, and so
 // each has a multiprocessor of its own to share with one of the second, as long as there are no more of either than multiprocessors.
 template <class T, int NC, int NH, int NS1, int LN1, int CH1, int TT1, int NS2, int LN2, int CH2, int TT2, int K, int FLAGS>

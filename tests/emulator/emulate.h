@@ -28,6 +28,7 @@ inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, 
 
 #define DEVICE inline
 #define __global__ static
+#define __grid_constant__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)

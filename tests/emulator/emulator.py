@@ -14,9 +14,12 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "kernels"
 PARAMS = {
     "scan_forward": "ForwardParams",
+    "scan_forward_walks": "Walks<ForwardParams>",
     "scan_forward_two": "ForwardParams",
     "scan_backward": "BackwardParams",
+    "scan_backward_walks": "Walks<BackwardParams>",
     "sum_partials": "SumParams",
+    "sum_partials_walks": "Walks<SumParams>",
     "conv_forward": "ConvParams",
     "conv_backward": "ConvParams",
     "column_sums": "ColumnSumsParams",
