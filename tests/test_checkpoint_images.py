@@ -94,19 +94,29 @@ def test_maps_of_every_stage(small):
         torch.testing.assert_close(got, expected.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "era"), [(n, era) for n in SHIPPED for era in "ABC"[not SHIPPED[n][0] :]])
-def test_published_sizes_are_the_shipped_configs(name, era):
-    vanilla, dim, depths, ratio = SHIPPED[name]
-    with torch.device("meta"):
-        theirs = VSSM(depths, dim, ratio, 16 if vanilla else 1, vanilla=vanilla, era=era, n_classes=1000)
+def check_shipped(theirs, family, name):
     shapes = Shapes({key: tuple(t.shape) for key, t in theirs.state_dict().items()}, None)
-    family = FILE_FAMILIES["vmamba"]
+    family = FILE_FAMILIES[family]
     resolved, found = _config_of(family, shapes, None)
     assert found == name and resolved.config == zoo.config(name)
     view = View(task_of(resolved.config)(resolved, device="meta"), shapes)
     pieces = family.pieces(view)
     assert {key: shape_of(view, group) for key, group in pieces.items()} == shapes
     assert {piece.ours for group in pieces.values() for piece in group} == view.shapes.keys()
+
+
+@pytest.mark.parametrize(("name", "era"), [(n, era) for n in SHIPPED for era in "ABC"[not SHIPPED[n][0] :]])
+def test_published_sizes_of_vmamba_are_the_shipped_configs(name, era):
+    vanilla, dim, depths, ratio = SHIPPED[name]
+    with torch.device("meta"):
+        theirs = VSSM(depths, dim, ratio, 16 if vanilla else 1, vanilla=vanilla, era=era, n_classes=1000)
+    check_shipped(theirs, "vmamba", name)
+
+
+@pytest.mark.parametrize(("name", "d"), [("vim-tiny", 192), ("vim-small", 384), ("vim-base", 768)])
+def test_published_sizes_of_vim_are_the_shipped_configs(name, d):
+    with torch.device("meta"):
+        check_shipped(Vim(24, d, image=224, n_classes=1000), "vim", name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,10 +60,9 @@ class HybridZooConfig(PreTrainedConfig):
                 self._follow_text(cfg)
             if "image_size" in cfg:
                 self.image_size, self.num_channels = cfg.image_size, cfg.in_channels
-            if "n_classes" in cfg and self.id2label is None:
+            if "n_classes" in cfg and getattr(self, "id2label", None) is None:
                 names = cfg.labels or [_UNNAMED.format(i) for i in range(cfg.n_classes)]
-                self.id2label = dict(enumerate(names))
-                self.label2id = {name: i for i, name in self.id2label.items()}
+                self.id2label, self.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         super().__post_init__(**kwargs)
 
     def _follow_text(self, cfg: Any) -> None:

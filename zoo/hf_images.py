@@ -55,13 +55,12 @@ class HybridZooForImageClassification(Adapter):
                 f"problem_type: is {self.config.problem_type!r}, and the loss is the cross-entropy of one class per image. Leave labels "
                 "out, and compute another loss from the logits."
             )
-        if num_items_in_batch is not None and labels is not None and labels.dim() == 2:
-            num_items_in_batch = num_items_in_batch / labels.shape[1]
+        items: Any = num_items_in_batch
+        if items is not None and labels is not None and labels.dim() == 2:
+            items = items / labels.shape[1]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        out = self.core(
-            pixel_values, labels, num_items=num_items_in_batch, output_hidden_states=bool(output_hidden_states)
-        )
+        out = self.core(pixel_values, labels, num_items=items, output_hidden_states=bool(output_hidden_states))
         self.reported = None if out.aux_loss is None else out.aux_loss.detach(), out.router
         output = ImageClassifierOutput(loss=out.loss, logits=out.logits, hidden_states=out.hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
