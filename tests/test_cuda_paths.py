@@ -59,6 +59,15 @@ CASES = {
     ),
     "shared parameters": (35, 40, 16, [FOUR[3], FOUR[0]], {"g": 2, "own": False}, 2),
     "five directions, one state, bfloat16": (35, 40, 1, [*FOUR, FOUR[1]], {"dtype": torch.bfloat16}, None),
+    "one state, gated, in float32": (35, 40, 1, FOUR, {}, None),
+    "four states in two groups, not gated": (
+        33,
+        40,
+        3,
+        [(3, 11, 11, 1, 0), (11, 3, 1, 11, 1)],
+        {"g": 2, "gate": False},
+        None,
+    ),
     "states formed again": (9, 12, 40, [(3, 3, 3, 1, 0), (3, 3, 1, 3, 1)], {}, None),
     "one path back, no gate": (35, 40, 16, [FOUR[2]], {"g": 2, "gate": False}, 2),
 }
@@ -97,7 +106,7 @@ def test_rows_that_are_whole_beside_rows_that_are_cut(dtype, emulated):
 
 @needs_compiler
 @pytest.mark.parametrize(("k", "launched"), [(1, 2), (4, 2), (5, 4)])
-def test_a_backward_is_one_launch_for_up_to_four_paths(k, launched, emulated, monkeypatch):
+def test_a_scan_is_one_launch_for_up_to_four_paths(k, launched, emulated, monkeypatch):
     names, run = [], nvrtc.launch
     monkeypatch.setattr(
         nvrtc, "launch", lambda source, name, *rest: names.append((name, rest)) or run(source, name, *rest)
@@ -105,6 +114,11 @@ def test_a_backward_is_one_launch_for_up_to_four_paths(k, launched, emulated, mo
     paths = ([*FOUR, FOUR[0]])[:k]
     inputs, flat = ScanInputs(*operands(35, 40, 1, k, torch.bfloat16)), [int(x) for path in paths for x in path]
     out, last, saved = cuda_paths.forward(inputs, True, flat, True)
+    # of a forward, blocks of one path go along all
+    assert [name.split("<")[0] for name, _ in names] == (
+        ["scan_forward"] if k == 1 else ["scan_forward_in_turn"] * (launched // 2)
+    )
+    assert {rest[1] for _, rest in names} == {4}
     names.clear()
     cuda_paths.backward(inputs, True, flat, out, last, saved)
     assert len(names) == launched and all("_walks<" in name for name, _ in names)

@@ -20,7 +20,7 @@ emulator = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(emulator)
 emulator.FLAGS += sys.argv[2:]
 from hybridzoo.kernels.gpu import nvrtc
-from hybridzoo.kernels.scan import launches
+from hybridzoo.kernels.scan import cuda_paths, launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
 from hybridzoo.kernels.scan.shapes import FORWARD, Cut
@@ -29,19 +29,30 @@ def operands(l, d, n):
     wide, narrow = ([torch.randn(1, l, w).bfloat16() for _ in range(k)] for w, k in ((d, 3), (n, 2)))
     u, dt, z, (B, C) = *wide, (x.view(1, l, 1, n) for x in narrow)
     return u, dt, -torch.rand(d, n), B, C, torch.randn(d), z, torch.randn(d), torch.randn(1, d, n)
-reset = (torch.arange(70) % 7 == 3)[None]
-broken = "-DHZ_WITHOUT_WAITS" in sys.argv
-for shape in FORWARD[16][-2:-1] if broken else FORWARD[16]:
-    call = ScanOperands.of(ScanInputs(*operands(70, 32, 16), reset, None), True)
-    out, last, saved = launches.forward(call, True, shape, 1)
-if not broken:
-    launches.forward(call, True, shape, 2)
-    u, dt, *rest = operands(70, 32, 16)
-    formed = ScanOperands.of(ScanInputs(u, dt[..., :12], *rest, reset, None, torch.randn(32, 12).bfloat16()), True)
-    for shape in FORWARD[16][1:3]:
-        launches.forward(formed, True, shape, 2)
-    into = torch.empty_like(out)
-    launches.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32), out=into)
+def straight(broken):
+    reset = (torch.arange(70) % 7 == 3)[None]
+    for shape in FORWARD[16][-2:-1] if broken else FORWARD[16]:
+        call = ScanOperands.of(ScanInputs(*operands(70, 32, 16), reset, None), True)
+        out, last, saved = launches.forward(call, True, shape, 1)
+    if not broken:
+        launches.forward(call, True, shape, 2)
+        u, dt, *rest = operands(70, 32, 16)
+        formed = ScanOperands.of(ScanInputs(u, dt[..., :12], *rest, reset, None, torch.randn(32, 12).bfloat16()), True)
+        for shape in FORWARD[16][1:3]:
+            launches.forward(formed, True, shape, 2)
+        into = torch.empty_like(out)
+        launches.backward(call, torch.ones_like(out), torch.ones_like(last), saved, chunks=Cut(0, 2, 64, 32), out=into)
+def walks():
+    # of a forward in turn, of a backward side by side
+    u, dt, A, B, C, D, z, bias, state = operands(70, 32, 1)
+    dt, A, B, C, D, bias, state = (torch.stack([x, x]) for x in (dt, A, B, C, D, bias, state))
+    i, paths = ScanInputs(u, dt, A, B, C, D, z, bias, state), [10, 7, 7, 1, 0, 7, 10, 1, 7, 1]
+    out, last, saved = cuda_paths.forward(i, True, paths, True)
+    cuda_paths.backward(i, True, paths, out, last, saved)
+if "-DHZ_WALKS" in sys.argv:
+    walks()
+else:
+    straight("-DHZ_WITHOUT_WAITS" in sys.argv)
 print("done")
 """
 HERE = Path(__file__).parent
@@ -59,9 +70,11 @@ def sanitized(*flags):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-@pytest.mark.parametrize("flags", [(), ("-DHZ_WITHOUT_WAITS",)], ids=["as they are", "without waiting"])
+@pytest.mark.parametrize(
+    "flags", [(), ("-DHZ_WALKS",), ("-DHZ_WITHOUT_WAITS",)], ids=["as they are", "walks", "without waiting"]
+)
 def test_the_sanitizer_finds_a_race_where_nobody_waits_and_nowhere_else(flags):
     done = sanitized(*flags)
     said = (done.stdout + done.stderr)[-3000:]
     assert "done" in done.stdout, said
-    assert ("ThreadSanitizer: data race" in done.stderr) == bool(flags), said
+    assert ("ThreadSanitizer: data race" in done.stderr) == ("-DHZ_WITHOUT_WAITS" in flags), said

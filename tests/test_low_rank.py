@@ -1,7 +1,6 @@
 """Step sizes in low-rank form: against those of a product in front, in every backend, and formed by the CUDA scan (tests/emulator)."""
 
 import shutil
-import weakref
 
 import pytest
 import torch
@@ -132,31 +131,31 @@ def test_along_paths(own, emulated):
 
 
 @needs_compiler
-def test_step_sizes_of_a_forward_are_there_for_one_path_at_a_time(emulated, monkeypatch):
+def test_step_sizes_of_all_paths_are_formed_at_once(emulated, monkeypatch):
     # a rank that the scan does not form
     *first, weight = operands(2, 35, 40, 16, 24, BF16, 4)
-    flat, made, form = [int(x) for path in FOUR for x in path], [], low_rank.step_sizes
+    flat, made, form, spread = (
+        [int(x) for path in FOUR for x in path],
+        [],
+        low_rank.step_sizes,
+        low_rank.with_gradients_of_walks,
+    )
 
     def step_sizes(dt, weight):
-        assert not any(ref() is not None for ref in made)
-        formed = form(dt, weight)
-        made.append(weakref.ref(formed))
-        return formed
-
-    monkeypatch.setattr(low_rank, "step_sizes", step_sizes)
-    i = ScanInputs(*first, None, None, weight)
-    out, last, saved = cuda_paths.forward(i, True, flat, True)
-    assert len(made) == 4
-    # a backward has those of all paths, and their gradient in the same place
-    spread, seen = low_rank.with_gradients_of_walks, []
+        made.append(form(dt, weight))
+        return made[-1]
 
     def with_gradients(grads, *rest):
-        seen.append(grads.dt is made[-1]())
+        # the gradient of step sizes is where they were
+        assert grads.dt is made[-1]
         return spread(grads, *rest)
 
+    monkeypatch.setattr(low_rank, "step_sizes", step_sizes)
     monkeypatch.setattr(low_rank, "with_gradients_of_walks", with_gradients)
+    i = ScanInputs(*first, None, None, weight)
+    out, last, saved = cuda_paths.forward(i, True, flat, True)
     cuda_paths.backward(i, True, flat, torch.ones_like(out), torch.ones_like(last), saved)
-    assert len(made) == 5 and seen == [True]
+    assert [dt.shape for dt in made] == [(4, 2, 35, 40)] * 2
 
 
 @needs_compiler

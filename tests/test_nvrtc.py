@@ -52,6 +52,11 @@ def walked(element, n, flags):
     return source, name.replace("<", "_walks<", 1)
 
 
+def in_turn(element, n, flags):
+    source, name = forward(element, n, FULL, flags)
+    return source, name.replace("<", "_in_turn<", 1)
+
+
 def convolution(dtype, wide, k, backward, packed=False, aligned=16):
     strides = (2048 * 3072, 3072, 1)
     signature = (dtype, wide, (8, 2048, 3072), k, strides, (0, 0), strides, strides, aligned, packed, True)
@@ -95,6 +100,8 @@ USUAL = [
     pair("float", 0),
     *(forward("bf16", 16, FULL, LOW_RANK, i) for i in range(len(FORWARD[16]))),
     *(forward("fp16", n, FULL, WALK + NARROW + LOW_RANK) for n in (1, 4, 8, 16)),
+    *(in_turn("bf16", n, flags) for n in (1, 2, 4) for flags in (WALK + NARROW, WALK + NARROW + LOW_RANK)),
+    *(("scan_forward.cu", forward("bf16", n, ADJOINT, WALK + NARROW)[1].replace("<", "_walks<", 1)) for n in (1, 16)),
     *(walked("bf16", n, flags) for n in (1, 16) for flags in (WALK, WALK + NARROW)),
     *(("scan_backward.cu", f"sum_partials{kind}<bf16>") for kind in ("", "_walks")),
     *(convolution(BF16, wide, 4, backward) for wide in (BF16, F32) for backward in (False, True)),

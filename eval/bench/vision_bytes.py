@@ -1,7 +1,7 @@
 """Bytes that the scan of an image model moves in a forward, between the map behind the convolution and the one in front of the norm.
 
 Counted from shapes, not measured: every tensor that a kernel reads or writes counts once, in 16 bits or in the float32 that it is kept in,
-and parameters do not count. What a cache holds from one kernel to the next is counted all the same.
+and parameters do not count. What a cache holds for the next walk is counted all the same, so that ours is what they move at most.
 """
 
 import torch

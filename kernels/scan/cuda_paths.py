@@ -1,7 +1,7 @@
 """The CUDA scan over walks (:mod:`.paths`): all over the same memory, and nothing is gathered or flipped.
 
-A forward is a launch per path: outputs are summed at the tokens, in float32 and in the order of the paths, and the last launch gates and
-rounds the sum. A backward is one launch (:mod:`.walk_launches`): gradients of what paths share are kept per path, then summed in one pass.
+Outputs are summed at the tokens, in float32 and in the order of the paths, and the last path gates and rounds the sum: a launch for each,
+or one for all (:mod:`.walk_launches`), as a backward is. Gradients of what paths share are kept per path, then summed in one pass.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As :func:`.launches.forward`, states with a leading axis of one per path; ``paths`` are five integers for each."""
     calls = _walks(per_path(len(paths) // 5, i), paths, dt_softplus)
+    # the scan forms step sizes of all paths, or of none
+    if not all([call.is_ready for call in calls]):
+        calls = _formed(calls, i)[0]
     first = calls[0]
     out = first.i.u.new_empty(first.i.u.shape)
     total = out if out.dtype == torch.float32 or len(calls) == 1 else first.i.A.new_empty(out.shape)
@@ -43,6 +46,9 @@ def forward(
         call.before = total if k else None
         if k + 1 < len(calls):
             call.sum, call.i = total, call.i._replace(z=None)
+    if chunks is None and walk_launches.forward(calls, out, last, saved):
+        return out, last, saved
+    for k, call in enumerate(calls):
         launches.forward(call, save, chunks=chunks, into=(out, last[k], None if saved is None else saved[k]))
     return out, last, saved
 
@@ -64,9 +70,7 @@ def backward(
     if i.dt_weight is not None:
         # in autograd's thread this may be what comes first, and cuBLAS warns where there is no context
         nvrtc.enter(gout.device)
-        low, weight = _stacked(calls, "dt", i.dt), _stacked(calls, "dt_weight", i.dt_weight)
-        dt = low_rank.step_sizes(low, weight)
-        calls = [replace(c, i=c.i._replace(dt=dt[j], dt_weight=None)) for j, c in enumerate(calls)]
+        calls, low, weight, dt = _formed(calls, i)
     # step sizes that were formed for this are the last that anybody reads of a token: their gradient goes there
     wide = calls[0].gradients(k, dt=dt)
     grads = walk_launches.backward(calls, gout, glast, saved, wide, chunks)
@@ -77,6 +81,15 @@ def backward(
         g = getattr(grads, name)
         found[name] = None if x is None or g is None else g.sum(0) if g.dim() > x.dim() else g
     return ScanInputs(**found)
+
+
+def _formed(calls: list[ScanOperands], i: ScanInputs) -> tuple[list[ScanOperands], Tensor, Tensor, Tensor]:
+    """The calls with step sizes, and of all walks their low-rank form, (k, b, l, r), its weight, and the step sizes, (k, b, l, d)."""
+    assert i.dt_weight is not None
+    low, weight = _stacked(calls, "dt", i.dt), _stacked(calls, "dt_weight", i.dt_weight)
+    dt = low_rank.step_sizes(low, weight)
+    whole = [replace(c, i=c.i._replace(dt=dt[k], dt_weight=None)) for k, c in enumerate(calls)]
+    return whole, low, weight, dt
 
 
 def _stacked(calls: list[ScanOperands], name: str, given: Tensor) -> Tensor:

@@ -111,9 +111,10 @@ def _scan(signature: tuple, shape: ForwardShape | ForwardPair, mode: int, grid: 
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_launches(
+def forward_launches(
     signature: tuple, count: int, room: int, shape: ForwardShape | ForwardPair | None, chunks: int | None
 ) -> Launches:
+    """The launches of a forward whose operands look like this (:meth:`.operands.ScanOperands.signature`)."""
     dtype, sizes, *_ = signature
     shape, grid = forward_plan(sizes, count, shape, chunks, dtype.itemsize, room, _flags(signature) & LOW_RANK > 0)
     sweep = _scan(signature, shape, STATE, grid) if grid.cut.chunks > 1 else None
@@ -132,7 +133,7 @@ def _added(pieces: int, d: int, n: int) -> int:
 
 
 def places(call: ScanOperands, memory: Tensor | None, pieces: int) -> tuple[int, int]:
-    """Where in its memory a sweep leaves what pieces add, (pieces, d, n), and their sums of dt, (pieces, d, 2): addresses."""
+    """Addresses in a sweep's memory: of what pieces add, (pieces, d, n), and of their sums of dt, (pieces, d, 2)."""
     _, _, d, n, _ = call.sizes
     return (0, 0) if memory is None else (memory.data_ptr(), memory.data_ptr() + 4 * _added(pieces, d, n))
 
@@ -162,7 +163,7 @@ def planned(
 ) -> Launches:
     """The launches of a forward that writes ``out``; ``shape`` and ``chunks`` fix what would be chosen."""
     room = shared_memory(out.device) - DRIVERS
-    return _forward_launches(call.signature(out), processors(out.device), room, shape, chunks)
+    return forward_launches(call.signature(out), processors(out.device), room, shape, chunks)
 
 
 def forward(
@@ -186,11 +187,16 @@ def forward(
         into = call.i.u.new_empty(call.i.u.shape), call.last_state() if final else None, saved
     out, last, saved = into
     scan, sweep, pieces = plan or planned(call, out, shape, chunks)
-    i = call.i
-    _memory, local, decay = _swept(call, sweep, pieces, i.u)
-    inputs = (i.u, *call.scanned, i.initial_state, i.reset, i.valid)
-    scan(out.device, *inputs, out, last, saved, local, decay, call.before, call.sum, i.dt_weight)
+    _memory, local, decay = _swept(call, sweep, pieces, call.i.u)
+    scan(out.device, *scanning(call, into, local, decay))
     return out, last, saved
+
+
+def scanning(call: ScanOperands, into: tuple[Tensor, Tensor | None, Tensor | None], local: int, decay: int) -> tuple:
+    """The operands of a forward, in the order of its parameters."""
+    i = call.i
+    inputs = (i.u, *call.scanned, i.initial_state, i.reset, i.valid)
+    return (*inputs, *into, local, decay, call.before, call.sum, i.dt_weight)
 
 
 @functools.lru_cache(maxsize=4096)

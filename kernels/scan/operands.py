@@ -48,12 +48,16 @@ class ScanOperands:
 
     def ready(self) -> "ScanOperands":
         """The operands that a forward scans: these, or, where the scan cannot form the step sizes, :meth:`with_step_sizes`."""
+        return self if self.is_ready else self.with_step_sizes()
+
+    @property
+    def is_ready(self) -> bool:
+        """True where step sizes are there, or the scan can form them."""
         weight = self.i.dt_weight
         if weight is None:
-            return self
+            return True
         facts = {"dtype": self.i.u.dtype, "rank": weight.shape[1], "d_state": self.i.A.shape[1]}
-        refused = low_rank.refuse(facts | {"in_vectors": low_rank.in_vectors(self.i.dt)})
-        return self.with_step_sizes() if refused else self
+        return low_rank.refuse(facts | {"in_vectors": low_rank.in_vectors(self.i.dt)}) is None
 
     def with_step_sizes(self) -> "ScanOperands":
         """The same with dt (b, l, d), whether or not the scan can form it."""

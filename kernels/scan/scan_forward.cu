@@ -623,6 +623,20 @@ __global__ void __launch_bounds__(NC + NH, MIN_BLOCKS) scan_forward_walks(const 
     run_block<Forward<T, NC, NS, LN, CH, TT, NH, K, MODE, FLAGS>>(p, memory, MODE, blockIdx.x % walks.blocks, p.tiles_per_group, 0);
 }
 
+// The walks one after another in each block, which alone reads and writes its channels of its row: what one walk has added to the sum, the next
+// finds in a cache.  Here `blocks` of the operands is the number of walks.
+template <class T, int NC, int NS, int LN, int CH, int TT, int NH, int K, int MODE, int FLAGS, int MIN_BLOCKS>
+__global__ void __launch_bounds__(NC + NH, MIN_BLOCKS) scan_forward_in_turn(const __grid_constant__ Walks<ForwardParams> walks) {
+    SHARED_MEMORY(memory);
+#pragma unroll 1
+    for (int k = 0; k < walks.blocks; ++k) {
+        const ForwardParams& p = walks.each[k];
+        // all of the last walk is written, and nobody reads its tiles
+        if (k > 0) __syncthreads();
+        run_block<Forward<T, NC, NS, LN, CH, TT, NH, K, MODE, FLAGS>>(p, memory, MODE, blockIdx.x, p.tiles_per_group, 0);
+    }
+}
+
 // Blocks of two shapes, for channels that do not fill the multiprocessors with blocks of one: those of the first shape come first, and so
 // each has a multiprocessor of its own to share with one of the second, as long as there are no more of either than multiprocessors.
 template <class T, int NC, int NH, int NS1, int LN1, int CH1, int TT1, int NS2, int LN2, int CH2, int TT2, int K, int FLAGS>

@@ -1,7 +1,8 @@
-"""The backward of scans over several walks as one launch: a grid of the blocks of all, each over its own operands.
+"""Scans over several walks as one launch, each over its own operands.
 
-The walks' gradients are apart in any case, so nothing waits for anything; and over small maps, the blocks of one walk are fewer than the
-multiprocessors hold.
+Of a backward, the blocks of all walks are one grid: their gradients are apart in any case, so nothing waits for anything; and over small
+maps, the blocks of one walk are fewer than the multiprocessors hold. Of a forward, a block goes along one walk after the other, since they
+add to one sum, of which each block has its own channels.
 """
 
 import struct
@@ -19,42 +20,71 @@ from . import launches
 from .inputs import ScanInputs
 from .launches import Launch
 from .operands import ScanOperands, WideGradients
-from .shapes import Cut, backward_plan
+from .shapes import Cut, backward_plan, instance
 
-__all__ = ["MOST", "backward", "launch"]
+__all__ = ["MOST", "backward", "forward", "launch"]
 
 # Walks::each of the source
 MOST = 4
+# walks in turn take registers, which instances of more states have none of
+FEW_STATES = 4
 # of ScanOperands.signature: where it says which tensors are off 16-byte borders, and along which walk
 _OFF, _WALK = 4, 6
 
 
-def launch(each: Sequence[Launch], operands: Sequence[tuple], device: torch.device) -> None:
-    """Run launches of one kernel, alike but for their walks, over the operands of each: as one, or one for every :data:`MOST`."""
+def launch(each: Sequence[Launch], operands: Sequence[tuple], device: torch.device, in_turn: bool = False) -> None:
+    """Run launches of one kernel, alike but for their walks, over the operands of each: as one, or one for every :data:`MOST`.
+
+    Side by side, in a grid of the blocks of all; or ``in_turn``, the blocks of one going along every walk.
+    """
     one, (kernel, arguments) = each[0], each[0].name.split("<", 1)
     if not one.blocks:
         return  # a batch of no rows
     packed = [structs.pack(x.tail, *tensors) for x, tensors in zip(each, operands, strict=True)]
     for at in range(0, len(packed), MOST):
         some = packed[at : at + MOST]
-        params = b"".join(some).ljust(MOST * len(some[0]), b"\0") + struct.pack("i4x", one.blocks)
-        name = f"{kernel}_walks<{arguments}"
-        nvrtc.launch(one.source, name, params, one.blocks * len(some), one.threads, one.shared, device)
+        number, blocks = (len(some), one.blocks) if in_turn else (one.blocks, one.blocks * len(some))
+        params = b"".join(some).ljust(MOST * len(some[0]), b"\0") + struct.pack("i4x", number)
+        name = f"{kernel}_{'in_turn' if in_turn else 'walks'}<{arguments}"
+        nvrtc.launch(one.source, name, params, blocks, one.threads, one.shared, device)
+
+
+def _alike(looks: list[tuple]) -> list[tuple]:
+    """Signatures of one kernel for all: what is off 16-byte borders in one walk is moved element by element in every one."""
+    off = 0
+    for look in looks:
+        off |= look[_OFF]
+    return [(*look[:_OFF], off, *look[_OFF + 1 :]) for look in looks]
 
 
 def _looks(calls: list[ScanOperands], gout: Tensor, wide: WideGradients) -> list[tuple]:
     each = [
         c.signature(gout, wide.u[k], wide.dt[k], None if wide.z is None else wide.z[k]) for k, c in enumerate(calls)
     ]
-    off = 0
-    for look in each:
-        off |= look[_OFF]
-    # one kernel for all: what is off a border in one walk is read element by element in every one
-    each = [(*look[:_OFF], off, *look[_OFF + 1 :]) for look in each]
-    assert len({(*look[:_WALK], *look[_WALK + 1 :]) for look in each}) == 1, (
+    looks = _alike(each)
+    assert len({(*look[:_WALK], *look[_WALK + 1 :]) for look in looks}) == 1, (
         "operands are those of one tensor for all walks"
     )
-    return each
+    return looks
+
+
+def forward(calls: list[ScanOperands], out: Tensor, last: Tensor, saved: Tensor | None) -> bool:
+    """Run a forward of several walks in turn, where that is worth it and can be; tell whether it has been done.
+
+    The calls are as for :func:`.launches.forward`, and ready; states have a leading axis of one per walk.
+    """
+    if len(calls) == 1 or instance(calls[0].i.A.shape[1]) > FEW_STATES:
+        return False
+    count, room = processors(out.device), shared_memory(out.device) - DRIVERS
+    looks = _alike([call.signature(out) for call in calls])
+    plans = [launches.forward_launches(look, count, room, None, None) for look in looks]
+    # pieces of a row that other blocks go along would have to wait for these
+    if any(sweep for _, sweep, _ in plans) or len({scan.name for scan, *_ in plans}) > 1:
+        return False
+    into = [(out, last[k], None if saved is None else saved[k]) for k in range(len(calls))]
+    operands = [launches.scanning(call, own, 0, 0) for call, own in zip(calls, into, strict=True)]
+    launch([scan for scan, *_ in plans], operands, out.device, in_turn=True)
+    return True
 
 
 def _cut(calls: list[ScanOperands], count: int, room: int, chunks: int | Cut | None) -> int | Cut:

@@ -15,6 +15,7 @@ SOURCES = HERE.parent.parent / "kernels"
 PARAMS = {
     "scan_forward": "ForwardParams",
     "scan_forward_walks": "Walks<ForwardParams>",
+    "scan_forward_in_turn": "Walks<ForwardParams>",
     "scan_forward_two": "ForwardParams",
     "scan_backward": "BackwardParams",
     "scan_backward_walks": "Walks<BackwardParams>",

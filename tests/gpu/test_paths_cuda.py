@@ -16,9 +16,9 @@ NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
 
 def directions(h, w, k):
-    """The first k of rows, rows reversed, columns, columns reversed."""
+    """The first k of rows, rows reversed, columns, columns reversed, and the same once more."""
     rows, columns = (h, w, w, 1), (w, h, 1, w)
-    return [(*rows, 0), (*rows, 1), (*columns, 0), (*columns, 1)][:k]
+    return (2 * [(*rows, 0), (*rows, 1), (*columns, 0), (*columns, 1)])[:k]
 
 
 def operands(b, l, d, n, g, k, dtype, own=True, gate=True):
@@ -69,6 +69,11 @@ GRID = [
     (1, 7, 7, 768, 64, 2, 4, F32, True, True),
     (1, 33, 31, 40, 256, 1, 2, BF16, False, True),
     (64, 14, 14, 768, 16, 1, 4, BF16, True, True),
+    # walks of a forward in turn, those of a backward in one grid
+    (128, 14, 14, 384, 1, 1, 4, BF16, True, False),
+    (64, 7, 7, 768, 4, 2, 4, F16, True, True),
+    (3, 14, 13, 100, 2, 1, 5, F32, True, True),
+    (16, 56, 56, 96, 1, 1, 4, BF16, True, True),
 ]
 
 
