@@ -13,7 +13,7 @@ from ..layout import BlockSpec
 from ..registry import of_another_kind
 from .plain import first_line
 
-__all__ = ["MAX_MIXERS", "SCHEMAS", "ConfigSchema", "NormSchema", "TrunkSchema", "check_choice", "typed"]
+__all__ = ["MAX_MIXERS", "SCHEMAS", "WORDS", "ConfigSchema", "NormSchema", "TrunkSchema", "check_choice", "typed"]
 
 # nobody writes down more; each is checked and built on the meta device, which takes milliseconds
 MAX_MIXERS = 256
@@ -119,6 +119,11 @@ class ConfigSchema(TrunkSchema):
 SCHEMAS: dict[str, type[TrunkSchema]] = {"causal_lm": ConfigSchema}
 # checked by who knows what is in them, and not by OmegaConf
 _NESTED = ("layers", "stages", "mixers", "override")
+# what other libraries call keys of ours
+WORDS = {
+    "num_classes": "n_classes", "num_labels": "n_classes", "in_chans": "in_channels", "num_channels": "in_channels",
+    "img_size": "image_size", "drop_path_rate": "drop_path", "hidden_size": "d_model", "embed_dim": "d_model",
+}  # fmt: skip
 # the order in which a message lists what every config has
 _FIRST = ("d_model", "vocab_size", "layers", "mixers")
 _KINDS = {
@@ -181,7 +186,9 @@ def _check_keys(given: dict[str, Any], schema: type) -> None:
         known = [f.name for f in dataclasses.fields(of)]
         for key in keys if isinstance(keys, dict) else ():
             if key not in known:
-                raise ConfigError(f"{prefix}{key}: unknown key.{nearest(key, known)} Keys: {', '.join(known)}.")
+                raise ConfigError(
+                    f"{prefix}{key}: unknown key.{nearest(WORDS.get(key, key), known)} Keys: {', '.join(known)}."
+                )
     needed = [f.name for f in dataclasses.fields(schema) if f.default == MISSING]
     needed.sort(key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
     for key in needed:

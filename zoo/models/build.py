@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config.resolve import resolve
-from ..config.schema import SCHEMAS
+from ..config.schema import SCHEMAS, WORDS
 from ..device import pick_device
 from ..errors import ConfigError, nearest
 from .model import Model
@@ -45,8 +45,9 @@ def build(
     arguments = ["overrides", "device", "dtype", *keys]
     for key in changes:
         if key not in arguments:
+            near = nearest(WORDS.get(key, key), arguments)
             raise ConfigError(
-                f"{key}: is neither an argument of zoo.build nor a key of configs.{nearest(key, arguments)} Known: {', '.join(arguments)}."
+                f"{key}: is neither an argument of zoo.build nor a key of configs.{near} Known: {', '.join(arguments)}."
             )
     resolved = resolve(config, overrides, changes)
     return task_of(resolved.config)(
