@@ -1,9 +1,11 @@
 """Training on images: the data decide on the classes, the head follows, and everything else is as with text."""
 
+import importlib.util
 import json
 import os
 import signal
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
-from hybridzoo.zoo.images import images_from
+from hybridzoo.__main__ import main
+from hybridzoo.zoo.images import Augment, images_from
 from hybridzoo.zoo.models.image_classification import ImageClassifier
+from hybridzoo.zoo.train.batches import Whole
 from hybridzoo.zoo.train.evaluation import best_of, has_stalled
+from hybridzoo.zoo.train.order import order_of
 from hybridzoo.zoo.train.run import DifferentRun, train
 
 MEASURED = ("seconds", "images_per_second", "memory_GiB", "mfu")
@@ -47,13 +52,13 @@ def same(a, b):
 
 
 def test_digits_are_learned_and_what_is_saved_is_a_model(tmp_path, capsys):
-    settings = QUIET | {"steps": 120, "save_every": 60, "ema": 0.9}
-    result = train("vmamba-micro", "digits", tmp_path, overrides=["d_model=16"], **settings)
+    settings = QUIET | {"steps": 200, "batch_size": 32, "save_every": 100, "ema": 0.9, "lr": 0.01}
+    result = train("vmamba-micro", "digits", tmp_path, overrides=["drop_path=0.1"], **settings)
     err = capsys.readouterr().err
-    assert result.unit == "images" and result.tokens == 120 * 64 and result.best["eval_accuracy"] > 0.8
-    assert "digits: 1,150 images of 10 classes" in err and "images/s" in err and "% right" in err
-    assert "images: brought to 8 x 8 pixels in 1 channel; shifted by up to an eighth" in err
-    assert "120 steps of 64 images: 7,680 images, the data 6.68 times" in err
+    assert result.unit == "images" and result.tokens == 200 * 32 and result.best["eval_accuracy"] > 0.75
+    assert "digits: 1,151 images of 10 classes" in err and "images/s" in err and "% right" in err
+    assert "images: brought to 8 x 8 pixels in 1 channel; as they are" in err
+    assert "200 steps of 32 images: 6,400 images, the data 5.56 times" in err
     loaded = zoo.load(tmp_path)
     assert list(loaded.cfg.labels) == [str(i) for i in range(10)] and same(loaded, result.model)
     # what was logged is what the saved model does, counted by hand
@@ -84,9 +89,9 @@ def test_digits_are_learned_and_what_is_saved_is_a_model(tmp_path, capsys):
         assert words in page, words
     assert "held-out text" not in page and "tokens" not in page
     log = json.loads((tmp_path / "train.json").read_text())
-    assert log["about"]["unit"] == "images" and log["about"]["images_per_step"] == 64 and log["best"] == result.best
-    again = train("vmamba-micro", "digits", tmp_path, overrides=["d_model=16"], **settings)
-    assert again.resumed_from == 120 and again.best == result.best and again.unit == "images"
+    assert log["about"]["unit"] == "images" and log["about"]["images_per_step"] == 32 and log["best"] == result.best
+    again = train("vmamba-micro", "digits", tmp_path, overrides=["drop_path=0.1"], **settings)
+    assert again.resumed_from == 200 and again.best == result.best and again.unit == "images"
 
 
 def test_the_best_has_the_highest_accuracy_and_of_equals_the_lowest_loss():
@@ -234,7 +239,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, train_until,
 
 def test_processes_that_read_ahead_change_no_number(tmp_path):
     # more than one pass, in each of which an image is another
-    settings = SETTINGS | {"steps": 14, "flip": 0.5}
+    settings = SETTINGS | {"steps": 14, "augment": "shift", "flip": 0.5}
     alone = train(config(), shapes(), tmp_path / "alone", workers=0, **settings)
     ahead = train(config(), shapes(), tmp_path / "ahead", workers=2, **settings)
     assert history(alone) == history(ahead) and same(alone.model, ahead.model)
@@ -249,7 +254,7 @@ def test_an_image_is_another_in_every_pass(tmp_path, monkeypatch):
         return forward(self, pixel_values, labels, **kwargs)
 
     monkeypatch.setattr(ImageClassifier, "forward", look)
-    train(config(), shapes(8), tmp_path, **SETTINGS | {"batch_size": 8, "steps": 3})
+    train(config(), shapes(8), tmp_path, augment="shift", **SETTINGS | {"batch_size": 8, "steps": 3})
     by_class = [x[y == 0].flatten(1).sort(0).values for x, y in seen]
     assert not torch.equal(by_class[0], by_class[1]) and not torch.equal(by_class[1], by_class[2])
 
@@ -296,6 +301,61 @@ def test_averaged_weights_are_the_mean_of_those_of_all_steps(tmp_path, monkeypat
     assert same(mean, zoo.load(tmp_path / "mean")) and not same(mean, plain.model)
 
 
+timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "random_erasing": 0.5}
+
+
+@timm
+def test_mixed_images_are_those_of_the_step_and_a_run_goes_on_with_them(tmp_path, train_until, monkeypatch):
+    from hybridzoo.zoo.images.mixing import Mixing
+
+    seen = []
+    forward = ImageClassifier.forward
+
+    def look(self, pixel_values, labels=None, **kwargs):
+        seen.append((pixel_values.clone(), labels.clone(), kwargs["num_items"]))
+        return forward(self, pixel_values, labels, **kwargs)
+
+    monkeypatch.setattr(ImageClassifier, "forward", look)
+    settings = SETTINGS | {"steps": 8, "seed": 5} | MIXED
+    whole = train(config(), shapes(), tmp_path / "whole", **settings)
+    soft = torch.stack([labels for _, labels, _ in seen])
+    assert soft.shape == (8, 4, 3) and float(soft.sum(2).sub(1).abs().max()) < 1e-5
+    assert any(not torch.equal(a, b) for a, b in pairwise(soft)) and all(n == 4 for _, _, n in seen)
+    # by hand: what was read of step 6, mixed by what follows from seed, step, part and process
+    plain = train(config(), shapes(), tmp_path / "plain", **SETTINGS | {"steps": 8, "seed": 5, "random_erasing": 0.5})
+    images, labels, _ = seen[8 + 6]
+    mixing = Mixing(n_classes=3, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    want = mixing(images.clone(), labels, 5, 6, 0, 0)
+    assert torch.equal(want[0], seen[6][0]) and torch.equal(want[1], seen[6][1]) and history(plain) != history(whole)
+    train_until(7, config(), shapes(), tmp_path / "cut", **settings)
+    resumed = train(config(), shapes(), tmp_path / "cut", **settings)
+    assert resumed.resumed_from == 6 and history(resumed) == history(whole) and same(resumed.model, whole.model)
+
+
+@timm
+def test_mixed_images_cost_what_torch_says(tmp_path):
+    from hybridzoo.zoo.images.mixing import Mixing
+
+    images, labels = shapes(4)
+    one = SETTINGS | {"steps": 1, "augment": "none", "lr": 1e-9} | {"mixup": 0.8, "label_smoothing": 0.1}
+    result = train(config("drop_path=0"), (images, labels), tmp_path, **one)
+    x = torch.from_numpy((images - 0.5) / 0.5)[:, None]
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0))
+    x, soft = Mixing(n_classes=3, mixup=0.8, smoothing=0.1)(x[order], torch.from_numpy(labels)[order], 0, 0, 0, 0)
+    model = result.model.double()
+    want = -(soft.double() * model(x.double()).logits.log_softmax(1)).sum(1).mean()
+    assert result.history[0]["loss"] == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is there")
+def test_what_needs_timm_says_so(tmp_path):
+    for option in ({"mixup": 0.8}, {"cutmix": 1.0}, {"random_erasing": 0.5}, {"rand_augment": "rand-m9"}):
+        with pytest.raises(ModuleNotFoundError, match="pip install timm"):
+            train(config(), shapes(), tmp_path, **SETTINGS, **option)
+    assert not any(tmp_path.iterdir())
+
+
 def test_options_of_the_other_kind_are_refused(tmp_path):
     for option, value in (("packing", "stream"), ("length", 64), ("carry_state", True), ("lora", 4)):
         with pytest.raises(ValueError, match=rf"train\({option}={value!r}\): is for text, and this model reads images"):
@@ -305,6 +365,84 @@ def test_options_of_the_other_kind_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"digit: no such file"):
         train(config(), "digit", tmp_path, **SETTINGS)
     assert not any(tmp_path.iterdir())
+
+
+def run_command(monkeypatch, capfd, *words):
+    monkeypatch.setattr(sys, "argv", ["zoo", "train", *map(str, words), "--report-to", "none", "--device", "cpu"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    return int(done.value.code or 0), capfd.readouterr().err
+
+
+def test_the_command_trains_on_a_built_in_set(tmp_path, monkeypatch, capfd):
+    words = [
+        "vmamba-micro",
+        "d_model=8",
+        "--data",
+        "digits",
+        "--out",
+        tmp_path,
+        "--steps",
+        2,
+        "--batch-size",
+        8,
+        "--eval-every",
+        2,
+    ]
+    status, err = run_command(monkeypatch, capfd, *words)
+    assert status == 0 and "2 steps, 16 images at" in err and "the best on val (loss" in err and "% right)" in err, err
+    assert f"next: zoo predict {tmp_path} IMAGE" in err
+    again = json.loads((tmp_path / "train.json").read_text())["about"]["command"]
+    assert again.startswith(f"zoo train vmamba-micro d_model=8 --data digits --out {tmp_path} --steps 2 --batch-size 8")
+    status, err = run_command(monkeypatch, capfd, *words, "--packing", "stream")
+    assert status == 1 and "is for text, and this model reads images" in err and "Traceback" not in err
+    status, err = run_command(monkeypatch, capfd, "transformer-tiny", "--data", "digits", "--out", tmp_path / "text")
+    assert status == 1 and "digits: no such file or folder" in err
+
+
+def test_a_folder_of_class_folders_is_trained_on_and_evaluated_by_what_is_held_out(tmp_path, monkeypatch, capfd):
+    image = pytest.importorskip("PIL.Image")
+    for part, seed in (("train", 0), ("val", 1)):
+        for i, (pixels, label) in enumerate(zip(*shapes(12, seed=seed), strict=True)):
+            folder = tmp_path / "data" / part / "abc"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray((255 * pixels).astype(np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "data" / "train" / "a" / "broken.png").write_bytes(b"no image")
+    words = [
+        "vmamba-micro",
+        "d_model=8",
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        3,
+        "--batch-size",
+        4,
+    ]
+    status, err = run_command(monkeypatch, capfd, *words)
+    assert status == 1 and "broken.png: is no image that Pillow knows" in err and not (tmp_path / "out").exists()
+    status, err = run_command(monkeypatch, capfd, *words, "--damaged", "skip", "--workers", 1)
+    assert status == 0 and "12 images of 3 classes" in err and "1 image left out" in err and "held-out loss" in err, err
+    assert list(zoo.load(tmp_path / "out").cfg.labels) == ["a", "b", "c"]
+
+
+def test_processes_that_share_a_pass_read_every_image_once_as_it_is_in_it():
+    cfg = zoo.config("vmamba-micro", ["n_classes=3"])
+    examples = images_from(shapes(10), cfg, augment=Augment(flip=0.5))
+    whole = Whole(examples, 4)
+    first = list(order_of(whole, seed=3))
+    assert len(whole) == 12 and sorted(first[:10]) == list(range(10)) and first[10:] == [-1, -1]
+    held = [whole[i]["pixel_values"] for i in first]
+    whole.set_epoch(1)
+    second = list(order_of(whole, seed=3))
+    assert sorted(second[:10]) == list(range(10, 20)) and second[10:] == [-1, -1]
+    # an index says the pass by itself, whatever this process was told
+    whole.set_epoch(0)
+    later = {int(whole[i]["row"]): whole[i]["pixel_values"] for i in second[:10]}
+    assert any(not torch.equal(later[i], held[first.index(i)]) for i in range(10))
+    assert whole[-1]["labels"] == -100 and sorted(later) == list(range(10))
+    assert list(order_of(images_from(shapes(10), cfg), seed=3)) == first[:10]
 
 
 # ------------------------------------------------------------------------------------------------ killed

@@ -51,12 +51,12 @@ def confusion_chart(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> C
     for i, j, images in counts:
         share = images / totals[i]
         # what is wrong stands out from what is right
-        paint = f"fill:{colour(0 if i == j else 1)};fill-opacity:{0.12 + 0.6 * share:.2f}"
+        paint = f"fill:{colour(0 if i == j else 1)};fill-opacity:{0.12 + 0.6 * share:.2f};stroke:var(--card)"
         parts.append(
             f'<rect x="{j * width:.2f}%" y="{_CELL * i}" width="{width:.2f}%" height="{_CELL - 2}" style="{paint}">'
             f"<title>{escape(labels[i])}, taken for {escape(labels[j])}: {images:,.0f}</title></rect>"
         )
-        parts.append(_text((j + 0.5) * width, _CELL * i + 19, f"{images:,.0f}", "middle"))
+        parts.append(_text((j + 0.5) * width, _CELL * i + 19, f"{images:,.0f}", "middle", kind="on"))
     left = 7.2 * max(len(_short(name, 14)) for name in labels) + 12
     words = "; ".join(f"{labels[i]} taken for {labels[j]}: {c:,.0f}" for i, j, c in counts if i != j)
     return Chart(f"Confusion of classes. {words or 'Nothing is confused.'}", "".join(parts), _CELL * n + 26, left, 8)
