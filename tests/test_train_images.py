@@ -4,7 +4,10 @@ import importlib.util
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import textwrap
 from itertools import pairwise
 
 import numpy as np
@@ -489,3 +492,47 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(tmp_path):
         assert (entries, best, confusion) == (expected[0], expected[1], expected[3]), i
         assert all(torch.equal(p, expected[2][name]) for name, p in weights.items()), i
     assert killed >= 2
+
+
+RANK = """
+    import sys, json
+    import numpy as np
+    import hybridzoo as zoo
+
+    data = np.load(sys.argv[1])
+    result = zoo.train(
+        zoo.config("vmamba-micro", ["d_model=8"]), (data["images"], data["labels"]), sys.argv[2], val=(data["images"][:7], data["labels"][:7]),
+        batch_size=2, steps=6, save_every=3, lr=3e-3, label_smoothing=0.1, augment="shift", report_to="none", device="cpu",
+    )
+    print(json.dumps([{k: e[k] for k in ("loss", "eval_loss", "eval_accuracy") if k in e} for e in result.history]))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    # ten images in batches of four: the last one of a pass is half empty
+    images, labels = shapes(10)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "rank.py"), str(tmp_path / "data.npz"), str(tmp_path / "two")]
+    ranks = [
+        subprocess.Popen(
+            command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    answers = [process.communicate(timeout=250) for process in ranks]
+    assert not any(process.returncode for process in ranks), answers[0][1][-3000:] + answers[1][1][-3000:]
+    told = [json.loads(answer[0].splitlines()[-1]) for answer in answers]
+    one = train(
+        config("drop_path=0"), (images, labels), tmp_path / "one", val=(images[:7], labels[:7]), label_smoothing=0.1, augment="shift",
+        **SETTINGS,
+    )  # fmt: skip
+    want = [{k: e[k] for k in ("loss", "eval_loss", "eval_accuracy") if k in e} for e in one.history]
+    assert told[0] == told[1] == [pytest.approx(entry, rel=1e-4) for entry in want]
+    confusions = [json.loads((tmp_path / name / "confusion.json").read_text()) for name in ("one", "two")]
+    assert confusions[0] == confusions[1]

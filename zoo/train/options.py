@@ -149,7 +149,8 @@ class TrainOptions:
     )
     augment: str = option(
         "auto", "auto, resized (a random part, brought to size), shift (by an eighth) or none: how images are cropped in training. auto is "
-        "shift for models of less than 64 pixels, and none of less than 16.", choices=("auto", "resized", "shift", "none"), of="images", panel=_IMAGES,
+        "shift for models of less than 64 pixels, and none of less than 16.", choices=("auto", "resized", "shift", "none"),
+        of="images", panel=_IMAGES,
     )  # fmt: skip
     flip: float | None = option(
         None, "Share of the images that are mirrored.", unset="half; none of built-in sets, which are digits, or without augment",
