@@ -281,6 +281,37 @@ def test_smoothed_labels_are_torchs(tmp_path):
     assert result.history[0]["loss"] == pytest.approx(want.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["numbers", "soft"])
+def test_a_recorded_step_is_the_step(tmp_path, monkeypatch, smoothing):
+    calls = []
+
+    class Recorded:
+        """Stands in for a recorded step: takes batches of one shape only."""
+
+        aux_loss, router = None, ()
+
+        def __init__(self, model, inputs, labels, *, num_items, autocast):
+            self.model, self.shapes = model, (inputs.shape, labels.shape)
+            assert num_items and model.training
+
+        def __call__(self, inputs, labels, *, num_items):
+            assert (inputs.shape, labels.shape) == self.shapes
+            out = self.model(inputs, labels, num_items=num_items)
+            out.loss.backward()
+            calls.append(inputs.shape)
+            return out.loss.detach()
+
+    # ten images: the last batch of every pass is filled up
+    settings = SETTINGS | {"label_smoothing": smoothing}
+    eager = train(config("drop_path=0"), shapes(10), tmp_path / "eager", **settings)
+    monkeypatch.setattr("hybridzoo.zoo.train.stepping.CapturedStep", Recorded)
+    monkeypatch.setattr("hybridzoo.zoo.train.stepping.why_not_captured", lambda model, autocast: None)
+    taken = train(config("drop_path=0"), shapes(10), tmp_path / "taken", **settings)
+    assert calls == [(4, 1, 8, 8)] * 6
+    for a, b in zip(history(eager), history(taken), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
 def test_averaged_weights_are_the_mean_of_those_of_all_steps(tmp_path, monkeypatch):
     from hybridzoo.zoo.train.loop import ZooTrainer
 

@@ -12,12 +12,8 @@ __all__ = ["read_confusion", "write_confusion"]
 
 
 def write_confusion(folder: Path, step: int, labels: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
-    """Write how many images of every class, a row, were taken for every class, a column, by the model of a step.
-
-    Of a thousand classes most pairs are never confused: the file holds those that are, ``[class, taken for, images]``.
-    """
-    pairs = [[i, j, n] for i, row in enumerate(counts) for j, n in enumerate(row) if n]
-    write_whole(folder / CONFUSION, dumps({"step": step, "labels": list(labels), "counts": pairs}))
+    """Write which classes the model of a step took for which, by number: ``[class, taken for, images]`` of all pairs that occurred."""
+    write_whole(folder / CONFUSION, dumps({"step": step, "labels": list(labels), "counts": counts}))
 
 
 def read_confusion(folder: Path) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ class ImageFeed(Feed):
         super().__init__(core, options)
         given = (options.mixup, options.cutmix, options.label_smoothing)
         self.mixes, self.mixing = any(given), Mixing(n_classes=1)
-        self.confusion: Tensor | None = None
+        self.confusion: list[list[int]] = []
         self.held_out = False
         self.several = int(os.environ.get("WORLD_SIZE", "1")) > 1
 
@@ -176,7 +176,8 @@ class ImageFeed(Feed):
         model, examples, args = trainer.model, trainer.eval_dataset, trainer.args
         n, top = self.core.cfg.n_classes, _TOP[0] if self.core.cfg.n_classes >= _TOP[1] else 1
         sums = torch.zeros(4, dtype=torch.float64, device=args.device)  # nats, images, right, right among the first
-        confusion = torch.zeros(n * n, dtype=torch.long, device=args.device)
+        # class and guess of every image as one number: of many classes, most pairs never occur
+        pairs: list[Tensor] = []
         training = model.training
         model.eval()
         # the loader draws a seed; what is drawn here, training must not miss
@@ -188,23 +189,23 @@ class ImageFeed(Feed):
                 aux_loss, _ = model.reported
                 real = labels != IGNORE
                 nats = out.loss if aux_loss is None else out.loss - aux_loss * len(labels)
-                # the first of equals, as argmax has it
                 first = out.logits.topk(top).indices
                 guess = out.logits.argmax(1)
                 right = (guess == labels).sum(), (first == labels[:, None]).sum()
                 sums += torch.stack([x.double() for x in (nats, real.sum(), *right)])
-                confusion += torch.bincount(torch.where(real, labels * n + guess, n * n), minlength=n * n + 1)[:-1]
+                pairs.append(torch.where(real, labels * n + guess, -1))
         model.train(training)
         nats, count, right, among = trainer.accelerator.reduce(sums, "sum").tolist()
-        self.confusion = trainer.accelerator.reduce(confusion, "sum").view(n, n).cpu()
-        found = {"eval_loss": nats / count, "eval_accuracy": right / count}
-        return found | ({"eval_accuracy_top5": among / count} if top > 1 else {})
+        found, counts = trainer.accelerator.gather(torch.cat(pairs)).unique(return_counts=True)
+        every = zip(found.tolist(), counts.tolist(), strict=True)
+        self.confusion = [[pair // n, pair % n, times] for pair, times in every if pair >= 0]
+        metrics = {"eval_loss": nats / count, "eval_accuracy": right / count}
+        return metrics | ({"eval_accuracy_top5": among / count} if top > 1 else {})
 
     def keep(self, folder: Path, step: int) -> None:
         """As :meth:`Feed.keep`: which classes are taken for which."""
-        assert self.confusion is not None
         labels = self.core.cfg.labels or range(self.core.cfg.n_classes)
-        write_confusion(folder, step, [str(label) for label in labels], self.confusion.tolist())
+        write_confusion(folder, step, [str(label) for label in labels], self.confusion)
 
     def judged(self, examples: ImageExamples) -> str:
         """As :meth:`Feed.judged`."""
