@@ -95,6 +95,9 @@ def test_digits_are_learned_and_what_is_saved_is_a_model(tmp_path, capsys):
     assert log["about"]["unit"] == "images" and log["about"]["images_per_step"] == 32 and log["best"] == result.best
     again = train("vmamba-micro", "digits", tmp_path, overrides=["drop_path=0.1"], **settings)
     assert again.resumed_from == 200 and again.best == result.best and again.unit == "images"
+    # a new run in the same folder leaves nothing of the old one
+    train("vmamba-micro", shapes(), tmp_path, resume=False, **QUIET | {"steps": 1, "batch_size": 4})
+    assert not (tmp_path / "confusion.json").exists() and zoo.load(tmp_path).cfg.n_classes == 3
 
 
 def test_the_best_has_the_highest_accuracy_and_of_equals_the_lowest_loss():

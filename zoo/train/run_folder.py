@@ -119,8 +119,9 @@ class RunFolder:
             if not overwrite and (resume or not (self.path / LOG).exists()):
                 raise
         # first what belongs to the old log, then the log: the other way round a killed process would leave a new log on old checkpoints
-        for name in ("checkpoints", "tensorboard", ADAPTER, CONFUSION):
+        for name in ("checkpoints", "tensorboard", ADAPTER):
             discard(self.path / name)
+        (self.path / CONFUSION).unlink(missing_ok=True)
         self.about = {}
         self._write_log({"finished": False, "history": [], "seconds": 0.0})
         return None
