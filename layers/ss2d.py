@@ -6,6 +6,7 @@ flipped and transposed copy, step sizes that are formed where they are used, and
 directions need no more tensors of the map's size than one; and a state in float32 whatever the model's precision.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -64,6 +65,8 @@ class SS2D(Mixer):
     no_decay_parameters = ("A_logs", "Ds", "dt_projs_bias")
     without_effect = frozenset({"dt_min", "dt_max", "dt_init_floor"})
     rounds_input = True
+    # names of walks, where a gradient passes through the states of these alone: to see what each of them sees, and not for training
+    through: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -155,7 +158,10 @@ class SS2D(Mixer):
         grid = self.grid_of(x, seq)
         u, z = self._project(x)
         u = u if self.conv2d is None else convolve(self.conv2d, u, grid)
-        y = self._scan(F.silu(u), grid)
+        u = F.silu(u)
+        y = self._scan(u, grid)
+        if self.through is not None:
+            y = self._passing(y, u, grid, self.through)
         if self.out_norm is not None:
             y = self.out_norm(y)
         if self.out_activation is not None:
@@ -194,6 +200,19 @@ class SS2D(Mixer):
             dt_softplus=True,
             paths=paths_of(self.directions, grid, u.device),
         )
+
+    def _passing(self, y: Tensor, u: Tensor, grid: tuple[int, int], through: tuple[str, ...]) -> Tensor:
+        """The outputs as they are, with the gradient of the skips, and of the states of walks of some names alone."""
+        others = torch.tensor([name not in through for name in self.directions], device=u.device)
+        # without C, nothing is read of a walk's states
+        unread = (
+            torch.arange(self.x_proj_weight.shape[1], device=u.device) >= self.x_proj_weight.shape[1] - self.d_state
+        )
+        some = copy.copy(self)
+        weight = self.x_proj_weight.masked_fill((others[:, None] & unread)[:, :, None], 0.0)
+        some._parameters = self._parameters | {"x_proj_weight": weight}  # type: ignore[dict-item]
+        read = some._scan(u, grid)
+        return y.detach() + (read - read.detach())
 
     def reach(self, length: int, grid: tuple[int, int] | None = None) -> Tensor | None:
         """As :meth:`Mixer.reach`: what some walk visits before an output, and what the convolution reads around it."""

@@ -14,7 +14,7 @@ import hybridzoo as zoo
 from hybridzoo.__main__ import app
 from hybridzoo.zoo.tokenizer import ByteTokenizer
 
-COMMANDS = ["list", "show", "train", "generate", "convert", "predict", "eval", "lm-eval", "bench", "doctor", "demo"]
+COMMANDS = ["list", "show", "train", "generate", "convert", "predict", "explain", "eval", "lm-eval", "bench", "doctor", "demo"]
 
 
 def invoke(*arguments, status=0):

@@ -50,3 +50,46 @@ def predict(
         output().print(table)
     if damaged:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo explain runs/digits --out explain.html[/bold]")
+def explain(
+    model: ModelName,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[IMAGE...]", help="Images to look at, and folders of some; noise by default.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page, or its picture alone: .html, .svg, .png; or .json.")] = Path(
+        "explain.html"
+    ),
+    size: Annotated[
+        int | None, typer.Option(help="Height and width to look at.", show_default="the config's image_size", min=1)
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what an image model sees: its effective receptive field, as a whole and through each walk of its scans."""
+    from .named import check_model
+
+    check_model(model)
+    from .images.explain import FORMATS, write_explained
+    from .images.explain import explain as run
+
+    if out.suffix not in FORMATS or out.is_dir():
+        raise ValueError(f"--out: {out} is no file that ends in {', '.join(FORMATS)}. Name one.")
+    from .report.explained import walk_name
+    from .tables import columns, output
+
+    result = run(model, images or None, size=size, device=device)
+    write_explained(result, out)
+    if as_json:
+        return print_json(result)
+    table = columns("", "walk", "middle quarter", "middle half")
+    for state in result["states"]:
+        for i, field in enumerate(state["fields"]):
+            shares = (f"{share:.1%}" for share in field["middle"].values())
+            table.add_row("" if i else state["name"], walk_name(field["walk"]), *shares)
+    output().print(table)
+    say(f"wrote {out}")

@@ -244,14 +244,14 @@ def _complete(folder: Path) -> None:
     sync(folder)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that no half of it is ever seen, with the rights that the umask leaves; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent, ".writing-*")
     # not of tempfile, whose files are for their owner alone
     temporary = path.parent / f".writing-{uuid.uuid4().hex}"
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
