@@ -19,7 +19,7 @@ from .zoo.autoregister import register_when_loaded
 from .zoo.lazily import lazily
 
 if TYPE_CHECKING:
-    from .eval.run import evaluate as evaluate
+    from .eval.evaluate import evaluate as evaluate
     from .layers import Mixer
     from .zoo.checkpoint import load, save
     from .zoo.config.resolve import load_config as config
@@ -54,14 +54,14 @@ __version__ = "0.1.0"
 # import *` works without the extras, and does not wait for transformers and lm-eval.
 __getattr__, __dir__ = lazily(
     __name__,
-    extras={"evaluate": "eval", "train": "train"},
+    extras={"train": "train"},
     CapturedStep="zoo.train.captured_step",
     ConfigError="zoo.registry",
     Mixer="layers",
     ModelState="zoo.models.state",
     build="zoo.models.build",
     config="zoo.config.resolve:load_config",
-    evaluate="eval.run",
+    evaluate="eval.evaluate",
     import_mixers="zoo.importing",
     kernels="kernels",
     layers="layers",

@@ -17,12 +17,21 @@ app = typer.Typer()
 
 @app.command(
     "eval",
-    epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb,hybridzoo_mqar --add-bos-token[/bold]",
+    epilog="Example: [bold]zoo eval runs/demo/mamba-tiny --tasks hybridzoo_bpb[/bold], or zoo eval runs/digits --data digits",
 )
 def eval_(
     model: ModelName,
-    tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas; wildcards for ours: 'hybridzoo_*'.")],
-    limit: Annotated[float | None, typer.Option(help="Documents per task, or a share below 1.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Of a text model: names of lm-eval tasks, with commas; wildcards for ours: 'hybridzoo_*'."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an image model: a folder of class folders, a table, or digits or mnist-5k; its test part, if it has parts."
+        ),
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="Documents per task, or images, or a share below 1.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Worked examples before each question.", min=0)] = None,
     batch_size: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
     max_length: Annotated[
@@ -32,43 +41,76 @@ def eval_(
         bool, typer.Option("--add-bos-token", help="Start every prompt as a document of `zoo train` starts.")
     ] = False,
     metadata: Annotated[str | None, typer.Option(help='Sizes of tasks: \'{"hybridzoo_mqar": {"pairs": 4}}\'')] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write lm-eval's results to this JSON file.")] = None,
+    damaged: Annotated[
+        str, typer.Option(help="stop or skip: what is done about files that are no whole images.")
+    ] = "stop",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write the results to this JSON file, and of images the confusion matrix beside it."),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model through lm-eval. `zoo lm-eval` takes every flag of lm-eval instead."""
+    """Score a text model through lm-eval (`zoo lm-eval` takes every flag of it), or an image model on images."""
     from ..zoo.named import check_model
     from .tasks import check_amounts, check_metadata, check_tasks
 
     # what can be mistyped is looked at before seconds of imports
     check_model(model)
-    asked, sizes = [task for task in tasks.split(",") if task], _read_json("--metadata", metadata)
+    asked = None if tasks is None else [task for task in tasks.split(",") if task]
+    sizes = _read_json("--metadata", metadata)
     check_amounts(limit, batch_size, ("--limit", "--batch-size"))
-    check_tasks(asked)
-    if sizes is not None:
-        check_metadata(asked, sizes)
+    if data is None:
+        check_tasks(asked or [])
+        if sizes is not None:
+            check_metadata(asked or [], sizes)
     if out is not None and out.is_dir():
         raise ValueError(f"--out: {out} is a folder. Name a JSON file.")
-    from .run import evaluate
-    from .run import table as rows_of
+    from .evaluate import evaluate
 
     results = evaluate(
-        model, asked, limit=int(limit) if limit and limit >= 1 else limit, num_fewshot=num_fewshot, metadata=sizes, device=device,
-        batch_size=int(batch_size) if batch_size.isdigit() else batch_size, max_length=max_length, output=out,
-        add_bos_token=add_bos_token or None,
+        model, asked, data=data, limit=int(limit) if limit and limit >= 1 else limit, num_fewshot=num_fewshot, metadata=sizes,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size, max_length=max_length, output=out, device=device,
+        add_bos_token=add_bos_token or None, damaged=damaged,
     )  # fmt: skip
-    if results is None:
-        return None
+    if results is not None:
+        _print_tasks(results, as_json) if data is None else _print_images(results, as_json)
+
+
+def _print_tasks(results: dict[str, Any], as_json: bool) -> None:
+    from ..zoo.tables import columns, output
+    from .run import table as rows_of
+
     rows = rows_of(results)
     if as_json:
         return print_json(rows)
-    from ..zoo.tables import columns, output
-
     table = columns("task", "metric", "value", "±", "chance", "n")
     for row in rows:
         numbers = ("" if row[k] is None else f"{row[k]:.4f}" for k in ("value", "stderr", "chance"))
         table.add_row(row["task"], row["metric"], *numbers, str(row["n"]))
     output().print(table)
+
+
+def _print_images(results: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return print_json(results)
+    from ..zoo.tables import columns, output
+    from .images import worst
+
+    table = columns("", "value", "±", "n", left=1)
+    for name in ("top1", "top5", "loss"):
+        if (value := results[name]) is not None:
+            stderr = results[f"{name}_stderr"]
+            table.add_row(name, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", f"{results['n']:,}")
+    output().print(table)
+    classes = columns("class", "right", "n", left=1)
+    shown = worst(results["confusion"])
+    for i in shown:
+        one = results["classes"][i]
+        classes.add_row(one["name"], "" if one["top1"] is None else f"{one['top1']:.4f}", f"{one['n']:,}")
+    output().print(classes)
+    if more := len(results["classes"]) - len(shown):
+        say(f"{more:,} other classes, with less mistaken: --json or --out")
 
 
 @app.command(

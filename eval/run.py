@@ -1,15 +1,13 @@
-"""Evaluate a model through lm-eval, quietly: what ``zoo eval`` and ``zoo lm-eval`` call.
+"""Evaluate a text model through lm-eval, quietly: what ``zoo eval`` and ``zoo lm-eval`` call.
 
 Local tasks load at once; lm-eval's index of some 14 000 YAMLs, which takes a quarter of a minute, is read only when a
 task asks for it.
 """
 
 import contextlib
-import dataclasses
 import fnmatch
 import functools
 import json
-import os
 import sys
 import tempfile
 import warnings
@@ -29,82 +27,19 @@ from tqdm import tqdm
 from ..zoo.checkpoint.publish import write_whole
 from ..zoo.device import pick_device
 from ..zoo.named import option_pairs
-from ..zoo.options import called_with, option
 from ..zoo.terminal import progress_bar
 from .harness import HybridZooLM
+from .options import EvaluateCall, ModelOptions, TaskOptions
 from .pretrained import quiet
 from .tasks import FOLDER, check_amounts, check_metadata, check_tasks, names, unknown_task
 
-__all__ = ["evaluate", "lm_eval_main", "table", "task_manager"]
-
-_MODEL = (
-    "A folder, a config name (built untrained, with a warning), a hub id, a :class:`CausalLM`, a transformers model, or an ``LM`` of "
-    "lm-eval, to which ``batch_size`` and the like then do not apply."
-)
-_TASKS = (
-    'Names, with wildcards for local ones (``"hybridzoo_*"``), or paths of YAML files; a list, or a text with commas.'
-)
-_METADATA = (
-    'Overrides of the local tasks\' sizes, for all (``{"docs": 100}``) or for one (``{"hybridzoo_mqar": {"pairs": 4}}``), '
-    "and what other tasks take."
-)
+__all__ = ["lm_eval_main", "run_tasks", "table", "task_manager"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Options of :class:`HybridZooLM` that :func:`evaluate` hands on; an ``LM`` of lm-eval has its own."""
-
-    batch_size: int | str = option("auto", 'Requests per forward, or ``"auto"``.')
-    dtype: str = option("auto", "Of the weights of a model that is loaded.")
-    device: str | None = option(None, "An object stays where it is.", unset="a GPU if there is one")
-    tokenizer: Any = option(None, "A folder, a hub id or an object.", unset="the model's own")
-    max_length: int | None = option(None, "Window in tokens.", unset="what the config states")
-    add_bos_token: bool | None = option(None, "As :class:`HybridZooLM`.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """Options of lm-eval's ``simple_evaluate`` that :func:`evaluate` hands on."""
-
-    limit: int | float | None = option(None, "Documents per task, or a share of them below 1; for trying things out.")
-    num_fewshot: int | None = option(None, "Worked examples before each question, where a task allows it.")
-    use_cache: str | os.PathLike[str] | None = option(
-        None,
-        "Path prefix of a database of answers, to take up an interrupted run or to add tasks; models are kept apart in it.",
-    )
-    log_samples: bool = option(False, 'Keep every request and answer under ``"samples"``.')
-    gen_kwargs: dict[str, Any] | None = option(None, "Overrides of how tasks generate.")
-    apply_chat_template: bool | str = option(
-        False, "Put prompts into the tokenizer's chat template, or into the one of this name."
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateCall(TaskOptions, ModelOptions):
-    """Arguments of a call of :func:`evaluate`."""
-
-    model: Any = dataclasses.field(kw_only=False, metadata={"help": _MODEL})
-    tasks: str | Sequence[str] = dataclasses.field(kw_only=False, metadata={"help": _TASKS})
-    metadata: dict[str, Any] | None = option(None, _METADATA)
-    output: str | os.PathLike[str] | None = option(None, "JSON file for the results, written whole or not at all.")
-    progress: bool = option(True, "Show a bar on stderr, if that is a terminal.")
-
-    def of(self, options: type) -> dict[str, Any]:
-        """Return those of the options that a class names."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(options)}
-
-
-@called_with(EvaluateCall)
-def evaluate(call: EvaluateCall) -> dict[str, Any] | None:
-    """Score a model on tasks of lm-eval, the local ones or any other.
-
-    The results are lm-eval's; ``None`` on all ranks but the first.
-
-    Raises:
-        ValueError: A task, a model or a device that does not exist, or an amount of nothing.
-    """
-    model, metadata = call.model, call.metadata or {}
-    tasks = [task for task in call.tasks.split(",") if task] if isinstance(call.tasks, str) else call.tasks
+def run_tasks(call: EvaluateCall) -> dict[str, Any] | None:
+    """Score a model on tasks of lm-eval, as :func:`hybridzoo.evaluate` does; ``None`` on all ranks but the first."""
+    model, metadata, tasks = call.model, call.metadata or {}, call.tasks or []
+    tasks = [task for task in tasks.split(",") if task] if isinstance(tasks, str) else tasks
     if call.device is not None:
         pick_device(call.device)
     if call.output is not None and Path(call.output).is_dir():
@@ -133,7 +68,7 @@ def evaluate(call: EvaluateCall) -> dict[str, Any] | None:
     if isinstance(lm, HybridZooLM) and lm.truncated > cut:
         warnings.warn(
             f"evaluate: {lm.truncated - cut} requests exceed the window of {lm.max_length} tokens and lost their beginning. "
-            "Raise max_length, or shorten the prompts.", stacklevel=3,
+            "Raise max_length, or shorten the prompts.", stacklevel=4,
         )  # fmt: skip
     for samples in results.get("samples", {}).values():
         samples.sort(key=lambda sample: sample["doc_id"])  # ranks hand them in one after another

@@ -68,8 +68,9 @@ def test_functions_refuse_before_they_begin(tmp_path):
 @no_gpu
 def test_the_adapter_of_lm_eval_refuses_too():
     pytest.importorskip("lm_eval")
+    from hybridzoo.eval.evaluate import evaluate
     from hybridzoo.eval.pretrained import usable_device
-    from hybridzoo.eval.run import evaluate, lm_eval_main
+    from hybridzoo.eval.run import lm_eval_main
 
     for name in ("cuda", "cuda:7", "tpu"):
         with pytest.raises(ValueError, match=f"device='{name}'"):

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import hybridzoo as zoo
+from hybridzoo.eval.evaluate import evaluate
 from hybridzoo.eval.harness import HybridZooLM
-from hybridzoo.eval.run import evaluate, lm_eval_main, table, task_manager
+from hybridzoo.eval.run import lm_eval_main, table, task_manager
 from hybridzoo.eval.tasks import FOLDER
 from hybridzoo.zoo.checkpoint import CheckpointError
 from hybridzoo.zoo.models.causal_lm import CausalLM
@@ -523,7 +524,7 @@ def test_two_ranks_share_the_work_and_give_the_same_result(saved, tmp_path):
     whole = evaluate(str(saved), tasks, metadata=sizes, limit=3, log_samples=True)
     code = """
         import json, sys
-        from hybridzoo.eval.run import evaluate
+        from hybridzoo.eval.evaluate import evaluate
         folder, output, tasks, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
         evaluate(folder, tasks, metadata=sizes, limit=3, log_samples=True, output=output)
     """

@@ -127,19 +127,19 @@ def test_hugging_faces_kernels_stays_what_it_is(installed):
 
 
 def test_training_and_evaluating_are_public_and_name_their_extra(monkeypatch):
-    from hybridzoo.eval.run import evaluate
+    from hybridzoo.eval.evaluate import evaluate
     from hybridzoo.zoo.train.run import train
 
     assert zoo.train is train and zoo.evaluate is evaluate and {"train", "evaluate"} <= set(dir(zoo))
-    for name, extra, module, missing in (
-        ("train", "train", "hybridzoo.zoo.train.run", "transformers"),
-        ("evaluate", "eval", "hybridzoo.eval.run", "lm_eval"),
-    ):
-        monkeypatch.delitem(vars(zoo), name)
-        monkeypatch.delitem(sys.modules, module)
+    for module, missing in (("hybridzoo.zoo.train.run", "transformers"), ("hybridzoo.eval.run", "lm_eval")):
+        monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setitem(sys.modules, missing, None)
-        with pytest.raises(ModuleNotFoundError, match=rf"hybridzoo\.{name} needs .*pip install 'hybridzoo\[{extra}\]'"):
-            getattr(zoo, name)
+    monkeypatch.delitem(vars(zoo), "train")
+    with pytest.raises(ModuleNotFoundError, match=r"hybridzoo\.train needs .*pip install 'hybridzoo\[train\]'"):
+        _ = zoo.train
+    # images need nothing of it
+    with pytest.raises(ModuleNotFoundError, match=r"tasks need lm_eval\. .*pip install 'hybridzoo\[eval\]'"):
+        zoo.evaluate("mamba-tiny", ["hybridzoo_mqar"])
 
 
 def test_importing_is_light():

@@ -147,7 +147,7 @@ def work(name: str, out: str, fresh: bool) -> None:
 
 def score(model: Model, output: Path) -> dict[str, Any]:
     """Evaluate a model through lm-eval on what the demo trains for, and let it write."""
-    from ..run import evaluate
+    from ..evaluate import evaluate
     from ..run import table as rows_of
 
     # a prompt begins a document, and in training every document begins after the separator
