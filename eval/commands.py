@@ -139,8 +139,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan, ssd, attention, train, trainer (zoo train itself), vision (image models), tutorial (the run of docs/train.md), data"
-            " or parity; plot draws a result, readme writes the figures of our pages."
+            help="scan, ssd, attention, train, trainer (zoo train itself), vision (image models), tutorial (the run of docs/train.md),"
+            " fields (the picture of docs/vision.md), data or parity; plot draws a result, readme writes the figures of our pages."
         ),
     ],
     file: Annotated[
@@ -172,11 +172,12 @@ def bench(
         measure, report = (fuzz.fuzz, fuzz.summary) if part == ["fuzz"] else (run.parity, run.table)
         result = measure(out)
         return print_json(result) if as_json else print_report(report(result))
-    if what == "tutorial":
-        from .bench.tutorial import PLACE, tutorial
+    if what in ("tutorial", "fields"):
+        from .bench import fields, tutorial
 
-        result = tutorial(out or PLACE)
-        return print_json(result) if as_json else say(f"wrote {out or PLACE}; zoo bench readme draws it")
+        make, place = (tutorial.tutorial, tutorial.PLACE) if what == "tutorial" else (fields.fields, fields.PLACE)
+        result = make(out or place)
+        return print_json(result) if as_json else say(f"wrote {out or place}; zoo bench readme draws it")
     if what == "data":
         from ..zoo.tables import output
         from .bench.data import bench_data, table

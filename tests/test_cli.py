@@ -14,7 +14,20 @@ import hybridzoo as zoo
 from hybridzoo.__main__ import app
 from hybridzoo.zoo.tokenizer import ByteTokenizer
 
-COMMANDS = ["list", "show", "train", "generate", "convert", "predict", "explain", "eval", "lm-eval", "bench", "doctor", "demo"]
+COMMANDS = [
+    "list",
+    "show",
+    "train",
+    "generate",
+    "convert",
+    "predict",
+    "explain",
+    "eval",
+    "lm-eval",
+    "bench",
+    "doctor",
+    "demo",
+]
 
 
 def invoke(*arguments, status=0):
@@ -193,7 +206,7 @@ def test_lm_eval_passes_every_flag_on(monkeypatch):
         (
             ["bench", "nothing"],
             1,
-            "unknown benchmark 'nothing'. Known: scan, ssd, attention, train, trainer, vision, data, parity, plot, readme",
+            "unknown benchmark 'nothing'. Known: scan, ssd, attention, train, trainer, vision, data, fields, parity, plot, readme",
         ),
         (["train", "mamba-tiny", "--data", "a file", "--out", "a file/run"], 1, "a file: is a file"),
         (["train", "mamba-tiny", "--data", "a file", "--device", "tpu"], 1, "device='tpu'"),

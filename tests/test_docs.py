@@ -45,26 +45,59 @@ def test_the_configs_shown_work(code, tmp_path):
     assert zoo.build(tmp_path / "my.yaml", device="meta").num_params() > 0
 
 
-@pytest.mark.slow
-def test_the_tutorial_of_training_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    """In one folder, as a reader has it, with fewer steps: the text is written, and then all that a shell runs; the rest of Python is above."""
-    monkeypatch.chdir(tmp_path)
-    exec(re.search(r"^```python\n(.*?)^```", TEXTS["docs/train.md"], re.M | re.S)[1], {})
+def run_from_top_to_bottom(page, first, folder):
+    """In one folder, as a reader has it, with fewer steps: what Python writes at first, and then all that a shell runs; the rest is above."""
+    found = re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.M | re.S)
+    exec(next(code for code in found if first in code), {})
     tools = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    for code in re.findall(r"^```bash\n(.*?)^```", TEXTS["docs/train.md"], re.M | re.S):
+    for code in re.findall(r"^```bash\n(.*?)^```", TEXTS[page], re.M | re.S):
         code = re.sub(r"--steps \d+", "--steps 4", code).replace("--batch-size 16", "--batch-size 2")
-        ran = subprocess.run(
-            ["bash", "-ec", code], cwd=tmp_path, env=os.environ | tools, capture_output=True, text=True
-        )
+        ran = subprocess.run(["bash", "-ec", code], cwd=folder, env=os.environ | tools, capture_output=True, text=True)
         assert ran.returncode == 0, f"{code}\n{ran.stderr}"
+
+
+@pytest.mark.slow
+def test_the_tutorial_of_training_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_from_top_to_bottom("docs/train.md", "topics()", tmp_path)
     runs = {path.parent.name: path.read_text() for path in (tmp_path / "runs").glob("*/report.html")}
     assert {"hybrid", "killed", "carried", "muon", "further", "tuned"} <= set(runs)
     assert (tmp_path / "runs/tuned/adapter/adapter_config.json").exists() and "LoRA of rank 8" in runs["tuned"]
     assert "nats per token of text it has not seen" in runs["hybrid"] and "Expert load" in runs["hybrid"]
+
+
+@pytest.mark.slow
+def test_the_tutorial_of_images_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_from_top_to_bottom("docs/vision.md", "builtin_set", tmp_path)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["n"] == 359 and (tmp_path / "scores.svg").exists()
+    page = (tmp_path / "explain.html").read_text()
+    assert "Untrained" in page and "Trained" in page and "columns ↑" in page
+
+
+def test_the_table_of_image_models_is_right():
+    table = TEXTS["docs/vision.md"].split("## Which model is which")[1].split("##")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \| ([^|]*) \|[^|]*\| ([\d, ]+) \| (\d+) \| ([\d,]+) \|", table, re.M)
+    assert len(rows) == 12
+    for name, _, blocks, width, parameters in rows:
+        model = zoo.build(name, device="meta")
+        assert (f"{model.num_params():,}", str(model.widths[0])) == (parameters, width)
+        mixing = [spec.stage for spec in model.specs if spec.token in ("ss2d", "mamba")]
+        assert blocks == ", ".join(str(mixing.count(stage)) for stage in sorted(set(mixing)))
+
+
+def test_the_picture_of_what_a_model_sees_is_its_committed_result():
+    from hybridzoo.zoo.report.explained import explained_picture
+
+    result = json.loads((ROOT / "eval/results/fields.json").read_text(encoding="utf-8"))
+    drawn = explained_picture(result["explained"])
+    assert (ROOT / "docs/fields.svg").read_text(encoding="utf-8") == drawn, "run: zoo bench readme"
+    assert f"\n{result['about']['command']}\n" in TEXTS["docs/vision.md"]
 
 
 def test_the_picture_of_the_tutorial_is_its_committed_result():

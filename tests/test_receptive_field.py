@@ -261,6 +261,17 @@ def test_large_maps_are_drawn_as_means():
     assert pooled(field.tolist(), 10) == field.tolist()
 
 
+def test_the_picture_of_the_guide_is_kept_as_data_without_the_machines_paths(tmp_path, monkeypatch):
+    from hybridzoo.eval.bench import fields
+
+    monkeypatch.setattr(fields, "_SEEN", 2)
+    result = fields.fields(tmp_path / "kept.json", steps=2)
+    assert json.loads((tmp_path / "kept.json").read_text()) == json.loads(json.dumps(result))
+    seen = result["explained"]
+    assert (result["what"], seen["model"], seen["images"]) == ("fields", "vmamba-micro", 2)
+    assert [s["name"] for s in seen["states"]] == ["untrained", "trained"] and "/tmp" not in json.dumps(result)
+
+
 @pytest.mark.parametrize(
     ("walk", "name"),
     [

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from ...zoo.report.explained import explained_picture
 from ...zoo.report.training import training_picture
 from ..demo.overview import overview
 from ..markdown import paragraph, table
@@ -40,7 +41,7 @@ def refresh(readme: Path) -> list[Path]:
         *_results(folder, "vision", device="NVIDIA"),
     ]
     drawn = [plot(result, path.with_suffix(".svg")) for path, result in shown]
-    for what, name, draw in (("demo", "demo.svg", overview), ("tutorial", "train.svg", training_picture)):
+    for what, name, draw in _PICTURES:
         for _, result in _results(folder, what):
             drawn.append(root / "docs" / name)
             drawn[-1].write_text(draw(result), encoding="utf-8")
@@ -138,6 +139,11 @@ def checkpoints(folder: Path) -> str:
     return f"{paragraph(text)}\n\n{parity_table(result)}"
 
 
+_PICTURES = (
+    ("demo", "demo.svg", overview),
+    ("tutorial", "train.svg", training_picture),
+    ("fields", "fields.svg", lambda result: explained_picture(result["explained"])),
+)
 PAGES = {"README.md": headline, "docs/performance.md": performance, "docs/checkpoints.md": checkpoints}
 
 

@@ -46,7 +46,7 @@ def run_bench(
     """
     if what not in BENCHES:
         raise ValueError(
-            f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, data, parity, plot, readme, tutorial."
+            f"bench: unknown benchmark {what!r}. Known: {', '.join(BENCHES)}, data, fields, parity, plot, readme, tutorial."
         )
     if what in _PEER_PARTS and vs:
         raise ValueError(
