@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import hybridzoo as zoo
 from hybridzoo.__main__ import main
 from hybridzoo.zoo.images import Augment, images_from
+from hybridzoo.zoo.images.builtin import builtin_set
 from hybridzoo.zoo.models.image_classification import ImageClassifier
 from hybridzoo.zoo.train.batches import Whole
 from hybridzoo.zoo.train.evaluation import best_of, has_stalled
@@ -189,6 +190,25 @@ def test_other_classes_get_a_new_head_and_known_ones_keep_theirs(tmp_path, capsy
     torch.testing.assert_close(
         dict(based.model.backbone.named_parameters()), dict(first.model.backbone.named_parameters())
     )
+
+
+def test_a_fine_tuned_model_is_ahead_of_a_fresh_one(tmp_path):
+    images, labels, names = builtin_set("digits")
+    held = builtin_set("digits", "val")
+
+    def some(of, low, high):
+        chosen = (of[1] >= low) & (of[1] < high)
+        return of[0][chosen], np.array(names)[of[1][chosen]]
+
+    settings = QUIET | {"batch_size": 32, "lr": 0.01, "save_every": 1000}
+    train("vmamba-micro", some((images, labels), 0, 5), tmp_path / "first", **settings, steps=120)
+    last = {
+        name: train(
+            start, some((images, labels), 5, 10), tmp_path / name, val=some(held, 5, 10), **settings, steps=40
+        ).best
+        for name, start in (("fresh", "vmamba-micro"), ("tuned", tmp_path / "first"))
+    }
+    assert last["tuned"]["eval_accuracy"] > last["fresh"]["eval_accuracy"] + 0.1, last
 
 
 def test_frozen_stages_stay_and_the_rate_falls_towards_the_stem(tmp_path, capsys):
