@@ -192,6 +192,21 @@ def test_other_classes_get_a_new_head_and_known_ones_keep_theirs(tmp_path, capsy
     )
 
 
+def test_a_published_file_is_trained_further(tmp_path, capsys):
+    from hybridzoo.zoo.checkpoint import export
+
+    model = zoo.build("vmamba-tiny-s1l8", ["d_model=8", "n_classes=7", "in_channels=1"])
+    export(model, tmp_path / "published", "vmamba")
+    (file,) = (tmp_path / "published").glob("*.pth")
+    # photos, in memory: they are brought to the model's size
+    images, labels = shapes(4, 2, size=32)
+    settings = SETTINGS | {"steps": 1, "batch_size": 2, "lr": 1e-30, "augment": "none", "freeze": 1}
+    result = train(file, (images, labels % 2), tmp_path / "out", **settings)
+    err = capsys.readouterr().err
+    assert f"{file}: starts from the weights there" in err and "the stem and 1 stage stay as they are" in err
+    torch.testing.assert_close(dict(result.model.backbone.named_parameters()), dict(model.backbone.named_parameters()))
+
+
 def test_a_fine_tuned_model_is_ahead_of_a_fresh_one(tmp_path):
     images, labels, names = builtin_set("digits")
     held = builtin_set("digits", "val")

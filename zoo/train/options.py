@@ -23,7 +23,8 @@ __all__ = [
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 _SEEDS = ("at least 0, and below 2**32", lambda seed: 0 <= seed < 2**32)
-_WEIGHTS = ("*.safetensors", "*.bin")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "mamba_al.npz")
+_FILES = (".pth", ".pt", ".bin", ".safetensors", ".npz")
 # groups of the command line's help
 _DATA, _OPTIMISER, _EVALUATION, _SPEED, _RUN = "Data", "Optimiser", "Evaluation", "Speed", "Run"
 _TUNING, _IMAGES = "Fine-tuning", "Images"
@@ -303,12 +304,14 @@ def check_out(out: Path) -> None:
 
 
 def holds_weights(model: Any) -> bool:
-    """Return whether a model argument means trained weights, a folder that holds some or a hub id, and not a config to build from."""
+    """Return whether a model argument means trained weights, a file of them, a folder that has one or a hub id, and no config."""
     if not isinstance(model, str | os.PathLike) or model in list_models():
         return False
     path = Path(model)
     if os.path.isdir(path):
         return any(f.is_file() for pattern in _WEIGHTS for f in path.glob(pattern))
+    if os.path.isfile(path):
+        return path.suffix in _FILES
     named = isinstance(model, str) and HUB_ID.fullmatch(model) and path.suffix not in (".yaml", ".yml")
     return bool(named) and not os.path.exists(path)
 
