@@ -1,6 +1,7 @@
 """The feed-forward layer, gated (GLU variants, arXiv:2002.05202) or plain."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from .adapter import Adapter
 from .base import Aux, Mixer, Seq
 from .common import Device, Dtype, linear, reset_linear, reset_normal, scaled
 from .options import check, check_known, check_positive, check_rank
+from .recompute import recomputing, repeatable
 
 __all__ = ["MLP"]
 
@@ -118,8 +120,12 @@ class MLP(Mixer):
         self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Map every token of ``(b, l, d)`` by itself; the state is ``()``."""
-        h = self.fc1(x) if self.adapter is None else self.fc1(x) + self.adapter(x)
-        y = scaled(self.fc2(activate(h, self.activation, self.gated, self.gate_multiplier)), self.out_multiplier)
+        with nullcontext(lambda t: t) if self.gated else recomputing() as spared:
+            h = self.fc1(spared(x)) if self.adapter is None else self.fc1(spared(x)) + self.adapter(x)
+            how = self.activation, self.gated, self.gate_multiplier
+            # one operation per value to form again, and twice the memory to keep; of a gated one, three
+            h = activate(h, *how) if self.gated else repeatable(activate(h, *how), activate, h, *how)
+            y = scaled(self.fc2(spared(h)), self.out_multiplier)
         return (y, ()) if return_state else y
 
     def flops(self, seq_len: int) -> int:

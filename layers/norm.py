@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import branch_rms_norm
+from ..kernels.numerics import HALVES
 from .common import Device, Dtype, autocasts, upcast
-from .recompute import repeatable
+from .recompute import recomputing, repeatable
 
 __all__ = ["NORMS", "GatedRMSNorm", "LayerNorm", "RMSNorm", "make_norm"]
 
@@ -124,9 +125,20 @@ class LayerNorm(nn.LayerNorm):
     ) -> Any:
         """As :meth:`RMSNorm.forward`."""
         x = x if add is None else x + add
-        h = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        h = h.to(dtype or x.dtype)
+        how = self.normalized_shape, self.weight, self.bias, self.eps, dtype or x.dtype, autocasts(x)
+        with recomputing() as spared:
+            # autocast would make it wide, too, and then keep the wide one
+            wide = repeatable(x.float(), Tensor.float, x) if how[-1] and x.dtype in HALVES else x
+            h = repeatable(_layer_normed(spared(wide), *how), _layer_normed, x, *how)
         return (h, x) if branch else h
+
+
+def _layer_normed(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, autocast: bool
+) -> Tensor:
+    x = x.float() if autocast and x.dtype in HALVES else x
+    with torch.autocast(x.device.type, enabled=autocast):
+        return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
 
 
 NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

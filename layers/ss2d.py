@@ -21,6 +21,7 @@ from .conv2d import around, check_width, convolve, depthwise, reset_depthwise
 from .norm import LayerNorm
 from .options import check, check_dt, check_known, check_positive
 from .orders import names_of, paths_of, ranks_of
+from .recompute import recomputing, repeatable
 
 __all__ = ["SS2D"]
 
@@ -156,10 +157,12 @@ class SS2D(Mixer):
         if seq is not None and (seq.packed or seq.padded):
             self.require("packing" if seq.packed else "padding")
         grid = self.grid_of(x, seq)
-        u, z = self._project(x)
+        with recomputing() as spared:
+            u, z = self._project(spared(x))
         u = u if self.conv2d is None else convolve(self.conv2d, u, grid)
-        u = F.silu(u)
-        y = self._scan(u, grid)
+        u = repeatable(F.silu(u), F.silu, u)
+        with recomputing() as spared:
+            y = self._scan(spared(u), grid)
         if self.through is not None:
             y = self._passing(y, u, grid, self.through)
         if self.out_norm is not None:
@@ -168,7 +171,8 @@ class SS2D(Mixer):
             y = F.gelu(y)
         if z is not None:
             y = y * (F.silu(z) if self.gate_activation else z)
-        return self.out_proj(y)
+        with recomputing() as spared:
+            return self.out_proj(spared(y))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.gate:
