@@ -111,6 +111,14 @@ def test_unknown_names_suggest_the_nearest(monkeypatch):
         choose("ssd")
 
 
+def test_a_library_that_mixes_documents_is_taken_for_packed_rows_where_it_is_asked_for(installed):
+    assert choose("ssd", **GPU).name == "mamba_ssm"
+    assert choose("ssd", packed=True, **GPU).name == "chunked"
+    assert choose("ssd", backend="mamba_ssm", packed=True, **GPU).name == "mamba_ssm"
+    reasons = {name: reason for name, _, reason in explain("ssd", packed=True, **GPU)}
+    assert "not finite in a packed document reach the others" in reasons["mamba_ssm"]
+
+
 REFUSALS = [
     ("selective_scan", "cuda", {"device": "cpu"}, "the CUDA kernels need CUDA tensors, got cpu"),
     ("selective_scan", "cuda", GPU | {"dtype": torch.float64}, "take float32, float16 and bfloat16, got float64"),

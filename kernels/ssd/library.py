@@ -5,6 +5,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..dispatch import FLOATS, Facts, refuse_library
 from ..numerics import cast, step_sizes
 from .inputs import SsdInputs, SsdOptions
@@ -20,6 +21,15 @@ def refuse(facts: Facts) -> str | None:
     if facts.get("dtype", torch.float32) == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
         return "mamba_ssm rounds float32 matrices to TF32, which torch.backends.cuda.matmul.allow_tf32 rules out"
     return None
+
+
+def reserve(facts: Facts) -> str | None:
+    """Say why mamba_ssm is taken only where it is asked for, or ``None``; see :class:`.dispatch.Backend`."""
+    if not dispatch.installed["mamba_ssm"] or not facts.get("packed"):
+        return None
+    # seen on an H200 with mamba-ssm 2.3.2: NaN in one document of a row came out in others, and gradients of a recorded step of packed rows
+    # were not those of the eager one to the bit
+    return "mamba_ssm lets what is not finite in a packed document reach the others, and is taken where it is asked for"
 
 
 def ssd(i: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:

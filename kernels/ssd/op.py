@@ -14,7 +14,7 @@ from .inputs import SsdInputs, SsdOptions
 register(
     "ssd",
     Backend("cuda", KERNELS, lambda facts: "there is no CUDA kernel of ours for this op yet"),
-    Backend("mamba_ssm", "mamba_ssm's Triton SSD", library.refuse, library.ssd),
+    Backend("mamba_ssm", "mamba_ssm's Triton SSD", library.refuse, library.ssd, reserve=library.reserve),
     Backend("chunked", CHUNKED, run=chunked.ssd),
     Backend("reference", LOOP, run=reference.ssd, plain=True),
 )
