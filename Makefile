@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 LINTED := zoo layers kernels eval __main__
 
 # judges of the tests whose dependencies nobody needs, which an extra of the package cannot say
-JUDGES := typeseg==0.2.7
+JUDGES := typeseg==0.2.7 mlxtend==0.25.0
 
 # the checkout is the package, and mypy takes the package's name from the folder: a link gives it the right one, whatever the folder's
 MYPY_ROOT := .venv/lint
