@@ -292,6 +292,7 @@ BAD = {
     "labels": ({"labels": ["a"]}, r"labels: names 1 classes, and n_classes is 5"),
     "drop": ({"drop_path": 1.0}, r"drop_path: is 1\.0, outside 0 to 0\.99"),
     "std": ({"image_std": [0.5, 0.0, 0.5]}, r"image_std: is \[0\.5, 0\.0, 0\.5\]"),
+    "filter": ({"interpolation": "bicubci"}, r"interpolation: unknown value 'bicubci'\. Did you mean 'bicubic'"),
     "timm's word": ({"num_classes": 3}, r"num_classes: unknown key\. Did you mean 'n_classes'"),
     "text's key": ({"vocab_size": 3}, r"vocab_size: unknown key"),
     "shared": ({"stages": [{"layers": "ss2d@a"}, {"layers": "ss2d@a"}]}, r"label 'a' joins blocks 0 .* which have 8 and 16 channels"),

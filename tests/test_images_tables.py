@@ -2,13 +2,14 @@
 
 import io
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
+from hybridzoo.zoo.config.images import ImageSchema
 from hybridzoo.zoo.errors import SourceError
 from hybridzoo.zoo.images import Augment, DamagedImage, classes_of, images_from
 
@@ -16,21 +17,11 @@ Image = pytest.importorskip("PIL.Image")
 datasets = pytest.importorskip("datasets")
 
 
-class Config(SimpleNamespace):
-    def __getitem__(self, key):
-        return getattr(self, key)
-
-
 def config(**keys):
-    usual = {
-        "n_classes": 2,
-        "in_channels": 3,
-        "image_size": 32,
-        "crop": 1.0,
-        "interpolation": "bicubic",
-        "labels": None,
-    }
-    return Config(**usual | {"image_mean": [0.5], "image_std": [0.25]} | keys)
+    return OmegaConf.merge(
+        OmegaConf.structured(ImageSchema),
+        {"n_classes": 2, "image_size": 32, "crop": 1.0, "image_mean": [0.5], "image_std": [0.25]} | keys,
+    )
 
 
 def noise(seed):

@@ -4,12 +4,13 @@ import importlib.util
 import json
 import os
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from hybridzoo.zoo.config.images import INTERPOLATIONS, ImageSchema
 from hybridzoo.zoo.errors import ConfigError
 from hybridzoo.zoo.images import Augment, DamagedImage, Mixing, Pixels, images_from, processor_config
 from hybridzoo.zoo.images.augment import Augmented, drawing
@@ -19,24 +20,10 @@ Image = pytest.importorskip("PIL.Image")
 sys.path += filter(None, os.environ.get("HYBRIDZOO_TEST_PATH", "").split(os.pathsep))
 HAS_TIMM = importlib.util.find_spec("timm") is not None
 timm = pytest.mark.skipif(not HAS_TIMM, reason="timm is not installed (pip install --no-deps timm will do)")
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-
-
-class Config(SimpleNamespace):
-    def __getitem__(self, key):
-        return getattr(self, key)
 
 
 def config(**keys):
-    usual = {
-        "n_classes": 2,
-        "in_channels": 3,
-        "image_size": 224,
-        "crop": 0.875,
-        "interpolation": "bicubic",
-        "labels": None,
-    }
-    return Config(**usual | IMAGENET | keys)
+    return OmegaConf.merge(OmegaConf.structured(ImageSchema), {"n_classes": 2} | keys)
 
 
 def photo(h=300, w=451, c=3):
@@ -61,7 +48,7 @@ def processor(cfg, folder):
     return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize(("h", "w"), [(300, 451), (451, 300), (512, 512), (256, 256), (100, 90), (225, 999)])
 def test_pixels_are_those_of_the_processor_beside_the_weights(tmp_path, h, w, interpolation):
     cfg, image = config(interpolation=interpolation), photo(h, w)
@@ -134,17 +121,9 @@ def test_what_a_config_says(keys, mean, std, shorter):
     assert pixels.mean == pytest.approx(mean) and pixels.std == pytest.approx(std) and pixels.shorter == shorter
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"interpolation": "bicubci"}, r"interpolation: unknown value 'bicubci'. Did you mean 'bicubic'\?"),
-        ({"image_mean": [0.5, 0.5]}, "image_mean: holds 2 numbers for 3 channels"),
-        ({"image_std": [0.0]}, "image_std: holds 0.0"),
-    ],
-)
-def test_what_a_config_must_not_say(keys, message):
-    with pytest.raises(ConfigError, match=message):
-        Pixels.of(config(**keys))
+def test_means_of_some_channels_are_refused():
+    with pytest.raises(ConfigError, match="image_mean: holds 2 numbers for 3 channels"):
+        Pixels.of(config(image_mean=[0.5, 0.5]))
 
 
 def plain(size, **keys):

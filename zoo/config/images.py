@@ -13,7 +13,8 @@ __all__ = ["INTERPOLATIONS", "ImageSchema", "StemSchema"]
 
 CLASS_TOKENS = ("none", "first", "middle", "last")
 POOLS = ("mean", "token")
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
+# by the numbers that Pillow and transformers' files have for them
+INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 _IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 

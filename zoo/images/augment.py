@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pixels import Pixels, pillow
+from .pixels import PHOTO, Pixels, pillow
 from .timm_parts import timm_part
 
 __all__ = ["Augment", "Augmented", "drawing"]
 
 _CROPS = ("auto", "resized", "shift", "none")
-_TINY, _PHOTO = 16, 64
+_TINY = 16
 # Inception's, as every recipe since has them (arXiv:1409.4842, section 6)
 _AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
@@ -59,7 +59,7 @@ class Augment:
 
     def resolved(self, size: int, digits: bool) -> "Augment":
         """Return this with what is left open decided, for a model of ``size`` pixels and pictures that may be digits."""
-        auto = "resized" if size >= _PHOTO else "shift" if size >= _TINY else "none"
+        auto = "resized" if size >= PHOTO else "shift" if size >= _TINY else "none"
         crop = auto if self.crop == "auto" else self.crop
         flip = (0.0 if digits else 0.5) if self.flip is None else self.flip
         return dataclasses.replace(self, crop=crop, flip=flip)

@@ -69,20 +69,13 @@ class ImageExamples(Dataset):
         classes: The names of the classes, by label.
         digest: Of what all of them hold, of their order and their labels; how they are changed is an option of its own.
         about: What there is to say of them, in lines.
-        length: 1: what is counted for each is an image.
-        tokens: Their number.
-        documents: None, as where each row is one.
         draws: Whether images are changed, and other in every epoch.
     """
-
-    documents = None
-    length = 1
 
     def __init__(
         self, rows: ImageRows, chosen: np.ndarray, classes: Sequence[str], digest: str, about: Sequence[str] = ()
     ):
         self.rows, self.chosen, self.classes, self.digest, self.about = rows, chosen, list(classes), digest, list(about)
-        self.tokens = len(chosen)
         self.draws = rows.augmented is not None
 
     def __len__(self) -> int:

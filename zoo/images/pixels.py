@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, nearest
+from ..config.images import INTERPOLATIONS
+from ..errors import ConfigError
 from ..lazily import needed
 from .damaged import DamagedImage
 
-__all__ = ["FILTERS", "Pixels", "pillow", "processor_config"]
+__all__ = ["PHOTO", "Pixels", "pillow", "processor_config"]
 
-# Pillow's numbers of them, which transformers' files hold too
-FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-# an eighth cut from a photo is margin; from a digit of 28 pixels it is part of the digit
-_SMALL = 64
+# pixels from which on an image is taken for a photo: an eighth cut from one is margin; from a digit of 28 pixels it is part of the digit
+PHOTO = 64
 # Pillow's own bound for pictures, which a very long one would exceed once its shorter side is brought to size
 _MOST_PIXELS = 89_478_485
 
@@ -53,18 +52,11 @@ class Pixels:
         another number of channels. Images of less than 64 pixels are taken whole, whatever ``crop`` says.
 
         Raises:
-            ConfigError: Values that do not fit ``in_channels``, or that there are not.
+            ConfigError: Values that do not fit ``in_channels``.
         """
         size, channels = int(cfg.image_size), int(cfg.in_channels)
-        if cfg.interpolation not in FILTERS:
-            hint = nearest(cfg.interpolation, FILTERS)
-            raise ConfigError(
-                f"interpolation: unknown value {cfg.interpolation!r}.{hint} Known: {', '.join(sorted(FILTERS))}."
-            )
-        crop = 1.0 if size < _SMALL else float(cfg.crop)
+        crop = 1.0 if size < PHOTO else float(cfg.crop)
         mean, std = (_per_channel(key, cfg[key], channels) for key in ("image_mean", "image_std"))
-        if min(std) <= 0:
-            raise ConfigError(f"image_std: holds {min(std)}, and pixels are divided by it. Give numbers above 0.")
         # half a millionth for quotients such as 224 / 0.875, which are whole and may come out below
         return cls(channels, size, mean, std, math.floor(size / crop + 5e-7), cfg.interpolation)
 
@@ -96,7 +88,7 @@ class Pixels:
         """Return a picture as ``h`` x ``w`` pixels."""
         if image.shape[:2] == (h, w):
             return image
-        library, kind = pillow(), FILTERS[self.interpolation]
+        library, kind = pillow(), INTERPOLATIONS[self.interpolation]
         if image.dtype == np.uint8 and image.shape[2] == 3:
             return np.asarray(library.fromarray(np.ascontiguousarray(image)).resize((w, h), kind))
         # band by band: Pillow takes four for colour and transparency, and has no float colours
@@ -135,7 +127,7 @@ def processor_config(cfg: Any) -> dict[str, Any]:
         "do_convert_rgb": pixels.channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": pixels.shorter},
-        "resample": FILTERS[pixels.interpolation],
+        "resample": INTERPOLATIONS[pixels.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": pixels.size, "width": pixels.size},
         "do_rescale": True,

@@ -15,6 +15,7 @@ from ..images.builtin import BUILT_IN
 from ..images.examples import ImageExamples, images_from
 from ..images.facts import Facts, facts_of
 from ..images.mixing import Mixing
+from ..images.pixels import PHOTO
 from ..models.loss import IGNORE
 from ..terminal import counted
 from .batches import Batch, Whole
@@ -25,8 +26,6 @@ from .options import TrainOptions
 
 __all__ = ["ImageFeed"]
 
-# smaller pictures are not photos, and what is cut from them or blurred is missing
-_SMALL = 64
 # from so many classes on, an answer among the first five says something
 _TOP = 5, 11
 
@@ -39,8 +38,7 @@ class ImageFeed(Feed):
 
     def __init__(self, core: Any, options: Any):
         super().__init__(core, options)
-        given = (options.mixup, options.cutmix, options.label_smoothing)
-        self.mixes, self.mixing = any(given), Mixing(n_classes=1)
+        self.mixing: Mixing | None = None
         self.confusion: list[list[int]] = []
         self.held_out = False
         self.several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -71,8 +69,8 @@ class ImageFeed(Feed):
         if call.freeze:
             self.core.freeze(call.freeze)
             about.append(f"the stem and {counted(call.freeze, 'stage')} stay as they are")
-        if self.mixes:
-            options = {"mixup": call.mixup, "cutmix": call.cutmix, "smoothing": call.label_smoothing}
+        options = {"mixup": call.mixup, "cutmix": call.cutmix, "smoothing": call.label_smoothing}
+        if any(options.values()):
             self.mixing = Mixing(n_classes=self.core.cfg.n_classes, **options)
         return about
 
@@ -81,7 +79,7 @@ class ImageFeed(Feed):
             return
         (h, w, c), cfg = facts.shape, self.core.cfg
         size = cfg.image_size
-        wrong = [f"image_size={max(h, w)}"] if (h, w) != (size, size) and min(h, w, size) < _SMALL else []
+        wrong = [f"image_size={max(h, w)}"] if (h, w) != (size, size) and min(h, w, size) < PHOTO else []
         wrong = [] if "image_size" in said else wrong
         if c != cfg.in_channels and "in_channels" not in said:
             wrong.append(f"in_channels={c}")
@@ -159,7 +157,7 @@ class ImageFeed(Feed):
 
     def prepared(self, batch: Batch, *key: int) -> Batch:
         """As :meth:`Feed.prepared`: mixed, with soft labels, where that is asked for."""
-        if not self.mixes:
+        if self.mixing is None:
             return batch
         images, labels = self.mixing(
             batch["pixel_values"], batch["labels"], self.options.seed, *key, padded=self.several
