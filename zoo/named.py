@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config.shipped import list_models
 
-__all__ = ["HUB_ID", "check_model", "near_path", "option_pairs"]
+__all__ = ["HUB_ID", "check_model", "check_there", "near_path", "option_pairs"]
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -35,6 +35,13 @@ def check_model(name: str, *, hub: bool = True) -> None:
     hint = f" Did you mean {near!r}?" if near else ""
     families = ", ".join(sorted({n.rsplit("-", 1)[0] for n in names}))
     raise ValueError(f"model: unknown model {name!r}.{hint} Families: {families}. `zoo list` prints every name.")
+
+
+def check_there(path: Path, remedy: str) -> None:
+    """Raise a ``FileNotFoundError`` if nothing is at a path; it names what is nearly called so, and says what to give."""
+    if not os.path.exists(path):
+        hint = f" Did you mean {near!r}?" if (near := near_path(path)) else ""
+        raise FileNotFoundError(f"{path}: no such file or folder.{hint} {remedy}")
 
 
 def option_pairs(arguments: list[str]) -> list[tuple[str, str]]:

@@ -3,20 +3,17 @@
 import os
 from pathlib import Path
 
-from ..named import near_path
+from ..named import check_there
 
 __all__ = ["STANDARD_INPUT", "check_path"]
 
 STANDARD_INPUT = "-"
+_KINDS = "a text, .jsonl, .parquet or .npy (token ids) file, a folder of them or of a dataset, or - for standard input"
 
 
-def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if something is there or it is ``-``, standard input; otherwise a FileNotFoundError that names what is nearly called so."""
+def check_path(path: str | os.PathLike[str], more: str = "") -> Path:
+    """The path, if something is there or it is ``-``, standard input; otherwise a FileNotFoundError, which says what else may be given."""
     path = Path(path)
-    if os.path.exists(path) or str(path) == STANDARD_INPUT:
-        return path
-    hint = f" Did you mean {near!r}?" if (near := near_path(path)) else ""
-    raise FileNotFoundError(
-        f"{path}: no such file or folder.{hint} Give a text, .jsonl, .parquet or .npy (token ids) file, a folder of them or of a "
-        "dataset, or - for standard input."
-    )
+    if str(path) != STANDARD_INPUT:
+        check_there(path, f"Give {_KINDS}{more}.")
+    return path

@@ -42,7 +42,9 @@ BUILT_IN = {
 def check_data(data: str | os.PathLike[str]) -> None:
     """Refuse a path where nothing is, and which is no name of a built-in set, as :func:`~hybridzoo.zoo.corpus.places.check_path` does."""
     if str(data) not in BUILT_IN:
-        check_path(data)
+        check_path(
+            data, f"; of images a folder of class folders or of a dataset, or a built-in set: {', '.join(BUILT_IN)}"
+        )
 
 
 def builtin_set(name: str, split: str = "train") -> tuple[np.ndarray, np.ndarray, list[str]]:

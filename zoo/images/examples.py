@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import SourceError
-from ..named import near_path
+from ..named import check_there
 from .augment import Augment, Augmented
 from .builtin import BUILT_IN, builtin_set
 from .folders import pictures_in_folder
@@ -186,12 +186,10 @@ def pictures_of(data: Any, split: str, classes: list[str] | None, column: str | 
     if not isinstance(data, str | os.PathLike):
         return pictures_in_table(data, split, classes, column)
     path = Path(data)
-    if not path.exists():
-        hint = f" Did you mean {near!r}?" if (near := near_path(path)) else ""
-        raise FileNotFoundError(
-            f"{path}: no such file or folder.{hint} Give a folder of class folders, a parquet file, a folder saved by datasets, or a "
-            f"built-in set: {', '.join(BUILT_IN)}."
-        )
+    sets = ", ".join(BUILT_IN)
+    check_there(
+        path, f"Give a folder of class folders, a parquet file, a folder saved by datasets, or a built-in set: {sets}."
+    )
     return (
         pictures_in_table(path, split, classes, column) if is_table(path) else pictures_in_folder(path, split, classes)
     )

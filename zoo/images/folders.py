@@ -9,7 +9,7 @@ from .decode import SUFFIXES
 from .pictures import FilePictures
 from .splits import part_called, parts_called
 
-__all__ = ["pictures_in_folder"]
+__all__ = ["images_in", "pictures_in_folder"]
 
 
 def pictures_in_folder(root: Path, split: str = "train", classes: list[str] | None = None) -> FilePictures:
@@ -42,7 +42,7 @@ def pictures_in_folder(root: Path, split: str = "train", classes: list[str] | No
         if folder.name not in names:
             hint = nearest(folder.name, names) or f" Known: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
             raise SourceError(f"{folder}: is of a class that the model does not know (labels).{hint}")
-        if not (found := _images_in(folder)):
+        if not (found := images_in(folder)):
             raise SourceError(
                 f"{folder}: holds no image (a file that ends in {', '.join(SUFFIXES)}). Put some there, or remove the folder."
             )
@@ -68,7 +68,7 @@ def _is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """Return the images below a folder, those behind links included, in the order of their paths."""
     found: list[Path] = []
     seen = {os.path.realpath(folder)}

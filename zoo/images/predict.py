@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ..errors import SourceError
-from ..named import near_path
+from ..named import check_there
 from .damaged import DamagedImage
 from .decode import SUFFIXES
 from .examples import pixel_values
+from .folders import images_in
 from .opened import evaluating, image_model
 
 __all__ = ["files_of", "predict", "predictions"]
@@ -86,18 +87,11 @@ def files_of(images: Image | Iterable[Image]) -> list[Image]:
             found.append(image)
             continue
         path = Path(image)
-        if not path.exists():
-            hint = f" Did you mean {near!r}?" if (near := near_path(path)) else ""
-            raise FileNotFoundError(f"{path}: no such file or folder.{hint} Name an image, or a folder of some.")
+        check_there(path, "Name an image, or a folder of some.")
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(file for file in path.rglob("*") if _is_image(file.relative_to(path)) and file.is_file())
-        if not inside:
+        if not (inside := images_in(path)):
             raise SourceError(f"{path}: holds no image (a file that ends in {', '.join(SUFFIXES)}).")
         found += inside
     return found
-
-
-def _is_image(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in path.parts)
