@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ...layers.base import Seq, shapes, tree
 from ...layers.common import linear, reset_normal, weight_dtype
-from ...layers.moe import balance_loss
 from ...layers.patches import STD, Downsample, Map, Stem, to_image
 from ..config.images import ImageSchema
 from ..config.resolve import resolve
@@ -50,16 +49,11 @@ tree(ImageClassificationOutput)
 
 
 class ImageClassifier(Model):
-    """A classifier of images; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`.
-
-    Attributes:
-        batch_mean: As of :class:`~hybridzoo.zoo.models.causal_lm.CausalLM`.
-    """
+    """A classifier of images; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`."""
 
     schema = ImageSchema
     main_input_name = "pixel_values"
     head_name, hf_class, unit = "head", "HybridZooForImageClassification", "image"
-    batch_mean: Any = None
 
     def make_embedding(self, device: Any, dtype: torch.dtype | None) -> Stem:
         """The stem, see :class:`~hybridzoo.layers.patches.Stem`."""
@@ -182,11 +176,7 @@ class ImageClassifier(Model):
         passed: list[Tensor] | None = [] if output_hidden_states else None
         hidden, _, aux = self._run(pixel_values, passed, None)
         logits = self.head(self._pooled(hidden))
-        losses = list(aux.get("loss", []))
-        if aux.get("balance"):
-            losses.append(balance_loss(aux["balance"], self.batch_mean if self.training else None))
-        aux_loss = torch.stack(losses).sum() if losses else None
-        loss = None
+        loss, aux_loss = None, self.aux_loss(aux)
         if labels is not None:
             b = logits.shape[0]
             loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)

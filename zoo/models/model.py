@@ -1,5 +1,6 @@
 """All that models have in common, whatever their task."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.base import Mixer
+from ...layers.moe import balance_loss
 from ..config.resolve import resolve
 from ..config.schema import ConfigSchema, TrunkSchema
 from .hooks import Hooks
@@ -40,6 +42,8 @@ class Model(nn.Module):
         metadata: Facts of that folder that are about text and not about the network, by file: the ids of special tokens under
             ``"config.json"``, everything under ``"generation_config.json"``. Saving writes it back.
         family: The published family whose files it was read from, which an export tries first.
+        batch_mean: In a training by several processes, what averages a tensor over them, so that experts are balanced over the whole
+            batch; all have to make the same calls then. ``None`` balances what a call sees.
         load_report: What was matched, missing and unexpected when it was loaded; ``None`` if it was built.
     """
 
@@ -49,6 +53,7 @@ class Model(nn.Module):
     may_tie: ClassVar[bool] = False
     hf_class: ClassVar[str | None] = None
     unit: ClassVar[str] = "token"
+    batch_mean: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, cfg: Any, device=None, dtype=None):
         super().__init__()
@@ -135,6 +140,13 @@ class Model(nn.Module):
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute every block in the backward instead of keeping its activations (training mode only)."""
         self.backbone.gradient_checkpointing = enabled
+
+    def aux_loss(self, aux: dict[str, list]) -> Tensor | None:
+        """Return the weighted sum of the auxiliary losses that the blocks have left in a forward; ``None`` where no mixer has one."""
+        losses = list(aux.get("loss", []))
+        if aux.get("balance"):
+            losses.append(balance_loss(aux["balance"], self.batch_mean if self.training else None))
+        return torch.stack(losses).sum() if losses else None
 
     def head_flops(self, size: int) -> int:
         """Forward FLOPs per :attr:`unit` of the head, at ``size``; here, those of one that reads every token."""

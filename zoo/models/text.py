@@ -1,6 +1,5 @@
 """The base of models that read tokens, whatever they make of them."""
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ...layers.base import Seq
-from ...layers.moe import balance_loss
 from ..tokenizer import load_tokenizer
 from .model import Model
 from .rows import integers
@@ -37,14 +35,7 @@ class Passed(NamedTuple):
 
 
 class TextModel(Model):
-    """A model of tokens; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`.
-
-    Attributes:
-        batch_mean: In a training by several processes, what averages a tensor over them, so that experts are balanced over the whole
-            batch; all have to make the same calls then. ``None`` balances what a call sees.
-    """
-
-    batch_mean: Callable[[Tensor], Tensor] | None = None
+    """A model of tokens; arguments and attributes are those of :class:`~hybridzoo.zoo.models.model.Model`."""
 
     def make_embedding(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
         """A table of ``padded_vocab`` rows."""
@@ -89,13 +80,10 @@ class TextModel(Model):
         x, rows = (x, None) if seq is None else (seq.align(x), seq.cleared)
         every: list[Tensor] | None = [] if hidden_states else None
         hidden, new_state, aux = self.backbone(x, rows, state, return_state, every)
-        losses = list(aux.get("loss", []))
-        if aux.get("balance"):
-            losses.append(balance_loss(aux["balance"], self.batch_mean if self.training else None))
-        aux_loss = torch.stack(losses).sum() if losses else None
         if every and seq is not None:
             every = [seq.restore(h) for h in every]
-        return Passed(hidden, new_state, aux_loss, aux.get("router", []), None if every is None else tuple(every))
+        states = None if every is None else tuple(every)
+        return Passed(hidden, new_state, self.aux_loss(aux), aux.get("router", []), states)
 
 
 def padded_vocab(cfg: DictConfig) -> int:
