@@ -16,15 +16,13 @@ from ..zoo.checkpoint.publish import write_whole
 from ..zoo.images.examples import ImageExamples, images_from
 from ..zoo.images.opened import evaluating, image_model
 from ..zoo.report.charts import picture
-from ..zoo.report.confusion import confusion_chart
+from ..zoo.report.confusion import MOST, confusion_chart
 from ..zoo.terminal import counting
 from .tasks import check_amounts
 
 __all__ = ["confusion_picture", "evaluate_images", "worst"]
 
 _BATCH, _WORKERS = 64, 8
-# classes that there is room for
-_SHOWN = 20
 
 
 def evaluate_images(
@@ -95,7 +93,7 @@ def confusion_picture(results: dict[str, Any]) -> str:
     return picture(title, [(f"{some}, and what their images were taken for", confusion_chart(names, pairs))])
 
 
-def worst(counts: Sequence[Sequence[int]], most: int = _SHOWN) -> list[int]:
+def worst(counts: Sequence[Sequence[int]], most: int = MOST) -> list[int]:
     """Return the numbers of the classes, in their order; of more than ``most``, those of which the largest share was mistaken."""
     wrong = [1 - row[i] / sum(row) if sum(row) else -1.0 for i, row in enumerate(counts)]
     return sorted(sorted(range(len(counts)), key=lambda i: -wrong[i])[:most])

@@ -115,8 +115,8 @@ def test_what_does_not_fit_is_refused(model):
     ("change", "message"),
     [
         ({"n_classes": None}, "n_classes: is missing"),
-        ({"n_classes": 0}, "n_classes: is 0, outside 1"),
-        ({"labels": ["a", "b"]}, "labels: names 2 classes, n_classes is 5"),
+        ({"n_classes": 0}, "n_classes: is 0, and every token has a class"),
+        ({"labels": ["a", "b"]}, "labels: names 2 classes, and n_classes is 5"),
         ({"labels": ["a", "b", "c", "d", False]}, "labels: Value False of type 'bool' is no text. Write it in quotes"),
         ({"tie_embeddings": True}, "tie_embeddings: is true"),
     ],

@@ -28,8 +28,8 @@ from .hf_base import Adapter, HybridZooConfig
 from .hf_calls import CACHE_NAMES, Finite, Generation, Rows, one_cache, refuse_others
 from .hf_images import HybridZooForImageClassification
 from .hf_tokens import HybridZooForTokenClassification
-from .models.causal_lm import padded_vocab
 from .models.state import StateCache
+from .models.text import padded_vocab
 from .tokenizer import byte_tokenizer
 
 __all__ = [

@@ -17,10 +17,10 @@ from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded
 from .checkpoint.publish import GENERATION, publishing, steady
 from .config.resolve import block_specs, resolve, validate
 from .hf_calls import CACHE_NAMES
-from .models.causal_lm import padded_vocab
 from .models.model import Model
 from .models.redraw import redraw
 from .models.tasks import task_of
+from .models.text import padded_vocab
 from .tokenizer import AsciiTokenizer
 
 __all__ = ["Adapter", "HybridZooConfig"]

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import dispatch
-from ...zoo.config.shipped import shipped
 from ...zoo.models.build import build
 from ..result_file import Row, Tick
 from . import timing
@@ -81,13 +80,8 @@ def _cases(model: str, goals: tuple[float | None, float | None], is_vmamba: bool
 CASES = [
     *_cases("vmamba-tiny-s1l8", (1.3, 1.8)),
     *_cases("vanilla-vmamba-tiny", (None, 3.0)),
-    # those of them that there are
-    *(
-        case
-        for name in ("hybrid-vision-tiny", "vim-tiny")
-        if shipped(name)
-        for case in _cases(name, (None, None), False)
-    ),
+    *_cases("hybrid-vision-tiny", (None, None), False),
+    *_cases("vim-tiny", (None, None), False),
     Case(
         "vmamba-micro", "vmamba-micro", PUBLISHED, ("forward", "training", "training step"), (8, 16, 16), device="cpu"
     ),

@@ -21,10 +21,7 @@ def scan_bytes(name: str, b: int, h: int, w: int) -> Row:
     """Count the bytes of a model's scans for images of ``(b, h, w)``: ours, of the published structure, and the fewest possible."""
     model = build(name, device="meta")
     stages: dict[int, Row] = {}
-    patch, up = model.cfg.stem.patch, model.cfg.stem.type == "conv"
-    sizes = [(-(-h // patch), -(-w // patch)) if up else (h // patch, w // patch)]
-    for _ in model.widths[1:]:
-        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    sizes = model.grids(h, w)
     for spec, block in zip(model.specs, model.backbone.blocks, strict=True):
         if isinstance(mixer := block.mixer, SS2D):
             tokens = b * sizes[spec.stage][0] * sizes[spec.stage][1]

@@ -123,7 +123,7 @@ def as_saved(model: Any) -> Model:
 def as_it_is(model: Model) -> Model:
     """The model under a config that says of the head what is so: a head that was trained on its own is not tied, whatever was meant."""
     if not isinstance(model, Model):
-        raise ValueError(f"save: expected a CausalLM or its transformers adapter, got {type(model).__name__}.")
+        raise ValueError(f"save: expected a model of the zoo or its transformers adapter, got {type(model).__name__}.")
     table, head = (getattr(part, "weight", None) for part in (model.backbone.embedding, model.head))
     if not model.may_tie or not isinstance(table, Tensor) or not isinstance(head, Tensor):
         return model

@@ -14,9 +14,10 @@ from ..config.plain import first_line
 from ..config.stages import pattern_of
 from ..errors import CheckpointError
 from ..layout import expand, split_token
-from ..models.causal_lm import CausalLM, padded_vocab
+from ..models.causal_lm import CausalLM
 from ..models.model import Model
 from ..models.tasks import task_of
+from ..models.text import padded_vocab
 from . import native
 from .families import FAMILIES, FILE_FAMILIES
 from .family import Family, FileFamily, Shapes

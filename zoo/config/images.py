@@ -7,7 +7,7 @@ from ...layers.patches import DOWNSAMPLING, STEMS
 from ..errors import ConfigError
 from ..layout import BlockSpec
 from ..registry import get_mixer
-from .schema import SCHEMAS, NormSchema, TrunkSchema, check_choice
+from .schema import SCHEMAS, NormSchema, TrunkSchema, check_choice, check_labels
 
 __all__ = ["INTERPOLATIONS", "ImageSchema", "StemSchema"]
 
@@ -98,9 +98,7 @@ class ImageSchema(TrunkSchema):
             raise ConfigError("pool: is token, and there is none. Set class_token: middle, say, or pool: mean.")
         if values["class_token"] != "none" and len(values.get("stages") or []) > 1:
             raise ConfigError("class_token: has no place in a map that stages make smaller. Set it to none.")
-        labels, n = values["labels"], values["n_classes"]
-        if labels is not None and len(labels) != n:
-            raise ConfigError(f"labels: names {len(labels)} classes, and n_classes is {n}. Make the two agree.")
+        check_labels(values)
         for key in ("image_mean", "image_std"):
             if not values[key] or (key == "image_std" and min(values[key]) <= 0):
                 raise ConfigError(f"{key}: is {values[key]}. Give a number for every channel; deviations are positive.")

@@ -13,7 +13,17 @@ from ..layout import BlockSpec
 from ..registry import of_another_kind
 from .plain import first_line
 
-__all__ = ["MAX_MIXERS", "SCHEMAS", "WORDS", "ConfigSchema", "NormSchema", "TrunkSchema", "check_choice", "typed"]
+__all__ = [
+    "MAX_MIXERS",
+    "SCHEMAS",
+    "WORDS",
+    "ConfigSchema",
+    "NormSchema",
+    "TrunkSchema",
+    "check_choice",
+    "check_labels",
+    "typed",
+]
 
 # nobody writes down more; each is checked and built on the meta device, which takes milliseconds
 MAX_MIXERS = 256
@@ -171,6 +181,13 @@ def _parts(schema: type) -> dict[str, type]:
     """The keys that hold keys of their own, and what types those."""
     made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(schema)}
     return {name: made for name, made in made.items() if isinstance(made, type) and dataclasses.is_dataclass(made)}
+
+
+def check_labels(values: dict[str, Any]) -> None:
+    """Refuse names of classes that are not one for each."""
+    labels, n = values["labels"], values["n_classes"]
+    if labels is not None and len(labels) != n:
+        raise ConfigError(f"labels: names {len(labels)} classes, and n_classes is {n}. Give one name to each, or null.")
 
 
 def check_choice(key: str, value: Any, choices: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from .rows import describe_rows, integers
 from .state import ModelState
 from .text import TextModel, padded_vocab
 
-__all__ = ["CausalLM", "CausalLMOutput", "padded_vocab"]
+__all__ = ["CausalLM", "CausalLMOutput"]
 
 
 @dataclasses.dataclass(repr=False)

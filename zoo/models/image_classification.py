@@ -109,9 +109,9 @@ class ImageClassifier(Model):
         """Pixels in each direction."""
         return self.cfg.image_size
 
-    def grids(self, size: int) -> list[tuple[int, int]]:
-        """``(h, w)`` in tokens of every stage, for images of ``size`` pixels in each direction."""
-        grids = [self._stem.grid(size, size)]
+    def grids(self, h: int, w: int) -> list[tuple[int, int]]:
+        """``(h, w)`` in tokens of every stage, for images of ``h`` and ``w`` pixels."""
+        grids = [self._stem.grid(h, w)]
         for _ in self.backbone.downsample:
             h, w = grids[-1]
             grids.append((-(-h // 2), -(-w // 2)))
@@ -119,7 +119,7 @@ class ImageClassifier(Model):
 
     def tokens(self, size: int) -> list[int]:
         """Tokens in every block, a class token included."""
-        more, grids = self._stem.class_token is not None, self.grids(size)
+        more, grids = self._stem.class_token is not None, self.grids(size, size)
         return [grids[spec.stage][0] * grids[spec.stage][1] + more for spec in self.specs]
 
     def embedding_flops(self, size: int) -> int:
@@ -132,7 +132,7 @@ class ImageClassifier(Model):
 
     def between_flops(self, size: int) -> list[int]:
         """As of :class:`Model`: of what makes maps smaller."""
-        parts = zip(self.backbone.downsample, self.grids(size)[1:], strict=True)
+        parts = zip(self.backbone.downsample, self.grids(size, size)[1:], strict=True)
         return [2 * h * w * cast(Downsample, part).proj.weight.numel() for part, (h, w) in parts]  # type: ignore[operator]
 
     @property

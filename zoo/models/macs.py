@@ -39,7 +39,7 @@ def macs(model: Any, size: int | None = None) -> Macs:
     tokens, stem = model.tokens(size), model.backbone.embedding
     scan = sum(l * block.mixer.scan_ops() for l, block in zip(tokens, model.backbone.blocks, strict=True))
     norms = sum(5 * l * _normed(block) for l, block in zip(tokens, model.backbone.blocks, strict=True))
-    grids = model.grids(size)
+    grids = model.grids(size, size)
     for part, grid in zip(model.backbone.downsample, grids[1:], strict=True):
         norms += 5 * grid[0] * grid[1] * _normed(part)
     at = {"norm1": stem.halfway(size, size), "norm2": grids[0], "norm": grids[0]}

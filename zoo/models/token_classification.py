@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from ...kernels import cross_entropy
 from ...layers.base import Seq, shapes, tree
 from ...layers.common import weight_dtype
-from ..config.schema import ConfigSchema
+from ..config.schema import ConfigSchema, check_labels
 from ..errors import ConfigError
 from .loss import IGNORE, items_of, share_of_items
 from .rows import describe_rows, integers
 from .text import TextModel
 
 __all__ = ["TokenClassificationOutput", "TokenClassificationSchema", "TokenClassifier"]
-
-_MOST_CLASSES = 2**20
 
 
 @dataclasses.dataclass
@@ -42,11 +40,9 @@ class TokenClassificationSchema(ConfigSchema):
     @classmethod
     def check(cls, values: dict[str, Any]) -> None:
         """Refuse a number of classes that is none, names that are not one for each, and a head that is the embedding."""
-        n, labels = values["n_classes"], values["labels"]
-        if not 1 <= n <= _MOST_CLASSES:
-            raise ConfigError(f"n_classes: is {n}, outside 1 to {_MOST_CLASSES}. Choose a value in that range.")
-        if labels is not None and len(labels) != n:
-            raise ConfigError(f"labels: names {len(labels)} classes, n_classes is {n}. Give one name to each, or null.")
+        if not values["n_classes"]:
+            raise ConfigError("n_classes: is 0, and every token has a class. Use 1 or more.")
+        check_labels(values)
         if values["tie_embeddings"]:
             raise ConfigError("tie_embeddings: is true, and a head of classes is no table of tokens. Write false.")
 

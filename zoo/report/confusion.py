@@ -7,10 +7,10 @@ from typing import Any
 from .blocks import table
 from .charts import Chart, colour
 
-__all__ = ["confusion_blocks", "confusion_chart"]
+__all__ = ["MOST", "confusion_blocks", "confusion_chart"]
 
 # of more classes, a picture would have cells too small to read
-_MOST, _LISTED = 20, 12
+MOST, _LISTED = 20, 12
 _CELL = 30
 
 
@@ -25,7 +25,7 @@ def confusion_blocks(found: dict[str, Any]) -> list[str]:
         f'<p class="note">Images that are held out, at step {found["step"]:,.0f}: {right:,.0f} of {every:,.0f} right. Rows are what they '
         "are, columns what they were taken for.</p>",
     ]
-    if len(labels) <= _MOST:
+    if len(labels) <= MOST:
         return [*parts, f"<figure>{confusion_chart(labels, counts).html()}</figure>"]
     rows = [[labels[i], labels[j], f"{n:,.0f}"] for i, j, n in wrong[:_LISTED]]
     if not rows:
