@@ -2,6 +2,7 @@ import gc
 import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 # set before anything asks the hub: the tests must not depend on a network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# packages that few have and tests go without (timm, mlxtend), for who keeps them apart
+sys.path += filter(None, os.environ.get("HYBRIDZOO_TEST_PATH", "").split(os.pathsep))
 # a job in a shell's background starts with Ctrl-C ignored, and hands that on to what the tests interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from command_line import invoke
 from typer.testing import CliRunner
 
 import hybridzoo as zoo
@@ -28,12 +29,6 @@ COMMANDS = [
     "doctor",
     "demo",
 ]
-
-
-def invoke(*arguments, status=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "HYBRIDZOO_DEBUG": None})
-    assert result.exit_code == status, (result.output, result.stderr, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")

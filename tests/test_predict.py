@@ -5,21 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import invoke
 
 import hybridzoo as zoo
-from hybridzoo.__main__ import app
 from hybridzoo.zoo.images.damaged import DamagedImage
 from hybridzoo.zoo.images.predict import files_of
 
 Image = pytest.importorskip("PIL.Image")
 NAMES = ["ant", "bee", "cat"]
-
-
-def invoke(*arguments, status=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "HYBRIDZOO_DEBUG": None})
-    assert result.exit_code == status, (result.output, result.stderr, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,10 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 import torch
+from command_line import invoke
 from torch import nn
-from typer.testing import CliRunner
 
 import hybridzoo as zoo
-from hybridzoo.__main__ import app
 from hybridzoo.layers import SS2D
 from hybridzoo.layers.base import Seq
 from hybridzoo.layers.ss2d2 import SS2D2
@@ -22,12 +21,6 @@ from hybridzoo.zoo.report.cells import SHADES, heat_maps, pooled
 from hybridzoo.zoo.report.explained import explained_page, explained_picture, explained_png, walk_name
 
 ORDERS = ["rows", "columns", "rows-back", "columns-back", "window2-rows", "window2-columns-back"]
-
-
-def invoke(*arguments, status=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "HYBRIDZOO_DEBUG": None})
-    assert result.exit_code == status, (result.output, result.stderr, result.exception)
-    return result
 
 
 def one_layer(directions, **options):
