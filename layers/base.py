@@ -261,8 +261,11 @@ class Mixer(Sharing):
         """``(h, w)`` of the maps that the rows of ``x`` are.
 
         Raises:
+            NotImplementedError: They are packed or padded, and the mixer takes no such rows.
             ValueError: Nothing says that they are maps, or of other numbers of tokens.
         """
+        if seq is not None and (seq.packed or seq.padded):
+            self.require("packing" if seq.packed else "padding")
         checks.fits(type(self).__name__, seq, *x.shape[:2])
         if seq is None or seq.grid is None:
             raise ValueError(

@@ -127,8 +127,6 @@ class GatedConv2d(Mixer):
         """Mix ``(b, h * w, d)`` over its map; see :meth:`Mixer.forward`."""
         if return_state or state is not None:
             self.require("state")
-        if seq is not None and (seq.packed or seq.padded):
-            self.require("packing" if seq.packed else "padding")
         grid = self.grid_of(x, seq)
         rest = self.d_inner - self.d_conv
         gate, as_it_is, value = self.in_proj(x).split([self.d_inner, rest, self.d_conv], dim=-1)

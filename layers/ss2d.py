@@ -154,8 +154,6 @@ class SS2D(Mixer):
         """Mix ``(b, h * w, d)`` over its map; see :meth:`Mixer.forward`."""
         if return_state or state is not None:
             self.require("state")
-        if seq is not None and (seq.packed or seq.padded):
-            self.require("packing" if seq.packed else "padding")
         grid = self.grid_of(x, seq)
         with recomputing() as spared:
             u, z = self._project(spared(x))
