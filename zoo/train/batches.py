@@ -1,5 +1,7 @@
 """Batches of examples, and how they are made of one size."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..models.loss import IGNORE
 
-__all__ = ["Batch", "Whole", "filled"]
+__all__ = ["Batch", "Whole", "evaluation_batches", "filled"]
 
 Batch = dict[str, Tensor]
 
@@ -45,3 +47,15 @@ class Whole(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Note which pass begins."""
         self.examples.set_epoch(epoch)
+
+
+@contextlib.contextmanager
+def evaluation_batches(trainer: Any) -> Iterator[Iterator[Batch]]:
+    """The batches of a Trainer's evaluation set, on its device; within the block the model evaluates, without gradients."""
+    model, size = trainer.model, trainer.args.eval_batch_size * trainer.args.world_size
+    training = model.training
+    model.eval()
+    # the loader draws a seed; what is drawn here, training must not miss
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        yield map(trainer._prepare_inputs, trainer.get_eval_dataloader(Whole(trainer.eval_dataset, size)))
+    model.train(training)

@@ -18,7 +18,7 @@ from ..images.mixing import Mixing
 from ..images.pixels import PHOTO
 from ..models.loss import IGNORE
 from ..terminal import counted
-from .batches import Batch, Whole
+from .batches import Batch, evaluation_batches
 from .confusion import write_confusion
 from .feed import Feed
 from .flops import flops_per_token
@@ -171,17 +171,14 @@ class ImageFeed(Feed):
 
     def evaluated(self, trainer: Any) -> dict[str, float]:
         """As :meth:`Feed.evaluated`: the loss per image, and the shares of right answers."""
-        model, examples, args = trainer.model, trainer.eval_dataset, trainer.args
+        model, examples = trainer.model, trainer.eval_dataset
         n, top = self.core.cfg.n_classes, _TOP[0] if self.core.cfg.n_classes >= _TOP[1] else 1
-        sums = torch.zeros(4, dtype=torch.float64, device=args.device)  # nats, images, right, right among the first
+        # nats, images, right, right among the first
+        sums = torch.zeros(4, dtype=torch.float64, device=trainer.args.device)
         # class and guess of every image as one number: of many classes, most pairs never occur
         pairs: list[Tensor] = []
-        training = model.training
-        model.eval()
-        # the loader draws a seed; what is drawn here, training must not miss
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for batch in trainer.get_eval_dataloader(Whole(examples, args.eval_batch_size * args.world_size)):
-                batch = trainer._prepare_inputs(batch)
+        with evaluation_batches(trainer) as batches:
+            for batch in batches:
                 labels = batch["labels"]
                 out = model(**self.inputs(batch, examples), num_items_in_batch=1)
                 aux_loss, _ = model.reported
@@ -192,7 +189,6 @@ class ImageFeed(Feed):
                 right = (guess == labels).sum(), (first == labels[:, None]).sum()
                 sums += torch.stack([x.double() for x in (nats, real.sum(), *right)])
                 pairs.append(torch.where(real, labels * n + guess, -1))
-        model.train(training)
         nats, count, right, among = trainer.accelerator.reduce(sums, "sum").tolist()
         found, counts = trainer.accelerator.gather(torch.cat(pairs)).unique(return_counts=True)
         every = zip(found.tolist(), counts.tolist(), strict=True)

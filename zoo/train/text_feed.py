@@ -11,7 +11,7 @@ from torch import Tensor
 from ..hf import HybridZooForCausalLM
 from ..models.loss import IGNORE
 from ..terminal import counted
-from .batches import Batch, Whole
+from .batches import Batch, evaluation_batches
 from .carried import CarriedState
 from .examples import Examples, examples_from, lanes_from
 from .feed import Feed
@@ -120,15 +120,11 @@ def loss_per_target(trainer: Any) -> float:
     Rows are as in training, spread over the processes. Every target counts once, whatever batch it is in; auxiliary losses are not part
     of it.
     """
-    model, examples, size = trainer.model, trainer.eval_dataset, trainer.args.eval_batch_size * trainer.args.world_size
+    model, examples = trainer.model, trainer.eval_dataset
     sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     carried = CarriedState(model.core) if trainer.options.carry_state else None
-    training = model.training
-    model.eval()
-    # the loader draws a seed; what is drawn here, training must not miss
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for batch in trainer.get_eval_dataloader(Whole(examples, size)):
-            batch = trainer._prepare_inputs(batch)
+    with evaluation_batches(trainer) as batches:
+        for batch in batches:
             found = (targets(batch) != IGNORE).sum()
             # of all logits that a call outside training gives, one per row is formed
             inputs = (
@@ -142,6 +138,5 @@ def loss_per_target(trainer: Any) -> float:
             aux_loss, _ = model.reported
             nats = out.loss if aux_loss is None else out.loss - aux_loss * found
             sums += torch.stack([nats.double(), found.double()])
-    model.train(training)
     nats, count = trainer.accelerator.reduce(sums, "sum").tolist()
     return nats / count
