@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import SourceError
-from ..terminal import counted, progress_bar, stderr
+from ..terminal import counted, counting
 from .damaged import DAMAGED, DamagedImage, refusal
 from .decode import as_channels, decoded
 from .pictures import Pictures
@@ -24,7 +24,7 @@ __all__ = ["KEPT", "MANY", "Scan", "check_size", "image_in", "image_of", "scanne
 KEPT = 1 << 28
 # of as many pictures it is remembered what was seen; fewer are looked at faster than that is written
 MANY = 10_000
-_AT_ONCE, _SILENT_SECONDS = 1024, 2.0
+_AT_ONCE = 1024
 
 
 class Scan(NamedTuple):
@@ -156,19 +156,8 @@ def check_size(image: np.ndarray, name: str, pixels: Pixels) -> None:
 
 def _side_by_side(look: Callable[[int], Any], n: int) -> Iterator[Any]:
     """Give ``look`` of all numbers below ``n``, in order; Pillow and hashlib let go of Python's lock."""
-    begun, bar = time.monotonic(), None
-    console = stderr()
-    try:
-        with ThreadPoolExecutor(min(n, os.cpu_count() or 1, 16)) as pool:
-            for start in range(0, n, _AT_ONCE):
-                for i, found in enumerate(pool.map(look, range(start, min(n, start + _AT_ONCE))), start + 1):
-                    yield found
-                    if bar is None and console.is_terminal and time.monotonic() - begun > _SILENT_SECONDS:
-                        bar = progress_bar(console, transient=True)
-                        bar.add_task("reading images", total=n, note="")
-                        bar.start()
-                    if bar is not None:
-                        bar.update(bar.task_ids[0], completed=i)
-    finally:
-        if bar is not None:
-            bar.stop()
+    with counting("reading images", n) as done, ThreadPoolExecutor(min(n, os.cpu_count() or 1, 16)) as pool:
+        for start in range(0, n, _AT_ONCE):
+            for found in pool.map(look, range(start, min(n, start + _AT_ONCE))):
+                yield found
+                done(1)

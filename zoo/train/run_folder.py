@@ -7,7 +7,7 @@ Every change is one rename, so that a run killed at any moment leaves what it wa
     OUT/tensorboard/                  the losses for TensorBoard
     OUT/checkpoints/checkpoint-N      whole from the moment it is there; zoo.json lists its files and their digests
     OUT/model.safetensors, ...        at the end the trained model, as ``zoo.save`` writes it
-    OUT/confusion.json            of images, which classes the best model takes for which
+    OUT/confusion.json                of images, which classes the best model takes for which
     OUT/adapter/                      at the end what LoRA has trained, as PEFT writes it
     OUT/.train.lock, .train.holder    who is at work
 """
