@@ -52,8 +52,8 @@ class ImageFeed(Feed):
 
         ``n_classes`` and ``labels`` of a fresh model are those of the data, whatever its config says, unless they are overridden: then they
         have to agree. A model with weights keeps its head where that knows all classes by name, or, without names, has as many. Size and
-        channels are always the model's, and images are brought to them; only small ones and those in memory, for a fresh model, must be
-        as they are or be overridden.
+        channels are always the model's, and images are brought to them; only for those in memory, a fresh model has to have their channels
+        and, where either is small, their size, or be overridden.
         """
         call = self.options
         facts, said = facts_of(_named(call.data), self._column()), overridden(overrides)

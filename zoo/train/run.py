@@ -53,8 +53,8 @@ def train(call: TrainCall) -> TrainResult:
 
     A fresh model of images takes ``n_classes`` and ``labels`` from the data, whatever its config says, unless they are overridden: then
     they have to agree. A model with weights keeps its head where that knows all classes of the data, and gets a new one for others.
-    ``image_size`` and ``in_channels`` are the model's, and images are brought to them; where they are small or arrays, a fresh model has
-    to be of their size and channels, or be told to be of another.
+    ``image_size`` and ``in_channels`` are the model's, and images are brought to them; but for arrays and built-in sets a fresh model has
+    to have their channels, and where either is of less than 64 pixels their size, or be told to be of another.
 
     Raises:
         CheckpointError: Weights that cannot be read, or a run without a whole checkpoint.
