@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ..zoo.images.damaged import DAMAGED
 from ..zoo.options import option
 
 __all__ = ["EvaluateCall", "ModelOptions", "TaskOptions"]
@@ -63,7 +64,7 @@ class EvaluateCall(TaskOptions, ModelOptions):
     tasks: str | Sequence[str] | None = dataclasses.field(default=None, kw_only=False, metadata={"help": _TASKS})
     data: Any = option(None, _DATA)
     damaged: str = option(
-        "stop", "What is done about images that are no whole files, named either way.", choices=("stop", "skip")
+        "stop", "What is done about images that are no whole files, named either way.", choices=DAMAGED
     )
     metadata: dict[str, Any] | None = option(None, _METADATA)
     output: str | os.PathLike[str] | None = option(None, "JSON file for the results, written whole or not at all.")

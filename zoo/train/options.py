@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config.shipped import list_models
 from ..corpus.places import STANDARD_INPUT
+from ..images.damaged import DAMAGED
 from ..named import HUB_ID
 from ..options import at_least, check_options, option, within
 
@@ -183,7 +184,7 @@ class TrainOptions:
         panel=_IMAGES,
     )  # fmt: skip
     damaged: str = option(
-        "stop", "stop or skip: what to do about files that are no whole images.", choices=("stop", "skip"), setting=False,
+        "stop", "stop or skip: what to do about files that are no whole images.", choices=DAMAGED, setting=False,
         of="images", panel=_IMAGES,
     )  # fmt: skip
     shard: bool = option(
