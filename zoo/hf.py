@@ -105,7 +105,6 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
             return_state=use_cache, inputs_embeds=inputs_embeds, num_items=num_items_in_batch, seq_idx=rows.documents,
             seq=seq, logits_to_keep=logits_to_keep, output_hidden_states=bool(output_hidden_states),
         )  # fmt: skip
-        self.reported = None if out.aux_loss is None else out.aux_loss.detach(), out.router
         left = None
         if use_cache and out.state is not None and tokens is not None:
             left = StateCache(out.state, tokens.shape[1] + (0 if cache is None else cache.length))
@@ -114,7 +113,7 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=out.loss, logits=logits, hidden_states=out.hidden_states, **{self.cache_name: left}
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return self._answer(out, output, return_dict)
 
     def _uses_cache(self, wish: bool | None, labels: Tensor | None, cache: StateCache | None) -> bool:
         replica = getattr(self, "_is_replica", False)

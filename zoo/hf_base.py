@@ -11,6 +11,7 @@ from typing import Any, Self
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..layers.base import Mixer
 from .checkpoint.native import as_it_is, hf_config, known_about_text, superseded, write_config
@@ -202,6 +203,11 @@ class Adapter(PreTrainedModel):
             return
         with publishing(folder, lambda new: superseded(folder, new)) as place:
             super().save_pretrained(place, **kwargs)
+
+    def _answer(self, out: Any, output: ModelOutput, return_dict: bool | None) -> Any:
+        """The output in the form that is asked for; what it has no place for is in ``reported``."""
+        self.reported = None if out.aux_loss is None else out.aux_loss.detach(), out.router
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding: of tokens, or the stem of an image model."""

@@ -61,6 +61,5 @@ class HybridZooForImageClassification(Adapter):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         out = self.core(pixel_values, labels, num_items=items, output_hidden_states=bool(output_hidden_states))
-        self.reported = None if out.aux_loss is None else out.aux_loss.detach(), out.router
         output = ImageClassifierOutput(loss=out.loss, logits=out.logits, hidden_states=out.hidden_states)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return self._answer(out, output, return_dict)

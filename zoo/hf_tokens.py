@@ -59,6 +59,5 @@ class HybridZooForTokenClassification(Adapter):
             input_ids, labels, rows.attention_mask, inputs_embeds=inputs_embeds, num_items=num_items_in_batch,
             seq_idx=rows.documents, seq=seq, output_hidden_states=bool(output_hidden_states),
         )  # fmt: skip
-        self.reported = None if out.aux_loss is None else out.aux_loss.detach(), out.router
         output = TokenClassifierOutput(loss=out.loss, logits=out.logits, hidden_states=out.hidden_states)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return self._answer(out, output, return_dict)
