@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..zoo.checkpoint.publish import write_whole
 from ..zoo.images.examples import ImageExamples, images_from
-from ..zoo.images.opened import evaluating, image_model
+from ..zoo.images.opened import evaluating, image_model, name_of
 from ..zoo.report.charts import picture
 from ..zoo.report.confusion import MOST, confusion_chart
 from ..zoo.terminal import counting
@@ -71,9 +71,8 @@ def evaluate_images(
             parts.append(part)
             done(len(part[0]))
     truth, taken, loss, rank = (torch.cat(column) for column in zip(*parts, strict=True))
-    called = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
     of = str(data) if isinstance(data, str | os.PathLike) else type(data).__name__
-    results = {"model": called, "data": of, "digest": examples.digest} | _scores(
+    results = {"model": name_of(model), "data": of, "digest": examples.digest} | _scores(
         truth, taken, loss, rank, examples.classes
     )
     if output is not None:

@@ -16,7 +16,7 @@ from ..report.cells import pooled
 from ..report.explained import explained_page, explained_picture, explained_png
 from ..terminal import counting
 from .examples import pixel_values
-from .opened import image_model, untrained
+from .opened import image_model, name_of, untrained
 from .predict import Image, files_of
 
 __all__ = ["FORMATS", "explain", "write_explained"]
@@ -67,8 +67,13 @@ def explain(
                 cells = [[round(v, 4) for v in row] for row in pooled(field.tolist())]
                 fields.append({"walk": walk, "middle": shares, "field": cells})
             found.append({"name": name, "fields": fields})
-    called = type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
-    return {"model": called, "size": list(x.shape[2:]), "images": len(x), "noise": images is None, "states": found}
+    return {
+        "model": name_of(model),
+        "size": list(x.shape[2:]),
+        "images": len(x),
+        "noise": images is None,
+        "states": found,
+    }
 
 
 def write_explained(result: dict[str, Any], out: Path) -> None:

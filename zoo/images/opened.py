@@ -17,7 +17,7 @@ from ..models.image_classification import ImageClassifier
 from ..named import check_model
 from ..train.options import holds_weights
 
-__all__ = ["evaluating", "image_model", "untrained"]
+__all__ = ["evaluating", "image_model", "name_of", "untrained"]
 
 
 def image_model(model: Any, device: Any = None, instead: str = "Name an image model.") -> ImageClassifier:
@@ -54,6 +54,11 @@ def untrained(cfg: Any) -> ImageClassifier:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return build(cfg)
+
+
+def name_of(model: Any) -> str:
+    """Return what results call a model: the name that it was asked for by, or its class's."""
+    return type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
 
 
 @contextlib.contextmanager
