@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from hybridzoo.zoo.config.images import ImageSchema
 from hybridzoo.zoo.errors import SourceError
 from hybridzoo.zoo.images import Augment, DamagedImage, ImageExamples, classes_of, images_from, pixel_values
-from hybridzoo.zoo.images.builtin import builtin_set
+from hybridzoo.zoo.images.builtin import builtin_set, check_data
 from hybridzoo.zoo.train.order import Shuffled
 
 Image = pytest.importorskip("PIL.Image")
@@ -237,6 +237,13 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no such file or folder. Did you mean .*photos"):
         images_from(tmp_path / "photo", config())
+    (tmp_path / "cat.png").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"cat.png: is a file. Give a folder of class folders"):
+        images_from(tmp_path / "cat.png", config())
+    with pytest.raises(
+        FileNotFoundError, match=r"digts: no such .* built-in set: digits, mnist-5k. Did you mean 'digits'"
+    ):
+        check_data("digts")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

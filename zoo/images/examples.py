@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import SourceError
+from ..errors import SourceError, nearest
 from ..named import check_there
 from .augment import Augment, Augmented
 from .builtin import BUILT_IN, builtin_set
@@ -154,14 +154,16 @@ def classes_of(data: Any, split: str = "train", column: str | None = None) -> li
     return pictures_of(data, split, None, column).classes
 
 
-def pixel_values(image: str | os.PathLike[str] | np.ndarray, cfg: Any) -> Tensor:
+def pixel_values(image: str | os.PathLike[str] | np.ndarray, cfg: Any, name: str = "image") -> Tensor:
     """Return the pixels of one image, a file or numbers ``(h, w[, c])``, as a model takes them: ``(c, h, w)`` float32.
+
+    Numbers go by ``name`` in messages.
 
     Raises:
         FileNotFoundError: There is no such file.
         DamagedImage: It is no whole image, or none that the model can take.
     """
-    pixels, name = Pixels.of(cfg), "image"
+    pixels = Pixels.of(cfg)
     content: Any = image
     if isinstance(image, str | os.PathLike):
         name, content = str(image), Path(image).read_bytes()
@@ -186,10 +188,12 @@ def pictures_of(data: Any, split: str, classes: list[str] | None, column: str | 
     if not isinstance(data, str | os.PathLike):
         return pictures_in_table(data, split, classes, column)
     path = Path(data)
-    sets = ", ".join(BUILT_IN)
-    check_there(
-        path, f"Give a folder of class folders, a parquet file, a folder saved by datasets, or a built-in set: {sets}."
-    )
-    return (
-        pictures_in_table(path, split, classes, column) if is_table(path) else pictures_in_folder(path, split, classes)
-    )
+    sets = f"a built-in set: {', '.join(BUILT_IN)}.{nearest(data, BUILT_IN)}"
+    check_there(path, f"Give a folder of class folders, a parquet file, a folder saved by datasets, or {sets}")
+    if is_table(path):
+        return pictures_in_table(path, split, classes, column)
+    if not path.is_dir():
+        raise SourceError(
+            f"{path}: is a file. Give a folder of class folders, root/cat/1.png, say, or a .parquet file; zoo predict takes single images."
+        )
+    return pictures_in_folder(path, split, classes)

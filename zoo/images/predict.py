@@ -57,7 +57,7 @@ def predictions(
             try:
                 # an array has no name but its place
                 name = f"image {number}" if isinstance(image, np.ndarray) else str(image)
-                read.append((name, pixel_values(image, model.cfg)))
+                read.append((name, pixel_values(image, model.cfg, name)))
             except DamagedImage as e:
                 if errors is None:
                     raise
@@ -79,13 +79,18 @@ def files_of(images: Image | Iterable[Image]) -> list[Image]:
         FileNotFoundError: A file or folder is not there.
         SourceError: A folder holds no images.
     """
-    if isinstance(images, str | os.PathLike | np.ndarray):
+    if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
         images = [images]
     found: list[Image] = []
     for image in images:
         if isinstance(image, np.ndarray):
             found.append(image)
             continue
+        if not isinstance(image, str | os.PathLike):
+            raise ValueError(
+                f"images: found {type(image).__name__}, expected a file, a folder, or an array, (h, w) or (h, w, c). np.asarray(...) of "
+                "a Pillow image is one."
+            )
         path = Path(image)
         check_there(path, "Name an image, or a folder of some.")
         if not path.is_dir():
