@@ -181,6 +181,25 @@ def test_the_processor_beside_a_model_and_its_pipeline(channels, tmp_path):
     assert type(transformers.AutoImageProcessor.from_pretrained(tmp_path)) is type(processor)
 
 
+def test_a_deep_grey_picture_is_the_same_in_8_bits(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    zoo.save(zoo.build(CFG, {"in_channels": 1, "image_size": 64}), tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    grey = np.asarray(photo(1))
+    deep, shallow = (processor(image.fromarray(a), return_tensors="pt") for a in (grey.astype(np.uint16) * 257, grey))
+    assert torch.equal(deep["pixel_values"], shallow["pixel_values"])
+    given = processor(torch.from_numpy(grey)[None], return_tensors="pt", input_data_format="channels_first")
+    assert torch.equal(given["pixel_values"], shallow["pixel_values"])
+
+
+def test_another_tasks_auto_class_is_refused(folder):
+    message = (
+        r"HybridZooForCausalLM: cannot be around .* task is 'image_classification'. Use HybridZooForImageClassification"
+    )
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_the_trainer_trains_evaluates_saves_and_loads(folder, tmp_path):
     torch.manual_seed(0)
     x, y = pixels(24, 3, 16), torch.arange(24) % 3

@@ -140,6 +140,11 @@ class Adapter(PreTrainedModel):
         super().__init__(config)
         config.check()
         made: Any = task_of(config.zoo or {})(config.zoo) if core is None else core
+        if made.hf_class not in {cls.__name__ for cls in type(self).__mro__}:
+            raise ValueError(
+                f"{type(self).__name__}: cannot be around a model whose task is {made.task!r}. Use "
+                f"{made.hf_class or 'the model itself'}."
+            )
         # not registered as a submodule: its parts are, under the keys they have in the core itself
         object.__setattr__(self, "core", made)
         for name, part in made.named_children():

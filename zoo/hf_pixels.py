@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+from PIL.Image import Image, fromarray
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 __all__ = ["HybridZooImageProcessor"]
@@ -18,4 +20,8 @@ class HybridZooImageProcessor(BitImageProcessorPil):
 def _grey(images: Any) -> Any:
     if isinstance(images, list | tuple):
         return [_grey(image) for image in images]
-    return images.convert("L") if getattr(images, "mode", "L") not in ("L", "F", "I", "I;16") else images
+    if not isinstance(images, Image):
+        return images
+    if images.mode.startswith("I;16"):  # of which transformers makes no 8 bits
+        return fromarray((np.asarray(images) / 257).round().astype(np.uint8))
+    return images if images.mode in ("L", "F", "I") else images.convert("L")
