@@ -165,6 +165,33 @@ def test_small_images_are_not_resized_unasked(tmp_path):
     assert result.model.cfg.in_channels == 3
 
 
+def test_a_square_config_is_told_the_one_thing_to_say(tmp_path):
+    images, labels = shapes(size=12)
+    with pytest.raises(
+        ValueError, match=r"of 9 x 12 pixels .* for 12 x 12 in 1\. Say image_size=12 in_channels=1, to have"
+    ):
+        train(config("image_size=12"), (images[:, :9], labels), tmp_path, **SETTINGS)
+
+
+def test_a_run_does_not_lie_among_its_classes(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", np.zeros((8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"out: .* holds the data, and folders of the run would be taken for classes"):
+        train("vmamba-micro", tmp_path, tmp_path / "cat" / "..", **SETTINGS)
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(images_from(tmp_path, zoo.config("vmamba-micro", n_classes=2))) == 2
+
+
+@pytest.mark.parametrize("labels", [[0] * 24, ["cat"] * 24], ids=["number", "name"])
+def test_one_class_is_nothing_to_learn(labels, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data: have one class only, '(0|cat)'\. To tell images apart takes two or more"
+    ):
+        train("vmamba-micro", (shapes()[0], labels), tmp_path, **SETTINGS)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_other_classes_get_a_new_head_and_known_ones_keep_theirs(tmp_path, capsys):
     images, labels = shapes()
     first = train(config(), (images, np.array(["a", "b", "c"])[labels]), tmp_path / "first", **SETTINGS)

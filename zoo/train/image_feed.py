@@ -56,6 +56,11 @@ class ImageFeed(Feed):
         and, where either is small, their size, or be overridden.
         """
         call = self.options
+        for data in (call.data, call.val):
+            if isinstance(data, str | os.PathLike) and os.path.realpath(data) == os.path.realpath(call.out):
+                raise ValueError(
+                    f"out: {call.out} holds the data, and folders of the run would be taken for classes. Name another folder."
+                )
         facts, said = facts_of(_named(call.data), self._column()), overridden(overrides)
         self.held_out = facts.held_out
         if fresh or call.base is not None:
@@ -66,6 +71,10 @@ class ImageFeed(Feed):
                 "or leave it out."
             )
         about = self._fit_head(facts, fresh, said)
+        if self.core.cfg.n_classes < 2:
+            raise ValueError(
+                f"data: have one class only, {facts.classes[0]!r}. To tell images apart takes two or more."
+            )
         if call.freeze:
             self.core.freeze(call.freeze)
             about.append(f"the stem and {counted(call.freeze, 'stage')} stay as they are")
@@ -84,10 +93,11 @@ class ImageFeed(Feed):
         if c != cfg.in_channels and "in_channels" not in said:
             wrong.append(f"in_channels={c}")
         if wrong:
+            asked = f"image_size={size} in_channels={cfg.in_channels}"
+            instead = f"{' '.join(wrong)}; or " if set(wrong) - set(asked.split()) else ""
             raise ValueError(
                 f"data: are images of {h} x {w} pixels in {counted(c, 'channel')}, and the config is for {size} x {size} in "
-                f"{cfg.in_channels}. Say {' '.join(wrong)}; or image_size={size} in_channels={cfg.in_channels}, to have them brought to "
-                "that."
+                f"{cfg.in_channels}. Say {instead}{asked}, to have them brought to that."
             )
 
     def _fit_head(self, facts: Facts, fresh: bool, said: set[str]) -> list[str]:
