@@ -319,6 +319,8 @@ def test_bad_images_are_refused():
             model(x)
     with pytest.raises(ValueError, match=r"labels: expected \(2,\) integers or \(2, 5\) probabilities, got \(3,\)"):
         model(torch.randn(2, 3, 8, 8), torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"labels: are torch.int32\. .* labels\.long\(\)"):
+        model(torch.randn(1, 3, 8, 8), torch.tensor([1], dtype=torch.int32))
     patch = micro("stem={type: patch, patch: 4}")
     with pytest.raises(ValueError, match="images of 3 x 16 are smaller than a patch of 4"):
         patch(torch.randn(1, 3, 3, 16))

@@ -213,6 +213,7 @@ def test_the_command_writes_a_page_and_pictures(saved, tmp_path):
     assert (result["images"], result["noise"], result["size"]) == (1, False, [9, 9])
     page = (tmp_path / "x.html").read_text()
     assert page == explained_page(result) and "Trained" in page and "columns ↑" in page
+    assert "how much of it lies inside the middle half" in page
     assert (tmp_path / "x.svg").read_text() == explained_picture(result)
     ET.fromstring((tmp_path / "x.svg").read_text())
     assert (

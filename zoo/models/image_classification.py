@@ -276,6 +276,8 @@ class ImageClassifier(Model):
         if not n:
             raise ValueError("labels: the model has no head (n_classes = 0). Call reset_head first.")
         hard = labels.dim() == 1 and not labels.is_floating_point()
+        if hard and labels.dtype not in (torch.int64, torch.uint8):
+            raise ValueError(f"labels: are {labels.dtype}. Numbers of classes are torch.int64: labels.long().")
         if labels.shape != ((b,) if hard else (b, n)):
             raise ValueError(
                 f"labels: expected ({b},) integers or ({b}, {n}) probabilities, got {tuple(labels.shape)}."

@@ -20,7 +20,8 @@ _COLUMNS = 5
 _WHERE = "Share of it in the middle, of a quarter and of half the height and width"
 _ABOUT = (
     "How much the middle of the last map depends on every pixel: the effective receptive field (arXiv:1701.04128), the mean over images of "
-    "the gradient's absolute value, 1 where it is largest; a shade is the square root of it."
+    "the gradient's absolute value, 1 where it is largest; a shade is the square root of it. Below each map is how much of it lies inside "
+    "the middle half of height and width."
 )
 _WALKS = (
     "Of a walk, it is the part that passes through the states of scans in its order and no other; an arrow says which way the scan goes, "

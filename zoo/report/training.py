@@ -29,7 +29,7 @@ def training_page(log: Log) -> str:
         f'<section class="cards figures">{"".join(_figures(log))}</section>',
     ]
     if _points(log, "loss"):
-        held = f" The best of the {_data(log)} that is held out is marked." if _points(log, "eval_loss") else ""
+        held = " The best on what is held out is marked." if _points(log, "eval_loss") else ""
         parts += [
             "<h2>Learning</h2>",
             f'<p class="note">Nats per target, the mean over the steps between two points and a running mean of those.{held}</p>',
