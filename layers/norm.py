@@ -129,16 +129,19 @@ class LayerNorm(nn.LayerNorm):
         with recomputing() as spared:
             # autocast would make it wide, too, and then keep the wide one
             wide = repeatable(x.float(), Tensor.float, x) if how[-1] and x.dtype in HALVES else x
-            h = repeatable(_layer_normed(spared(wide), *how), _layer_normed, x, *how)
+            h = repeatable(_layer_norm(spared(wide), *how[:-1]), _layer_normed, x, *how)
         return (h, x) if branch else h
 
 
-def _layer_normed(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, autocast: bool
-) -> Tensor:
-    x = x.float() if autocast and x.dtype in HALVES else x
+def _layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
+
+
+def _layer_normed(x: Tensor, *how: Any) -> Tensor:
+    *options, autocast = how
+    # as it was in the forward, whatever autocast says by now
     with torch.autocast(x.device.type, enabled=autocast):
-        return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
+        return _layer_norm(x.float() if autocast and x.dtype in HALVES else x, *options)
 
 
 NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
