@@ -120,9 +120,7 @@ def enter_attention(
     Heads of a token are not told apart: the layer mixes them. ``span`` are the tokens before and behind it that a query sees, -1 for all
     of its document.
     """
-    at, change = _places(seq.doc), seq.doc[:, 1:] != seq.doc[:, :-1]
-    start = torch.where(F.pad(change, (1, 0), value=True), at, 0).cummax(1).values
-    end = torch.where(F.pad(change, (0, 1), value=True), at, at.shape[1]).flip(1).cummin(1).values.flip(1)
+    at, (start, end) = _places(seq.doc), ends_of(seq.doc)
 
     def within(before: int, behind: int) -> Range:
         first = start if before < 0 else torch.maximum(start, at - before)
@@ -143,6 +141,15 @@ def _cleaned(q: Tensor, k: Tensor, v: Tensor, seen: Range) -> tuple[Tensor, Tens
     mark = bad_q | _between(bad_k, *seen)
     q, k, v = (x.masked_fill(bad[..., None, None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_k)))
     return q, k, v, mark.to(q.dtype)
+
+
+def ends_of(doc: Tensor) -> Range:
+    """The first and the last place of each token's document, from its number, ``(b, l)``."""
+    l, at, change = doc.shape[1], _places(doc), doc[:, 1:] != doc[:, :-1]
+    # a row of no tokens has no change, and would be given one
+    first, last = (F.pad(change, ends, value=True)[:, :l] for ends in ((1, 0), (0, 1)))
+    start = torch.where(first, at, 0).cummax(1).values
+    return start, torch.where(last, at, l).flip(1).cummin(1).values.flip(1)
 
 
 def _places(x: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.contain import ends_of
 from ..kernels.derivatives import transformed
 from .base import Seq
 
@@ -48,9 +48,6 @@ def turning(seq: Seq | None) -> Callable[[Tensor], Tensor]:
     """The function that turns rows ``(b, l, d)`` around, each document in its own place, padding left alone; it is its own inverse."""
     if seq is None or not (seq.packed or seq.padded):
         return lambda x: x.flip(1)
-    doc = seq.doc
-    at = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
-    last = F.pad(doc[:, 1:] != doc[:, :-1], (0, 1), value=True)[:, : doc.shape[1]]
-    end = torch.where(last, at, doc.shape[1]).flip(1).cummin(1).values.flip(1)
-    order = torch.where(seq.valid, end - seq.pos, at)
+    at = torch.arange(seq.doc.shape[1], device=seq.doc.device)
+    order = torch.where(seq.valid, ends_of(seq.doc)[1] - seq.pos, at)
     return lambda x: reordered(x, order)
