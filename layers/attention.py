@@ -152,8 +152,7 @@ class Attention(Mixer):
         self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
-        if return_state or state is not None:
-            self.require("state")
+        self._refuse_state(state, return_state)
         given, (x, seq) = seq, self._enter(x, state, seq)
         qkv, conv = self._project(x), None
         if self.conv1d is not None:

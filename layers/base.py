@@ -257,6 +257,11 @@ class Mixer(Sharing):
                 f"{type(self).__name__} does not support {capability!r} (it declares: {has}). Choose another mixer for this use."
             )
 
+    def _refuse_state(self, state: Any, return_state: bool) -> None:
+        """Refuse a call of ``forward`` that passes or wants a state, unless the mixer keeps one."""
+        if return_state or state is not None:
+            self.require("state")
+
     def grid_of(self, x: Tensor, seq: Seq | None) -> tuple[int, int]:
         """``(h, w)`` of the maps that the rows of ``x`` are.
 

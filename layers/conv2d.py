@@ -125,8 +125,7 @@ class GatedConv2d(Mixer):
         self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix ``(b, h * w, d)`` over its map; see :meth:`Mixer.forward`."""
-        if return_state or state is not None:
-            self.require("state")
+        self._refuse_state(state, return_state)
         grid = self.grid_of(x, seq)
         rest = self.d_inner - self.d_conv
         gate, as_it_is, value = self.in_proj(x).split([self.d_inner, rest, self.d_conv], dim=-1)

@@ -180,8 +180,7 @@ class RowMixer(Mixer):
         """Mix ``(b, l, d)`` along its rows; see :meth:`Mixer.forward`."""
         if self.ways.causal:
             return self._along(x, state, seq, return_state)
-        if return_state or state is not None:
-            self.require("state")
+        self._refuse_state(state, return_state)
         if not self.ways.strands:
             return self._both(x, seq)
         return both_strands(self._both if self.ways.two else self._one_way, x, seq)

@@ -17,7 +17,7 @@ from ..kernels.scan.paths import path_index, walks
 from .common import Device
 from .options import check
 
-__all__ = ["names_of", "paths_of", "ranks_of"]
+__all__ = ["names_of", "orders_of", "paths_of", "ranks_of"]
 
 # by their number: as VMamba stacks the weights of its four
 DIRECTIONS: dict[int, tuple[str, ...]] = {
@@ -52,11 +52,16 @@ def paths_of(names: Sequence[str], grid: tuple[int, int], device: Device = "cpu"
     return [_path(name, *grid, device) for name in names]
 
 
+def orders_of(names: Sequence[str], grid: tuple[int, int], device: Device = "cpu") -> list[tuple[Tensor, Tensor]]:
+    """Of every walk over a map, the tokens as it visits them, and the step at which it visits each of them, ``(h * w,)`` int64 both."""
+    at = torch.arange(grid[0] * grid[1], device=device)
+    orders = (path_index(path, at.device) for path in walks("orders_of", paths_of(names, grid, device), len(at), None))
+    return [(order, torch.empty_like(at).scatter_(0, order, at)) for order in orders]
+
+
 def ranks_of(names: Sequence[str], grid: tuple[int, int]) -> list[Tensor]:
     """Of every walk, the step at which it visits each token of a map, ``(h * w,)``."""
-    at = torch.arange(grid[0] * grid[1])
-    orders = (path_index(path, at.device) for path in walks("ranks_of", paths_of(names, grid), len(at), None))
-    return [torch.empty_like(at).scatter_(0, order, at) for order in orders]
+    return [rank for _, rank in orders_of(names, grid)]
 
 
 def _path(name: str, h: int, w: int, device: Device) -> tuple[int, ...] | Tensor:

@@ -152,8 +152,7 @@ class SS2D(Mixer):
         self, x: Tensor, state: Any = None, seq: Seq | None = None, aux: Aux = None, *, return_state: bool = False
     ) -> Any:
         """Mix ``(b, h * w, d)`` over its map; see :meth:`Mixer.forward`."""
-        if return_state or state is not None:
-            self.require("state")
+        self._refuse_state(state, return_state)
         grid = self.grid_of(x, seq)
         with recomputing() as spared:
             u, z = self._project(spared(x))

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ssd
-from ..kernels.scan.paths import path_index, walks
 from .common import Device, Dtype, acc_dtype, upcast
 from .options import check_divides, check_positive
-from .orders import paths_of
+from .orders import orders_of
 from .ss2d import SS2D
 from .turning import reordered
 
@@ -102,9 +101,7 @@ class SS2D2(SS2D):
         return o
 
     def _scan(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
-        n, paths = self.d_state, paths_of(self.directions, grid, u.device)
-        orders = [path_index(path, u.device) for path in walks("SS2D2", paths, u.shape[1], None)]
-        each = [(order, torch.argsort(order)) for order in orders]
+        n, each = self.d_state, orders_of(self.directions, grid, u.device)
         # of all directions, head by head: (b, l, k, ...)
         read = torch.stack([reordered(x, *order) for x, order in zip(self._read(u), each, strict=True)], 2)
         dt, B, C = read.split([self.nheads, n, n], dim=-1)
@@ -121,7 +118,7 @@ class SS2D2(SS2D):
             dt_softplus=True,
             chunk_size=self.chunk_size,
         )
-        ways = y.flatten(2).unflatten(-1, (len(orders), -1)).unbind(2)
+        ways = y.flatten(2).unflatten(-1, (len(each), -1)).unbind(2)
         back = [reordered(way, inverse, order) for way, (order, inverse) in zip(ways, each, strict=True)]
         return torch.stack(back).sum(0)
 
