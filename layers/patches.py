@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .common import Device, Dtype, linear, reset_normal, weight_dtype
 from .norm import make_norm
 
-__all__ = ["DOWNSAMPLING", "STD", "STEMS", "Downsample", "Map", "Stem", "to_image", "to_tokens"]
+__all__ = ["DOWNSAMPLING", "STD", "STEMS", "Downsample", "Map", "Stem", "stem_grid", "to_image", "to_tokens"]
 
 # of linear layers, tokens and positions, in every published vision model of this kind
 STD = 0.02
@@ -31,6 +31,11 @@ def to_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def to_tokens(image: Tensor) -> Map:
     """An image ``(b, d, h, w)`` as a map; a view where its memory is channels last."""
     return image.permute(0, 2, 3, 1).flatten(1, 2), (image.shape[2], image.shape[3])
+
+
+def stem_grid(kind: str, patch: int, h: int, w: int) -> tuple[int, int]:
+    """Height and width in tokens, of images of ``h`` and ``w`` pixels; patches are whole, convolutions reach over the border."""
+    return (h // patch, w // patch) if kind == "patch" else (-(-h // patch), -(-w // patch))
 
 
 class Stem(nn.Module):
@@ -100,14 +105,11 @@ class Stem(nn.Module):
 
     def halfway(self, h: int, w: int) -> tuple[int, int]:
         """Height and width between the two convolutions."""
-        return (-(-h // 2), -(-w // 2)) if self.patch >= 2 else (h, w)
+        return stem_grid("conv", min(self.patch, 2), h, w)
 
     def grid(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width in tokens, of images of ``h`` and ``w`` pixels."""
-        if self.kind == "patch":
-            return h // self.patch, w // self.patch
-        h, w = self.halfway(h, w)
-        return (-(-h // 2), -(-w // 2)) if self.patch == 4 else (h, w)
+        """As :func:`stem_grid`, of this one."""
+        return stem_grid(self.kind, self.patch, h, w)
 
     def flops(self, h: int, w: int) -> int:
         """FLOPs of an image, 2 per multiply-add."""
@@ -121,10 +123,20 @@ class Stem(nn.Module):
         """The place of the class token among ``tokens`` others."""
         return {"first": 0, "middle": tokens // 2, "last": tokens}[self.at]
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """Tokens ``(b, l, d)`` without the class token."""
+        if self.class_token is None:
+            return x
+        at = self.index(x.shape[1] - 1)
+        return torch.cat([x[:, :at], x[:, at + 1 :]], dim=1)
+
+    def _with(self, token: Tensor, x: Tensor) -> Tensor:
+        at = self.index(x.shape[1])
+        return torch.cat([x[:, :at], token, x[:, at:]], dim=1)
+
     def _placed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.class_token is not None:
-            at, token = self.index(x.shape[1]), self.class_token.expand(x.shape[0], -1, -1).to(x.dtype)
-            x = torch.cat([x[:, :at], token, x[:, at:]], dim=1)
+            x = self._with(self.class_token.expand(x.shape[0], -1, -1).to(x.dtype), x)
         return x if self.pos_embed is None else x + self._positions(grid).to(x.dtype)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
@@ -132,15 +144,13 @@ class Stem(nn.Module):
         assert table is not None and size is not None
         if grid == size:
             return table
-        at = None if self.class_token is None else self.index(size[0] * size[1])
-        token = None if at is None else table[:, at : at + 1]
-        rest = table if at is None else torch.cat([table[:, :at], table[:, at + 1 :]], dim=1)
-        wide = F.interpolate(to_image(rest.float(), size), grid, mode="bicubic", antialias=True, align_corners=False)
+        image = to_image(self.pixels(table).float(), size)
+        wide = F.interpolate(image, grid, mode="bicubic", antialias=True, align_corners=False)
         rest = to_tokens(wide.to(table.dtype))[0]
-        if token is None:
+        if self.class_token is None:
             return rest
-        at = self.index(grid[0] * grid[1])
-        return torch.cat([rest[:, :at], token, rest[:, at:]], dim=1)
+        at = self.index(size[0] * size[1])
+        return self._with(table[:, at : at + 1], rest)
 
 
 class Downsample(nn.Module):

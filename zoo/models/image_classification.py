@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...layers.base import Seq, shapes, tree
 from ...layers.common import linear, reset_normal, weight_dtype
-from ...layers.patches import STD, Downsample, Map, Stem, to_image
+from ...layers.patches import STD, Downsample, Map, Stem, stem_grid, to_image
 from ..config.images import ImageSchema
 from ..config.resolve import resolve
 from .features import FeatureInfo
@@ -58,9 +58,8 @@ class ImageClassifier(Model):
     def make_embedding(self, device: Any, dtype: torch.dtype | None) -> Stem:
         """The stem, see :class:`~hybridzoo.layers.patches.Stem`."""
         cfg, stem = self.cfg, self.cfg.stem
-        side = cfg.image_size // stem.patch if stem.type == "patch" else -(-cfg.image_size // stem.patch)
         norm = (cfg.norm.type, cfg.norm.eps) if stem.norm else None
-        at = (side, side) if cfg.pos_embed else None
+        at = stem_grid(stem.type, stem.patch, cfg.image_size, cfg.image_size) if cfg.pos_embed else None
         width = self.specs[0].d_model
         made = {"device": device, "dtype": dtype}
         return Stem(cfg.in_channels, width, stem.type, stem.patch, norm, cfg.class_token, at, **made)
@@ -203,10 +202,7 @@ class ImageClassifier(Model):
         stem, grid = self._stem, self._stem.grid(*pixel_values.shape[2:])
 
         def image(x: Tensor, size: tuple[int, int]) -> Tensor:
-            if stem.class_token is not None:
-                at, size = stem.index(x.shape[1] - 1), grid
-                x = torch.cat([x[:, :at], x[:, at + 1 :]], dim=1)
-            return to_image(x, size)
+            return to_image(stem.pixels(x), size if stem.class_token is None else grid)
 
         return [image(*one) for one in maps] if return_stages else image(hidden, maps[-1][1])
 
