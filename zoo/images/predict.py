@@ -14,7 +14,7 @@ from .damaged import DamagedImage
 from .decode import SUFFIXES
 from .examples import pixel_values
 from .folders import images_in
-from .opened import evaluating, image_model
+from .opened import check_head, evaluating, image_model
 
 __all__ = ["files_of", "predict", "predictions"]
 
@@ -45,9 +45,8 @@ def predictions(
     model: Any, images: Sequence[Image], top: int = 5, errors: list[DamagedImage] | None = None
 ) -> Iterator[dict[str, Any]]:
     """As :func:`predict`, one after another; images that are damaged are added to ``errors`` and left out, where there is such a list."""
+    check_head(model)
     n = model.cfg.n_classes
-    if not n:
-        raise ValueError("model: has no head (n_classes = 0), and tells nothing apart. Call reset_head, and train it.")
     if top < 1:
         raise ValueError(f"top={top}: is no number of classes. Give 1 to {n}.")
     names = list(model.cfg.labels or map(str, range(n)))
