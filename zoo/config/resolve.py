@@ -25,7 +25,7 @@ from .plain import plain
 from .schema import SCHEMAS, ConfigSchema, TrunkSchema, typed
 from .shipped import list_models
 from .specs import block_specs, specs_of
-from .stages import pattern_of, stages_of, written
+from .stages import stages_of, written
 
 __all__ = [
     "ConfigSchema",
@@ -46,11 +46,6 @@ class Resolved:
 
     config: DictConfig
     specs: list[BlockSpec]
-
-    @property
-    def pattern(self) -> str:
-        """The pattern as one text."""
-        return pattern_of(self.config)
 
 
 def resolve(

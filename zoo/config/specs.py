@@ -76,6 +76,8 @@ def specs_of(stages: list[Stage], data: Mapping[str, Any]) -> list[BlockSpec]:
 
 def _set_drops(specs: list[BlockSpec], rate: float) -> None:
     """Let stochastic depth grow from 0 to ``rate``, in equal steps; what mixes channels alone goes with the block before it."""
+    if not rate:
+        return
     depths, depth = [], -1
     for spec in specs:
         depth += any(get_mixer(part["type"], where).cls.mixes_tokens for _, part, where in spec.parts)
