@@ -70,7 +70,7 @@ class Workload:
     def _attention(self, b: int, l: int, h: int, kv: int, p: int, doc: int = 0, w: int = 0) -> Inputs:
         made = self._random("q", b, l, h, p) | self._random("k v", b, l, kv, p)
         # the host knows where documents start, as where it has packed them
-        made |= {"documents": (torch.arange(l, device="cpu") // doc).expand(b, l)} if doc else {}
+        made |= {"documents": (torch.arange(l, device="cpu") // doc).repeat(b, 1)} if doc else {}
         return made | ({"window": torch.tensor(w, device="cpu")} if w else {})
 
     def _conv(self, b: int, l: int, d: int, k: int) -> Inputs:
