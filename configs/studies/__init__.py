@@ -1,0 +1,1 @@
+"""Models that read text, and say something of it other than how it goes on."""
