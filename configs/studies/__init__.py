@@ -1,1 +1,1 @@
-"""Models that read text, and say something of it other than how it goes on."""
+"""Studies: one YAML each, a question about models and the grid that answers it."""
