@@ -39,11 +39,15 @@ def header(what: str, command: str, device: str, libraries: list[str]) -> Result
 
 
 def merged(before: Result, after: Result) -> Result:
-    """Both results in one, a case that is in both as it was measured last; what was run is kept under ``runs``."""
+    """Both results in one, a case that is in both as it was measured last; what was run is kept under ``runs``.
+
+    A case of an earlier commit than the result's says so under ``commit``.
+    """
     fresh = {_identity(row): row for row in after["cases"]}
-    cases = [fresh.pop(_identity(row), row) for row in before["cases"]]
+    earlier = {} if before["commit"] == after["commit"] else {"commit": before["commit"]}
+    cases = [fresh.pop(_identity(row), earlier | row) for row in before["cases"]]
     cases += fresh.values()
-    runs = [{key: r[key] for key in ("command", "date", "ceilings")} for r in (before, after)]
+    runs = [{key: r[key] for key in ("command", "date", "commit", "ceilings")} for r in (before, after)]
     return after | {
         "versions": before["versions"] | after["versions"],
         "cases": cases,
@@ -56,7 +60,7 @@ def _identity(row: dict[str, Any]) -> tuple:
 
 
 def same_run(path: Path, result: Result) -> Result | None:
-    """The result in a file, if it is of the same benchmark, commit and device.
+    """The result in a file, if it is of the same benchmark, on the same device and versions; it may be of another commit.
 
     Raises:
         ValueError: The file holds no JSON.
@@ -67,7 +71,9 @@ def same_run(path: Path, result: Result) -> Result | None:
         before = json.loads(path.read_text())
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}: is not JSON ({e}). Move it away, or give another --out.") from e
-    return before if all(before.get(key) == result[key] for key in ("what", "commit", "device")) else None
+    same = all(before.get(key) == result[key] for key in ("what", "device"))
+    theirs = before.get("versions", {})
+    return before if same and all(theirs.get(name, text) == text for name, text in result["versions"].items()) else None
 
 
 def write(result: Result, path: Path) -> None:

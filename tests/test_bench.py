@@ -287,7 +287,7 @@ def test_rows_say_whether_goals_are_met(gpu_rows):
     assert longest["cost_to_longest"] == 1 and longest["linear"] and not by["length-1k", "forward"]["linear"]
 
 
-def test_parts_of_one_commit_end_in_one_file(gpu_rows, tmp_path):
+def test_parts_end_in_one_file(gpu_rows, tmp_path):
     path = tmp_path / "scan.json"
     result_file.write(result_of(gpu_rows("table")), path)
     after = result_of(gpu_rows("length", "table"), command="again")
@@ -295,11 +295,23 @@ def test_parts_of_one_commit_end_in_one_file(gpu_rows, tmp_path):
     assert len(both["cases"]) == 6 and [run["command"] for run in both["runs"]] == ["zoo bench scan", "again"]
     third = result_file.merged(both, result_of(gpu_rows("conv"), command="third"))
     assert len(third["cases"]) == 8 and [run["command"] for run in third["runs"]][1:] == ["again", "third"]
-    assert result_file.same_run(path, result_of([], commit="def")) is None
     assert result_file.same_run(path, result_of([], device="other")) is None
+    assert result_file.same_run(path, result_of([], versions={"torch": "3"})) is not None
     path.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         result_file.same_run(path, after)
+
+
+def test_cases_of_an_earlier_commit_say_so(gpu_rows, tmp_path):
+    path = tmp_path / "scan.json"
+    result_file.write(result_of(gpu_rows("table", "conv"), versions={"torch": "2"}), path)
+    after = result_of(gpu_rows("table"), commit="def", versions={"torch": "2"})
+    both = result_file.merged(result_file.same_run(path, after), after)
+    assert both["commit"] == "def" and [run["commit"] for run in both["runs"]] == ["abc", "def"]
+    assert {(row["part"], row.get("commit")) for row in both["cases"]} == {("table", None), ("conv", "abc")}
+    third = result_file.merged(both, after | {"commit": "ghi"})
+    assert [row.get("commit") for row in third["cases"] if row["part"] == "conv"] == ["abc", "abc"]
+    assert result_file.same_run(path, after | {"versions": {"torch": "3"}}) is None
 
 
 def test_results_are_shown_and_drawn(gpu_rows, tmp_path, monkeypatch):

@@ -155,7 +155,9 @@ def _results(folder: Path, what: str, gpu: bool | None = None, device: str = "")
 
 def _source(path: Path, result: Result) -> str:
     command = result["command"].split(" --part")[0]
-    return f"`{command}`, commit {result['commit']}, [figures](eval/results/{path.name})"
+    commits = dict.fromkeys([result["commit"], *(row["commit"] for row in result["cases"] if "commit" in row)])
+    named = f"commit{'s' if len(commits) > 1 else ''} {' and '.join(commits)}"
+    return f"`{command}`, {named}, [figures](eval/results/{path.name})"
 
 
 def _versions(result: Result) -> str:

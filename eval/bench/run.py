@@ -38,7 +38,7 @@ def run_bench(
 ) -> Result:
     """Run what ``zoo bench`` is asked for, print it as a table, and write it where asked.
 
-    Cases that ``out`` holds already, of the same commit and device, stay.
+    Cases that ``out`` holds already, of the same device and versions, stay.
 
     Raises:
         ValueError: An unknown benchmark, part or peer, a peer whose library is missing; or cases that failed, after the others have
