@@ -1,1 +1,1 @@
-"""What cells are trained and scored on: rows of a task, made from seeds, and what counts as right."""
+"""Tasks of studies: the rows that cells are trained and scored on, made from seeds, and the judgement of what is right."""
