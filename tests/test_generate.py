@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import hybridzoo as zoo
-from hybridzoo.zoo.models.generate import sample
 
 CFG = {
     "task": "causal_lm", "vocab_size": 50, "pad_vocab_size_multiple": 16, "d_model": 32, "layers": "mamba attention mamba2 moe", "tie_embeddings": False,
@@ -72,39 +71,32 @@ def test_a_row_that_ended_is_padded_while_the_others_go_on(model):
 @torch.no_grad()
 def test_sampling_is_reproducible_and_stays_inside_the_vocabulary(model):
     ids = torch.randint(0, 50, (8, 4))
-    draws = [
-        model.generate(ids, max_new_tokens=20, temperature=5.0, generator=torch.Generator().manual_seed(s))
-        for s in (1, 1, 2)
-    ]
+    draws = [model.generate(ids, max_new_tokens=20, temperature=5.0, seed=s) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     # the table is padded to 64 rows; none of the 14 is ever produced
     assert int(draws[0].max()) < 50
 
 
-def frequencies(n=20000, **options):
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(n, 4)
-    return torch.bincount(sample(logits, generator=torch.Generator().manual_seed(0), **options), minlength=4) / n
-
-
-def test_temperature_top_k_and_top_p_follow_their_definitions():
-    p = torch.tensor([2.0, 1.0, 0.0, -1.0]).softmax(0)
-    torch.testing.assert_close(frequencies(temperature=1.0), p, atol=0.015, rtol=0)
-    torch.testing.assert_close(
-        frequencies(temperature=2.0), (torch.tensor([2.0, 1.0, 0.0, -1.0]) / 2).softmax(0), atol=0.015, rtol=0
-    )
-    kept = torch.tensor([p[0], p[1], 0, 0])
-    torch.testing.assert_close(frequencies(temperature=1.0, top_k=2), kept / kept.sum(), atol=0.015, rtol=0)
-    # p = .64 .24 .09 .03: 0.7 is reached by the second token, 0.6 by the first alone
-    torch.testing.assert_close(frequencies(temperature=1.0, top_p=0.7), kept / kept.sum(), atol=0.015, rtol=0)
-    assert frequencies(temperature=1.0, top_p=0.6)[0] == 1
-    assert frequencies(temperature=0.0)[0] == 1
-
-
-def test_the_repetition_penalty_lowers_seen_tokens_whatever_their_sign():
-    logits = torch.tensor([[2.0, 1.9, -1.0], [-1.0, -1.1, -3.0]])
-    seen = torch.tensor([[True, False, False], [True, False, False]])
-    assert sample(logits, seen, repetition_penalty=1.0).tolist() == [0, 0]
-    assert sample(logits, seen, repetition_penalty=1.2).tolist() == [1, 1]
+@torch.no_grad()
+def test_a_sample_follows_from_seed_and_prompt_alone(model):
+    prompts = [torch.randint(0, 50, (n,)) for n in (3, 7, 3)]
+    ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
+    for i, row in enumerate(prompts):
+        ids[i, 7 - len(row) :], mask[i, 7 - len(row) :] = row, 1
+    options = {
+        "temperature": 3.0,
+        "top_p": 0.95,
+        "seed": 5,
+        "n": 3,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.1,
+    }
+    together = model.generate(ids, 12, attention_mask=mask, **options)
+    assert together.shape == (9, 19)
+    for i, row in enumerate(prompts):
+        alone = model.generate(row[None], 12, **options)
+        assert torch.equal(together[3 * i : 3 * i + 3, 7:], alone[:, len(row) :])
+        assert len({tuple(text.tolist()) for text in alone}) == 3
 
 
 @torch.no_grad()
@@ -122,8 +114,12 @@ def test_the_penalty_does_not_count_padding(model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": -1}, "temperature: -1"), ({"top_p": 0.0}, "top_p: 0.0"), ({"top_p": 1.5}, "top_p: 1.5"), ({"top_k": -1}, "top_k: -1"),
-        ({"max_new_tokens": -3}, "max_new_tokens: -3"), ({"repetition_penalty": 0}, "repetition_penalty: 0"),
+        ({"temperature": -1}, "temperature=-1"), ({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.5}, "top_p=1.5"), ({"top_k": -1}, "top_k=-1"),
+        ({"max_new_tokens": -3}, "max_new_tokens=-3"), ({"repetition_penalty": 0}, "repetition_penalty=0"), ({"n": 2}, "n=2.*temperature"),
+        ({"min_p": 1.0}, "min_p=1.0"), ({"typical_p": 0}, "typical_p=0"), ({"seed": -1}, "seed=-1"), ({"top_k": 2.5}, "top_k=2.5"),
+        ({"frequency_penalty": torch.nan}, "frequency_penalty=nan"), ({"logit_bias": {50: 1.0}}, "ids 0 to 49"),
+        ({"logit_bias": dict.fromkeys(range(50), -torch.inf)}, "forbids all 50"), ({"logit_bias": [1]}, "is a list"),
+        ({"logit_bias": {"x": 1}}, "'x'"), ({"logit_bias": "{"}, "is not JSON"), ({"logit_bias": {3: torch.inf}}, "3: inf"),
         ({"attention_mask": torch.ones(1, 3)}, r"\(1, 3\)"), ({"attention_mask": torch.zeros(2, 4)}, "row 0 has no real token"),
     ],
 )  # fmt: skip

@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
+from .options import at_least, option
+from .sampling_options import SamplingOptions
 from .terminal import Device, Json, ModelName, counted, print_json, print_report, print_text, say, with_options
 from .train.options import TrainOptions
 
@@ -198,22 +200,25 @@ def report(
     print_json({"report": str(page)}) if as_json else say(f"wrote {page}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sampling(SamplingOptions):
+    temperature: float = option(0.8, "Logits are divided by it; 0 is greedy.", bound=at_least(0), panel="Sampling")
+
+
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
+@with_options(_Sampling)
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this probability.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, what was said becomes less likely.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Continue a text."""
     from .named import check_model
 
+    sampling = _Sampling(**given)
     check_model(model)
     import torch
 
@@ -227,7 +232,7 @@ def generate(
     from .train.options import holds_weights
 
     at = pick_device(device)
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed)
     built: Any
     if Path(model).is_dir() or holds_weights(model) or file_in(Path(model)):
         built = load(model, device=at)
@@ -238,9 +243,7 @@ def generate(
         check_language_model(built, model)
         say(f"{model} is a config: the model is untrained, and babbles")
     ids, ends = torch.tensor([encode_prompt(built, prompt)], device=at), ends_of_text(built)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    drawn_by = torch.Generator(at).manual_seed(seed)
-    made = built.generate(ids, max_new_tokens, eos_token_id=ends, generator=drawn_by, **sampling)
+    made = built.generate(ids, max_new_tokens, eos_token_id=ends, **sampling.values())
     new = made[0, ids.shape[1] :].tolist()
     text = built.tokenizer.decode(new[: -1 if new[-1:] and new[-1] in ends else None])
     if as_json:

@@ -52,9 +52,9 @@ _UNSAID: About = {
 }  # fmt: skip
 
 
-def option(default: Any, help: str, **about: Unpack[About]) -> Any:
+def option(default: Any, help: str, *, kw_only: bool = True, **about: Unpack[About]) -> Any:
     """Return a field of a dataclass with a default, a sentence of help, and more :class:`About` it, all in its ``metadata``."""
-    return dataclasses.field(default=default, metadata={"help": help, **_UNSAID, **about})
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"help": help, **_UNSAID, **about})
 
 
 def at_least(least: int) -> Bound:

@@ -214,7 +214,7 @@ def _sample(model: Any) -> str:
     tokenizer = ByteTokenizer()
     ids = torch.tensor([[0, *tokenizer.encode(PROMPT)]])
     # more tokens than characters: a character may take several bytes
-    out = model.generate(ids, 240, temperature=0.8, generator=torch.Generator().manual_seed(SEED))
+    out = model.generate(ids, 240, temperature=0.8, seed=SEED)
     return tokenizer.decode(out[0, ids.shape[1] :].tolist())[:200]
 
 
