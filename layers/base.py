@@ -18,7 +18,19 @@ from ..kernels import checks
 from ..kernels.seq import Seq
 from .common import Device, Dtype
 
-__all__ = ["Aux", "Mixer", "Seq", "Sharing", "State", "copy_state", "map_state", "nbytes_of", "shapes", "tree"]
+__all__ = [
+    "Aux",
+    "Mixer",
+    "Seq",
+    "Sharing",
+    "State",
+    "copy_state",
+    "map_state",
+    "nbytes_of",
+    "put_state",
+    "shapes",
+    "tree",
+]
 
 
 def tree(cls: type) -> None:
@@ -94,6 +106,11 @@ class State:
             else:
                 setattr(self, field.name, theirs)
 
+    def put(self, rows: Tensor, other: Self) -> None:
+        """Write another state's rows into the given ones, ``(m,)`` int64, in place."""
+        for name, mine in self.tensors():
+            mine.index_copy_(0, rows, getattr(other, name))
+
 
 def map_state(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """Apply ``fn`` to every tensor of a state, a tuple of states, or ``()``: ``map_state(s, lambda t: t[rows])`` reorders a batch."""
@@ -109,6 +126,15 @@ def copy_state(into: Any, source: Any) -> None:
     else:
         for a, b in zip(into, source, strict=True):
             copy_state(a, b)
+
+
+def put_state(into: Any, rows: Tensor, source: Any) -> None:
+    """Write ``source`` into rows of ``into`` in place, through tuples."""
+    if isinstance(into, State):
+        into.put(rows, source)
+    else:
+        for a, b in zip(into, source, strict=True):
+            put_state(a, rows, b)
 
 
 def nbytes_of(state: Any) -> int:

@@ -49,6 +49,24 @@ class AttentionState(State):
         new = super().restarted(rows)
         return replace(new, pos=self.pos.masked_fill(rows[:, None], -1))
 
+    def put(self, rows: Tensor, other: "AttentionState") -> None:
+        """As :meth:`State.put`; slots that the other has not are empty, and those that this one has not are made."""
+        if (more := other.k.shape[1] - self.k.shape[1]) > 0:
+            self._grow(more)
+        cap = other.k.shape[1]
+        for name, mine in self.tensors():
+            theirs = getattr(other, name)
+            if name in ("k", "v", "pos") and cap < mine.shape[1]:
+                empty = torch.full_like(mine[:1], -1 if name == "pos" else 0).expand(len(rows), *mine.shape[1:]).clone()
+                empty[:, :cap] = theirs
+                theirs = empty
+            mine.index_copy_(0, rows, theirs)
+        self.bound = -1 if min(self.bound, other.bound) < 0 else max(self.bound, other.bound)
+
+    def _grow(self, more: int) -> None:
+        self.k, self.v = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k, self.v))
+        self.pos = F.pad(self.pos, (0, more), value=-1)
+
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store one token per row, ``(b, 1, h_kv, p)``, in place; ``length`` is still without it."""
         slot = self.length[:, None] % self.k.shape[1]
@@ -80,8 +98,7 @@ class AttentionState(State):
             bound = self.longest
             if bound >= cap:
                 more = max(cap, 16) if window is None else min(max(cap, 16), window - cap)
-                self.k, self.v = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k, self.v))
-                self.pos = F.pad(self.pos, (0, more), value=-1)
+                self._grow(more)
         if self.bound >= 0:
             self.bound = bound + 1
 

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 import hybridzoo as zoo
+from hybridzoo.zoo.models.decoder import Decoder
+from hybridzoo.zoo.models.prefill import prefill
+from hybridzoo.zoo.models.sampling import Sampler, uniforms
+from hybridzoo.zoo.sampling_options import SamplingOptions
 
 CFG = {
     "task": "causal_lm", "vocab_size": 50, "pad_vocab_size_multiple": 16, "d_model": 32, "layers": "mamba attention mamba2 moe", "tie_embeddings": False,
@@ -99,6 +103,129 @@ def test_a_sample_follows_from_seed_and_prompt_alone(model):
         assert len({tuple(text.tolist()) for text in alone}) == 3
 
 
+def padded_prompts(*lengths):
+    rows = [torch.randint(0, 50, (n,)) for n in lengths]
+    ids, mask = (
+        torch.zeros(len(rows), max(lengths), dtype=torch.long),
+        torch.zeros(len(rows), max(lengths), dtype=torch.long),
+    )
+    for i, row in enumerate(rows):
+        ids[i, ids.shape[1] - len(row) :], mask[i, ids.shape[1] - len(row) :] = row, 1
+    return rows, ids, mask
+
+
+@torch.no_grad()
+def test_details_say_how_likely_tokens_were_and_why_rows_ended(model):
+    ids = torch.randint(0, 50, (3, 6))
+    free = model.generate(ids, 12)
+    eos = int(free[1, 10])
+    found = model.generate(ids, 12, eos_token_id=eos, details=True)
+    assert torch.equal(found.sequences, model.generate(ids, 12, eos_token_id=eos)) and found.state is None
+    logprobs = (
+        model(found.sequences).logits[:, 5:-1, :50].log_softmax(-1).gather(2, found.sequences[:, 6:, None]).squeeze(2)
+    )
+    for row, count in enumerate(found.counts.tolist()):
+        assert count == (free[row, 6:].tolist() + [eos]).index(eos) + (eos in free[row, 6:])
+        torch.testing.assert_close(found.logprobs[row, :count].double(), logprobs[row, :count], atol=1e-5, rtol=0)
+        assert not found.logprobs[row, count:].any()
+        assert found.reasons[row] == ("eos" if eos in free[row, 6:] else "length")
+    assert found.how.startswith("one operation after the other")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2,), (1, 1, 0, 2)])
+def test_a_state_goes_on_where_each_row_ended(model, rows):
+    prompts, ids, mask = padded_prompts(5, 2, 7)
+    free = model.generate(ids, 20, attention_mask=mask)
+    eos = int(free[0, 10])
+    found = model.generate(ids, 8, attention_mask=mask, eos_token_id=eos, return_state=True)
+    before = found.state.clone()
+    at = torch.tensor(rows)
+    last = found.sequences[at, 6 + found.counts[at]]
+    more = model.generate(last[:, None], 9, state=found.state.reorder(at))
+    for i, row in enumerate(rows):
+        text = torch.cat([prompts[row], found.sequences[row, 7 : 7 + found.counts[row]]])
+        assert more[i, 1:].tolist() == by_full_forwards(model, text, 9)[len(text) :].tolist()
+    assert all(torch.equal(a, b) for a, b in zip(*map(leaves, (before, found.state)), strict=True))
+    with pytest.raises(ValueError, match="state: is of 3 rows, and there are 1"):
+        model.generate(ids[:1], 2, state=found.state)
+
+
+def leaves(state):
+    found = []
+    state.map(lambda t: found.append(t) or t)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
+def test_prompts_are_read_in_chunks(model, chunk):
+    _, ids, mask = padded_prompts(11, 4, 1)
+    assert torch.equal(
+        model.generate(ids, 9, attention_mask=mask, prefill_chunk=chunk), model.generate(ids, 9, attention_mask=mask)
+    )
+    right = ids.flip(1), mask.flip(1)
+    assert torch.equal(
+        model.generate(right[0], 9, attention_mask=right[1], prefill_chunk=chunk),
+        model.generate(right[0], 9, attention_mask=right[1]),
+    )
+
+
+@torch.no_grad()
+def test_texts_end_rows_where_they_are_spelled(model, monkeypatch):
+    class Letters:
+        def decode(self, ids):
+            return "".join("abcdefghij"[i % 10] for i in ids)
+
+    monkeypatch.setattr(type(model), "tokenizer", Letters())
+    ids = torch.randint(0, 50, (4, 5))
+    free = model.generate(ids, 20)[:, 5:]
+    texts = [Letters().decode(row.tolist()) for row in free]
+    stop = [texts[0][6:9], texts[2][2:4]]
+    found = model.generate(ids, 20, stop=stop, pad_token_id=49, details=True)
+    for row, text in enumerate(texts):
+        at = [text.find(word) + len(word) for word in stop if word in text]
+        count = min(at, default=20)
+        assert int(found.counts[row]) == count and found.reasons[row] == ("stop" if at else "length")
+        assert found.sequences[row, 5 : 5 + count].tolist() == free[row, :count].tolist()
+        assert set(found.sequences[row, 5 + count :].tolist()) <= {49}
+
+
+@torch.no_grad()
+def test_a_stream_gives_the_tokens_as_they_come(model):
+    ids = torch.randint(0, 50, (2, 5))
+    looks = list(model.stream(ids, 7, temperature=2.0, seed=4))
+    want = model.generate(ids, 7, temperature=2.0, seed=4)[:, 5:]
+    assert torch.equal(torch.cat([look.tokens for look in looks], 1), want) and len(looks) == 7
+    assert [look.counts.tolist() for look in looks] == [[i, i] for i in range(1, 8)]
+    first = next(model.stream(ids, 7, temperature=2.0, seed=4))
+    assert torch.equal(first.tokens, want[:, :1])
+
+
+@torch.no_grad()
+def test_slots_are_given_to_new_rows_while_others_go_on(model):
+    prompts = [torch.randint(0, 50, (n,)) for n in (4, 9, 2, 6)]
+    options = SamplingOptions(temperature=2.0, frequency_penalty=0.4, seed=1)
+    decoder = Decoder(model, model.init_state(2, 40), Sampler(options, 2, 50, torch.device("cpu")), [], 0, 12)
+    texts, waiting, slots = {}, list(range(4)), [None, None]
+    while waiting or any(row is not None for row in slots):
+        for slot in range(2):
+            if slots[slot] is None and waiting:
+                row = slots[slot] = waiting.pop(0)
+                at = torch.tensor([slot])
+                logits, state = prefill(model, prompts[row][None], None, None, 31, None)
+                decoder.sampler.forget(at)
+                decoder.put(at, logits, uniforms(1, 0, 5 + row)[None], 5 + row, state)
+        look = decoder.advance(1)
+        for slot, row in enumerate(slots):
+            if row is not None:
+                texts.setdefault(row, []).append(int(look.tokens[slot, 0]))
+                slots[slot] = None if look.finished[slot] else row
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], 5 + row, **options.values())
+        assert texts[row] == alone[0, len(prompt) :].tolist()
+
+
 @torch.no_grad()
 def test_the_penalty_does_not_count_padding(model):
     ids = torch.randint(1, 50, (1, 5))
@@ -116,6 +243,8 @@ def test_the_penalty_does_not_count_padding(model):
     [
         ({"temperature": -1}, "temperature=-1"), ({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.5}, "top_p=1.5"), ({"top_k": -1}, "top_k=-1"),
         ({"max_new_tokens": -3}, "max_new_tokens=-3"), ({"repetition_penalty": 0}, "repetition_penalty=0"), ({"n": 2}, "n=2.*temperature"),
+        ({"max_new_tokens": 3, "max_length": 9}, "give one of them"), ({"max_length": 3}, "have 4 columns"), ({"stop": [""]}, "not empty"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0"), ({"record": True}, "a cpu records nothing"),
         ({"min_p": 1.0}, "min_p=1.0"), ({"typical_p": 0}, "typical_p=0"), ({"seed": -1}, "seed=-1"), ({"top_k": 2.5}, "top_k=2.5"),
         ({"frequency_penalty": torch.nan}, "frequency_penalty=nan"), ({"logit_bias": {50: 1.0}}, "ids 0 to 49"),
         ({"logit_bias": dict.fromkeys(range(50), -torch.inf)}, "forbids all 50"), ({"logit_bias": [1]}, "is a list"),

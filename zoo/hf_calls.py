@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.seq import Seq
-from .models.generate import check_finite_logits
+from .models.decoder import not_finite, refuse
 from .models.rows import number_documents
 from .models.state import StateCache
 
@@ -223,7 +223,7 @@ class Finite:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores of the next token as they are."""
-        check_finite_logits(scores)
+        refuse(not_finite(scores))
         return scores
 
 

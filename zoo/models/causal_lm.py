@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...layers.base import Seq, shapes, tree
 from ...layers.common import is_captured, weight_dtype
-from .generate import generate
+from .generate import generate, stream
 from .loss import next_token_loss, share_of_items, shift_labels
 from .rows import describe_rows, integers
 from .state import ModelState
@@ -64,7 +64,7 @@ class CausalLM(TextModel):
 
     head_name, may_tie, hf_class = "lm_head", True, "HybridZooForCausalLM"
     lm_head: nn.Linear
-    generate = generate
+    generate, stream = generate, stream
 
     def make_head(self, device: Any, dtype: torch.dtype | None) -> nn.Module:
         """A linear layer, whose weight is the table's where they are tied."""
@@ -150,6 +150,10 @@ class CausalLM(TextModel):
         # a part of a larger batch adds its part, so that accumulating gradients does not multiply the auxiliary loss
         return loss if aux_loss is None else loss + aux_loss * share_of_items(targets, num_items)
 
+    def hooked(self) -> bool:
+        """Tell whether hooks, or parts without a step of their own, have the whole model called for every token."""
+        return self._hooks.anywhere(self)
+
     def step(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """Decode one token per row: ``(b,)`` int64 to logits ``(b, v)``; ``state`` is updated in place.
 
@@ -164,7 +168,7 @@ class CausalLM(TextModel):
                 f"input_ids: expected shape (b,), one token for each of the state's {state.tokens.shape[0]} rows, got "
                 f"{tuple(input_ids.shape)}."
             )
-        if not self._hooks.anywhere(self):
+        if not self.hooked():
             return self.lm_head(self.backbone.step(self.backbone.embed(integers("input_ids", input_ids)), state))
         if is_captured(input_ids):
             raise RuntimeError(

@@ -1,41 +1,72 @@
-"""Text from a language model: prefill the prompt in one forward, then one step per token on the states."""
+"""Text from a language model: the prompts are read in one forward, or in chunks, then a token is chosen and read at a time."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..options import at_least, called_with, option
 from ..sampling_options import SamplingOptions
+from .decoder import AHEAD, Chosen, Decoder
+from .ends import Ends
+from .prefill import prefill
 from .sampling import Sampler, uniforms
 from .state import ModelState
 
-if TYPE_CHECKING:
-    from .causal_lm import CausalLM
-
-__all__ = ["GenerateCall", "check_finite_logits", "generate"]
+__all__ = ["GenerateCall", "Generation", "generate", "stream"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateCall(SamplingOptions):
-    """Arguments of a call of :func:`generate`."""
+    """Arguments of a call of :func:`generate`, and of :func:`stream`."""
 
     model: Any = option(  # noqa: RUF009  # a field, as the others
         None, "The language model; its training mode is left as it is, dropout-free models do not care.", kw_only=False
     )
     input_ids: Any = option(None, "``(b, l)`` int64 prompts, ``l >= 1``.", kw_only=False)  # noqa: RUF009
-    max_new_tokens: int = option(100, "Tokens to add.", bound=at_least(0), kw_only=False)
+    max_new_tokens: int | None = option(
+        None, "Tokens to add.", unset="100, or what max_length leaves", bound=at_least(0), kw_only=False
+    )
+    max_length: int | None = option(
+        None,
+        "Columns of the result, prompts and their padding included.",
+        unset="as max_new_tokens says",
+        bound=at_least(1),
+    )
     n: int = option(1, "Samples of every prompt; more than one need a temperature.", bound=at_least(1))
-    attention_mask: Any = option(  # noqa: RUF009  # a field, as the others
+    attention_mask: Any = option(  # noqa: RUF009
         None,
         "``(b, l)``, nonzero at real tokens; rows of unequal length may be padded on either side.",
         unset="all are",
     )
-    eos_token_id: Any = option(  # noqa: RUF009  # a field, as the others
+    eos_token_id: Any = option(  # noqa: RUF009
         None, "A row is finished once it produced this one, or one of these; the others go on.", unset="never"
     )
     pad_token_id: int | None = option(None, "Written after a row's end.", unset="the first eos_token_id, else 0")
+    stop: Any = option(  # noqa: RUF009
+        None,
+        "A text, or several, that end a row whose new tokens spell one; the model's tokenizer reads them.",
+        unset="none",
+    )
+    state: Any = option(  # noqa: RUF009
+        None, "What was read before the prompts: ``out.state`` of a call of the model, or a :class:`Generation`'s. It stays as it is.",
+        unset="nothing",
+    )  # fmt: skip
+    prefill_chunk: int | None = option(
+        None,
+        "Columns of the prompts that are read at once.",
+        unset="all up to 16,384, else 8,192 at a time",
+        bound=at_least(1),
+    )
+    record: bool | None = option(None, "Whether a GPU records a step as a CUDA graph.", unset="where it can")
+    details: bool = option(
+        False, "Return a :class:`Generation`, with what else there is to know, in place of a tensor."
+    )
+    return_state: bool = option(
+        False, "Let it hold the rows' states, which takes a look at the device after every token."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,6 +79,23 @@ class GenerateCall(SamplingOptions):
             raise ValueError(
                 f"generate(n={self.n}): without a temperature all samples are the same. Set it, or leave n out."
             )
+        if self.max_length is not None and self.max_new_tokens is not None:
+            raise ValueError(
+                f"generate(max_new_tokens={self.max_new_tokens}, max_length={self.max_length}): give one of them."
+            )
+        if self.max_length is not None and self.max_length < ids.shape[1]:
+            raise ValueError(
+                f"generate(max_length={self.max_length}): the prompts have {ids.shape[1]} columns. Enlarge it."
+            )
+        if any(not isinstance(text, str) or not text for text in self.stops):
+            raise ValueError(f"generate(stop={self.stop!r}): expected texts that are not empty.")
+
+    @property
+    def steps(self) -> int:
+        """The most tokens of a row."""
+        if self.max_length is not None:
+            return self.max_length - self.input_ids.shape[1]
+        return 100 if self.max_new_tokens is None else self.max_new_tokens
 
     @property
     def ends(self) -> list[int]:
@@ -55,107 +103,143 @@ class GenerateCall(SamplingOptions):
         eos = self.eos_token_id
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end a row."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def pad(self) -> int:
+        """The token behind a row's end."""
+        return self.pad_token_id if self.pad_token_id is not None else (self.ends or [0])[0]
+
+
+@dataclasses.dataclass
+class Generation:
+    """The result of a generation, a row for each sample of each prompt.
+
+    Attributes:
+        sequences: ``(b * n, l + new)`` int64, prompts and new tokens.
+        counts: ``(b * n,)`` int64, tokens that are new, those that ended rows included.
+        logprobs: ``(b * n, new)`` float32, natural logarithms of the probabilities that the model gave the new tokens, before any option
+            of the choice; 0 behind a row's end.
+        reasons: What ended each row: ``"eos"``, ``"stop"`` or ``"length"``.
+        state: Where asked for, what the rows have read, all but the last token of each: from there, ``generate(last[:, None], state=...)``
+            goes on with the tokens ``last``.
+        how: Words for how steps were taken.
+    """
+
+    sequences: Tensor
+    counts: Tensor
+    logprobs: Tensor
+    reasons: list[str]
+    state: ModelState | None
+    how: str
+
 
 @called_with(GenerateCall)
-@torch.no_grad()
-def generate(call: GenerateCall) -> Tensor:
+def generate(call: GenerateCall) -> Any:
     """Continue every row of a batch of prompts.
 
-    Returns ``(b * n, l + new)`` int64, the samples of a prompt one below the other: the prompts as given, then the new tokens. It stops
-    early when every row is finished.
+    Returns ``(b * n, l + new)`` int64, the samples of a prompt one below the other: the prompts as given, then the new tokens; or, with
+    ``details`` or ``return_state``, a :class:`Generation`. It ends early when every row is finished.
 
     Raises:
         ValueError: An argument out of range, a row without a real token, or logits that are not finite.
     """
-    model, input_ids, steps = call.model, call.input_ids, call.max_new_tokens
-    b, l = input_ids.shape
-    if steps == 0:
-        return input_ids.repeat_interleave(call.n, 0)
-    sampler = Sampler(call, b, model.cfg.vocab_size, input_ids.device)
-    mask = call.attention_mask
-    logits, state = _prefill(model, input_ids, mask, l + steps)
-    sampler.read(input_ids, None if mask is None else mask.to(input_ids.device) != 0)
-    if call.n > 1:
-        rows = torch.arange(b, device=input_ids.device).repeat_interleave(call.n)
-        input_ids, logits, state = input_ids[rows], logits[rows], state.reorder(rows)
-        sampler.reorder(rows)
-    chance = torch.stack([uniforms(call.seed, i, steps if call.draws else 0) for i in range(call.n)], 1)
-    pad = call.pad_token_id if call.pad_token_id is not None else (call.ends or [0])[0]
-    new = _decode(model, logits, state, steps, sampler, chance.repeat(1, b).to(input_ids.device), call.ends, pad)
-    return torch.cat([input_ids, *new], 1)
+    prompts = call.input_ids.repeat_interleave(call.n, 0)
+    run = _Run(call)
+    looks = list(run.looks())
+    if not looks:
+        looks = [
+            Chosen(
+                *(torch.zeros(prompts.shape[0], 0, dtype=kind) for kind in (torch.long, torch.float)),
+                run.ends.counts,
+                None,
+            )
+        ]
+    longest = int(run.ends.counts.max()) if len(run.ends.counts) else 0
+    tokens, logprobs = (torch.cat([getattr(x, name) for x in looks], 1)[:, :longest] for name in ("tokens", "logprobs"))
+    sequences = torch.cat([prompts, tokens.to(prompts.device)], 1)
+    if not call.details and not call.return_state:
+        return sequences
+    return Generation(sequences, run.ends.counts, logprobs, run.ends.reasons, run.kept, run.how)
 
 
-def _decode(
-    model: "CausalLM",
-    logits: Tensor,
-    state: ModelState,
-    steps: int,
-    sampler: Sampler,
-    chance: Tensor,
-    eos: list[int],
-    pad: int,
-) -> list[Tensor]:
-    """The tokens of at most so many steps, ``(b, 1)`` each, from the logits of the first."""
-    out: list[Tensor] = []
-    finished = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
-    stops = torch.tensor(eos, dtype=torch.long, device=logits.device)
-    broken = torch.zeros_like(finished)
-    for i in range(steps):
-        logits = logits[:, : model.cfg.vocab_size].float()  # rows that only pad the table are never produced
-        wrong = _not_finite(logits) & ~finished
-        if i == 0 or not logits.is_cuda:
-            _refuse(wrong)
-        broken |= wrong  # asking a GPU takes time, so it is asked in the end
-        if sampler.options.draws:  # what is drawn from must be numbers
-            logits = logits.masked_fill(wrong[:, None], 0)
-        token = sampler(logits, chance[i] if sampler.options.draws else None).masked_fill(finished, pad)
-        out.append(token[:, None])
-        if eos:
-            finished |= torch.isin(token, stops)
-            if bool(finished.all()):
-                break
-        if i + 1 < steps:
-            logits = model.step(token, state)
-    _refuse(broken)
-    return out
+@called_with(GenerateCall)
+def stream(call: GenerateCall) -> Iterator[Chosen]:
+    """Continue every row of a batch of prompts, and yield what was chosen as it comes: a token at a time on a CPU, up to 16 on a GPU.
+
+    Arguments are those of :func:`generate`. Who stops listening ends it.
+
+    Raises:
+        ValueError: As :func:`generate`; what is about the weights, once the first token is asked for.
+    """
+    return _Run(call).looks()
 
 
-def check_finite_logits(logits: Tensor) -> None:
-    """Raise a ``ValueError`` where the best of a row's logits, ``(..., v)``, is no number."""
-    _refuse(_not_finite(logits))
+class _Run:
+    """A generation on its way.
 
+    Attributes:
+        ends: What ended the rows, so far.
+        kept: The rows' states where they ended, if they are to be returned.
+        how: Words for how steps are taken.
+    """
 
-def _not_finite(logits: Tensor) -> Tensor:
-    # NaN is the largest of all; -inf may be somebody's way to forbid a token
-    return ~logits.amax(-1).isfinite()
-
-
-def _refuse(wrong: Tensor) -> None:
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        raise ValueError(
-            f"logits: those of row {row} are not finite. The weights are damaged (a diverged training run, say), or the numbers too large "
-            "for their dtype: load a good checkpoint, or use dtype=torch.float32."
+    def __init__(self, call: GenerateCall):
+        self.call, self.how = call, ""
+        self.kept: ModelState | None = None
+        self.ends = Ends(
+            call.input_ids.shape[0] * call.n,
+            call.ends,
+            call.stops,
+            call.model.tokenizer if call.stops else None,
+            call.pad,
         )
 
+    @torch.no_grad()
+    def looks(self) -> Iterator[Chosen]:
+        """Yield what every few steps have chosen."""
+        call, ends = self.call, self.ends
+        if not call.steps or not len(ends.counts):
+            return
+        decoder = self._begun()
+        self.how = decoder.how
+        ahead = AHEAD if call.input_ids.is_cuda and not call.return_state else 1
+        for done in range(0, call.steps, ahead):
+            steps, before = min(ahead, call.steps - done), ends.finished.clone()
+            found = ends.see(decoder.advance(steps, last=call.return_state or done + steps == call.steps), done)
+            if ends.by_text.any():
+                decoder.drop(ends.by_text.nonzero().flatten())
+            self._keep(decoder.state, ends.finished & ~before)
+            yield found
+            if ends.finished.all():
+                return
+            if call.return_state:
+                decoder.read()
 
-def _prefill(model: "CausalLM", input_ids: Tensor, attention_mask: Tensor | None, max_len: int) -> tuple[Tensor, Any]:
-    b, l = input_ids.shape
-    state = model.init_state(b, max_len, device=input_ids.device)  # weights may be elsewhere until they are called
-    if attention_mask is None:
-        out = model(input_ids, state=state, return_state=True, logits_to_keep=1)
-        return out.logits[:, -1], out.state
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: shape {tuple(attention_mask.shape)} differs from the prompts' {tuple(input_ids.shape)}."
-        )
-    last = ((attention_mask.to(input_ids.device) != 0) * torch.arange(1, l + 1, device=input_ids.device)).amax(1) - 1
-    if bool((last < 0).any()):
-        row = int((last < 0).nonzero()[0])
-        raise ValueError(
-            f"attention_mask: row {row} has no real token. Give every prompt at least one token (the BOS token, say)."
-        )
-    # of the logits, only those of positions that some row ends at
-    ends = last.unique()
-    out = model(input_ids, None, attention_mask, state=state, return_state=True, logits_to_keep=ends)
-    return out.logits[torch.arange(b, device=last.device), torch.searchsorted(ends, last)], out.state
+    def _keep(self, state: ModelState, ended: Tensor) -> None:
+        if not self.call.return_state or not ended.any():
+            return
+        rows = ended.nonzero().flatten().to(state.tokens.device)
+        if self.kept is None:
+            self.kept = state.clone()
+        else:
+            self.kept.put(rows, state.reorder(rows))
+
+    def _begun(self) -> Decoder:
+        call, ids = self.call, self.call.input_ids
+        model, device, b = call.model, ids.device, ids.shape[0]
+        mask = None if call.attention_mask is None else call.attention_mask.to(device)
+        sampler = Sampler(call, b, model.cfg.vocab_size, device)
+        logits, state = prefill(model, ids, mask, call.state, call.steps, call.prefill_chunk)
+        sampler.read(ids, None if mask is None else mask != 0)
+        if call.n > 1:
+            rows = torch.arange(b, device=device).repeat_interleave(call.n)
+            logits, state = logits[rows], state.reorder(rows)
+            sampler.reorder(rows)
+        chance = torch.stack([uniforms(call.seed, i, call.steps if call.draws else 0) for i in range(call.n)])
+        decoder = Decoder(model, state, sampler, call.ends, call.pad, call.steps, call.record)
+        decoder.put(torch.arange(b * call.n, device=device), logits, chance.repeat(b, 1), call.steps)
+        return decoder

@@ -66,6 +66,12 @@ class Sampler:
             found.scatter_add_(1, input_ids.clamp(max=found.shape[1] - 1), once.int())
             self.seen |= found > 0
 
+    def forget(self, rows: Tensor) -> None:
+        """Begin anew in the given rows, ``(m,)`` int64."""
+        for kept in (self.seen, self.counts):
+            if kept is not None:
+                kept.index_fill_(0, rows, 0)
+
     def reorder(self, rows: Tensor) -> None:
         """Go on with the given rows, ``(m,)`` int64, in that order."""
         self.seen = None if self.seen is None else self.seen[rows]
@@ -75,14 +81,11 @@ class Sampler:
         """Choose from ``(b, v)`` logits, where chance decides by ``chance``, ``(b,)`` float64 in [0, 1): ``(b,)`` int64."""
         logits = self._penalised(logits.float())
         token = logits.argmax(-1) if chance is None else _drawn(self._warped(logits), chance)
-        self._note(token)
-        return token
-
-    def _note(self, token: Tensor) -> None:
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
         if self.counts is not None:
             self.counts.scatter_add_(1, token[:, None], torch.ones_like(token[:, None], dtype=torch.int32))
+        return token
 
     def _penalised(self, logits: Tensor) -> Tensor:
         options = self.options

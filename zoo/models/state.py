@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...layers.base import State, copy_state, map_state, nbytes_of, shapes, tree
+from ...layers.base import State, copy_state, map_state, nbytes_of, put_state, shapes, tree
 from ..errors import CheckpointError
 
 __all__ = ["ModelState", "StateCache"]
@@ -44,6 +44,11 @@ class ModelState:
     def reorder(self, rows: Tensor) -> "ModelState":
         """The states of the given rows, ``(m,)`` int64, in that order: beam search, or a batch that changes."""
         return self.map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def put(self, rows: Tensor, other: "ModelState") -> None:
+        """Write another state's rows into the given ones, ``(m,)`` int64, in place; both have room for the same number of tokens."""
+        put_state(self.layers, rows, other.layers)
+        self.tokens.index_copy_(0, rows, other.tokens)
 
     def restarted(self, rows: Tensor) -> "ModelState":
         """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token."""

@@ -1,0 +1,194 @@
+"""The loop of decoding: rows that are continued token by token, each in a slot of one state.
+
+A step chooses a token for every slot and reads it. It is the same sequence of operations on the same memory every time: a GPU records it
+once as a CUDA graph and replays it, with the bits that it has without. Nobody waits for the device but to look at what was chosen.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sampling import Sampler
+from .state import ModelState
+
+__all__ = ["AHEAD", "Chosen", "Decoder", "not_finite", "refuse"]
+
+# steps that a GPU takes before somebody looks; on a CPU looking costs nothing
+AHEAD = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What some steps chose, on the CPU.
+
+    Attributes:
+        tokens: ``(b, m)`` int64; where a slot's row had ended before, what stands for padding.
+        logprobs: ``(b, m)`` float32, natural logarithms of the probabilities that the model gave them, before any option; 0 for padding.
+        counts: ``(b,)`` int64, tokens that the rows have by now.
+        finished: ``(b,)`` bool, whether a row has ended, or its slot is free.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    counts: Tensor
+    finished: Tensor
+
+
+class Decoder:
+    """Slots in which rows are continued.
+
+    Args:
+        model: A language model.
+        state: Of as many rows as there are slots, with room for all that is to come; decoded on in place.
+        sampler: Chooses, for as many rows.
+        ends: Tokens that end a row.
+        pad: What is read and written in a slot whose row has ended.
+        steps: The most tokens that a row can ask for.
+        record: Whether a GPU records its step; by default where it can.
+
+    Attributes:
+        how: Words for how steps are taken.
+
+    Raises:
+        ValueError: A step is to be recorded that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        state: ModelState,
+        sampler: Sampler,
+        ends: list[int],
+        pad: int,
+        steps: int,
+        record: bool | None = None,
+    ):
+        self.model, self.state, self.sampler, self.pad = model, state, sampler, pad
+        b, device, vocab = state.tokens.shape[0], state.tokens.device, model.cfg.vocab_size
+        self._ends = torch.tensor(ends, dtype=torch.long, device=device)
+        self._logits = torch.zeros(b, vocab, device=device)
+        self._chance = torch.zeros(b, steps if sampler.options.draws else 0, dtype=torch.float64, device=device)
+        self._count, self._limit = (torch.zeros(b, dtype=torch.long, device=device) for _ in range(2))
+        self._finished, self._broken = (torch.full((b,), value, device=device) for value in (True, False))
+        self._tokens = torch.full((b, AHEAD), pad, dtype=torch.long, device=device)
+        self._logprobs = torch.zeros(b, AHEAD, device=device)
+        self._column = torch.zeros(1, dtype=torch.long, device=device)
+        self.how, self._records = _how(model, device, record)
+        self._graph: Any = None
+        self._warm = 0
+
+    def put(self, slots: Tensor, logits: Tensor, chance: Tensor, limit: int, state: ModelState | None = None) -> None:
+        """Begin with rows.
+
+        Args:
+            slots: Where, ``(m,)`` int64.
+            logits: Of what follows the rows, ``(m, v)``.
+            chance: ``(m, steps)`` float64 of :func:`~hybridzoo.zoo.models.sampling.uniforms`, or of no steps where it decides nothing.
+            limit: Tokens after which a row ends, at least 1.
+            state: What they have read, of ``m`` rows; by default the slots' states are theirs already.
+
+        Raises:
+            ValueError: Logits that are not finite.
+        """
+        slots = slots.to(self._count.device)
+        logits = logits[:, : self._logits.shape[1]].float()
+        refuse(not_finite(logits))
+        if state is not None:
+            self.state.put(slots, state)
+        self._logits[slots] = logits
+        self._chance[slots, : chance.shape[1]] = chance.to(self._chance.device)
+        self._count[slots], self._limit[slots] = 0, limit
+        self._finished[slots], self._broken[slots] = False, False
+
+    def drop(self, slots: Tensor) -> None:
+        """End rows where they are; their slots are free."""
+        self._finished[slots.to(self._finished.device)] = True
+
+    @torch.no_grad()
+    def advance(self, steps: int, last: bool = False) -> Chosen:
+        """Take some steps, at most :data:`AHEAD`; after the ``last`` ones nothing is to be read any more.
+
+        Raises:
+            ValueError: Logits of a row that has not ended are not finite.
+        """
+        self._column.zero_()
+        for i in range(steps):
+            if last and i + 1 == steps:
+                self._choose()
+            else:
+                self._step()
+        refuse(self._broken)
+        found = self._tokens[:, :steps], self._logprobs[:, :steps], self._count, self._finished
+        return Chosen(*(t.cpu().clone() for t in found))
+
+    def _step(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._records and self._warm == 2:
+            # what libraries prepare at a first call is there; capturing runs nothing
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._choose()
+                self.read()
+            self._graph = graph
+            graph.replay()
+        else:
+            self._warm += 1
+            self._choose()
+            self.read()
+
+    def _choose(self) -> None:
+        logits, alive = self._logits, ~self._finished
+        wrong = not_finite(logits) & alive
+        self._broken |= wrong
+        chance = None
+        if self.sampler.options.draws:
+            logits = logits.masked_fill(wrong[:, None], 0)  # what is drawn from must be numbers
+            at = self._count.clamp(max=self._chance.shape[1] - 1)
+            chance = self._chance.gather(1, at[:, None]).squeeze(1)
+        token = self.sampler(logits, chance).masked_fill(self._finished, self.pad)
+        logprob = self._logits.gather(1, token[:, None]).squeeze(1) - self._logits.logsumexp(1)
+        self._tokens.index_copy_(1, self._column, token[:, None])
+        self._logprobs.index_copy_(1, self._column, logprob.masked_fill(self._finished, 0)[:, None])
+        self._column += 1
+        self._count += alive
+        self._finished |= (token[:, None] == self._ends).any(1) & alive
+        self._finished |= self._count >= self._limit
+        self._token = token
+
+    def read(self) -> None:
+        """Let the slots read what was chosen last."""
+        self._logits.copy_(self.model.step(self._token, self.state)[:, : self._logits.shape[1]])
+
+
+def not_finite(logits: Tensor) -> Tensor:
+    """Find the rows of logits, ``(..., v)``, whose best is no number."""
+    # NaN is the largest of all; -inf may be somebody's way to forbid a token
+    return ~logits.amax(-1).isfinite()
+
+
+def refuse(wrong: Tensor) -> None:
+    """Raise a ``ValueError`` that names the first row that is ``wrong``, ``(b,)`` bool."""
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"logits: those of row {row} are not finite. The weights are damaged (a diverged training run, say), or the numbers too large "
+            "for their dtype: load a good checkpoint, or use dtype=torch.float32."
+        )
+
+
+def _how(model: Any, device: torch.device, record: bool | None) -> tuple[str, bool]:
+    reason = ""
+    if device.type != "cuda":
+        reason = f"a {device.type} records nothing"
+    elif model.hooked():
+        reason = "modules have hooks, or a step of their own is missing"
+    elif any(p.device != device for p in model.parameters()):
+        reason = "weights are not on the device"
+    if record and reason:
+        raise ValueError(f"generate(record=True): {reason}. Leave it out.")
+    if record is False or reason:
+        return f"one operation after the other ({reason or 'as asked'})", False
+    return "recorded as a CUDA graph", True

@@ -1,0 +1,76 @@
+"""The reading of prompts: in one forward, or in chunks that leave a state each."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import ModelState
+
+__all__ = ["prefill"]
+
+# columns that are read at once, and the length from which prompts are read in pieces of half of it
+_LONG = 16384
+
+
+def prefill(
+    model: Any, input_ids: Tensor, mask: Tensor | None, state: ModelState | None, more: int, chunk: int | None
+) -> tuple[Tensor, ModelState]:
+    """Read prompts.
+
+    Args:
+        model: A language model.
+        input_ids: ``(b, l)`` int64.
+        mask: ``(b, l)``, nonzero at real tokens; ``None`` where all are.
+        state: What was read before; ``None`` for nothing.
+        more: Tokens that are to follow, for which there will be room.
+        chunk: Columns that are read at once; ``None`` to choose.
+
+    Returns:
+        The logits behind each row's last real token, ``(b, v)``, and the state there.
+
+    Raises:
+        ValueError: A mask of another shape, a row without a real token, or a state of another number of rows.
+    """
+    b, l = input_ids.shape
+    chunk = chunk or (l if l <= _LONG else _LONG // 2)
+    last = _last(input_ids, mask)
+    if state is None:
+        state = model.init_state(b, l + more, device=input_ids.device)  # weights may be elsewhere until they are called
+    elif state.tokens.shape[0] != b:
+        raise ValueError(
+            f"state: is of {state.tokens.shape[0]} rows, and there are {b} prompts. Use state.reorder(rows)."
+        )
+    logits = None
+    for start in range(0, l, chunk):
+        at = slice(start, min(start + chunk, l))
+        here = ((last >= at.start) & (last < at.stop)).nonzero().squeeze(1)
+        # of the logits, only those of positions that some row ends at
+        ends = (last[here] - start).unique()
+        out = model(
+            input_ids[:, at], None, None if mask is None else mask[:, at], state=state, return_state=True,
+            logits_to_keep=ends if len(ends) else 1,
+        )  # fmt: skip
+        state = out.state
+        if len(here):
+            logits = out.logits.new_empty(b, out.logits.shape[-1]) if logits is None else logits
+            logits[here] = out.logits[here, torch.searchsorted(ends, last[here] - start)]
+    assert logits is not None
+    return logits, state
+
+
+def _last(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    b, l = input_ids.shape
+    if mask is None:
+        return torch.full((b,), l - 1, device=input_ids.device)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)} differs from the prompts' {tuple(input_ids.shape)}."
+        )
+    last = ((mask != 0) * torch.arange(1, l + 1, device=input_ids.device)).amax(1) - 1
+    if bool((last < 0).any()):
+        row = int((last < 0).nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} has no real token. Give every prompt at least one token (the BOS token, say)."
+        )
+    return last
