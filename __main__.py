@@ -5,12 +5,12 @@ import warnings
 from pathlib import Path
 
 from .eval import commands as evaluation
-from .zoo import commands, image_commands
+from .zoo import commands, image_commands, text_commands
 from .zoo.terminal import program, say
 
 __all__ = ["app", "main"]
 
-app = program(commands.app, image_commands.app, evaluation.app)
+app = program(commands.app, text_commands.app, image_commands.app, evaluation.app)
 
 
 def main() -> None:

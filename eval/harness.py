@@ -28,8 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..zoo.hf import HybridZooForCausalLM
 from ..zoo.models.causal_lm import CausalLM
+from ..zoo.models.decoder import not_finite, refuse
 from ..zoo.models.finite import check_finite
-from ..zoo.models.generate import check_finite_logits
 from ..zoo.tokenizer import appends_end
 from .pretrained import explained, fingerprint, open_model, open_tokenizer, quiet, reachable, usable_device, window
 
@@ -194,7 +194,7 @@ class HybridZooLM(HFLM):
             precision = self.mixed_precision_dtype
             with torch.no_grad(), torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
                 logits = self.model(inps, use_cache=False).logits  # nothing follows on what is scored
-        check_finite_logits(logits)
+        refuse(not_finite(logits))
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:

@@ -27,7 +27,7 @@ __all__ = [
     "copy_state",
     "map_state",
     "nbytes_of",
-    "put_state",
+    "paired",
     "shapes",
     "tree",
 ]
@@ -119,22 +119,19 @@ def map_state(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return tuple(map_state(s, fn) for s in state)
 
 
+def paired(a: Any, b: Any) -> Iterator[tuple[State, State]]:
+    """The states of two that are built alike, through tuples."""
+    if isinstance(a, State):
+        yield a, b
+    else:
+        for x, y in zip(a, b, strict=True):
+            yield from paired(x, y)
+
+
 def copy_state(into: Any, source: Any) -> None:
     """Write ``source`` into ``into`` in place, through tuples."""
-    if isinstance(into, State):
-        into.copy_(source)
-    else:
-        for a, b in zip(into, source, strict=True):
-            copy_state(a, b)
-
-
-def put_state(into: Any, rows: Tensor, source: Any) -> None:
-    """Write ``source`` into rows of ``into`` in place, through tuples."""
-    if isinstance(into, State):
-        into.put(rows, source)
-    else:
-        for a, b in zip(into, source, strict=True):
-            put_state(a, rows, b)
+    for mine, theirs in paired(into, source):
+        mine.copy_(theirs)
 
 
 def nbytes_of(state: Any) -> int:

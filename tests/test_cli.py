@@ -83,6 +83,35 @@ def test_generate_continues_the_prompt_and_is_reproducible(folder):
     assert invoke(*arguments, "--seed", 1).stdout != first.stdout
 
 
+def test_generate_continues_files_of_prompts(folder, tmp_path):
+    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_text("ab\n\na longer one\n")
+    lines.write_text('{"prompt": "ab"}\n{"prompt": "a longer one"}\n')
+    arguments = ("generate", folder, "--max-new-tokens", 6, "--device", "cpu", "--n", 2, "--json", "--prompts")
+    found = [json.loads(line) for line in invoke(*arguments, plain).stdout.splitlines()]
+    assert [one["prompt"] for one in found] == ["ab", "ab", "a longer one", "a longer one"]
+    assert invoke(*arguments, lines, "--batch-size", 1).stdout == invoke(*arguments, plain).stdout
+    alone = json.loads(
+        invoke("generate", folder, "--prompt", "ab", "--max-new-tokens", 6, "--device", "cpu", "--json").stdout
+    )
+    assert alone == found[0] and len(alone["logprobs"]) == alone["tokens"] and alone["ended"] in ("length", "eos")
+    piped = invoke("generate", folder, "--max-new-tokens", 6, "--device", "cpu", input="ab")
+    assert piped.stdout == f"ab{alone['text']}\n"
+    stopped = invoke("generate", folder, "--prompt", "ab", "--stop", alone["text"][2], "--json", "--device", "cpu")
+    assert json.loads(stopped.stdout)["ended"] == "stop"
+
+
+def test_generate_says_what_is_wrong_with_prompts(folder, tmp_path):
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "ab"}\n{"text": "x"}\n')
+    assert "line 2: no object with a 'prompt'" in invoke("generate", folder, "--prompts", lines, status=1).stderr
+    lines.write_text("\n")
+    assert "holds no prompts" in invoke("generate", folder, "--prompts", lines, status=1).stderr
+    missing = invoke("generate", folder, "--prompts", tmp_path / "p.json", status=1).stderr
+    assert "no such file" in missing and "p.jsonl" in missing
+    assert "give one of them" in invoke("generate", folder, "--prompts", lines, "--prompt", "x", status=1).stderr
+
+
 def test_generate_says_that_a_config_is_untrained():
     result = invoke("generate", "mamba-tiny", "--max-new-tokens", 1, "--device", "cpu")
     assert "untrained" in result.stderr and "untrained" not in result.stdout

@@ -15,9 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .options import at_least, option
-from .sampling_options import SamplingOptions
-from .terminal import Device, Json, ModelName, counted, print_json, print_report, print_text, say, with_options
+from .terminal import Device, Json, counted, print_json, print_report, say, with_options
 from .train.options import TrainOptions
 
 __all__ = ["app"]
@@ -198,57 +196,6 @@ def report(
 
     page = write_report(out)
     print_json({"report": str(page)}) if as_json else say(f"wrote {page}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sampling(SamplingOptions):
-    temperature: float = option(0.8, "Logits are divided by it; 0 is greedy.", bound=at_least(0), panel="Sampling")
-
-
-@app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
-@with_options(_Sampling)
-def generate(
-    model: ModelName,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
-    device: Device = None,
-    as_json: Json = False,
-    **given: Any,
-) -> None:
-    """Continue a text."""
-    from .named import check_model
-
-    sampling = _Sampling(**given)
-    check_model(model)
-    import torch
-
-    from .checkpoint import load
-    from .checkpoint.single import file_in
-    from .device import pick_device
-    from .models.build import build
-    from .models.finite import check_finite
-    from .models.tasks import check_language_model
-    from .tokenizer import encode_prompt, ends_of_text
-    from .train.options import holds_weights
-
-    at = pick_device(device)
-    torch.manual_seed(sampling.seed)
-    built: Any
-    if Path(model).is_dir() or holds_weights(model) or file_in(Path(model)):
-        built = load(model, device=at)
-        check_language_model(built, model)
-        check_finite(built, model)
-    else:
-        built = build(model, device=at).eval()
-        check_language_model(built, model)
-        say(f"{model} is a config: the model is untrained, and babbles")
-    ids, ends = torch.tensor([encode_prompt(built, prompt)], device=at), ends_of_text(built)
-    made = built.generate(ids, max_new_tokens, eos_token_id=ends, **sampling.values())
-    new = made[0, ids.shape[1] :].tolist()
-    text = built.tokenizer.decode(new[: -1 if new[-1:] and new[-1] in ends else None])
-    if as_json:
-        return print_json({"model": model, "prompt": prompt, "text": text, "tokens": len(new)})
-    print_text(f"{prompt}{text}")
 
 
 @app.command(epilog="Example: [bold]zoo convert state-spaces/mamba-130m out/ --to hf[/bold]")

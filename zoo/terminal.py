@@ -177,11 +177,12 @@ def say(text: str) -> None:
     stderr().print(printable(text, keep="\n"))
 
 
-def print_text(text: str) -> None:
-    """Print what a model says, which may be somebody else's, and is no command to a terminal."""
+def print_text(text: str, end: str = "\n") -> None:
+    """Print at once what a model says, which may be somebody else's, and is no command to a terminal."""
     if _is_terminal():
         text = _CONTROLS.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{text}{end}")
+    sys.stdout.flush()
 
 
 def with_options(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

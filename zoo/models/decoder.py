@@ -21,7 +21,7 @@ AHEAD = 16
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """What some steps chose, on the CPU.
+    """The choices of some steps, on the CPU.
 
     Attributes:
         tokens: ``(b, m)`` int64; where a slot's row had ended before, what stands for padding.

@@ -150,14 +150,9 @@ def generate(call: GenerateCall) -> Any:
     prompts = call.input_ids.repeat_interleave(call.n, 0)
     run = _Run(call)
     looks = list(run.looks())
-    if not looks:
-        looks = [
-            Chosen(
-                *(torch.zeros(prompts.shape[0], 0, dtype=kind) for kind in (torch.long, torch.float)),
-                run.ends.counts,
-                None,
-            )
-        ]
+    if not looks:  # nothing was asked for
+        none = torch.zeros(prompts.shape[0], 0)
+        looks = [Chosen(none.long(), none, run.ends.counts, run.ends.finished)]
     longest = int(run.ends.counts.max()) if len(run.ends.counts) else 0
     tokens, logprobs = (torch.cat([getattr(x, name) for x in looks], 1)[:, :longest] for name in ("tokens", "logprobs"))
     sequences = torch.cat([prompts, tokens.to(prompts.device)], 1)

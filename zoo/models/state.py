@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...layers.base import State, copy_state, map_state, nbytes_of, put_state, shapes, tree
+from ...layers.base import State, copy_state, map_state, nbytes_of, paired, shapes, tree
 from ..errors import CheckpointError
 
 __all__ = ["ModelState", "StateCache"]
@@ -47,7 +47,8 @@ class ModelState:
 
     def put(self, rows: Tensor, other: "ModelState") -> None:
         """Write another state's rows into the given ones, ``(m,)`` int64, in place; both have room for the same number of tokens."""
-        put_state(self.layers, rows, other.layers)
+        for mine, theirs in paired(self.layers, other.layers):
+            mine.put(rows, theirs)
         self.tokens.index_copy_(0, rows, other.tokens)
 
     def restarted(self, rows: Tensor) -> "ModelState":

@@ -1,0 +1,177 @@
+"""The command that continues texts. Each part is a few lines around what anybody can call; heavy imports wait inside."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import at_least, option
+from .sampling_options import SamplingOptions
+from .terminal import Device, ModelName, print_json, print_text, say, with_options
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sampling(SamplingOptions):
+    temperature: float = option(0.8, "Logits are divided by it; 0 is greedy.", bound=at_least(0), panel="Sampling")
+
+
+@app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
+@with_options(_Sampling)
+def generate(
+    model: ModelName,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue.", show_default="standard input, if something is piped there")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file of prompts: one in each line, or in .jsonl under 'prompt'; - for standard input."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0)] = 200,
+    n: Annotated[int, typer.Option("--n", help="Samples of every prompt.", min=1)] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends a sample; may be given more than once.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts that are continued at once.", min=1)] = 16,
+    device: Device = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: an object, or for --prompts one in each line, as they come.")
+    ] = False,
+    **given: Any,
+) -> None:
+    """Continue texts; a single one is printed as it comes."""
+    from .named import check_model, check_there
+
+    options = _Sampling(**given).values() | {"max_new_tokens": max_new_tokens, "n": n, "stop": stop or None}
+    if prompt is not None and prompts is not None:
+        raise ValueError("generate(--prompt, --prompts): give one of them.")
+    check_model(model)
+    if prompts is not None and str(prompts) != "-":
+        check_there(prompts, "Give a file of prompts, one in each line, or - for standard input.")
+    asked = None if prompts is None else _read(prompts)
+    text = (
+        prompt
+        if prompt is not None
+        else ""
+        if sys.stdin is None or sys.stdin.isatty() or asked is not None
+        else sys.stdin.read()
+    )
+    writer = _Writer(_opened(model, device, options["seed"]), model, options)
+    if asked is None and n == 1 and not as_json:
+        writer.stream(text)
+    elif asked is None:
+        print_json(writer.batch([text])) if as_json and n > 1 else _show(writer.batch([text]), as_json)
+    else:
+        for start in range(0, len(asked), batch_size):
+            for found in writer.batch(asked[start : start + batch_size]):
+                print_text(json.dumps(found, ensure_ascii=False) if as_json else f"{found['prompt']}{found['text']}\n")
+
+
+def _show(found: list[dict[str, Any]], as_json: bool) -> None:
+    for one in found:
+        print_json(one) if as_json else print_text(f"{one['prompt']}{one['text']}" + ("\n" if len(found) > 1 else ""))
+
+
+def _read(path: Path) -> list[str]:
+    """The prompts of a file, with the number of a line that cannot be read."""
+    if str(path) == "-":
+        lines, where = sys.stdin.read().splitlines(), "standard input"
+    else:
+        lines, where = path.read_text(encoding="utf-8").splitlines(), str(path)
+    asked = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (json.JSONDecodeError, KeyError, TypeError) as e:
+                raise ValueError(f"{where}, line {number}: no object with a 'prompt' ({type(e).__name__}: {e}).") from e
+            if not isinstance(line, str):
+                raise ValueError(f"{where}, line {number}: the prompt is a {type(line).__name__}, expected a text.")
+        asked.append(line)
+    if not asked:
+        raise ValueError(f"{where}: holds no prompts. Write one in each line.")
+    return asked
+
+
+def _opened(model: str, device: Any, seed: int) -> Any:
+    import torch
+
+    from .checkpoint import load
+    from .checkpoint.single import file_in
+    from .device import pick_device
+    from .models.build import build
+    from .models.finite import check_finite
+    from .models.tasks import check_language_model
+    from .train.options import holds_weights
+
+    at = pick_device(device)
+    torch.manual_seed(seed)
+    if Path(model).is_dir() or holds_weights(model) or file_in(Path(model)):
+        built = load(model, device=at)
+        check_language_model(built, model)
+        check_finite(built, model)
+        return built
+    built = build(model, device=at).eval()
+    check_language_model(built, model)
+    say(f"{model} is a config: the model is untrained, and babbles")
+    return built
+
+
+class _Writer:
+    """Continues texts with a model, and makes texts of the tokens."""
+
+    def __init__(self, model: Any, name: str, options: dict[str, Any]):
+        from .tokenizer import ends_of_text
+
+        self.model, self.name, self.ends = model, name, ends_of_text(model)
+        self.options = options | {"eos_token_id": self.ends}
+        self.device = model.some_weight().device
+
+    def _encoded(self, prompts: list[str]) -> Any:
+        import torch
+
+        from .tokenizer import encode_prompt
+
+        rows = [encode_prompt(self.model, text) for text in prompts]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, -len(row) :], mask[i, -len(row) :] = torch.tensor(row), 1
+        return ids.to(self.device), mask.to(self.device) if len(rows) > 1 else None
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.model.tokenizer.decode(tokens[: -1 if tokens[-1:] and tokens[-1] in self.ends else None])
+
+    def stream(self, prompt: str) -> None:
+        """Print a prompt and its continuation, piece by piece; half a letter waits for its other half."""
+        ids, _ = self._encoded([prompt])
+        print_text(prompt, end="")
+        tokens: list[int] = []
+        shown = ""
+        for look in self.model.stream(ids, **self.options):
+            tokens += look.tokens[0, : int(look.counts[0]) - len(tokens)].tolist()
+            text = self._text(tokens)
+            whole = text.rstrip("\ufffd") if not look.finished[0] else text
+            print_text(whole[len(shown) :], end="")
+            shown = whole
+        print_text("")
+
+    def batch(self, prompts: list[str]) -> list[dict[str, Any]]:
+        """Continue prompts side by side: an object for each sample of each."""
+        ids, mask = self._encoded(prompts)
+        made = self.model.generate(ids, attention_mask=mask, details=True, **self.options)
+        found = []
+        for i, count in enumerate(made.counts.tolist()):
+            new = made.sequences[i, ids.shape[1] : ids.shape[1] + count].tolist()
+            about = {"text": self._text(new), "tokens": count, "ended": made.reasons[i]}
+            logprobs = [round(x, 5) for x in made.logprobs[i, :count].tolist()]
+            found.append({"model": self.name, "prompt": prompts[i // self.options["n"]], **about, "logprobs": logprobs})
+        return found
