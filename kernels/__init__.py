@@ -8,7 +8,7 @@ from .ssd.op import ssd
 from .conv.op import causal_conv1d
 from .loss.op import cross_entropy
 from .step.op import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
-from .norm.op import branch_rms_norm, rms_norm
+from .norm.op import branch_layer_norm, branch_rms_norm, layer_norm, rms_norm
 from .seq import Seq
 from . import mamba_layer as mamba_layer
 # isort: on
@@ -16,11 +16,13 @@ from . import mamba_layer as mamba_layer
 __all__ = [
     "BackendError",
     "Seq",
+    "branch_layer_norm",
     "branch_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "conv_ssd_update",
     "cross_entropy",
+    "layer_norm",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

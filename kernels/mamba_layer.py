@@ -147,7 +147,7 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     del gdt
     if ctx.eps is not None:
         for k, (name, x) in enumerate(zip(_NORMS, _split(given, n), strict=True)):
-            each[k], grads[name], _ = norm_kernels.backward(x, norms[k], ctx.eps, each[k], None, wanted[name])
+            each[k], grads[name], *_ = norm_kernels.backward(x, norms[k], ctx.eps, each[k], None, wanted[name])
     ggiven = torch.cat(each, dim=-1)
     weight("x_proj", ggiven, u)
     add_product(_flat(gu), _flat(ggiven), w_x)

@@ -17,6 +17,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast is on where ``x`` is."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def _keeps_sums(a: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether torch's product of 16-bit operands can give out the sums as they are."""
     return a.is_cuda and torch.version.hip is None and a.dtype in HALVES and dtype == torch.float32

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import numerics
+from ..kernels.numerics import autocasts as autocasts
 
 # as torch.nn.Linear takes them
 Device = torch.device | str | None
@@ -34,11 +35,6 @@ def dtype_read(x: Tensor) -> torch.dtype:
 def weight_dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype of a module's weights, in which it takes its input; ``None`` where they are no floating-point numbers (quantised)."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-
-
-def autocasts(x: Tensor) -> bool:
-    """Return whether autocast is on where ``x`` is."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

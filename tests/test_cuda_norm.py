@@ -57,7 +57,7 @@ def compare(x, weight, gh, past):
         poisoned()
         h, same = forward(x, weight, EPS, gh.dtype, add)
         assert torch.equal(same, total) and torch.equal(h, forward(total, weight, EPS, gh.dtype)[0])
-        gx, gweight, gadd = backward(total, weight, EPS, gh, past, True, add.dtype)
+        gx, gweight, _, gadd = backward(total, weight, EPS, gh, past, True, add.dtype)
         for a, b in zip((gx, gweight), backward(total, weight, EPS, gh, past, True)[:2], strict=True):
             assert (a is b is None) or torch.equal(a, b)
         assert torch.equal(gadd, gx.to(add.dtype)) and gadd.shape == x.shape
@@ -136,7 +136,7 @@ def test_large_small_and_broken_rows():
 def test_no_rows():
     x, weight, gh, past = operands((2, 0, 24), BF16)
     assert forward(x, weight, EPS, F32)[0].shape == forward(x, weight, EPS, F32, x)[1].shape == (2, 0, 24)
-    gx, gweight, gadd = backward(x, weight, EPS, gh, past, True, F32)
+    gx, gweight, _, gadd = backward(x, weight, EPS, gh, past, True, F32)
     assert gx.shape == gadd.shape == x.shape and not gweight.any()
 
 
@@ -226,9 +226,9 @@ def test_only_the_input_and_the_weight_are_kept():
 def test_ops_are_registered_as_torch_wants_them():
     x, weight, gh, _ = operands((2, 5, 24), F32, BF16)
     x.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(torch.ops.hybridzoo.rms_norm_cuda, (x, weight, EPS, BF16))
-    torch.library.opcheck(torch.ops.hybridzoo.rms_norm_cuda, (x, None, EPS, F32))
-    h = torch.ops.hybridzoo.rms_norm_cuda(x, weight, EPS, BF16)
+    torch.library.opcheck(torch.ops.hybridzoo.norm_cuda, (x, weight, None, EPS, BF16, False))
+    torch.library.opcheck(torch.ops.hybridzoo.norm_cuda, (x, None, None, EPS, F32, False))
+    h = torch.ops.hybridzoo.norm_cuda(x, weight, None, EPS, BF16, False)
     got = torch.autograd.grad(h, (x, weight), gh)
     for a, b in zip(got, exact(x.detach(), weight.detach(), gh, None)[1:], strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
@@ -291,9 +291,9 @@ def test_a_model_is_what_it_is_on_torchs_operations(autocast, checkpointed, monk
     ],
 )
 def test_how_rows_are_cut(d, backward, lanes, vectors, blocks):
-    cut = plan((F32, None, BF16, F32), 1 << 15, d, (d, d, d, d), True, EPS, 132, backward)
+    cut = plan((F32, None, BF16, F32), 1 << 15, d, (d, d, d, d), 0, EPS, 132, backward)
     assert cut.arguments.startswith(f"<float, float, bf16, float, {lanes}, {vectors}, {0 if d % 4 == 0 else 4}, ")
-    added = plan((F32, BF16, BF16, F32), 1 << 15, d, (d, d, d, d), True, EPS, 132, backward)
+    added = plan((F32, BF16, BF16, F32), 1 << 15, d, (d, d, d, d), 0, EPS, 132, backward)
     assert added.arguments.startswith(f"<float, bf16, bf16, float, {lanes}, {vectors}, {8 if d % 4 == 0 else 12}, ")
     # reading and adding elements one by one takes more registers
     assert cut.blocks == blocks and added.blocks == (blocks if d % 4 == 0 else 264) and lanes * vectors * 4 >= d

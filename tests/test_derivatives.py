@@ -14,6 +14,7 @@ from hybridzoo.kernels import (
     causal_conv1d,
     causal_conv1d_update,
     cross_entropy,
+    layer_norm,
     rms_norm,
     selective_scan,
     selective_state_update,
@@ -79,6 +80,7 @@ FUNCTIONS = {
     "ssd, packed": lambda: dual_form(seq=SEQ, chunk_size=2),
     "conv": conv,
     "norm": lambda: partial(rms_norm, weight=rand(4), eps=1e-5),
+    "layer norm": lambda: partial(layer_norm, weight=rand(4), bias=rand(4), eps=1e-5),
     "loss": lambda: lambda u: cross_entropy(u[0], torch.tensor([0, 3, 1, -100, 2]))[0],
     "step": one_step,
     "step of heads": one_step_of_heads,
@@ -139,7 +141,7 @@ def test_transforms_and_second_derivatives(name, monkeypatch):
         torch.testing.assert_close((both[0].view(20, 20) @ v.flatten()).view_as(want), want, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["scan", "ssd", "conv", "norm", "mamba", "mamba2", "attention"])
+@pytest.mark.parametrize("name", ["scan", "ssd", "conv", "norm", "layer norm", "mamba", "mamba2", "attention"])
 def test_vmap(name):
     f, u = FUNCTIONS[name](), rand(3, 1, 5, 4)
     torch.testing.assert_close(vmap(f)(u), torch.stack([f(x) for x in u]))

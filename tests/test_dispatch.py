@@ -14,7 +14,17 @@ from hybridzoo.kernels.scan import library, reference
 from hybridzoo.kernels.scan.inputs import ScanInputs
 
 GPU = {"device": "cuda", "dtype": torch.bfloat16}
-OPS = ("selective_scan", "ssd", "causal_conv1d", "attention", "moe", "update", "rms_norm", "cross_entropy")
+OPS = (
+    "selective_scan",
+    "ssd",
+    "causal_conv1d",
+    "attention",
+    "moe",
+    "update",
+    "rms_norm",
+    "layer_norm",
+    "cross_entropy",
+)
 
 
 @pytest.fixture(autouse=True)

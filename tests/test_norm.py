@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
-from hybridzoo.kernels import BackendError, branch_rms_norm, rms_norm
+from hybridzoo.kernels import BackendError, branch_layer_norm, branch_rms_norm, layer_norm, rms_norm
 from hybridzoo.kernels.dispatch import TABLES, explain
 from hybridzoo.layers import RMSNorm, make_norm
 from hybridzoo.layers.common import dtype_read, scaled
@@ -51,6 +51,24 @@ def test_gradients_of_both_results():
     assert torch.autograd.gradcheck(
         lambda x, w, add: branch_rms_norm(x, w, 1e-5, add=add, backend="torch"), (x, weight, add)
     )
+
+
+def test_layer_norm_by_its_definition():
+    x, weight, bias = torch.randn(2, 3, 7, dtype=F64), torch.randn(7, dtype=F64), torch.randn(7, dtype=F64)
+    variance, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+    want = (x - mean) / (variance + 1e-3).sqrt()
+    torch.testing.assert_close(layer_norm(x, None, None, 1e-3), want)
+    h, past = branch_layer_norm(x, weight, bias, 1e-3, F32)
+    assert past is x and h.dtype == F32
+    torch.testing.assert_close(h, (want * weight + bias).float())
+    with pytest.raises(ValueError, match=r"layer_norm: bias is given without a weight. Pass weight=torch.ones\(7\)"):
+        layer_norm(x, None, bias, 1e-3)
+    with pytest.raises(ValueError, match=r"layer_norm: bias has shape \(6,\), expected \(7,\) \(d,\)"):
+        layer_norm(x, weight, bias[1:], 1e-3)
+    with pytest.raises(
+        BackendError, match=r"layer_norm\(backend='cuda'\): the CUDA kernels need CUDA tensors, got cpu"
+    ):
+        layer_norm(x, weight, bias, 1e-3, backend="cuda")
 
 
 @pytest.mark.parametrize("types", list(itertools.product((F64, F32, BF16, F16), repeat=2)), ids=str)

@@ -10,8 +10,10 @@ import torch
 
 from hybridzoo.kernels.conv import cuda as cuda_conv
 from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.gpu.operands import UNALIGNED
 from hybridzoo.kernels.loss import cuda as cuda_loss
 from hybridzoo.kernels.norm import cuda as cuda_norm
+from hybridzoo.kernels.norm.cuda import CENTRED
 from hybridzoo.kernels.scan.launches import CUT, LOW_RANK, NARROW, OUTPUTS, WALK
 from hybridzoo.kernels.scan.shapes import ADJOINT, BACKWARD, FORWARD, FULL, PAIRS, STATE
 from hybridzoo.kernels.step import cuda as cuda_update
@@ -76,9 +78,9 @@ def state_step(types, k, n, one_A, aligned=(16, 16), b=64):
     return "update.cu", cuda_update._scan_launch(scan, 132)[1]
 
 
-def norm(types, d, backward, aligned=True):
+def norm(types, d, backward, flags=0):
     name = "norm_backward" if backward else "norm_forward"
-    return "norm.cu", name + cuda_norm.plan(types, 16384, d, (d,) * 4, aligned, 1e-5, 132, backward).arguments
+    return "norm.cu", name + cuda_norm.plan(types, 16384, d, (d,) * 4, flags, 1e-5, 132, backward).arguments
 
 
 def loss(v, dtype, want_gradient=True):
@@ -117,7 +119,15 @@ USUAL = [
     ),
     *(norm((m, None, m, m), 768, backward) for m in (F32, BF16, F16) for backward in (False, True)),
     *(norm((m,) * 4, 768, False) for m in (F32, BF16, F16)),
-    *(norm((F32, add, F32, F32), d, True, aligned=False) for add in (None, F16) for d in (767, 6144)),
+    *(norm((F32, add, F32, F32), d, True, UNALIGNED) for add in (None, F16) for d in (767, 6144)),
+    *(
+        norm((m, None, BF16, F32), d, backward, CENTRED)
+        for m in (F32, BF16)
+        for d in (96, 384)
+        for backward in (False, True)
+    ),
+    *(norm((F32, BF16, F32, F32), d, backward, CENTRED) for d in (768, 8192) for backward in (False, True)),
+    *(norm((F32, None, F32, F32), 127, backward, CENTRED) for backward in (False, True)),
     convolution_step((BF16,) * 3, 4),
     state_step((BF16,) * 3, 0, 16, False, b=256),
     state_step((BF16,) * 3, 0, 16, False, b=1),
@@ -236,16 +246,20 @@ def test_every_instance_of_convolutions_and_steps_compiles(dtype, arch):
 def test_every_instance_of_the_norm_compiles(dtype, arch):
     # one width for every number of threads in a row and of accesses in a thread
     plain = F32, None, F32, F32
-    widths = {cuda_norm.plan(plain, 1, d, (d,) * 4, True, 0.0, 1, True).arguments: d for d in range(4, 8193, 4)}
+    cuts = {
+        flag: {cuda_norm.plan(plain, 1, d, (d,) * 4, flag, 0.0, 1, True).arguments: d for d in range(4, 8193, 4)}
+        for flag in (0, CENTRED)
+    }
     kernels = {
-        norm((dtype, add, out, wide), d, backward, aligned)
+        norm((dtype, add, out, wide), d, backward, flag + more)
         for add in (None, dtype, BF16)
         if add is None or torch.promote_types(dtype, add) == dtype
         for out in (F32, BF16, F16)
         for wide in (F32, dtype)
+        for flag, widths in cuts.items()
         for d in widths.values()
         for backward in (False, True)
-        for aligned in (False, True)
+        for more in (0, UNALIGNED)
     }
     spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
     assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}

@@ -1,1 +1,1 @@
-"""RMSNorm in front of a residual branch."""
+"""RMSNorm and LayerNorm in front of a residual branch."""

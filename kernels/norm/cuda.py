@@ -1,7 +1,7 @@
-"""The CUDA RMSNorm: launches of ``norm.cu``, and the ``torch.library`` ops around them.
+"""The CUDA RMSNorm and LayerNorm: launches of ``norm.cu``, and the ``torch.library`` ops around them.
 
 Types are free: the input, what is added to it, the weight and the output may each be float32, bfloat16 or float16; sums are float32,
-and what is written is rounded once.
+and what is written is rounded once. LayerNorm's bias has the type of its weight.
 """
 
 import ctypes
@@ -23,17 +23,17 @@ from ..numerics import blank
 from ..operators import custom_op, filled, like
 
 MAX_D = 8192
-# elements of one access, and accesses that a thread's registers have room for
-N, VECTORS = 4, 6
-# a flag of norm.cu
-ADD = 8
+# elements of one access, and accesses that a thread's registers have room for: fewer where there is a bias, or the sums for one
+N, VECTORS, VECTORS_CENTRED = 4, 6, 4
+# flags of norm.cu
+ADD, CENTRED = 8, 16
 
 
 class NormParams(ctypes.Structure):
     """``NormParams`` of ``norm.cu``."""
 
     _fields_ = [
-        *structs.fields(c_void_p, "x add weight h sum gh past gx gadd part"),
+        *structs.fields(c_void_p, "x add weight bias h sum gh past gx gadd part"),
         *structs.fields(c_longlong, "x_row add_row gh_row past_row m"),
         ("eps", c_float),
         *structs.fields(c_int, "d blocks"),
@@ -61,9 +61,7 @@ class NormPlan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
-    types: tuple, m: int, d: int, strides: tuple, aligned: bool, eps: float, count: int, backward: bool
-) -> NormPlan:
+def plan(types: tuple, m: int, d: int, strides: tuple, flags: int, eps: float, count: int, backward: bool) -> NormPlan:
     """Cut m rows of d channels into blocks.
 
     Args:
@@ -71,25 +69,29 @@ def plan(
         m: Rows.
         d: Channels.
         strides: Elements from row to row of the input, what is added to it, and the two gradients that come in.
-        aligned: Whether addresses are multiples of the bytes of an access.
+        flags: Flags: ``UNALIGNED`` where addresses are no multiples of the bytes of an access, ``CENTRED`` for a LayerNorm.
         eps: Added to the mean square.
         count: Multiprocessors.
         backward: Which of the two kernels.
     """
-    vectors = ceil_div(d, N)
-    lanes = next(n for n in (8, 16, 32, 64, 128, 256, 512) if n * VECTORS >= vectors)
-    threads = max(lanes, 256)
-    flags = 0 if aligned and not any(s % N for s in (d, *strides)) else UNALIGNED
-    if types[1] is not None:
-        flags |= ADD
-    # blocks of 256 threads whose registers fit beside each other: 128 for a thread in the backward, 85 in the forward
-    resident = ceil_div((2 if backward or flags == ADD | UNALIGNED else 3) * 256, threads)
+    vectors, most = ceil_div(d, N), VECTORS_CENTRED if flags & CENTRED else VECTORS
+    lanes = next(n for n in (8, 16, 32, 64, 128, 256, 512) if n * most >= vectors)
+    threads, each = max(lanes, 256), ceil_div(vectors, lanes)
+    flags |= UNALIGNED if any(s % N for s in (d, *strides)) else 0
+    flags |= ADD if types[1] is not None else 0
+    resident = ceil_div(_resident(flags, each, backward) * 256, threads)
     blocks = min(ceil_div(m, threads // lanes), resident * count)
     x_row, add_row, gh_row, past_row = strides
     rest = NormParams(x_row=x_row, add_row=add_row, gh_row=gh_row, past_row=past_row, m=m, eps=eps, d=d, blocks=blocks)
     names = ", ".join(TYPES[dtype or types[0]] for dtype in types)
-    arguments = f"<{names}, {lanes}, {ceil_div(vectors, lanes)}, {flags}, {resident}>"
-    return NormPlan(structs.tail(rest), arguments, blocks, threads)
+    return NormPlan(structs.tail(rest), f"<{names}, {lanes}, {each}, {flags}, {resident}>", blocks, threads)
+
+
+def _resident(flags: int, each: int, backward: bool) -> int:
+    """Blocks of 256 threads whose registers fit beside each other: 128 for a thread where there are 2, 85 where 3, 64 where 4."""
+    if flags & CENTRED:
+        return max((3 if backward else 4) - (each == VECTORS_CENTRED) - bool(flags & UNALIGNED), 2)
+    return 2 if backward or flags == ADD | UNALIGNED else 3
 
 
 def _rows(x: Tensor | None, m: int, d: int) -> tuple[Tensor | None, int]:
@@ -102,26 +104,36 @@ def _rows(x: Tensor | None, m: int, d: int) -> tuple[Tensor | None, int]:
     return x, x.stride(0) if m > 1 else d
 
 
-def _aligned(*tensors: Tensor | None) -> bool:
-    return all(x is None or x.data_ptr() % (N * x.element_size()) == 0 for x in tensors)
+def _flags(centred: bool, *tensors: Tensor | None) -> int:
+    aligned = all(x is None or x.data_ptr() % (N * x.element_size()) == 0 for x in tensors)
+    return (CENTRED if centred else 0) | (0 if aligned else UNALIGNED)
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+    bias: Tensor | None = None,
+    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The outputs (..., d), in ``dtype``, and x, or the sum of x and ``add`` in x's type, whose norm it is."""
+    """The outputs (..., d), in ``dtype``, and x, or the sum of x and ``add`` in x's type, whose norm it is.
+
+    ``centred`` takes off the mean, and goes with a bias of the weight's type, or none.
+    """
     d, device = x.shape[-1], x.device
     h = torch.empty(x.shape, dtype=dtype, device=device)
     past = x if add is None else blank(x)
     m = h.numel() // d
     if m:
         (rows, x_row), (more, add_row) = _rows(x, m, d), _rows(add, m, d)
-        weight = None if weight is None else in_one_piece(weight, weight.dtype, aligned=True)
+        weight, bias = (None if g is None else in_one_piece(g, g.dtype, aligned=True) for g in (weight, bias))
         added, total = (None, None) if add is None else (add.dtype, past)
         types = (x.dtype, added, dtype, torch.float32 if weight is None else weight.dtype)
-        strides, aligned = (x_row, add_row, d, d), _aligned(rows, more)
-        cut = plan(types, m, d, strides, aligned, eps, processors(device), False)
-        packed = structs.pack(cut.tail, rows, more, weight, h, total, None, None, None, None, None)
+        strides, flags = (x_row, add_row, d, d), _flags(centred, rows, more)
+        cut = plan(types, m, d, strides, flags, eps, processors(device), False)
+        packed = structs.pack(cut.tail, rows, more, weight, bias, h, total, None, None, None, None, None)
         nvrtc.launch("norm.cu", "norm_forward" + cut.arguments, packed, cut.blocks, cut.threads, 0, device)
     return h, past
 
@@ -134,66 +146,74 @@ def backward(
     past: Tensor | None,
     wanted: bool,
     add: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, ``past`` added; of the weight, where that is ``wanted``; and of what was added to x, of the type ``add``."""
+    centred: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, ``past`` added; of weight and, if ``centred``, bias, where ``wanted``; and of what was added, of the type ``add``."""
     d, device = x.shape[-1], x.device
     gx = blank(x)
     gadd = gx if add == x.dtype else None if add is None else torch.empty(x.shape, dtype=add, device=device)
     gweight = torch.empty(d, dtype=weight.dtype, device=device) if wanted and weight is not None else None
+    gbias = None if gweight is None or not centred else torch.empty_like(gweight)
     m = gx.numel() // d
     if not m:
-        return gx, None if gweight is None else gweight.zero_(), gadd
+        return gx, *(None if g is None else g.zero_() for g in (gweight, gbias)), gadd  # type: ignore[return-value]
     (rows, x_row), (gh, gh_row), (past, past_row) = (_rows(each, m, d) for each in (x, gh, past))  # type: ignore[assignment]
     weight = None if weight is None else in_one_piece(weight, weight.dtype, aligned=True)
     added, converted = (None, None) if gadd is gx else (add, gadd)
     types = (x.dtype, added, gh.dtype, torch.float32 if weight is None else weight.dtype)
-    strides, aligned = (x_row, d, gh_row, past_row), _aligned(rows, gh, past)
-    cut = plan(types, m, d, strides, aligned, eps, processors(device), True)
+    strides, flags = (x_row, d, gh_row, past_row), _flags(centred, rows, gh, past)
+    cut = plan(types, m, d, strides, flags, eps, processors(device), True)
     part = None
     if gweight is not None:
-        part = torch.empty((cut.blocks, 1, d), dtype=torch.float32, device=device)
-    packed = structs.pack(cut.tail, rows, None, weight, None, None, gh, past, gx, converted, part)
+        part = torch.empty((cut.blocks, 1 + centred, d), dtype=torch.float32, device=device)
+    packed = structs.pack(cut.tail, rows, None, weight, None, None, None, gh, past, gx, converted, part)
     nvrtc.launch("norm.cu", "norm_backward" + cut.arguments, packed, cut.blocks, cut.threads, 0, device)
     if part is not None and gweight is not None:
-        add_up(part, None, gweight)
-    return gx, gweight, gadd
+        # the sums that stand last are those of the bias, if there are two
+        add_up(part, *((None, gweight) if gbias is None else (gweight, gbias)))
+    return gx, gweight, gbias, gadd
 
 
-@custom_op("hybridzoo::rms_norm_cuda", mutates_args=())
-def norm_op(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """The norm, (..., d) in ``dtype``."""
-    return forward(x, weight, eps, dtype)[0]
+@custom_op("hybridzoo::norm_cuda", mutates_args=())
+def norm_op(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, centred: bool
+) -> Tensor:
+    """The norm, (..., d) in ``dtype``; a LayerNorm if ``centred``, an RMSNorm, without bias, otherwise."""
+    return forward(x, weight, eps, dtype, None, bias, centred)[0]
 
 
 @norm_op.register_fake
-def _norm_fake(x, weight, eps, dtype):
+def _norm_fake(x, weight, bias, eps, dtype, centred):
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@custom_op("hybridzoo::rms_norm_cuda_backward", mutates_args=())
-def norm_backward_op(gh: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x and the weight; the latter is empty where there is none."""
-    return filled(backward(x, weight, eps, gh, None, True)[:2], x)  # type: ignore[return-value]
+@custom_op("hybridzoo::norm_cuda_backward", mutates_args=())
+def norm_backward_op(
+    gh: Tensor, x: Tensor, weight: Tensor | None, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, the weight and the bias; empty where there is none, as of an RMSNorm's bias."""
+    return filled(backward(x, weight, eps, gh, None, True, None, centred)[:3], x)  # type: ignore[return-value]
 
 
 differentiable_once(norm_backward_op)
 
 
 @norm_backward_op.register_fake
-def _norm_backward_fake(gh, x, weight, eps):
-    return like(x, x, weight)
+def _norm_backward_fake(gh, x, weight, eps, centred):
+    return like(x, x, weight, weight if centred else None)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, ctx.eps, _ = inputs
+    x, weight, bias, ctx.eps, _, ctx.centred = inputs
+    ctx.biased = bias is not None
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, gh: Tensor) -> tuple:
     # read once: activation checkpointing recomputes them at the first access and refuses a second
     x, weight = ctx.saved_tensors
-    gx, gweight = torch.ops.hybridzoo.rms_norm_cuda_backward(gh, x, weight, ctx.eps)
-    return gx, None if weight is None else gweight, None, None
+    gx, gweight, gbias = torch.ops.hybridzoo.norm_cuda_backward(gh, x, weight, ctx.eps, ctx.centred)
+    return gx, None if weight is None else gweight, gbias if ctx.biased else None, None, None, None
 
 
 norm_op.register_autograd(_backward, setup_context=_setup)
@@ -207,35 +227,69 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, add: Tensor | None, eps: float, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        add: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        centred: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.eps, ctx.add = eps, None if add is None else add.dtype
+        ctx.eps, ctx.centred, ctx.add = eps, centred, None if add is None else add.dtype
         ctx.set_materialize_grads(False)
-        h, past = forward(x, weight, eps, dtype, add)
+        h, past = forward(x, weight, eps, dtype, add, bias, centred)
         ctx.save_for_backward(past, weight)
         return h, past
 
     @staticmethod
-    @once("rms_norm")
+    @once("norm")
     def backward(ctx: Any, gh: Tensor | None, past: Tensor | None) -> tuple:
         x, weight = ctx.saved_tensors
-        add = ctx.add if ctx.needs_input_grad[2] else None
+        _, weighed, biased, added, *_ = ctx.needs_input_grad
+        add = ctx.add if added else None
         if gh is None:
-            return past, None, None if add is None or past is None else past.to(add), None, None
-        gx, gweight, gadd = backward(x, weight, ctx.eps, gh, past, ctx.needs_input_grad[1], add)
-        return gx, gweight, gadd, None, None
+            return past, None, None, None if add is None or past is None else past.to(add), None, None, None
+        gx, gweight, gbias, gadd = backward(x, weight, ctx.eps, gh, past, weighed or biased, add, ctx.centred)
+        return gx, gweight, gbias if biased else None, gadd, None, None, None
 
 
 def branch_rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`.op.branch_rms_norm` on an NVIDIA GPU; the same arguments and results."""
+    return _branch(x, weight, None, add, eps, dtype, False)
+
+
+def branch_layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`.op.branch_layer_norm` on an NVIDIA GPU; the same arguments and results."""
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        weight, bias = weight.float(), bias.float()
+    return _branch(x, weight, bias, add, eps, dtype, True)
+
+
+def _branch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
     # what is traced, or is not a plain tensor, needs the registered op; a compiler puts the sum where it likes
     if not eager(x) or (add is not None and not eager(add)):
         x = x if add is None else x + add
-        return torch.ops.hybridzoo.rms_norm_cuda(x, weight, eps, dtype), x
+        return torch.ops.hybridzoo.norm_cuda(x, weight, bias, eps, dtype, centred), x
     passed = x.requires_grad or (add is not None and add.requires_grad)
-    if torch.is_grad_enabled() and (passed or (weight is not None and weight.requires_grad)):
-        h, past = _Eager.apply(x, weight, add, eps, dtype)
+    if torch.is_grad_enabled() and (passed or any(g is not None and g.requires_grad for g in (weight, bias))):
+        h, past = _Eager.apply(x, weight, bias, add, eps, dtype, centred)
         return h, past if passed else x if add is None else past.detach()
-    return forward(x, weight, eps, dtype, add)
+    return forward(x, weight, eps, dtype, add, bias, centred)

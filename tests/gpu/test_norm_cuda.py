@@ -41,8 +41,8 @@ def plain(x, weight, gh, past):
 
 
 def ours(x, weight, gh, past, add=None):
-    leaves = [None if m is None else m.detach().requires_grad_() for m in (x, weight, add)]
-    h, same = _Eager.apply(*leaves, EPS, gh.dtype)
+    leaves = [None if m is None else m.detach().requires_grad_() for m in (x, weight, None, add)]
+    h, same = _Eager.apply(*leaves, EPS, gh.dtype, False)
     assert same.data_ptr() == x.data_ptr() if add is None else torch.equal(same, x + add)
     outs, gouts = ((h,), (gh,)) if past is None else ((h, same), (gh, past))
     return h, *torch.autograd.grad(outs, [m for m in leaves if m is not None], gouts)
@@ -153,8 +153,8 @@ def test_compiles_without_graph_breaks():
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=0.02)
-    torch.library.opcheck(torch.ops.hybridzoo.rms_norm_cuda, (x, weight, EPS, BF16))
-    torch.library.opcheck(torch.ops.hybridzoo.rms_norm_cuda, (x, None, EPS, F32))
+    torch.library.opcheck(torch.ops.hybridzoo.norm_cuda, (x, weight, None, EPS, BF16, False))
+    torch.library.opcheck(torch.ops.hybridzoo.norm_cuda, (x, None, None, EPS, F32, False))
 
 
 def test_checkpointing_recomputes_it():

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # small, odd, and between them every kernel: one block and several, a split length, documents, groups, few and many states
 PROGRAM = """
 import torch
-from hybridzoo.kernels import Seq, branch_rms_norm, causal_conv1d, cross_entropy, selective_scan
+from hybridzoo.kernels import Seq, branch_layer_norm, branch_rms_norm, causal_conv1d, cross_entropy, selective_scan
 from hybridzoo.kernels.scan import launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
@@ -55,6 +55,8 @@ for b, l, d, n, g, dtype in CASES:
     wide = torch.randn(b, l, d).cuda().requires_grad_()
     h, same = branch_rms_norm(wide, torch.randn(d).cuda(), 1e-5, dtype, backend="cuda")
     h, same = branch_rms_norm(same, None, 1e-5, dtype, add=h, backend="cuda")
+    gains = [torch.randn(d).cuda().requires_grad_() for _ in range(2)]
+    h, same = branch_layer_norm(same, *gains, 1e-5, dtype, add=h, backend="cuda")
     torch.autograd.grad(h.sum() + same.sum(), wide)
 for layer in (Mamba(64).cuda(), Mamba2(64, headdim=16).cuda()):
     with torch.no_grad():
