@@ -1,4 +1,4 @@
-"""Normalisation by the root mean square (RMSNorm, arXiv:1910.07467), plain and gated (Mamba-2, arXiv:2405.21060 §6.2).
+"""Normalisation by the root mean square (RMSNorm, arXiv:1910.07467), plain and gated (Mamba-2, arXiv:2405.21060 §6.2); and LayerNorm.
 
 Statistics are in float32 at least, whatever the input; the output has the input's dtype, also under autocast, unless another is asked
 for.
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import branch_rms_norm
+from ..kernels import branch_layer_norm, branch_rms_norm
+from ..kernels.norm.op import plain_layer_norm
 from ..kernels.numerics import HALVES
 from .common import Device, Dtype, autocasts, upcast
 from .recompute import recomputing, repeatable
@@ -124,24 +125,24 @@ class LayerNorm(nn.LayerNorm):
         self, x: Tensor, dtype: torch.dtype | None = None, *, branch: bool = False, add: Tensor | None = None
     ) -> Any:
         """As :meth:`RMSNorm.forward`."""
-        x = x if add is None else x + add
-        how = self.normalized_shape, self.weight, self.bias, self.eps, dtype or x.dtype, autocasts(x)
-        with recomputing() as spared:
-            # autocast would make it wide, too, and then keep the wide one
-            wide = repeatable(x.float(), Tensor.float, x) if how[-1] and x.dtype in HALVES else x
-            h = repeatable(_layer_norm(spared(wide), *how[:-1]), _layer_normed, x, *how)
-        return (h, x) if branch else h
+        how = self.weight, self.bias, self.eps, dtype
+        h, past = branch_layer_norm(x, *how, add=add, plain=_sparing)
+        h = repeatable(h, _layer_normed, x if add is None else past, *how, autocasts(x))
+        return (h, past) if branch else h
 
 
-def _layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
+def _sparing(x: Tensor, *how: Any) -> Tensor:
+    with recomputing() as spared:
+        # autocast would make it wide, too, and then keep the wide one
+        wide = repeatable(x.float(), Tensor.float, x) if autocasts(x) and x.dtype in HALVES else x
+        return plain_layer_norm(spared(wide), *how)
 
 
 def _layer_normed(x: Tensor, *how: Any) -> Tensor:
     *options, autocast = how
     # as it was in the forward, whatever autocast says by now
     with torch.autocast(x.device.type, enabled=autocast):
-        return _layer_norm(x.float() if autocast and x.dtype in HALVES else x, *options)
+        return branch_layer_norm(x, *options)[0]
 
 
 NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

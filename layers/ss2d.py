@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 from ..kernels import selective_scan
 from .base import Aux, Mixer, Seq
-from .common import Device, Dtype, acc_dtype, called, linear, reset_decays, reset_dt_bias, reset_weight, upcast
+from .common import (
+    Device,
+    Dtype,
+    acc_dtype,
+    called,
+    dtype_read,
+    linear,
+    reset_decays,
+    reset_dt_bias,
+    reset_weight,
+    upcast,
+    why_called,
+)
 from .conv2d import around, check_width, convolve, depthwise, reset_depthwise
 from .norm import LayerNorm
 from .options import check, check_dt, check_known, check_positive
@@ -163,7 +175,9 @@ class SS2D(Mixer):
         if self.through is not None:
             y = self._passing(y, u, grid, self.through)
         if self.out_norm is not None:
-            y = self.out_norm(y)
+            # rounded once where nothing but a linear layer, which autocast has read it so, stands behind
+            linear_next = self.out_activation is None and z is None and why_called(self.out_norm, LayerNorm) is None
+            y = self.out_norm(y, dtype_read(y)) if linear_next else self.out_norm(y)
         if self.out_activation is not None:
             y = F.gelu(y)
         if z is not None:

@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 from test_cuda_norm import poisoned
 
+from hybridzoo.kernels import dispatch
 from hybridzoo.kernels.norm import cuda as cuda_norm
 from hybridzoo.kernels.norm.cuda import CENTRED, backward, branch_layer_norm, forward, plan
+from hybridzoo.kernels.seq import Seq
+from hybridzoo.layers.norm import LayerNorm
+from hybridzoo.layers.ss2d import SS2D
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 1e-5
@@ -168,6 +172,69 @@ def test_ops_are_registered_as_torch_wants_them():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(*(torch.autograd.grad(f(x), leaves) for f in (both, compiled)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The emulated kernels in the place of PyTorch's operations, and what they were launched for: direction and type of the output."""
+    seen = []
+    table = dispatch.TABLES["layer_norm"]
+    monkeypatch.setitem(table, "cuda", dispatch.Backend("cuda", "emulated", run=branch_layer_norm))
+    real = cuda_norm.forward, cuda_norm.backward
+    monkeypatch.setattr(cuda_norm, "forward", lambda *a: seen.append(("forward", a[3])) or real[0](*a))
+    monkeypatch.setattr(cuda_norm, "backward", lambda *a: seen.append(("backward", a[3].dtype)) or real[1](*a))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_layer_reads_once_and_writes_what_a_linear_layer_reads(dtype, launched, monkeypatch):
+    norm, following = LayerNorm(24), torch.nn.Linear(24, 8, bias=False)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x, add = torch.randn(3, 24).to(dtype).requires_grad_(), torch.randn(3, 24).bfloat16()
+    leaves, kept = [x, *norm.parameters()], []
+
+    def keep(m):
+        kept.extend([m.dtype] if m.shape == x.shape else [])
+        return m
+
+    def run():
+        with torch.autocast("cpu", BF16), torch.autograd.graph.saved_tensors_hooks(keep, lambda m: m):
+            h, past = norm(x, BF16, branch=True, add=add)
+            y = following(h)
+        return h, past, *torch.autograd.grad(y.float().square().sum() + past.float().sum(), leaves)
+
+    got = run()
+    # no wide copy: the sum, and what the linear layer reads
+    assert launched == [("forward", BF16), ("backward", BF16)] and kept == [dtype, BF16]
+    monkeypatch.setenv(dispatch.ENV, "reference")
+    want = run()
+    assert len(launched) == 2
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and (a - b).float().norm() <= 0.02 * b.float().norm()
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_what_ss2d_hands_to_its_projection_is_formed_again_by_the_kernel(activation, launched, monkeypatch):
+    mixer = SS2D(24, out_activation=activation)
+    x, seq = torch.randn(1, 6, 24, requires_grad=True), Seq.from_grid((2, 3), 1, 6, "cpu")
+    # sums of the walks in float32
+    scan = SS2D._scan
+    monkeypatch.setattr(SS2D, "_scan", lambda *a: scan(*a).float())
+
+    def run():
+        with torch.autocast("cpu", BF16):
+            y = mixer(x, seq=seq)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *mixer.parameters()])]
+
+    got = run()
+    if activation is None:
+        assert launched == [("forward", BF16), ("forward", BF16), ("backward", BF16)]
+    else:
+        # the activation reads float32, as before
+        assert launched == [("forward", F32), ("backward", F32)]
+    monkeypatch.setenv(dispatch.ENV, "reference")
+    for a, b in zip(got, run(), strict=True):
+        assert (a - b).float().norm() <= 0.02 * b.float().norm()
 
 
 @pytest.mark.parametrize(

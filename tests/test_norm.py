@@ -11,6 +11,7 @@ from hybridzoo.kernels import BackendError, branch_layer_norm, branch_rms_norm, 
 from hybridzoo.kernels.dispatch import TABLES, explain
 from hybridzoo.layers import RMSNorm, make_norm
 from hybridzoo.layers.common import dtype_read, scaled
+from hybridzoo.layers.norm import LayerNorm
 from hybridzoo.zoo.models.block import Stream
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -51,6 +52,33 @@ def test_gradients_of_both_results():
     assert torch.autograd.gradcheck(
         lambda x, w, add: branch_rms_norm(x, w, 1e-5, add=add, backend="torch"), (x, weight, add)
     )
+
+
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize(("dtype", "add"), [(F32, None), (F32, BF16), (BF16, BF16), (BF16, F32), (F64, F16)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_norm_gives_the_bits_of_torchs(dtype, add, autocast, affine):
+    norm = LayerNorm(24, elementwise_affine=affine[0], bias=affine[1])
+    for p in norm.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(3, 5, 24, dtype=F64).to(dtype).requires_grad_()
+    more = None if add is None else torch.randn(3, 5, 24).to(add).requires_grad_()
+    leaves = [m for m in (x, more, *norm.parameters()) if m is not None]
+
+    def written_out():
+        total = x if more is None else x + more
+        wide = total.float() if autocast and total.dtype == BF16 else total
+        gains = [None if p is None else p.to(wide.dtype) for p in (norm.weight, norm.bias)]
+        return F.layer_norm(wide, (24,), *gains, norm.eps).to(BF16), total
+
+    def run(f):
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            h, past = f()
+        return h, past, *torch.autograd.grad(h.float().sin().sum() + past.float().cos().sum(), leaves)
+
+    got = run(lambda: norm(x, BF16, branch=True, add=more))
+    for a, b in zip(got, run(written_out), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_layer_norm_by_its_definition():

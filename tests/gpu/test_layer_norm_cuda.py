@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils import checkpoint
 
-from hybridzoo.kernels import branch_layer_norm
+import hybridzoo as zoo
+from hybridzoo.kernels import branch_layer_norm, dispatch
+from hybridzoo.kernels.gpu import launch_plans
 from hybridzoo.kernels.norm import cuda as cuda_norm
 from hybridzoo.kernels.norm.cuda import _Eager
 
@@ -186,3 +188,39 @@ def test_checkpointing_recomputes_it():
     (want,) = torch.autograd.grad(layer(x).square().sum(), x)
     (got,) = torch.autograd.grad(checkpoint.checkpoint(layer, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_image_model_is_what_it_is_on_torchs_operations(autocast, monkeypatch):
+    model = zoo.build("vmamba-micro", ["d_model=64", "in_channels=3", "stem={type: conv, patch: 4}"], device="cuda")
+    model.train()
+    images, labels = torch.randn(4, 3, 64, 64, device="cuda"), torch.arange(4, device="cuda")
+    norms = sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
+    launched = []
+    forward, backward = cuda_norm.forward, cuda_norm.backward
+    monkeypatch.setattr(cuda_norm, "forward", lambda *a: launched.append(("forward", a[3])) or forward(*a))
+    monkeypatch.setattr(cuda_norm, "backward", lambda *a: launched.append(("backward", a[3].dtype)) or backward(*a))
+
+    def run():
+        model.zero_grad()
+        torch.manual_seed(0)  # of blocks that are left out
+        with torch.autocast("cuda", BF16, enabled=autocast):
+            loss = model(images, labels).loss
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters())]
+
+    got = run()
+    assert sum(way == "backward" for way, _ in launched) == norms
+    # those in front of linear layers are formed again
+    assert norms < sum(way == "forward" for way, _ in launched) <= 2 * norms
+    if autocast:
+        assert {dtype for _, dtype in launched} == {BF16}
+    before = len(launched)
+    table = dispatch.TABLES["layer_norm"]
+    monkeypatch.setitem(table, "cuda", dispatch.Backend("cuda", "", lambda facts: "not this time"))
+    monkeypatch.setattr(launch_plans, "_known", {})
+    want = run()
+    assert len(launched) == before
+    for a, b in zip(got, want, strict=True):
+        error = (a - b).norm() / b.norm().clamp_min(1e-30)
+        assert error <= (0.05 if autocast else 1e-3), error.item()
