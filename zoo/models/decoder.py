@@ -47,6 +47,7 @@ class Decoder:
         pad: What is read and written in a slot whose row has ended.
         steps: The most tokens that a row can ask for.
         record: Whether a GPU records its step; by default where it can.
+        logprobs: Whether it is worked out how likely the tokens were; a pass over all logits.
 
     Attributes:
         how: Words for how steps are taken.
@@ -64,6 +65,7 @@ class Decoder:
         pad: int,
         steps: int,
         record: bool | None = None,
+        logprobs: bool = True,
     ):
         self.model, self.state, self.sampler, self.pad = model, state, sampler, pad
         b, device, vocab = state.tokens.shape[0], state.tokens.device, model.cfg.vocab_size
@@ -74,6 +76,7 @@ class Decoder:
         self._finished, self._broken = (torch.full((b,), value, device=device) for value in (True, False))
         self._tokens = torch.full((b, AHEAD), pad, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(b, AHEAD, device=device)
+        self._keeps_logprobs = logprobs
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self.how, self._records = _how(model, device, record)
         self._graph: Any = None
@@ -141,17 +144,21 @@ class Decoder:
 
     def _choose(self) -> None:
         logits, alive = self._logits, ~self._finished
-        wrong = not_finite(logits) & alive
+        best, token = logits.max(-1)
+        # NaN is the largest of all; -inf may be somebody's way to forbid a token
+        wrong = ~best.isfinite() & alive
         self._broken |= wrong
-        chance = None
         if self.sampler.options.draws:
             logits = logits.masked_fill(wrong[:, None], 0)  # what is drawn from must be numbers
             at = self._count.clamp(max=self._chance.shape[1] - 1)
-            chance = self._chance.gather(1, at[:, None]).squeeze(1)
-        token = self.sampler(logits, chance).masked_fill(self._finished, self.pad)
-        logprob = self._logits.gather(1, token[:, None]).squeeze(1) - self._logits.logsumexp(1)
+            token = self.sampler(logits, self._chance.gather(1, at[:, None]).squeeze(1))
+        elif not self.sampler.plain:
+            token = self.sampler(logits)
+        token = token.masked_fill(self._finished, self.pad)
         self._tokens.index_copy_(1, self._column, token[:, None])
-        self._logprobs.index_copy_(1, self._column, logprob.masked_fill(self._finished, 0)[:, None])
+        if self._keeps_logprobs:
+            logprob = self._logits.gather(1, token[:, None]).squeeze(1) - self._logits.logsumexp(1)
+            self._logprobs.index_copy_(1, self._column, logprob.masked_fill(self._finished, 0)[:, None])
         self._column += 1
         self._count += alive
         self._finished |= (token[:, None] == self._ends).any(1) & alive

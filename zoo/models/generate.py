@@ -148,7 +148,7 @@ def generate(call: GenerateCall) -> Any:
         ValueError: An argument out of range, a row without a real token, or logits that are not finite.
     """
     prompts = call.input_ids.repeat_interleave(call.n, 0)
-    run = _Run(call)
+    run = _Run(call, call.details or call.return_state)
     looks = list(run.looks())
     if not looks:  # nothing was asked for
         none = torch.zeros(prompts.shape[0], 0)
@@ -182,8 +182,8 @@ class _Run:
         how: Words for how steps are taken.
     """
 
-    def __init__(self, call: GenerateCall):
-        self.call, self.how = call, ""
+    def __init__(self, call: GenerateCall, logprobs: bool = True):
+        self.call, self.how, self.logprobs = call, "", logprobs
         self.kept: ModelState | None = None
         self.ends = Ends(
             call.input_ids.shape[0] * call.n,
@@ -235,6 +235,6 @@ class _Run:
             logits, state = logits[rows], state.reorder(rows)
             sampler.reorder(rows)
         chance = torch.stack([uniforms(call.seed, i, call.steps if call.draws else 0) for i in range(call.n)])
-        decoder = Decoder(model, state, sampler, call.ends, call.pad, call.steps, call.record)
+        decoder = Decoder(model, state, sampler, call.ends, call.pad, call.steps, call.record, self.logprobs)
         decoder.put(torch.arange(b * call.n, device=device), logits, chance.repeat(b, 1), call.steps)
         return decoder

@@ -46,6 +46,11 @@ class Sampler:
         self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device) if penalised else None
         self.bias = self._biases(vocab).to(device) if options.logit_bias else None
 
+    @property
+    def plain(self) -> bool:
+        """Tell whether the likeliest token is chosen, whatever was chosen before."""
+        return not self.options.draws and self.seen is None and self.counts is None and self.bias is None
+
     def _biases(self, vocab: int) -> Tensor:
         bias = torch.zeros(vocab)
         for token, value in (self.options.logit_bias or {}).items():
