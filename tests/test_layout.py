@@ -165,6 +165,16 @@ def test_place_decides_where(place, pattern):
     assert expand({"n_layer": 6, "allocate": {"a": 1 / 3}, "fill": "m", "place": place}) == pattern.split()
 
 
+def test_then_follows_every_block_and_is_not_counted():
+    spec = {"n_layer": 4, "allocate": {"a": 0.25}, "fill": "m", "place": "last", "then": "mlp"}
+    assert expand(spec) == "m mlp m mlp m mlp a mlp".split()
+    assert expand(spec | {"then": None}) == "m m m a".split()
+    with pytest.raises(ConfigError, match=r"layers.then: found str 'mlp mlp', expected the name of one mixer"):
+        expand(spec | {"then": "mlp mlp"})
+    with pytest.raises(ConfigError, match=r"layers.n_layer: 5001, each followed by mlp, are more than 10000\."):
+        expand(spec | {"n_layer": 5001})
+
+
 def test_later_kinds_are_placed_among_what_is_left():
     spec = {"n_layer": 6, "allocate": {"a": 1 / 3, "b": 1 / 3}, "fill": "m"}
     assert expand({**spec, "place": "first"}) == "a a b b m m".split()

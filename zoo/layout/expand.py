@@ -20,7 +20,7 @@ READS = ("residual", "residual_and_embedding", "side", "residual_plus_side")
 WRITES = ("residual", "side")
 
 _PLACES = ("even", "first", "last", "middle")
-_KEYS = ("n_layer", "allocate", "fill", "place")
+_KEYS = ("n_layer", "allocate", "fill", "place", "then")
 _MAX_KINDS = 64
 
 
@@ -105,7 +105,8 @@ def allocate(spec: Mapping[Any, Any], where: str = "layers") -> list[str]:
             - ``fill``: the token of all other blocks;
             - ``place``: where allocated blocks stand. ``even`` (the default) spreads them, ``first``, ``middle`` and
               ``last`` are one contiguous run, a list gives block indices, from the end where negative. It holds for
-              every kind; a mapping such as ``{attention: middle, mlp: even}`` says it for each.
+              every kind; a mapping such as ``{attention: middle, mlp: even}`` says it for each;
+            - ``then``: a token that follows every one of these blocks and is not counted among them, ``mlp`` say.
 
             Kinds are placed in their order: the first among all blocks, each later one among those still unfilled.
         where: Dotted key for messages.
@@ -149,7 +150,13 @@ def allocate(spec: Mapping[Any, Any], where: str = "layers") -> list[str]:
             positions = _indices(chosen, count, free, n, f"{where}.place")
         for i in positions:
             slots[i] = token
-    return [fill if slot is None else slot for slot in slots]
+    blocks = [fill if slot is None else slot for slot in slots]
+    if spec.get("then") is None:
+        return blocks
+    then = _one_token(spec["then"], f"{where}.then")
+    if 2 * n > MAX_BLOCKS:
+        raise ConfigError(f"{where}.n_layer: {n}, each followed by {then}, are more than {MAX_BLOCKS}. Lower it.")
+    return [token for block in blocks for token in (block, then)]
 
 
 def _spread(count: int, free: list[int], first: bool) -> list[int]:
