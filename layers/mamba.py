@@ -39,7 +39,7 @@ from .common import (
 )
 from .conv import CausalConv1d
 from .directions import Directions, RowMixer, silenced
-from .mamba_parts import NAMES, Parts, StepProjection
+from .mamba_parts import NAMES, Parts, StepProjection, check_constant
 from .norm import RMSNorm
 from .options import check, check_dt, check_positive
 from .recompute import left_alone, recipe, recomputing
@@ -104,6 +104,9 @@ class Mamba(RowMixer):
             order: of a width of 4, one before it and two behind.
         reverse_complement: Whether the layer is equivariant under reverse complements (:mod:`.reverse_complement`): each half of the
             channels is one strand's, and the parameters are those of a layer of ``d_model / 2``.
+        selective: Whether dt, B and C are functions of the input; otherwise parameters of each channel, the time-invariant layer of
+            the paper's ablation (Algorithm 1), S4D-Real with Mamba's A, D and step sizes, in one direction.
+        gate: Whether the output is gated, by the half of ``in_proj`` that is left out without.
         layer_idx, n_layer: Place among the residual blocks; ``out_proj`` is drawn smaller by the square root of their number.
         device, dtype: As for ``torch.nn.Linear``; ``A_log``, ``D`` and ``dt_proj.bias`` are float32 at least.
 
@@ -112,7 +115,7 @@ class Mamba(RowMixer):
     """
 
     fp32_parameters = ("A_log", "D", "dt_proj.bias")
-    no_decay_parameters = ("A_log", "D", "dt_proj.bias")
+    no_decay_parameters = fp32_parameters
     without_effect = frozenset({"dt_min", "dt_max", "dt_init_floor", "dt_scale"})
     rounds_input = True
     # these, and on the way back those of the same names with a _b, are set one way after the other
@@ -121,6 +124,7 @@ class Mamba(RowMixer):
     dt_proj: nn.Linear
     A_log: nn.Parameter
     D: nn.Parameter
+    B: nn.Parameter | None
     dt_norm: RMSNorm | None
     b_norm: RMSNorm | None
     c_norm: RMSNorm | None
@@ -148,6 +152,8 @@ class Mamba(RowMixer):
         combine_directions: str = "sum",
         conv_padding: str = "causal",
         reverse_complement: bool = False,
+        selective: bool = True,
+        gate: bool = True,
         layer_idx: int = 0,
         n_layer: int = 1,
         device: Device = None,
@@ -159,12 +165,18 @@ class Mamba(RowMixer):
         check(bcdt_norm_eps > 0, "bcdt_norm_eps", f"{bcdt_norm_eps} is not positive. The usual value is 1e-6.")
         check(dt_offset >= 0, "dt_offset", f"{dt_offset} is negative, and step sizes are not. Use 0 or more.")
         ways = Directions.of(directions, tie_directions, combine_directions, conv_padding, reverse_complement)
+        if not selective:
+            options = {"dt_rank": dt_rank, "bcdt_norm": bcdt_norm, "x_proj_bias": x_proj_bias, "dt_offset": dt_offset}
+            check_constant(directions, **options)
+            self.fp32_parameters = ("A_log", "D", "dt_bias")  # type: ignore[misc]
+            self.no_decay_parameters = (*self.fp32_parameters, "B")  # type: ignore
         width = self._go(ways, d_model)
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, expand * width
-        self.dt_rank = dt_rank or _dt_rank(width)
+        self.dt_rank = (dt_rank or _dt_rank(width)) if selective else 0
         self.dt_range, self.dt_scale, self.dt_offset = (dt_min, dt_max, dt_init_floor), dt_scale, dt_offset
+        self.gate = gate
 
-        self.in_proj = linear(width, 2 * self.d_inner, bias, device, dtype)
+        self.in_proj = linear(width, self.d_inner * (2 if gate else 1), bias, device, dtype)
         norm = functools.partial(RMSNorm, eps=bcdt_norm_eps, affine=bcdt_norm_affine) if bcdt_norm else None
         for own in self.ways.sets:
             conv = self.ways.convolution(self.d_inner, d_conv, conv_bias, device, dtype)
@@ -183,6 +195,7 @@ class Mamba(RowMixer):
         o = super().effective_options(options, d_model)
         o |= Directions.effective(o)
         o["dt_rank"] = o["dt_rank"] or _dt_rank(d_model // 2 if o["reverse_complement"] else d_model)
+        o["dt_rank"] = o["dt_rank"] if o["selective"] else None
         return o if o["bcdt_norm"] else o | {"bcdt_norm_affine": None, "bcdt_norm_eps": None}
 
     @torch.no_grad()
@@ -192,7 +205,7 @@ class Mamba(RowMixer):
             return  # nothing to draw, and arithmetic on meta tensors would import the compiler: seconds
         reset_linear(self.in_proj)
         for p in map(self._parts, self.ways.sets):
-            p.reset(self.dt_range, self.dt_rank**-0.5 * self.dt_scale)
+            p.reset(self.dt_range, (self.dt_rank or 1) ** -0.5 * self.dt_scale)
         reset_linear(self.out_proj, shrink=n_layer**0.5)
 
     def _along(self, x: Tensor, state: Any, seq: Seq | None, return_state: bool) -> Any:
@@ -203,7 +216,7 @@ class Mamba(RowMixer):
             y = mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
             return self._leave(y, given)
         with recomputing() as spared:
-            u, z = self.in_proj(spared(x)).chunk(2, dim=-1)  # (b, l, d_inner)
+            u, z = self._gated(self.in_proj(spared(x)))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
             dt, A, B, C, options = self._scan_inputs(spared(u), z, self._parts())
@@ -230,7 +243,7 @@ class Mamba(RowMixer):
 
     def _way(self, xz: Tensor, seq: Seq | None, paths: Any = None, back: bool = False) -> Tensor:
         """Convolve and scan along ``paths``; without, from the first token to the last, which on the way back are those of turned rows."""
-        p, (u, z) = self._parts(self.ways.sets[-1] if back else ""), xz.chunk(2, dim=-1)
+        p, (u, z) = self._parts(self.ways.sets[-1] if back else ""), self._gated(xz)
         u = p.conv1d(u, seq=seq, mirrored=self.ways.mirrored(back, turned=paths is None))
         if paths is not None:
             # what a walk meets before the last token leaves no trace
@@ -269,6 +282,8 @@ class Mamba(RowMixer):
             why = why_called(getattr(self, name), kind)
             if why is not None:
                 return f"{name} {why}"
+        if self.B is not None or not self.gate:
+            return "it is not selective, or has no gate"
         if self.x_proj.bias is not None or self.dt_proj.bias is None or self.dt_offset:
             return "x_proj has a bias, dt_proj has none, or the step sizes have an offset"
         if len({None if m is None else m.eps for m in (self.dt_norm, self.b_norm, self.c_norm)}) > 1:
@@ -279,13 +294,20 @@ class Mamba(RowMixer):
         """Mix one token per row, ``(b, d)``, and update ``state`` in place."""
         if not self.ways.causal:
             self.require("state")
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = self._gated(self.in_proj(x))
         u = self.conv1d.step(u, state.conv)
         dt, A, B, C, options = self._scan_inputs(u, z, self._parts())
-        return self.out_proj(selective_state_update(state.ssm, u, dt, A, B.unsqueeze(1), C.unsqueeze(1), **options))
+        return self.out_proj(selective_state_update(state.ssm, u, dt, A, B, C, **options))
 
-    def _scan_inputs(self, u: Tensor, z: Tensor, p: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        # dt (..., d_inner), A (d_inner, n), B and C (..., n), and the rest by name
+    def _gated(self, xz: Tensor) -> Any:
+        return xz.chunk(2, dim=-1) if self.gate else (xz, None)
+
+    def _scan_inputs(self, u: Tensor, z: Tensor | None, p: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        # dt (..., d_inner), A (d_inner, n), B and C (..., n), or (..., d_inner, n) where each channel has its own, and the rest by name
+        if p.B is not None and p.C is not None:
+            B, C = (m.to(u.dtype).expand(*u.shape[:-1], *m.shape) for m in (p.B, p.C))
+            options = {"D": p.D, "z": z, "dt_bias": p.dt_bias, "dt_softplus": True}
+            return u.new_zeros(()).expand(u.shape), -upcast(p.A_log).exp(), B, C, options
         dt, B, C = p.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if p.dt_norm is not None and p.b_norm is not None and p.c_norm is not None:
             dt, B, C = p.dt_norm(dt), p.b_norm(B), p.c_norm(C)
@@ -320,8 +342,8 @@ class Mamba(RowMixer):
         """
         d, r, n = self.d_inner, self.dt_rank, self.d_state
         # of sizes, not of weights, which quantised layers keep in other shapes
-        each = (r + 2 * n) * d + r * d + self.d_conv * d
-        return self.ways.flops(2 * 3 * self.width * d, 2 * each, d * (9 * n + 1))
+        each = ((r + 2 * n) * d + r * d if r else 0) + self.d_conv * d
+        return self.ways.flops(2 * (3 if self.gate else 2) * self.width * d, 2 * each, d * (9 * n + 1))
 
     def scan_ops(self) -> int:
         """As :meth:`Mixer.scan_ops`, for every direction."""

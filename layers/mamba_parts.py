@@ -10,9 +10,10 @@ from .common import Device, Dtype, acc_dtype, linear, reset_decays, reset_dt_bia
 from .conv import CausalConv1d
 from .directions import names_of
 from .norm import RMSNorm
+from .options import check
 from .recompute import repeatable
 
-__all__ = ["NAMES", "Parts", "StepProjection"]
+__all__ = ["NAMES", "Parts", "StepProjection", "check_constant"]
 
 
 class StepProjection(nn.Linear):
@@ -38,37 +39,72 @@ def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return F.linear(x.to(dtype), weight.to(dtype))
 
 
+def check_constant(directions: int, **others: Any) -> None:
+    """Refuse options of a layer that is not selective which need what it has not: projections to dt, B and C, or a way back.
+
+    Raises:
+        OptionError: One of ``others`` is set, or rows are read in both directions.
+    """
+    for name, value in others.items():
+        lacks = f"{value} is about projections to dt, B and C, and selective: false has none. Leave out one of the two."
+        check(not value, name, lacks)
+    check(directions == 1, "directions", f"{directions} is for selective layers. Use 1, or leave out selective: false.")
+
+
 class Parts(NamedTuple):
-    """A filter, the projections from its outputs, decay rates and skip; and norms of dt, B and C, if they have any."""
+    """A filter, the projections from its outputs, decay rates and skip; and norms of dt, B and C, if they have any.
+
+    In place of projections, a layer that is not selective has B and C, ``(d_inner, n)``, and ``dt_bias``, ``(d_inner,)``, themselves.
+    """
 
     conv1d: CausalConv1d
-    x_proj: nn.Linear
-    dt_proj: nn.Linear
+    x_proj: Any
+    dt_proj: Any
     A_log: Tensor
     D: Tensor
-    dt_norm: RMSNorm | None
-    b_norm: RMSNorm | None
-    c_norm: RMSNorm | None
+    dt_norm: RMSNorm | None = None
+    b_norm: RMSNorm | None = None
+    c_norm: RMSNorm | None = None
+    B: Tensor | None = None
+    C: Tensor | None = None
+    dt_bias: Tensor | None = None
 
     @classmethod
     def of(
         cls, conv: CausalConv1d, sizes: tuple[int, int], bias: bool, norm: Any, device: Device, dtype: Dtype
     ) -> "Parts":
-        """Build what stands behind a filter: ``sizes`` are the step sizes' rank and the states; ``bias`` is that of ``x_proj``."""
+        """Build what stands behind a filter: ``sizes`` are the step sizes' rank and the states; ``bias`` is that of ``x_proj``.
+
+        Without a rank, 0, nothing is projected.
+        """
         d, (r, n), pinned = len(conv.weight), sizes, acc_dtype(dtype)
+
+        def empty(*shape: int, dtype: Dtype = pinned) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if not r:
+            B, C = (empty(d, n, dtype=dtype) for _ in "BC")
+            return cls(conv, None, None, empty(d, n), empty(d), B=B, C=C, dt_bias=empty(d))
         steps = linear(r, d, False, device, dtype, StepProjection)
-        steps.bias = nn.Parameter(torch.empty(d, device=device, dtype=pinned))
-        A_log, D = (nn.Parameter(torch.empty(shape, device=device, dtype=pinned)) for shape in ((d, n), (d,)))
+        steps.bias = empty(d)
         norms = (norm(size, device=device, dtype=dtype) if norm else None for size in (r, n, n))
-        return cls(conv, linear(d, r + 2 * n, bias, device, dtype), steps, A_log, D, *norms)
+        return cls(conv, linear(d, r + 2 * n, bias, device, dtype), steps, empty(d, n), empty(d), *norms)
 
     @torch.no_grad()
     def reset(self, dt_range: tuple[float, float, float], bound: float) -> None:
-        """Draw the initial values as mamba-ssm does: A = -1 ... -n, D = 1, step sizes log-uniform, their weight up to ``bound``."""
+        """Draw the initial values as mamba-ssm does: A = -1 ... -n, D = 1, step sizes log-uniform, their weight up to ``bound``.
+
+        B that is no function of the input begins as 1 and C normal, those of S4D (arXiv:2206.11893, section 4).
+        """
         self.conv1d.reset_parameters()
-        reset_linear(self.x_proj)
-        reset_dt_bias(self.dt_proj.bias, *dt_range)
-        self.dt_proj.weight.uniform_(-bound, bound)
+        if self.B is not None and self.C is not None and self.dt_bias is not None:
+            nn.init.ones_(self.B)
+            nn.init.normal_(self.C)
+            reset_dt_bias(self.dt_bias, *dt_range)
+        else:
+            reset_linear(self.x_proj)
+            reset_dt_bias(self.dt_proj.bias, *dt_range)
+            self.dt_proj.weight.uniform_(-bound, bound)
         reset_decays(self.A_log)
         self.D.fill_(1.0)
         for norm in (self.dt_norm, self.b_norm, self.c_norm):

@@ -36,6 +36,8 @@ VARIANTS = {
         "falcon": {"d_state": 4, "bcdt_norm": True, "bcdt_norm_affine": False, "d_conv": 2, "expand": 1},
         "biases": {"d_state": 1, "bias": True, "conv_bias": False, "d_conv": 1},
         "offset": {"d_state": 4, "x_proj_bias": True, "dt_offset": 0.02},
+        "time-invariant": {"d_state": 4, "selective": False},
+        "no-gate": {"d_state": 4, "gate": False},
         "vim": {"d_state": 4, "directions": 2, "combine_directions": "mean"},
         "one-set": {"d_state": 4, "directions": 2, "tie_directions": "all", "bcdt_norm": True, "bias": True},
         "typeseg": {
