@@ -170,7 +170,9 @@ def _say_how_it_went(result: Any, options: TrainOptions, out: Path, imports: lis
     if result.resumed_from == options.steps:
         say(f"{out} holds this run, finished; nothing to do (--no-resume trains again)")
     loss, steps = result.history[-1]["loss"], int(result.history[-1]["step"])
-    if steps < options.steps:
+    if steps < options.steps and (result.best or {}).get("eval_accuracy", 0) >= (options.until or 2):
+        say(f"stopped early, after step {steps}: {result.best['eval_accuracy']:.2%} of the answers are right")
+    elif steps < options.steps:
         say(
             f"stopped early, after step {steps}: {counted(options.patience or 0, 'evaluation')} "
             f"{'was' if options.patience == 1 else 'were'} not better than the best"

@@ -39,6 +39,8 @@ class Lanes(Dataset):
         digest: Of all that follows from the data.
         tokens: In all documents.
         documents: ``None``: a row is one document.
+        draws: ``True``: the items of every pass are others, and their numbers go on.
+        labelled: ``False``: targets are the tokens that follow.
         about: What there is to say of them, in lines.
         epoch: The pass that a sampler goes through.
 
@@ -47,6 +49,8 @@ class Lanes(Dataset):
     """
 
     documents: int | None = None
+    draws: bool = True
+    labelled: bool = False
 
     def __init__(self, store: TokenStore, length: int, lanes: int, seed: int = 0, once: bool = False):
         self.rows = _Rows(store, length)

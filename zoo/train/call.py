@@ -36,13 +36,14 @@ class TrainResult:
             since the last one, in nats per token or image, and the seconds are those spent training, over all sessions, without what
             an interruption lost. Where there are experts, ``"aux_loss"`` and an ``"expert_load/N"`` for each of their layers: the load of
             the busiest over the mean. Where the step was evaluated, ``"eval_loss"``, in nats per target, and for bytes
-            ``"eval_bits_per_byte"``; of images ``"eval_accuracy"``, the share of right answers, and from 11 classes on
+            ``"eval_bits_per_byte"``; of images and of rows with labels ``"eval_accuracy"``, the share of right answers (of a row, on
+            average over rows), and of images from 11 classes on
             ``"eval_accuracy_top5"``.
         tokens: Read in all steps; of images, their number.
         seconds: Spent training, over all sessions.
         resumed_from: The step that this call started at.
-        best: ``{"step", "eval_loss"}`` of the lowest loss in an evaluation; of images that of the highest accuracy, with
-            ``"eval_accuracy"``. ``None`` without evaluations.
+        best: ``{"step", "eval_loss"}`` of the lowest loss in an evaluation; where answers are right or wrong, that of the
+            highest accuracy, with ``"eval_accuracy"``. ``None`` without evaluations.
         unit: What ``tokens`` are: ``"tokens"``, or ``"images"``.
     """
 
@@ -75,7 +76,10 @@ class TrainCall(TrainOptions):
         kw_only=False,
         metadata={
             "help": "Of a language model ``(n, l)`` token ids (see :func:`~hybridzoo.zoo.train.data.pack`), a path that "
-            ":func:`~hybridzoo.zoo.train.data.read_documents` understands, or ``-`` for standard input. Of a model of images what "
+            ":func:`~hybridzoo.zoo.train.data.read_documents` understands, or ``-`` for standard input; or rows with labels of their own, "
+            "``(input_ids, labels)``, each ``(n, l)``, the label at the token whose logits are to say it and -100 elsewhere, a ``.npz`` of "
+            "both, or an object that makes such pairs when they are asked for (:func:`~hybridzoo.zoo.train.labelled.labelled_rows`). Of a "
+            "model of images what "
             ":func:`~hybridzoo.zoo.images.examples.images_from` understands: a folder of class folders, a folder of ``datasets``, "
             "``digits`` or ``mnist-5k``, or arrays ``(images, labels)``."
         },

@@ -2,7 +2,9 @@
 
 from transformers import TrainerCallback
 
-__all__ = ["Evaluations", "best_of", "has_stalled"]
+from .options import TrainOptions
+
+__all__ = ["Evaluations", "best_of", "has_ended", "has_stalled"]
 
 _COMPARED = ("eval_loss", "eval_accuracy")
 
@@ -38,3 +40,9 @@ def has_stalled(history: list[dict[str, float]], patience: int | None) -> bool:
     """Return whether the last ``patience`` evaluations have not been better than one before them."""
     found, best = _evaluations(history), best_of(history)
     return patience is not None and best is not None and len(found) - 1 - found.index(best) >= patience
+
+
+def has_ended(history: list[dict[str, float]], options: TrainOptions) -> bool:
+    """Return whether a training is over before its last step: it gets no better, or its answers are as right as was asked for."""
+    right = (best_of(history) or {}).get("eval_accuracy", -1.0)
+    return has_stalled(history, options.patience) or (options.until is not None and right >= options.until)

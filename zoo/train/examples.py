@@ -22,6 +22,7 @@ from ..digests import digest_rows
 from ..models.model import Model
 from ..terminal import counted
 from .data import Rows, rows_with_targets
+from .labelled import LabelledRows, labelled_rows
 from .options import TrainOptions
 from .run_folder import AGAIN, LOG, DifferentRun
 
@@ -39,15 +40,19 @@ class Examples(Dataset):
         documents: The most documents in a row, an empty rest counted as one; ``None`` where each row is one, with no ``"documents"``.
         tokens: In all rows, without what fills them up.
         about: What there is to say of them, in lines.
+        labelled: Whether labels were given, and are not the next tokens: answers are then right or wrong.
+        in_order: Whether they are read as they stand, since they are made when they are asked for.
         epoch: How often they were gone through.
     """
 
     def __init__(
-        self, rows: Rows | StoredRows, chosen: Sequence[int] | np.ndarray, length: int, digest: str, tokens: int,
+        self, rows: Rows | StoredRows | LabelledRows, chosen: Sequence[int] | np.ndarray, length: int, digest: str, tokens: int,
         documents: int | None = None, about: Sequence[str] = (),
     ):  # fmt: skip
         self.rows, self.chosen, self.length, self.digest = rows, chosen, length, digest
         self.tokens, self.documents, self.about = tokens, documents, list(about)
+        self.labelled = isinstance(rows, LabelledRows)
+        self.in_order = self.labelled and isinstance(chosen, range)
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -66,7 +71,8 @@ def examples_from(data: Any, model: Model, options: TrainOptions, out: Path | No
     """Return the examples in some data for a model.
 
     Args:
-        data: A path, ``-`` for standard input, or a table ``(n, l)`` of token ids, ``~id`` for those that are only read.
+        data: A path, ``-`` for standard input, or a table ``(n, l)`` of token ids, ``~id`` for those that are only read; or labelled
+            rows, as :func:`~hybridzoo.zoo.train.labelled.labelled_rows` takes them.
         model: Its tokenizer and its vocabulary count.
         options: Of the training; length, packing and column count.
         out: The run's folder, where tokens are kept that can be kept nowhere else.
@@ -74,6 +80,9 @@ def examples_from(data: Any, model: Model, options: TrainOptions, out: Path | No
     Raises:
         ValueError: What cannot be read, or does not fit the model.
     """
+    if (found := labelled_rows(data, model.cfg.vocab_size)) is not None:
+        rows, chosen = found
+        return Examples(rows, chosen, rows.length, rows.digest, len(rows) * rows.length)
     if isinstance(data, str | os.PathLike):
         if Path(data).suffix.lower() != ".npy" or (table := read_npy(check_path(data))).ndim != 2:
             return _packed(data, model, options, out)

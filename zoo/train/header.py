@@ -77,7 +77,8 @@ def methods_of(feed: Feed, rows: Any, val: Any, args: TrainingArguments) -> dict
         about = feed.judged(val)
         source = f"{options.val}: " if isinstance(options.val, str | os.PathLike) else ""
         patience = f"; ends after {options.patience} without a better one" if options.patience else ""
-        found["evaluation"] = f"every {counted(args.eval_steps, 'step')}, on {source}{about}{patience}"
+        until = f"; ends when {options.until:.4g} of its answers are right" if options.until else ""
+        found["evaluation"] = f"every {counted(args.eval_steps, 'step')}, on {source}{about}{patience}{until}"
     return found
 
 

@@ -20,7 +20,7 @@ from .balance import Balance, is_counted_first
 from .batches import Batch, Whole
 from .diverged import Diverged, first_nonfinite, largest_gradient, nonfinite_weight
 from .ema import Ema
-from .evaluation import Evaluations, best_of, has_stalled
+from .evaluation import Evaluations, best_of, has_ended
 from .feed import Feed
 from .feeds import feed_of
 from .later import Later
@@ -226,7 +226,7 @@ class ZooTrainer(Trainer):
         super().log({**logs, "loss": mean, **found, **self.session.measures(step)})
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, log it, and have the best model saved; training ends where there is no better one for long."""
+        """Evaluate, log it, and have the best model saved; training ends where there is no better one for long, or none is needed."""
         with self.session.paused(), contextlib.nullcontext() if self.ema is None else self.ema.in_place():
             metrics = self.feed.evaluated(self)
         step, loss = self.state.global_step, metrics["eval_loss"]
@@ -241,7 +241,7 @@ class ZooTrainer(Trainer):
             self.control.should_save = True
             if self.args.process_index == 0:
                 self.feed.keep(self.run.path, step)
-        if has_stalled(history, self.options.patience):
+        if has_ended(history, self.options):
             self.control.should_save = self.control.should_training_stop = True
         return metrics
 

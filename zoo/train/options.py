@@ -76,6 +76,10 @@ class TrainOptions:
     patience: int | None = option(
         None, "Evaluations without a better one after which to stop.", unset="never", bound=at_least(1), panel=_EVALUATION
     )  # fmt: skip
+    until: float | None = option(
+        None, "Share of right answers in an evaluation at which to stop: of images, or of rows with labels.", unset="never",
+        bound=("above 0, up to 1", lambda x: 0 < x <= 1), panel=_EVALUATION,
+    )  # fmt: skip
     precision: str = option(
         "auto", "auto, float32 or bfloat16: what is computed in; weights stay float32. auto is bfloat16 on a GPU that has it.",
         choices=("auto", "float32", "bfloat16"), panel=_SPEED,
@@ -240,8 +244,8 @@ class TrainOptions:
 
     def check_evaluated(self, val: Any) -> None:
         """Refuse options of evaluations where there is nothing to evaluate on, with a ValueError."""
-        if val is None and (self.eval_every or self.patience):
-            given = f"eval_every={self.eval_every}" if self.eval_every else f"patience={self.patience}"
+        named = {name: getattr(self, name) for name in ("eval_every", "patience", "until")}
+        if val is None and (given := next((f"{name}={value:g}" for name, value in named.items() if value), None)):
             raise ValueError(f"train({given}): there is nothing to evaluate on. Give val, or leave it out.")
 
     def _check_tuning(self) -> None:

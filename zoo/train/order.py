@@ -24,7 +24,7 @@ def order_of(data: Epochs | Whole, seed: int) -> Sampler[int]:
     """Return the order in which a training reads its data."""
     if isinstance(data, Whole):
         return Then(order_of(data.examples, seed), len(data), _draws(data.examples))
-    return InOrder(data) if isinstance(data, Lanes) else Shuffled(data, seed)
+    return InOrder(data) if isinstance(data, Lanes) or getattr(data, "in_order", False) else Shuffled(data, seed)
 
 
 class Shuffled(Sampler[int]):
@@ -53,7 +53,7 @@ class Shuffled(Sampler[int]):
 
 
 class InOrder(Sampler[int]):
-    """The items of data that have an order of their own, pass after pass: those of :class:`~hybridzoo.zoo.corpus.lanes.Lanes`."""
+    """The items of data that have an order of their own, pass after pass; those of a later pass may have numbers of their own."""
 
     def __init__(self, data: Epochs):
         self.data = data
@@ -66,7 +66,7 @@ class InOrder(Sampler[int]):
         self.data.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        first = self.data.epoch * len(self.data)
+        first = self.data.epoch * len(self.data) if _draws(self.data) else 0
         return iter(range(first, first + len(self.data)))
 
 

@@ -22,7 +22,7 @@ from .call import Interrupted, TrainCall, TrainResult
 from .disk import naming_disk
 from .diverged import Diverged
 from .ema import load_averaged
-from .evaluation import best_of, has_stalled
+from .evaluation import best_of, has_ended
 from .feed import Feed
 from .feeds import feed_of
 from .flops import peak_flops
@@ -156,7 +156,7 @@ def _run(
     options = feed.options
     if checkpoint is not None:
         history = checkpoint.history()
-        if checkpoint.step >= args.max_steps or has_stalled(history, options.patience):
+        if checkpoint.step >= args.max_steps or has_ended(history, options):
             # stopped after its last step: there is nothing left to train
             load_weights(model, checkpoint.folder)
             return history
@@ -177,7 +177,7 @@ def _run(
         with torch.autograd.set_multithreading_enabled(apart):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
         history = loss_entries(trainer.state.log_history)
-        if trainer.state.global_step < args.max_steps and not has_stalled(history, options.patience):
+        if trainer.state.global_step < args.max_steps and not has_ended(history, options):
             raise KeyboardInterrupt
     return history
 

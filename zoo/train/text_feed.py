@@ -16,6 +16,7 @@ from .carried import CarriedState
 from .examples import Examples, examples_from, lanes_from
 from .feed import Feed
 from .flops import context_length, flops_per_token
+from .labelled import scores_of
 from .processes import devices_in_one
 from .tokens import model_inputs, targets
 
@@ -41,9 +42,14 @@ class TextFeed(Feed):
             return rows, None
         like = dataclasses.replace(call, length=call.length or rows.length)
         try:
-            return rows, self._examples(call.val, like, devices, once=True)
+            val = self._examples(call.val, like, devices, once=True)
         except ValueError as e:
             raise ValueError(f"val: {str(e).removeprefix('data: ')}") from e
+        if call.until is not None and not val.labelled:
+            raise ValueError(
+                f"train(until={call.until:g}): no answers are right or wrong. Give val rows with labels, or leave it out."
+            )
+        return rows, val
 
     def _examples(self, data: Any, call: Any, devices: int, once: bool = False) -> Any:
         out = Path(call.out)
@@ -90,7 +96,9 @@ class TextFeed(Feed):
         return part["input_ids"].numel() if documents is None else (documents >= 0).sum()
 
     def evaluated(self, trainer: Any) -> dict[str, float]:
-        """As :meth:`Feed.evaluated`: the loss per target, and for bytes their bits."""
+        """As :meth:`Feed.evaluated`: the loss per target, and for bytes their bits; where labels are given, the share of right ones."""
+        if trainer.eval_dataset.labelled:
+            return answers(trainer)
         loss = loss_per_target(trainer)
         bits = {"eval_bits_per_byte": loss / math.log(2)} if self.core.cfg.tokenizer == "byte" else {}
         return {"eval_loss": loss} | bits
@@ -105,9 +113,10 @@ class TextFeed(Feed):
 
     def judged(self, examples: Examples) -> str:
         """As :meth:`Feed.judged`."""
-        return (
+        about = (
             examples.about[-1] if examples.about else f"{counted(len(examples), 'row')} of {examples.length:,} tokens"
         )
+        return f"{about}; the best has the highest accuracy" if examples.labelled else about
 
     def in_memory(self, examples: Examples) -> tuple[str, str]:
         """As :meth:`Feed.in_memory`."""
@@ -140,3 +149,26 @@ def loss_per_target(trainer: Any) -> float:
             sums += torch.stack([nats.double(), found.double()])
     nats, count = trainer.accelerator.reduce(sums, "sum").tolist()
     return nats / count
+
+
+def answers(trainer: Any) -> dict[str, float]:
+    """Return the mean loss per target, in nats, and the share of right answers in a row, on average over rows, of labelled rows.
+
+    As Zoology and its kin count: rows count alike, however many labels they have.
+    """
+    model, examples = trainer.model, trainer.eval_dataset
+    # nats, targets, shares, rows
+    sums = torch.zeros(4, dtype=torch.float64, device=trainer.args.device)
+    with evaluation_batches(trainer) as batches:
+        for batch in batches:
+            wanted = targets(batch)
+            inputs = model_inputs(batch, examples.documents)
+            inputs.pop("labels")
+            out = model(**inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True)
+            with trainer.accelerator.autocast():
+                nats, right = scores_of(out.hidden_states[-1], model.core.lm_head, wanted)
+            found = (wanted != IGNORE).sum(1)
+            shares = right.sum(1) / found.clamp(min=1)
+            sums += torch.stack([x.sum().double() for x in (nats, found, shares, found > 0)])
+    nats, count, shares, rows = trainer.accelerator.reduce(sums, "sum").tolist()
+    return {"eval_loss": nats / count, "eval_accuracy": shares / rows}

@@ -1,1 +1,1 @@
-"""Tasks of studies: the rows that cells are trained and scored on, made from seeds, and the judgement of what is right."""
+"""Tasks of cells: rows to train on, made from seeds, and the count of what is right."""
