@@ -28,6 +28,7 @@ from .hf_base import Adapter, HybridZooConfig
 from .hf_calls import CACHE_NAMES, Finite, Generation, Rows, one_cache, refuse_others
 from .hf_images import HybridZooForImageClassification
 from .hf_tokens import HybridZooForTokenClassification
+from .hf_vectors import HybridZooForSequenceRegression
 from .models.state import StateCache
 from .models.text import padded_vocab
 from .tokenizer import byte_tokenizer
@@ -36,6 +37,7 @@ __all__ = [
     "HybridZooConfig",
     "HybridZooForCausalLM",
     "HybridZooForImageClassification",
+    "HybridZooForSequenceRegression",
     "HybridZooForTokenClassification",
     "StateCache",
     "byte_tokenizer",

@@ -32,6 +32,8 @@ _RANGES = {
     "vocab_size": (1, 2**24),
     "pad_vocab_size_multiple": (1, 2**16),
     "d_model": (1, 2**20),
+    "inputs": (1, 2**20),
+    "outputs": (1, 2**20),
     "max_length": (1, 2**31),
     "initializer_range": (0, 10),
     "n_classes": (0, 2**24),

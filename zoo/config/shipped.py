@@ -12,7 +12,9 @@ __all__ = ["CONFIGS", "NUMBERS", "describe", "find_models", "list_models", "ship
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NUMBERS = CONFIGS / "numbers.json"
 # the folders there that hold models, by their task
-_FOLDERS = {"causal_lm": "lm", "image_classification": "vision", "token_classification": "text"}
+_FOLDERS = {
+    "causal_lm": "lm", "image_classification": "vision", "sequence_regression": "series", "token_classification": "text",
+}  # fmt: skip
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.base import Seq, shapes, tree
-from ...layers.common import is_captured, weight_dtype
+from ...layers.common import weight_dtype
 from .generate import generate, stream
 from .loss import next_token_loss, share_of_items, shift_labels
 from .rows import describe_rows, integers
@@ -168,14 +168,4 @@ class CausalLM(TextModel):
                 f"input_ids: expected shape (b,), one token for each of the state's {state.tokens.shape[0]} rows, got "
                 f"{tuple(input_ids.shape)}."
             )
-        if not self.hooked():
-            return self.lm_head(self.backbone.step(self.backbone.embed(integers("input_ids", input_ids)), state))
-        if is_captured(input_ids):
-            raise RuntimeError(
-                "step: a CUDA graph cannot run the hooks on the model's modules when it is replayed. Remove the hooks, or do not capture."
-            )
-        # a backward needs what the forward has read, and the state is about to change
-        before = state.clone() if torch.is_grad_enabled() else state
-        out = self(input_ids.unsqueeze(1), state=before, return_state=True)
-        state.copy_(out.state)
-        return out.logits.squeeze(1)
+        return self._step(integers("input_ids", input_ids), state)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...layers.base import Mixer
+from ...layers.base import Mixer, Seq
+from ...layers.common import is_captured
 from ...layers.moe import balance_loss
 from ..config.resolve import resolve
 from ..config.schema import ConfigSchema, TrunkSchema
@@ -15,7 +16,25 @@ from .hooks import Hooks
 from .state import ModelState
 from .trunk import Backbone
 
-__all__ = ["Model"]
+__all__ = ["Model", "Passed"]
+
+
+class Passed(NamedTuple):
+    """The result of running rows of tokens through the trunk.
+
+    Attributes:
+        hidden: ``(b, l, d)`` after the final norm, in the order in which the rows are described: real tokens first.
+        state: What the rows leave behind, if it was asked for.
+        aux_loss: The weighted sum of the mixers' auxiliary losses; ``None`` where no mixer has one.
+        router: Statistics of every MoE block.
+        hidden_states: ``(b, l, d)`` of the embedding and after every block, in the caller's order, if they were asked for.
+    """
+
+    hidden: Tensor
+    state: ModelState | None
+    aux_loss: Tensor | None
+    router: list[dict[str, Any]]
+    hidden_states: tuple[Tensor, ...] | None
 
 
 class Model(nn.Module):
@@ -136,6 +155,45 @@ class Model(nn.Module):
         mixers = (next(m for m in block.modules() if isinstance(m, Mixer)) for block in self.backbone.blocks)
         layers = tuple(mixer.init_state(batch, max_len, device, dtype) for mixer in mixers)
         return ModelState(layers, torch.zeros(batch, dtype=torch.long, device=device))
+
+    def passed(
+        self,
+        x: Tensor,
+        seq: Seq | None,
+        state: ModelState | None = None,
+        *,
+        return_state: bool = False,
+        hidden_states: bool = False,
+    ) -> Passed:
+        """Run the embedded tokens ``(b, l, d)`` of rows that ``seq`` describes through the trunk."""
+        # from here on padding holds zeros, whatever the caller has there
+        x, rows = (x, None) if seq is None else (seq.align(x), seq.cleared)
+        every: list[Tensor] | None = [] if hidden_states else None
+        hidden, new_state, aux = self.backbone(x, rows, state, return_state, every)
+        if every and seq is not None:
+            every = [seq.restore(h) for h in every]
+        states = None if every is None else tuple(every)
+        return Passed(hidden, new_state, self.aux_loss(aux), aux.get("router", []), states)
+
+    def _step(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Decode one token per row, ``(b, ...)`` as the embedding reads them; ``state`` is updated in place.
+
+        Where there are hooks, this is a call of the model with one token per row.
+
+        Raises:
+            RuntimeError: There are hooks, and a CUDA graph is captured, which would not run them again.
+        """
+        if not self._hooks.anywhere(self):
+            return self.head(self.backbone.step(self.backbone.embed(tokens), state))
+        if is_captured(tokens):
+            raise RuntimeError(
+                "step: a CUDA graph cannot run the hooks on the model's modules when it is replayed. Remove the hooks, or do not capture."
+            )
+        # a backward needs what the forward has read, and the state is about to change
+        before = state.clone() if torch.is_grad_enabled() else state
+        out = self(tokens.unsqueeze(1), state=before, return_state=True)
+        state.copy_(out.state)
+        return out.logits.squeeze(1)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute every block in the backward instead of keeping its activations (training mode only)."""

@@ -8,6 +8,7 @@ from ..errors import SourceError
 from .causal_lm import CausalLM
 from .image_classification import ImageClassifier
 from .model import Model
+from .sequence_regression import SequenceRegressor
 from .token_classification import TokenClassifier
 
 __all__ = ["check_language_model", "register_task", "task_of"]
@@ -58,4 +59,5 @@ def check_language_model(model: Model, name: object) -> None:
 
 register_task("causal_lm")(CausalLM)
 register_task("image_classification")(ImageClassifier)
+register_task("sequence_regression")(SequenceRegressor)
 register_task("token_classification")(TokenClassifier)

@@ -1,37 +1,17 @@
 """The base of models that read tokens, whatever they make of them."""
 
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ...layers.base import Seq
 from ..tokenizer import load_tokenizer
 from .model import Model
 from .rows import integers
-from .state import ModelState
 
-__all__ = ["Passed", "TextModel", "padded_vocab"]
-
-
-class Passed(NamedTuple):
-    """The result of running tokens through the trunk.
-
-    Attributes:
-        hidden: ``(b, l, d)`` after the final norm, in the order in which the rows are described: real tokens first.
-        state: What the rows leave behind, if it was asked for.
-        aux_loss: The weighted sum of the mixers' auxiliary losses; ``None`` where no mixer has one.
-        router: Statistics of every MoE block.
-        hidden_states: ``(b, l, d)`` of the embedding and after every block, in the caller's order, if they were asked for.
-    """
-
-    hidden: Tensor
-    state: ModelState | None
-    aux_loss: Tensor | None
-    router: list[dict[str, Any]]
-    hidden_states: tuple[Tensor, ...] | None
+__all__ = ["TextModel", "padded_vocab"]
 
 
 class TextModel(Model):
@@ -65,25 +45,6 @@ class TextModel(Model):
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: expected shape (b, l) with l >= 1, got {tuple(input_ids.shape)}.")
         return self.backbone.embed(integers("input_ids", input_ids, ", or vectors as inputs_embeds"))
-
-    def passed(
-        self,
-        x: Tensor,
-        seq: Seq | None,
-        state: ModelState | None = None,
-        *,
-        return_state: bool = False,
-        hidden_states: bool = False,
-    ) -> Passed:
-        """Run the embedded tokens ``(b, l, d)`` of rows that ``seq`` describes through the trunk."""
-        # from here on padding holds zeros, whatever the caller has there
-        x, rows = (x, None) if seq is None else (seq.align(x), seq.cleared)
-        every: list[Tensor] | None = [] if hidden_states else None
-        hidden, new_state, aux = self.backbone(x, rows, state, return_state, every)
-        if every and seq is not None:
-            every = [seq.restore(h) for h in every]
-        states = None if every is None else tuple(every)
-        return Passed(hidden, new_state, self.aux_loss(aux), aux.get("router", []), states)
 
 
 def padded_vocab(cfg: DictConfig) -> int:

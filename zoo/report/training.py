@@ -66,7 +66,7 @@ def headline(log: Log) -> str:
             return (
                 f"{name}: {right:.2%} of the images that it has not seen are told right, at step {at:,.0f} of {steps:,}"
             )
-        return f"{name}: {best:.3f} nats per token of text it has not seen, at step {at:,.0f} of {steps:,}"
+        return f"{name}: {best:.3f} {_loss(log)} of {_data(log)} it has not seen, at step {at:,.0f} of {steps:,}"
     if not read:
         return f"{name}: nothing logged yet"
     at, last = read[-1]
@@ -91,9 +91,7 @@ def losses(log: Log) -> Chart:
         marks.append(Mark(*read[0], "", 0))
     weight = 0.6 if len(read) > 20 else 0.0
     label = "Loss over the steps" + (f", in training and on held-out {_data(log)}" if held else "")
-    return line_chart(
-        label, lines, "steps", f"nats per {_unit(log)[:-1]}", (low - room, high + room), [weight, 0.0], marks
-    )
+    return line_chart(label, lines, "steps", _loss(log), (low - room, high + room), [weight, 0.0], marks)
 
 
 def duration(seconds: float) -> str:
@@ -119,12 +117,17 @@ def _is_finite(value: Any) -> bool:
 
 
 def _unit(log: Log) -> str:
-    """The plural of what is read: tokens or images."""
+    """The plural of what is read: tokens, images or vectors."""
     return str(log.get("about", {}).get("unit") or "tokens")
 
 
 def _data(log: Log) -> str:
-    return "images" if _unit(log) == "images" else "text"
+    return {"images": "images", "vectors": "rows"}.get(_unit(log), "text")
+
+
+def _loss(log: Log) -> str:
+    """The unit of the losses."""
+    return "squared error" if _unit(log) == "vectors" else f"nats per {_unit(log)[:-1]}"
 
 
 def _best(log: Log) -> tuple[float, float] | None:
@@ -167,7 +170,7 @@ def _figures(log: Log) -> list[str]:
     shown = []
     if read:
         last = fmean(y for _, y in read[-max(1, len(read) // 20) :])
-        shown.append(("Training loss", f"{last:.3f}", f"nats per {unit[:-1]}, mean of the last twentieth"))
+        shown.append(("Training loss", f"{last:.3f}", f"{_loss(log)}, mean of the last twentieth"))
     if (best := _best(log)) is not None:
         shown += _judged(log, *best)
     if rate := _typical(log, f"{unit}_per_second"):
@@ -188,7 +191,10 @@ def _judged(log: Log, at: float, loss: float) -> list[tuple[str, str, str]]:
     if right is not None:
         among = f"{five:.2%} among the first five; " if five is not None else ""
         return [("Held-out accuracy", f"{right:.2%}", f"best, at step {at:,.0f}; {among}loss {loss:.3f}")]
-    note = f"{bits:.3f} bits per byte" if bits else f"perplexity {math.exp(min(loss, 99)):,.4g}"
+    if _unit(log) == "vectors":
+        note = f"root {math.sqrt(loss):.3f}"
+    else:
+        note = f"{bits:.3f} bits per byte" if bits else f"perplexity {math.exp(min(loss, 99)):,.4g}"
     return [("Held-out loss", f"{loss:.3f}", f"best, at step {at:,.0f}; {note}")]
 
 
@@ -204,6 +210,7 @@ def _small(log: Log) -> list[str]:
         ("Gradient norm", "grad_norm", "Before it is clipped."),
         ("Tokens per second", "tokens_per_second", "Real tokens, without padding, saving and evaluating."),
         ("Images per second", "images_per_second", "Without saving and evaluating."),
+        ("Vectors per second", "vectors_per_second", "Without saving and evaluating."),
         ("Balance of the experts", "aux_loss", "The auxiliary losses, weighted as they are in the loss."),
     ]
     cards = []

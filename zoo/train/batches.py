@@ -1,6 +1,7 @@
 """Batches of examples, and how they are made of one size."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +20,9 @@ def filled(batch: Batch, rows: int) -> Batch:
     """Return a batch of ``rows`` rows: those of ``batch``, and its first one again, with nothing to predict in it."""
     b = batch["labels"].shape[0]
     more = {name: x[:1].expand(rows - b, *x.shape[1:]) for name, x in batch.items()}
-    # labels are numbers of classes, or the probability of each
-    nothing = 0 if more["labels"].is_floating_point() else IGNORE
-    more["labels"] = torch.full_like(more["labels"], nothing)
+    # labels are numbers of classes, the probability of each, (b, n), or values along a row, (b, l, n)
+    shares = more["labels"].is_floating_point() and more["labels"].dim() == 2
+    more["labels"] = torch.zeros_like(more["labels"]) if shares else _nothing(more["labels"])
     return {name: torch.cat([x, more[name]]) for name, x in batch.items()}
 
 
@@ -42,11 +43,16 @@ class Whole(Dataset):
         if index >= 0 and (index < len(self.examples) or getattr(self.examples, "draws", False)):
             return self.examples[index]
         first = self.examples[0]
-        return first | {"labels": torch.full_like(first["labels"], IGNORE)}
+        return first | {"labels": _nothing(first["labels"])}
 
     def set_epoch(self, epoch: int) -> None:
         """Note which pass begins."""
         self.examples.set_epoch(epoch)
+
+
+def _nothing(labels: Tensor) -> Tensor:
+    """Labels of that shape which are no targets."""
+    return torch.full_like(labels, math.nan if labels.is_floating_point() else IGNORE)
 
 
 @contextlib.contextmanager

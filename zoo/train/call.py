@@ -33,18 +33,18 @@ class TrainResult:
         model: The trained model, in evaluation mode; with ``val`` that of the ``best`` step. Of processes that shard one, the first has
             it, and the others have their parts.
         history: ``{"step", "loss", "learning_rate", "grad_norm", "seconds"}`` per logged step; the loss is the mean
-            since the last one, in nats per token or image, and the seconds are those spent training, over all sessions, without what
-            an interruption lost. Where there are experts, ``"aux_loss"`` and an ``"expert_load/N"`` for each of their layers: the load of
-            the busiest over the mean. Where the step was evaluated, ``"eval_loss"``, in nats per target, and for bytes
-            ``"eval_bits_per_byte"``; of images and of rows with labels ``"eval_accuracy"``, the share of right answers (of a row, on
+            since the last one, in nats per token or image (of vectors, the squared error), and the seconds are those spent training, over
+            all sessions, without what an interruption lost. Where there are experts, ``"aux_loss"`` and an ``"expert_load/N"`` for each of
+            their layers: the load of the busiest over the mean. Where the step was evaluated, ``"eval_loss"``, in nats per target, and for
+            bytes ``"eval_bits_per_byte"``; of images and of rows with labels ``"eval_accuracy"``, the share of right answers (of a row, on
             average over rows), and of images from 11 classes on
             ``"eval_accuracy_top5"``.
-        tokens: Read in all steps; of images, their number.
+        tokens: Read in all steps; of images or vectors, their number.
         seconds: Spent training, over all sessions.
         resumed_from: The step that this call started at.
         best: ``{"step", "eval_loss"}`` of the lowest loss in an evaluation; where answers are right or wrong, that of the
             highest accuracy, with ``"eval_accuracy"``. ``None`` without evaluations.
-        unit: What ``tokens`` are: ``"tokens"``, or ``"images"``.
+        unit: What ``tokens`` are: ``"tokens"``, ``"images"`` or ``"vectors"``.
     """
 
     model: Model
@@ -81,7 +81,8 @@ class TrainCall(TrainOptions):
             "both, or an object that makes such pairs when they are asked for (:func:`~hybridzoo.zoo.train.labelled.labelled_rows`). Of a "
             "model of images what "
             ":func:`~hybridzoo.zoo.images.examples.images_from` understands: a folder of class folders, a folder of ``datasets``, "
-            "``digits`` or ``mnist-5k``, or arrays ``(images, labels)``."
+            "``digits`` or ``mnist-5k``, or arrays ``(images, labels)``. Of a model of vectors ``(inputs, labels)``, or rows made one by "
+            "one (:class:`~hybridzoo.zoo.train.vector_rows.MadeRows`)."
         },
     )
     out: str | Path = dataclasses.field(kw_only=False, metadata={"help": "The run's folder."})

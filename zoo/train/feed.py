@@ -1,7 +1,7 @@
-"""The seam between a training and what its model reads: one loop trains on rows of tokens and on images, and knows neither.
+"""The seam between a training and what its model reads: one loop trains on rows of tokens or vectors and on images, and knows none.
 
-All that differs is a method here. :mod:`.text_feed` and :mod:`.image_feed` are the two that there are, and :mod:`.feeds` finds the right
-one for a model; nothing else asks for a task.
+All that differs is a method here. :mod:`.text_feed`, :mod:`.image_feed` and :mod:`.vector_feed` are those that there are, and :mod:`.feeds`
+finds the right one for a model; nothing else asks for a task.
 """
 
 import dataclasses

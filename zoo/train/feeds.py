@@ -6,14 +6,16 @@ from typing import Any
 from ..models.causal_lm import CausalLM
 from ..models.image_classification import ImageClassifier
 from ..models.model import Model
+from ..models.sequence_regression import SequenceRegressor
 from .feed import Feed
 from .image_feed import ImageFeed
 from .options import TrainOptions
 from .text_feed import TextFeed
+from .vector_feed import VectorFeed
 
 __all__ = ["feed_of"]
 
-_FEEDS: dict[type[Model], type[Feed]] = {CausalLM: TextFeed, ImageClassifier: ImageFeed}
+_FEEDS: dict[type[Model], type[Feed]] = {CausalLM: TextFeed, ImageClassifier: ImageFeed, SequenceRegressor: VectorFeed}
 
 
 def feed_of(core: Any, options: TrainOptions) -> Feed:

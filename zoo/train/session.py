@@ -28,7 +28,7 @@ class Workload:
     """The work of one step of all processes, and what the devices could do.
 
     Attributes:
-        units: Tokens that something is made of, and padding is none, a mean where rows differ; or images.
+        units: Tokens that something is made of, and padding is none, a mean where rows differ; or images, or vectors.
         flops: FLOPs per unit, forward and backward.
         peak: FLOPs a second that all devices do at most; ``None`` if that is not known.
         device: The GPU of this process, if it has one.
