@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ..zoo.terminal import Device, Json, ModelName, print_json, print_report, say
+from .ablate.commands import app as ablate
 
 __all__ = ["app"]
 
 app = typer.Typer()
+app.add_typer(ablate)
 
 
 @app.command(

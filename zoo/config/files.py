@@ -22,7 +22,7 @@ from .plain import MAX_DEPTH, first_line, plain, refuse_interpolation
 from .shipped import list_models, shipped
 from .yaml_text import TooMuch, parse_yaml
 
-__all__ = ["FOLDER_CONFIG", "apply_overrides", "find_config", "inherit", "overridden", "read_config"]
+__all__ = ["FOLDER_CONFIG", "apply_overrides", "find_config", "inherit", "merge", "overridden", "read_config"]
 
 FOLDER_CONFIG = "config.yaml"
 _MAX_BYTES = 1_000_000
@@ -99,7 +99,7 @@ def inherit(data: dict[str, Any], path: Path | None, *, saved: bool = False) -> 
             names = " -> ".join(p.name for p in chain)
             raise ConfigError(f"base: {names} comes back to itself. Remove one of these base lines.")
         layers.append(read_config(path))
-    merged = functools.reduce(_merge, reversed(layers))
+    merged = functools.reduce(merge, reversed(layers))
     merged.pop("base", None)
     return merged
 
@@ -198,17 +198,18 @@ def _put(data: dict[str, Any], key: str, value: Any, entry: str) -> None:
             raise _unfit(key, entry, f"{at} is {shortened(node)}, no mapping. Check the key.")
         else:
             if is_last and name == "type" and node.get(name, value) != value:
-                node.clear()  # as in _merge
+                node.clear()  # as in merge
             if node.get(name) is None:
                 node[name] = None if is_last else {}
         if is_last:
-            node[place] = _merge(node[place], value)
+            node[place] = merge(node[place], value)
         node = node[place]
 
 
-def _merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any) -> Any:
+    """Put ``over`` on top of ``base``, plain data both: mappings key by key, and of a ``type`` that changes nothing stays."""
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "type" in base and over.get("type", base["type"]) != base["type"]:
         return over
-    return {**base, **{key: _merge(base[key], value) if key in base else value for key, value in over.items()}}
+    return {**base, **{key: merge(base[key], value) if key in base else value for key, value in over.items()}}

@@ -1,0 +1,152 @@
+"""The commands of studies, ``zoo ablate``. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...zoo.terminal import Device, Json, counted, print_json, print_report, say
+
+__all__ = ["app"]
+
+app = typer.Typer(name="ablate", no_args_is_help=True, help="Compare models of equal cost: a study is one YAML file.")
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A name from `zoo ablate list`, or a YAML file.")]
+Scale = Annotated[
+    str, typer.Option(help="Of the study's: smoke (minutes on a CPU), short (one GPU, under an hour) or paper (hours).")
+]
+Folder = Annotated[
+    Path | None, typer.Option(help="Where results are kept.", show_default="runs/ablate/STUDY-SCALE"),
+]  # fmt: skip
+
+
+@app.command("list", epilog="Example: [bold]zoo ablate list[/bold]")
+def list_(as_json: Json = False) -> None:
+    """List the studies that come with the zoo, and what each answers."""
+    from ...zoo.tables import columns, output
+    from .schema import described
+
+    studies = described()
+    if as_json:
+        return print_json(studies)
+    table = columns("study", "what it answers", "scales", left=3)
+    table.columns[0].no_wrap = True
+    for study in studies:
+        table.add_row(study["name"], study["question"], " ".join(study["scales"]))
+    output().print(table)
+
+
+@app.command(epilog="Example: [bold]zoo ablate show recall-ratio > my_study.yaml[/bold]")
+def show(study: StudyName, scale: Scale = "short", as_json: Json = False) -> None:
+    """Print a study as the YAML file that it is at a scale, to begin one's own with."""
+    from .schema import load_study, written
+
+    spec = load_study(study, scale)
+    if as_json:
+        return print_json(spec.data)
+    print_report(written(spec).rstrip())
+
+
+@app.command(epilog="Example: [bold]zoo ablate plan recall-ratio --scale smoke[/bold]")
+def plan(study: StudyName, scale: Scale = "short", folder: Folder = None, as_json: Json = False) -> None:
+    """Build every model of a study without allocating it, and print what each costs and how long all take; nothing is trained."""
+    from ...zoo.tables import output
+    from .plan import plan_of, spent
+    from .schema import load_study
+
+    spec = load_study(study, scale)
+    planned = plan_of(spec, results=_results(study, scale, folder or Path("runs") / "ablate" / f"{spec.name}-{scale}"))
+    if as_json:
+        print_json(planned.plain())
+    else:
+        print_report(spec.question)
+        output().print(planned.table())
+        cells = f"{counted(planned.cells, 'training')} of {counted(len(planned.points), 'point')}"
+        print_report(f"{cells}, {planned.flops:.2g} FLOPs, {spent(planned.seconds)} one after another ({planned.how})")
+    for point in planned.unmatched:
+        say(f"left out: {point.name}: {point.problem}")
+    if not planned.cells:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo ablate run recall-ratio --scale smoke --workers 2[/bold]")
+def run(
+    study: StudyName,
+    scale: Scale = "short",
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at once on this host.")] = 1,
+    only: Annotated[str | None, typer.Option(help="Points whose names match: 'attention=0.25*'.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long, with checkpoints kept; the same command goes on.")
+    ] = None,
+    device: Device = None,
+    folder: Folder = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A database as the queue of many hosts: postgresql://...",
+            show_default="a file in the folder",
+        ),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Start the workers as jobs of SLURM: partition=gpu. May be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train what a study has left to train. It may be run again, and by several processes or hosts at once; results are shared."""
+    settings = _pairs("--slurm", slurm or [])
+    from .study import Study
+
+    opened = Study(study, scale, folder=folder, storage=storage)
+    for point in opened.points:
+        if point.problem:
+            say(f"left out: {point.name}: {point.problem}")
+    summary: Any
+    if slurm:
+        summary = opened.submit(workers, only=only, minutes=minutes, device=device, settings=settings)
+    else:
+        summary = opened.run(workers, only=only, minutes=minutes, device=device)
+    if as_json:
+        print_json(dataclasses.asdict(summary))
+    if getattr(summary, "failed", 0):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo ablate report recall-ratio --scale smoke[/bold]")
+def report(
+    study: StudyName,
+    scale: Scale = "short",
+    folder: Folder = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and what is beside it.", show_default="the study's")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report.html of what has been trained, with pictures, CSV and JSON beside it."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file. Name a folder.")
+    from .study import Study
+
+    page = Study(study, scale, folder=folder).report(out)
+    if as_json:
+        return print_json({"report": str(page)})
+    say(f"wrote {page}")
+
+
+def _results(study: str, scale: str, folder: Path) -> list[Any]:
+    """The results of a study, if anything has been trained."""
+    if not folder.is_dir():
+        return []
+    from .study import Study
+
+    return Study(study, scale, folder=folder).results()
+
+
+def _pairs(option: str, texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for text, (key, equals, value) in zip(texts, pairs, strict=True):
+        if not (key and equals and value):
+            raise ValueError(f"{option}: found {text!r}, expected KEY=VALUE, such as partition=gpu.")
+    return {key: value for key, _, value in pairs}

@@ -1,0 +1,216 @@
+"""The points of a study: its axes multiplied out, every model built on the meta device and made to cost what the others do."""
+
+import copy
+import fnmatch
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from ...zoo.config.files import apply_overrides
+from ...zoo.config.resolve import resolve
+from ...zoo.models.build import build
+from ...zoo.models.stats import stats
+from ...zoo.registry import get_mixer
+from .cells import Cell, Costs, Point
+from .match import Unmatched, nearest_size
+from .schema import StudySpec
+from .sections import check_train, shown
+
+__all__ = ["cell_of", "costs_of", "points_of", "rows_at", "task_at", "train_at"]
+
+_MAX_POINTS = 2000
+# of a batch, where a training does not say
+_ROWS = 8
+# what a config, a task or a mixer's constructor may raise about sizes that do not fit
+_WRONG = (ValueError, TypeError, ArithmeticError, NotImplementedError, RuntimeError)
+
+
+def points_of(spec: StudySpec) -> list[Point]:
+    """Return every point of a study, in the order of its axes, the last of which changes fastest.
+
+    A point that cannot be built or matched has a ``problem`` that says why; nothing is raised for one.
+
+    Raises:
+        ValueError: There are no points, or too many to be meant.
+    """
+    total = 1
+    for axis in spec.axes.values():
+        total *= len(axis.values)
+    if total > _MAX_POINTS:
+        raise ValueError(f"axes: give {total:,} points, more than {_MAX_POINTS:,}. Take out values.")
+    grid = (
+        dict(zip(spec.axes, values, strict=True))
+        for values in itertools.product(*(a.values for a in spec.axes.values()))
+    )
+    kept = [values for values in grid if _is_kept(spec, values)]
+    if not kept:
+        raise ValueError("axes: only and exclude leave no point. Take one of them out.")
+    known: dict[str, _Built] = {}
+    return [_point(spec, values, known) for values in kept]
+
+
+def cell_of(spec: StudySpec, point: Point, rate: float, seed: int, measure: bool = True) -> Cell:
+    """Return the training of a point at a rate and a seed; ``measure`` says whether its speed is measured too."""
+    measured = dict(spec.measure) if measure else {}
+    return Cell(spec.name, point, rate, seed, task_at(spec, point.axes), train_at(spec, point), measured)
+
+
+def task_at(spec: StudySpec, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the task at a place on the axes."""
+    return copy.deepcopy(apply_overrides({"task": spec.task}, _settings(spec, axes, "task"))["task"])
+
+
+def train_at(spec: StudySpec, point: Point) -> dict[str, Any]:
+    """Return the options of a point's trainings; where the study has a budget, with the steps that it allows."""
+    train = _train(spec, point)
+    if spec.budget:
+        (kind, amount), costs = next(iter(spec.budget.items())), point.costs
+        per_token = 1 if kind == "tokens" or costs is None else costs.flops
+        rows, length = rows_at(spec, point)
+        train["steps"] = max(1, round(amount / (per_token * rows * length)))
+    return train
+
+
+def rows_at(spec: StudySpec, point: Point) -> tuple[int, int]:
+    """Return how many rows a step of a point's training reads, and the tokens of each."""
+    from .tasks import task_of
+
+    options = check_train(_train(spec, point))
+    return (options.batch_size or _ROWS) * options.accumulate, task_of(task_at(spec, point.axes)).tokens_per_example
+
+
+def _train(spec: StudySpec, point: Point) -> dict[str, Any]:
+    return copy.deepcopy(apply_overrides({"train": spec.train}, _settings(spec, point.axes, "train"))["train"])
+
+
+def costs_of(source: Any, length: int, context: int) -> Costs:
+    """Return the costs of a model, built on the meta device.
+
+    Args:
+        source: A config, as :func:`hybridzoo.build` takes it.
+        length: Tokens of a row in training, for which FLOPs are stated.
+        context: Tokens that the state is stated for.
+    """
+    model = build(source, device="meta")
+    found = stats(model, length)
+    return Costs(
+        params=found.params,
+        active_params=found.active_params,
+        flops=3 * found.flops,  # a training's, three times a forward's
+        state_bytes=stats(model, context).state_bytes,
+        context=context,
+        attention_of_mixers=found.attention_of_mixers,
+        attention_of_blocks=found.attention_of_blocks,
+    )
+
+
+def _is_kept(spec: StudySpec, values: Mapping[str, Any]) -> bool:
+    def agrees(combination: Mapping[str, list[Any]]) -> bool:
+        return all(values[name] in allowed for name, allowed in combination.items())
+
+    return (not spec.only or any(map(agrees, spec.only))) and not any(map(agrees, spec.exclude))
+
+
+def _settings(spec: StudySpec, axes: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Keys that a place on the axes sets, of the study's task, its training, or, as ``config``, of the model."""
+    found: dict[str, Any] = {}
+    for name, value in axes.items():
+        for key, to in spec.axes[name].values[value].items():
+            first = key.split(".")[0]
+            if part == (first if first in ("task", "train") else "config"):
+                found[key] = to
+    return found
+
+
+def _point(spec: StudySpec, axes: dict[str, Any], known: dict[str, "_Built"]) -> Point:
+    name = " ".join(f"{axis}={shown(value)}" for axis, value in axes.items())
+    try:
+        making = _Making(spec, axes, known)
+        made = making.at(making.size())
+        point = Point(name, axes, made.config, _rates(spec.rates, name, made.architecture), made.costs)
+        check_train(train_at(spec, point))
+        return point
+    except _WRONG as e:
+        return Point(name, axes, {}, tuple(spec.rates["default"]), None, str(e))
+
+
+class _Built(NamedTuple):
+    """A model: its resolved config as plain data, the types of its sequence mixers with a plus between, and what it costs."""
+
+    config: dict[str, Any]
+    architecture: str
+    costs: Costs
+
+
+class _Making:
+    """A place on the axes on its way to a model; ``known`` has the models that have been built for the study."""
+
+    def __init__(self, spec: StudySpec, axes: Mapping[str, Any], known: dict[str, _Built]):
+        from .tasks import task_of
+
+        self.spec, self.axes, self.known = spec, axes, known
+        task = task_of(task_at(spec, axes))
+        self.length = task.tokens_per_example
+        asked = spec.match.at if spec.match else None
+        self.context = asked or max(spec.measure["contexts"], default=self.length)
+        self.data = apply_overrides(apply_overrides(spec.base, _settings(spec, axes, "config")), task.config())
+
+    def at(self, size: int | None = None) -> _Built:
+        """The model at a size of what is solved for, or at its own."""
+        data = (
+            self.data
+            if size is None or self.spec.match is None
+            else apply_overrides(self.data, {self.spec.match.by: size})
+        )
+        key = json.dumps([data, self.length, self.context], sort_keys=True)
+        if key not in self.known:
+            resolved = resolve(data)
+            config: Any = OmegaConf.to_container(resolved.config)
+            parts = [part for spec in resolved.specs for _, part, _ in spec.parts]
+            kinds = {part["type"] for part in parts if get_mixer(part["type"], "mixers").cls.mixes_tokens}
+            self.known[key] = _Built(config, "+".join(sorted(kinds)), costs_of(resolved, self.length, self.context))
+        return self.known[key]
+
+    def size(self) -> int | None:
+        """The size that gives the cost that is matched; ``None`` where nothing is."""
+        match = self.spec.match
+        if match is None:
+            return None
+        target = match.target
+        if isinstance(target, dict):
+            target = getattr(_Making(self.spec, {**self.axes, **target}, self.known).at().costs, match.cost)
+        if not target:
+            raise Unmatched(f"{match.cost}: is 0 at the point to be matched. Match another cost, or give a number.")
+
+        def cost(size: int) -> float | None:
+            try:
+                return getattr(self.at(size).costs, match.cost)
+            except _WRONG:
+                return None  # nothing of that size can be built
+
+        # where not even the base can, the reason is more than that
+        start = _integer_at(self.at().config, match.by)
+        try:
+            return nearest_size(cost, start, target, match.within)
+        except Unmatched as e:
+            raise Unmatched(f"{match.cost}: no {match.by} is within {100 * match.within:g} %: {e}.") from None
+
+
+def _integer_at(config: Mapping[str, Any], key: str) -> int:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Unmatched(f"match.by: {key} is {value!r} in the base, and solving starts at an integer. Set it there.")
+    return value
+
+
+def _rates(rates: Mapping[str, list[float]], name: str, architecture: str) -> tuple[float, ...]:
+    """The first grid whose pattern is the architecture or the point's name."""
+    for pattern, grid in rates.items():
+        if pattern != "default" and any(fnmatch.fnmatchcase(text, pattern) for text in (architecture, name)):
+            return tuple(grid)
+    return tuple(rates["default"])
