@@ -1,0 +1,204 @@
+"""Tables and lists of a study's page: its points, what is doubtful or failed, what is published, and what it was made with."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ...zoo.report.blocks import card, facts, table
+from ...zoo.report.training import duration
+from ...zoo.tables import in_bytes, in_units
+from .cells import Point
+from .literature import Entry, mismatch
+from .statistics import Chosen, Comparison, difference
+from .words import gap, share, shown, shown_interval
+
+if TYPE_CHECKING:
+    from .schema import StudySpec
+    from .store import Failure, Result
+
+__all__ = ["doubts", "figures", "origins", "point_table", "published", "settings", "troubles"]
+
+
+def figures(compared: Sequence[Comparison], points: Sequence[Point], results: Sequence["Result"], failed: int) -> str:
+    """Return cards with the numbers that tell how far a study may be trusted."""
+    built = [p for p in points if p.problem is None]
+    seeds = sorted({c.n for comparison in compared for c in comparison.chosen})
+    hours = sum(float(r.result.get("seconds") or 0) for r in results)
+    noise = [gap(c.metric, c.noise) for c in compared if c.noise is not None]
+    per_point = "none" if not seeds else f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    cells = [
+        (
+            "Points",
+            f"{len({r.cell.point.name for r in results})} of {len(built)}",
+            "have results; each is a model of the grid",
+        ),
+        ("Cells", f"{len(results):,}", f"trainings in {duration(hours)}" + (f"; {failed} failed" if failed else "")),
+        ("Seeds", per_point, "per point, at its best learning rate"),
+        (
+            "Noise floor",
+            noise[0] if len(noise) == 1 else "see below" if noise else "unknown",
+            "standard deviation of a seed, over all points",
+        ),
+    ]
+    shown_cards = (
+        card(title, f'<p class="big">{escape(value)}</p><p>{escape(note)}</p>') for title, value, note in cells
+    )
+    return f'<section class="cards figures">{"".join(shown_cards)}</section>'
+
+
+def point_table(comparison: Comparison) -> str:
+    """Return the points of a comparison as a table; a script of the page lets it be sorted."""
+    best, basin = comparison.best, comparison.basin
+    head = [
+        "point", "test", "sd", "95 % interval", "seeds", "less the best (95 %)", "within noise", "rate", "attention of mixers", "of blocks",
+        "parameters", "FLOPs/token", "state", "training tokens/s",
+    ]  # fmt: skip
+    rows = []
+    for c in comparison.chosen:
+        low, high = shown_interval(c.metric, c.interval) if c.interval else ("", "")
+        costs, rates = c.point.costs, [v for r in c.results if (v := r.result.get("tokens_per_second"))]
+        rows.append([
+            c.point.name,
+            shown(c.metric, c.mean),
+            "" if c.sd is None else gap(c.metric, c.sd).removesuffix(" points"),
+            f"{low.removesuffix(' %')} to {high}" if low else "",
+            str(c.n),
+            "" if c is best else _less(c, best),
+            "" if basin is None else "yes" if c in basin else "no",
+            f"{c.rate:g}" + (f" ({c.edge})" if c.edge else ""),
+            share(costs.attention_of_mixers) if costs else "",
+            share(costs.attention_of_blocks) if costs else "",
+            in_units(costs.params) if costs else "",
+            in_units(costs.flops) if costs else "",
+            in_bytes(costs.state_bytes) if costs else "",
+            in_units(fmean(rates)) if rates else "",
+        ])  # fmt: skip
+    row = comparison.chosen.index(best)
+    return f'<div class="sorts">{table(head, rows, {(row, 1)})}</div>'
+
+
+def _less(chosen: Chosen, best: Chosen) -> str:
+    def number(value: float) -> str:
+        return f"{100 * value:.1f}" if chosen.metric == "accuracy" else f"{value:.3g}"
+
+    found = difference(chosen, best)
+    return number(chosen.mean - best.mean) + (
+        f" ({number(found.interval[0])} to {number(found.interval[1])})" if found else ""
+    )
+
+
+def doubts(compared: Sequence[Comparison], points: Sequence[Point]) -> list[str]:
+    """Return what a reader has to know before trusting the numbers, a sentence each."""
+    chosen = [c for comparison in compared for c in comparison.chosen]
+    found = []
+    for c in chosen:
+        if c.edge:
+            found.append(
+                f"{c.point.name}: the best learning rate, {c.rate:g}, is the {c.edge} of its grid; a better one may lie beyond it."
+            )
+        if c.missing_rates:
+            found.append(
+                f"{c.point.name}: rates without a result: {', '.join(f'{rate:g}' for rate in c.missing_rates)}."
+            )
+        if c.diverged:
+            found.append(
+                f"{c.point.name}: {c.diverged} of {c.n + c.diverged} seeds at the best rate have no finite score and are not in the mean."
+            )
+    if few := [c.point.name for c in chosen if c.n < 3]:
+        found.append(f"Fewer than 3 seeds: {', '.join(few)}.")
+    done = {c.point.name for c in chosen}
+    if late := [p.name for p in points if p.problem is None and p.name not in done]:
+        found.append(f"Without a result: {', '.join(late)}.")
+    return found
+
+
+def troubles(points: Sequence[Point], failures: Sequence["Failure"]) -> str:
+    """Return tables of the points that could not be built or matched, and of the cells that failed; empty where all went well."""
+    parts = []
+    if unmatched := [[p.name, p.problem] for p in points if p.problem is not None]:
+        parts.append(
+            "<h2>Points that could not be built or matched</h2>"
+            + f'<div class="words">{table(["point", "why"], unmatched)}</div>'
+        )
+    if failures:
+        rows = [
+            [
+                f"{f.cell.point.name}, rate {f.cell.rate:g}, seed {f.cell.seed}",
+                f"{f.error} ({f.attempts} attempts)",
+                "/".join(f.log.parts[-3:]),
+            ]
+            for f in failures
+        ]
+        parts.append(f'<h2>Cells that failed</h2><div class="words">{table(["cell", "error", "log"], rows)}</div>')
+    return "".join(parts)
+
+
+def published(entries: Sequence[Entry], compared: Sequence[Comparison]) -> str:
+    """Return what the publications that a study names have found, and why a curve of theirs is not drawn, where it is not."""
+    parts = []
+    for entry in entries:
+        said = (
+            f"<p>{escape(entry.says)} <span class='source'>{escape(entry.source)}: {escape(entry.protocol)}.</span></p>"
+        )
+        if entry.curves and compared:
+            why = [mismatch(entry, comparison.task) for comparison in compared]
+            if all(why):
+                said += f'<p class="note">Its curves are not drawn: {escape(str(why[0]))}.</p>'
+        if entry.rows:
+            said += table(entry.head, entry.rows)
+        parts.append(said)
+    return f"<h2>Published</h2>{''.join(parts)}" if parts else ""
+
+
+def settings(spec: "StudySpec") -> dict[str, str]:
+    """Return what all cells have in common, for a ``dl``."""
+    match = spec.match
+    return {
+        "task": _plain(spec.task),
+        "training": _plain(spec.train),
+        "learning rates": "; ".join(
+            f"{name}: {', '.join(f'{r:g}' for r in rates)}" for name, rates in spec.rates.items()
+        ),
+        "seeds": ", ".join(map(str, spec.seeds)),
+        "matched": "nothing"
+        if match is None
+        else f"{match.cost.replace('_', ' ')} within {100 * match.within:g} %, by {match.by}",
+    }
+
+
+def origins(results: Sequence["Result"]) -> dict[str, str]:
+    """Return what the results were made with, as their files say: device, versions, digest of the code, and dates.
+
+    Raises:
+        ValueError: A file of a result is gone, or damaged.
+    """
+    found: list[Mapping[str, Any]] = []
+    for result in results:
+        try:
+            found.append(json.loads(result.path.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError) as e:
+            raise ValueError(
+                f"{result.path}: cannot be read ({e}). Run the study again; it trains what is missing."
+            ) from e
+    if not found:
+        return {}
+    devices = dict.fromkeys(str(f.get("device")) for f in found)
+    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in (f.get("versions") or {}).items()) for f in found)
+    dates = sorted(str(f.get("date")) for f in found)
+    return {
+        "device": "\n".join(devices),
+        "versions": "\n".join(versions),
+        "code": ", ".join(dict.fromkeys(str(f.get("code")) for f in found)),
+        "trained": dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
+    }
+
+
+def named(pairs: Mapping[str, str]) -> str:
+    """Return facts as a list of definitions."""
+    return f"<dl>{facts(pairs)}</dl>"
+
+
+def _plain(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items()) or "none"
