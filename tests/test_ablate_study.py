@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import hybridzoo as zoo
 from hybridzoo.__main__ import app
 from hybridzoo.eval.ablate.plan import plan_of, spent
-from hybridzoo.eval.ablate.points import cell_of, points_of, task_at, train_at
+from hybridzoo.eval.ablate.points import cell_of, points_of
 from hybridzoo.eval.ablate.schema import list_studies, load_study, written
 from hybridzoo.zoo.errors import ConfigError
 
@@ -158,10 +158,8 @@ def test_axes_set_keys_of_config_task_and_training_and_combinations_are_left_out
     ]  # fmt: skip
     assert [p.config["d_model"] for p in points] == [16, 16, 32, 32, 32]
     assert [p.config["mixers"]["mlp"]["gated"] for p in points] == [True, False, True, False, True]
-    assert [task_at(spec, p.axes)["length"] for p in points] == [8, 8, 48, 48, 48]
-    assert [train_at(spec, p) for p in points][3:] == [
-        {"steps": 10, "batch_size": 2, "weight_decay": d} for d in (0, 0.1)
-    ]
+    assert [p.task["length"] for p in points] == [8, 8, 48, 48, 48]
+    assert [p.train for p in points][3:] == [{"steps": 10, "batch_size": 2, "weight_decay": d} for d in (0, 0.1)]
     assert points[0].axes == {"size": "small", "decay": 0, "gate": True}
     only = load_study(changed(axes=AXES, match=None, only=[{"size": "small", "decay": 0, "gate": True}]))
     assert points_of(only) == points[:1]
@@ -196,11 +194,10 @@ def test_a_cell_holds_all_that_decides_about_it():
 @pytest.mark.usefixtures("lines")
 def test_a_budget_becomes_steps():
     points = points_of(load_study(changed(train={"batch_size": 4, "accumulate": 2}, budget={"tokens": 1e6})))
-    spec = load_study(changed(train={"batch_size": 4, "accumulate": 2}, budget={"tokens": 1e6}))
-    assert {train_at(spec, p)["steps"] for p in points} == {round(1e6 / (8 * 48))}
+    assert {p.train["steps"] for p in points} == {round(1e6 / (8 * 48))}
     equal = load_study(changed(train={"batch_size": 4}, budget={"flops": 1e11}, match=None))
     for point in points_of(equal):
-        assert train_at(equal, point)["steps"] * 4 * 48 * point.costs.flops == pytest.approx(1e11, rel=0.01)
+        assert point.train["steps"] * 4 * 48 * point.costs.flops == pytest.approx(1e11, rel=0.01)
 
 
 @pytest.mark.usefixtures("lines")

@@ -42,6 +42,8 @@ class Point:
         rates: Learning rates to choose from, ascending.
         costs: ``None`` where there is a ``problem``.
         problem: Why it cannot be built or matched; nothing of it is trained.
+        task: ``{"name": ..., sizes}``, which an axis may have set a part of.
+        train: Options of its trainings, likewise.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Point:
     rates: tuple[float, ...]
     costs: Costs | None = None
     problem: str | None = None
+    task: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ...zoo.models.build import build
 from ...zoo.models.stats import stats
 from ...zoo.tables import columns, in_bytes, in_units
 from .cells import Point
-from .points import points_of, rows_at, train_at
+from .points import points_of, rows_of
 from .schema import StudySpec
 
 __all__ = ["Plan", "Planned", "plan_of", "spent"]
@@ -150,10 +150,12 @@ def spent(seconds: float) -> str:
 def _planned(spec: StudySpec, point: Point, clock: "_Clock") -> Planned:
     if point.costs is None:
         return Planned(point)
+    from .tasks import task_of
+
     model = build(point.config, device="meta")
     blocks, lengths = len(model.specs), {point.costs.context, *LENGTHS}
-    steps, rows, length = train_at(spec, point)["steps"], *rows_at(spec, point)
-    tokens = steps * rows * length
+    steps = point.train["steps"]
+    tokens = steps * rows_of(point.train) * task_of(point.task).tokens_per_example
     return Planned(
         point=point,
         blocks=blocks,
@@ -181,7 +183,7 @@ class _Clock:
 
     @property
     def how(self) -> str:
-        """Where the seconds come from, in words."""
+        """Name where the seconds come from, in words."""
         if self.speed is not None:
             done = sum(map(len, self.steps.values()))
             return f"from {done} trainings that are done; of other points by their median speed, {in_units(self.speed)}FLOP/s"

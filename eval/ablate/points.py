@@ -19,7 +19,7 @@ from .match import Unmatched, nearest_size
 from .schema import StudySpec
 from .sections import check_train, shown
 
-__all__ = ["cell_of", "costs_of", "points_of", "rows_at", "task_at", "train_at"]
+__all__ = ["cell_of", "costs_of", "points_of", "rows_of"]
 
 _MAX_POINTS = 2000
 # of a batch, where a training does not say
@@ -54,36 +54,13 @@ def points_of(spec: StudySpec) -> list[Point]:
 
 def cell_of(spec: StudySpec, point: Point, rate: float, seed: int, measure: bool = True) -> Cell:
     """Return the training of a point at a rate and a seed; ``measure`` says whether its speed is measured too."""
-    measured = dict(spec.measure) if measure else {}
-    return Cell(spec.name, point, rate, seed, task_at(spec, point.axes), train_at(spec, point), measured)
+    return Cell(spec.name, point, rate, seed, point.task, point.train, dict(spec.measure) if measure else {})
 
 
-def task_at(spec: StudySpec, axes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the task at a place on the axes."""
-    return copy.deepcopy(apply_overrides({"task": spec.task}, _settings(spec, axes, "task"))["task"])
-
-
-def train_at(spec: StudySpec, point: Point) -> dict[str, Any]:
-    """Return the options of a point's trainings; where the study has a budget, with the steps that it allows."""
-    train = _train(spec, point)
-    if spec.budget:
-        (kind, amount), costs = next(iter(spec.budget.items())), point.costs
-        per_token = 1 if kind == "tokens" or costs is None else costs.flops
-        rows, length = rows_at(spec, point)
-        train["steps"] = max(1, round(amount / (per_token * rows * length)))
-    return train
-
-
-def rows_at(spec: StudySpec, point: Point) -> tuple[int, int]:
-    """Return how many rows a step of a point's training reads, and the tokens of each."""
-    from .tasks import task_of
-
-    options = check_train(_train(spec, point))
-    return (options.batch_size or _ROWS) * options.accumulate, task_of(task_at(spec, point.axes)).tokens_per_example
-
-
-def _train(spec: StudySpec, point: Point) -> dict[str, Any]:
-    return copy.deepcopy(apply_overrides({"train": spec.train}, _settings(spec, point.axes, "train"))["train"])
+def rows_of(train: Mapping[str, Any]) -> int:
+    """Return how many rows a step of a training reads."""
+    options = check_train(train)
+    return (options.batch_size or _ROWS) * options.accumulate
 
 
 def costs_of(source: Any, length: int, context: int) -> Costs:
@@ -125,16 +102,26 @@ def _settings(spec: StudySpec, axes: Mapping[str, Any], part: str) -> dict[str, 
     return found
 
 
+def _at(spec: StudySpec, axes: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The task, or the options of the training, at a place on the axes."""
+    return copy.deepcopy(apply_overrides({part: getattr(spec, part)}, _settings(spec, axes, part))[part])
+
+
 def _point(spec: StudySpec, axes: dict[str, Any], known: dict[str, "_Built"]) -> Point:
     name = " ".join(f"{axis}={shown(value)}" for axis, value in axes.items())
+    task, train = {}, {}
     try:
+        task, train = _at(spec, axes, "task"), _at(spec, axes, "train")
         making = _Making(spec, axes, known)
         made = making.at(making.size())
-        point = Point(name, axes, made.config, _rates(spec.rates, name, made.architecture), made.costs)
-        check_train(train_at(spec, point))
-        return point
+        rates = _rates(spec.rates, name, made.architecture)
+        for kind, amount in spec.budget.items():
+            tokens = rows_of(train) * making.length
+            train["steps"] = max(1, round(amount / (tokens * (made.costs.flops if kind == "flops" else 1))))
+        check_train(train)
+        return Point(name, axes, made.config, rates, made.costs, None, task, train)
     except _WRONG as e:
-        return Point(name, axes, {}, tuple(spec.rates["default"]), None, str(e))
+        return Point(name, axes, {}, tuple(spec.rates["default"]), None, str(e), task, train)
 
 
 class _Built(NamedTuple):
@@ -152,7 +139,7 @@ class _Making:
         from .tasks import task_of
 
         self.spec, self.axes, self.known = spec, axes, known
-        task = task_of(task_at(spec, axes))
+        task = task_of(_at(spec, axes, "task"))
         self.length = task.tokens_per_example
         asked = spec.match.at if spec.match else None
         self.context = asked or max(spec.measure["contexts"], default=self.length)
