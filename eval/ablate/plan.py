@@ -19,7 +19,7 @@ __all__ = ["Plan", "Planned", "plan_of", "spent"]
 
 LENGTHS = (4096, 32_768, 262_144)
 # what is assumed of a training step until one has been timed: FLOP/s of small matrices, seconds of a step besides, and per block
-_ASSUMED = {"cpu": (1.0e10, 5.0e-3, 1.5e-3), "cuda": (5.0e13, 2.0e-3, 5.0e-4)}
+_ASSUMED = {"cpu": (5.0e9, 5.0e-3, 2.0e-3), "cuda": (5.0e13, 2.0e-3, 5.0e-4)}
 
 
 @dataclasses.dataclass(frozen=True)
