@@ -99,7 +99,7 @@ def test_training_rows_are_new_and_the_same_for_the_same_seed(task):
     data, again, other = (task.training(seed, 3000, 4) for seed in (1, 1, 2))
     assert len(data) == 12_000 and data.digest == again.digest != other.digest
     assert data.digest != task.training(1, 3000, 8).digest
-    picked = (0, 1, data.size - 1, data.size, 11_999)
+    picked = (0, 1, data.rows - 1, data.rows, 11_999)
     rows = [data[i] for i in picked]
     for (x, y), (x2, y2) in zip(rows, [again[i] for i in picked[::-1]][::-1], strict=True):
         assert np.array_equal(x, x2) and np.array_equal(y, y2, equal_nan=True)

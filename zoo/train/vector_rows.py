@@ -120,7 +120,7 @@ def vectors_from(data: Any, cfg: Any) -> VectorExamples:
         raise ValueError("data: hold no row. Give one or more.")
     inputs, labels = map(np.asarray, data[0])
     _check(inputs, labels, cfg, 2)
-    return VectorExamples(data, range(len(data)), len(inputs), data.digest)
+    return VectorExamples(data, range(len(data)), len(inputs), f"{data.digest} {len(data)}")
 
 
 def _check(inputs: np.ndarray, labels: np.ndarray, cfg: Any, dims: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from .copying import Copying, SelectiveCopying
+from .in_context import LinearRegression, Parity, Retrieval
 from .induction import Induction
 from .mad import MAD
 from .mqar import MQAR
@@ -44,7 +45,10 @@ class Task(Protocol):
         """Score a model on ``"valid"`` or ``"test"``: the metric, ``loss``, ``n``, and ``slices``, the same of parts by name."""
 
 
-TASKS: dict[str, Any] = {kind.name: kind for kind in (MQAR, Induction, SelectiveCopying, Copying, MAD, Text)}
+_IN_CONTEXT = (Parity, Retrieval, LinearRegression)
+TASKS: dict[str, Any] = {
+    kind.name: kind for kind in (MQAR, Induction, SelectiveCopying, Copying, MAD, Text, *_IN_CONTEXT)
+}
 
 
 def task_of(task: Mapping[str, Any]) -> Task:

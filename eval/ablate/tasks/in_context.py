@@ -1,33 +1,25 @@
 """Functions learned in context (arXiv:2208.01066, arXiv:2402.04248): rows of vectors ``x1, y1, x2, y2, ...``, to predict y at x.
 
-Every row has a function of its own, which only its examples tell. No curriculum: rows have the task's sizes from the first step on.
+Every row has a function of its own, which only its examples tell. No curriculum: rows have the task's sizes from the first step on. Tables
+are vectors ``(n, l, d)`` and targets ``(n, l, outputs)``, float32; a target stands at the place whose prediction it is, NaN elsewhere.
 """
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ....zoo.options import at_least, check_options, option
-from ...tasks.generators import evaluation_rng
+from ....zoo.options import at_least, option
+from .base import STREAMS, Drawn, RowsTask, Table, rng_of
 
 __all__ = ["LinearRegression", "Parity", "Retrieval", "linear_rows", "parity_rows", "retrieval_rows"]
 
-# streams of an evaluation's seed
-_STREAMS = {"test": 0, "valid": 2}
-# vectors that are drawn together, and that a model reads at once when it is scored
-_BLOCK, _AT_ONCE = 1 << 15, {"cpu": 1 << 14, "cuda": 1 << 18}
+# vectors that a model reads at once when it is scored
+_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 18}
 
 
-class Rows(NamedTuple):
-    """Vectors ``(n, l, d)`` and targets ``(n, l, outputs)``, float32; a target at the place whose prediction it is, NaN elsewhere."""
-
-    inputs: np.ndarray
-    labels: np.ndarray
-
-
-def parity_rows(rng: np.random.Generator, n: int, d: int = 10, k: int = 2, shots: int = 140) -> Rows:
+def parity_rows(rng: np.random.Generator, n: int, d: int = 10, k: int = 2, shots: int = 140) -> Table:
     """Draw sparse parities: x from {-1, 1}^d, y the product of the same k coordinates of every x of a row, drawn for the row.
 
     Returns:
@@ -38,7 +30,7 @@ def parity_rows(rng: np.random.Generator, n: int, d: int = 10, k: int = 2, shots
     return _interleaved(x, np.take_along_axis(x, hidden[:, None], axis=2).prod(2))
 
 
-def linear_rows(rng: np.random.Generator, n: int, d: int = 20, shots: int = 41) -> Rows:
+def linear_rows(rng: np.random.Generator, n: int, d: int = 20, shots: int = 41) -> Table:
     """Draw linear functions: x and the row's w from N(0, 1)^d, y = w x, without noise.
 
     Returns:
@@ -48,7 +40,7 @@ def linear_rows(rng: np.random.Generator, n: int, d: int = 20, shots: int = 41) 
     return _interleaved(x, (x * w).sum(2))
 
 
-def retrieval_rows(rng: np.random.Generator, n: int, d: int = 20, pairs: int = 32, queries: int = 32) -> Rows:
+def retrieval_rows(rng: np.random.Generator, n: int, d: int = 20, pairs: int = 32, queries: int = 32) -> Table:
     """Draw recall of vectors: ``pairs`` of key and value from N(0, 1)^d, side by side, then some keys again, each to give its value.
 
     Returns:
@@ -58,94 +50,39 @@ def retrieval_rows(rng: np.random.Generator, n: int, d: int = 20, pairs: int = 3
     asked = rng.permuted(np.tile(np.arange(pairs), (n, 1)), axis=1)[:, :queries, None]
     keys, values = (np.take_along_axis(told[:, i::2], asked, axis=1) for i in (0, 1))
     labels = np.concatenate([np.full_like(told, np.nan), values], 1)
-    return Rows(np.concatenate([told, keys], 1), labels)
+    return Table(np.concatenate([told, keys], 1), labels)
 
 
-def _interleaved(x: np.ndarray, y: np.ndarray) -> Rows:
+def _interleaved(x: np.ndarray, y: np.ndarray) -> Table:
     n, shots, d = x.shape
     inputs = np.zeros((n, 2 * shots, d), dtype=np.float32)
     labels = np.full((n, 2 * shots, 1), np.nan, dtype=np.float32)
     inputs[:, ::2], inputs[:, 1::2, 0], labels[:, ::2, 0] = x, y, y
-    return Rows(inputs, labels)
-
-
-class Made:
-    """Rows of a training that are never seen twice, drawn in blocks when they are asked for; who asks again gets the same.
-
-    Args:
-        task: Draws them.
-        n: All rows.
-        seed: Of the training, below 2**31.
-    """
-
-    def __init__(self, task: "InContext", n: int, seed: int):
-        self.task, self.n, self.seed, self.digest = task, n, seed, f"{task} {n} {seed}"
-        self.size = max(1, min(n, _BLOCK // task.tokens_per_example))
-        self.block: tuple[int, Rows] | None = None
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        number, at = divmod(index, self.size)
-        if self.block is None or self.block[0] != number:
-            # evaluations draw from seeds of 2**31 on
-            self.block = number, self.task.draw(np.random.default_rng([self.seed, number]), self.size)
-        inputs, labels = self.block[1]
-        return inputs[at], labels[at]
+    return Table(inputs, labels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InContext:
-    """A task of rows of vectors; a subclass says how they are drawn, and what is right. Fields are its sizes.
+class InContext(RowsTask):
+    """A task of rows of vectors; a subclass says how they are drawn, and what is right. Fields are its sizes."""
 
-    Attributes:
-        name: As studies call it.
-        metric: The score that models are compared by.
-        higher_is_better: Of the metric.
-    """
-
-    name: ClassVar[str]
-    metric: ClassVar[str] = "accuracy"
-    higher_is_better: ClassVar[bool] = True
     valid_examples: int = option(512, "Rows of the validation.", bound=at_least(1))
     test_examples: int = option(2048, "Rows of the test.", bound=at_least(1))
 
-    def __post_init__(self):
-        check_options(self, self.name)
-        self.check()
-
-    def check(self) -> None:
-        """Raise a ValueError for sizes that do not go together."""
-
-    @property
-    def chance(self) -> float | None:
-        """The metric of a guess."""
-        raise NotImplementedError
-
-    @property
-    def tokens_per_example(self) -> int:
-        """Vectors of a row."""
-        raise NotImplementedError
-
-    def config(self) -> dict[str, Any]:
-        """Return what every model of the task has in its config."""
-        raise NotImplementedError
-
-    def draw(self, rng: np.random.Generator, n: int) -> Rows:
+    def draw(self, rng: np.random.Generator, n: int) -> Table:
         """Draw rows as a training reads them."""
         raise NotImplementedError
 
-    def judge(self, said: np.ndarray, rows: Rows) -> dict[str, Any]:
+    def judge(self, said: np.ndarray, rows: Table) -> dict[str, Any]:
         """Score predictions ``(n, l, outputs)``."""
         raise NotImplementedError
 
-    def training(self, seed: int, steps: int, batch_size: int) -> Made:
-        """Return what so many steps are trained on, as ``zoo.train(data=)`` takes it."""
-        return Made(self, steps * batch_size, seed)
+    def training(self, seed: int, steps: int, batch_size: int) -> Drawn:
+        """As of :class:`RowsTask`; no row is seen twice."""
+        n = steps * batch_size
+        return Drawn(self.draw, n, self.tokens_per_example, seed, f"{self} {n}")
 
-    def validation(self) -> Rows:
-        """Return what ``zoo.train(val=)`` takes: rows like those of the training, from an evaluation's seed."""
+    def validation(self) -> Table:
+        """As of :class:`RowsTask`."""
         return _evaluated(self, "valid")
 
     def score(self, model: Any, part: str, device: Any = None) -> dict[str, Any]:
@@ -163,15 +100,14 @@ class InContext:
             ValueError: There is no such part.
         """
         rows = _evaluated(self, part)
-        return {**self.judge(_predicted(model if device is None else model.to(device), rows.inputs), rows)}
+        return self.judge(_predicted(model if device is None else model.to(device), rows.inputs), rows)
 
 
 @functools.lru_cache(maxsize=8)
-def _evaluated(task: InContext, part: str) -> Rows:
-    if part not in _STREAMS:
-        raise ValueError(f"score(part={part!r}): there is no such part. Name one of {', '.join(_STREAMS)}.")
-    n = task.valid_examples if part == "valid" else task.test_examples
-    return task.draw(evaluation_rng(0, _STREAMS[part]), n)
+def _evaluated(task: InContext, part: str) -> Table:
+    if part not in STREAMS:
+        raise ValueError(f"score(part={part!r}): there is no such part. Name one of {', '.join(STREAMS)}.")
+    return task.draw(rng_of(part), task.valid_examples if part == "valid" else task.test_examples)
 
 
 def _predicted(model: Any, inputs: np.ndarray) -> np.ndarray:
@@ -215,12 +151,12 @@ class Shots(InContext):
         """The first example that is scored."""
         return self.shots - max(1, round(self.scored * self.shots))
 
-    def validation(self) -> Rows:
+    def validation(self) -> Table:
         """As of :class:`InContext`, with targets at the examples that are scored alone."""
         inputs, labels = super().validation()
-        return Rows(inputs, np.where(np.arange(labels.shape[1])[:, None] < 2 * self.first, np.float32(np.nan), labels))
+        return Table(inputs, np.where(np.arange(labels.shape[1])[:, None] < 2 * self.first, np.float32(np.nan), labels))
 
-    def judge(self, said: np.ndarray, rows: Rows) -> dict[str, Any]:
+    def judge(self, said: np.ndarray, rows: Table) -> dict[str, Any]:
         """As of :class:`InContext`; slices go from one power of two of examples to the next."""
         found, true = said[:, ::2, 0].astype(np.float64), rows.labels[:, ::2, 0].astype(np.float64)
         starts = [0, *(2**i for i in range(self.shots.bit_length()) if 2**i < self.shots)]
@@ -255,7 +191,7 @@ class Parity(Shots):
         """As of :class:`InContext`."""
         return 0.5
 
-    def draw(self, rng: np.random.Generator, n: int) -> Rows:
+    def draw(self, rng: np.random.Generator, n: int) -> Table:
         """As of :class:`InContext`."""
         return parity_rows(rng, n, self.d, self.k, self.shots)
 
@@ -283,11 +219,11 @@ class LinearRegression(Shots):
         """As of :class:`InContext`."""
         return 1.0
 
-    def draw(self, rng: np.random.Generator, n: int) -> Rows:
+    def draw(self, rng: np.random.Generator, n: int) -> Table:
         """As of :class:`InContext`."""
         return linear_rows(rng, n, self.d, self.shots)
 
-    def judge(self, said: np.ndarray, rows: Rows) -> dict[str, Any]:
+    def judge(self, said: np.ndarray, rows: Table) -> dict[str, Any]:
         """As of :class:`Shots`, and the same of least squares."""
         fitted = np.full_like(said, np.nan)
         fitted[:, ::2, 0] = least_squares(rows.inputs[:, ::2], rows.labels[:, ::2, 0])
@@ -355,11 +291,11 @@ class Retrieval(InContext):
         """As of :class:`InContext`."""
         return {"task": "sequence_regression", "inputs": self.d, "outputs": self.d}
 
-    def draw(self, rng: np.random.Generator, n: int) -> Rows:
+    def draw(self, rng: np.random.Generator, n: int) -> Table:
         """As of :class:`InContext`."""
         return retrieval_rows(rng, n, self.d, self.pairs, self.asked)
 
-    def judge(self, said: np.ndarray, rows: Rows) -> dict[str, Any]:
+    def judge(self, said: np.ndarray, rows: Table) -> dict[str, Any]:
         """As of :class:`InContext`; slices are by the distance in pairs from a query's own to the end of the pairs."""
         told = 2 * self.pairs
         said, true, values = said[:, told:], rows.labels[:, told:], rows.inputs[:, 1:told:2]
