@@ -61,6 +61,7 @@ __getattr__, __dir__ = lazily(
     ModelState="zoo.models.state",
     build="zoo.models.build",
     config="zoo.config.resolve:load_config",
+    eval="eval",
     evaluate="eval.evaluate",
     import_mixers="zoo.importing",
     kernels="kernels",

@@ -5,13 +5,11 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ablation import a_cell, result_of
+from ablation import a_cell, postgres, result_of  # noqa: F401
 
 from hybridzoo.eval.ablate import queue as queues
 from hybridzoo.eval.ablate.journal import QueueError
@@ -241,46 +239,7 @@ def test_a_database_that_cannot_be_reached_is_one_error_without_its_password(tmp
 # PostgreSQL
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    """The URL of a database of a server that is started for this, which has to be another user's than root."""
-    if not all(map(shutil.which, ("initdb", "pg_ctl", "postgres"))):
-        pytest.skip("needs a PostgreSQL server: initdb, pg_ctl and postgres are not all there")
-    pytest.importorskip("psycopg2")
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="pg-", dir="/tmp")
-    before = []
-    if os.geteuid() == 0:
-        if not shutil.which("runuser"):
-            pytest.skip("PostgreSQL does not run as root, and there is no runuser")
-        before = ["runuser", "-u", "nobody", "--"]
-        shutil.chown(folder, "nobody")
-    data, port = f"{folder}/data", free_port()
-    environment = os.environ | {"LC_ALL": "C"}
-    made = subprocess.run(
-        [*before, "initdb", "-D", data, "-A", "trust", "-U", "me", "--no-sync"],
-        cwd=folder, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    if made.returncode:
-        shutil.rmtree(folder)
-        pytest.skip(f"initdb: {made.stderr.strip()}")
-    control = [*before, "pg_ctl", "-D", data, "-w", "-t", "60"]
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-    started = subprocess.run([*control, "-l", f"{folder}/log", "-o", options, "start"], cwd=folder, env=environment)
-    assert started.returncode == 0, open(f"{folder}/log").read()
-    yield f"postgresql://me@127.0.0.1:{port}/postgres"
-    subprocess.run([*control, "-m", "immediate", "stop"], cwd=folder, check=True, env=environment)
-    shutil.rmtree(folder)
-
-
-def test_a_real_server_grants_every_cell_once(tmp_path, postgres):
+def test_a_real_server_grants_every_cell_once(tmp_path, postgres):  # noqa: F811
     cells = {f"key{i}": a_cell(seed=i) for i in range(8)}
 
     def work(_):

@@ -235,9 +235,13 @@ class Queue:
     def _enqueue(self, key: str, cell: Cell) -> None:
         from optuna.trial import TrialState, create_trial
 
-        about = {"key": key, "point": cell.point.name, "rate": cell.rate, "seed": cell.seed, "log": f"cells/{key}/log.txt"}  # fmt: skip
+        about: dict[str, Any] = {"key": key, "log": f"cells/{key}/log.txt"}
+        about |= {"point": cell.point.name, "rate": cell.rate, "seed": cell.seed}
         with self._guarded():
-            self._storage.create_new_trial(self._study_id, create_trial(state=TrialState.WAITING, user_attrs=about))
+            self._storage.create_new_trial(
+                self._study_id,
+                create_trial(state=TrialState.WAITING, user_attrs=about),
+            )
 
     def _attribute(self, taken: Taken, name: str, value: Any) -> None:
         from optuna.exceptions import UpdateFinishedTrialError

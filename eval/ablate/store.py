@@ -116,27 +116,22 @@ class Store:
         # studies call the same model by names of their own
         return dataclasses.replace(self._known[key], cell=cell)
 
-    def put(self, cell: Cell, result: dict[str, Any], device: str) -> Result:
-        """Keep a result, whole or not at all.
+    def put(self, cell: Cell, result: dict[str, Any], device: str = "cpu") -> Result:
+        """Keep a result, whole or not at all, with the code, commit, versions, date and device (``"cpu"`` or ``"cuda"``) that it is of.
 
         Raises:
             ValueError: The result lacks what others read from it.
             OSError: It cannot be written.
         """
-        from datetime import UTC, datetime
-
-        from ..result_file import version
+        from ..result_file import header
 
         key, path = self.key(cell), self.folder_of(self.key(cell)) / RESULT
         _check(result, "train_cell's result")
-        facts = {
-            "code": self.code,
-            "versions": {"python": sys.version.split()[0]} | {n: version(n) for n in ("torch", "transformers", "hybridzoo")},
-            "device": device,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }  # fmt: skip
-        write_whole(path, json.dumps({"cell": cell.plain(), **facts, "result": plain(result)}, indent=1) + "\n")
-        self._known[key] = Result(cell, plain(result), path)
+        facts = header(cell.study, "", device, ["transformers", "hybridzoo"])
+        about = {name: facts[name] for name in ("commit", "versions", "device", "date")}
+        content = {"cell": cell.plain(), "code": self.code, **about, "result": plain(result)}
+        write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        self._known[key] = Result(cell, content["result"], path)
         return self._known[key]
 
     def results(self, cells: Iterable[Cell]) -> list[Result]:
@@ -160,9 +155,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(result: Any, name: str) -> None:
-    parts = isinstance(result, dict) and all(isinstance(result.get(part), dict) for part in ("valid", "test"))
-    if not (parts and isinstance(result.get("metric"), str) and all(result["metric"] in result[p] for p in ("valid", "test"))):  # fmt: skip
-        raise ValueError(f'{name} has no "metric" with a score of that name under "valid" and "test"')
+    if isinstance(result, dict) and isinstance(metric := result.get("metric"), str):
+        if all(isinstance(result.get(part), dict) and metric in result[part] for part in ("valid", "test")):
+            return
+    raise ValueError(f'{name} has no "metric" with a score of that name under "valid" and "test"')
 
 
 @functools.cache
