@@ -19,11 +19,13 @@ __all__ = ["Spec", "a_cell", "a_point", "a_study", "note", "postgres", "result_o
 
 
 def a_point(name="attention=0.5", rates=(1e-3,), **more):
+    more = {"task": {"name": "mqar", "length": 64}, "train": {"steps": 10}} | more
     return Point(name, {"attention": 0.5}, {"d_model": 16, "called": name}, tuple(rates), **more)
 
 
 def a_cell(rate=1e-3, seed=0, point=None):
-    return Cell("study", point or a_point(), rate, seed, {"name": "mqar", "length": 64}, {"steps": 10}, {})
+    point = point or a_point()
+    return Cell("study", point, rate, seed, point.task, point.train, {})
 
 
 def result_of(valid, test=None, metric="accuracy", **more):
@@ -37,8 +39,6 @@ class Spec:
 
     name: str = "tiny"
     scale: str = "smoke"
-    task: dict = dataclasses.field(default_factory=lambda: {"name": "mqar", "length": 64})
-    train: dict = dataclasses.field(default_factory=lambda: {"steps": 10})
     measure: dict = dataclasses.field(default_factory=dict)
     seeds: tuple = (0, 1, 2)
 

@@ -14,6 +14,7 @@ from ablation import a_cell, postgres, result_of  # noqa: F401
 from hybridzoo.eval.ablate import queue as queues
 from hybridzoo.eval.ablate.journal import QueueError
 from hybridzoo.eval.ablate.queue import Queue
+from hybridzoo.eval.ablate.statistics import score
 from hybridzoo.eval.ablate.store import Store, code_digest
 
 CELLS = {f"key{i}": a_cell(rate=10.0 ** -(i + 1)) for i in range(5)}
@@ -267,7 +268,7 @@ def test_a_result_is_kept_and_found_by_what_decides_about_it(tmp_path):
     assert store.get(cell) is None and store.results([cell]) == []
     kept = store.put(cell, result_of(0.75, test=0.5), "cpu")
     found = Store(tmp_path, "code").get(cell)
-    assert found == kept and found.score("valid") == 0.75 and found.score("test") == 0.5
+    assert found == kept and score(found, "valid") == 0.75 and score(found, "test") == 0.5
     content = json.loads(kept.path.read_text())
     assert (
         content["cell"] == json.loads(json.dumps(cell.plain()))
@@ -286,13 +287,13 @@ def test_results_of_other_code_are_not_mixed_in_but_counted(tmp_path):
     old.put(cell, result_of(0.1), "cpu")
     assert new.get(cell) is None and new.stale([cell]) == 1 and old.stale([cell]) == 0
     new.put(cell, result_of(0.9), "cpu")
-    assert new.get(cell).score("test") == 0.9 and old.get(cell).score("test") == 0.1 and new.stale([]) == 2
+    assert score(new.get(cell), "test") == 0.9 and score(old.get(cell), "test") == 0.1 and new.stale([]) == 2
 
 
 def test_numbers_that_are_not_finite_are_kept_as_such(tmp_path):
     store, cell = Store(tmp_path, "code"), a_cell()
     store.put(cell, result_of(float("nan")), "cpu")
-    assert str(Store(tmp_path, "code").get(cell).score("valid")) == "nan"
+    assert str(score(Store(tmp_path, "code").get(cell), "valid")) == "nan"
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"result": {"metric": "accuracy", "valid": {}, "test": {}}}', "[1]"])

@@ -15,13 +15,13 @@ import traceback
 from pathlib import Path
 
 import pytest
-from ablation import a_cell, a_point, a_study, result_of, said
+from ablation import a_point, a_study, said
 from rich.console import Console
 
 import hybridzoo as zoo
 from hybridzoo.eval.ablate import progress, queue, run, worker
-from hybridzoo.eval.ablate.job import Job, best_rate
-from hybridzoo.eval.ablate.store import Result, Store
+from hybridzoo.eval.ablate.job import Job
+from hybridzoo.eval.ablate.store import Store
 
 RATES = (1e-1, 1e-2, 1e-3)
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def test_a_second_run_trains_nothing_and_a_further_seed_only_itself(tmp_path):
 
 def test_results_of_another_version_of_the_study_are_counted_and_left_out(tmp_path):
     a_study(tmp_path, points(1)).run(quiet=True)
-    changed = a_study(tmp_path, points(1), task={"name": "mqar", "length": 128})
+    changed = a_study(tmp_path, [a_point("attention=0", RATES, task={"name": "mqar", "length": 128})])
     assert changed.results() == [] and changed.summary().stale == 5
     assert changed.run(quiet=True).stale == 5 and len(changed.results()) == 5
     assert "5 results are of other code or of an earlier version" in str(changed.summary())
@@ -368,16 +368,10 @@ def test_the_live_table_is_drawn_in_a_terminal(tmp_path, monkeypatch):
 # parts
 
 
-def test_the_best_rate_is_that_of_validation_and_ties_go_to_the_lower_loss_and_rate():
-    def result(rate, valid, metric="accuracy", **more):
-        found = result_of(valid, metric=metric)
-        found["valid"] |= more
-        return Result(a_cell(rate), found, Path())
-
-    assert best_rate([result(1e-1, 0.5), result(1e-2, 0.9), result(1e-3, "nan")]) == 1e-2
-    assert best_rate([result(1e-1, 1.5, "loss"), result(1e-2, 0.9, "loss"), result(1e-3, "nan", "loss")]) == 1e-2
-    assert best_rate([result(1e-1, 1.0, loss=0.2), result(1e-2, 1.0, loss=0.1)]) == 1e-2
-    assert best_rate([result(1e-1, 1.0), result(1e-2, 1.0)]) == 1e-2
+def test_only_cells_of_the_first_seed_are_measured(tmp_path):
+    study = a_study(tmp_path, points(1), measure={"contexts": [1024]})
+    study.run(quiet=True)
+    assert {(r.cell.seed, *r.cell.measure) for r in study.results()} == {(0, "contexts"), (1,), (2,)}
 
 
 def test_a_job_goes_through_json(tmp_path):
@@ -421,7 +415,7 @@ def test_the_public_face_is_found_and_waits_for_nothing_that_it_does_not_need():
 def test_jobs_of_a_cluster_do_the_work(tmp_path):
     pytest.importorskip("submitit")
     study = a_study(tmp_path, points(1), "stepping")
-    (job,) = study.submit(1, 10, cluster="local")
+    (job,) = study.submit(1, minutes=10, settings={"cluster": "local"})
     assert job.result() == len(study.results()) == 5
     assert len(set(said(tmp_path, "ended"))) == len(said(tmp_path, "ended")) == 5
 
@@ -437,7 +431,11 @@ def test_a_job_that_is_preempted_is_submitted_again(tmp_path):
 def test_a_cluster_is_asked_for_what_it_can_do(tmp_path):
     study = a_study(tmp_path, points(1))
     with pytest.raises(ValueError, match="more than 3 minutes"):
-        study.submit(1, 2)
-    with pytest.raises(ValueError, match=r"submitit: .*slurm_nonsense"):
-        study.submit(1, 10, cluster="debug", slurm_nonsense=1)
+        study.submit(1, minutes=2)
+    with pytest.raises(ValueError, match=r"minutes=None: jobs need .* a time limit"):
+        study.submit()
+    with pytest.raises(ValueError, match=r"submitit: Unknown argument 'nonsense'"):
+        study.submit(1, minutes=10, settings={"cluster": "debug", "nonsense": "1"})
+    with pytest.raises(ValueError, match='submitit: Parameter "gpus_per_node" expected'):
+        study.submit(1, minutes=10, settings={"cluster": "debug", "gpus_per_node": "many"})
     assert Store(tmp_path).results([]) == []

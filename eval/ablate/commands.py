@@ -1,6 +1,5 @@
 """The commands of studies, ``zoo ablate``. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +88,7 @@ def run(
             show_default="a file in the folder",
         ),
     ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Try cells again that were given up.")] = False,
     slurm: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Start the workers as jobs of SLURM: partition=gpu. May be repeated."),
@@ -103,15 +103,13 @@ def run(
     for point in opened.points:
         if point.problem:
             say(f"left out: {point.name}: {point.problem}")
-    summary: Any
     if slurm:
-        summary = opened.submit(workers, only=only, minutes=minutes, device=device, settings=settings)
-    else:
-        summary = opened.run(workers, only=only, minutes=minutes, device=device)
-    if as_json:
-        print_json(dataclasses.asdict(summary))
-    if getattr(summary, "failed", 0):
-        raise typer.Exit(1)
+        jobs = opened.submit(workers, only=only, minutes=minutes, device=device, settings=settings)
+        say(f"submitted {', '.join(str(job.job_id) for job in jobs)}; what they say is in {opened.folder / 'slurm'}")
+        return
+    summary = opened.run(workers, only=only, minutes=minutes, device=device, again=again)
+    print_json(summary.plain()) if as_json else print_report(str(summary))
+    raise typer.Exit(summary.status)
 
 
 @app.command(epilog="Example: [bold]zoo ablate report recall-ratio --scale smoke[/bold]")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell, Costs, Point
-from .store import Result, Store, loss_like
+from .statistics import best_rate
+from .store import Store
 
-__all__ = ["TRAIN_CELL", "Job", "best_rate"]
+__all__ = ["TRAIN_CELL", "Job"]
 
 TRAIN_CELL = "hybridzoo.eval.ablate.measure:train_cell"
 
@@ -21,7 +22,7 @@ class Job:
     Attributes:
         study: The study's name.
         points: Those of its grid that are to be trained.
-        task: Of all cells, as are ``train`` and ``measure``.
+        measure: What is measured of the cells of the first seed.
         seeds: The first is that of the phase in which rates are compared.
         folder: The study's.
         storage: The URL of a database for the queue; ``None`` for a file in the folder.
@@ -35,8 +36,6 @@ class Job:
 
     study: str
     points: tuple[Point, ...]
-    task: dict[str, Any]
-    train: dict[str, Any]
     measure: dict[str, Any]
     seeds: tuple[int, ...]
     folder: str
@@ -83,7 +82,9 @@ class Job:
 
     def cell(self, point: Point, rate: float, seed: int) -> Cell:
         """Return one of its cells."""
-        return Cell(self.study, point, rate, seed, self.task, self.train, self.measure)
+        # a model is as fast with any seed
+        measure = self.measure if seed == self.seeds[0] else {}
+        return Cell(self.study, point, rate, seed, point.task, point.train, measure)
 
     def first(self, point: Point) -> list[Cell]:
         """Return a point's cells of the first phase: all rates with the first seed; none where it has a problem."""
@@ -118,20 +119,3 @@ class Job:
         for point in self.points:
             if not point.problem:
                 yield from (self.cell(point, rate, seed) for seed in self.seeds for rate in point.rates)
-
-
-def best_rate(results: Iterable[Result]) -> float:
-    """Return the learning rate whose result is best on validation.
-
-    Equal ones, as where several solve a task, are told apart by their loss there, and then the lower rate is taken.
-    """
-
-    def rank(result: Result) -> tuple[float, float, float]:
-        score = result.score("valid")
-        score = score if loss_like(result.result["metric"]) else -score
-        loss = result.result["valid"].get("loss")
-        loss = float(loss) if isinstance(loss, int | float) else float("inf")
-        nan = float("inf")
-        return (score if score == score else nan, loss if loss == loss else nan, result.cell.rate)
-
-    return min(results, key=rank).cell.rate

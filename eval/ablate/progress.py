@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .cells import Cell, Point
-from .job import Job, best_rate
+from .job import Job
 from .queue import Entry, Queue
+from .statistics import best_rate, score
 from .store import Failure, Result, Store
 
 __all__ = ["Row", "Snapshot", "named", "snapshot", "watching"]
@@ -120,16 +121,16 @@ def _row(job: Job, point: Point, found: list[Result], rest: tuple[int, dict, dic
     lost, left, running = rest
     total = 0 if point.problem else len(point.rates) + (len(job.seeds) - 1 if found or left else 0)
     rate = best_rate(found) if found else None
-    scores = [result.score("test") for result in found if result.cell.rate == rate]
+    scores = [score(result, "test") for result in found if result.cell.rate == rate]
     seconds = _seconds(found) or usual
     ahead = max(0, total - len(found) - lost)
     speeds = [entry.pulse["steps_per_second"] for entry in running.values() if entry.pulse.get("steps_per_second")]
     if seconds is not None:
-        steps = job.train.get("steps") or 1
+        steps = point.train.get("steps") or 1
         shares = (min(1.0, (entry.pulse.get("step") or 0) / steps) for entry in running.values())
         time_left = seconds * max(0.0, ahead - sum(shares))
-    elif speeds and job.train.get("steps"):
-        time_left = ahead * job.train["steps"] * len(speeds) / sum(speeds)
+    elif speeds and point.train.get("steps"):
+        time_left = ahead * point.train["steps"] * len(speeds) / sum(speeds)
     else:
         time_left = None if ahead else 0.0
     return Row(
@@ -201,7 +202,7 @@ class _Lines:
             if self._is_new(result.path):
                 metric, seconds = result.result["metric"], result.result.get("seconds", math.nan)
                 self.console.print(
-                    f"{now.done}/{now.cells}  {named(result.cell)}: {metric} {result.score('test'):.4g} in {seconds:.0f} s"
+                    f"{now.done}/{now.cells}  {named(result.cell)}: {metric} {score(result, 'test'):.4g} in {seconds:.0f} s"
                 )
         for failure in now.failures:
             if self._is_new(failure.log):

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +21,7 @@ from ...zoo.checkpoint.publish import write_whole
 from ...zoo.train.manifest import plain, read_json
 from .cells import Cell
 
-__all__ = ["Failure", "Result", "Store", "code_digest", "foreign_modules", "loss_like"]
+__all__ = ["Failure", "Result", "Store", "code_digest", "foreign_modules"]
 
 RESULT, LOG = "result.json", "log.txt"
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,11 +44,6 @@ class Result:
     cell: Cell
     result: dict[str, Any]
     path: Path
-
-    def score(self, part: str) -> float:
-        """Return the metric on ``"valid"`` or ``"test"``; NaN where it is no number."""
-        value = self.result[part].get(self.result["metric"])
-        return float(value) if isinstance(value, int | float) else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +68,6 @@ class Failure:
             "point": self.cell.point.name, "rate": self.cell.rate, "seed": self.cell.seed, "error": self.error,
             "log": str(self.log), "attempts": self.attempts,
         }  # fmt: skip
-
-
-def loss_like(metric: str) -> bool:
-    """Return whether less of a metric is better."""
-    return metric in ("loss", "bits_per_byte", "perplexity")
 
 
 class Store:

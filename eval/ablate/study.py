@@ -109,23 +109,32 @@ class Study:
         return run_job(job, workers, quiet)
 
     def submit(
-        self, workers: int, minutes: float, only: str | None = None, *, cluster: str | None = None, **slurm: Any
+        self,
+        workers: int = 1,
+        only: str | None = None,
+        minutes: float | None = None,
+        device: str | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """Let jobs of a SLURM cluster do what :meth:`run` does, a worker each.
+        """Let jobs of a SLURM cluster do what :meth:`run` does, a worker each; the cluster's hosts share the study's folder.
 
         Args:
             workers: Jobs.
-            minutes: The time limit of each; it stops three minutes before.
             only: Points to train, by a pattern of their names.
-            cluster: Where submitit is to run them, ``"slurm"``, ``"local"`` or ``"debug"``; what it finds by default.
-            **slurm: Parameters of submitit's executor, such as ``slurm_partition="gpu"``, ``gpus_per_node=1``, ``cpus_per_task=8``.
+            minutes: The time limit of each job, which stops three minutes before.
+            device: As for :meth:`run`.
+            settings: Of the jobs: options of ``sbatch``, such as ``{"partition": "gpu"}``, submitit's own, such as ``gpus_per_node`` and
+                ``cpus_per_task``, and ``cluster``, submitit's executor: ``"slurm"``, or to try things ``"local"`` or ``"debug"``.
 
         Returns:
             Submitit's jobs.
+
+        Raises:
+            ValueError: No time limit, or too short a one, or a setting that submitit does not know.
         """
         from .cluster import submit
 
-        return submit(self._job(only, None, None), workers, minutes, cluster, slurm)
+        return submit(self._job(only, None, device), workers, minutes, dict(settings or {}))
 
     def results(self) -> list[Result]:
         """Return the finished cells of this study, by this code."""
@@ -171,7 +180,7 @@ class Study:
             raise ValueError(f"minutes={minutes}: must be more than 0.")
         spec = self.spec
         job = Job(
-            study=spec.name, points=tuple(self.points), task=dict(spec.task), train=dict(spec.train), measure=dict(spec.measure),
+            study=spec.name, points=tuple(self.points), measure=dict(spec.measure),
             seeds=tuple(spec.seeds), folder=str(self.folder.resolve()), storage=self.storage, code=self.store.code, device=device,
             imports=_imports(), until=None if minutes is None else time.time() + 60 * minutes, function=self.function,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from .cells import Cell
 from .job import Job
 from .journal import QueueError
 from .queue import Queue, Taken
+from .statistics import score
 from .store import LOG, Store, code_digest
 
 __all__ = ["DEVICE_LOST", "DeviceLost", "main", "work"]
@@ -107,7 +108,7 @@ def _attempt(store: Store, queue: Queue, taken: Taken, cell: Cell, train: Callab
         queue.interrupted(taken)
         raise
     else:
-        queue.done(taken, kept.score("valid"))
+        queue.done(taken, score(kept, "valid"))
         _discard_checkpoints(place)
 
 
