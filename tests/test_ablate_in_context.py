@@ -114,6 +114,18 @@ def test_scores_of_who_knows_the_answer_and_of_who_guesses():
     assert found["accuracy"] > 0.99 and found["n"] == 40 and parity.chance == 0.5
     assert list(found["slices"]) == ["shots=0", "shots=1", "shots=2", "shots=4", "shots=8", "shots=16"]
     assert found["slices"]["shots=0"]["accuracy"] < 0.9 < found["slices"]["shots=8"]["accuracy"]
+
+    def repeat(row):
+        x, y = shots_of(row)
+        same = [[s for s in range(t) if np.array_equal(x[s], x[t])] for t in range(len(y))]
+        said = np.zeros((len(row), 1))
+        said[::2, 0] = [y[at[0]] if at else 0 for at in same]  # 0 is wrong, where a guess were right half the time
+        return said
+
+    by_memory = parity.score(Predictor(repeat), "test")
+    for one in (by_memory, *by_memory["slices"].values()):
+        assert one["lookup"] == pytest.approx(0.5 + one["accuracy"] / 2)
+    assert by_memory["lookup"] > 0.8  # of the 16 values of x, most have been seen
     guess = parity.score(Predictor(lambda row: np.ones((len(row), 1))), "test")
     assert 0.4 < guess["accuracy"] < 0.6 and guess["loss"] == pytest.approx(4 * (1 - guess["accuracy"]))
     assert parity.score(Predictor(lambda row: np.zeros((len(row), 1))), "valid")["accuracy"] == 0

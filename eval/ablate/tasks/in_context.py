@@ -156,14 +156,15 @@ class Shots(InContext):
         inputs, labels = super().validation()
         return Table(inputs, np.where(np.arange(labels.shape[1])[:, None] < 2 * self.first, np.float32(np.nan), labels))
 
-    def judge(self, said: np.ndarray, rows: Table) -> dict[str, Any]:
-        """As of :class:`InContext`; slices go from one power of two of examples to the next."""
-        found, true = said[:, ::2, 0].astype(np.float64), rows.labels[:, ::2, 0].astype(np.float64)
+    def ranges(self) -> dict[str, slice]:
+        """Return the examples of every slice, from one power of two to the next."""
         starts = [0, *(2**i for i in range(self.shots.bit_length()) if 2**i < self.shots)]
-        slices = {
-            f"shots={a}": self.mean(found[:, a:b], true[:, a:b])
-            for a, b in zip(starts, [*starts[1:], self.shots], strict=True)
-        }
+        return {f"shots={a}": slice(a, b) for a, b in zip(starts, [*starts[1:], self.shots], strict=True)}
+
+    def judge(self, said: np.ndarray, rows: Table) -> dict[str, Any]:
+        """As of :class:`InContext`, with slices."""
+        found, true = said[:, ::2, 0].astype(np.float64), rows.labels[:, ::2, 0].astype(np.float64)
+        slices = {name: self.mean(found[:, where], true[:, where]) for name, where in self.ranges().items()}
         return {**self.mean(found[:, self.first :], true[:, self.first :]), "slices": slices}
 
     def mean(self, said: np.ndarray, true: np.ndarray) -> dict[str, Any]:
@@ -175,7 +176,8 @@ class Shots(InContext):
 class Parity(Shots):
     """Sparse parity, as :func:`parity_rows` draws it; the accuracy is that of the prediction's sign.
 
-    MambaFormer's setting is d=10, k=2 and 140 shots; a Transformer fails there, and Mamba does not.
+    MambaFormer's setting is d=10, k=2 and 140 shots; a Transformer fails there, and Mamba does not. Where x has few values, who remembers
+    them needs no parity: ``lookup`` is the accuracy of repeating the y of the same x where it was seen, and of guessing elsewhere.
     """
 
     name: ClassVar[str] = "parity"
@@ -194,6 +196,16 @@ class Parity(Shots):
     def draw(self, rng: np.random.Generator, n: int) -> Table:
         """As of :class:`InContext`."""
         return parity_rows(rng, n, self.d, self.k, self.shots)
+
+    def judge(self, said: np.ndarray, rows: Table) -> dict[str, Any]:
+        """As of :class:`Shots`, and the accuracy of a lookup."""
+        number = (rows.inputs[:, ::2] > 0) @ 2.0 ** np.arange(self.d)
+        seen = np.tril(number[:, :, None] == number[:, None], -1).any(2)
+        found = super().judge(said, rows)
+        parts = ((where, found["slices"][name]) for name, where in self.ranges().items())
+        for where, one in ((slice(self.first, None), found), *parts):
+            one["lookup"] = float((0.5 + 0.5 * seen[:, where]).mean())
+        return found
 
     def mean(self, said: np.ndarray, true: np.ndarray) -> dict[str, Any]:
         """As of :class:`Shots`."""
