@@ -14,6 +14,7 @@ from hybridzoo.__main__ import app
 from hybridzoo.eval.ablate.plan import plan_of, spent
 from hybridzoo.eval.ablate.points import cell_of, points_of
 from hybridzoo.eval.ablate.schema import list_studies, load_study, written
+from hybridzoo.eval.ablate.tasks import TASKS
 from hybridzoo.zoo.errors import ConfigError
 
 
@@ -283,3 +284,60 @@ def test_every_command_has_an_example():
 
 def test_studies_are_no_models():
     assert not {*list_studies()} & {*zoo.list_models()}
+
+
+def _shipped():
+    from hybridzoo.eval.ablate import schema
+
+    return [
+        (name, scale)
+        for name in list_studies()
+        for scale in schema.read_config(schema.STUDIES / f"{name}.yaml")["scales"]
+    ]
+
+
+def test_ten_studies_come_in_three_scales():
+    assert list_studies() == [
+        "copy", "in-context", "induction", "mad-lite", "mixer-map", "placement", "recall-ratio", "selective-copy", "state-frontier",
+        "text-ratio",
+    ]  # fmt: skip
+    assert [*_shipped()] == [(name, scale) for name in list_studies() for scale in ("smoke", "short", "paper")]
+
+
+@pytest.mark.parametrize(("name", "scale"), _shipped(), ids=[f"{n}-{s}" for n, s in _shipped()])
+def test_every_point_of_a_shipped_study_is_built_and_costs_what_the_others_do(name, scale):
+    spec = load_study(name, scale)
+    if spec.task["name"] not in TASKS:
+        pytest.skip(f"the task {spec.task['name']} is not there yet")
+    points = points_of(spec)
+    assert not [(p.name, p.problem) for p in points if p.problem]
+    assert len({p.name for p in points}) == len(points) >= 2
+    assert all(p.config["d_model"] and p.train["steps"] >= 100 and p.task["name"] for p in points)
+    if spec.match is None:
+        return
+    # those that the reference speaks for have the values of the other axes in common
+    groups = {}
+    for point in points:
+        others = tuple(v for axis, v in point.axes.items() if axis not in spec.match.target)
+        groups.setdefault(others, []).append(getattr(point.costs, spec.match.cost))
+    for found in groups.values():
+        assert max(found) - min(found) <= 0.02 * min(found)
+    # and as built anew, from the config that is trained
+    last = points[-1]
+    model = zoo.build(last.config, device="meta")
+    if spec.match.cost == "params":
+        assert sum(p.numel() for p in model.parameters()) == last.costs.params
+    elif spec.match.cost == "state_bytes":
+        assert (
+            sum(block.mixer.state_bytes(last.costs.context) for block in model.backbone.blocks)
+            == last.costs.state_bytes
+        )
+    else:
+        assert last.costs.flops % 3 == 0
+
+
+def test_the_literature_that_studies_name_is_there():
+    literature = pytest.importorskip("hybridzoo.eval.ablate.literature")
+    for name, scale in _shipped():
+        for entry in load_study(name, scale).report["literature"]:
+            assert literature.literature(entry)

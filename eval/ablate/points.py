@@ -22,8 +22,8 @@ from .sections import check_train, shown
 __all__ = ["cell_of", "costs_of", "points_of", "rows_of"]
 
 _MAX_POINTS = 2000
-# of a batch, where a training does not say
-_ROWS = 8
+# of a batch, where a training does not say, as in measure
+_ROWS = 64
 # what a config, a task or a mixer's constructor may raise about sizes that do not fit
 _WRONG = (ValueError, TypeError, ArithmeticError, NotImplementedError, RuntimeError)
 
