@@ -1,6 +1,7 @@
 """Studies: their files, read strictly; scales; the grid; plans; the commands; and those that come with the package."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -14,7 +15,6 @@ from hybridzoo.__main__ import app
 from hybridzoo.eval.ablate.plan import plan_of, spent
 from hybridzoo.eval.ablate.points import cell_of, points_of
 from hybridzoo.eval.ablate.schema import list_studies, load_study, written
-from hybridzoo.eval.ablate.tasks import TASKS
 from hybridzoo.zoo.errors import ConfigError
 
 
@@ -307,8 +307,9 @@ def test_ten_studies_come_in_three_scales():
 @pytest.mark.parametrize(("name", "scale"), _shipped(), ids=[f"{n}-{s}" for n, s in _shipped()])
 def test_every_point_of_a_shipped_study_is_built_and_costs_what_the_others_do(name, scale):
     spec = load_study(name, scale)
-    if spec.task["name"] not in TASKS:
-        pytest.skip(f"the task {spec.task['name']} is not there yet")
+    if scale == "paper":  # some have forty points; here the ends of every axis
+        ends = {axis: [*found.values][:1] + [*found.values][-1:] for axis, found in spec.axes.items()}
+        spec = dataclasses.replace(spec, only=[ends])
     points = points_of(spec)
     assert not [(p.name, p.problem) for p in points if p.problem]
     assert len({p.name for p in points}) == len(points) >= 2
