@@ -9,7 +9,11 @@ import torch.nn.functional as F
 
 import hybridzoo as zoo
 from hybridzoo.zoo.digests import digest_weights
+from hybridzoo.zoo.models.loss import next_token_loss
+from hybridzoo.zoo.train.batches import Whole, collated
+from hybridzoo.zoo.train.examples import examples_from
 from hybridzoo.zoo.train.labelled import scores_of
+from hybridzoo.zoo.train.options import TrainOptions
 from hybridzoo.zoo.train.run import DifferentRun, train
 
 QUIET = {"report_to": "none", "device": "cpu"}
@@ -204,3 +208,34 @@ def test_scores_are_those_of_all_logits():
     assert torch.equal(right.bool(), (logits.argmax(-1) == targets) & asked) and not nats[~asked].any()
     empty = scores_of(hidden, head, torch.full((3, 5), -100))
     assert not empty[0].any() and not empty[1].any()
+
+
+def test_logits_of_tokens_that_nobody_asks_about_are_not_formed_on_a_cpu():
+    hidden = torch.randn(2, 9, 8, dtype=torch.double, requires_grad=True)
+    head = torch.nn.Linear(8, 11, bias=False, dtype=torch.double)
+    targets = torch.full((2, 9), -100)
+    targets[0, 3], targets[0, 8], targets[1, 0] = 4, 7, 10
+    seen = []
+    head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    loss = next_token_loss(hidden, head, targets)
+    found = torch.autograd.grad(loss, [hidden, head.weight])
+    plain_loss = F.cross_entropy(F.linear(hidden, head.weight).flatten(0, 1), targets.flatten())
+    expected = torch.autograd.grad(plain_loss, [hidden, head.weight])
+    torch.testing.assert_close(loss, plain_loss)
+    torch.testing.assert_close(found, expected)
+    assert seen == [3]
+    assert next_token_loss(hidden, head, torch.full((2, 9), -100)) == 0
+
+
+def test_rows_that_are_read_at_once_are_those_that_are_read_one_by_one():
+    model = zoo.build(config())
+    for data in (PAIR, Lazy()):
+        examples = examples_from(data, model, TrainOptions())
+        whole = Whole(examples, 7)
+        indices = [3, 0, 5]
+        for several in (examples, whole):
+            batch, alone = several.__getitems__(indices), [several[i] for i in indices]
+            assert all(torch.equal(x, torch.stack([row[name] for row in alone])) for name, x in batch.items())
+            assert set(batch) == set(alone[0]) and batch["labels"].dtype == torch.long
+        last = collated(whole.__getitems__(list(range(len(examples) - 1, len(whole)))))
+        assert (last["labels"][1:] == -100).all() and (last["labels"][0] != -100).any()

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..models.loss import IGNORE
 
-__all__ = ["Batch", "Whole", "evaluation_batches", "filled"]
+__all__ = ["Batch", "Whole", "collated", "evaluation_batches", "filled"]
 
 Batch = dict[str, Tensor]
 
@@ -24,6 +24,11 @@ def filled(batch: Batch, rows: int) -> Batch:
     shares = more["labels"].is_floating_point() and more["labels"].dim() == 2
     more["labels"] = torch.zeros_like(more["labels"]) if shares else _nothing(more["labels"])
     return {name: torch.cat([x, more[name]]) for name, x in batch.items()}
+
+
+def collated(rows: Any) -> Batch:
+    """Return a list of examples as a batch; what is one already stays as it is."""
+    return rows if isinstance(rows, dict) else {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Whole(Dataset):
@@ -44,6 +49,13 @@ class Whole(Dataset):
             return self.examples[index]
         first = self.examples[0]
         return first | {"labels": _nothing(first["labels"])}
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        # several at once, where the examples give them so
+        several = getattr(self.examples, "__getitems__", None)
+        if several is not None and 0 <= min(indices) and max(indices) < len(self.examples):
+            return several(indices)
+        return [self[index] for index in indices]
 
     def set_epoch(self, epoch: int) -> None:
         """Note which pass begins."""

@@ -62,6 +62,13 @@ class Examples(Dataset):
         number = int(self.chosen[index])
         return self.rows[number] | {"row": torch.tensor(number)}
 
+    def __getitems__(self, indices: list[int]) -> Any:
+        # of rows with labels a batch, which is made faster at once than row by row
+        if not isinstance(self.rows, LabelledRows):
+            return [self[index] for index in indices]
+        numbers = np.asarray([self.chosen[index] for index in indices])
+        return self.rows.batch(numbers) | {"row": torch.from_numpy(numbers)}
+
     def set_epoch(self, epoch: int) -> None:
         """Note which pass begins."""
         self.epoch = epoch

@@ -30,7 +30,7 @@ class LabelledRows(Dataset):
     A model predicts the label behind a token, so labels are moved by one, and the one that nothing predicts is -100.
 
     Args:
-        pairs: What gives the pair of a number, all of one length.
+        pairs: What gives the pair of a number, all of one length; or two tables ``(n, l)``, which are checked.
         n: Pairs.
         length: Tokens of each.
         vocab_size: Ids and labels are below it.
@@ -44,26 +44,27 @@ class LabelledRows(Dataset):
         return self.n
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids, labels = (np.asarray(x) for x in self.pairs[index])
+        return {name: x[0] for name, x in self.batch([index]).items()}
+
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        """Return rows by their numbers, as a batch."""
+        if isinstance(self.pairs, tuple):
+            ids, labels = (table[numbers] for table in self.pairs)
+        else:
+            ids, labels = (np.stack(x) for x in zip(*map(self._made, numbers), strict=True))
+            _check_ids(ids, labels, self.vocab_size)
+        moved = torch.full((len(numbers), self.length + 1), NO_TARGET)
+        moved[:, 1:] = torch.from_numpy(labels.astype(np.int64, copy=False))
+        return {"input_ids": torch.from_numpy(ids.astype(np.int64, copy=False)), "labels": moved}
+
+    def _made(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = (np.asarray(x) for x in self.pairs[number])
         if ids.shape != (self.length,) or labels.shape != ids.shape:
             raise ValueError(
-                f"data: row {index:,} has ids of shape {ids.shape} and labels of shape {labels.shape}, and row 0 has {self.length} of "
+                f"data: row {number:,} has ids of shape {ids.shape} and labels of shape {labels.shape}, and row 0 has {self.length} of "
                 "both. Make all rows of one length; labels of -100 fill one up."
             )
-        _check_ids(ids, labels, self.vocab_size)
-        moved = torch.full((self.length + 1,), NO_TARGET)
-        moved[1:] = torch.from_numpy(labels.astype(np.int64, copy=False))
-        return {"input_ids": torch.from_numpy(ids.astype(np.int64)), "labels": moved}
-
-
-class _Tables:
-    """Pairs of rows of two tables."""
-
-    def __init__(self, ids: np.ndarray, labels: np.ndarray):
-        self.ids, self.labels = ids, labels
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.ids[index], self.labels[index]
+        return ids, labels
 
 
 def labelled_rows(data: Any, vocab_size: int) -> tuple[LabelledRows, Sequence[int] | np.ndarray] | None:
@@ -111,7 +112,7 @@ def _of_tables(ids: np.ndarray, labels: np.ndarray, vocab_size: int) -> tuple[La
     if not len(chosen):
         raise ValueError("data: no row asks for anything; every label is -100.")
     digest = f"{digest_rows(ids)} {digest_rows(labels)}"
-    return LabelledRows(_Tables(ids, labels), len(ids), ids.shape[1], vocab_size, digest), chosen
+    return LabelledRows((ids, labels), len(ids), ids.shape[1], vocab_size, digest), chosen
 
 
 def _check_ids(ids: np.ndarray, labels: np.ndarray, vocab_size: int) -> None:

@@ -18,6 +18,7 @@ from ..images.builtin import check_data
 from ..models.model import Model
 from ..options import called_with
 from .arguments import on_cpu, resolved_precision, training_arguments
+from .batches import collated
 from .call import Interrupted, TrainCall, TrainResult
 from .disk import naming_disk
 from .diverged import Diverged
@@ -167,7 +168,7 @@ def _run(
     apart = torch.cuda.device_count() > 1 and devices_in_one()
     with reporting(named, run.path, session.first_step) as callbacks, session.saving_on_interrupt(), _quiet():
         trainer = _trainer(options)(
-            model, args, train_dataset=data[0], eval_dataset=data[1],
+            model, args, train_dataset=data[0], eval_dataset=data[1], data_collator=collated,
             callbacks=[*callbacks, report], feed=feed, options=options, run=run, session=session,
             checkpoint=checkpoint,
         )  # fmt: skip
