@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -159,7 +159,7 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
     _check_keys(given, schema)
     try:
         scalars = {key: value for key, value in given.items() if key not in _NESTED}
-        values: Any = OmegaConf.to_container(OmegaConf.merge(_structured(schema), scalars))
+        values: Any = OmegaConf.to_container(OmegaConf.merge(_structured(cast(Any, schema)), scalars))
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as e:
         raise ConfigError(f"{getattr(e, 'full_key', None) or 'config'}: {first_line(e)}. Correct the value.") from None
     for key in _NESTED:  # last, behind what takes a line each
@@ -181,7 +181,7 @@ def typed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _structured(schema: type) -> Any:
+def _structured(schema: Any) -> Any:
     return OmegaConf.structured(schema)  # a third of a config's reading; merging copies it
 
 
