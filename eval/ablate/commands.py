@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...zoo.terminal import Device, Json, counted, print_json, print_report, say
+from ...zoo.terminal import Device, Json, counted, counting, print_json, print_report, say
 
 __all__ = ["app"]
 
@@ -52,10 +52,14 @@ def plan(study: StudyName, scale: Scale = "short", folder: Folder = None, as_jso
     """Build every model of a study without allocating it, and print what each costs and how long all take; nothing is trained."""
     from ...zoo.tables import output
     from .plan import plan_of, spent
+    from .points import places_of, points_of
     from .schema import load_study
 
     spec = load_study(study, scale)
-    planned = plan_of(spec, results=_results(study, scale, folder or Path("runs") / "ablate" / f"{spec.name}-{scale}"))
+    with counting("points", len(places_of(spec))) as done:
+        points = points_of(spec, done)
+    results = _results(study, scale, folder or Path("runs") / "ablate" / f"{spec.name}-{scale}")
+    planned = plan_of(spec, points, results)
     if as_json:
         print_json(planned.plain())
     else:

@@ -4,7 +4,8 @@ import copy
 import fnmatch
 import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -19,7 +20,7 @@ from .match import Unmatched, nearest_size
 from .schema import StudySpec
 from .sections import check_train, shown
 
-__all__ = ["cell_of", "costs_of", "points_of", "rows_of"]
+__all__ = ["cell_of", "costs_of", "places_of", "points_of", "rows_of"]
 
 _MAX_POINTS = 2000
 # of a batch, where a training does not say, as in measure
@@ -28,28 +29,36 @@ _ROWS = 64
 _WRONG = (ValueError, TypeError, ArithmeticError, NotImplementedError, RuntimeError)
 
 
-def points_of(spec: StudySpec) -> list[Point]:
-    """Return every point of a study, in the order of its axes, the last of which changes fastest.
-
-    A point that cannot be built or matched has a ``problem`` that says why; nothing is raised for one.
+def places_of(spec: StudySpec) -> list[dict[str, Any]]:
+    """Return the values on the axes of every point of a study, in the order of its axes, the last of which changes fastest.
 
     Raises:
         ValueError: There are no points, or too many to be meant.
     """
-    total = 1
-    for axis in spec.axes.values():
-        total *= len(axis.values)
+    total = math.prod(len(axis.values) for axis in spec.axes.values())
     if total > _MAX_POINTS:
         raise ValueError(f"axes: give {total:,} points, more than {_MAX_POINTS:,}. Take out values.")
-    grid = (
-        dict(zip(spec.axes, values, strict=True))
-        for values in itertools.product(*(a.values for a in spec.axes.values()))
-    )
-    kept = [values for values in grid if _is_kept(spec, values)]
+    grid = itertools.product(*(axis.values for axis in spec.axes.values()))
+    kept = [at for values in grid if _is_kept(spec, at := dict(zip(spec.axes, values, strict=True)))]
     if not kept:
         raise ValueError("axes: only and exclude leave no point. Take one of them out.")
+    return kept
+
+
+def points_of(spec: StudySpec, done: Callable[[int], None] = lambda more: None) -> list[Point]:
+    """Return every point of a study, in the order of :func:`places_of`; ``done`` is told of each.
+
+    A point that cannot be built or matched has a ``problem`` that says why; nothing is raised for one.
+
+    Raises:
+        ValueError: As :func:`places_of`.
+    """
     known: dict[str, _Built] = {}
-    return [_point(spec, values, known) for values in kept]
+    points = []
+    for at in places_of(spec):
+        points.append(_point(spec, at, known))
+        done(1)
+    return points
 
 
 def cell_of(spec: StudySpec, point: Point, rate: float, seed: int, measure: bool = True) -> Cell:
