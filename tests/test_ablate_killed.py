@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from ablation import a_point, a_study, note, postgres, result_of, said  # noqa: F401
+from command_line import invoke
 
-from hybridzoo.eval.ablate import queue, worker
+from hybridzoo.eval.ablate import Study, queue, worker
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
@@ -117,3 +118,49 @@ def test_killed_at_random_on_a_real_server(tmp_path, monkeypatch, postgres):  # 
     killed = worked_to_the_end(study._job(), 2, kills=6, seed=0)
     assert killed >= 3
     check(study, tmp_path, killed)
+
+
+SMALL = """
+question: Does it go on?
+base:
+  d_model: 16
+  layers: {n_layer: 2, allocate: {attention: 0.5}, fill: mamba, then: mlp}
+  mixers: {mamba: {d_state: 4}, attention: {nheads: 2}, mlp: {d_intermediate: 16}}
+axes:
+  attention: {key: layers.allocate.attention, values: [0.5]}
+task: {name: mqar, vocab: 32, settings: [[16, 2, 200]], test: [[16, 2]], valid_examples: 20, test_examples: 40}
+train: {steps: 20, batch_size: 8, save_every: 4}
+rates: {default: [1.0e-2]}
+seeds: [3]
+"""
+MEASURED = ("seconds", "tokens_per_second", "memory_GiB", "mfu")
+
+
+def outcome(result):
+    """What a training is judged by, without what no two runs have in common."""
+    history = [{k: v for k, v in entry.items() if k not in MEASURED} for entry in result.result["history"]]
+    return history, result.result["valid"], result.result["test"], result.result["best_step"]
+
+
+def test_a_real_training_that_is_killed_ends_with_the_numbers_of_one_that_is_not(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL)
+    said_last = json.loads(
+        invoke("ablate", "run", file, "--folder", tmp_path / "whole", "--device", "cpu", "--json").stdout
+    )
+    assert (said_last["done"], said_last["cells"], said_last["failed"]) == (1, 1, [])
+    (whole,) = Study(file, folder=tmp_path / "whole").results()
+    cut = Study(file, folder=tmp_path / "cut")
+    pid = forked(cut._job(device="cpu"))
+    end = time.monotonic() + 100
+    while not list((tmp_path / "cut").glob("cells/*/run/checkpoints/checkpoint-8")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL and cut.results() == []
+    assert cut.run(device="cpu", quiet=True).done == 1
+    (resumed,) = cut.results()
+    assert outcome(resumed) == outcome(whole) and resumed.path.parent.name == whole.path.parent.name
+    log = (resumed.path.parent / "log.txt").read_text()
+    assert "resuming at step" in log and log.count("attempt 1") == 2
+    assert not (resumed.path.parent / "run" / "checkpoints").exists()

@@ -39,9 +39,11 @@ def test_cells_are_taken_in_order_and_once(tmp_path, storage):
     mine.interrupted(taken[0])
     assert states(mine) == {"key0": "none", "key1": "done", "key2": "running", "key3": "running", "key4": "running"}
     assert mine.take(CELLS) is None and theirs.add(CELLS) == 1
-    assert mine.take(["key4"]) is None
-    again = mine.take(CELLS)
-    assert (again.key, again.attempt) == ("key0", 1)
+    assert mine.take(["key4"]) is None and mine.add({"key9": CELLS["key0"]}) == 1
+    mine.interrupted(taken[2])
+    mine.add(CELLS)
+    again = mine.take([*CELLS, "key9"]), mine.take([*CELLS, "key9"]), mine.take([*CELLS, "key9"])
+    assert [(t.key, t.attempt) for t in again] == [("key0", 1), ("key2", 1), ("key9", 1)]
 
 
 def test_who_looks_for_no_such_cell_makes_no_trial(tmp_path):

@@ -68,14 +68,14 @@ def test_results_of_another_version_of_the_study_are_counted_and_left_out(tmp_pa
     changed = a_study(tmp_path, [a_point("attention=0", RATES, task={"name": "mqar", "length": 128})])
     assert changed.results() == [] and changed.summary().stale == 5
     assert changed.run(quiet=True).stale == 5 and len(changed.results()) == 5
-    assert "5 results are of other code or of an earlier version" in str(changed.summary())
+    assert "left out: 5 results of other code or of an earlier version" in str(changed.summary())
 
 
 def test_a_point_with_a_problem_is_reported_and_not_trained(tmp_path):
     study = a_study(tmp_path, [*points(1), a_point("attention=1", problem="1.2 % too wide")])
     summary = study.run(quiet=True)
     assert summary.done == summary.cells == 5 and summary.unmatched == {"attention=1": "1.2 % too wide"}
-    assert "not trained: attention=1: 1.2 % too wide" in str(summary)
+    assert "1 point cannot be built or matched: attention=1" in str(summary)
     assert json.loads(json.dumps(summary.plain()))["left"] == 0
 
 

