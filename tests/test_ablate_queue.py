@@ -63,6 +63,24 @@ def test_a_cell_that_was_added_twice_is_run_once(tmp_path):
     assert mine.take([]) is None and mine.add({}) == 0
 
 
+def test_where_locks_do_not_reach_the_storage_grants_a_cell_to_one(tmp_path, monkeypatch):
+    class Open:
+        def release(self):
+            pass
+
+    def unlocked(queue, key):
+        queue._place(key).mkdir(parents=True, exist_ok=True)
+        return Open()
+
+    monkeypatch.setattr(Queue, "_lock", unlocked)
+    mine, theirs = Queue(tmp_path), Queue(tmp_path)
+    mine.add(CELLS)
+    before = mine.entries()
+    assert theirs.take(["key0"]).key == "key0"
+    monkeypatch.setattr(mine, "entries", lambda: before)  # as one that looked a moment ago
+    assert mine.take(["key0"]) is None and mine.take(["key0", "key1"]).key == "key1"
+
+
 def test_an_error_is_tried_once_more_and_then_given_up_until_it_is_forgiven(tmp_path):
     queue = Queue(tmp_path)
     for attempt in (1, 2):

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from ablation import a_point, a_study, said
+from ablation import a_point, a_study, result_of, said
 from rich.console import Console
 
 import hybridzoo as zoo
@@ -377,6 +377,16 @@ def test_only_cells_of_the_first_seed_are_measured(tmp_path):
 def test_a_job_goes_through_json(tmp_path):
     job = a_study(tmp_path, points(), storage="sqlite:///x.db")._job(minutes=3)
     assert Job.from_plain(json.loads(json.dumps(job.plain()))) == job
+
+
+def test_a_cell_that_was_finished_meanwhile_is_not_trained(tmp_path):
+    study = a_study(tmp_path, points(1))
+    waiting, missing = study._queue(), study._job().missing(study.store, ())
+    waiting.add(missing)
+    taken = waiting.take(missing)
+    study.store.put(missing[taken.key], result_of(0.5))
+    worker._attempt(study.store, waiting, taken, missing[taken.key], lambda cell, place: pytest.fail("trained"))
+    assert waiting.entries()[taken.key].state == "none" and waiting.take([taken.key]) is None
 
 
 def test_a_worker_of_other_sources_refuses(tmp_path):
