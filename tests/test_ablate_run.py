@@ -286,7 +286,7 @@ def test_ctrl_c_stops_all_workers_and_the_same_call_goes_on(tmp_path, forked):
     pid = driver(tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("cells/*/steps.txt"))) == 2)
     os.kill(pid, signal.SIGINT)
-    assert status_of(pid) == 130 and alive(tmp_path) == []
+    assert status_of(pid) == 130 and alive(tmp_path) == [] and not (tmp_path / "workers").exists()
     assert "stopping after the running steps; Ctrl-C again" in (tmp_path / "driver.txt").read_text()
     assert {entry.state for entry in a_study(tmp_path, points(1))._queue().entries().values()} <= {"none", "waiting"}
     assert a_study(tmp_path, points(1), "stepping").run(quiet=True).done == 5 and ended_once(tmp_path, 5)

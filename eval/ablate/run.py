@@ -129,7 +129,7 @@ def _work_beside(job: Job, workers: int, queue: Queue) -> None:
     running: dict[int, subprocess.Popen] = {}
     # a cell kills so many at most, see queue.py
     spare = 8 * sum(len(job.first(point)) + len(job.seeds) for point in job.points)
-    with _ending(running):
+    with _without_empty(logs), _ending(running):
         for place in range(workers):
             running[place] = _start(job, place, workers, logs)
         while running:
@@ -148,12 +148,20 @@ def _work_beside(job: Job, workers: int, queue: Queue) -> None:
                 elif status:
                     said = (logs / f"{place}.txt").read_text(errors="replace").strip().splitlines() or ["nothing"]
                     raise ValueError(f"a worker has ended with status {status} and said: {said[-1]} ({logs / f'{place}.txt'})")  # fmt: skip
-    for log in logs.iterdir():
-        if not log.stat().st_size:
-            log.unlink()
-    with contextlib.suppress(OSError):
-        logs.rmdir()
-        logs.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _without_empty(logs: Path) -> Iterator[None]:
+    """Take away the logs of workers that had nothing to say, when the block ends."""
+    try:
+        yield
+    finally:
+        for log in logs.iterdir():
+            if not log.stat().st_size:
+                log.unlink()
+        with contextlib.suppress(OSError):
+            logs.rmdir()
+            logs.parent.rmdir()
 
 
 def _start(job: Job, place: int, workers: int, logs: Path) -> subprocess.Popen:
