@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .cells import Cell
@@ -48,6 +49,9 @@ def train_cell(
     options |= {"lr": cell.rate, "seed": cell.seed, "device": device, "on_step": on_step}
     steps, batch_size = options["steps"], options["batch_size"]
     data = task.training(cell.seed, steps, batch_size * options.get("accumulate", 1))
+    if isinstance(data, tuple | np.ndarray):
+        # tables are read faster than processes that read ahead are started, several for each of many cells
+        options.setdefault("workers", 0)
     result = train(cell.point.config, data, folder / "run", val=task.validation(), **options)
     model = result.model
     with torch.no_grad(), precision_of(model, options.get("precision", "auto")):

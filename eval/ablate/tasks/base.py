@@ -14,8 +14,6 @@ __all__ = ["Drawn", "Part", "RowsTask", "Table", "padded"]
 
 # streams of an evaluation's seed
 STREAMS = {"test": 0, "valid": 2}
-# tokens of a block of rows that are drawn together
-_BLOCK = 1 << 16
 # tokens that a model reads at once when it is scored; of longer rows, in a row after another
 _AT_ONCE = {"cpu": 1 << 13, "cuda": 1 << 17}
 
@@ -37,19 +35,21 @@ class Part(NamedTuple):
 class Drawn:
     """Rows of a training that are never seen twice, drawn when they are asked for; who asks again gets the same.
 
-    Rows are drawn in blocks, each from a stream of the seed; asked for in order, each block is drawn once.
+    A batch is drawn at once, from a stream of the seed of its own, so that processes that read ahead need not draw those of others.
 
     Args:
         draw: Gives a number of rows from a generator.
-        n: All rows.
-        length: Tokens of a row.
+        batches: All batches.
+        rows: Of a batch.
         seed: Of the training.
-        digest: A text that says what is drawn, but for the seed.
+        digest: A text that says what is drawn, but for the seed and the rows.
     """
 
-    def __init__(self, draw: Callable[[np.random.Generator, int], Table], n: int, length: int, seed: int, digest: str):
-        self.draw, self.n, self.seed, self.digest = draw, n, seed, f"{digest} {seed}"
-        self.rows = max(1, min(n, _BLOCK // length))
+    def __init__(
+        self, draw: Callable[[np.random.Generator, int], Table], batches: int, rows: int, seed: int, digest: str
+    ):
+        self.draw, self.rows, self.n, self.seed = draw, rows, batches * rows, seed
+        self.digest = f"{digest} {rows} {seed}"
         self.block: tuple[int, Table] | None = None
 
     def __len__(self) -> int:

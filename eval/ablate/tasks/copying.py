@@ -41,7 +41,7 @@ class SelectiveCopying(RowsTask):
     def training(self, seed: int, steps: int, batch_size: int) -> Any:
         """As of :class:`RowsTask`; no row comes twice."""
         digest = f"selective_copying {self.length} {self.tokens} {self.vocab}"
-        return Drawn(self._draw, steps * batch_size, self.tokens_per_example, seed, digest)
+        return Drawn(self._draw, steps, batch_size, seed, digest)
 
     def parts(self, part: str) -> Iterable[Part]:
         """As of :class:`RowsTask`."""
@@ -105,8 +105,8 @@ class Copying(RowsTask):
         digest = f"copying {[(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]}"
         return Drawn(
             lambda rng, n: self._draw(rng, n, self.length, self.min_length),
-            steps * batch_size,
-            self.tokens_per_example,
+            steps,
+            batch_size,
             seed,
             digest,
         )

@@ -52,7 +52,7 @@ class Induction(RowsTask):
 
     def training(self, seed: int, steps: int, batch_size: int) -> Any:
         """As of :class:`RowsTask`; no row comes twice."""
-        return Drawn(self._draw, steps * batch_size, self.length + 1, seed, f"induction {self.length} {self.vocab}")
+        return Drawn(self._draw, steps, batch_size, seed, f"induction {self.length} {self.vocab}")
 
     def parts(self, part: str) -> Iterable[Part]:
         """As of :class:`RowsTask`, the test by length."""
