@@ -97,6 +97,19 @@ def test_outputs_states_and_gradients(case):
     compare(inputs, *marked, chunks=case.get("chunks"), cut=case.get("cut"))
 
 
+@exhaustive
+@needs_compiler
+def test_operands_that_are_the_same_for_every_token_are_read_where_they_are():
+    # a layer that is not selective: a group for each channel, and strides of 0
+    u, dt, _, B, C, *rest = inputs = operands(2, 33, 20, 4, 20)
+    B, C = (m[0, 0].expand_as(m) for m in (B, C))
+    dt = dt.new_zeros(()).expand_as(dt)
+    inputs = u, dt, inputs[2], B, C, *rest
+    call = ScanOperands.of(ScanInputs(*inputs), True)
+    assert call.i.B.stride()[:2] == call.i.C.stride()[:2] == (0, 0)
+    compare(inputs, None, None)
+
+
 @needs_compiler
 @pytest.mark.parametrize("case", [case for case in CASES.values() if all(case["sizes"][6:7])], ids=str)
 def test_outputs_are_formed_again_in_the_backward(case):
