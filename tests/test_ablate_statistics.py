@@ -265,7 +265,10 @@ def test_sentences_do_not_pretend():
         comparisons(choose(one(points[0], [0.4], task={"name": "a"}) + one(points[1], [0.8], task={"name": "b"}))),
         points,
     )
-    assert two[0].startswith("On a, the best point so far") and "; on b, " in two[0]
+    assert two[0].startswith(
+        "The best points on test are, by task: a, attention=0 place=even with 40.0 % accuracy (of a single seed); b, "
+    )
+    assert two[1].endswith("by task: a, unknown, of single seeds; b, unknown, of single seeds.")
 
 
 def test_numbers_are_read_as_written():

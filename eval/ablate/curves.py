@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from ...zoo.tables import in_units
@@ -14,7 +14,7 @@ from .series import few, fraction, has_ratio, short, short_axes
 from .statistics import Chosen, Comparison
 from .words import shown
 
-__all__ = ["losses", "relative_to_best", "slice_scores", "slices", "speeds"]
+__all__ = ["excess", "losses", "relative_to_best", "slice_scores", "slices", "speeds"]
 
 _SPEEDS = {
     "prefill_tokens_s": ("Reading a prompt", "tokens/s"),
@@ -25,25 +25,25 @@ _SPEEDS = {
 _MOST_STEPS = 150
 
 
-def slice_scores(chosen: Chosen) -> dict[str, float]:
-    """Return the mean over seeds of every slice of the test: ``{"length=512": 0.98}``."""
+def slice_scores(chosen: Chosen) -> dict[str, list[float]]:
+    """Return the scores, a seed each, of every slice of the test: ``{"length=512": [0.98, 0.97]}``."""
     found: dict[str, list[float]] = {}
     for result in chosen.results:
         for name, part in (result.result["test"].get("slices") or {}).items():
             value = part.get(chosen.metric)
             if _finite(value):
                 found.setdefault(name, []).append(float(value))
-    return {name: fmean(values) for name, values in found.items()}
+    return found
 
 
 def slices(comparison: Comparison, published: Sequence[Published] = ()) -> list[Picture]:
     """Draw the score over each kind of slice that the test has two of, such as pairs or lengths; published curves are over lengths."""
     kept = few(comparison)
-    kinds: dict[str, dict[str, dict[Any, float]]] = {}
+    kinds: dict[str, dict[str, dict[Any, list[float]]]] = {}
     for c in kept:
-        for name, value in slice_scores(c).items():
+        for name, values in slice_scores(c).items():
             kind, place = _parsed(name)
-            kinds.setdefault(kind, {}).setdefault(c.point.name, {})[place] = value
+            kinds.setdefault(kind, {}).setdefault(c.point.name, {})[place] = values
     drawn = [
         _sliced(comparison, kept, kind, lines, published if kind == "length" else ())
         for kind, lines in kinds.items()
@@ -56,23 +56,30 @@ def _sliced(
     comparison: Comparison,
     kept: Sequence[Chosen],
     kind: str,
-    lines: Mapping[str, Mapping[Any, float]],
+    lines: Mapping[str, Mapping[Any, Sequence[float]]],
     published: Sequence[Published],
 ) -> Picture:
-    places = sorted({place for line in lines.values() for place in line})
+    # words behind numbers, where a kind has both
+    places = sorted(
+        {place for line in lines.values() for place in line}, key=lambda place: (isinstance(place, str), place)
+    )
     numbers = all(isinstance(place, float) for place in places)
     with canvas(230) as on:
         for i, c in enumerate(kept):
-            line = sorted(lines.get(c.point.name, {}).items())
-            xs = [place if numbers else places.index(place) for place, _ in line]
+            mine = [(place, lines.get(c.point.name, {}).get(place, [])) for place in places]
+            found = [(place if numbers else places.index(place), values) for place, values in mine if values]
+            xs, means = [x for x, _ in found], [scaled(c.metric, fmean(values)) for _, values in found]
             _line(
                 on,
                 i,
                 (short(c, kept), c.point.name),
                 xs,
-                [scaled(c.metric, y) for _, y in line],
+                means,
                 lambda y, c=c: shown(c.metric, y / scaled(c.metric, 1)),
             )
+            spread = [scaled(c.metric, stdev(values)) if len(values) > 1 else 0.0 for _, values in found]
+            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+            on.axes.fill_between(xs, low, high, color=series_colour(i), alpha=0.14, lw=0)
         for i, curve in enumerate(published):
             reached = [(x, y) for x, y in curve.points if x <= 2 * places[-1]]
             laid_over(on, curve, [x for x, _ in reached], [scaled(comparison.metric, y) for _, y in reached], i)
@@ -86,14 +93,14 @@ def _sliced(
         on.axes.set(xlabel=kind, ylabel=score_label(comparison.metric))
         if comparison.metric == "accuracy":
             on.axes.set_ylim(-3, 103)
-        on.key(short_axes(kept))
+        on.key(short_axes(kept) + ("; grey, dashed: published" if published else ""))
         svg = on.svg(f"{score_label(comparison.metric)} over {kind}")
     beyond = trained is not None and places[-1] > trained
     title = "Beyond the length of training" if beyond else f"By {kind}"
     return Picture(
         f"slices-{re.sub(r'[^a-z]+', '-', kind.lower())}",
         title,
-        f"Means over seeds on parts of the test.{few_note(comparison, kept)}",
+        f"Means over seeds on parts of the test, in bands of a standard deviation.{few_note(comparison, kept)}",
         svg,
     )
 
@@ -133,25 +140,20 @@ def speeds(comparison: Comparison) -> list[Picture]:
 
 
 def losses(comparison: Comparison) -> Picture | None:
-    """Draw the training losses at the chosen rates, of the first seed; ``None`` where none are kept."""
-    kept, lines = few(comparison), {}
-    for c in kept:
-        history = c.results[0].result.get("history") or []
-        found = [(h["step"], h["loss"]) for h in history if _finite(h.get("loss"))]
-        if len(found) > 1:
-            lines[c.point.name] = found[:: max(1, len(found) // _MOST_STEPS)]
-    if not lines:
+    """Draw the training losses at the chosen rates, a line for every seed; ``None`` where none are kept."""
+    kept = few(comparison)
+    lines = {c.point.name: [line for r in c.results if len(line := _history(r.result)) > 1] for c in kept}
+    values = [y for many in lines.values() for line in many for _, y in line]
+    if not values:
         return None
-    values = [y for line in lines.values() for _, y in line]
     with canvas(230) as on:
         for i, c in enumerate(kept):
-            if c.point.name in lines:
-                xs, ys = zip(*lines[c.point.name], strict=True)
-                (line,) = on.axes.plot(xs, ys, color=series_colour(i), lw=1.6, label=short(c, kept))
-                on.tip(
-                    line,
-                    f"{c.point.name}: seed {c.results[0].cell.seed}, learning rate {c.rate:g}, {ys[-1]:.4g} at the end",
-                )
+            for number, line in enumerate(lines[c.point.name]):
+                # the first seed stands for all, the others show how far they are from it
+                style = {"lw": 1.0, "alpha": 0.35} if number else {"lw": 1.6, "label": short(c, kept)}
+                (drawn,) = on.axes.plot(*zip(*line, strict=True), color=series_colour(i), **style)
+                seed = c.results[number].cell.seed
+                on.tip(drawn, f"{c.point.name}: seed {seed}, learning rate {c.rate:g}, {line[-1][1]:.4g} at the end")
         if min(values) > 0 and max(values) > 10 * min(values):
             on.axes.set_yscale("log")
         on.axes.locator_params(axis="x", nbins=5)
@@ -159,9 +161,13 @@ def losses(comparison: Comparison) -> Picture | None:
         on.axes.set(xlabel="steps", ylabel="training loss")
         on.key(short_axes(kept))
         svg = on.svg("training loss over the steps")
-    return Picture(
-        "losses", "Losses", f"Of the first seed, at the chosen learning rate.{few_note(comparison, kept)}", svg
-    )
+    note = f"At the chosen learning rate; further seeds are faint.{few_note(comparison, kept)}"
+    return Picture("losses", "Losses", note, svg)
+
+
+def _history(result: Mapping[str, Any]) -> list[tuple[float, float]]:
+    found = [(h["step"], h["loss"]) for h in result.get("history") or [] if _finite(h.get("loss"))]
+    return found[:: max(1, len(found) // _MOST_STEPS)]
 
 
 def relative_to_best(comparison: Comparison, published: Sequence[Published]) -> Picture | None:
@@ -177,18 +183,19 @@ def relative_to_best(comparison: Comparison, published: Sequence[Published]) -> 
         if (at := fraction(c)) is not None:
             by_share[at] = min(c.mean, by_share.get(at, c.mean))
     with canvas(240) as on:
-        xs, ys = _excess(list(by_share.items()), comparison.metric)
+        xs, ys = excess(list(by_share.items()), comparison.metric)
         _line(on, 0, ("this study", "this study"), xs, ys, lambda y: f"{y:.2f} %")
         for i, curve in enumerate(curves):
-            laid_over(on, curve, *_excess(curve.points, curve.metric), i)
+            laid_over(on, curve, *excess(curve.points, curve.metric), i)
         on.axes.set(xlabel="attention, % of the mixers", ylabel="loss over its own lowest, %", xlim=(-4, 104))
-        on.key()
+        on.key("grey, dashed: published")
         svg = on.svg("loss over its own lowest, in per cent, over attention's share")
     note = "Data, tokens and sizes differ, so only shapes compare: each curve is over its own lowest; of equal shares, the best is drawn."
     return Picture("published", "Against published curves", note, svg)
 
 
-def _excess(points: Sequence[tuple[float, float]], metric: str) -> tuple[list[float], list[float]]:
+def excess(points: Sequence[tuple[float, float]], metric: str) -> tuple[list[float], list[float]]:
+    """Return a curve over shares in per cent: how far each loss lies over the lowest, in per cent of it."""
     found = sorted((100 * x, as_loss(metric, y) or 0.0) for x, y in points)
     low = min(y for _, y in found)
     return [x for x, _ in found], [100 * (y / low - 1) for _, y in found]

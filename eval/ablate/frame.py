@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .cells import Point
@@ -49,6 +50,8 @@ def cell_rows(results: Sequence["Result"], points: Sequence[Point]) -> list[dict
             "test_loss": r.result["test"].get("loss"),
         }
         row |= {name: r.result.get(name) for name in _MEASURED}
+        for measured in r.result.get("speed") or []:
+            row |= {f"{name} at {measured['context']}": v for name, v in measured.items() if name != "context"}
         for name, part in (r.result["test"].get("slices") or {}).items():
             row[f"test {name}"] = part.get(r.result["metric"])
         rows.append(row | {"cell": r.path.parent.name})
@@ -106,4 +109,4 @@ def _of_chosen(comparison: Comparison, chosen: Chosen) -> dict[str, Any]:
         "from_best_high": found.interval[1] if found else None,
         "within_noise": None if comparison.basin is None else chosen in comparison.basin,
         "noise_floor": comparison.noise,
-    } | {f"test {name}": value for name, value in slice_scores(chosen).items()}
+    } | {f"test {name}": fmean(values) for name, values in slice_scores(chosen).items()}

@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from .cells import Point
 from .drawing import CARD, INK, MARKS, SOFT, Canvas, bytes_axis, canvas, context_axis, series_colour
 from .literature import Published
-from .series import Series, about, few, fraction, is_number, ratio_axes, series_of, short, short_axes, varying
+from .series import (
+    Series,
+    about,
+    few,
+    has_ratio,
+    is_number,
+    ratio_axes,
+    series_of,
+    short,
+    short_axes,
+    varying,
+)
 from .statistics import Chosen, Comparison
-from .words import metric_name, share, shown
+from .words import metric_name, shown
 
 __all__ = [
-    "Picture", "every_point", "few_note", "heat_map", "laid_over", "learning_rates", "noise_note", "scaled", "score_label",
+    "Picture", "every_point", "few_note", "laid_over", "learning_rates", "noise_note", "scaled", "score_label",
     "score_over",
 ]  # fmt: skip
 
@@ -65,7 +76,9 @@ def score_over(
     models = [c.point for c in comparison.chosen]
     moved = ratio_axes(models)
     numbers = [a for a in varying(models) if all(is_number(p.axes.get(a)) for p in models)]
-    along = moved if attention else [x] if x in models[0].axes else list(dict.fromkeys([*moved, *numbers]))
+    along = moved if attention else [x] if x in models[0].axes else numbers
+    if not attention and x not in models[0].axes and has_ratio(comparison):
+        along = list(dict.fromkeys([*moved, *numbers]))
     with canvas(250) as on:
         _band(on, comparison)
         for i, line in enumerate(series_of(comparison, points, along)):
@@ -78,7 +91,7 @@ def score_over(
         _along(on, comparison, x, list(places.values()))
         on.axes.set(ylabel=score_label(comparison.metric))
         _limits(on, comparison, [y for curve in published for _, y in curve.points])
-        on.key()
+        on.key("grey, dashed: published" if published else "")
         svg = on.svg(f"{score_label(comparison.metric)} over {_TITLES.get(x, x)}")
     note = (
         _NOTES.get(x, "")
@@ -97,7 +110,7 @@ def every_point(comparison: Comparison) -> Picture:
         _band(on, comparison, across=False)
         for row, c in enumerate(rows):
             colour = series_colour(values.index(str(c.point.axes.get(kinds[0]))) if kinds else 0)
-            on.axes.text(0.0, row - 0.24, c.point.name, transform=on.axes.get_yaxis_transform(), va="center")
+            on.axes.text(0.0, row - 0.24, comparison.label(c), transform=on.axes.get_yaxis_transform(), va="center")
             seeds = [scaled(c.metric, v) for v in c.tests]
             on.axes.plot(seeds, [row + 0.2] * c.n, "o", ms=4, mew=0, color=colour, alpha=0.45)
             if bar := _bar(c):
@@ -116,51 +129,6 @@ def every_point(comparison: Comparison) -> Picture:
     return Picture("points", "Every point", note + noise_note(comparison), svg)
 
 
-def heat_map(comparison: Comparison, points: Sequence[Point]) -> Picture | None:
-    """Draw attention's share by what else differs as a table of shades; ``None`` where there are not two such axes."""
-    moved = ratio_axes([c.point for c in comparison.chosen])
-    lines = series_of(comparison, points, moved)
-    columns = sorted({f for c in comparison.chosen if (f := fraction(c)) is not None})
-    if len(lines) < 2 or len(columns) < 2 or not moved:
-        return None
-    low, high = min(c.mean for c in comparison.chosen), max(c.mean for c in comparison.chosen)
-    size = 12 if len(columns) <= 6 else 10 if len(columns) <= 8 else 8
-    with canvas(84 + 44 * len(lines)) as on:
-        from matplotlib.patches import Rectangle
-
-        for row, line in enumerate(lines):
-            for c in line.points:
-                if fraction(c) is None:
-                    continue
-                column = columns.index(fraction(c))  # type: ignore[arg-type]
-                worth = (c.mean - low) / (high - low or 1.0)
-                shade = 0.05 + 0.45 * (worth if comparison.higher else 1 - worth)
-                cell = Rectangle((column + 0.03, row + 0.04), 0.94, 0.92, fc=series_colour(0), alpha=shade, lw=0)
-                on.tip(on.axes.add_patch(cell), about(c))
-                text = shown(c.metric, c.mean).removesuffix(" %")
-                weight = "bold" if c is comparison.best else "normal"
-                on.inside(
-                    on.axes.text(column + 0.5, row + 0.4, text, ha="center", va="center", fontsize=size, weight=weight)
-                )
-                spread = "1 seed" if c.sd is None else f"±{scaled(c.metric, c.sd):.2g}"
-                on.inside(on.axes.text(column + 0.5, row + 0.75, spread, ha="center", va="center", fontsize=size - 2))
-        on.axes.set(xlim=(0, len(columns)), ylim=(len(lines), 0), xlabel="attention, % of the mixers")
-        on.axes.set_xticks([i + 0.5 for i in range(len(columns))], [share(f).removesuffix(" %") for f in columns])
-        on.axes.set_yticks([i + 0.5 for i in range(len(lines))], [_wrapped(line.name) for line in lines])
-        on.axes.grid(False)
-        on.axes.tick_params(length=0)
-        for side in on.axes.spines.values():
-            side.set_visible(False)
-        svg = on.svg(
-            f"{score_label(comparison.metric)} by attention's share and {' and '.join(line.name for line in lines)}"
-        )
-    unit = "per cent" if comparison.metric == "accuracy" else metric_name(comparison.metric)
-    note = (
-        f"Means on test in {unit}, and the standard deviation of a seed below them; darker is better, the best is bold."
-    )
-    return Picture("heat-map", "Attention's share by what else differs", note, svg)
-
-
 def learning_rates(comparison: Comparison) -> Picture | None:
     """Draw validation scores over learning rates; ``None`` where every point has a single rate."""
     kept = [c for c in few(comparison) if len(c.tried) > 1]
@@ -172,6 +140,16 @@ def learning_rates(comparison: Comparison) -> Picture | None:
             style = {"color": series_colour(i), "marker": MARKS[i % len(MARKS)], "label": short(c, kept)}
             (line,) = on.axes.plot(*zip(*found, strict=True), **style, ms=5)
             on.tip(line, f"{c.point.name}: " + ", ".join(f"{rate:g}: {value:.4g}" for rate, value in found))
+            if comparison.noise:
+                noise = scaled(c.metric, comparison.noise)
+                on.axes.errorbar(
+                    *zip(*found, strict=True),
+                    yerr=noise,
+                    fmt="none",
+                    ecolor=series_colour(i),
+                    alpha=0.4,
+                    elinewidth=1.4,
+                )
             best = scaled(c.metric, c.tried[c.rate] or math.nan)
             on.axes.plot([c.rate], [best], "o", ms=11, mfc="none", mec=series_colour(i), mew=1.5)
         on.axes.set(
@@ -185,14 +163,17 @@ def learning_rates(comparison: Comparison) -> Picture | None:
             on.axes.minorticks_off()
         on.key(short_axes(kept))
         svg = on.svg("validation score over the learning rate")
-    note = "On validation, over the seeds that all rates have; rings are the choices." + few_note(comparison, kept)
+    bars = ", bars the noise floor of a seed" if comparison.noise else ""
+    note = f"On validation, over the seeds that all rates have; rings are the choices{bars}." + few_note(
+        comparison, kept
+    )
     return Picture("rates", "Learning rates", note, svg)
 
 
 def laid_over(on: Canvas, curve: Published, xs: Sequence[float], ys: Sequence[float], number: int) -> None:
     """Draw a published curve so that nobody takes it for one of ours: dashed, in grey, with its source."""
-    style = {"color": SOFT, "ls": (0, (2 + 2 * number, 2)), "lw": 1.6, "marker": "x", "ms": 5}
-    (drawn,) = on.axes.plot(xs, ys, **style, label=f"published: {curve.label}")
+    style = {"color": SOFT, "ls": (0, (3, 2)), "lw": 1.4, "marker": "x+1234"[number % 6], "ms": 7, "mew": 1.4}
+    (drawn,) = on.axes.plot(xs, ys, **style, label=curve.label)
     on.tip(drawn, f"{curve.label}: {curve.source}; {curve.protocol}")
 
 
@@ -319,7 +300,3 @@ def _limits(on: Canvas, comparison: Comparison, more: Sequence[float] = (), acro
     if comparison.metric == "accuracy":
         low, high = max(low, -2.0), min(high, 102.0)
     (on.axes.set_ylim if across else on.axes.set_xlim)(low, high)
-
-
-def _wrapped(name: str) -> str:
-    return name.replace(" ", "\n")

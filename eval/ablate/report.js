@@ -4,6 +4,15 @@ function value(text) {
   const found = text.replaceAll(",", "").match(/^(-?[\d.]+(?:e[+-]?\d+)?)(?:\s+(\w+))?/);
   return found ? Number(found[1]) * (units[found[2]] || 1) : text;
 }
+function compare(a, b) {
+  if (typeof a === "number" && typeof b === "number") return a - b;
+  // names hold numbers: width=64 stands before width=128
+  const [left, right] = [a, b].map((text) => String(text).split(/(\d+(?:\.\d+)?)/));
+  for (let i = 0; i < Math.min(left.length, right.length); i++) {
+    if (left[i] !== right[i]) return i % 2 ? left[i] - right[i] : left[i].localeCompare(right[i], "en");
+  }
+  return left.length - right.length;
+}
 for (const table of document.querySelectorAll(".sorts table")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, i) => {
@@ -17,8 +26,6 @@ for (const table of document.querySelectorAll(".sorts table")) {
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", now);
       const rows = [...body.rows].map((row) => [value(row.cells[i].textContent.trim()), row]);
-      const compare = (a, b) =>
-        typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
       rows.sort(([a], [b]) => (a === "") - (b === "") || (now === "ascending" ? compare(a, b) : compare(b, a)));
       body.append(...rows.map(([, row]) => row));
     });

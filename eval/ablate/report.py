@@ -14,10 +14,11 @@ from .curves import losses, relative_to_best, slices, speeds
 from .drawing import alone
 from .frame import cell_rows, csv_text, point_rows
 from .literature import Entry, Published, literature, mismatch
-from .pictures import Picture, every_point, heat_map, learning_rates, score_over
+from .pictures import Picture, every_point, learning_rates, score_over
 from .sentences import three_sentences
+from .shades import heat_map, overview
 from .statistics import Comparison, choose, comparisons
-from .tables import doubts, figures, named, origins, point_table, published, settings, troubles
+from .tables import doubts, figures, named, origins, point_table, published, settings, troubles, waiting_table
 
 if TYPE_CHECKING:
     from .schema import StudySpec
@@ -73,6 +74,7 @@ def write_report(
             _top(spec, found, compared, points, results, failures),
             *(_section(title, pictures) for title, pictures in drawn.items() if pictures),
             *_points(compared),
+            waiting_table(points, compared),
             published(entries, compared),
             troubles(points, failures),
             _bottom(spec, facts, list(files)),
@@ -100,7 +102,7 @@ def _pictures(
     entries: Sequence[Entry],
 ) -> list[Picture]:
     """The pictures of a section of the page, for every comparison; each is named after it where there are several."""
-    drawn: list[Picture] = []
+    drawn: list[Picture] = [overview(compared)] if title == "Scores" and len(compared) > 1 else []
     for comparison in compared:
         fitting = [e for e in entries if mismatch(e, comparison.task) is None]
         shares = [curve for e in fitting if e.x == "attention" for curve in e.curves]

@@ -25,19 +25,61 @@ def three_sentences(compared: Sequence[Comparison], points: Sequence[Point]) -> 
     done = {c.point.name for comparison in compared for c in comparison.chosen}
     missing = sum(p.name not in done for p in buildable)
     late = f"; {missing} of {len(buildable)} points have no result yet" if missing else ""
-    return [_joined(compared, _best, late), _joined(compared, _basin), _joined(compared, _costs)]
+    if len(compared) > 1:
+        best, basin, costs = (_each(compared, say) for say in (_best_briefly, _basin_briefly, _costs_briefly))
+        context = compared[0].best.point.costs.context if compared[0].best.point.costs else 0
+        return [
+            f"The best points on test are, by task: {best}{late}.",
+            f"Within two standard errors of the best are, by task: {basin}.",
+            f"After {context:,} tokens the best leave a state of, by task: {costs}.",
+        ]
+    (only,) = compared
+    return [_sentence(_best(only) + late), _sentence(_basin(only)), _sentence(_costs(only))]
 
 
-def _joined(compared: Sequence[Comparison], say: Callable[[Comparison], str], more: str = "") -> str:
-    said = "; ".join(f"on {c.name}, {say(c)}" if len(compared) > 1 else say(c) for c in compared)
-    return f"{said[0].upper()}{said[1:]}{more}."
+def _sentence(said: str) -> str:
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _each(compared: Sequence[Comparison], say: Callable[[Comparison], str]) -> str:
+    return "; ".join(f"{comparison.name}, {say(comparison)}" for comparison in compared)
+
+
+def _best_briefly(comparison: Comparison) -> str:
+    best = comparison.best
+    value = f"{comparison.label(best)} with {shown(best.metric, best.mean)} {metric_name(best.metric)}"
+    if best.interval is None:
+        return f"{value} (of a single seed)"
+    low, high = shown_interval(best.metric, best.interval)
+    return f"{value} (95 % interval {low} to {high}, {best.n} seeds)"
+
+
+def _basin_briefly(comparison: Comparison) -> str:
+    if comparison.basin is None or comparison.noise is None:
+        return "unknown, of single seeds"
+    if len(comparison.basin) == len(comparison.chosen):
+        which = f"all {len(comparison.chosen)}"
+    else:
+        which = listed([comparison.label(c) for c in comparison.basin])
+    return f"{which} (noise floor {gap(comparison.metric, comparison.noise)})"
+
+
+def _costs_briefly(comparison: Comparison) -> str:
+    best = comparison.best
+    if best.point.costs is None:
+        return "an unknown size"
+    others = [f"{times(best.point.costs.state_bytes, c.point.costs.state_bytes)} that {name}" for name, c in ends(comparison).items()
+              if c is not best and c.point.costs]  # fmt: skip
+    speed = best.measured("decode_tokens_s")
+    decodes = f", at {in_units(speed[max(speed)])} tokens/s after {max(speed):,}" if speed else ""
+    return f"{in_bytes(best.point.costs.state_bytes)}{f' ({listed(others)})' if others else ''}{decodes}"
 
 
 def _best(comparison: Comparison) -> str:
     best, costs = comparison.best, comparison.best.point.costs
     fractions = {c.point.costs.attention_of_mixers for c in comparison.chosen if c.point.costs}
     what = best.point.name
-    if costs and len(fractions) > 1:
+    if costs and len(fractions) > 2:
         what += f" ({_attention(costs)})"
     value = f"{shown(best.metric, best.mean)} {metric_name(best.metric)} on test"
     if best.interval is None:
@@ -46,7 +88,7 @@ def _best(comparison: Comparison) -> str:
         )
     low, high = shown_interval(best.metric, best.interval)
     ties = [c for c in comparison.chosen if c.mean == best.mean]
-    equals = f" (as have {len(ties) - 1} others, with more state)" if len(ties) > 1 else ""
+    equals = f" ({len(ties) - 1} others score the same, with no less state)" if len(ties) > 1 else ""
     return f"the best point is {what}, with {value}{equals}, 95 % interval {low} to {high} over {best.n} seeds"
 
 
@@ -123,5 +165,5 @@ def ends(comparison: Comparison) -> dict[str, Chosen]:
         pure = [c for c in comparison.chosen if c.point.costs and c.point.costs.attention_of_mixers == fraction]
         if pure and len(pure) < len(comparison.chosen):
             best = (max if comparison.higher else min)(pure, key=lambda c: c.mean)
-            found[name if len(pure) == 1 else f"{name} ({best.point.name})"] = best
+            found[name if len(pure) == 1 else f"{name} ({comparison.label(best)})"] = best
     return found

@@ -149,6 +149,12 @@ class Comparison:
             return None
         return math.sqrt(sum(df * sd * sd for df, sd in many) / sum(df for df, _ in many))
 
+    def label(self, chosen: Chosen) -> str:
+        """Return a point's name without what all points of this comparison have in common, where there are other comparisons."""
+        values = {axis: {str(c.point.axes.get(axis)) for c in self.chosen} for axis in chosen.point.axes}
+        told = [f"{axis}={chosen.point.axes[axis]}" for axis, found in values.items() if len(found) > 1]
+        return " ".join(told) if self.name and told else chosen.point.name
+
     def within(self, a: Chosen, b: Chosen) -> float | None:
         """Return the difference that noise alone explains: two standard errors of the difference of two means, by the noise floor."""
         return None if self.noise is None else 2 * self.noise * math.sqrt(1 / a.n + 1 / b.n)

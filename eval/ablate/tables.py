@@ -12,40 +12,39 @@ from ...zoo.tables import in_bytes, in_units
 from .cells import Point
 from .literature import Entry, mismatch
 from .statistics import Chosen, Comparison, difference
-from .words import gap, share, shown, shown_interval
+from .words import gap, listed, share, shown, shown_interval
 
 if TYPE_CHECKING:
     from .schema import StudySpec
     from .store import Failure, Result
 
-__all__ = ["doubts", "figures", "origins", "point_table", "published", "settings", "troubles"]
+__all__ = ["doubts", "figures", "named", "origins", "point_table", "published", "settings", "troubles", "waiting_table"]
 
 
 def figures(compared: Sequence[Comparison], points: Sequence[Point], results: Sequence["Result"], failed: int) -> str:
     """Return cards with the numbers that tell how far a study may be trusted."""
     built = [p for p in points if p.problem is None]
     seeds = sorted({c.n for comparison in compared for c in comparison.chosen})
-    hours = sum(float(r.result.get("seconds") or 0) for r in results)
-    noise = [gap(c.metric, c.noise) for c in compared if c.noise is not None]
-    per_point = "none" if not seeds else f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    seconds = sum(float(r.result.get("seconds") or 0) for r in results)
+    noise = [gap(c.metric, c.noise) for c in sorted(compared, key=lambda c: c.noise or 0.0) if c.noise is not None]
+    trained = f"trainings in {duration(seconds)}" if results else "none trained yet"
     cells = [
-        (
-            "Points",
-            f"{len({r.cell.point.name for r in results})} of {len(built)}",
-            "have results; each is a model of the grid",
-        ),
-        ("Cells", f"{len(results):,}", f"trainings in {duration(hours)}" + (f"; {failed} failed" if failed else "")),
-        ("Seeds", per_point, "per point, at its best learning rate"),
-        (
-            "Noise floor",
-            noise[0] if len(noise) == 1 else "see below" if noise else "unknown",
-            "standard deviation of a seed, over all points",
-        ),
+        ("Points", f"{len({r.cell.point.name for r in results})} of {len(built)}", "have results; each is a model"),
+        ("Cells", f"{len(results):,}", f"{trained}; {failed} failed" if failed else trained),
+        ("Seeds", _range([str(n) for n in seeds], "none"), "per point, at its best learning rate"),
+        ("Noise floor", _range(noise, "unknown"), "standard deviation of a seed, over all points"),
     ]
     shown_cards = (
         card(title, f'<p class="big">{escape(value)}</p><p>{escape(note)}</p>') for title, value, note in cells
     )
     return f'<section class="cards figures">{"".join(shown_cards)}</section>'
+
+
+def _range(ascending: Sequence[str], nothing: str) -> str:
+    if not ascending:
+        return nothing
+    low, high = ascending[0], ascending[-1]
+    return low if low == high else f"{low.removesuffix(' points')} to {high}"
 
 
 def point_table(comparison: Comparison) -> str:
@@ -60,7 +59,7 @@ def point_table(comparison: Comparison) -> str:
         low, high = shown_interval(c.metric, c.interval) if c.interval else ("", "")
         costs, rates = c.point.costs, [v for r in c.results if (v := r.result.get("tokens_per_second"))]
         rows.append([
-            c.point.name,
+            comparison.label(c),
             shown(c.metric, c.mean),
             "" if c.sd is None else gap(c.metric, c.sd).removesuffix(" points"),
             f"{low.removesuffix(' %')} to {high}" if low else "",
@@ -79,6 +78,18 @@ def point_table(comparison: Comparison) -> str:
     return f'<div class="sorts">{table(head, rows, {(row, 1)})}</div>'
 
 
+def waiting_table(points: Sequence[Point], compared: Sequence[Comparison]) -> str:
+    """Return the costs of points that have no result yet, as a table; empty where all have one."""
+    done = {c.point.name for comparison in compared for c in comparison.chosen}
+    head = ["point", "attention of mixers", "of blocks", "parameters", "FLOPs/token", "state"]
+    rows = [
+        [p.name, share(p.costs.attention_of_mixers), share(p.costs.attention_of_blocks), in_units(p.costs.params), in_units(p.costs.flops),
+         in_bytes(p.costs.state_bytes)]
+        for p in points if p.costs and p.name not in done
+    ]  # fmt: skip
+    return f'<h2>Without a result</h2><div class="sorts">{table(head, rows)}</div>' if rows else ""
+
+
 def _less(chosen: Chosen, best: Chosen) -> str:
     def number(value: float) -> str:
         return f"{100 * value:.1f}" if chosen.metric == "accuracy" else f"{value:.3g}"
@@ -90,28 +101,22 @@ def _less(chosen: Chosen, best: Chosen) -> str:
 
 
 def doubts(compared: Sequence[Comparison], points: Sequence[Point]) -> list[str]:
-    """Return what a reader has to know before trusting the numbers, a sentence each."""
+    """Return what a reader has to know before trusting the numbers, a sentence for each kind."""
     chosen = [c for comparison in compared for c in comparison.chosen]
-    found = []
-    for c in chosen:
-        if c.edge:
-            found.append(
-                f"{c.point.name}: the best learning rate, {c.rate:g}, is the {c.edge} of its grid; a better one may lie beyond it."
-            )
-        if c.missing_rates:
-            found.append(
-                f"{c.point.name}: rates without a result: {', '.join(f'{rate:g}' for rate in c.missing_rates)}."
-            )
-        if c.diverged:
-            found.append(
-                f"{c.point.name}: {c.diverged} of {c.n + c.diverged} seeds at the best rate have no finite score and are not in the mean."
-            )
-    if few := [c.point.name for c in chosen if c.n < 3]:
-        found.append(f"Fewer than 3 seeds: {', '.join(few)}.")
-    done = {c.point.name for c in chosen}
-    if late := [p.name for p in points if p.problem is None and p.name not in done]:
-        found.append(f"Without a result: {', '.join(late)}.")
-    return found
+    edges = [f"{c.point.name} ({c.rate:g}, {c.edge})" for c in chosen if c.edge]
+    late = [p.name for p in points if p.problem is None and p.name not in {c.point.name for c in chosen}]
+    rates = [
+        f"{c.point.name} ({', '.join(f'{rate:g}' for rate in c.missing_rates)})" for c in chosen if c.missing_rates
+    ]
+    diverged = [f"{c.point.name} ({c.diverged} of {c.n + c.diverged})" for c in chosen if c.diverged]
+    found = {
+        "The best learning rate is at an end of its grid, and a better one may lie beyond": edges,
+        "Without a result": late,
+        "Learning rates without a result": rates,
+        "Seeds at the best rate without a finite score, which are not in the mean": diverged,
+        "Fewer than 3 seeds": [c.point.name for c in chosen if c.n < 3],
+    }
+    return [f"{what}: {listed(names)}." for what, names in found.items() if names]
 
 
 def troubles(points: Sequence[Point], failures: Sequence["Failure"]) -> str:
