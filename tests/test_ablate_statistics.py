@@ -347,3 +347,19 @@ def test_all_orders_of_results_give_the_same():
         for order in itertools.islice(itertools.permutations(few_results), 60)
     }
     assert len(found) == 1
+
+
+def test_comparisons_are_called_what_their_axis_calls_them():
+    tasks = {"prefix": {"name": "copying", "prefix": True}, "suffix": {"name": "copying", "prefix": False}}
+    results = [
+        result(point(f"key={key} mixer={m}", key=key, mixer=m), 3e-3, 0, 0.5, task=task)
+        for key, task in tasks.items()
+        for m in "ab"
+    ]
+    found = comparisons(choose(results))
+    assert [c.name for c in found] == ["prefix", "suffix"]
+    assert [found[0].label(c) for c in found[0].chosen] == ["mixer=a", "mixer=b"]
+    assert [c.name for c in comparisons(choose(one(point("a"), [0.5]) + one(point("b"), [0.5], metric="loss")))] == [
+        "mqar accuracy",
+        "mqar loss",
+    ]

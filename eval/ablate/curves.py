@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from ...zoo.tables import in_units
 from .drawing import MARKS, SOFT, Canvas, bytes_axis, canvas, context_axis, counts_axis, series_colour
 from .literature import Published, as_loss
@@ -187,10 +189,17 @@ def relative_to_best(comparison: Comparison, published: Sequence[Published]) -> 
         _line(on, 0, ("this study", "this study"), xs, ys, lambda y: f"{y:.2f} %")
         for i, curve in enumerate(curves):
             laid_over(on, curve, *excess(curve.points, curve.metric), i)
-        on.axes.set(xlabel="attention, % of the mixers", ylabel="loss over its own lowest, %", xlim=(-4, 104))
+        # small models gain more from attention than large ones, whose curves would be one line on an even scale
+        on.axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+        on.axes.set(
+            xlabel="attention, % of the mixers", ylabel="loss over its own lowest, %", xlim=(-4, 104), ylim=(0, None)
+        )
         on.key("grey, dashed: published")
         svg = on.svg("loss over its own lowest, in per cent, over attention's share")
-    note = "Data, tokens and sizes differ, so only shapes compare: each curve is over its own lowest; of equal shares, the best is drawn."
+    note = (
+        "Data, tokens and sizes differ, so only shapes compare: each curve is over its own lowest, on a scale of square roots; of equal "
+        "shares, the best is drawn."
+    )
     return Picture("published", "Against published curves", note, svg)
 
 

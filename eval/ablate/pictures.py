@@ -104,7 +104,9 @@ def score_over(
 def every_point(comparison: Comparison) -> Picture:
     """Draw a row for every point with its seeds, mean and interval."""
     rows = comparison.chosen
-    kinds = [a for a in varying([c.point for c in rows]) if not all(is_number(c.point.axes.get(a)) for c in rows)]
+    models = [c.point for c in rows]
+    moved = ratio_axes(models) if has_ratio(comparison) else []
+    kinds = [a for a in varying(models) if a not in moved and not all(is_number(p.axes.get(a)) for p in models)]
     values = list(dict.fromkeys(str(c.point.axes.get(kinds[0])) for c in rows)) if kinds else [""]
     with canvas(70 + 34 * len(rows)) as on:
         _band(on, comparison, across=False)

@@ -27,11 +27,12 @@ def three_sentences(compared: Sequence[Comparison], points: Sequence[Point]) -> 
     late = f"; {missing} of {len(buildable)} points have no result yet" if missing else ""
     if len(compared) > 1:
         best, basin, costs = (_each(compared, say) for say in (_best_briefly, _basin_briefly, _costs_briefly))
-        context = compared[0].best.point.costs.context if compared[0].best.point.costs else 0
+        contexts = {c.best.point.costs.context for c in compared if c.best.point.costs}
+        after = f"After {contexts.pop():,} tokens" if len(contexts) == 1 else "At the lengths of their tasks"
         return [
             f"The best points on test are, by task: {best}{late}.",
             f"Within two standard errors of the best are, by task: {basin}.",
-            f"After {context:,} tokens the best leave a state of, by task: {costs}.",
+            f"{after} the best leave a state of, by task: {costs}.",
         ]
     (only,) = compared
     return [_sentence(_best(only) + late), _sentence(_basin(only)), _sentence(_costs(only))]

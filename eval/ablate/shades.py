@@ -1,5 +1,6 @@
 """Tables of shades: attention's share by what else differs, and all tasks of a study."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from .cells import Point
@@ -39,16 +40,15 @@ def overview(compared: Sequence[Comparison]) -> Picture:
         (comparison.name, comparison, {labels.index(comparison.label(c)): c for c in comparison.chosen})
         for comparison in compared
     ]
-    with canvas(84 + 44 * len(rows)) as on:
-        # what all have in common is said once
-        axis = labels[0].split("=")[0]
-        same = all(label.startswith(f"{axis}=") and " " not in label for label in labels)
-        names = [label.removeprefix(f"{axis}=") if same else label for label in labels]
+    # what stands before values is the same in all, and said once
+    axes = ", ".join(re.findall(r"(\w+)=", labels[0]))
+    names = [re.sub(r"\w+=", "", label).replace(" ", ", ") for label in labels] if axes else labels
+    longest = max(map(len, names))
+    upright = longest * len(names) > 34
+    with canvas(84 + 44 * len(rows) + (6.5 * longest if upright else 0)) as on:
         _shades(on, rows, names)
-        long = max(map(len, names)) > 34 // len(names)
-        on.axes.tick_params(axis="x", rotation=90 if long else 0)
-        if same:
-            on.axes.set_xlabel(axis)
+        on.axes.tick_params(axis="x", rotation=90 if upright else 0)
+        on.axes.set_xlabel(axes)
         svg = on.svg(f"scores of {len(rows)} tasks")
     return Picture("overview", "All tasks", "Shades compare within a row, a task. " + _shades_note(compared[0]), svg)
 

@@ -234,10 +234,10 @@ def comparisons(chosen: Iterable[Chosen]) -> list[Comparison]:
     groups: dict[tuple[str, str], list[Chosen]] = defaultdict(list)
     for c in chosen:
         groups[_plain(c.task), c.metric].append(c)
-    tasks = [many[0].task for many in groups.values()]
+    names = _names(list(groups.values()))
     return [
-        Comparison(_told_apart(many[0].task, tasks), many[0].task, many[0].metric, tuple(many))
-        for many in groups.values()
+        Comparison(name, many[0].task, many[0].metric, tuple(many))
+        for name, many in zip(names, groups.values(), strict=True)
     ]
 
 
@@ -295,13 +295,26 @@ def _plain(task: dict[str, Any]) -> str:
     return json.dumps(task, sort_keys=True)
 
 
-def _told_apart(task: dict[str, Any], tasks: Sequence[dict[str, Any]]) -> str:
-    if len(tasks) < 2:
-        return ""
-    keys = [key for key in task if any(_plain({"": other.get(key)}) != _plain({"": task[key]}) for other in tasks)]
-    # a task's name, and its kind, say enough where they are its own
-    for some in (("name",), ("name", "kind")):
-        mine = [task.get(key) for key in some]
-        if sum([other.get(key) for key in some] == mine for other in tasks) == 1:
-            return str(next(task[key] for key in reversed(some) if key in keys))
-    return " ".join(f"{key}={task[key]}" for key in keys) or str(task.get("name", "task"))
+def _names(groups: Sequence[Sequence[Chosen]]) -> list[str]:
+    """Names of comparisons: the options in which their tasks differ, or what points say of it on an axis, whichever is a word."""
+    if len(groups) < 2:
+        return [""] * len(groups)
+    axes = [
+        axis
+        for axis in groups[0][0].point.axes
+        if all(len({str(c.point.axes.get(axis)) for c in many}) == 1 for many in groups)
+    ]
+    on_axes = [[(axis, many[0].point.axes.get(axis)) for axis in axes] for many in groups]
+    options = [[(key, many[0].task.get(key)) for key in {k: 0 for g in groups for k in g[0].task}] for many in groups]
+    found = []
+    for told in (options, on_axes):
+        differ = [i for i in range(len(told[0])) if len({_plain({"": pairs[i][1]}) for pairs in told}) > 1]
+        kept = [[pairs[i] for i in differ] for pairs in told]
+        # a word says what it is, a number does not
+        words = len(differ) == 1 and all(isinstance(pairs[0][1], str) for pairs in kept)
+        names = [" ".join(str(v) if words else f"{key}={v}" for key, v in pairs) for pairs in kept]
+        found.append((not words, names))
+    for _, names in sorted(found, key=lambda one: one[0]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{many[0].task.get('name', 'task')} {many[0].metric}" for many in groups]
