@@ -205,6 +205,8 @@ def context_axis(axes: Any, places: Sequence[float]) -> None:
     if min(places) > 0 and max(places) >= 8 * min(places):
         axes.set_xscale("log", base=2)
         axes.xaxis.set(major_locator=LogLocator(base=2, numticks=7), minor_locator=NullLocator())
+    elif len({*places}) <= 6:
+        axes.set_xticks(sorted({*places}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:,g} Ki" if x >= 10_000 else f"{x:,g}"))
 
 

@@ -248,7 +248,7 @@ def _bar(chosen: Chosen) -> tuple[float, float] | None:
 
 
 def _band(on: Canvas, comparison: Comparison, across: bool = True) -> None:
-    """Draw what cannot be told from the best: two standard errors of a difference, by the noise floor."""
+    """Draw what cannot be told from the best: what noise alone explains of a difference."""
     best, reach = comparison.best, comparison.within(comparison.best, comparison.best)
     if reach is None:
         return

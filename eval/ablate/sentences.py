@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ...zoo.tables import in_bytes, in_units
 from .cells import Costs, Point
-from .statistics import Chosen, Comparison, difference
+from .statistics import Chosen, Comparison
 from .words import gap, listed, metric_name, share, shown, shown_interval, times
 
 __all__ = ["ends", "three_sentences"]
@@ -31,7 +31,7 @@ def three_sentences(compared: Sequence[Comparison], points: Sequence[Point]) -> 
         after = f"After {contexts.pop():,} tokens" if len(contexts) == 1 else "At the lengths of their tasks"
         return [
             f"The best points on test are, by task: {best}{late}.",
-            f"Within two standard errors of the best are, by task: {basin}.",
+            f"Within noise of the best are, by task: {basin}.",
             f"{after} the best leave a state of, by task: {costs}.",
         ]
     (only,) = compared
@@ -108,19 +108,15 @@ def _basin(comparison: Comparison) -> str:
     noise = f"the noise floor is a standard deviation of {gap(comparison.metric, floor)} per seed"
     others = [c for c in comparison.chosen if c not in basin]
     if len(basin) > 1:
-        return f"{_flat(comparison, basin)} within two standard errors of the best; {noise}"
+        return f"{_flat(comparison, basin)} within noise of the best; {noise}"
     if not others:
         return noise
     next_best = (max if comparison.higher else min)(others, key=lambda c: c.mean)
     worse = "lower" if comparison.higher else "higher"
-    by = gap(comparison.metric, abs(best.mean - next_best.mean))
-    found = difference(best, next_best) if comparison.higher else difference(next_best, best)
-    of = (
-        f" (95 % interval {gap(comparison.metric, found.interval[0])} to {gap(comparison.metric, found.interval[1])})"
-        if found
-        else ""
-    )
-    return f"no other point is within noise of it: the next, {next_best.point.name}, is {by} {worse}{of}; {noise}"
+    by, reach = abs(best.mean - next_best.mean), comparison.within(best, next_best) or 0.0
+    of = f"95 % interval {gap(comparison.metric, by - reach)} to {gap(comparison.metric, by + reach)}, by the noise floor"
+    gone = f"the next, {next_best.point.name}, is {gap(comparison.metric, by)} {worse} ({of})"
+    return f"no other point is within noise of it: {gone}; {noise}"
 
 
 def _flat(comparison: Comparison, basin: Sequence[Chosen]) -> str:

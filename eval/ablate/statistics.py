@@ -156,8 +156,13 @@ class Comparison:
         return " ".join(told) if self.name and told else chosen.point.name
 
     def within(self, a: Chosen, b: Chosen) -> float | None:
-        """Return the difference that noise alone explains: two standard errors of the difference of two means, by the noise floor."""
-        return None if self.noise is None else 2 * self.noise * math.sqrt(1 / a.n + 1 / b.n)
+        """Return the difference of two means that noise alone explains in 95 % of cases.
+
+        By the noise floor and Student's t for its degrees of freedom; where those are many, it is about two standard errors.
+        """
+        if self.noise is None:
+            return None
+        return _t(sum(c.n - 1 for c in self.chosen)) * self.noise * math.sqrt(1 / a.n + 1 / b.n)
 
     @cached_property
     def basin(self) -> tuple[Chosen, ...] | None:
