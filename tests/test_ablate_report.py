@@ -16,7 +16,7 @@ from made_up_study import RATES, failure, grid, point, result, spec, study
 
 pytest.importorskip("matplotlib")
 
-from hybridzoo.eval.ablate.curves import excess
+from hybridzoo.eval.ablate.curves import excess, slices
 from hybridzoo.eval.ablate.report import sentences, write_report
 from hybridzoo.eval.ablate.statistics import choose, comparisons
 
@@ -354,3 +354,19 @@ def test_published_curves_lie_over_ours_where_the_protocol_is_theirs(tmp_path):
     for metric, unit in (("bits_per_byte", lambda v: v / 4 / math.log(2)), ("nats", float), ("perplexity", math.exp)):
         xs, ys = excess([(x, unit(v)) for x, v in nats], metric)
         assert xs == [0, 50, 100] and ys == pytest.approx([20, 0, 5])
+
+
+@pytest.mark.parametrize(
+    ("task", "marked"),
+    [
+        ({"name": "mqar", "settings": [[32, 4, 100], [64, 8, 100]]}, True),
+        ({"name": "mqar", "settings": [{"length": 64}]}, True),
+        ({"name": "mqar", "length": 64}, True),
+        ({"name": "mqar"}, False),
+    ],
+)
+def test_the_length_of_training_is_marked(task, marked):
+    found = result(point("a"), 3e-3, 0, 0.9, task=task)
+    found.result["test"]["slices"] = {f"length={n}": {"accuracy": 1.0} for n in (32, 64, 128, 256)}
+    (picture,) = slices(comparisons(choose([found]))[0])
+    assert (picture.title == "Beyond the length of training") is marked and (">training<" in picture.svg) is marked

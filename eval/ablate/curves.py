@@ -245,21 +245,3 @@ def _trained_length(comparison: Comparison) -> float | None:
     settings = comparison.task.get("settings") or []
     lengths = [comparison.task.get("length"), *(s.get("length") if isinstance(s, Mapping) else s[0] for s in settings)]
     return max((float(n) for n in lengths if isinstance(n, int | float)), default=None)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-class _Places(tuple):
-    """Numbers that stand together, sorted as such and read as words."""
-
-    def __str__(self) -> str:
-        return ", ".join(f"{value:g}" for value in self)
-
-
-def _trained_length(comparison: Comparison) -> float | None:
-    settings = comparison.task.get("settings") or []
-    lengths = [s.get("length") for s in (comparison.task, *settings) if isinstance(s, Mapping)]
-    known = [float(n) for n in lengths if isinstance(n, int | float)]
-    return max(known, default=None)
