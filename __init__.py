@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .zoo.images.predict import predict
     from .zoo.importing import import_mixers
     from .zoo.models.build import build, param_groups
+    from .zoo.models.prefix_tree import PrefixTree
     from .zoo.models.state import ModelState
     from .zoo.registry import ConfigError, list_mixers, register_mixer
     from .zoo.train.captured_step import CapturedStep
@@ -37,6 +38,7 @@ __all__ = [
     "ConfigError",
     "Mixer",
     "ModelState",
+    "PrefixTree",
     "build",
     "config",
     "import_mixers",
@@ -59,6 +61,7 @@ __getattr__, __dir__ = lazily(
     ConfigError="zoo.registry",
     Mixer="layers",
     ModelState="zoo.models.state",
+    PrefixTree="zoo.models.prefix_tree",
     build="zoo.models.build",
     config="zoo.config.resolve:load_config",
     eval="eval",

@@ -1,5 +1,6 @@
 """The state of attention: the keys and values it may still look at, in slots that wrap around under a window."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +63,25 @@ class AttentionState(State):
                 theirs = empty
             mine.index_copy_(0, rows, theirs)
         self.bound = -1 if min(self.bound, other.bound) < 0 else max(self.bound, other.bound)
+
+    def piece(self, start: int) -> "AttentionState":
+        """As :meth:`State.piece`: the keys and values of these tokens alone, unless a window has put them into earlier ones' slots."""
+        end = self.longest
+        if end > self.k.shape[1]:
+            return self
+        k, v, pos = (t[:, start:end].clone() for t in (self.k, self.v, self.pos))
+        return replace(self, k=k, v=v, pos=pos, bound=end)
+
+    @classmethod
+    def joined(cls, pieces: Sequence["AttentionState"]) -> "AttentionState":
+        """As :meth:`State.joined`."""
+        last, new = pieces[-1], pieces[-1].map(lambda t: t.clone())
+        before = sum(piece.k.shape[1] for piece in pieces[:-1])
+        # whole where a window has come round: its first slot then holds another position, or there are more slots than tokens
+        if before + last.k.shape[1] == last.longest and int(last.pos[0, 0]) == before:
+            for name in ("k", "v", "pos"):
+                setattr(new, name, torch.cat([getattr(piece, name) for piece in pieces], 1))
+        return new
 
     def _grow(self, more: int) -> None:
         self.k, self.v = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k, self.v))

@@ -38,6 +38,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends a sample; may be given more than once.")
     ] = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option(
+            help="With --temperature 0: a smaller model that guesses, or lookup; the text is the same, and sooner there."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts that are continued at once.", min=1)] = 16,
     device: Device = None,
     as_json: Annotated[
@@ -62,6 +68,11 @@ def generate(
         if sys.stdin is None or sys.stdin.isatty() or asked is not None
         else sys.stdin.read()
     )
+    if assistant not in (None, "lookup"):
+        check_model(assistant)
+        options["assistant"] = _opened(assistant, device, options["seed"])
+    elif assistant:
+        options["assistant"] = assistant
     writer = _Writer(_opened(model, device, options["seed"]), model, options)
     if asked is None and n == 1 and not as_json:
         writer.stream(text)

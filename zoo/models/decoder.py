@@ -80,7 +80,7 @@ class Decoder:
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self.how, self._records = _how(model, device, record)
         self._graph: Any = None
-        self._warm = 0
+        self._warm, self._unread = 0, False
 
     def put(self, slots: Tensor, logits: Tensor, chance: Tensor, limit: int, state: ModelState | None = None) -> None:
         """Begin with rows.
@@ -111,17 +111,19 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self, steps: int, last: bool = False) -> Chosen:
-        """Take some steps, at most :data:`AHEAD`; after the ``last`` ones nothing is to be read any more.
+        """Take some steps, at most :data:`AHEAD`; what the last one of ``last`` ones chose is not read before there are more.
 
         Raises:
             ValueError: Logits of a row that has not ended are not finite.
         """
+        if self._unread:
+            self._read()
         self._column.zero_()
-        for i in range(steps):
-            if last and i + 1 == steps:
-                self._choose()
-            else:
-                self._step()
+        for _ in range(steps - last):
+            self._step()
+        if last:
+            self._choose()
+        self._unread = last
         refuse(self._broken)
         found = self._tokens[:, :steps], self._logprobs[:, :steps], self._count, self._finished
         return Chosen(*(t.cpu().clone() for t in found))
@@ -134,13 +136,13 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._choose()
-                self.read()
+                self._read()
             self._graph = graph
             graph.replay()
         else:
             self._warm += 1
             self._choose()
-            self.read()
+            self._read()
 
     def _choose(self) -> None:
         logits, alive = self._logits, ~self._finished
@@ -165,8 +167,7 @@ class Decoder:
         self._finished |= self._count >= self._limit
         self._token = token
 
-    def read(self) -> None:
-        """Let the slots read what was chosen last."""
+    def _read(self) -> None:
         self._logits.copy_(self.model.step(self._token, self.state)[:, : self._logits.shape[1]])
 
 

@@ -1,9 +1,9 @@
 """The ends of rows that are being continued, as the host knows them: by a token, by a text, or by their length."""
 
-import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .decoder import Chosen
 
@@ -11,57 +11,55 @@ __all__ = ["Ends"]
 
 
 class Ends:
-    """Looks at what was chosen, and says which rows have ended, and why.
+    """Gathers what was chosen, and says which rows have ended, and why.
 
     Args:
         rows: Number of rows.
         ends: Tokens that end a row.
         stops: Texts that do.
         tokenizer: Reads tokens; needed for texts alone.
-        pad: Written behind a text's end.
 
     Attributes:
-        counts: ``(b,)`` int64, the rows' tokens so far.
+        tokens: The new tokens of each row.
+        logprobs: How likely they were, where that was worked out.
         finished: ``(b,)`` bool.
         by_text: ``(b,)`` bool, those that the last look found to be ended by a text.
         reasons: ``"eos"``, ``"stop"`` or ``"length"`` of each row; the last of rows that have not ended, too.
     """
 
-    def __init__(self, rows: int, ends: list[int], stops: list[str], tokenizer: Any, pad: int):
-        self._ends, self._stops, self._tokenizer, self._pad = set(ends), stops, tokenizer, pad
+    def __init__(self, rows: int, ends: list[int], stops: list[str], tokenizer: Any):
+        self._ends, self._stops, self._tokenizer = set(ends), stops, tokenizer
         # no text is longer than this many tokens, of which some may be a byte of a letter
         self._window = 4 * max(map(len, stops), default=0)
-        self._tails: list[list[int]] = [[] for _ in range(rows)]
-        self.counts = torch.zeros(rows, dtype=torch.long)
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.logprobs: list[list[float]] = [[] for _ in range(rows)]
         self.finished, self.by_text = (torch.zeros(rows, dtype=torch.bool) for _ in range(2))
         self.reasons = ["length"] * rows
 
-    def see(self, found: Chosen, done: int) -> Chosen:
-        """Take in a look behind ``done`` steps, and return it with padding behind the texts that have ended rows."""
-        self.by_text.zero_()
-        tokens, logprobs = found.tokens.clone(), found.logprobs.clone()
-        for row in (~self.finished).nonzero().flatten().tolist():
-            count = int(found.counts[row]) - done
-            own = tokens[row, :count].tolist()
-            spelled = self._spelled(row, own) if self._stops else None
-            if spelled is not None:
-                count, self.by_text[row], self.reasons[row] = spelled, True, "stop"
-                tokens[row, count:], logprobs[row, count:] = self._pad, 0
-            elif bool(found.finished[row]) and own[-1] in self._ends:
-                self.reasons[row] = "eos"
-            self.counts[row] = done + count
-            self.finished[row] = spelled is not None or bool(found.finished[row])
-        return dataclasses.replace(
-            found, tokens=tokens, logprobs=logprobs, counts=self.counts.clone(), finished=self.finished.clone()
-        )
+    @property
+    def counts(self) -> Tensor:
+        """New tokens of the rows, ``(b,)`` int64."""
+        return torch.tensor([len(row) for row in self.tokens], dtype=torch.long)
 
-    def _spelled(self, row: int, own: list[int]) -> int | None:
-        """The tokens of ``own`` after which a text stands at the end of the row; a text may begin in front of them."""
-        tail = self._tails[row]
-        for i, token in enumerate(own):
-            tail.append(token)
-            del tail[: -self._window]
-            text = self._tokenizer.decode(tail)
-            if any(stop in text for stop in self._stops):
-                return i + 1
-        return None
+    def see(self, found: Chosen, pad: int) -> Chosen:
+        """Take in a look, and return it with ``pad`` behind the texts that have ended rows."""
+        self.by_text.zero_()
+        shown, likely = found.tokens.clone(), found.logprobs.clone()
+        for row in (~self.finished).nonzero().flatten().tolist():
+            count = int(found.counts[row]) - len(self.tokens[row])
+            for i, token in enumerate(shown[row, :count].tolist()):
+                self.tokens[row].append(token)
+                if self._stops and self._spelled(self.tokens[row]):
+                    self.by_text[row], self.reasons[row] = True, "stop"
+                    count = i + 1
+                    shown[row, count:], likely[row, count:] = pad, 0
+                    break
+            self.logprobs[row] += likely[row, :count].tolist()
+            self.finished[row] = bool(found.finished[row]) or bool(self.by_text[row])
+            if found.finished[row] and not self.by_text[row] and self.tokens[row][-1] in self._ends:
+                self.reasons[row] = "eos"
+        return Chosen(shown, likely, self.counts, self.finished.clone())
+
+    def _spelled(self, tokens: list[int]) -> bool:
+        text = self._tokenizer.decode(tokens[-self._window :])
+        return any(stop in text for stop in self._stops)

@@ -13,6 +13,7 @@ from .decoder import AHEAD, Chosen, Decoder
 from .ends import Ends
 from .prefill import prefill
 from .sampling import Sampler, uniforms
+from .speculate import DraftModel, PromptLookup, Speculator
 from .state import ModelState
 
 __all__ = ["GenerateCall", "Generation", "generate", "stream"]
@@ -54,6 +55,11 @@ class GenerateCall(SamplingOptions):
         None, "What was read before the prompts: ``out.state`` of a call of the model, or a :class:`Generation`'s. It stays as it is.",
         unset="nothing",
     )  # fmt: skip
+    assistant: Any = option(  # noqa: RUF009
+        None, "Guesses tokens that the model then checks several at a time: a smaller model of the same vocabulary, or ``\"lookup\"``, by "
+        "which what followed the last tokens before is taken to follow them again. Greedy alone; the text is the same.", unset="nobody",
+    )  # fmt: skip
+    draft: int = option(8, "Guesses that are checked at once.", bound=at_least(1))
     prefill_chunk: int | None = option(
         None,
         "Columns of the prompts that are read at once.",
@@ -87,8 +93,33 @@ class GenerateCall(SamplingOptions):
             raise ValueError(
                 f"generate(max_length={self.max_length}): the prompts have {ids.shape[1]} columns. Enlarge it."
             )
+        self._check_assistant()
         if any(not isinstance(text, str) or not text for text in self.stops):
             raise ValueError(f"generate(stop={self.stop!r}): expected texts that are not empty.")
+
+    def _check_assistant(self) -> None:
+        if self.assistant is None:
+            return
+        if self.assistant != "lookup" and not hasattr(self.assistant, "cfg"):
+            raise ValueError(f"generate(assistant={self.assistant!r}): expected a language model, or 'lookup'.")
+        default = type(self)(model=self.model, input_ids=self.input_ids)
+        others = (
+            "temperature",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "logit_bias",
+            "return_state",
+        )
+        for name in (name for name in others if getattr(self, name) != getattr(default, name)):
+            raise ValueError(
+                f"generate(assistant=..., {name}={getattr(self, name)}): guesses are checked for the likeliest token alone. Leave one out."
+            )
+        if self.assistant != "lookup" and self.assistant.cfg.vocab_size != self.model.cfg.vocab_size:
+            raise ValueError(
+                f"generate(assistant=...): has a vocabulary of {self.assistant.cfg.vocab_size}, and the model one of "
+                f"{self.model.cfg.vocab_size}. Give one with the same tokens."
+            )
 
     @property
     def steps(self) -> int:
@@ -149,16 +180,15 @@ def generate(call: GenerateCall) -> Any:
     """
     prompts = call.input_ids.repeat_interleave(call.n, 0)
     run = _Run(call, call.details or call.return_state)
-    looks = list(run.looks())
-    if not looks:  # nothing was asked for
-        none = torch.zeros(prompts.shape[0], 0)
-        looks = [Chosen(none.long(), none, run.ends.counts, run.ends.finished)]
-    longest = int(run.ends.counts.max()) if len(run.ends.counts) else 0
-    tokens, logprobs = (torch.cat([getattr(x, name) for x in looks], 1)[:, :longest] for name in ("tokens", "logprobs"))
-    sequences = torch.cat([prompts, tokens.to(prompts.device)], 1)
+    for _ in run.looks():
+        pass
+    ends, longest = run.ends, int(run.ends.counts.max()) if len(run.ends.counts) else 0
+    tokens = torch.tensor([row + [call.pad] * (longest - len(row)) for row in ends.tokens], dtype=torch.long)
+    sequences = torch.cat([prompts, tokens.view(len(prompts), longest).to(prompts.device)], 1)
     if not call.details and not call.return_state:
         return sequences
-    return Generation(sequences, run.ends.counts, logprobs, run.ends.reasons, run.kept, run.how)
+    logprobs = torch.tensor([row + [0.0] * (longest - len(row)) for row in ends.logprobs]).view(len(prompts), longest)
+    return Generation(sequences, ends.counts, logprobs, ends.reasons, run.kept, run.how)
 
 
 @called_with(GenerateCall)
@@ -185,34 +215,27 @@ class _Run:
     def __init__(self, call: GenerateCall, logprobs: bool = True):
         self.call, self.how, self.logprobs = call, "", logprobs
         self.kept: ModelState | None = None
-        self.ends = Ends(
-            call.input_ids.shape[0] * call.n,
-            call.ends,
-            call.stops,
-            call.model.tokenizer if call.stops else None,
-            call.pad,
-        )
+        tokenizer = call.model.tokenizer if call.stops else None
+        self.ends = Ends(call.input_ids.shape[0] * call.n, call.ends, call.stops, tokenizer)
 
     @torch.no_grad()
     def looks(self) -> Iterator[Chosen]:
         """Yield what every few steps have chosen."""
         call, ends = self.call, self.ends
-        if not call.steps or not len(ends.counts):
+        if not call.steps or not len(ends.finished):
             return
         decoder = self._begun()
-        self.how = decoder.how
         ahead = AHEAD if call.input_ids.is_cuda and not call.return_state else 1
-        for done in range(0, call.steps, ahead):
-            steps, before = min(ahead, call.steps - done), ends.finished.clone()
-            found = ends.see(decoder.advance(steps, last=call.return_state or done + steps == call.steps), done)
+        left = call.steps
+        while left and not ends.finished.all():
+            steps, before = min(ahead, left), ends.finished.clone()
+            left -= steps
+            found = ends.see(decoder.advance(steps, last=call.return_state or not left), call.pad)
             if ends.by_text.any():
                 decoder.drop(ends.by_text.nonzero().flatten())
             self._keep(decoder.state, ends.finished & ~before)
+            self.how = decoder.how
             yield found
-            if ends.finished.all():
-                return
-            if call.return_state:
-                decoder.read()
 
     def _keep(self, state: ModelState, ended: Tensor) -> None:
         if not self.call.return_state or not ended.any():
@@ -223,12 +246,21 @@ class _Run:
         else:
             self.kept.put(rows, state.reorder(rows))
 
-    def _begun(self) -> Decoder:
+    def _begun(self) -> Decoder | Speculator:
         call, ids = self.call, self.call.input_ids
         model, device, b = call.model, ids.device, ids.shape[0]
         mask = None if call.attention_mask is None else call.attention_mask.to(device)
         sampler = Sampler(call, b, model.cfg.vocab_size, device)
         logits, state = prefill(model, ids, mask, call.state, call.steps, call.prefill_chunk)
+        if call.assistant is not None:
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+            prompts = [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
+            drafter = (
+                PromptLookup(call.draft)
+                if call.assistant == "lookup"
+                else DraftModel(call.assistant, device, call.draft)
+            )
+            return Speculator(model, state, logits, prompts, drafter, call.ends, call.pad, call.steps)
         sampler.read(ids, None if mask is None else mask != 0)
         if call.n > 1:
             rows = torch.arange(b, device=device).repeat_interleave(call.n)

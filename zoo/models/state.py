@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +50,16 @@ class ModelState:
         for mine, theirs in paired(self.layers, other.layers):
             mine.put(rows, theirs)
         self.tokens.index_copy_(0, rows, other.tokens)
+
+    def piece(self, start: int) -> "ModelState":
+        """Return what tokens from number ``start`` on left behind: of attention keys and values, of a recurrent layer its state."""
+        return ModelState(_along([self.layers], lambda states: states[0].piece(start)), self.tokens.clone())
+
+    @classmethod
+    def joined(cls, pieces: Sequence["ModelState"]) -> "ModelState":
+        """The state of a sequence from its pieces, one after the other; it shares no memory with them."""
+        layers = _along([piece.layers for piece in pieces], lambda states: type(states[0]).joined(states))
+        return cls(layers, pieces[-1].tokens.clone())
 
     def restarted(self, rows: Tensor) -> "ModelState":
         """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token."""
@@ -126,6 +136,12 @@ class StateCache:
         if self.state is not None:
             rows = torch.arange(self.state.tokens.shape[0], device=self.state.tokens.device)
             self.reorder_cache(rows.repeat_interleave(repeats))
+
+
+def _along(states: Sequence[Any], fn: Callable[[Sequence[State]], State]) -> Any:
+    if isinstance(states[0], State):
+        return fn(states)
+    return tuple(_along(parts, fn) for parts in zip(*states, strict=True))
 
 
 def _restarted(state: Any, rows: Tensor) -> Any:

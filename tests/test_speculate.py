@@ -1,0 +1,108 @@
+"""Speculative decoding: the tokens of greedy decoding, for every kind of layer, whatever is guessed."""
+
+import pytest
+import torch
+
+import hybridzoo as zoo
+from hybridzoo.zoo.models.speculate import PromptLookup
+
+MIXERS = {
+    "mamba": {"type": "mamba", "d_state": 4}, "mamba2": {"type": "mamba2", "d_state": 8, "headdim": 8},
+    "attention": {"type": "attention", "nheads": 4}, "window": {"type": "attention", "nheads": 4, "window": 5},
+    "moe": {"type": "moe", "d_intermediate": 16, "num_experts": 4},
+}  # fmt: skip
+LAYERS = ["mamba mamba", "mamba2 mamba2", "attention moe", "window window", "mamba attention mamba2 moe window"]
+
+
+def built(layers, seed=0, d_model=32):
+    torch.manual_seed(seed)
+    cfg = {
+        "vocab_size": 40,
+        "d_model": d_model,
+        "layers": layers,
+        "mixers": {k: MIXERS[k] for k in dict.fromkeys(layers.split())},
+    }
+    model = zoo.build(cfg, dtype=torch.float64).eval()
+    model.lm_head.weight.data.mul_(40)
+    return model
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def model(request):
+    return built(request.param)
+
+
+class Oracle:
+    """Knows what greedy decoding gives, and is wrong at random."""
+
+    most = 5
+
+    def __init__(self, texts, wrong):
+        self.texts, self.wrong, self.rng = texts, wrong, torch.Generator().manual_seed(0)
+
+    def __call__(self, row, tokens, most):
+        guesses = self.texts[row][len(tokens) : len(tokens) + most]
+        swaps = torch.rand(len(guesses), generator=self.rng) < self.wrong
+        return [(g + 1) % 40 if swap else g for g, swap in zip(guesses, swaps.tolist(), strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("assistant", ["lookup", "model", "itself"])
+def test_the_text_is_that_of_greedy_decoding(model, assistant):
+    helper = {"lookup": "lookup", "model": built("mamba", 1, 16), "itself": model}[assistant]
+    ids = torch.randint(0, 40, (6, 9), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(9) >= torch.tensor([0, 3, 8, 1, 0, 5])[:, None]).long()
+    want = model.generate(ids, 40, attention_mask=mask, eos_token_id=7, details=True)
+    got = model.generate(ids, 40, attention_mask=mask, eos_token_id=7, details=True, assistant=helper, draft=5)
+    assert torch.equal(got.sequences, want.sequences) and torch.equal(got.counts, want.counts)
+    assert got.reasons == want.reasons
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", [0.0, 0.2, 1.0])
+def test_guesses_that_are_wrong_cost_forwards_and_no_token(model, wrong, monkeypatch):
+    ids = torch.randint(0, 40, (3, 6), generator=torch.Generator().manual_seed(2))
+    want = model.generate(ids, 61)
+    texts = [row.tolist() for row in want]
+    monkeypatch.setattr("hybridzoo.zoo.models.generate.PromptLookup", lambda most: Oracle(texts, wrong))
+    got = model.generate(ids, 61, assistant="lookup", draft=5, details=True)
+    assert torch.equal(got.sequences, want)
+    forwards = int(got.how.split()[-2])
+    # the first token comes of the prompt; then six at a time, or one by one
+    assert forwards == {0.0: 10, 1.0: 60}.get(wrong, forwards) and forwards <= 60
+
+
+@torch.no_grad()
+def test_text_that_repeats_takes_few_forwards():
+    model = built("mamba attention mamba")
+    ids = torch.randint(0, 40, (1, 5))
+    text = model.generate(ids, 300)  # of an untrained model, soon a circle
+    got = model.generate(ids, 300, assistant="lookup", details=True)
+    assert torch.equal(got.sequences, text) and int(got.how.split()[-2]) < 60
+
+
+def test_lookup_takes_the_longest_match_and_of_these_the_latest():
+    look = PromptLookup()
+    assert look(0, [1, 2, 3, 9, 2, 3, 8, 5, 3, 7, 1, 2, 3], 2) == [9, 2]
+    assert look(1, [4, 2, 3, 8, 5, 2, 3, 7, 9, 2, 3], 3) == [7, 9, 2]
+    assert look(1, [4, 2, 3, 8, 5, 2, 3, 7, 9, 2, 3, 6], 3) == []
+    assert look(1, [4, 2, 3, 8, 5, 2, 3, 7, 9, 2, 3, 6, 8], 3) == [5, 2, 3]
+    assert look(2, [1], 4) == [] and look(3, [5, 5], 4) == [5, 5, 5, 5]
+    assert look(4, [1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"assistant": "lookups"}, "expected a language model, or 'lookup'"), ({"assistant": "lookup", "temperature": 1.0}, "temperature=1.0"),
+        ({"assistant": "lookup", "repetition_penalty": 1.1}, "repetition_penalty=1.1"), ({"assistant": "lookup", "draft": 0}, "draft=0"),
+        ({"assistant": "lookup", "return_state": True}, "return_state=True"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_checked_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        built("mamba").generate(torch.ones(1, 3, dtype=torch.long), 4, **options)
+    other = zoo.build("mamba-tiny")
+    with pytest.raises(ValueError, match="vocabulary of 256, and the model one of 40"):
+        built("mamba").generate(torch.ones(1, 3, dtype=torch.long), 4, assistant=other)
