@@ -1,6 +1,8 @@
 """A row in pieces: states that restart, are saved and read, and the loss of a piece whose next token is known."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,33 @@ def test_a_file_that_is_no_state_is_named(tmp_path):
         zoo.ModelState.load(file)
     with pytest.raises(FileNotFoundError):
         zoo.ModelState.load(tmp_path / "none.safetensors")
+
+
+def test_a_state_of_another_config_is_told_from_this_ones(model, tmp_path):
+    file, other = tmp_path / "s.safetensors", zoo.build("mamba-tiny")
+    state = model(ids(1, 3)).state
+    state.save(file, model)
+    again = zoo.ModelState.load(file, model=model)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state), leaves(again), strict=True))
+    with pytest.raises(CheckpointError, match=r"another config \(.*; this one is mamba"):
+        zoo.ModelState.load(file, model=other)
+    state.save(file)  # of nobody in particular
+    zoo.ModelState.load(file, model=other)
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_one(model, tmp_path, monkeypatch):
+    file, state = tmp_path / "s.safetensors", model(ids(1, 3)).state
+    state.save(file)
+    before = file.read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hybridzoo.zoo.models.state.save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written there .*No space left"):
+        state.save(file)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def test_a_state_of_an_unknown_mixer_is_refused(model, tmp_path, monkeypatch):

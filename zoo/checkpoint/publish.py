@@ -35,6 +35,7 @@ __all__ = [
     "publishing",
     "steady",
     "sync",
+    "whole_file",
     "why_unwritten",
     "write_whole",
 ]
@@ -244,19 +245,32 @@ def _complete(folder: Path) -> None:
     sync(folder)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that no half of it is ever seen, with the rights that the umask leaves; its folder is made if it is missing."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Let a file be written so that no half of it is ever seen, with the rights that the umask leaves; its folder is made if it is missing.
+
+    The value is where to write: what stands there at the end takes the file's place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent, ".writing-*")
     # not of tempfile, whose files are for their owner alone
     temporary = path.parent / f".writing-{uuid.uuid4().hex}"
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o666
+        yield temporary
+        temporary.chmod(mode)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file as :func:`whole_file` does."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_new(folder: Path) -> None:

@@ -1,17 +1,20 @@
 """The state that sequences leave behind in a whole model: one state per residual block, and how many tokens made it."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...layers.base import State, copy_state, map_state, nbytes_of, paired, shapes, tree
+from ..config.stages import pattern_of
 from ..errors import CheckpointError
 
 __all__ = ["ModelState", "StateCache"]
@@ -65,25 +68,44 @@ class ModelState:
         """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token."""
         return ModelState(_restarted(self.layers, rows), self.tokens.masked_fill(rows, 0))
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to a ``.safetensors`` file."""
+    def save(self, path: str | Path, model: Any = None) -> None:
+        """Write the state to a ``.safetensors`` file, whole or not at all; with its ``model``, another one's is told from it when read.
+
+        Raises:
+            CheckpointError: It cannot be written there.
+        """
+        from ..checkpoint.publish import whole_file, why_unwritten
+
         tensors: dict[str, Tensor] = {"tokens": self.tokens}
         about = [_take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)]
         kept = {name: t.detach().contiguous() for name, t in tensors.items()}
-        save_file(kept, path, metadata={"format": "hybridzoo state 1", "layers": json.dumps(about)})
+        said = {"format": "hybridzoo state 1", "layers": json.dumps(about)} | ({} if model is None else _named(model))
+        path = Path(path)
+        try:
+            with whole_file(path) as temporary:
+                save_file(kept, temporary, metadata=said)
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(
+                f"{path}: the state cannot be written there ({why_unwritten(e, path.parent)})."
+            ) from e
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "ModelState":
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", model: Any = None) -> "ModelState":
         """Read what :meth:`save` has written.
 
         Raises:
-            CheckpointError: Another file, or a state of mixers that are not registered here.
+            CheckpointError: Another file, a state of mixers that are not registered here, or one of another config than the ``model``'s.
         """
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 about = file.metadata() or {}
                 if about.get("format") != "hybridzoo state 1":
                     raise CheckpointError(f"{path}: is no saved state. Write one with ModelState.save.")
+                if model is not None and "config" in about and about["config"] != _named(model)["config"]:
+                    raise CheckpointError(
+                        f"{path}: is the state of a model of another config ({about['pattern']}; this one is {_named(model)['pattern']}). "
+                        "Load it for that model."
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             layers = tuple(
                 _put_together(layer, f"layers.{i}", tensors) for i, layer in enumerate(json.loads(about["layers"]))
@@ -148,6 +170,13 @@ def _restarted(state: Any, rows: Tensor) -> Any:
     if isinstance(state, State):
         return state.restarted(rows)
     return tuple(_restarted(s, rows) for s in state)
+
+
+def _named(model: Any) -> dict[str, str]:
+    """The digest of a model's config, and its pattern, for people."""
+    plain = OmegaConf.to_container(model.cfg)
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return {"config": digest, "pattern": pattern_of(model.cfg)}
 
 
 def _take_apart(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
