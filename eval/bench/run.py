@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from ..result_file import Result, header, merged, same_run, write
+from . import generate as bench_generate
 from . import ops as bench_ops
 from . import timing
 from . import train as bench_train
@@ -22,9 +23,20 @@ from .peers import PEERS, default_peers
 from .show import show
 from .workloads import WORKLOADS
 
-BENCHES = (*WORKLOADS, "train", "trainer", "vision")
-_TRAINED = {"train": bench_train.PARTS, "trainer": bench_trainer.PARTS, "vision": bench_vision.PARTS}
-_LIBRARIES = {"trainer": ["transformers", "mamba_ssm"], "vision": ["mamba_ssm", "triton", "timm"]}
+BENCHES = (*WORKLOADS, "train", "trainer", "vision", "generate")
+_TRAINED = {
+    "train": bench_train.PARTS,
+    "trainer": bench_trainer.PARTS,
+    "vision": bench_vision.PARTS,
+    "generate": bench_generate.PARTS,
+}
+_LIBRARIES = {
+    "trainer": ["transformers", "mamba_ssm"],
+    "vision": ["mamba_ssm", "triton", "timm"],
+    "generate": ["mamba_ssm"],
+}
+# the parts that a kind of device is asked for by itself
+_BY_DEVICE = {"vision": bench_vision.parts_of, "generate": bench_generate.parts_of}
 # of benchmarks whose peers are parts: one of them
 _PEER_PARTS = {"trainer": "mamba-130m:mamba_ssm", "vision": "vmamba-tiny-s1l8:timm"}
 
@@ -64,12 +76,12 @@ def run_bench(
     # no end in sight: steps differ a thousandfold in time
     columns = (*Progress.get_default_columns()[:2], TimeElapsedColumn())
     results, failed = [], []
-    # parts of image models take half a minute each: one that ends is kept, whatever becomes of the next
-    for group in [[part] for part in chosen] if what == "vision" else [chosen]:
+    # parts take half a minute each: one that ends is kept, whatever becomes of the next
+    for group in [[part] for part in chosen] if what in _BY_DEVICE else [chosen]:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(what, total=None)
             result = bench(what, vs, group, lambda text: bar.update(task, description=text), profile)  # noqa: B023
-        result["command"] += "".join(f" --part {part}" for part in (group if what == "vision" else parts or []))
+        result["command"] += "".join(f" --part {part}" for part in (group if what in _BY_DEVICE else parts or []))
         show(result, console)
         if out is not None and not profile:
             before = same_run(Path(out), result)
@@ -83,8 +95,8 @@ def run_bench(
 
 def _parts(what: str, parts: list[str] | None) -> list[str]:
     known = list(_TRAINED[what] if what in _TRAINED else dict.fromkeys(work.part for work in WORKLOADS[what]))
-    if what == "vision" and (parts is None or "all" in parts):
-        parts = bench_vision.parts_of("cuda" if torch.cuda.is_available() else "cpu")
+    if what in _BY_DEVICE and (parts is None or "all" in parts):
+        parts = _BY_DEVICE[what]("cuda" if torch.cuda.is_available() else "cpu")
     for part in parts or []:
         if part not in (*known, "all"):
             raise ValueError(f"bench: unknown part {part!r} of {what}. Known: {', '.join(known)}, all.")
@@ -108,6 +120,8 @@ def bench(
         rows, failed = bench_train.measure(vs, parts or list(bench_train.PARTS), tick, profile)
     elif what == "trainer":
         rows, failed = bench_trainer.measure(parts or list(bench_trainer.PARTS), tick)
+    elif what == "generate":
+        rows, failed = bench_generate.measure(parts or bench_generate.parts_of(device), tick)
     elif what == "vision":
         parts = parts or bench_vision.parts_of(device)
         # the floors under the walks need them

@@ -24,6 +24,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     timed = [row for row in result["cases"] if "ours_ms" in row and "ours_images_s" not in row]
     if timed:
         console.print((_steps if "ours_tokens_s" in timed[0] else _timed)(timed, title))
+    if written := [row for row in result["cases"] if "write_tokens_s" in row]:
+        console.print(_generated(written, title))
     if trained := [row for row in result["cases"] if "outside_share" in row]:
         console.print(_trained(trained, title))
     if memory := [row for row in result["cases"] if "ours_MB" in row]:
@@ -129,6 +131,19 @@ def _trained(rows: list[dict[str, Any]], title: str) -> Table:
         cells = [f"{row['tokens_s']:,}", share, f"{row['step_ms']:.1f}", mfu, f"{row['peak_GiB']:.1f}"]
         cells += [f"{colour}{row['outside_share']:.1%}", f"{row['real_share']:.0%}", str(row["shape"]["b"])]
         table.add_row(row["name"], row["variant"], *cells)
+    return table
+
+
+def _generated(rows: list[dict[str, Any]], title: str) -> Table:
+    numbers = ("parameters", "rows", "context", "read tokens/s", "write tokens/s", "ms a step", "peak GiB", "state MiB")
+    table = _table(title, ("model",), (*numbers, "mamba-ssm", "ratio", "goal", "read ratio"))
+    for row in rows:
+        cells = [f"{row['params'] / 1e6:,.1f} M", str(row["shape"]["b"]), f"{row['shape']['l']:,}"]
+        cells += [f"{row['read_tokens_s']:,.0f}", f"{row['write_tokens_s']:,.0f}", f"{row['write_ms']:.2f}"]
+        cells += ["" if row["peak_GiB"] is None else f"{row['peak_GiB']:.2f}", f"{row['state_MiB']:,.1f}"]
+        if "peer" in row:
+            cells += [f"{row['peer_write_tokens_s']:,.0f}", *_ratio(row), f"{row['read_ratio']:.2f}x"]
+        table.add_row(row["name"], *cells)
     return table
 
 
