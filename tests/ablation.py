@@ -96,6 +96,17 @@ def failing(cell, folder, *, device=None, on_step=None):
     return result_of(0.9 - cell.rate)
 
 
+def diverging(cell, folder, *, device=None, on_step=None):
+    """A training that diverges at rates of 1e-2 and more, at 1e-3 the first time only."""
+    from hybridzoo.zoo.train import Diverged
+
+    note(folder, "began")
+    first = said(folder.parent.parent, "began").count(folder.name) == 1
+    if cell.rate >= 1e-2 or (cell.rate == 1e-3 and first):
+        raise Diverged("training diverged at step 7 of 10: the loss is nan", 7)
+    return result_of(0.9 - cell.rate)
+
+
 def deadly_once(cell, folder, *, device=None, on_step=None):
     """A training that at the rate 1e-1 kills its process the first time, as the system does where memory runs out."""
     note(folder, "began")

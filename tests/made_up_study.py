@@ -64,6 +64,7 @@ def result(point, rate, seed, test, valid=None, task=None, metric="accuracy", fo
 
 def spec(**more):
     known = {
+        "source": "recall-ratio",
         "name": "recall-ratio",
         "scale": "short",
         "question": "How much attention does recall need in a hybrid of Mamba-2?",

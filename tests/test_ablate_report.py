@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from html import unescape
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -237,6 +238,13 @@ def test_again_is_the_same_and_old_pictures_go(made):
     (page.parent / "of-an-earlier-report.svg").write_text("<svg/>")
     write_report(spec(), points, results, [failure(points[3])], page.parent)
     assert {path.name: path.read_bytes() for path in page.parent.iterdir()} == before
+
+
+def test_the_commands_that_make_it_again_name_what_it_was_made_of(tmp_path):
+    mine = spec(source="my studies/mine.yaml", report={"literature": []})
+    text = write_report(mine, grid(), [], [], tmp_path, Path("kept")).read_text()
+    assert "zoo ablate run &#x27;my studies/mine.yaml&#x27; --scale short --folder kept\nzoo ablate report" in text
+    assert "zoo ablate" not in write_report(spec(source=""), grid(), [], [], tmp_path).read_text()
 
 
 def test_a_report_is_whole_or_not_at_all(made, tmp_path, monkeypatch):

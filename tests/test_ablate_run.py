@@ -21,6 +21,7 @@ from rich.console import Console
 import hybridzoo as zoo
 from hybridzoo.eval.ablate import progress, queue, run, worker
 from hybridzoo.eval.ablate.job import Job
+from hybridzoo.eval.ablate.statistics import choose
 from hybridzoo.eval.ablate.store import Store
 
 RATES = (1e-1, 1e-2, 1e-3)
@@ -95,6 +96,34 @@ def test_failed_cells_are_tried_twice_kept_with_their_log_and_the_rest_goes_on(t
     assert study.run(quiet=True).status == 1 and len(said(tmp_path, "began")) == began
     study.function = "ablation:quick"
     assert study.run(quiet=True, again=True).status == 0 and study.failures() == []
+
+
+def test_a_rate_that_diverges_twice_is_a_result_that_loses(tmp_path, capsys):
+    study = a_study(tmp_path, points(1), "diverging")
+    summary = study.run()
+    assert (summary.status, summary.failed, summary.diverged, summary.left) == (0, [], 2, 0)
+    assert "diverged, which counts as the worst of rates: 2 trainings" in str(summary)
+    assert "rate 0.01, seed 0: diverged, at step 7 the last time" in capsys.readouterr().err
+    assert {r.cell.rate: r.result["stopped"] for r in study.results() if "stopped" in r.result} == {
+        1e-1: "diverged",
+        1e-2: "diverged",
+    }
+    (chosen,) = choose(study.results())
+    assert (chosen.rate, chosen.n, chosen.diverged) == (1e-3, 3, 0)
+    assert chosen.tried == {1e-3: pytest.approx(0.899), 1e-2: None, 1e-1: None}
+    began = len(said(tmp_path, "began"))
+    assert began == 2 * 5 and study.run(quiet=True).status == 0 and len(said(tmp_path, "began")) == began
+    assert study.frame()["test"].isna().sum() == 2
+
+
+def test_where_every_rate_diverges_no_seed_is_added_and_it_is_said(tmp_path):
+    study = a_study(tmp_path, points(1, (1e-2, 1e-1)), "diverging")
+    summary = study.run(quiet=True)
+    assert (summary.cells, summary.done, summary.left, summary.status) == (2, 2, 0, 1)
+    assert summary.unscored == ("attention=0",) and "every rate diverged: attention=0. Give lower rates." in str(
+        summary
+    )
+    assert choose(study.results()) == []
 
 
 def test_where_every_rate_fails_the_point_is_over(tmp_path):

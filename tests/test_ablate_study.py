@@ -238,7 +238,7 @@ def test_a_plan_adds_up_what_its_cells_cost():
     # what one point took is what it takes, and its speed is that of the others
     result = Done(cell_of(spec, points[0], 1e-3, 0), seconds=5.0, steps=10, tokens=1920)
     timed = plan_of(spec, points, [result])
-    assert timed.rows[0].seconds == 5.0 and "from 1 trainings" in timed.how
+    assert timed.rows[0].seconds == 5.0 and "from 1 training," in timed.how
     flops = [p.costs.flops if p.costs else 0 for p in points]
     assert timed.rows[2].seconds == pytest.approx(5.0 * flops[2] / flops[0])
     assert [spent(s) for s in (0.4, 89, 600, 9000)] == ["0 s", "89 s", "10 min", "2.5 h"]

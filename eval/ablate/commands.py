@@ -1,7 +1,7 @@
 """The commands of studies, ``zoo ablate``. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,6 +17,12 @@ Scale = Annotated[
 ]
 Folder = Annotated[
     Path | None, typer.Option(help="Where results are kept.", show_default="runs/ablate/STUDY-SCALE"),
+]  # fmt: skip
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="A database as the queue of many hosts: postgresql://...", show_default="a file in the folder"
+    ),
 ]  # fmt: skip
 
 
@@ -51,19 +57,18 @@ def show(study: StudyName, scale: Scale = "short", as_json: Json = False) -> Non
 def plan(study: StudyName, scale: Scale = "short", folder: Folder = None, as_json: Json = False) -> None:
     """Build every model of a study without allocating it, and print what each costs and how long all take; nothing is trained."""
     from ...zoo.tables import output
-    from .plan import plan_of, spent
+    from .plan import spent
     from .points import places_of, points_of
-    from .schema import load_study
+    from .study import Study
 
-    spec = load_study(study, scale)
-    with counting("points", len(places_of(spec))) as done:
-        points = points_of(spec, done)
-    results = _results(study, scale, folder or Path("runs") / "ablate" / f"{spec.name}-{scale}")
-    planned = plan_of(spec, points, results)
+    opened = Study(study, scale, folder=folder)
+    with counting("points", len(places_of(opened.spec))) as done:
+        opened.points = points_of(opened.spec, done)
+    planned = opened.plan()
     if as_json:
         print_json(planned.plain())
     else:
-        print_report(spec.question)
+        print_report(opened.spec.question)
         output().print(planned.table())
         cells = f"{counted(planned.cells, 'training')} of {counted(len(planned.points), 'point')}"
         print_report(f"{cells}, {planned.flops:.2g} FLOPs, {spent(planned.seconds)} one after another ({planned.how})")
@@ -84,14 +89,7 @@ def run(
     ] = None,
     device: Device = None,
     folder: Folder = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="A database as the queue of many hosts: postgresql://...",
-            show_default="a file in the folder",
-        ),
-    ] = None,
+    storage: Storage = None,
     again: Annotated[bool, typer.Option("--again", help="Try cells again that were given up.")] = False,
     slurm: Annotated[
         list[str] | None,
@@ -121,6 +119,7 @@ def report(
     study: StudyName,
     scale: Scale = "short",
     folder: Folder = None,
+    storage: Storage = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page and what is beside it.", show_default="the study's")
     ] = None,
@@ -131,19 +130,13 @@ def report(
         raise ValueError(f"--out: {out} is a file. Name a folder.")
     from .study import Study
 
-    page = Study(study, scale, folder=folder).report(out)
+    opened = Study(study, scale, folder=folder, storage=storage)
+    page = opened.report(out)
     if as_json:
         return print_json({"report": str(page)})
-    say(f"wrote {page}")
-
-
-def _results(study: str, scale: str, folder: Path) -> list[Any]:
-    """The results of a study, if anything has been trained."""
-    if not folder.is_dir():
-        return []
-    from .study import Study
-
-    return Study(study, scale, folder=folder).results()
+    say(f"wrote {page}, of {counted(len(opened.results()), 'result')}")
+    if stale := opened.stale():
+        say(f"left out: {counted(stale, 'result')} of other code or of an earlier version of the study")
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell, Costs, Point
-from .statistics import best_rate
+from .statistics import best_rate, has_score
 from .store import Store
 
 __all__ = ["TRAIN_CELL", "Job"]
@@ -102,7 +102,8 @@ class Job:
         if not all(store.get(cell) or store.key(cell) in failed for cell in first):
             return first
         results = store.results(first)
-        if not results:
+        # where all rates diverged there is none to repeat
+        if not any(map(has_score, results)):
             return first
         rate = best_rate(results)
         return first + [self.cell(point, rate, seed) for seed in self.seeds[1:]]

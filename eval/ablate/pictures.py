@@ -133,7 +133,7 @@ def every_point(comparison: Comparison) -> Picture:
 
 def learning_rates(comparison: Comparison) -> Picture | None:
     """Draw validation scores over learning rates; ``None`` where every point has a single rate."""
-    kept = [c for c in few(comparison) if len(c.tried) > 1]
+    kept = [c for c in few(comparison) if len(c.tried) > 1 and any(v is not None for v in c.tried.values())]
     if not kept:
         return None
     with canvas(230) as on:
@@ -152,7 +152,7 @@ def learning_rates(comparison: Comparison) -> Picture | None:
                     alpha=0.4,
                     elinewidth=1.4,
                 )
-            best = scaled(c.metric, c.tried[c.rate] or math.nan)
+            best = math.nan if (value := c.tried[c.rate]) is None else scaled(c.metric, value)
             on.axes.plot([c.rate], [best], "o", ms=11, mfc="none", mec=series_colour(i), mew=1.5)
         on.axes.set(
             xscale="log",

@@ -11,6 +11,7 @@ from rich.table import Table
 from ...zoo.models.build import build
 from ...zoo.models.stats import stats
 from ...zoo.tables import columns, in_bytes, in_units
+from ...zoo.terminal import counted
 from .cells import Point
 from .points import points_of, rows_of
 from .schema import StudySpec
@@ -186,7 +187,7 @@ class _Clock:
         """Name where the seconds come from, in words."""
         if self.speed is not None:
             done = sum(map(len, self.steps.values()))
-            return f"from {done} trainings that are done; of other points by their median speed, {in_units(self.speed)}FLOP/s"
+            return f"from {counted(done, 'training')}, done already; of other points by their median speed, {in_units(self.speed)}FLOP/s"
         speed, step, block = _ASSUMED[self.device]
         return (
             f"assumed, one training at a time on a {'GPU' if self.device == 'cuda' else 'CPU'}: {1e3 * step:g} ms a step, "

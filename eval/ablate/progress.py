@@ -12,7 +12,7 @@ from typing import Any
 from .cells import Cell, Point
 from .job import Job
 from .queue import Entry, Queue
-from .statistics import best_rate, score
+from .statistics import best_rate, has_score, score
 from .store import Failure, Result, Store
 
 __all__ = ["Row", "Snapshot", "named", "snapshot", "watching"]
@@ -119,9 +119,10 @@ def snapshot(job: Job, store: Store, queue: Queue) -> Snapshot:
 
 def _row(job: Job, point: Point, found: list[Result], rest: tuple[int, dict, dict], usual: float | None) -> Row:
     lost, left, running = rest
-    total = 0 if point.problem else len(point.rates) + (len(job.seeds) - 1 if found or left else 0)
-    rate = best_rate(found) if found else None
-    scores = [score(result, "test") for result in found if result.cell.rate == rate]
+    scored = [result for result in found if has_score(result)]
+    total = 0 if point.problem else len(point.rates) + (len(job.seeds) - 1 if scored or left else 0)
+    rate = best_rate(found) if scored else None
+    scores = [score(result, "test") for result in scored if result.cell.rate == rate]
     seconds = _seconds(found) or usual
     ahead = max(0, total - len(found) - lost)
     speeds = [entry.pulse["steps_per_second"] for entry in running.values() if entry.pulse.get("steps_per_second")]
@@ -199,10 +200,7 @@ class _Lines:
     def show(self, now: Snapshot) -> None:
         for result in now.results:
             if self._is_new(result.path):
-                metric, seconds = result.result["metric"], result.result.get("seconds", math.nan)
-                self.console.print(
-                    f"{now.done}/{now.cells}  {named(result.cell)}: {metric} {score(result, 'test'):.4g} in {seconds:.0f} s"
-                )
+                self.console.print(f"{now.done}/{now.cells}  {named(result.cell)}: {_said(result)}")
         for failure in now.failures:
             if self._is_new(failure.log):
                 self.console.print(f"given up  {named(failure.cell)}: {failure.error} ({failure.log})")
@@ -217,6 +215,13 @@ class _Lines:
         new = thing not in self.seen
         self.seen.add(thing)
         return new
+
+
+def _said(result: Result) -> str:
+    if not has_score(result):
+        return f"diverged, at step {result.result.get('steps')} the last time"
+    metric, seconds = result.result["metric"], result.result.get("seconds", math.nan)
+    return f"{metric} {score(result, 'test'):.4g} in {seconds:.0f} s"
 
 
 class _Live:

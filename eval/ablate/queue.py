@@ -321,7 +321,7 @@ def _identity_of(folder: Path) -> str:
         return file.read_text().strip()
     except OSError as e:
         raise QueueError(
-            f"{folder}: the study's folder cannot be used ({e.strerror or e}). Make room or give it rights there, or name another (--out)."
+            f"{folder}: cannot be used ({e.strerror or e}). Make room or give it rights there, or name another (--folder)."
         ) from e
 
 

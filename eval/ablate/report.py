@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -36,7 +37,12 @@ def sentences(points: Sequence[Point], results: Sequence["Result"]) -> list[str]
 
 
 def write_report(
-    spec: "StudySpec", points: Sequence[Point], results: Sequence["Result"], failures: Sequence["Failure"], out: Path
+    spec: "StudySpec",
+    points: Sequence[Point],
+    results: Sequence["Result"],
+    failures: Sequence["Failure"],
+    out: Path,
+    folder: Path | None = None,
 ) -> Path:
     """Write a study's report into a folder: ``report.html``, its pictures as SVG, ``cells.csv``, ``points.csv`` and ``report.json``.
 
@@ -48,6 +54,7 @@ def write_report(
         results: What is trained so far, maybe nothing.
         failures: Cells that failed for good.
         out: The folder, made where it is missing.
+        folder: The study's own, where it is not the default.
 
     Returns:
         The path of the page.
@@ -77,7 +84,7 @@ def write_report(
             waiting_table(points, compared),
             published(entries, compared),
             troubles(points, failures),
-            _bottom(spec, facts, list(files)),
+            _bottom(spec, facts, list(files), folder),
         ]
     )
     html = page(f"hybridzoo: {spec.name}", body)
@@ -178,17 +185,25 @@ def _points(compared: Sequence[Comparison]) -> list[str]:
     return parts
 
 
-def _bottom(spec: "StudySpec", facts: dict[str, str], files: Sequence[str]) -> str:
+def _bottom(spec: "StudySpec", facts: dict[str, str], files: Sequence[str], folder: Path | None) -> str:
     from omegaconf import OmegaConf
 
-    again = f"zoo ablate run {spec.name} --scale {spec.scale}\nzoo ablate report {spec.name} --scale {spec.scale}"
     return (
         f"<h2>The study</h2>{named(facts)}"
         f"<details><summary>Its file at this scale</summary><pre>{escape(OmegaConf.to_yaml(spec.data))}</pre></details>"
-        f"<h2>Again</h2><pre>{escape(again)}</pre>"
+        f"{_again(spec, folder)}"
         f'<p class="note">Beside this page: {escape(", ".join(files))}.</p>'
         f"<script>\n{_asset('report.js')}</script>"
     )
+
+
+def _again(spec: "StudySpec", folder: Path | None) -> str:
+    """The commands that train what is missing and write the page again; none where a program has made the study itself."""
+    if not spec.source:
+        return ""
+    words = [spec.source, "--scale", spec.scale, *([] if folder is None else ["--folder", str(folder)])]
+    lines = (shlex.join(["zoo", "ablate", command, *words]) for command in ("run", "report"))
+    return f"<h2>Again</h2><pre>{escape(chr(10).join(lines))}</pre>"
 
 
 def _json(

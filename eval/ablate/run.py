@@ -16,6 +16,7 @@ from ...zoo.terminal import counted
 from .job import Job
 from .progress import Snapshot, named, snapshot, watching
 from .queue import Queue
+from .statistics import has_score
 from .store import Failure
 from .worker import DEVICE_LOST, DeviceLost, work
 
@@ -34,6 +35,8 @@ class Summary:
         cells: That are wanted, as far as is known: further seeds are trained once rates are compared.
         done: That have a result.
         failed: Given up.
+        diverged: Trainings among those done that have no score, for they diverged; each makes its rate the worst of its point's.
+        unscored: Points of which every rate diverged.
         unmatched: Why points cannot be built or matched, by their names.
         stale: Results in the folder that are of other code, or of an earlier version of the study; nobody looks at them.
         seconds: That the run took.
@@ -49,6 +52,8 @@ class Summary:
     stale: int
     seconds: float
     interrupted: bool = False
+    diverged: int = 0
+    unscored: tuple[str, ...] = ()
 
     @property
     def left(self) -> int:
@@ -57,8 +62,8 @@ class Summary:
 
     @property
     def status(self) -> int:
-        """Return the exit status of a command: 130 after Ctrl-C, 1 where cells were given up or there are none, else 0."""
-        return 130 if self.interrupted else int(bool(self.failed) or not self.cells)
+        """Return a command's exit status: 130 after Ctrl-C, 1 where cells were given up, points lack a score or there are none, else 0."""
+        return 130 if self.interrupted else int(bool(self.failed or self.unscored) or not self.cells)
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain data, for JSON."""
@@ -69,6 +74,10 @@ class Summary:
     def __str__(self) -> str:
         lines = [f"{self.study}: {self.done} of {self.cells} cells are done, {self.left} are left ({self.folder})"]
         lines += [f"given up: {named(f.cell)}: {f.error} ({f.log})" for f in self.failed]
+        if self.diverged:
+            lines.append(f"diverged, which counts as the worst of rates: {counted(self.diverged, 'training')}")
+        if self.unscored:
+            lines.append(f"every rate diverged: {', '.join(self.unscored)}. Give lower rates.")
         if self.unmatched:
             lines.append(
                 f"{counted(len(self.unmatched), 'point')} cannot be built or matched: {', '.join(self.unmatched)}"
@@ -116,9 +125,11 @@ def run_job(job: Job, workers: int = 1, quiet: bool = False) -> Summary:
 def summary_of(job: Job, now: Snapshot, seconds: float = 0.0, interrupted: bool = False) -> Summary:
     """Return what there is to say of a study at a moment."""
     unmatched = {point.name: point.problem for point in job.points if point.problem}
+    diverged = sum(not has_score(result) for result in now.results)
+    unscored = tuple(row.name for row in now.rows if row.state == "done" and row.rate is None)
     return Summary(
         job.study, Path(job.folder), now.cells, now.done, now.failures, unmatched, job.store().stale(job.every_cell()),
-        seconds, interrupted,
+        seconds, interrupted, diverged, unscored,
     )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ class StudySpec:
         measure: ``{"contexts": [tokens]}``: where speed and memory are measured.
         report: ``x``, the axis or cost that pictures have along, and ``literature``, published curves that may be laid over.
         data: All of the file that holds at this scale, as plain data.
+        source: The shipped name or the path that it was read from; empty for a mapping.
     """
 
     name: str
@@ -87,6 +88,7 @@ class StudySpec:
     measure: dict[str, Any]
     report: dict[str, Any]
     data: dict[str, Any] = dataclasses.field(repr=False)
+    source: str = ""
 
 
 def list_studies() -> list[str]:
@@ -107,7 +109,8 @@ def load_study(source: str | Path | Mapping[str, Any], scale: str = "short") -> 
     path = None if isinstance(source, Mapping) else _find(source)
     data = plain(source) if path is None else read_config(path)
     check_keys(data, _KEYS, "")
-    return _spec(_at_scale(data, scale), scale, path)
+    spec = _spec(_at_scale(data, scale), scale, path)
+    return dataclasses.replace(spec, source="" if path is None else str(source))
 
 
 def described() -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...zoo.tables import in_bytes, in_units
 from .cells import Point
+from .sections import shown as on_axis
 from .sentences import ends
 from .statistics import Chosen, Comparison
 from .words import share, shown
@@ -84,7 +85,7 @@ def series_of(comparison: Comparison, points: Sequence[Point], along: Sequence[s
     apart = [axis for axis in varying([c.point for c in comparison.chosen]) if axis not in along]
     lines: dict[tuple[str, ...], list[Chosen]] = {}
     for c in comparison.chosen:
-        lines.setdefault(tuple(_value(c.point.axes.get(axis)) for axis in apart), []).append(c)
+        lines.setdefault(tuple(on_axis(c.point.axes.get(axis)) for axis in apart), []).append(c)
     only = {end: c for c in comparison.chosen if (end := fraction(c)) in (0.0, 1.0) and _is_only(c, points)}
     # a line of its own would hold the end alone
     lines = {key: many for key, many in lines.items() if not (len(lines) > 1 and all(c in only.values() for c in many))}
@@ -131,12 +132,8 @@ def short_axes(kept: Sequence[Chosen]) -> str:
 
 def short(chosen: Chosen, kept: Sequence[Chosen]) -> str:
     """Return a point's values on the axes on which the points of a picture differ, or its name where there are none."""
-    values = [_value(chosen.point.axes.get(axis)) for axis in varying([c.point for c in kept])]
+    values = [on_axis(chosen.point.axes.get(axis)) for axis in varying([c.point for c in kept])]
     return ", ".join(values) or chosen.point.name
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def about(chosen: Chosen) -> str:

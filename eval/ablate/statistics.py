@@ -13,11 +13,14 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from .cells import Point
+from .sections import shown
 
 if TYPE_CHECKING:
     from .store import Result
 
-__all__ = ["Chosen", "Comparison", "Difference", "best_rate", "choose", "comparisons", "difference", "higher_is_better"]
+__all__ = [
+    "Chosen", "Comparison", "Difference", "best_rate", "choose", "comparisons", "difference", "has_score", "higher_is_better", "score",
+]  # fmt: skip
 
 Interval = tuple[float, float]
 _HIGHER = {"accuracy": True, "bits_per_byte": False, "loss": False, "mse": False, "perplexity": False}
@@ -152,7 +155,7 @@ class Comparison:
     def label(self, chosen: Chosen) -> str:
         """Return a point's name without what all points of this comparison have in common, where there are other comparisons."""
         values = {axis: {str(c.point.axes.get(axis)) for c in self.chosen} for axis in chosen.point.axes}
-        told = [f"{axis}={chosen.point.axes[axis]}" for axis, found in values.items() if len(found) > 1]
+        told = [f"{axis}={shown(chosen.point.axes[axis])}" for axis, found in values.items() if len(found) > 1]
         return " ".join(told) if self.name and told else chosen.point.name
 
     def within(self, a: Chosen, b: Chosen) -> float | None:
@@ -188,6 +191,11 @@ def score(result: "Result", part: str) -> float:
         raise ValueError(f"{result.path}: its {part!r} score has no {metric!r}, but {', '.join(found) or 'nothing'}.")
     value = found[metric]
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def has_score(result: "Result") -> bool:
+    """Tell whether a training has a finite score on validation; one that diverged has none."""
+    return not math.isnan(score(result, "valid"))
 
 
 def best_rate(results: Sequence["Result"]) -> float:

@@ -53,7 +53,7 @@ class Study:
         from .schema import load_study
 
         self.spec: StudySpec = load_study(source, scale)
-        self.folder = Path("runs/ablate") / f"{self.spec.name}-{self.spec.scale}" if folder is None else Path(folder)
+        self.folder = self._usual_folder() if folder is None else Path(folder)
         self.storage = storage
         self.function = TRAIN_CELL
 
@@ -70,10 +70,10 @@ class Study:
         return Store(self.folder)
 
     def plan(self) -> "Plan":
-        """Return the grid with its costs, and the time that it will take; nothing is trained."""
+        """Return the grid with its costs, and the time that it takes, by what has been trained so far; nothing is trained."""
         from .plan import plan_of
 
-        return plan_of(self.spec)
+        return plan_of(self.spec, self.points, self.results())
 
     def run(
         self,
@@ -140,6 +140,10 @@ class Study:
         """Return the finished cells of this study, by this code."""
         return self.store.results(self._job().every_cell())
 
+    def stale(self) -> int:
+        """Count the results in the folder that are of other code, or of an earlier version of the study; nobody looks at them."""
+        return self.store.stale(self._job().every_cell())
+
     def failures(self) -> list[Failure]:
         """Return the cells that were given up."""
         from .progress import snapshot
@@ -166,9 +170,12 @@ class Study:
         """Write ``report.html``, with tables and pictures beside it, into a folder, by default that of the study; return its path."""
         from .report import write_report
 
-        return write_report(
-            self.spec, self.points, self.results(), self.failures(), self.folder if out is None else Path(out)
-        )
+        folder = None if self.folder == self._usual_folder() else self.folder
+        place = self.folder if out is None else Path(out)
+        return write_report(self.spec, self.points, self.results(), self.failures(), place, folder)
+
+    def _usual_folder(self) -> Path:
+        return Path("runs/ablate") / f"{self.spec.name}-{self.spec.scale}"
 
     def _queue(self) -> Any:
         from .queue import Queue

@@ -109,10 +109,16 @@ def doubts(compared: Sequence[Comparison], points: Sequence[Point]) -> list[str]
         f"{c.point.name} ({', '.join(f'{rate:g}' for rate in c.missing_rates)})" for c in chosen if c.missing_rates
     ]
     diverged = [f"{c.point.name} ({c.diverged} of {c.n + c.diverged})" for c in chosen if c.diverged]
+    lost = [
+        f"{c.point.name} ({', '.join(f'{rate:g}' for rate in gone)})"
+        for c in chosen
+        if (gone := [rate for rate, valid in c.tried.items() if valid is None])
+    ]
     found = {
         "The best learning rate is at an end of its grid, and a better one may lie beyond": edges,
         "Without a result": late,
         "Learning rates without a result": rates,
+        "Learning rates that diverged, and lose": lost,
         "Seeds at the best rate without a finite score, which are not in the mean": diverged,
         "Fewer than 3 seeds": [c.point.name for c in chosen if c.n < 3],
     }

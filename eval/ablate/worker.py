@@ -99,7 +99,7 @@ def _attempt(store: Store, queue: Queue, taken: Taken, cell: Cell, train: Callab
         return
     place = store.folder_of(taken.key)
     try:
-        kept = store.put(cell, train(cell, place), _device())
+        kept = store.put(cell, _outcome(cell, place, train, taken.attempt), _device())
     except Exception as e:
         traceback.print_exc()
         line = (str(e).strip().splitlines() or [""])[0]
@@ -110,6 +110,22 @@ def _attempt(store: Store, queue: Queue, taken: Taken, cell: Cell, train: Callab
     else:
         queue.done(taken, score(kept, "valid"))
         _discard_checkpoints(place)
+
+
+def _outcome(cell: Cell, place: Path, train: Callable[[Cell, Path], dict[str, Any]], attempt: int) -> dict[str, Any]:
+    """Train a cell; one that diverges at its last attempt too has a result without a score: its rate has lost."""
+    from ...zoo.train.diverged import Diverged
+    from .tasks import task_of
+
+    try:
+        return train(cell, place)
+    except Diverged as e:
+        if attempt < queues.ATTEMPTS:
+            raise
+        traceback.print_exc()
+        metric = task_of(cell.task).metric
+        scores = {part: {metric: None} for part in ("valid", "test")}
+        return {"metric": metric, **scores, "steps": e.step, "stopped": "diverged", "problem": str(e)}
 
 
 def _discard_checkpoints(place: Path) -> None:
