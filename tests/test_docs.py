@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import hybridzoo as zoo
+from hybridzoo.eval.ablate import Study
 from hybridzoo.eval.bench.readme import END, PAGES, START, section
 from hybridzoo.zoo import registry
 
@@ -32,8 +33,17 @@ def blocks(language):
     ]
 
 
+def files_of(page, folder):
+    """Write the YAML files of a page that say their name into a folder, as its reader does; return them."""
+    found = re.findall(r"^```yaml\n(# ([\w-]+\.yaml)\b.*?)^```", TEXTS[page], re.M | re.S)
+    for code, name in found:
+        (folder / name).write_text(code, encoding="utf-8")
+    return [folder / name for _, name in found]
+
+
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_snippets_run(code, tmp_path, monkeypatch):
+def test_python_snippets_run(code, tmp_path, monkeypatch, request):
+    files_of(request.node.callspec.id.split(":")[0], tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     exec(compile(code, "snippet", "exec"), {})
@@ -42,13 +52,17 @@ def test_python_snippets_run(code, tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_the_configs_shown_work(code, tmp_path):
     (tmp_path / "my.yaml").write_text(code)
+    if re.search("^axes:", code, re.M):
+        assert not any(point.problem for point in Study(tmp_path / "my.yaml").points)
+        return
     assert zoo.build(tmp_path / "my.yaml", device="meta").num_params() > 0
 
 
 def run_from_top_to_bottom(page, first, folder):
     """In one folder, as a reader has it, with fewer steps: what Python writes at first, and then all that a shell runs; the rest is above."""
     found = re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.M | re.S)
-    exec(next(code for code in found if first in code), {})
+    if first:
+        exec(next(code for code in found if first in code), {})
     tools = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
@@ -68,6 +82,35 @@ def test_the_tutorial_of_training_runs_from_top_to_bottom(tmp_path, monkeypatch)
     assert {"hybrid", "killed", "carried", "muon", "further", "tuned"} <= set(runs)
     assert (tmp_path / "runs/tuned/adapter/adapter_config.json").exists() and "LoRA of rank 8" in runs["tuned"]
     assert "nats per token of text it has not seen" in runs["hybrid"] and "Expert load" in runs["hybrid"]
+
+
+@pytest.mark.slow
+def test_the_page_of_ablations_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (file,) = files_of("docs/ablate.md", tmp_path)
+    file.write_text(re.sub(r"steps: \d+", "steps: 2", file.read_text()))
+    run_from_top_to_bottom("docs/ablate.md", None, tmp_path)
+    page = (tmp_path / "runs/ablate/tiny-short/report.html").read_text()
+    assert "The best point is attention=" in page and "zoo ablate run tiny.yaml --scale short" in page
+    (code,) = re.findall(r"^```python\n(.*?)^```", TEXTS["docs/ablate.md"], re.M | re.S)
+    names = {}
+    exec(code, names)
+    table = names["table"]
+    assert len(table) == 7 and table[table.chosen].groupby("point").seed.nunique().to_dict() == dict.fromkeys(
+        ("attention=0", "attention=0.5", "attention=1"), 2
+    )
+    assert "7 trainings" in capsys.readouterr().out
+
+
+def test_the_table_of_studies_and_of_their_keys_is_right():
+    from hybridzoo.eval.ablate import schema
+    from hybridzoo.eval.ablate.tasks import TASKS
+
+    page = TEXTS["docs/ablate.md"]
+    questions = {study["name"]: study["question"] for study in schema.described()}
+    assert dict(re.findall(r"^\| `([\w-]+)` \| (.*\?) \|$", page, re.M)) == questions
+    keys = page.split("| key | what it says |")[1].split("\n\n")[0]
+    assert set(schema._KEYS) | set(TASKS) <= set(re.findall(r"`([\w-]+)`", keys))
 
 
 @pytest.mark.slow
@@ -166,12 +209,16 @@ def test_every_command_shown_exists_with_its_options():
     everywhere = "\n".join(TEXTS.values())
     shown = re.findall(r"`(zoo (?!layers )[^`\n]+)`", everywhere) + re.findall(r"^(zoo [^#\n]+)", everywhere, re.M)
     for line in shown:
-        name, *words = shlex.split(line)[1:]
+        name, *words = shlex.split(re.sub(r"^zoo --import \S+", "zoo", line))[1:]
         assert name in commands, line
+        known = commands
+        while hasattr(known[name], "commands") and words:
+            known, (name, *words) = known[name].commands, words
+            assert name in known, line
         if name != "lm-eval" and "NAME" not in words:
             # --import is the program's own, and the one of those that may stand behind the command (test_plugins holds it to that)
-            known = {option for p in commands[name].params for option in p.opts} | {"--import"}
-            assert not {w for w in words if w.startswith("--")} - known, line
+            options = {option for p in known[name].params for option in p.opts} | {"--import"}
+            assert not {w for w in words if w.startswith("--")} - options, line
 
 
 def test_the_make_targets_shown_exist():
