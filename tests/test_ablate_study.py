@@ -73,6 +73,7 @@ WRONG = [
     (changed(measure={"contexts": [64, 32]}), "measure.contexts: found [64, 32], expected tokens, ascending"),
     (changed(measure={"context": [64]}), "measure.context: unknown key. Did you mean 'contexts'?"),
     (changed(report={"x": "atention"}), "report.x: 'atention' is no axis and no cost. Did you mean 'attention'?"),
+    (changed(report={"literature": ["mqarr"]}), "report.literature: there is no 'mqarr'. Did you mean 'mqar'?"),
     (changed(report={"literature": "zoology"}), "report.literature: found 'zoology', expected names"),
     (changed(scales={"smoke": {}}), "scales: there is no 'short'. Known: smoke."),
     (changed(scales={"short": {"trian": {}}}), "scales.short.trian: unknown key. Did you mean 'train'?"),
@@ -271,6 +272,10 @@ def test_the_commands_list_show_and_plan(tmp_path, monkeypatch):
         yaml.safe_dump(changed(axes={"heads": {"key": "mixers.attention.nheads", "values": [5]}}, match=None))
     )
     assert zoo_("plan", "none.yaml").exit_code == 1
+    # one reason is told once
+    (tmp_path / "slip.yaml").write_text(yaml.safe_dump(changed(task={"name": "mqar", "pair": 2})))
+    slipped = zoo_("plan", "slip.yaml")
+    assert slipped.stderr.startswith("left out: all 3 points: task.{'pair'}: no such key") and not slipped.stdout
     assert zoo_("plan", "nothing").exit_code == 1 and zoo_("plan").exit_code == 2
     assert not list(tmp_path.rglob("runs"))
 

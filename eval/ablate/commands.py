@@ -1,11 +1,15 @@
 """The commands of studies, ``zoo ablate``. Each is a few lines around a function that anybody can call; heavy imports wait inside."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...zoo.terminal import Device, Json, counted, counting, print_json, print_report, say
+
+if TYPE_CHECKING:
+    from .cells import Point
 
 __all__ = ["app"]
 
@@ -67,13 +71,12 @@ def plan(study: StudyName, scale: Scale = "short", folder: Folder = None, as_jso
     planned = opened.plan()
     if as_json:
         print_json(planned.plain())
-    else:
+    elif planned.cells:
         print_report(opened.spec.question)
         output().print(planned.table())
         cells = f"{counted(planned.cells, 'training')} of {counted(len(planned.points), 'point')}"
         print_report(f"{cells}, {planned.flops:.2g} FLOPs, {spent(planned.seconds)} one after another ({planned.how})")
-    for point in planned.unmatched:
-        say(f"left out: {point.name}: {point.problem}")
+    _say_problems(opened.points)
     if not planned.cells:
         raise typer.Exit(1)
 
@@ -102,9 +105,7 @@ def run(
     from .study import Study
 
     opened = Study(study, scale, folder=folder, storage=storage)
-    for point in opened.points:
-        if point.problem:
-            say(f"left out: {point.name}: {point.problem}")
+    _say_problems(opened.points)
     if slurm:
         jobs = opened.submit(workers, only=only, minutes=minutes, device=device, settings=settings)
         say(f"submitted {', '.join(str(job.job_id) for job in jobs)}; what they say is in {opened.folder / 'slurm'}")
@@ -137,6 +138,18 @@ def report(
     say(f"wrote {page}, of {counted(len(opened.results()), 'result')}")
     if stale := opened.stale():
         say(f"left out: {counted(stale, 'result')} of other code or of an earlier version of the study")
+
+
+def _say_problems(points: "Sequence[Point]") -> None:
+    """Name the points that cannot be built or matched, once for every reason."""
+    from .words import listed
+
+    reasons: dict[str, list[str]] = {}
+    for point in points:
+        if point.problem:
+            reasons.setdefault(point.problem, []).append(point.name)
+    for reason, names in reasons.items():
+        say(f"left out: {f'all {len(names)} points' if len(names) == len(points) > 1 else listed(names)}: {reason}")
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:

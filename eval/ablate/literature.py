@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-__all__ = ["Entry", "Published", "as_loss", "literature", "mismatch"]
+__all__ = ["Entry", "Published", "as_loss", "literature", "mismatch", "published_names"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Entry:
     curves: tuple[Published, ...] = ()
     head: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+
+
+def published_names() -> list[str]:
+    """Return the names of all publications."""
+    return list(_known())
 
 
 def literature(name: str) -> Entry:

@@ -92,7 +92,7 @@ class Plan:
         context = next((point.costs.context for point in self.points if point.costs), 0)
         lengths = sorted({context, *LENGTHS} - {0})
         states = [f"state at {length:,}" for length in lengths]
-        heads = ["parameters", "active", "training FLOPs", *states, "attention", "of blocks", "steps", "cells", "time"]
+        heads = ["parameters", "active", "FLOPs/token", *states, "attention", "of blocks", "steps", "cells", "time"]
         table = columns("point", *heads, left=1)
         for row in self.rows:
             if (costs := row.point.costs) is None:

@@ -9,6 +9,7 @@ from typing import Any
 from ...zoo.errors import ConfigError, nearest, shortened
 from ...zoo.train.options import TrainOptions
 from .cells import Costs
+from .literature import published_names
 
 __all__ = [
     "COSTS", "Axis", "Match", "check_keys", "check_train", "listed", "read_axes", "read_budget", "read_combinations", "read_match",
@@ -308,6 +309,12 @@ def read_report(data: Mapping[str, Any], axes: Mapping[str, Axis]) -> dict[str, 
         raise ConfigError(
             f"report.literature: found {shortened(literature)}, expected names of published curves, or []."
         )
+    for name in literature:
+        # now, and not after the last training
+        if name not in (known := published_names()):
+            raise ConfigError(
+                f"report.literature: there is no {shortened(name)}.{nearest(name, known)} Known: {listed(known)}."
+            )
     return {"x": x, "literature": literature}
 
 
