@@ -22,7 +22,7 @@ _IMAGES = "image_classification"
 def evaluate(call: EvaluateCall) -> dict[str, Any] | None:
     """Score a text model on tasks of lm-eval, the local ones or any other, or an image model on images.
 
-    Of tasks, the results are lm-eval's; ``None`` on all ranks but the first. Those of images are of :func:`.images.evaluate_images`.
+    Of tasks, the results are lm-eval's; ``None`` on all ranks but the first. Those of images are of ``eval.images.evaluate_images``.
 
     Raises:
         ModuleNotFoundError: A package is missing, and the message says which.

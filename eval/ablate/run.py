@@ -62,7 +62,7 @@ class Summary:
 
     @property
     def status(self) -> int:
-        """Return a command's exit status: 130 after Ctrl-C, 1 where cells were given up, points lack a score or there are none, else 0."""
+        """Return a command's exit status, 130 after Ctrl-C, 1 where cells were given up, points lack a score or there are none, else 0."""
         return 130 if self.interrupted else int(bool(self.failed or self.unscored) or not self.cells)
 
     def plain(self) -> dict[str, Any]:
