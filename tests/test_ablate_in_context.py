@@ -184,11 +184,11 @@ def test_sizes_that_cannot_be_are_refused(make, message):
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 def test_a_model_is_trained_on_a_task_and_scored(task, tmp_path):
     config = {"d_model": 16, "layers": "mamba", "mixers": {"mamba": {"d_state": 4}}} | task.config()
-    options = {"steps": 2, "batch_size": 4, "report_to": "none", "device": "cpu"}
-    result = zoo.train(config, task.training(0, 2, 4), tmp_path, val=task.validation(), **options)
+    options = {"steps": 3, "batch_size": 4, "report_to": "none", "device": "cpu", "workers": 0}
+    data, drawn = task.training(0, 3, 4), []
+    data.draw = lambda rng, n: drawn.append(n) or task.draw(rng, n)
+    result = zoo.train(config, data, tmp_path, val=task.validation(), **options)
+    assert drawn == [4, 4, 4]  # each batch once, since rows are read in order
     valid, test = (task.score(result.model, part) for part in ("valid", "test"))
     assert task.metric in test and test["n"] == 40 and all(task.metric in one for one in test["slices"].values())
     assert result.best["eval_loss"] == pytest.approx(valid["loss"], rel=1e-4)
-    assert ("eval_accuracy" in result.best) is (task.name == "parity")
-    if task.name == "parity":
-        assert result.best["eval_accuracy"] == pytest.approx(valid["accuracy"], abs=1e-6)

@@ -187,7 +187,7 @@ def test_training_learns_evaluates_and_goes_on_exactly(tmp_path):
     assert "squared error" in page and "nats" not in page and "perplexity" not in page
 
 
-def test_data_that_cannot_be_learned_from_are_refused():
+def test_data_that_cannot_be_learned_from_are_refused(tmp_path):
     cfg, (x, y) = zoo.config(CONFIG), (m.numpy() for m in rows())
     nothing = y.copy()
     nothing[0] = NAN
@@ -208,3 +208,5 @@ def test_data_that_cannot_be_learned_from_are_refused():
             vectors_from(data, cfg)
     with pytest.raises(ValueError, match="is for images, and this model reads vectors"):
         zoo.train(CONFIG, (x, y), "unused", flip=0.5, device="cpu")
+    with pytest.raises(ValueError, match="until=0.9.: predicted numbers are not right or wrong"):
+        zoo.train(CONFIG, (x, y), tmp_path / "unused", val=(x, y), until=0.9, device="cpu")

@@ -30,6 +30,8 @@ class VectorFeed(Feed):
         """As :meth:`Feed.examples`."""
         call = self.options
         call.check_evaluated(call.val)
+        if call.until is not None:
+            raise ValueError(f"train(until={call.until:g}): predicted numbers are not right or wrong. Leave it out.")
         rows = vectors_from(call.data, self.core.cfg)
         if call.val is None:
             return rows, None

@@ -67,11 +67,13 @@ class VectorExamples(Dataset):
         length: Places of a row.
         digest: Of what all of them hold.
         about: What there is to say of them, in lines.
+        in_order: Whether they are read as they stand, since they are made when they are asked for.
         epoch: How often they were gone through.
     """
 
     def __init__(self, source: Any, chosen: Sequence[int] | np.ndarray, length: int, digest: str):
         self.rows, self.chosen, self.length, self.digest, self.epoch = _Rows(source), chosen, length, digest, 0
+        self.in_order = isinstance(chosen, range)
         self.about = [f"{counted(len(chosen), 'row')} of {length:,} vectors"]
         if (left := len(source) - len(chosen)) > 0:
             self.about.append(f"without a target, left out: {left:,}")

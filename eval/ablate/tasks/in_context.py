@@ -78,8 +78,7 @@ class InContext(RowsTask):
 
     def training(self, seed: int, steps: int, batch_size: int) -> Drawn:
         """As of :class:`RowsTask`; no row is seen twice."""
-        n = steps * batch_size
-        return Drawn(self.draw, n, self.tokens_per_example, seed, f"{self} {n}")
+        return Drawn(self.draw, steps, batch_size, seed, str(self))
 
     def validation(self) -> Table:
         """As of :class:`RowsTask`."""
