@@ -13,6 +13,7 @@ from hybridzoo.eval.ablate.literature import as_loss, literature, mismatch
 from hybridzoo.eval.ablate.sentences import ends, three_sentences
 from hybridzoo.eval.ablate.series import few, fraction, ratio_axes, series_of
 from hybridzoo.eval.ablate.statistics import best_rate, choose, comparisons, difference, higher_is_better
+from hybridzoo.eval.ablate.tables import doubts
 from hybridzoo.eval.ablate.words import gap, listed, shown, shown_interval, times
 
 scipy_stats = pytest.importorskip("scipy.stats")
@@ -365,3 +366,11 @@ def test_comparisons_are_called_what_their_axis_calls_them():
         "mqar accuracy",
         "mqar loss",
     ]
+
+
+def test_results_of_two_kinds_of_device_are_told():
+    p = point("a")
+    for devices, told in ((("cpu", "cuda"), True), (("cuda", "cuda"), False), ((None, "cuda"), False)):
+        results = [result(p, 3e-3, seed, 0.5, device=device) for seed, device in enumerate(devices)]
+        said = doubts(comparisons(choose(results)), [p])
+        assert any("more than one kind of device" in doubt and "cpu and cuda" in doubt for doubt in said) is told

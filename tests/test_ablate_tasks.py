@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 import hybridzoo as zoo
+from hybridzoo.eval.ablate import measure
 from hybridzoo.eval.ablate.cells import Cell, Point
 from hybridzoo.eval.ablate.measure import speed_at, train_cell
+from hybridzoo.eval.ablate.statistics import higher_is_better
 from hybridzoo.eval.ablate.tasks import TASKS, task_of
 from hybridzoo.eval.ablate.tasks.base import Table, padded
 from hybridzoo.eval.ablate.tasks.scoring import row_scores, summed
@@ -443,6 +445,25 @@ def test_a_cell_that_is_solved_stops(tmp_path):
         cell_of(task, "mamba", steps=200, batch_size=16, eval_every=10, until=0.99), tmp_path, device="cpu"
     )
     assert result["stopped"] == "solved" and result["steps"] < 200 and result["test"]["accuracy"] > 0.99
+    stalled = cell_of(task, "mamba", rate=1e-9, steps=20, batch_size=16, eval_every=1, until=0.99, patience=1)
+    assert train_cell(stalled, tmp_path / "stalled", device="cpu")["stopped"] == "stalled"
+
+
+def test_a_long_context_is_passed_no_more_than_it_takes(monkeypatch):
+    """A pass that takes longer than what is spent on all of them is timed once, beside the one that decoding goes on from."""
+    task = task_of({"name": "mqar", "length": 16, "pairs": 2, "vocab": 20})
+    model, lengths = zoo.build(model_of(task)), []
+    forward = model.forward
+
+    def counted(ids, **kwargs):
+        lengths.append(ids.shape[1])
+        return forward(ids, **kwargs)
+
+    model.forward = counted  # which steps call as well, as they do where there are hooks
+    assert speed_at(model, 8)["decode_tokens_s"] > 0 and lengths == 4 * [8] + 32 * [1]
+    lengths.clear()
+    monkeypatch.setattr(measure, "_ENOUGH", 1e-9)
+    assert speed_at(model, 8)["state_bytes"] > 0 and lengths == [8, 8, 1]
 
 
 def test_text_is_scored_in_bits_per_byte(tmp_path):
@@ -480,6 +501,11 @@ def test_a_context_that_does_not_fit_is_said():
         "context": 64, "prefill_tokens_s": None, "decode_tokens_s": None, "peak_bytes": None, "state_bytes": None,
         "problem": "CUDA out of memory. Tried to allocate 9 GiB",
     }  # fmt: skip
+
+
+def test_statistics_know_which_way_every_task_is_better():
+    for kind in TASKS.values():
+        assert higher_is_better(kind.metric) is kind.higher_is_better, kind.name
 
 
 def test_the_table_of_tasks_names_each():

@@ -208,5 +208,5 @@ def test_data_that_cannot_be_learned_from_are_refused(tmp_path):
             vectors_from(data, cfg)
     with pytest.raises(ValueError, match="is for images, and this model reads vectors"):
         zoo.train(CONFIG, (x, y), "unused", flip=0.5, device="cpu")
-    with pytest.raises(ValueError, match="until=0.9.: predicted numbers are not right or wrong"):
+    with pytest.raises(ValueError, match=r"until=0\.9\): predicted numbers are not right or wrong"):
         zoo.train(CONFIG, (x, y), tmp_path / "unused", val=(x, y), until=0.9, device="cpu")

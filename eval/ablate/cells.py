@@ -81,7 +81,8 @@ class Cell:
     def key(self, code: str) -> str:
         """Return the name that its result is kept under: a digest of all that decides about it, and of the code that computes it.
 
-        Studies that hold the same cell share it, so neither the study's name nor the point's is part of it.
+        Studies that hold the same cell share it, so neither the study's name nor the point's is part of it. Nor is the device, which every
+        process of a study would have to have in common: a result says its own, and the report tells if they differ.
         """
         decides = [self.point.config, self.rate, self.seed, self.task, self.train, self.measure, code]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

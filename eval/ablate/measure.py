@@ -1,6 +1,7 @@
 """One cell: a model trained, scored on what it was chosen and what it was not chosen by, and measured."""
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from .tasks import task_of
 
 __all__ = ["speed_at", "train_cell"]
 
-# a pass over a context is timed so often, and so many tokens are decoded behind it
-_REPEATS, _DECODED = 3, 32
+# a pass over a context is timed so often, and so many tokens are decoded behind it; neither goes on for longer than some seconds
+_REPEATS, _DECODED, _ENOUGH = 3, 32, 2.0
 
 
 def train_cell(
@@ -35,8 +36,9 @@ def train_cell(
     Returns:
         ``metric``; ``valid`` and ``test``, as :meth:`~.tasks.Task.score` gives them, of the best step on the validation; ``seconds`` of
         training, without evaluations; ``steps`` done, ``best_step``, and ``tokens`` read in all of them; ``tokens_per_second``;
-        ``peak_bytes`` of a GPU's memory in training; the ``history`` of logged steps; ``stopped``, ``"solved"`` where the option ``until``
-        was reached before the last step; and ``speed``, as :func:`speed_at` gives it, for every context that the cell names.
+        ``peak_bytes`` of a GPU's memory in training; the ``history`` of logged steps; ``stopped``, ``"solved"`` or ``"stalled"`` where
+        the option ``until`` or ``patience`` ended it before the last step; ``device``, ``"cpu"`` or ``"cuda"``; and ``speed``, as
+        :func:`speed_at` gives it, for every context that the cell names.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C; a checkpoint is kept.
@@ -58,12 +60,14 @@ def train_cell(
         scores = {part: task.score(model, part) for part in ("valid", "test")}
         speed = [speed_at(model, context) for context in cell.measure.get("contexts", ())]
     done, best = int(result.history[-1]["step"]), result.best or {}
+    solved = best.get("eval_accuracy", 0.0) >= (options.get("until") or math.inf)
     memory = [entry["memory_GiB"] for entry in result.history if "memory_GiB" in entry]
     return {
         "metric": task.metric, **scores, "seconds": result.seconds, "steps": done, "best_step": best.get("step", done),
         "tokens": result.tokens, "tokens_per_second": result.tokens_per_second,
         "peak_bytes": int(max(memory) * 2**30) if memory else None, "history": result.history,
-        "stopped": "solved" if done < steps else None, "speed": speed,
+        "stopped": None if done == steps else "solved" if solved else "stalled",
+        "device": model.some_weight().device.type, "speed": speed,
     }  # fmt: skip
 
 
@@ -81,9 +85,9 @@ def speed_at(model: Any, context: int) -> dict[str, Any]:
     """Measure a model on one row of ``context`` units, under the caller's autocast.
 
     Returns:
-        ``context``; ``prefill_tokens_s``, of a pass over the row, and ``decode_tokens_s``, of steps behind it one by one, both medians;
-        ``peak_bytes``, the most that a GPU's memory held (``None`` on a CPU); ``state_bytes``, what the row leaves behind. Where the row
-        does not fit, all but the context is ``None``, and ``problem`` says so.
+        ``context``; ``prefill_tokens_s``, of a pass over the row, and ``decode_tokens_s``, of steps behind it one by one, both medians of
+        what is done within two seconds, and of one at least; ``peak_bytes``, the most that a GPU's memory held (``None`` on a CPU);
+        ``state_bytes``, what the row leaves behind. Where the row does not fit, all but the context is ``None``, and ``problem`` says so.
     """
     model.eval()
     found: dict[str, Any] = dict.fromkeys(("prefill_tokens_s", "decode_tokens_s", "peak_bytes", "state_bytes"))
@@ -102,27 +106,32 @@ def _measured(model: Any, context: int, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-        wait()
-        began = time.perf_counter()
-        out = call()
-        wait()
-        return time.perf_counter() - began, out
+    def timed(call: Callable[[], Any], times: int) -> tuple[float, Any]:
+        taken: list[float] = []
+        out = call() if device.type == "cuda" else None  # compiles, and asks for memory
+        while len(taken) < times and sum(taken) < _ENOUGH:
+            out = None  # what is measured is the memory of one pass
+            wait()
+            began = time.perf_counter()
+            out = call()
+            wait()
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken), out
 
     def prefill(state: Any = None) -> Any:
         return model(
             row, state=state, return_state=True, **({"logits_to_keep": 1} if hasattr(model, "generate") else {})
         ).state
 
-    passes = [timed(prefill) for _ in range(_REPEATS + 1)][1:]  # the first compiles and asks for memory
-    left, token = nbytes_of(passes[-1][1].layers), row[:, -1]
+    seconds, after = timed(prefill, _REPEATS)
+    left, token, after = nbytes_of(after.layers), row[:, -1], None
     # a state that has room for what is decoded, as a generation makes it
-    state = prefill(model.init_state(1, context + _DECODED, device))
-    steps = [timed(lambda: model.step(token, state))[0] for _ in range(_DECODED)]
+    state = prefill(model.init_state(1, context + _DECODED + 1, device))
+    per_token, _ = timed(lambda: model.step(token, state), _DECODED)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
-        "prefill_tokens_s": context / statistics.median(seconds for seconds, _ in passes),
-        "decode_tokens_s": 1 / statistics.median(steps), "peak_bytes": peak, "state_bytes": left,
+        "prefill_tokens_s": context / seconds, "decode_tokens_s": 1 / per_token, "peak_bytes": peak,
+        "state_bytes": left,
     }  # fmt: skip
 
 

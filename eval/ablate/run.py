@@ -15,7 +15,7 @@ from typing import Any
 from ...zoo.terminal import counted
 from .job import Job
 from .progress import Snapshot, named, snapshot, watching
-from .queue import Queue
+from .queue import DEATHS, Queue
 from .statistics import has_score
 from .store import Failure
 from .worker import DEVICE_LOST, DeviceLost, work
@@ -138,8 +138,7 @@ def _work_beside(job: Job, workers: int, queue: Queue) -> None:
     logs = Path(job.folder) / "workers" / uuid.uuid4().hex[:8]
     logs.mkdir(parents=True)
     running: dict[int, subprocess.Popen] = {}
-    # a cell kills so many at most, see queue.py
-    spare = 8 * sum(len(job.first(point)) + len(job.seeds) for point in job.points)
+    spare = DEATHS * sum(len(job.first(point)) + len(job.seeds) for point in job.points)
     with _without_empty(logs), _ending(running):
         for place in range(workers):
             running[place] = _start(job, place, workers, logs)

@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 Interval = tuple[float, float]
-_HIGHER = {"accuracy": True, "bits_per_byte": False, "loss": False, "mse": False, "perplexity": False}
+_HIGHER = {"accuracy": True, "bits_per_byte": False, "error": False, "loss": False, "mse": False, "perplexity": False}
 
 
 def higher_is_better(metric: str) -> bool:

@@ -114,7 +114,11 @@ def doubts(compared: Sequence[Comparison], points: Sequence[Point]) -> list[str]
         for c in chosen
         if (gone := [rate for rate, valid in c.tried.items() if valid is None])
     ]
+    devices = sorted({str(d) for c in chosen for r in c.results if (d := r.result.get("device"))})
     found = {
+        "Trained on more than one kind of device, whose precision and speed differ": devices
+        if len(devices) > 1
+        else [],
         "The best learning rate is at an end of its grid, and a better one may lie beyond": edges,
         "Without a result": late,
         "Learning rates without a result": rates,
