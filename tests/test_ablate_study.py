@@ -194,6 +194,15 @@ def test_a_cell_holds_all_that_decides_about_it():
 
 
 @pytest.mark.usefixtures("lines")
+def test_a_model_that_a_grid_holds_twice_is_trained_once():
+    place = {"key": "layers.place", "values": ["first", "last"]}
+    points = points_of(load_study(changed(axes={"attention": AXIS, "place": place}, match=None)))
+    twice = {p.name: p.problem for p in points if p.problem}
+    assert set(twice) == {"attention=0 place=last", "attention=1 place=last"} and len(points) == 6
+    assert twice["attention=0 place=last"].startswith("is trained as 'attention=0 place=first'")
+
+
+@pytest.mark.usefixtures("lines")
 def test_a_budget_becomes_steps():
     points = points_of(load_study(changed(train={"batch_size": 4, "accumulate": 2}, budget={"tokens": 1e6})))
     assert {p.train["steps"] for p in points} == {round(1e6 / (8 * 48))}

@@ -48,15 +48,23 @@ def places_of(spec: StudySpec) -> list[dict[str, Any]]:
 def points_of(spec: StudySpec, done: Callable[[int], None] = lambda more: None) -> list[Point]:
     """Return every point of a study, in the order of :func:`places_of`; ``done`` is told of each.
 
-    A point that cannot be built or matched has a ``problem`` that says why; nothing is raised for one.
+    A point that cannot be built or matched has a ``problem`` that says why; nothing is raised for one. So has one that is an earlier point
+    under another name, as models without attention are, wherever it would stand: their trainings would be the same.
 
     Raises:
         ValueError: As :func:`places_of`.
     """
     known: dict[str, _Built] = {}
+    names: dict[str, str] = {}
     points = []
     for at in places_of(spec):
-        points.append(_point(spec, at, known))
+        point = _point(spec, at, known)
+        if point.problem is None:
+            same = json.dumps([point.config, point.task, point.train], sort_keys=True)
+            if (first := names.setdefault(same, point.name)) != point.name:
+                problem = f"is trained as {first!r}, since all of its settings are the same; exclude it"
+                point = Point(point.name, at, {}, point.rates, None, problem, point.task, point.train)
+        points.append(point)
         done(1)
     return points
 

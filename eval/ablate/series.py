@@ -101,7 +101,8 @@ def series_of(comparison: Comparison, points: Sequence[Point], along: Sequence[s
 
 def _is_only(chosen: Chosen, points: Sequence[Point]) -> bool:
     moved = ratio_axes(points)
-    return sum(all(p.axes.get(axis) == chosen.point.axes.get(axis) for axis in moved) for p in points) == 1
+    built = [p for p in points if p.problem is None]
+    return sum(all(p.axes.get(axis) == chosen.point.axes.get(axis) for axis in moved) for p in built) == 1
 
 
 def few(comparison: Comparison, most: int = 6) -> list[Chosen]:
