@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 import hybridzoo as zoo
 from hybridzoo.__main__ import app
+from hybridzoo.eval.ablate import Study
 from hybridzoo.eval.ablate.plan import plan_of, spent
-from hybridzoo.eval.ablate.points import cell_of, points_of
+from hybridzoo.eval.ablate.points import points_of
 from hybridzoo.eval.ablate.schema import list_studies, load_study, written
 from hybridzoo.zoo.errors import ConfigError
 
@@ -177,9 +179,9 @@ def test_axes_set_keys_of_config_task_and_training_and_combinations_are_left_out
 
 @pytest.mark.usefixtures("lines")
 def test_a_cell_holds_all_that_decides_about_it():
-    spec = load_study(changed(measure={"contexts": [64, 128]}))
-    point = points_of(spec)[1]
-    cell = cell_of(spec, point, 1e-3, 2)
+    study = Study(changed(measure={"contexts": [64, 128]}))
+    spec, point, job = study.spec, study.points[1], study._job()
+    cell = job.cell(point, 1e-3, 2)
     assert (cell.study, cell.rate, cell.seed, cell.task, cell.train) == (
         "study",
         1e-3,
@@ -187,7 +189,8 @@ def test_a_cell_holds_all_that_decides_about_it():
         STUDY["task"],
         STUDY["train"],
     )
-    assert (cell.measure, cell_of(spec, point, 1e-3, 2, measure=False).measure) == ({"contexts": [64, 128]}, {})
+    # a model is as fast with any seed
+    assert (job.cell(point, 1e-3, 0).measure, cell.measure) == ({"contexts": [64, 128]}, {})
     assert point.costs.context == 128 and cell.from_plain(json.loads(json.dumps(cell.plain()))) == cell
     cell.task["name"] = "other"
     assert spec.task["name"] == "lines"
@@ -246,7 +249,7 @@ def test_a_plan_adds_up_what_its_cells_cost():
     found = json.loads(json.dumps(plan.plain()))
     assert (found["cells"], found["flops"], found["unmatched"], len(found["points"])) == (plan.cells, plan.flops, 2, 6)
     # what one point took is what it takes, and its speed is that of the others
-    result = Done(cell_of(spec, points[0], 1e-3, 0), seconds=5.0, steps=10, tokens=1920)
+    result = Done(SimpleNamespace(point=points[0]), seconds=5.0, steps=10, tokens=1920)
     timed = plan_of(spec, points, [result])
     assert timed.rows[0].seconds == 5.0 and "from 1 training," in timed.how
     flops = [p.costs.flops if p.costs else 0 for p in points]

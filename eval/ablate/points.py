@@ -15,12 +15,12 @@ from ...zoo.config.resolve import resolve
 from ...zoo.models.build import build
 from ...zoo.models.stats import stats
 from ...zoo.registry import get_mixer
-from .cells import Cell, Costs, Point
+from .cells import Costs, Point
 from .match import Unmatched, nearest_size
 from .schema import StudySpec
 from .sections import check_train, shown
 
-__all__ = ["cell_of", "costs_of", "places_of", "points_of", "rows_of"]
+__all__ = ["costs_of", "places_of", "points_of", "rows_of"]
 
 _MAX_POINTS = 2000
 # of a batch, where a training does not say, as in measure
@@ -67,11 +67,6 @@ def points_of(spec: StudySpec, done: Callable[[int], None] = lambda more: None) 
         points.append(point)
         done(1)
     return points
-
-
-def cell_of(spec: StudySpec, point: Point, rate: float, seed: int, measure: bool = True) -> Cell:
-    """Return the training of a point at a rate and a seed; ``measure`` says whether its speed is measured too."""
-    return Cell(spec.name, point, rate, seed, point.task, point.train, dict(spec.measure) if measure else {})
 
 
 def rows_of(train: Mapping[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -165,8 +165,3 @@ def answers_at_the_end(inputs: np.ndarray, answers: np.ndarray) -> Table:
     labels = np.full(inputs.shape, IGNORED, dtype=np.int32)
     labels[:, inputs.shape[1] - answers.shape[1] :] = answers
     return Table(inputs.astype(np.int32), labels)
-
-
-def sizes_of(task: Any, *names: str) -> Iterator[tuple[str, Any]]:
-    """Give some fields of a task, by name."""
-    yield from ((name, getattr(task, name)) for name in names)

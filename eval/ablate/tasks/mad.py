@@ -92,10 +92,6 @@ class MAD(RowsTask):
         """As of :class:`RowsTask`: a table that is gone through again and again, as in MAD, which counts epochs."""
         return _drawn(self, seed)
 
-    def validation(self) -> Any:
-        """As of :class:`RowsTask`: what is asked is what the test asks."""
-        return super().validation()
-
     def parts(self, part: str) -> Iterable[Part]:
         """As of :class:`RowsTask`."""
         n = self.valid_examples if part == "valid" else self.test_examples
