@@ -1,6 +1,5 @@
 """Pictures with a line for a point: slices of the test and lengths beyond training, speed and memory, losses, and published shapes."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
@@ -13,7 +12,7 @@ from .drawing import MARKS, SOFT, Canvas, bytes_axis, canvas, context_axis, coun
 from .literature import Published, as_loss
 from .pictures import Picture, few_note, laid_over, scaled, score_label
 from .series import few, fraction, has_ratio, short, short_axes
-from .statistics import Chosen, Comparison
+from .statistics import Chosen, Comparison, is_finite
 from .words import shown
 
 __all__ = ["excess", "losses", "relative_to_best", "slice_scores", "slices", "speeds"]
@@ -33,7 +32,7 @@ def slice_scores(chosen: Chosen) -> dict[str, list[float]]:
     for result in chosen.results:
         for name, part in (result.result["test"].get("slices") or {}).items():
             value = part.get(chosen.metric)
-            if _finite(value):
+            if is_finite(value):
                 found.setdefault(name, []).append(float(value))
     return found
 
@@ -168,7 +167,7 @@ def losses(comparison: Comparison) -> Picture | None:
 
 
 def _history(result: Mapping[str, Any]) -> list[tuple[float, float]]:
-    found = [(h["step"], h["loss"]) for h in result.get("history") or [] if _finite(h.get("loss"))]
+    found = [(h["step"], h["loss"]) for h in result.get("history") or [] if is_finite(h.get("loss"))]
     return found[:: max(1, len(found) // _MOST_STEPS)]
 
 
@@ -227,10 +226,6 @@ def _parsed(name: str) -> tuple[str, Any]:
     except ValueError:
         return kind, ", ".join(values)
     return kind, numbers[0] if len(numbers) == 1 else _Places(numbers)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class _Places(tuple):

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .store import Result
 
 __all__ = [
-    "Chosen", "Comparison", "Difference", "best_rate", "choose", "comparisons", "difference", "has_score", "higher_is_better", "score",
+    "Chosen", "Comparison", "Difference", "best_rate", "choose", "comparisons", "difference", "has_score", "higher_is_better", "is_finite",
+    "score",
 ]  # fmt: skip
 
 Interval = tuple[float, float]
@@ -98,7 +99,7 @@ class Chosen:
 
     def measured(self, what: str) -> dict[int, float]:
         """Return a measure of speed or memory by context, empty where it was not taken."""
-        return {row["context"]: row[what] for row in self.speed if _finite(row.get(what))}
+        return {row["context"]: row[what] for row in self.speed if is_finite(row.get(what))}
 
     @property
     def missing_rates(self) -> tuple[float, ...]:
@@ -190,7 +191,7 @@ def score(result: "Result", part: str) -> float:
     if metric not in found:
         raise ValueError(f"{result.path}: its {part!r} score has no {metric!r}, but {', '.join(found) or 'nothing'}.")
     value = found[metric]
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    return float(value) if is_finite(value) else math.nan
 
 
 def has_score(result: "Result") -> bool:
@@ -216,7 +217,7 @@ def best_rate(results: Sequence["Result"]) -> float:
     def order(rate: float) -> tuple[float, ...]:
         value = valid[rate]
         worth = -math.inf if value is None else value if higher else -value
-        losses = [v for r in by_rate[rate] if _finite(v := r.result["valid"].get("loss"))]
+        losses = [v for r in by_rate[rate] if is_finite(v := r.result["valid"].get("loss"))]
         loss = fmean(losses) if losses else math.inf
         return worth, len(by_rate[rate]), -loss, rate not in (grid[0], grid[-1]), -rate
 
@@ -274,7 +275,8 @@ def _t(df: float) -> float:
     return float(stdtrit(df, 0.975))
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a number, and no NaN or infinity."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
