@@ -142,7 +142,8 @@ def bench(
         str,
         typer.Argument(
             help="scan, ssd, attention, train, trainer (zoo train itself), vision (image models), generate (models at growing contexts), "
-            "tutorial (the run of docs/train.md), fields (the picture of docs/vision.md), data or parity; plot draws a result, readme writes the figures of our pages."
+            "tutorial (the run of docs/train.md), fields (the picture of docs/vision.md), data or parity; plot draws a result, readme"
+            " writes the figures of our pages."
         ),
     ],
     file: Annotated[

@@ -177,7 +177,8 @@ class _Memory:
     """The most that is allocated on the device while it is entered, beyond what was before; ``None`` on a CPU."""
 
     def __init__(self, ids: Tensor):
-        self.on_gpu, self.peak_gib = ids.is_cuda, None
+        self.on_gpu = ids.is_cuda
+        self.peak_gib: float | None = None
 
     def __enter__(self) -> "_Memory":
         if self.on_gpu:
