@@ -34,7 +34,7 @@ class ModelOptions:
     device: str | None = option(None, "An object stays where it is.", unset="a GPU if there is one")
     tokenizer: Any = option(None, "A folder, a hub id or an object.", unset="the model's own")
     max_length: int | None = option(None, "Window in tokens.", unset="what the config states")
-    add_bos_token: bool | None = option(None, "As :class:`HybridZooLM`.")
+    add_bos_token: bool | None = option(None, "As ``HybridZooLM``.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
