@@ -187,6 +187,21 @@ def test_training_learns_evaluates_and_goes_on_exactly(tmp_path):
     assert "squared error" in page and "nats" not in page and "perplexity" not in page
 
 
+def test_signs_are_right_or_wrong_and_end_a_training(tmp_path):
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((256, 4, 3)).astype("float32")
+    y = np.where(x[..., :2] > 0, 1.0, -1.0)
+    y[:, 0] = np.nan
+    options = {"steps": 200, "batch_size": 32, "lr": 1e-2, "report_to": "none", "device": "cpu", "eval_every": 10}
+    result = zoo.train(CONFIG | {"layers": "mlp"}, (x, y), tmp_path, val=(x[:32], y[:32]), until=0.95, **options)
+    said = result.model(torch.from_numpy(x[:32])).logits.detach().numpy()[:, 1:]
+    assert result.best["eval_accuracy"] == ((said > 0) == (y[:32, 1:] > 0)).mean() >= 0.95
+    assert result.history[-1]["step"] < 200 and result.history[-1]["step"] == result.best["step"]
+    assert (
+        vectors_from((x, y), zoo.config(CONFIG)).signs and not vectors_from((x, x[..., :2]), zoo.config(CONFIG)).signs
+    )
+
+
 def test_data_that_cannot_be_learned_from_are_refused(tmp_path):
     cfg, (x, y) = zoo.config(CONFIG), (m.numpy() for m in rows())
     nothing = y.copy()

@@ -50,7 +50,7 @@ def training_picture(log: Log) -> str:
     """Return an SVG file with the losses of a run, and its rate of learning below them."""
     panels = [("loss", losses(log))]
     if right := _points(log, "eval_accuracy"):
-        panels.append(("accuracy on held-out images", _accuracies(right)))
+        panels.append((f"accuracy on held-out {_answers(log)}", _accuracies(right)))
     if rates := _points(log, "learning_rate"):
         panels.append(("learning rate", _chart("Learning rate", rates)))
     return picture(headline(log), panels)
@@ -63,9 +63,7 @@ def headline(log: Log) -> str:
     if best_at is not None:
         at, best = best_at
         if right := dict(_points(log, "eval_accuracy")).get(at):
-            return (
-                f"{name}: {right:.2%} of the images that it has not seen are told right, at step {at:,.0f} of {steps:,}"
-            )
+            return f"{name}: {right:.2%} of the {_answers(log)} that it has not seen are told right, at step {at:,.0f} of {steps:,}"
         return f"{name}: {best:.3f} {_loss(log)} of {_data(log)} it has not seen, at step {at:,.0f} of {steps:,}"
     if not read:
         return f"{name}: nothing logged yet"
@@ -123,6 +121,10 @@ def _unit(log: Log) -> str:
 
 def _data(log: Log) -> str:
     return {"images": "images", "vectors": "rows"}.get(_unit(log), "text")
+
+
+def _answers(log: Log) -> str:
+    return "images" if _unit(log) == "images" else "answers"
 
 
 def _loss(log: Log) -> str:
@@ -215,7 +217,9 @@ def _small(log: Log) -> list[str]:
     ]
     cards = []
     if right := _points(log, "eval_accuracy"):
-        cards.append(card("Accuracy", f"<p>On images that are held out, in per cent.</p>{_accuracies(right).html()}"))
+        cards.append(
+            card("Accuracy", f"<p>On {_answers(log)} that are held out, in per cent.</p>{_accuracies(right).html()}")
+        )
     for title, key, note in shown:
         if points := _points(log, key):
             cards.append(card(title, f"<p>{escape(note)}</p>{_chart(title, points, _settled(points)).html()}"))
@@ -239,7 +243,7 @@ def _accuracies(points: Points) -> Chart:
     shares = [(x, 100 * y) for x, y in points]
     low = min(y for _, y in shares[1:] or shares)
     marks = [Mark(*shares[0], "", 0)] if len(shares) == 1 else []
-    label = "Share of right answers on held-out images over the steps"
+    label = "Share of right answers on what is held out, over the steps"
     return line_chart(label, [("", shares)], "", "", (max(0.0, low - 2), 100.0), marks=marks, plot=120)
 
 

@@ -36,8 +36,8 @@ class TrainResult:
             since the last one, in nats per token or image (of vectors, the squared error), and the seconds are those spent training, over
             all sessions, without what an interruption lost. Where there are experts, ``"aux_loss"`` and an ``"expert_load/N"`` for each of
             their layers: the load of the busiest over the mean. Where the step was evaluated, ``"eval_loss"``, in nats per target, and for
-            bytes ``"eval_bits_per_byte"``; of images and of rows with labels ``"eval_accuracy"``, the share of right answers (of a row, on
-            average over rows), and of images from 11 classes on
+            bytes ``"eval_bits_per_byte"``; of images, of rows with labels and of vectors whose targets are signs ``"eval_accuracy"``, the
+            share of right answers (of a row with labels, on average over rows), and of images from 11 classes on
             ``"eval_accuracy_top5"``.
         tokens: Read in all steps; of images or vectors, their number.
         seconds: Spent training, over all sessions.

@@ -30,15 +30,18 @@ class VectorFeed(Feed):
         """As :meth:`Feed.examples`."""
         call = self.options
         call.check_evaluated(call.val)
-        if call.until is not None:
-            raise ValueError(f"train(until={call.until:g}): predicted numbers are not right or wrong. Leave it out.")
         rows = vectors_from(call.data, self.core.cfg)
         if call.val is None:
             return rows, None
         try:
-            return rows, vectors_from(call.val, self.core.cfg)
+            val = vectors_from(call.val, self.core.cfg)
         except ValueError as e:
             raise ValueError(f"val: {str(e).removeprefix('data: ')}") from e
+        if call.until is not None and not val.signs:
+            raise ValueError(
+                f"train(until={call.until:g}): predicted numbers are not right or wrong, but for targets of -1 and 1. Leave it out."
+            )
+        return rows, val
 
     def size(self, examples: VectorExamples) -> int:
         """As :meth:`Feed.size`: an example is a row of vectors."""
@@ -53,18 +56,24 @@ class VectorFeed(Feed):
         return missing(batch["labels"])
 
     def evaluated(self, trainer: Any) -> dict[str, float]:
-        """As :meth:`Feed.evaluated`: the mean squared error over all targets; auxiliary losses are not part of it."""
+        """As :meth:`Feed.evaluated`: the mean squared error over all targets; auxiliary losses are not part of it.
+
+        Where all targets are -1 or 1, ``eval_accuracy`` too, the share of predictions that have their sign.
+        """
         model, examples = trainer.model, trainer.eval_dataset
-        sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+        # sum of squares, targets, right signs
+        sums = torch.zeros(3, dtype=torch.float64, device=trainer.args.device)
         with evaluation_batches(trainer) as batches:
             for batch in batches:
                 found = (self.targets(batch) != IGNORE).sum()
                 out = model(**self.inputs(batch, examples), num_items_in_batch=1)
                 aux_loss, _ = model.reported
                 error = out.loss if aux_loss is None else out.loss - aux_loss * found
-                sums += torch.stack([error.double(), found.double()])
-        error, count = trainer.accelerator.reduce(sums, "sum").tolist()
-        return {"eval_loss": error / count}
+                # 0, as good as either sign, is none of both
+                right = (out.logits.sign() == batch["labels"]).sum()
+                sums += torch.stack([x.double() for x in (error, found, right)])
+        error, count, right = trainer.accelerator.reduce(sums, "sum").tolist()
+        return {"eval_loss": error / count} | ({"eval_accuracy": right / count} if examples.signs else {})
 
     def judged(self, examples: VectorExamples) -> str:
         """As :meth:`Feed.judged`."""

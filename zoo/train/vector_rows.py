@@ -66,14 +66,15 @@ class VectorExamples(Dataset):
         chosen: The numbers of those that are read.
         length: Places of a row.
         digest: Of what all of them hold.
-        about: What there is to say of them, in lines.
         in_order: Whether they are read as they stand, since they are made when they are asked for.
+        signs: Whether every target is -1 or 1, so that an answer is right or wrong; not asked of made rows.
+        about: What there is to say of them, in lines.
         epoch: How often they were gone through.
     """
 
-    def __init__(self, source: Any, chosen: Sequence[int] | np.ndarray, length: int, digest: str):
+    def __init__(self, source: Any, chosen: Sequence[int] | np.ndarray, length: int, digest: str, signs: bool = False):
         self.rows, self.chosen, self.length, self.digest, self.epoch = _Rows(source), chosen, length, digest, 0
-        self.in_order = isinstance(chosen, range)
+        self.in_order, self.signs = isinstance(chosen, range), signs
         self.about = [f"{counted(len(chosen), 'row')} of {length:,} vectors"]
         if (left := len(source) - len(chosen)) > 0:
             self.about.append(f"without a target, left out: {left:,}")
@@ -112,7 +113,8 @@ def vectors_from(data: Any, cfg: Any) -> VectorExamples:
         if not len(chosen):
             raise ValueError("data: no row holds a target; NaN stands for none.")
         digest = f"{digest_rows(inputs)} {digest_rows(labels)}"
-        return VectorExamples(_Pair(inputs, labels), chosen, inputs.shape[1], digest)
+        signs = bool((np.isnan(labels) | (np.abs(labels) == 1)).all())
+        return VectorExamples(_Pair(inputs, labels), chosen, inputs.shape[1], digest, signs)
     if not isinstance(data, MadeRows) or not isinstance(data.digest, str):
         raise ValueError(
             f"data: expected a pair of arrays, (n, l, {cfg.inputs}) and (n, l, {cfg.outputs}), or rows made one by one (MadeRows), got "
