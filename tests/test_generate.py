@@ -262,6 +262,10 @@ def test_nothing_to_add_returns_the_prompts(model):
     assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(ids[:, :0])
+    with pytest.raises(ValueError, match="got a list"):
+        model.generate([[1, 2]])
+    with pytest.raises(TypeError, match="input_ids"):
+        model.generate()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

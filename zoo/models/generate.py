@@ -24,9 +24,11 @@ class GenerateCall(SamplingOptions):
     """Arguments of a call of :func:`generate`, and of :func:`stream`."""
 
     model: Any = option(  # noqa: RUF009  # a field, as the others
-        None, "The language model; its training mode is left as it is, dropout-free models do not care.", kw_only=False
+        dataclasses.MISSING,
+        "The language model; its training mode is left as it is, dropout-free models do not care.",
+        kw_only=False,
     )
-    input_ids: Any = option(None, "``(b, l)`` int64 prompts, ``l >= 1``.", kw_only=False)  # noqa: RUF009
+    input_ids: Any = option(dataclasses.MISSING, "``(b, l)`` int64 prompts, ``l >= 1``.", kw_only=False)  # noqa: RUF009
     max_new_tokens: int | None = option(
         None, "Tokens to add.", unset="100, or what max_length leaves", bound=at_least(0), kw_only=False
     )
@@ -77,9 +79,10 @@ class GenerateCall(SamplingOptions):
     def __post_init__(self):
         super().__post_init__()
         ids = self.input_ids
-        if ids.dim() != 2 or ids.shape[1] == 0:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] == 0:
+            given = tuple(ids.shape) if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
             raise ValueError(
-                f"input_ids: expected shape (b, l) with l >= 1, got {tuple(ids.shape)}. Give every prompt at least one token."
+                f"input_ids: expected a tensor (b, l) with l >= 1, got {given}. Give every prompt at least one token."
             )
         if self.n > 1 and not self.draws:
             raise ValueError(
