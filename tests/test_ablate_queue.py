@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_error_and_leaves_whole_records(tmp_path, monkeypatch
 
 def test_a_folder_that_takes_nothing_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(QueueError, match=r"file/study: the study's folder cannot be used \(Not a directory\).*--out"):
+    with pytest.raises(QueueError, match=r"file/study: cannot be used \(Not a directory\).*--folder"):
         Queue(tmp_path / "file" / "study")
 
 

@@ -1,6 +1,7 @@
 """Files of VMamba and Vim, which hold no config, against plain re-statements of the published structures. Needs no transformers."""
 
 import argparse
+import copy
 import os
 import pickle
 import sys
@@ -88,10 +89,11 @@ def test_logits(kind, dtype, tmp_path):
 @torch.no_grad()
 def test_maps_of_every_stage(small):
     file, theirs = small
-    x = images({})
-    maps = zoo.load(file).forward_features(x, return_stages=True)
+    # values up to 10, in float64: in float32 both are 1e-5 from it, and not on the same side
+    x, theirs = images({}, torch.float64), copy.deepcopy(theirs).double()
+    maps = zoo.load(file).double().forward_features(x, return_stages=True)
     for got, expected in zip(maps, theirs.stages(x), strict=True):
-        torch.testing.assert_close(got, expected.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected.permute(0, 3, 1, 2), atol=1e-9, rtol=1e-9)
 
 
 def check_shipped(theirs, family, name):
@@ -252,12 +254,12 @@ def test_a_detectors_backbone(tmp_path):
     torch.save(
         {"state_dict": backbone | {"neck.conv.weight": torch.zeros(2, 2)}, "meta": {"epoch": 12}}, tmp_path / "x.pth"
     )
-    ours, x = zoo.load(tmp_path / "x.pth"), images({})
-    maps = list(theirs.stages(x))
+    ours, x = zoo.load(tmp_path / "x.pth").double(), images({}, torch.float64)
+    maps = list(theirs.double().stages(x))
     for got, expected in zip(ours.forward_features(x, return_stages=True), maps, strict=True):
-        torch.testing.assert_close(got, expected.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected.permute(0, 3, 1, 2), atol=1e-9, rtol=1e-9)
     # the last stage's norm is the final one
-    torch.testing.assert_close(ours(x).hidden, theirs.outnorm1(maps[-1]).flatten(1, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x).hidden, theirs.outnorm1(maps[-1]).flatten(1, 2), atol=1e-9, rtol=1e-9)
     assert ours.cfg.n_classes == 0
     assert set(ours.load_report.unexpected) == {"outnorm0.weight", "outnorm0.bias", "neck.conv.weight"}
     assert "unexpected, left out" in str(ours.load_report)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels import cross_entropy
+from ...kernels import cross_entropy, seq
 from ...kernels.derivatives import plain, transformed
 from ...kernels.numerics import add_product, product
 from ...kernels.seq import Seq
@@ -115,7 +115,7 @@ def _called_once(hidden: Tensor, head: nn.Module, loss: Callable[[Tensor, Callab
 
 def _asked(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Leave out tokens without a target where they are the most, on a CPU, which need not be asked for their number."""
-    if hidden.device.type != "cpu" or torch.compiler.is_compiling() or transformed() is not None:
+    if not (seq.readable(hidden) and seq.readable(targets)) or transformed() is not None:
         return hidden, targets
     asked = (targets != IGNORE).nonzero().squeeze(1)
     return (hidden[asked], targets[asked]) if 0 < 2 * len(asked) <= len(targets) else (hidden, targets)
