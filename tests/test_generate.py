@@ -203,6 +203,24 @@ def test_a_stream_gives_the_tokens_as_they_come(model):
 
 
 @torch.no_grad()
+def test_looking_less_often_changes_nothing(model, monkeypatch):
+    ids = torch.randint(0, 50, (4, 5))
+    eos = int(model.generate(ids, 40)[1, 12])
+    options = {"eos_token_id": eos, "temperature": 1.5, "seed": 2, "details": True}
+    want, init = model.generate(ids, 40, **options), Decoder.__init__
+
+    def seldom(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.ahead = 16
+
+    monkeypatch.setattr(Decoder, "__init__", seldom)
+    got = model.generate(ids, 40, **options)
+    assert torch.equal(got.sequences, want.sequences) and torch.equal(got.counts, want.counts)
+    assert torch.equal(got.logprobs, want.logprobs) and got.reasons == want.reasons
+    assert [look.tokens.shape[1] for look in model.stream(ids, 40)] == [16, 16, 8]
+
+
+@torch.no_grad()
 def test_slots_are_given_to_new_rows_while_others_go_on(model):
     prompts = [torch.randint(0, 50, (n,)) for n in (4, 9, 2, 6)]
     options = SamplingOptions(temperature=2.0, frequency_penalty=0.4, seed=1)

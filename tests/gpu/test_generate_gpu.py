@@ -53,6 +53,15 @@ def test_a_sample_is_the_same_alone_and_among_others(model):
 
 
 @torch.no_grad()
+def test_an_assistant_changes_no_token(model):
+    model = model.double()
+    ids = torch.randint(1, 256, (2, 9), device="cuda")
+    found = model.generate(ids, 3 * AHEAD, assistant="lookup", details=True)
+    assert torch.equal(found.sequences, model.generate(ids, 3 * AHEAD, record=False))
+    assert found.counts.tolist() == [3 * AHEAD] * 2
+
+
+@torch.no_grad()
 def test_slots_change_under_a_recorded_step():
     torch.manual_seed(0)
     model = zoo.build("jamba-tiny", device="cuda").eval()

@@ -51,6 +51,7 @@ class Decoder:
 
     Attributes:
         how: Words for how steps are taken.
+        ahead: Steps to take before what they chose is looked at.
 
     Raises:
         ValueError: A step is to be recorded that cannot be.
@@ -79,6 +80,7 @@ class Decoder:
         self._keeps_logprobs = logprobs
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self.how, self._records = _how(model, device, record)
+        self.ahead = AHEAD if device.type == "cuda" else 1
         self._graph: Any = None
         self._warm, self._unread = 0, False
 

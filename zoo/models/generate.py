@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..options import at_least, called_with, option
 from ..sampling_options import SamplingOptions
-from .decoder import AHEAD, Chosen, Decoder
+from .decoder import Chosen, Decoder
 from .ends import Ends
 from .prefill import prefill
+from .rows import rectangle
 from .sampling import Sampler, uniforms
 from .speculate import DraftModel, PromptLookup, Speculator
 from .state import ModelState
@@ -185,13 +186,11 @@ def generate(call: GenerateCall) -> Any:
     run = _Run(call, call.details or call.return_state)
     for _ in run.looks():
         pass
-    ends, longest = run.ends, int(run.ends.counts.max()) if len(run.ends.counts) else 0
-    tokens = torch.tensor([row + [call.pad] * (longest - len(row)) for row in ends.tokens], dtype=torch.long)
-    sequences = torch.cat([prompts, tokens.view(len(prompts), longest).to(prompts.device)], 1)
+    ends = run.ends
+    sequences = torch.cat([prompts, rectangle(ends.tokens, call.pad).to(prompts.device)], 1)
     if not call.details and not call.return_state:
         return sequences
-    logprobs = torch.tensor([row + [0.0] * (longest - len(row)) for row in ends.logprobs]).view(len(prompts), longest)
-    return Generation(sequences, ends.counts, logprobs, ends.reasons, run.kept, run.how)
+    return Generation(sequences, ends.counts, rectangle(ends.logprobs, 0.0), ends.reasons, run.kept, run.how)
 
 
 @called_with(GenerateCall)
@@ -228,7 +227,7 @@ class _Run:
         if not call.steps or not len(ends.finished):
             return
         decoder = self._begun()
-        ahead = AHEAD if call.input_ids.is_cuda and not call.return_state else 1
+        ahead = 1 if call.return_state else decoder.ahead
         left = call.steps
         while left and not ends.finished.all():
             steps, before = min(ahead, left), ends.finished.clone()

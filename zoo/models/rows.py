@@ -1,5 +1,6 @@
 """The rows of a batch as a caller describes them: padding, packing, documents."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from ...kernels.seq import Seq, as_tensor
 from .state import ModelState
 
-__all__ = ["describe_rows", "integers", "number_documents"]
+__all__ = ["describe_rows", "integers", "number_documents", "rectangle"]
 
 
 def integers(name: str, ids: Tensor, instead: str = "") -> Tensor:
@@ -17,6 +18,15 @@ def integers(name: str, ids: Tensor, instead: str = "") -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}. Pass token ids{instead}.")
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
+
+
+def rectangle(rows: Sequence[list[Any]], fill: int | float, left: bool = False) -> Tensor:
+    """Return lists of unequal lengths as a tensor ``(b, l)``, int64 or float32 as ``fill`` is, which stands behind them, or in front."""
+    longest = max(map(len, rows), default=0)
+    rest = ([fill] * (longest - len(row)) for row in rows)
+    dtype = torch.long if isinstance(fill, int) else torch.float32
+    whole = [more + row if left else row + more for row, more in zip(rows, rest, strict=True)]
+    return torch.tensor(whole, dtype=dtype).view(len(rows), longest)
 
 
 def describe_rows(

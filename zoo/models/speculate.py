@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .decoder import Chosen, not_finite, refuse
+from .rows import rectangle
 from .state import ModelState
 
 __all__ = ["DraftModel", "Drafter", "PromptLookup", "Speculator"]
@@ -92,7 +93,10 @@ class Speculator:
     Attributes:
         how: Words for how steps are taken.
         forwards: How often the model was called.
+        ahead: As of a :class:`~hybridzoo.zoo.models.decoder.Decoder`: what was accepted is looked at every time.
     """
+
+    ahead = 1
 
     def __init__(
         self, model: Any, state: ModelState, logits: Tensor, prompts: list[list[int]], drafter: Drafter, ends: list[int], pad: int,
@@ -170,12 +174,11 @@ class Speculator:
             logits, self._first = self._first, None
             return logits[:, None, :vocab].float(), None
         read = [self._pending[row] + guess for row, guess in zip(self._rows, guesses, strict=True)]
-        longest = max(map(len, read))
-        ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in read], device=self._device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in read], device=self._device)
+        ids = rectangle(read, self.pad, left=True).to(self._device)
+        mask = rectangle([[1] * len(row) for row in read], 0, left=True)
         self.forwards += 1
         out = self.model(
-            ids, None, None if min(map(len, read)) == longest else mask, state=self.state, return_state=True,
+            ids, None, None if mask.all() else mask.to(self._device), state=self.state, return_state=True,
             logits_to_keep=1 + max(map(len, guesses)),
         )  # fmt: skip
         return out.logits[..., :vocab].float(), out.state
@@ -190,10 +193,9 @@ class Speculator:
         return tokens
 
     def _look(self, tokens: list[list[int]], logprobs: list[list[float]]) -> Chosen:
-        longest = max(map(len, tokens))
         return Chosen(
-            torch.tensor([row + [self.pad] * (longest - len(row)) for row in tokens]),
-            torch.tensor([row + [0.0] * (longest - len(row)) for row in logprobs]),
+            rectangle(tokens, self.pad),
+            rectangle(logprobs, 0.0),
             torch.tensor([len(text) - begin for text, begin in zip(self.texts, self._begins, strict=True)]),
             torch.tensor(self._finished),
         )
