@@ -135,6 +135,12 @@ class Adapter(PreTrainedModel):
     # the auxiliary loss and the routers' statistics of the last call, for which transformers' outputs have no place
     reported: tuple[Tensor | None, list[dict[str, Any]]] = (None, [])
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _fsdp_plan = {  # noqa: RUF012
+        "backbone.embedding": "free_full_weight",
+        "backbone.layers.*": "free_full_weight",
+        "backbone.norm_f": "keep_full_weight",
+        "head": "keep_full_weight",
+    }
 
     def __init__(self, config: HybridZooConfig, core: Model | None = None):
         super().__init__(config)

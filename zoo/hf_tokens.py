@@ -14,13 +14,6 @@ __all__ = ["HybridZooForTokenClassification"]
 class HybridZooForTokenClassification(Adapter):
     """A zoo classifier of tokens as transformers knows it; ``core`` is the model itself."""
 
-    _fsdp_plan = {  # noqa: RUF012
-        "backbone.embedding": "free_full_weight",
-        "backbone.layers.*": "free_full_weight",
-        "backbone.norm_f": "keep_full_weight",
-        "head": "keep_full_weight",
-    }
-
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -25,12 +25,6 @@ class HybridZooForSequenceRegression(Adapter):
     """A zoo model of vectors as transformers knows it; ``core`` is the model itself."""
 
     main_input_name = "inputs"
-    _fsdp_plan = {  # noqa: RUF012
-        "backbone.embedding": "free_full_weight",
-        "backbone.layers.*": "free_full_weight",
-        "backbone.norm_f": "keep_full_weight",
-        "head": "keep_full_weight",
-    }
 
     def forward(
         self,

@@ -28,7 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 _DECIDE = ("kernels", "layers", "zoo", "eval/ablate/tasks", "eval/ablate/measure.py", "eval/tasks/generators.py")
 _KINDS = {".py", ".cu", ".cuh", ".yaml"}
 # pages, tables and commands compute nothing that a cell is judged by
-_SPEAK = ("zoo/report", "zoo/commands.py", "zoo/image_commands.py", "zoo/doctor.py", "zoo/terminal.py")
+_SPEAK = (
+    "zoo/report",
+    "zoo/commands.py",
+    "zoo/image_commands.py",
+    "zoo/text_commands.py",
+    "zoo/doctor.py",
+    "zoo/terminal.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["FOLDER", "check_amounts", "check_metadata", "check_tasks", "names", "sizes", "unknown_task"]
+__all__ = ["FOLDER", "check_amounts", "check_metadata", "check_tasks", "names", "near", "sizes", "unknown_task"]
 
 FOLDER = Path(__file__).resolve().parent
 _TAG = "hybridzoo_recall"
@@ -75,11 +75,12 @@ def unknown_task(task: str) -> str:
     own = {name.removeprefix("hybridzoo_"): name for name in names()}
     # one that begins like ours is not looked for elsewhere
     known = own if task.startswith("hybridzoo") else dict.fromkeys(_in_lm_eval()) | own
-    near = _near(task.removeprefix("hybridzoo_"), known, own)
-    return f"tasks: unknown task {task!r}.{near} Local tasks: {', '.join(names())}; others: `zoo lm-eval ls tasks`."
+    hint = near(task.removeprefix("hybridzoo_"), known, own)
+    return f"tasks: unknown task {task!r}.{hint} Local tasks: {', '.join(names())}; others: `zoo lm-eval ls tasks`."
 
 
-def _near(word: str, known: Iterable[str], names: Mapping[str, str] | None = None) -> str:
+def near(word: str, known: Iterable[str], names: Mapping[str, str] | None = None) -> str:
+    """A ``Did you mean ...?`` sentence with a leading space if one of ``known`` is near to a word, by its name in ``names``; else empty."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {(names or {}).get(close[0], close[0])!r}?" if close else ""
 
@@ -109,7 +110,7 @@ def check_metadata(tasks: Sequence[str], metadata: Any) -> None:
 def _check_size(where: str, key: str, value: Any, known: Mapping[str, Any]) -> None:
     if key not in known:
         listed = ", ".join(known) or "none, the task has no sizes"
-        raise ValueError(f"{where}: no task looks at it.{_near(key, known)} Known here: {listed}.")
+        raise ValueError(f"{where}: no task looks at it.{near(key, known)} Known here: {listed}.")
     kind = type(known[key])
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{where}: is {value!r}, expected {_KINDS.get(kind, kind.__name__)}, such as {known[key]!r}.")

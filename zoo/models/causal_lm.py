@@ -150,10 +150,6 @@ class CausalLM(TextModel):
         # a part of a larger batch adds its part, so that accumulating gradients does not multiply the auxiliary loss
         return loss if aux_loss is None else loss + aux_loss * share_of_items(targets, num_items)
 
-    def hooked(self) -> bool:
-        """Tell whether hooks, or parts without a step of their own, have the whole model called for every token."""
-        return self._hooks.anywhere(self)
-
     def step(self, input_ids: Tensor, state: ModelState) -> Tensor:
         """Decode one token per row: ``(b,)`` int64 to logits ``(b, v)``; ``state`` is updated in place.
 

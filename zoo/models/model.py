@@ -175,6 +175,10 @@ class Model(nn.Module):
         states = None if every is None else tuple(every)
         return Passed(hidden, new_state, self.aux_loss(aux), aux.get("router", []), states)
 
+    def hooked(self) -> bool:
+        """Tell whether hooks, or parts without a step of their own, have the whole model called for every token."""
+        return self._hooks.anywhere(self)
+
     def _step(self, tokens: Tensor, state: ModelState) -> Tensor:
         """Decode one token per row, ``(b, ...)`` as the embedding reads them; ``state`` is updated in place.
 
@@ -183,7 +187,7 @@ class Model(nn.Module):
         Raises:
             RuntimeError: There are hooks, and a CUDA graph is captured, which would not run them again.
         """
-        if not self._hooks.anywhere(self):
+        if not self.hooked():
             return self.head(self.backbone.step(self.backbone.embed(tokens), state))
         if is_captured(tokens):
             raise RuntimeError(

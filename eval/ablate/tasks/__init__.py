@@ -1,10 +1,10 @@
 """Tasks of cells: rows to train on, made from seeds, and the count of what is right."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from ...tasks import near
 from .copying import Copying, SelectiveCopying
 from .in_context import LinearRegression, Parity, Retrieval
 from .induction import Induction
@@ -60,17 +60,12 @@ def task_of(task: Mapping[str, Any]) -> Task:
     given = dict(task)
     name = given.pop("name", None)
     if name not in TASKS:
-        raise ValueError(f"task.name: {name!r} is not known.{_near(str(name), TASKS)} Tasks: {', '.join(TASKS)}.")
+        raise ValueError(f"task.name: {name!r} is not known.{near(str(name), TASKS)} Tasks: {', '.join(TASKS)}.")
     sizes = list(inspect.signature(TASKS[name]).parameters)
     for key in given:
         if key not in sizes:
-            raise ValueError(f"task.{key}: {name} has no such size.{_near(key, sizes)} It has {', '.join(sizes)}.")
+            raise ValueError(f"task.{key}: {name} has no such size.{near(key, sizes)} It has {', '.join(sizes)}.")
     try:
         return TASKS[name](**given)
     except ValueError as e:
         raise ValueError(f"task.{e}") from e
-
-
-def _near(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
