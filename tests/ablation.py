@@ -136,7 +136,7 @@ def postgres(tmp_path_factory):
     """The URL of a database of a server that is started for this, which has to be another user's than root."""
     if not all(map(shutil.which, ("initdb", "pg_ctl", "postgres"))):
         pytest.skip("needs a PostgreSQL server: initdb, pg_ctl and postgres are not all there")
-    pytest.importorskip("psycopg2")
+    pytest.importorskip("psycopg")
     folder = tempfile.mkdtemp(prefix="pg-", dir="/tmp")
     before = []
     if os.geteuid() == 0:
@@ -147,7 +147,7 @@ def postgres(tmp_path_factory):
     data, port = f"{folder}/data", free_port()
     environment = os.environ | {"LC_ALL": "C"}
     made = subprocess.run(
-        [*before, "initdb", "-D", data, "-A", "trust", "-U", "me", "--no-sync"],
+        [*before, "initdb", "-E", "UTF8", "-D", data, "-A", "trust", "-U", "me", "--no-sync"],
         cwd=folder, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if made.returncode:

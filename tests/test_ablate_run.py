@@ -19,7 +19,7 @@ from ablation import a_point, a_study, result_of, said
 from rich.console import Console
 
 import hybridzoo as zoo
-from hybridzoo.eval.ablate import progress, queue, run, worker
+from hybridzoo.eval.ablate import Study, progress, queue, run, worker
 from hybridzoo.eval.ablate.job import Job
 from hybridzoo.eval.ablate.statistics import choose
 from hybridzoo.eval.ablate.store import Store
@@ -420,24 +420,46 @@ def test_a_cell_that_was_finished_meanwhile_is_not_trained(tmp_path):
 
 def test_a_worker_of_other_sources_refuses(tmp_path):
     job = dataclasses.replace(a_study(tmp_path, points())._job(), code="another")
-    with pytest.raises(ValueError, match="sources, foreign mixers or torch of this process are not those"):
+    with pytest.raises(ValueError, match="sources or foreign mixers of this process are not those"):
         worker.work(job)
     assert not (tmp_path / "journal.log").exists()
 
 
-def test_mixers_of_ones_own_are_known_to_workers_and_part_of_the_code(tmp_path):
-    (tmp_path / "my_ablated_mixer.py").write_text(
-        "import hybridzoo as zoo\n\n@zoo.register_mixer('ablated_mine')\nclass Mine(zoo.Mixer):\n"
-        "    def __init__(self, d_model: int):\n        super().__init__()\n"
-    )
-    from hybridzoo.eval.ablate.store import code_digest
+def test_mixers_of_ones_own_are_known_to_workers_and_part_of_what_has_them(tmp_path):
     from hybridzoo.zoo import registry
 
-    before = code_digest.__wrapped__()
+    file = tmp_path / "my_ablated_mixer.py"
+    file.write_text(
+        "import hybridzoo as zoo\nfrom hybridzoo.layers.mamba import Mamba\n\n"
+        "@zoo.register_mixer('ablated_mine')\nclass Mine(Mamba):\n    pass\n"
+    )
+    study = {
+        "question": "Which?",
+        "base": "mamba-tiny",
+        "axes": {"mixer": {"key": "mixers.mamba.type", "values": ["mamba", "ablated_mine"]}},
+        "task": {"name": "mqar"},
+        "train": {"steps": 2},
+        "rates": {"default": [1e-3]},
+    }
+
+    def job():
+        return Study(study, folder=tmp_path)._job()
+
+    def keys():
+        return [made.cell(point, 1e-3, 0).key("code") for point in made.points]
+
+    made = Study(study | {"axes": {"mixer": {"key": "mixers.mamba.type", "values": ["mamba"]}}}, folder=tmp_path)._job()
+    (alone,) = keys()
     try:
-        zoo.import_mixers(tmp_path / "my_ablated_mixer.py")
-        assert code_digest.__wrapped__() != before
-        assert str((tmp_path / "my_ablated_mixer.py").resolve()) in a_study(tmp_path, points())._job().imports
+        zoo.import_mixers(file)
+        made = job()
+        before = keys()
+        assert not made.points[1].problem and before[0] == alone and str(file.resolve()) in made.imports
+        file.write_text(file.read_text() + "\n# changed\n")
+        with pytest.raises(ValueError, match="sources or foreign mixers of this process"):
+            worker.check_code(made)
+        made = job()
+        assert keys()[0] == alone and keys()[1] != before[1]
     finally:
         registry._entries.pop("ablated_mine", None)
 

@@ -44,6 +44,7 @@ class Point:
         problem: Why it cannot be built or matched; nothing of it is trained.
         task: ``{"name": ..., sizes}``, which an axis may have set a part of.
         train: Options of its trainings, likewise.
+        foreign: Digests of the modules besides ours that register mixers of it, by their names.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Point:
     problem: str | None = None
     task: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    foreign: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Cell:
         Studies that hold the same cell share it, so neither the study's name nor the point's is part of it. Nor is the device, which every
         process of a study would have to have in common: a result says its own, and the report tells if they differ.
         """
-        decides = [self.point.config, self.rate, self.seed, self.task, self.train, self.measure, code]
+        point = self.point
+        decides = [point.config, self.rate, self.seed, self.task, self.train, self.measure, code, point.foreign]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
     def plain(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .cells import Costs, Point
 from .match import Unmatched, nearest_size
 from .schema import StudySpec
 from .sections import check_train, shown
+from .store import foreign_digests
 
 __all__ = ["costs_of", "places_of", "points_of", "rows_of"]
 
@@ -131,17 +132,18 @@ def _point(spec: StudySpec, axes: dict[str, Any], known: dict[str, "_Built"]) ->
             tokens = rows_of(train) * making.length
             train["steps"] = max(1, round(amount / (tokens * (made.costs.flops if kind == "flops" else 1))))
         check_train(train)
-        return Point(name, axes, made.config, rates, made.costs, None, task, train)
+        return Point(name, axes, made.config, rates, made.costs, None, task, train, made.foreign)
     except _WRONG as e:
         return Point(name, axes, {}, tuple(spec.rates["default"]), None, str(e), task, train)
 
 
 class _Built(NamedTuple):
-    """A model: its resolved config as plain data, the types of its sequence mixers with a plus between, and what it costs."""
+    """A model: its resolved config, the types of its sequence mixers with a plus between, its costs, and digests of foreign modules."""
 
     config: dict[str, Any]
     architecture: str
     costs: Costs
+    foreign: dict[str, str]
 
 
 class _Making:
@@ -168,9 +170,10 @@ class _Making:
         if key not in self.known:
             resolved = resolve(data)
             config: Any = OmegaConf.to_container(resolved.config)
-            parts = [part for spec in resolved.specs for _, part, _ in spec.parts]
-            kinds = {part["type"] for part in parts if get_mixer(part["type"], "mixers").cls.mixes_tokens}
-            self.known[key] = _Built(config, "+".join(sorted(kinds)), costs_of(resolved, self.length, self.context))
+            types = {part["type"] for spec in resolved.specs for _, part, _ in spec.parts}
+            mixing = "+".join(sorted(kind for kind in types if get_mixer(kind, "mixers").cls.mixes_tokens))
+            costs = costs_of(resolved, self.length, self.context)
+            self.known[key] = _Built(config, mixing, costs, foreign_digests(types))
         return self.known[key]
 
     def size(self) -> int | None:

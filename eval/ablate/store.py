@@ -21,7 +21,7 @@ from ...zoo.checkpoint.publish import write_whole
 from ...zoo.train.manifest import plain, read_json
 from .cells import Cell
 
-__all__ = ["Failure", "Result", "Store", "code_digest", "foreign_modules"]
+__all__ = ["Failure", "Result", "Store", "code_digest", "foreign_digests", "foreign_modules"]
 
 RESULT, LOG = "result.json", "log.txt"
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,19 +164,34 @@ def _check(result: Any, name: str) -> None:
 
 @functools.cache
 def code_digest() -> str:
-    """Return a digest of what decides about the numbers of a cell besides the cell: our sources, those of foreign mixers, and torch.
+    """Return a digest of what decides about the numbers of a cell besides the cell: our sources.
 
-    Of a foreign mixer it is the file that registers it, not what that file imports.
+    Neither torch's version nor the device is part of it: a result says its own, and the report tells if they differ. So what was trained
+    on a cluster is read on a laptop.
     """
-    import torch
-
     files = {f for place in _DECIDE for f in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*"))}
     names = {str(f.relative_to(ROOT).as_posix()): f for f in files if f.suffix in _KINDS}
     decide = {name: f for name, f in names.items() if not name.startswith(_SPEAK)}
-    total = hashlib.sha256(torch.__version__.encode())
-    for name, file in sorted((decide | foreign_modules()).items()):
-        total.update(f"\n{name} {hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ''}".encode())
+    total = hashlib.sha256()
+    for name, file in sorted(decide.items()):
+        total.update(f"\n{name} {_digest(file)}".encode())
     return total.hexdigest()[:16]
+
+
+def foreign_digests(types: Iterable[str] | None = None) -> dict[str, str]:
+    """Return digests of the modules besides ours that have registered mixers of these types, or any, by the modules' names.
+
+    Each is of the file that registers the mixer, not of what that file imports.
+    """
+    from ...zoo.registry import get_mixer
+
+    modules = foreign_modules()
+    used = modules if types is None else {get_mixer(kind, "mixers").cls.__module__ for kind in types}
+    return {name: _digest(modules[name]) for name in sorted(modules.keys() & used)}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def foreign_modules() -> dict[str, Path]:

@@ -27,7 +27,7 @@ from .job import Job
 from .journal import QueueError
 from .queue import Queue, Taken
 from .statistics import score
-from .store import LOG, Store, code_digest
+from .store import LOG, Store, code_digest, foreign_digests
 
 __all__ = ["DEVICE_LOST", "DeviceLost", "main", "work"]
 
@@ -83,10 +83,11 @@ def work(job: Job, stop: Callable[[], bool] = lambda: False) -> None:
 
 
 def check_code(job: Job) -> None:
-    """Raise a ValueError if this process has other sources, or another torch, than the one that made the job."""
-    if code_digest() != job.code:
+    """Raise a ValueError if this process has other sources, or other foreign mixers, than the one that made the job."""
+    asked = {item for point in job.points for item in point.foreign.items()}
+    if code_digest() != job.code or not asked <= foreign_digests().items():
         raise ValueError(
-            "the sources, foreign mixers or torch of this process are not those of the one that has started it. Start the study again, "
+            "the sources or foreign mixers of this process are not those of the one that has started it. Start the study again, "
             "on all hosts with the same version."
         )
 
