@@ -1,0 +1,33 @@
+"""A million tokens through a small model on a GPU, in the memory of one chunk."""
+
+import time
+
+import pytest
+import torch
+
+import hybridzoo as zoo
+
+pytestmark = pytest.mark.gpu
+LONG = 2**20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba-130m", "mamba2-130m"])
+def test_a_million_tokens_take_two_gibibytes_beside_the_weights_and_are_read_as_fast(name):
+    model = zoo.build(name, device="cuda", dtype=torch.bfloat16).eval()
+    ids = torch.randint(0, model.cfg.vocab_size, (1, LONG), device="cuda")
+
+    def seconds(length):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        model.generate(ids[:, :length], 1)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    seconds(2**14)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    long = seconds(LONG)
+    assert torch.cuda.max_memory_allocated() - before < 2 * 2**30
+    # 64 chunks, each as fast as one alone
+    assert long < 1.5 * min(seconds(2**14) for _ in range(5)) * LONG / 2**14
