@@ -18,6 +18,7 @@ from hybridzoo.eval.ablate.plan import plan_of, spent
 from hybridzoo.eval.ablate.points import points_of
 from hybridzoo.eval.ablate.schema import list_studies, load_study, written
 from hybridzoo.zoo.errors import ConfigError
+from hybridzoo.zoo.tables import in_bytes
 
 
 @pytest.fixture
@@ -259,6 +260,17 @@ def test_a_plan_adds_up_what_its_cells_cost():
 
 def zoo_(*words):
     return CliRunner().invoke(app, ["ablate", *words])
+
+
+def test_the_plan_of_a_study_of_tasks_of_several_lengths_says_what_each_leaves_behind():
+    plan = plan_of(load_study("in-context", "smoke"))
+    lengths = {row.point.costs.context for row in plan.rows}
+    table = plan.table()
+    heads = [column.header for column in table.columns]
+    assert len(lengths) == 2 and "state at its length" in heads and table.row_count == len(plan.rows)
+    cells = list(table.columns[heads.index("state at its length")].cells)
+    want = [in_bytes(row.state_bytes[row.point.costs.context]) for row in plan.rows]
+    assert cells == want and len(set(want)) > 2
 
 
 @pytest.mark.usefixtures("lines")

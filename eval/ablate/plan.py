@@ -89,15 +89,19 @@ class Plan:
 
     def table(self) -> Table:
         """The points that can be trained, for a terminal."""
-        context = next((point.costs.context for point in self.points if point.costs), 0)
-        lengths = sorted({context, *LENGTHS} - {0})
-        states = [f"state at {length:,}" for length in lengths]
+        contexts = {point.costs.context for point in self.points if point.costs}
+        # tasks of several lengths in one study: what each row leaves behind at its own
+        several = len(contexts) > 1
+        lengths = sorted({*LENGTHS} if several else {*contexts, *LENGTHS})
+        at = [f"state at {length:,}" for length in lengths]
+        states = ["state at its length", *at] if several else at
         heads = ["parameters", "active", "FLOPs/token", *states, "attention", "of blocks", "steps", "cells", "time"]
         table = columns("point", *heads, left=1)
         for row in self.rows:
             if (costs := row.point.costs) is None:
                 continue
-            states = [in_bytes(row.state_bytes[length]) or "0 B" for length in lengths]
+            asked = [costs.context, *lengths] if several else lengths
+            states = [in_bytes(row.state_bytes[length]) or "0 B" for length in asked]
             of_mixers = "" if costs.attention_of_mixers is None else f"{costs.attention_of_mixers:.1%}"
             sizes = (in_units(costs.params, "B"), in_units(costs.active_params, "B"), in_units(costs.flops))
             shares = (of_mixers, f"{costs.attention_of_blocks:.1%}")
