@@ -122,6 +122,7 @@ def every_point(comparison: Comparison) -> Picture:
         on.axes.set(xlabel=score_label(comparison.metric), ylim=(len(rows) - 0.5, -0.6), yticks=[])
         on.axes.spines["left"].set_visible(False)
         _limits(on, comparison, across=False)
+        on.axes.locator_params(axis="x", nbins=6)  # numbers of five digits beside each other
         svg = on.svg(f"{score_label(comparison.metric)} of every point")
     note = (
         f"Every point at its best learning rate. Colours tell apart {kinds[0]}."
