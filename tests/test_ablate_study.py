@@ -371,3 +371,11 @@ def test_the_literature_that_studies_name_is_there():
     for name, scale in _shipped():
         for entry in load_study(name, scale).report["literature"]:
             assert literature.literature(entry)
+
+
+def test_a_report_of_nothing_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = zoo_("report", "recall-ratio", "--scale", "smoke")
+    said = "nothing of recall-ratio, smoke, is trained yet. Run zoo ablate run first."
+    assert ran.exit_code == 1 and said in ran.stderr.replace("\n", " ")
+    assert not list(tmp_path.rglob("report.html"))

@@ -132,6 +132,10 @@ def report(
     from .study import Study
 
     opened = Study(study, scale, folder=folder, storage=storage)
+    if not opened.results() and not opened.failures():
+        raise ValueError(
+            f"{opened.folder}: nothing of {opened.spec.name}, {opened.spec.scale}, is trained yet. Run zoo ablate run first."
+        )
     page = opened.report(out)
     if as_json:
         return print_json({"report": str(page)})
