@@ -157,7 +157,7 @@ class Attention(Mixer):
         qkv, conv = self._project(x), None
         if self.conv1d is not None:
             qkv, conv = self.conv1d(qkv, None if state is None else state.conv, seq, return_state)
-        past = state if state is not None and state.bound != 0 else None
+        past = state if state is not None and state.used else None
         pos = torch.arange(x.shape[1], device=x.device)  # (l,) or (b, l)
         if seq is not None and seq.packed:
             pos = seq.pos
@@ -318,7 +318,7 @@ class Attention(Mixer):
         k, v = (zeros(batch, cap, self.nheads_kv, self.headdim) for _ in "kv")
         pos, length = torch.full((batch, cap), -1, device=device), zeros(batch, dtype=torch.long)
         conv = None if self.conv1d is None else zeros(batch, self.d_conv - 1, self.d_qkv)
-        return AttentionState(k, v, pos, length, conv, bound=0)
+        return AttentionState(k, v, pos, length, conv, bound=0, window=self.window or 0)
 
     def flops(self, seq_len: int) -> int:
         """FLOPs per token, 2 per multiply-add: projections, convolution, scores and values.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..kernels import checks
 from ..kernels.seq import Seq
 from .common import Device, Dtype
-from .state import State, copy_state, map_state, nbytes_of, paired, shapes, tree
+from .state import State, copy_state, each_state, map_state, nbytes_of, paired, put_together, shapes, take_apart, tree
 
 __all__ = [
     "Aux",
@@ -24,10 +24,13 @@ __all__ = [
     "Sharing",
     "State",
     "copy_state",
+    "each_state",
     "map_state",
     "nbytes_of",
     "paired",
+    "put_together",
     "shapes",
+    "take_apart",
     "tree",
 ]
 

@@ -8,8 +8,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Seq, State
+from .common import is_captured
 
-__all__ = ["AttentionState", "remember"]
+__all__ = ["AttentionMark", "AttentionState", "remember"]
+
+
+@dataclass
+class AttentionMark(State):
+    """A place in a sequence to go back to: its length alone, unless later tokens overwrite earlier ones' slots under a window.
+
+    Attributes:
+        length: ``(b,)`` int64.
+        conv: As in the state.
+        k, v, pos: As in the state under a window; ``None`` without one.
+        slots: The slots that the state had, and its ``bound``.
+    """
+
+    length: Tensor
+    conv: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    pos: Tensor | None
+    slots: int
+    bound: int
+
+    def take(self, rows: Tensor, other: "AttentionMark") -> None:
+        """As :meth:`State.take`, from one that is no later."""
+        super().take(rows, other.padded(self.slots))
+
+    def padded(self, slots: int) -> "AttentionMark":
+        """The same with more slots under a window, which are empty."""
+        if self.k is None or self.v is None or self.pos is None or slots <= self.slots:
+            return self
+        k, v, pos = _grown(self.k, self.v, self.pos, slots - self.slots)
+        return replace(self, k=k, v=v, pos=pos, slots=slots)
 
 
 @dataclass
@@ -25,6 +57,7 @@ class AttentionState(State):
         length: ``(b,)`` int64, tokens seen.
         conv: ``(b, d_conv - 1, (h + 2 h_kv) p)``, the last inputs of the convolution; ``None`` without one.
         bound: An upper bound of ``length`` that is known without asking the device, -1 if there is none; 0 means empty.
+        window: The most tokens that are looked at; 0 for all.
     """
 
     k: Tensor
@@ -33,12 +66,14 @@ class AttentionState(State):
     length: Tensor
     conv: Tensor | None = None
     bound: int = -1
+    window: int = 0
 
     @property
     def used(self) -> int:
         """The slots that may be taken are those below this."""
+        # a replayed graph moves on without the bound
         cap = self.k.shape[1]
-        return cap if self.bound < 0 else min(self.bound, cap)
+        return cap if self.bound < 0 or is_captured(self.k) else min(self.bound, cap)
 
     @property
     def longest(self) -> int:
@@ -64,6 +99,41 @@ class AttentionState(State):
             mine.index_copy_(0, rows, theirs)
         self.bound = -1 if min(self.bound, other.bound) < 0 else max(self.bound, other.bound)
 
+    def take(self, rows: Tensor, other: "AttentionState") -> None:
+        """As :meth:`State.take`; slots that this one has not are made, but while a graph is captured: there they must be empty."""
+        cap = self.k.shape[1]
+        if (more := other.k.shape[1] - cap) > 0:
+            if is_captured(self.k):
+                other = replace(other, k=other.k[:, :cap], v=other.v[:, :cap], pos=other.pos[:, :cap])
+            else:
+                self._grow(more)
+        super().take(rows, other)
+        self.bound = -1 if min(self.bound, other.bound) < 0 else max(self.bound, other.bound)
+
+    def mark(self) -> AttentionMark:
+        """As :meth:`State.mark`."""
+        kept = (t.clone() if self.window else None for t in (self.k, self.v, self.pos))
+        conv = None if self.conv is None else self.conv.clone()
+        return AttentionMark(self.length.clone(), conv, *kept, self.k.shape[1], self.bound)
+
+    def back(self, mark: AttentionMark, rows: Tensor | None = None) -> None:  # type: ignore[override]
+        """As :meth:`State.back`: the keys and values behind the mark are cut off, and those that a window has overwritten are back."""
+        if mark.k is None:
+            length = mark.length if rows is None else torch.where(rows, mark.length, self.length)
+            gone = self.pos >= length[:, None]
+            # an empty slot is read with weight zero: it must not hold NaN
+            self.k.masked_fill_(gone[..., None, None], 0)
+            self.v.masked_fill_(gone[..., None, None], 0)
+            self.pos.masked_fill_(gone, -1)
+        elif rows is not None:
+            mark = mark.padded(self.k.shape[1])
+        if rows is None:
+            if self.k.shape[1] > mark.slots:
+                # as many as there were, since sums over more of them may be rounded otherwise
+                self.k, self.v, self.pos = (t[:, : mark.slots].clone() for t in (self.k, self.v, self.pos))
+            self.bound = mark.bound
+        super().back(mark, rows)
+
     def piece(self, start: int) -> "AttentionState":
         """As :meth:`State.piece`: the keys and values of these tokens alone, unless a window has put them into earlier ones' slots."""
         end = self.longest
@@ -84,8 +154,7 @@ class AttentionState(State):
         return new
 
     def _grow(self, more: int) -> None:
-        self.k, self.v = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k, self.v))
-        self.pos = F.pad(self.pos, (0, more), value=-1)
+        self.k, self.v, self.pos = _grown(self.k, self.v, self.pos, more)
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Store one token per row, ``(b, 1, h_kv, p)``, in place; ``length`` is still without it."""
@@ -103,8 +172,7 @@ class AttentionState(State):
         """
         cap = self.k.shape[1]
         wraps = window is not None and cap >= window
-        capturing = self.k.is_cuda and torch.cuda.is_current_stream_capturing()
-        if capturing or torch.compiler.is_compiling():
+        if is_captured(self.k) or torch.compiler.is_compiling():
             if not wraps and self.bound >= cap:
                 raise RuntimeError(
                     f"Attention.step: all {cap} slots of the state may be taken, and a captured graph cannot add any. "
@@ -121,6 +189,10 @@ class AttentionState(State):
                 self._grow(more)
         if self.bound >= 0:
             self.bound = bound + 1
+
+
+def _grown(k: Tensor, v: Tensor, pos: Tensor, more: int) -> tuple[Tensor, Tensor, Tensor]:
+    return F.pad(k, (0, 0, 0, 0, 0, more)), F.pad(v, (0, 0, 0, 0, 0, more)), F.pad(pos, (0, more), value=-1)
 
 
 def remember(
@@ -158,7 +230,7 @@ def remember(
         # an empty slot is read with weight zero: it must not hold another document's NaN
         empty = (pos < 0)[..., None, None]
         k, v = k.masked_fill(empty, 0.0), v.masked_fill(empty, 0.0)
-    return AttentionState(k, v, pos.clamp(min=-1), past + new, conv, bound)
+    return AttentionState(k, v, pos.clamp(min=-1), past + new, conv, bound, window or 0)
 
 
 def _capacity(state: AttentionState | None, length: int, window: int | None) -> tuple[int, int]:
@@ -167,7 +239,9 @@ def _capacity(state: AttentionState | None, length: int, window: int | None) -> 
         return min(length, window or length), length
     cap, bound = state.k.shape[1], state.bound
     limit = window or cap + length
-    if cap < limit and bound and (bound < 0 or bound + length > cap) and not torch.compiler.is_compiling():
+    if is_captured(state.k):
+        bound = -1
+    elif cap < limit and bound and (bound < 0 or bound + length > cap) and not torch.compiler.is_compiling():
         bound = state.longest
     if bound < 0:
         return min(cap + length, limit), -1

@@ -4,10 +4,22 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["State", "copy_state", "map_state", "nbytes_of", "paired", "shapes", "tree"]
+__all__ = [
+    "State",
+    "copy_state",
+    "each_state",
+    "map_state",
+    "nbytes_of",
+    "paired",
+    "put_together",
+    "shapes",
+    "take_apart",
+    "tree",
+]
 
 
 def tree(cls: type) -> None:
@@ -88,6 +100,24 @@ class State:
         for name, mine in self.tensors():
             mine.index_copy_(0, rows, getattr(other, name))
 
+    def take(self, rows: Tensor, other: Self) -> None:
+        """Take over another state's values in place, in the rows where ``rows``, ``(b,)`` bool, is true; nobody waits for a device."""
+        for name, mine in self.tensors():
+            mine.copy_(_rows_of(rows, getattr(other, name), mine))
+
+    def mark(self) -> "State":
+        """Return what :meth:`back` needs to go back to here, however many steps later; here, a copy: what was overwritten is gone."""
+        return self.map(Tensor.clone)
+
+    def back(self, mark: "State", rows: Tensor | None = None) -> None:
+        """Be again as at a mark, in place and bit for bit, in all rows or where ``rows``, ``(b,)`` bool, is true; the mark stays good."""
+        for name, theirs in mark.tensors():
+            mine = getattr(self, name)
+            if mine.shape != theirs.shape:
+                setattr(self, name, theirs.clone())
+            else:
+                mine.copy_(theirs if rows is None else _rows_of(rows, theirs, mine))
+
     def piece(self, start: int) -> Self:
         """Return what tokens from number ``start`` on have left behind, for :meth:`joined`; here, all: they went into one state."""
         return self
@@ -98,11 +128,18 @@ class State:
         return pieces[-1].map(lambda t: t.clone())
 
 
+def _rows_of(rows: Tensor, theirs: Tensor, mine: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *(1,) * (mine.dim() - 1)), theirs.to(mine.dtype), mine)
+
+
+def each_state(state: Any, fn: Callable[[State], Any]) -> Any:
+    """Apply ``fn`` to a state, or to every one in tuples."""
+    return fn(state) if isinstance(state, State) else tuple(each_state(s, fn) for s in state)
+
+
 def map_state(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """Apply ``fn`` to every tensor of a state, a tuple of states, or ``()``: ``map_state(s, lambda t: t[rows])`` reorders a batch."""
-    if isinstance(state, State):
-        return state.map(fn)
-    return tuple(map_state(s, fn) for s in state)
+    return each_state(state, lambda s: s.map(fn))
 
 
 def paired(a: Any, b: Any) -> Iterator[tuple[State, State]]:
@@ -125,3 +162,26 @@ def nbytes_of(state: Any) -> int:
     if isinstance(state, State):
         return sum(t.numel() * t.element_size() for _, t in state.tensors())
     return sum(nbytes_of(s) for s in state)
+
+
+def take_apart(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The structure of a state as JSON has words for it; its tensors go into ``tensors``, under names that begin with ``name``."""
+    if not isinstance(state, State):
+        return [take_apart(s, f"{name}.{i}", tensors) for i, s in enumerate(state)]
+    plain = {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, Tensor):
+            tensors[f"{name}.{field.name}"] = value
+        else:
+            plain[field.name] = value
+    return {"kind": type(state).__name__, "plain": plain}
+
+
+def put_together(about: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The state that :func:`take_apart` has taken apart."""
+    if isinstance(about, list):
+        return tuple(put_together(part, f"{name}.{i}", tensors) for i, part in enumerate(about))
+    kind = State.kinds[about["kind"]]
+    fields = {field.name for field in dataclasses.fields(kind)} - about["plain"].keys()
+    return kind(**about["plain"], **{field: tensors[f"{name}.{field}"] for field in fields})

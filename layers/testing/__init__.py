@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..base import Mixer
-from . import module, sequence  # noqa: F401  they fill the table
+from . import module, sequence, states  # noqa: F401  they fill the table
 from .case import PROMISES, Case
 from .faults import Fault, diagnose
 from .module import counted_flops

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ...layers.base import Mixer, Seq
+from ...layers.base import Mixer, Seq, copy_state
 from ...layers.common import is_captured
 from ...layers.moe import balance_loss
 from ..config.resolve import resolve
@@ -187,6 +187,7 @@ class Model(nn.Module):
         Raises:
             RuntimeError: There are hooks, and a CUDA graph is captured, which would not run them again.
         """
+        state.before_step()
         if not self.hooked():
             return self.head(self.backbone.step(self.backbone.embed(tokens), state))
         if is_captured(tokens):
@@ -196,7 +197,8 @@ class Model(nn.Module):
         # a backward needs what the forward has read, and the state is about to change
         before = state.clone() if torch.is_grad_enabled() else state
         out = self(tokens.unsqueeze(1), state=before, return_state=True)
-        state.copy_(out.state)
+        copy_state(state.layers, out.state.layers)
+        state.tokens.copy_(out.state.tokens)
         return out.logits.squeeze(1)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:

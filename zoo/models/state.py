@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -13,9 +13,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...layers.base import State, copy_state, map_state, nbytes_of, paired, shapes, tree
+from ...layers.base import (
+    State,
+    copy_state,
+    each_state,
+    map_state,
+    nbytes_of,
+    paired,
+    put_together,
+    shapes,
+    take_apart,
+    tree,
+)
 from ..config.stages import pattern_of
 from ..errors import CheckpointError
+from .marks import Mark, Marks
 
 __all__ = ["ModelState", "StateCache"]
 
@@ -31,6 +43,7 @@ class ModelState:
 
     layers: tuple[Any, ...]
     tokens: Tensor
+    _marks = cast(Marks | None, None)  # no field: marks stay with the state that they were taken of
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "ModelState":
         """A new state with ``fn`` applied to every tensor; the batch is the first dimension of each."""
@@ -53,6 +66,59 @@ class ModelState:
         for mine, theirs in paired(self.layers, other.layers):
             mine.put(rows, theirs)
         self.tokens.index_copy_(0, rows, other.tokens)
+        if self._marks is not None:
+            self._marks.void(rows)
+
+    def take(self, rows: Tensor, other: "ModelState") -> None:
+        """Take over another state's values in place where ``rows``, ``(b,)`` bool, is true: rows that it has read on.
+
+        It must be what a forward has made of this one, with room for the same number of tokens: marks stay good, and nobody waits for
+        a device.
+        """
+        for mine, theirs in paired(self.layers, other.layers):
+            mine.take(rows, theirs)
+        self.tokens.copy_(torch.where(rows, other.tokens, self.tokens))
+
+    def mark(self) -> Mark:
+        """Return a mark to go :meth:`back` to, however many steps later: copies of what recurrent layers keep, of attention the length."""
+        self._marks = self._marks or Marks()
+        return self._marks.new(self)
+
+    def back(self, mark: Mark, rows: Tensor | None = None) -> None:
+        """Go back to a mark of this state, in place and bit for bit.
+
+        Args:
+            mark: As often as you like, until the state has gone back to before it.
+            rows: ``(b,)`` bool, the rows that go back; the others stay where they are. By default all.
+
+        Raises:
+            ValueError: A mark of another state, or of a way that a row has left.
+        """
+        self._marks = self._marks or Marks()
+        self._marks.back(self, mark, rows)
+
+    def keep(self, most: int) -> None:
+        """Let up to ``most`` of the coming steps (``model.step``) be taken back, by :meth:`roll_back`; each then costs a :meth:`mark`.
+
+        Raises:
+            ValueError: ``most`` is negative.
+        """
+        self._marks = self._marks or Marks()
+        self._marks.keep(most)
+
+    def roll_back(self, steps: int | Tensor) -> None:
+        """Take back the last steps in place and bit for bit: a number of them, or of each row its own, ``(b,)`` integers.
+
+        Raises:
+            ValueError: More of them than are kept.
+        """
+        self._marks = self._marks or Marks()
+        self._marks.roll_back(self, steps)
+
+    def before_step(self) -> None:
+        """Make ready for a step; models call it."""
+        if self._marks is not None:
+            self._marks.before_step(self)
 
     def piece(self, start: int) -> "ModelState":
         """Return what tokens from number ``start`` on left behind: of attention keys and values, of a recurrent layer its state."""
@@ -66,7 +132,7 @@ class ModelState:
 
     def restarted(self, rows: Tensor) -> "ModelState":
         """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token."""
-        return ModelState(_restarted(self.layers, rows), self.tokens.masked_fill(rows, 0))
+        return ModelState(each_state(self.layers, lambda layer: layer.restarted(rows)), self.tokens.masked_fill(rows, 0))
 
     def save(self, path: str | Path, model: Any = None) -> None:
         """Write the state to a ``.safetensors`` file, whole or not at all; with its ``model``, another one's is told from it when read.
@@ -77,9 +143,9 @@ class ModelState:
         from ..checkpoint.publish import whole_file, why_unwritten
 
         tensors: dict[str, Tensor] = {"tokens": self.tokens}
-        about = [_take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)]
+        about = [take_apart(layer, f"layers.{i}", tensors) for i, layer in enumerate(self.layers)]
         kept = {name: t.detach().contiguous() for name, t in tensors.items()}
-        said = {"format": "hybridzoo state 1", "layers": json.dumps(about)} | ({} if model is None else _named(model))
+        said = {"format": "hybridzoo state 2", "layers": json.dumps(about)} | ({} if model is None else _named(model))
         path = Path(path)
         try:
             with whole_file(path) as temporary:
@@ -99,8 +165,8 @@ class ModelState:
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 about = file.metadata() or {}
-                if about.get("format") != "hybridzoo state 1":
-                    raise CheckpointError(f"{path}: is no saved state. Write one with ModelState.save.")
+                if about.get("format") != "hybridzoo state 2":
+                    raise CheckpointError(f"{path}: is no saved state of this version. Write one with ModelState.save.")
                 if model is not None and "config" in about and about["config"] != _named(model)["config"]:
                     raise CheckpointError(
                         f"{path}: is the state of a model of another config ({about['pattern']}; this one is {_named(model)['pattern']}). "
@@ -108,7 +174,7 @@ class ModelState:
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             layers = tuple(
-                _put_together(layer, f"layers.{i}", tensors) for i, layer in enumerate(json.loads(about["layers"]))
+                put_together(layer, f"layers.{i}", tensors) for i, layer in enumerate(json.loads(about["layers"]))
             )
             return cls(layers, tensors["tokens"])
         except CheckpointError:
@@ -120,6 +186,8 @@ class ModelState:
         """Take over another state's values in place."""
         copy_state(self.layers, other.layers)
         self.tokens.copy_(other.tokens)
+        if self._marks is not None:
+            self._marks.void(None)
 
     @property
     def nbytes(self) -> int:
@@ -166,39 +234,11 @@ def _along(states: Sequence[Any], fn: Callable[[Sequence[State]], State]) -> Any
     return tuple(_along(parts, fn) for parts in zip(*states, strict=True))
 
 
-def _restarted(state: Any, rows: Tensor) -> Any:
-    if isinstance(state, State):
-        return state.restarted(rows)
-    return tuple(_restarted(s, rows) for s in state)
-
-
 def _named(model: Any) -> dict[str, str]:
     """The digest of a model's config, and its pattern, for people."""
     plain = OmegaConf.to_container(model.cfg)
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     return {"config": digest, "pattern": pattern_of(model.cfg)}
-
-
-def _take_apart(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The structure of a state as JSON has words for it; its tensors go into ``tensors``, under names that begin with ``name``."""
-    if not isinstance(state, State):
-        return [_take_apart(s, f"{name}.{i}", tensors) for i, s in enumerate(state)]
-    plain = {}
-    for field in dataclasses.fields(state):
-        value = getattr(state, field.name)
-        if isinstance(value, Tensor):
-            tensors[f"{name}.{field.name}"] = value
-        else:
-            plain[field.name] = value
-    return {"kind": type(state).__name__, "plain": plain}
-
-
-def _put_together(about: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(about, list):
-        return tuple(_put_together(part, f"{name}.{i}", tensors) for i, part in enumerate(about))
-    kind = State.kinds[about["kind"]]
-    fields = {field.name for field in dataclasses.fields(kind)} - about["plain"].keys()
-    return kind(**about["plain"], **{field: tensors[f"{name}.{field}"] for field in fields})
 
 
 tree(ModelState)
