@@ -13,7 +13,7 @@ from torch import Tensor
 from .sampling import Sampler
 from .state import ModelState
 
-__all__ = ["AHEAD", "Chosen", "Decoder", "not_finite", "refuse"]
+__all__ = ["AHEAD", "Chosen", "Decoder", "how_recorded", "not_finite", "refuse"]
 
 # steps that a GPU takes before somebody looks; on a CPU looking costs nothing
 AHEAD = 16
@@ -79,7 +79,7 @@ class Decoder:
         self._logprobs = torch.zeros(b, AHEAD, device=device)
         self._keeps_logprobs = logprobs
         self._column = torch.zeros(1, dtype=torch.long, device=device)
-        self.how, self._records = _how(model, device, record)
+        self.how, self._records = how_recorded(model, device, record)
         self.ahead = AHEAD if device.type == "cuda" else 1
         self._graph: Any = None
         self._warm, self._unread = 0, False
@@ -189,7 +189,12 @@ def refuse(wrong: Tensor) -> None:
         )
 
 
-def _how(model: Any, device: torch.device, record: bool | None) -> tuple[str, bool]:
+def how_recorded(model: Any, device: torch.device, record: bool | None) -> tuple[str, bool]:
+    """Say how a model's steps are taken, and whether a GPU records them; ``record`` is the caller's wish.
+
+    Raises:
+        ValueError: They are to be recorded, and cannot be.
+    """
     reason = ""
     if device.type != "cuda":
         reason = f"a {device.type} records nothing"

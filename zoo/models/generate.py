@@ -260,9 +260,9 @@ class _Run:
             drafter = (
                 PromptLookup(call.draft)
                 if call.assistant == "lookup"
-                else DraftModel(call.assistant, device, call.draft)
+                else DraftModel(call.assistant, device, call.draft, call.steps)
             )
-            return Speculator(model, state, logits, prompts, drafter, call.ends, call.pad, call.steps)
+            return Speculator(model, state, logits, prompts, drafter, call.ends, call.pad, call.steps, call.record)
         sampler.read(ids, None if mask is None else mask != 0)
         if call.n > 1:
             rows = torch.arange(b, device=device).repeat_interleave(call.n)

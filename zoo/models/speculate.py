@@ -1,8 +1,8 @@
 """Speculative decoding: guess what comes next, and let the model read guesses and check them in one forward (arXiv:2211.17192, greedy).
 
-A recurrent state cannot be cut back to where a guess went wrong. So the state that rows go on from has read accepted tokens alone: those
-that came after it are read again with the next guesses, in a forward that takes as long with a few tokens more. Where all were right, the
-state behind them is the next one to go on from.
+Where a guess goes wrong, the state in front of the forward is still there. Rows go on from that: what was right is read again with the
+next guesses, in a forward that takes as long with a few tokens more. Marks behind every guess, to go back to the last right one, would cost
+a step each, or a second forward. The smaller model, which guesses by steps, does go back.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .decoder import Chosen, not_finite, refuse
+from .decoder import Chosen
 from .rows import rectangle
 from .state import ModelState
+from .verify import Verified, Verifier
 
 __all__ = ["DraftModel", "Drafter", "PromptLookup", "Speculator"]
-
-# accepted tokens that are read again at most, before a forward without guesses takes them into the state
-_PENDING = 16
 
 
 class Drafter(Protocol):
@@ -56,25 +54,69 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Lets a smaller model guess, token by token; it reads what was accepted, and guesses on copies of its state."""
+    """Lets a smaller model guess, token by token; the steps that read wrong guesses are taken back.
 
-    def __init__(self, model: Any, device: torch.device, most: int = 8):
-        self.model, self.device, self.most = model, device, most
-        self._read: dict[int, tuple[ModelState, int]] = {}
+    Args:
+        model: A language model of the same vocabulary.
+        device: Where it is.
+        most: As of :class:`Drafter`.
+        more: Tokens that are to follow the first ones, for which there will be room.
+    """
+
+    def __init__(self, model: Any, device: torch.device, most: int = 8, more: int = 0):
+        self.model, self.device, self.most, self.more = model, device, most, more
+        self._read: dict[int, tuple[ModelState, list[int]]] = {}
 
     def __call__(self, row: int, tokens: Sequence[int], most: int) -> list[int]:
         """As :class:`Drafter`."""
-        state, done = self._read.get(row, (None, 0))
-        new = torch.tensor([tokens[done:]], device=self.device)
-        out = self.model(new, state=state, return_state=True, logits_to_keep=1)
-        self._read[row] = out.state, len(tokens)
-        guesses, state, logits = [], out.state.clone(), out.logits[:, -1]
-        for _ in range(most):
+        state, read = self._read.get(row, (None, []))
+        if state is None:
+            state = self.model.init_state(1, len(tokens) + self.more, device=self.device)
+        # of what was read, tokens that were accepted come first, then guesses
+        same = next((i for i, pair in enumerate(zip(read, tokens)) if pair[0] != pair[1]), min(len(read), len(tokens) - 1))  # noqa: B905
+        state.roll_back(len(read) - same)
+        new = torch.tensor([list(tokens[same:])], device=self.device)
+        if new.shape[1] <= 2:
+            for token in new.unbind(1):
+                logits = self.model.step(token, state)
+        else:
+            out = self.model(new, state=state, return_state=True, logits_to_keep=1)
+            state, logits = out.state, out.logits[:, -1]
+            state.keep(self.most + 1)
+        guesses: list[int] = []
+        while True:
             token = logits[:, : self.model.cfg.vocab_size].argmax(-1)
             guesses.append(int(token))
-            if len(guesses) < most:
-                logits = self.model.step(token, state)
+            if len(guesses) == most:
+                break
+            logits = self.model.step(token, state)
+        self._read[row] = state, [*tokens, *guesses[:-1]]
         return guesses
+
+
+class _Trust:
+    """Guesses of a row that are worth checking: about as many as were right lately; after none, one again, ever more rarely."""
+
+    def __init__(self, most: int):
+        self.most = self.now = most
+        self.rest, self.pause = 0, 2
+
+    def guesses(self) -> int:
+        """Return how many to check now."""
+        if self.rest:
+            self.rest -= 1
+            return 0
+        return self.now
+
+    def learn(self, guesses: int, right: int) -> None:
+        """Take in how many were right."""
+        if guesses and right:
+            self.now = min(self.most, 2 * self.now) if right == guesses else max(right, self.now // 2)
+            self.pause = 2
+        elif guesses and self.now > 1:
+            self.now //= 2
+        elif guesses:
+            self.rest, self.pause = self.pause, min(2 * self.pause, 32)
 
 
 class Speculator:
@@ -82,17 +124,17 @@ class Speculator:
 
     Args:
         model: A language model.
-        state: What the rows have read, with room for all that is to come.
+        state: What the rows have read, with room for all that is to come; written in place.
         logits: Of what follows, ``(b, v)``.
         prompts: The rows' tokens, without padding.
         drafter: Guesses.
         ends: Tokens that end a row.
         pad: Stands in a look where a row has fewer tokens than another.
         steps: The most tokens of a row.
+        record: Whether a GPU records the checking forward; by default where it can.
 
     Attributes:
         how: Words for how steps are taken.
-        forwards: How often the model was called.
         ahead: As of a :class:`~hybridzoo.zoo.models.decoder.Decoder`: what was accepted is looked at every time.
     """
 
@@ -100,21 +142,29 @@ class Speculator:
 
     def __init__(
         self, model: Any, state: ModelState, logits: Tensor, prompts: list[list[int]], drafter: Drafter, ends: list[int], pad: int,
-        steps: int,
+        steps: int, record: bool | None = None,
     ):  # fmt: skip
-        self.model, self.state, self.drafter, self.pad, self.steps = model, state, drafter, pad, steps
-        self._ends, self._device = set(ends), logits.device
-        self.texts, self.forwards = prompts, 0
+        self.drafter, self.pad, self.steps, self._ends = drafter, pad, steps, set(ends)
+        # as many tokens may wait to be read again as there may be guesses behind them
+        self.verifier = Verifier(model, state, 2 * drafter.most, record)
+        self.texts = prompts
         self._begins = [len(row) for row in prompts]
-        self._pending: list[list[int]] = [[] for _ in prompts]
+        self._trust = [_Trust(drafter.most) for _ in prompts]
         self._rows = list(range(len(prompts)))  # those that go on, in the order of the state's rows
         self._finished = [False] * len(prompts)
         self._first: Tensor | None = logits
+        self._pending: list[list[int]] = [[] for _ in prompts]  # accepted tokens that the state has not read
 
     @property
     def how(self) -> str:
         """Words for how steps are taken."""
-        return f"guesses, {self.drafter.most} at a time, checked by {self.forwards:,} forwards"
+        guesses = f"guesses, {self.drafter.most} at a time, checked by {self.verifier.forwards:,} forwards"
+        return f"{self.verifier.how}: {guesses}"
+
+    @property
+    def state(self) -> ModelState:
+        """What the rows that go on have read."""
+        return self.verifier.state
 
     def drop(self, slots: Tensor) -> None:
         """End rows where they are."""
@@ -128,60 +178,45 @@ class Speculator:
         Raises:
             ValueError: Logits of a row are not finite.
         """
-        self._leave_finished()
-        guesses = [self._guess(row) for row in self._rows]
-        logits, after = self._checked(guesses)
-        wrong = torch.zeros(len(self._finished), dtype=torch.bool)
-        wrong[self._rows] = not_finite(logits).any(1).cpu()
-        refuse(wrong)
-        best = logits.argmax(-1)
-        likely = logits.log_softmax(-1).gather(2, best[..., None]).squeeze(2).tolist()
         tokens: list[list[int]] = [[] for _ in self._finished]
         logprobs: list[list[float]] = [[] for _ in self._finished]
-        whole = []
-        for i, (row, guess, choices) in enumerate(zip(self._rows, guesses, best.tolist(), strict=True)):
-            choices = choices[len(choices) - 1 - len(guess) :]
+        if self._first is not None:
+            chosen, self._first = self.verifier.chosen(self._first[:, None]), None
+            for row, (token, logprob) in enumerate(zip(chosen.tokens.tolist(), chosen.logprobs.tolist(), strict=True)):
+                tokens[row], logprobs[row] = self._accepted(row, token), logprob
+                self._pending[row] = token
+            return self._look(tokens, logprobs)
+        self._leave_finished()
+        guesses = [[] if self._finished[row] else self._guess(row) for row in self._rows]
+        found = self._verified(guesses)
+        for i, row in enumerate(self._rows):
+            if self._finished[row]:
+                continue
+            begin, guess = len(self._pending[row]) - 1, guesses[i]
+            choices = found.tokens[i, begin : begin + len(guess) + 1].tolist()
             right = next((j for j, token in enumerate(guess) if token != choices[j]), len(guess))
+            self._trust[row].learn(len(guess), right)
+            self._pending[row] = choices[right:] if found.whole[i] else self._pending[row] + choices[: right + 1]
             tokens[row] = self._accepted(row, choices[: right + 1])
-            logprobs[row] = likely[i][len(likely[i]) - 1 - len(guess) :][: len(tokens[row])]
-            if right == len(guess):
-                whole.append(i)
-                self._pending[row] = choices[right:]
-            else:
-                self._pending[row] += choices[: right + 1]
-        if after is not None and whole:
-            rows = torch.tensor(whole, device=self._device)
-            self.state.put(rows, after.reorder(rows))
+            logprobs[row] = found.logprobs[i, begin : begin + len(tokens[row])].tolist()
         return self._look(tokens, logprobs)
 
     def _leave_finished(self) -> None:
         left = [i for i, row in enumerate(self._rows) if not self._finished[row]]
-        if len(left) < len(self._rows):
-            rows = torch.tensor(left, dtype=torch.long, device=self._device)
-            self.state, self._rows = self.state.reorder(rows), [self._rows[i] for i in left]
-            self._first = None if self._first is None else self._first[rows]
+        if len(left) < len(self._rows) and not self.verifier.fixed:
+            self.verifier.keep(left)
+            self._rows = [self._rows[i] for i in left]
 
     def _guess(self, row: int) -> list[int]:
-        left = self.steps - (len(self.texts[row]) - self._begins[row])
-        if self._first is not None or len(self._pending[row]) >= _PENDING:
-            return []
-        return self.drafter(row, self.texts[row], min(self.drafter.most, left - 1)) if left > 1 else []
+        left = self.steps - (len(self.texts[row]) - self._begins[row]) - 1
+        most = min(self._trust[row].guesses(), left, self.verifier.width - len(self._pending[row]))
+        return self.drafter(row, self.texts[row], most) if most > 0 else []
 
-    def _checked(self, guesses: list[list[int]]) -> tuple[Tensor, ModelState | None]:
-        """The logits behind what is accepted and behind every guess, ``(m, k + 1, v)``, at the right; and the state that has read all."""
-        vocab = self.model.cfg.vocab_size
-        if self._first is not None:
-            logits, self._first = self._first, None
-            return logits[:, None, :vocab].float(), None
-        read = [self._pending[row] + guess for row, guess in zip(self._rows, guesses, strict=True)]
-        ids = rectangle(read, self.pad, left=True).to(self._device)
-        mask = rectangle([[1] * len(row) for row in read], 0, left=True)
-        self.forwards += 1
-        out = self.model(
-            ids, None, None if mask.all() else mask.to(self._device), state=self.state, return_state=True,
-            logits_to_keep=1 + max(map(len, guesses)),
-        )  # fmt: skip
-        return out.logits[..., :vocab].float(), out.state
+    def _verified(self, guesses: list[list[int]]) -> Verified:
+        known = [[] if self._finished[row] else self._pending[row] for row in self._rows]
+        read = [sure + guess for sure, guess in zip(known, guesses, strict=True)]
+        counts = (torch.tensor([len(row) for row in rows]) for rows in (known, read))
+        return self.verifier(rectangle(read, self.pad), *counts)
 
     def _accepted(self, row: int, tokens: list[int]) -> list[int]:
         """Take tokens into a row, up to its end."""
