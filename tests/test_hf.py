@@ -206,8 +206,7 @@ def test_embeddings_can_stand_for_the_prompt(adapter):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_lookup_num_tokens": 3}, "assisted generation is not supported with stateful models"),
-        ({"assistant_model": "itself"}, "assisted generation is not supported with stateful models"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit: the model guesses nothing by a part of itself"),
         ({"cache_implementation": "static"}, "'static' is a cache for keys and values alone"),
         ({"cache_implementation": "paged"}, "continuous batching keeps keys and values in pages"),
         (
@@ -223,16 +222,11 @@ def test_embeddings_can_stand_for_the_prompt(adapter):
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
 )
 def test_what_cannot_be_generated_is_refused_with_the_reason(adapter, options, message):
-    options = {k: adapter if v == "itself" else v for k, v in options.items()}
     with pytest.raises(ValueError, match=message):
         adapter.generate(torch.randint(1, 256, (1, 9)), max_new_tokens=3, **options)
 
 
-def test_it_assists_nobody_and_takes_no_mask_of_pairs(adapter):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, **sizes))
-    with pytest.raises(ValueError, match="cannot be the assistant"):
-        llama.generate(torch.randint(1, 256, (1, 9)), max_new_tokens=3, assistant_model=adapter)
+def test_it_takes_no_mask_of_pairs(adapter):
     with pytest.raises(ValueError, match="expected shape"):
         adapter(torch.randint(1, 256, (1, 9)), attention_mask=torch.ones(1, 1, 9, 9))
 

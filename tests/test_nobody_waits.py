@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridzoo as zoo
 from hybridzoo.kernels import Seq
+from hybridzoo.zoo.models import verify
 
 MODELS = zoo.list_models("*-tiny", task="causal_lm")
 DOC = torch.tensor([[0] * 31 + [1] * 2 + [2] * 30 + [-1] * 7, [0] * 1 + [1] * 69])
@@ -59,6 +60,36 @@ def test_nothing_is_asked_for(name, monkeypatch):
     got = trained(model, ids, seq, Deaf())
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_guesses_are_checked_without_asking_and_in_place(name, monkeypatch):
+    torch.manual_seed(0)
+    model, text = zoo.build(name).eval(), torch.randint(1, 256, (3, 60))
+    state = model(text[:, :40], state=model.init_state(3, 60)).state
+    checks, want = (verify.Verifier(model, s, 8) for s in (state, state.clone()))
+    ids, known, lengths = text[:, 40:48].clone(), torch.tensor([3, 1, 0]), torch.tensor([5, 1, 0])
+    ids[0, 3:5] = want(ids[:, :3], torch.tensor([3, 1, 0]), torch.tensor([3, 1, 0])).tokens[0, 2]  # one right guess, or two
+    want = verify.Verifier(model, state.clone(), 8)
+    answer = want(ids, known, lengths)
+    monkeypatch.setattr("hybridzoo.kernels.seq.readable", lambda x: False)
+    monkeypatch.setattr("hybridzoo.kernels.contain.finite", lambda *tensors: False)
+    monkeypatch.setattr("hybridzoo.layers.kv.is_captured", lambda x: True)
+    checks._ids.copy_(ids), checks._known.copy_(known), checks._lengths.copy_(lengths)
+    places = []
+    state.map(lambda t: places.append(t.data_ptr()) or t)
+    with Deaf():
+        checks._run()
+    again = []
+    state.map(lambda t: again.append(t.data_ptr()) or t)
+    tokens, logprobs, whole, broken = checks._found
+    assert again == places and not broken.any() and whole.tolist() == answer.whole.tolist()
+    for row, columns in ((0, slice(2, 5)), (1, slice(0, 1))):
+        assert torch.equal(tokens[row, columns], answer.tokens[row, columns])
+        torch.testing.assert_close(logprobs[row, columns], answer.logprobs[row, columns])
+    assert state.tokens.tolist() == want.state.tokens.tolist() == [40 + 5 * int(whole[0]), 41, 40]
+    torch.testing.assert_close(model.step(text[:, 50], state), model.step(text[:, 50], want.state), rtol=1e-4, atol=1e-5)
 
 
 def test_who_asks_is_noticed():

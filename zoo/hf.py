@@ -25,11 +25,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .hf_base import Adapter, HybridZooConfig
-from .hf_calls import CACHE_NAMES, Finite, Generation, Rows, one_cache, refuse_others
+from .hf_calls import CACHE_NAMES, FIRST_CACHE, Finite, Generation, Rows, one_cache, refuse_others
 from .hf_images import HybridZooForImageClassification
 from .hf_tokens import HybridZooForTokenClassification
 from .hf_vectors import HybridZooForSequenceRegression
-from .models.state import StateCache
+from .models.state_cache import StateCache
 from .models.text import padded_vocab
 from .tokenizer import byte_tokenizer
 
@@ -48,7 +48,6 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
     """A zoo language model as transformers knows it; ``core`` is the model itself."""
 
     cache_name = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-    _is_stateful = True  # recurrent states cannot be rolled back: assisted decoding is refused
     _fsdp_plan = {  # noqa: RUF012
         "backbone.embedding": "free_full_weight",
         "backbone.layers.*": "free_full_weight",
@@ -87,7 +86,8 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
             ValueError: As :meth:`CausalLM.forward`; for what the model cannot give (attentions, another cache); and for an unknown
                 argument.
         """
-        cache = one_cache(cache, past_key_values)
+        first = kwargs.pop(FIRST_CACHE, None)
+        cache = one_cache(first if cache is None else cache, past_key_values)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and tokens is not None:
             if attention_mask.dim() != 2:
@@ -97,11 +97,19 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
                 )
             attention_mask = attention_mask[:, -tokens.shape[1] :]
         refuse_others(self, kwargs, output_attentions=self.config.output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        others = labels, inputs_embeds, cu_seqlens, position_ids, seq_idx, seq, kwargs.get("cache_position")
+        if cache is not None and input_ids is not None and not output_hidden_states and all(x is None for x in others):
+            cache, input_ids, attention_mask, logits_to_keep = cache.prepared(
+                self.core, input_ids, attention_mask, logits_to_keep
+            )
+            tokens = input_ids
+        elif cache is not None:
+            cache = cache.settled(self.core)
         packed = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx, "position_ids": position_ids}
         rows = Rows(tokens, attention_mask, cache, **packed, **kwargs)
         use_cache = self._uses_cache(use_cache, labels, cache)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         out = self.core(
             input_ids, labels, rows.attention_mask, None, None if cache is None else cache.state,
             return_state=use_cache, inputs_embeds=inputs_embeds, num_items=num_items_in_batch, seq_idx=rows.documents,
@@ -109,7 +117,7 @@ class HybridZooForCausalLM(Generation, Adapter, GenerationMixin):
         )  # fmt: skip
         left = None
         if use_cache and out.state is not None and tokens is not None:
-            left = StateCache(out.state, tokens.shape[1] + (0 if cache is None else cache.length))
+            left = (cache or StateCache()).after(out.state, tokens.shape[1], input_ids, rows.attention_mask)
         # the Trainer in training wants the loss alone; forming all logits would undo the sliced cross-entropy
         logits = None if self.training and labels is not None else out.logits
         output = CausalLMOutputWithPast(

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from ..kernels.seq import Seq
 from .models.decoder import not_finite, refuse
 from .models.rows import number_documents
-from .models.state import StateCache
+from .models.state_cache import StateCache
 
-__all__ = ["CACHE_NAMES", "Finite", "Generation", "Rows", "one_cache", "refuse_others"]
+__all__ = ["CACHE_NAMES", "FIRST_CACHE", "Finite", "Generation", "Rows", "one_cache", "refuse_others"]
 
 # callers may say either, with whatever version of transformers
 CACHE_NAMES = ("cache", "past_key_values")
+# of one before the first token, which says that columns are to be recorded
+FIRST_CACHE = "first_cache"
 _Next: Any = object  # the classes of transformers, which are the next in line of Generation
 # what the model cannot give or do, and what is to be done instead
 _REFUSED = {
@@ -108,7 +111,7 @@ class Rows:
         wrong = F.pad(~rises, (1, 0)) & real & ~starts
         if cache is not None and cache.state is not None:
             wrong |= starts
-            wrong[:, 0] |= real[:, 0] & (position[:, 0] != cache.state.tokens) & (position[:, 0] != cache.length)
+            wrong[:, 0] |= real[:, 0] & (position[:, 0] != cache.tokens) & (position[:, 0] != cache.length)
         if bool(wrong.any()):
             row, at = (int(i) for i in wrong.nonzero()[0])
             raise ValueError(
@@ -177,8 +180,10 @@ class Generation(_Next):
             input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
         cache = inputs.pop(self.cache_name, None)
+        if cache is None or not cache.length:
+            return inputs | ({} if cache is None or not cache.recording else {FIRST_CACHE: cache})
         # under both names: a version of PEFT knows one of them, and not always that of the transformers beside it
-        return inputs | (dict.fromkeys(CACHE_NAMES, cache) if cache is not None and cache.state is not None else {})
+        return inputs | dict.fromkeys(CACHE_NAMES, cache)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every way of continuous batching starts here."""
@@ -187,13 +192,14 @@ class Generation(_Next):
             "without cache_implementation, with the prompts padded on the left."
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode=None, *args, **kwargs) -> None:
         # what every way of generating asks for before it starts, and so the place to say what cannot be had
-        if generation_config.is_assistant:
-            raise ValueError(
-                f"{type(self).__name__}: cannot be the assistant of another model: rejected tokens would have to be taken out of its "
-                "states, and a recurrent state cannot be rolled back. Use an attention-only model of transformers as the assistant."
-            )
+        for name in ("assistant_early_exit", "use_mtp"):
+            if getattr(generation_config, name, None):
+                raise ValueError(
+                    f"{name}: the model guesses nothing by a part of itself. Use prompt_lookup_num_tokens, or assistant_model, which may be "
+                    "a smaller model of the zoo or of transformers."
+                )
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
@@ -211,7 +217,10 @@ class Generation(_Next):
                 "them out, or upgrade."
             )
         if generation_config.use_cache is not False:
-            model_kwargs[self.cache_name] = StateCache() if given is None else given
+            cache = StateCache() if given is None else replace(given)
+            if generation_config.is_assistant or "assisted" in str(getattr(mode, "value", mode)):
+                cache.activate_past_recording()
+            model_kwargs[self.cache_name] = cache
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs) -> None:
         # the layers count; positions that nobody has passed need not be checked at every token

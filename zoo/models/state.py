@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -29,7 +29,7 @@ from ..config.stages import pattern_of
 from ..errors import CheckpointError
 from .marks import Mark, Marks
 
-__all__ = ["ModelState", "StateCache"]
+__all__ = ["ModelState"]
 
 
 @dataclasses.dataclass(repr=False)
@@ -197,43 +197,6 @@ class ModelState:
     __repr__ = shapes
 
 
-@dataclasses.dataclass(repr=False, eq=False)
-class StateCache:
-    """The cache that ``generate`` hands from step to step: a :class:`ModelState`, under the name that transformers gives its caches.
-
-    A call makes a new one and leaves the one it was given as it is, so a prompt read once can be continued in several ways.
-    """
-
-    state: ModelState | None = None
-    length: int = 0
-
-    is_compileable: ClassVar = False
-    is_croppable: ClassVar = False  # tokens cannot be taken out of a state again
-    is_linear: ClassVar = (False,)  # its length counts: generate passes on the columns alone that have not been read
-    __repr__ = shapes
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the input that have been read, padding included."""
-        return self.length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select rows, for beam search."""
-        if self.state is not None:
-            self.state = self.state.reorder(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, to continue one prompt several times."""
-        if self.state is not None:
-            rows = torch.arange(self.state.tokens.shape[0], device=self.state.tokens.device)
-            self.reorder_cache(rows.repeat_interleave(repeats))
-
-
-def _along(states: Sequence[Any], fn: Callable[[Sequence[State]], State]) -> Any:
-    if isinstance(states[0], State):
-        return fn(states)
-    return tuple(_along(parts, fn) for parts in zip(*states, strict=True))
-
-
 def _named(model: Any) -> dict[str, str]:
     """The digest of a model's config, and its pattern, for people."""
     plain = OmegaConf.to_container(model.cfg)
@@ -242,4 +205,3 @@ def _named(model: Any) -> dict[str, str]:
 
 
 tree(ModelState)
-tree(StateCache)

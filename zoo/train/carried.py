@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..models.model import Model
-from ..models.state import ModelState, StateCache
+from ..models.state import ModelState
+from ..models.state_cache import StateCache
 from .batches import Batch
 from .tokens import model_inputs
 
