@@ -107,6 +107,29 @@ def test_generate_continues_files_of_prompts(folder, tmp_path):
     assert json.loads(stopped.stdout)["ended"] == "stop"
 
 
+def test_ctrl_c_leaves_what_was_written(folder, monkeypatch):
+    from hybridzoo.zoo.models import decoder
+
+    arguments = ("generate", folder, "--prompt", "ab", "--max-new-tokens", 12, "--device", "cpu", "--seed", 1)
+    whole, advance, looks = invoke(*arguments).stdout, decoder.Decoder.advance, []
+
+    def interrupted(*given, **options):
+        looks.append(1)
+        if len(looks) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(*given, **options)
+
+    monkeypatch.setattr(decoder.Decoder, "advance", interrupted)
+    result = invoke(*arguments, status=130)
+    assert result.stderr == "interrupted\n"
+    assert "ab" < result.stdout < whole and whole.startswith(result.stdout)
+    looks.clear()
+    lines = "".join(f"{'xy'[i % 2]}\n" for i in range(4))
+    batch = ("--json", "--prompts", "-", "--batch-size", 1, "--max-new-tokens", 4)
+    done = invoke(*arguments[:2], "--device", "cpu", *batch, input=lines, status=130).stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in done] == ["x"]  # each line is whole
+
+
 def test_generate_says_what_is_wrong_with_prompts(folder, tmp_path):
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "ab"}\n{"text": "x"}\n')

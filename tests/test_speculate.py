@@ -9,7 +9,7 @@ import hybridzoo as zoo
 from hybridzoo.zoo.models import verify
 from hybridzoo.zoo.models.prefill import prefill
 from hybridzoo.zoo.models.rows import rectangle
-from hybridzoo.zoo.models.speculate import DraftModel, PromptLookup
+from hybridzoo.zoo.models.speculate import DraftModel, PromptLookup, Speculator
 
 exhaustive = pytest.mark.skipif(
     "HYBRIDZOO_EXHAUSTIVE" not in os.environ, reason="minutes; HYBRIDZOO_EXHAUSTIVE=1 runs it"
@@ -88,6 +88,22 @@ def test_guesses_that_are_wrong_cost_forwards_and_no_token(model, wrong, monkeyp
     forwards = int(got.how.split()[-2])
     # the first token comes of the prompt; then six at a time, or one by one
     assert forwards == {0.0: 10, 1.0: 60}.get(wrong, forwards) and forwards <= 60
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("width")
+def test_numbers_that_are_none_are_an_error_with_the_row():
+    model, ids = built("mamba attention"), torch.randint(1, 40, (3, 6), generator=torch.Generator().manual_seed(4))
+    logits, state = prefill(model, ids, None, None, 20, None)
+    ends = logits.argmax(-1)[:1].tolist()  # row 0 is over at once, and the others keep their numbers
+    state.layers[0].ssm[2] = torch.nan
+    speculator = Speculator(model, state, logits, ids.tolist(), PromptLookup(4), ends, 0, 20)
+    assert speculator.advance().finished.tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="logits: those of row 2 are not finite"):
+        speculator.advance()
+    model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits: those of row 0 are not finite"):
+        model.generate(ids, 12, assistant="lookup")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .decoder import Chosen
+from .decoder import Chosen, refuse
 from .rows import rectangle
 from .state import ModelState
 from .verify import Verified, Verifier
@@ -181,7 +181,8 @@ class Speculator:
         tokens: list[list[int]] = [[] for _ in self._finished]
         logprobs: list[list[float]] = [[] for _ in self._finished]
         if self._first is not None:
-            chosen, self._first = self.verifier.chosen(self._first[:, None]), None
+            chosen, self._first = self.verifier.chosen(self._first), None
+            refuse(chosen.broken)
             for row, (token, logprob) in enumerate(zip(chosen.tokens.tolist(), chosen.logprobs.tolist(), strict=True)):
                 tokens[row], logprobs[row] = self._accepted(row, token), logprob
                 self._pending[row] = token
@@ -189,6 +190,9 @@ class Speculator:
         self._leave_finished()
         guesses = [[] if self._finished[row] else self._guess(row) for row in self._rows]
         found = self._verified(guesses)
+        wrong = torch.zeros(len(self._finished), dtype=torch.bool)
+        wrong[self._rows] = found.broken
+        refuse(wrong)
         for i, row in enumerate(self._rows):
             if self._finished[row]:
                 continue

@@ -66,7 +66,7 @@ class StateCache:
         self.recording, self.base, self.since = True, self.state, self.waiting
 
     def crop(self, columns: int) -> None:
-        """Take columns back: ``-columns`` of them, or, where it is positive (transformers before 5.20), all but so many.
+        """Take columns back: ``-columns`` of them, or, where it is positive, as older versions of transformers have it, all but so many.
 
         Nothing in front of what stays now can be taken back later.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.seq import Seq
-from .decoder import how_recorded, not_finite, refuse
+from .decoder import how_recorded, not_finite
 from .state import ModelState
 
 __all__ = ["Verified", "Verifier"]
@@ -26,11 +26,13 @@ class Verified:
         tokens: ``(b, w)`` int64, the likeliest one behind every token; at the columns in front of a row's last known token, anything.
         logprobs: ``(b, w)`` float32, natural logarithms of their probabilities.
         whole: ``(b,)`` bool, whether all guesses of a row were right: then the state has read its tokens, and else none of them.
+        broken: ``(b,)`` bool, whether logits of a row are not finite.
     """
 
     tokens: Tensor
     logprobs: Tensor
     whole: Tensor
+    broken: Tensor
 
 
 class Verifier:
@@ -72,9 +74,6 @@ class Verifier:
             ids: ``(b, w)`` int64 on the CPU, a row's known tokens, then guesses, then anything.
             known: ``(b,)`` int64, known tokens of each row; 0 in one that is over.
             lengths: ``(b,)`` int64, known tokens and guesses.
-
-        Raises:
-            ValueError: Logits of a row are not finite.
         """
         self.forwards += 1
         if self.fixed:
@@ -84,23 +83,15 @@ class Verifier:
             self._run()
             found = self._found
         elif ids.shape[1] == 1:
-            found = self._step(ids[:, 0].to(self._ids.device))
+            found = self._alone(self.model.step(ids[:, 0].to(self._ids.device), self.state))
         else:
             device, keep = self._ids.device, ids.shape[1] + 1 - max(1, int(known.min()))
             found = self._read(ids.to(device), known.to(device), lengths.to(device), keep, bool((lengths < ids.shape[1]).any()))
-        *answer, broken = found
-        refuse(broken)
-        return Verified(*(t.cpu() for t in answer))
+        return Verified(*(t.cpu() for t in found))
 
     def chosen(self, logits: Tensor) -> Verified:
-        """Return what follows where logits, ``(b, w, v)``, are there already.
-
-        Raises:
-            ValueError: They are not finite.
-        """
-        tokens, logprobs, wrong = self._chosen(logits)
-        refuse(wrong.any(1))
-        return Verified(tokens.cpu(), logprobs.cpu(), torch.ones(len(tokens), dtype=torch.bool))
+        """Return what follows where logits, ``(b, v)``, are there already."""
+        return Verified(*(t.cpu() for t in self._alone(logits)))
 
     def _run(self) -> None:
         """Read what is in the buffers, all of it."""
@@ -133,8 +124,8 @@ class Verifier:
         self.state.take(whole, out.state)
         return tokens, logprobs, whole, broken
 
-    def _step(self, token: Tensor) -> tuple[Tensor, ...]:
-        tokens, logprobs, wrong = self._chosen(self.model.step(token, self.state)[:, None])
+    def _alone(self, logits: Tensor) -> tuple[Tensor, ...]:
+        tokens, logprobs, wrong = self._chosen(logits[:, None])
         return tokens, logprobs, torch.ones_like(wrong[:, 0]), wrong[:, 0]
 
     def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
