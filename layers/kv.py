@@ -112,9 +112,9 @@ class AttentionState(State):
 
     def mark(self) -> AttentionMark:
         """As :meth:`State.mark`."""
-        kept = (t.clone() if self.window else None for t in (self.k, self.v, self.pos))
         conv = None if self.conv is None else self.conv.clone()
-        return AttentionMark(self.length.clone(), conv, *kept, self.k.shape[1], self.bound)
+        k, v, pos = (t.clone() if self.window else None for t in (self.k, self.v, self.pos))
+        return AttentionMark(self.length.clone(), conv, k, v, pos, self.k.shape[1], self.bound)
 
     def back(self, mark: AttentionMark, rows: Tensor | None = None) -> None:  # type: ignore[override]
         """As :meth:`State.back`: the keys and values behind the mark are cut off, and those that a window has overwritten are back."""

@@ -70,7 +70,9 @@ def test_guesses_are_checked_without_asking_and_in_place(name, monkeypatch):
     state = model(text[:, :40], state=model.init_state(3, 60)).state
     checks, want = (verify.Verifier(model, s, 8) for s in (state, state.clone()))
     ids, known, lengths = text[:, 40:48].clone(), torch.tensor([3, 1, 0]), torch.tensor([5, 1, 0])
-    ids[0, 3:5] = want(ids[:, :3], torch.tensor([3, 1, 0]), torch.tensor([3, 1, 0])).tokens[0, 2]  # one right guess, or two
+    ids[0, 3:5] = want(ids[:, :3], torch.tensor([3, 1, 0]), torch.tensor([3, 1, 0])).tokens[
+        0, 2
+    ]  # one right guess, or two
     want = verify.Verifier(model, state.clone(), 8)
     answer = want(ids, known, lengths)
     monkeypatch.setattr("hybridzoo.kernels.seq.readable", lambda x: False)
@@ -89,7 +91,9 @@ def test_guesses_are_checked_without_asking_and_in_place(name, monkeypatch):
         assert torch.equal(tokens[row, columns], answer.tokens[row, columns])
         torch.testing.assert_close(logprobs[row, columns], answer.logprobs[row, columns])
     assert state.tokens.tolist() == want.state.tokens.tolist() == [40 + 5 * int(whole[0]), 41, 40]
-    torch.testing.assert_close(model.step(text[:, 50], state), model.step(text[:, 50], want.state), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.step(text[:, 50], state), model.step(text[:, 50], want.state), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_who_asks_is_noticed():

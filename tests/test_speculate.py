@@ -97,7 +97,8 @@ def test_numbers_that_are_none_are_an_error_with_the_row():
     logits, state = prefill(model, ids, None, None, 20, None)
     ends = logits.argmax(-1)[:1].tolist()  # row 0 is over at once, and the others keep their numbers
     state.layers[0].ssm[2] = torch.nan
-    speculator = Speculator(model, state, logits, ids.tolist(), PromptLookup(4), ends, 0, 20)
+    checks = verify.Verifier(model, state, 8)
+    speculator = Speculator(checks, logits, ids.tolist(), PromptLookup(4), ends, 0, 20)
     assert speculator.advance().finished.tolist() == [True, False, False]
     with pytest.raises(ValueError, match="logits: those of row 2 are not finite"):
         speculator.advance()

@@ -19,8 +19,14 @@ def _back(state: Any, mark: Any, rows: Tensor | None = None) -> None:
         mine.back(theirs, rows)
 
 
+def _rows_of(state: Any, rows: Tensor) -> Any:
+    return map_state(state, lambda t: t[rows])
+
+
 def _same(got: Tensor, want: Tensor, what: str) -> None:
-    ensure(torch.equal(got, want), f"{what}: differs by {(got - want).abs().max().item():.2e}, and may not differ by a bit")
+    ensure(
+        torch.equal(got, want), f"{what}: differs by {(got - want).abs().max().item():.2e}, and may not differ by a bit"
+    )
 
 
 def _starts(case: Case, mixer: Mixer, x: Tensor) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def forks(case: Case) -> None:
         return
     for origin, state in _starts(case, mixer, case.x(3, 4, seed=1)).items():
         fork, rows = map_state(state, torch.clone), torch.tensor([2, 0, 0], device=case.device)
-        mixed = map_state(state, lambda t, rows=rows: t[rows])
+        mixed = _rows_of(state, rows)
         decode(mixer, x.flip(1), fork)
         want = decode(mixer, x, state)
         case.close(decode(mixer, x[rows], mixed), want[rows], f"from {origin}, rows [2, 0, 0]")

@@ -16,6 +16,7 @@ from .rows import rectangle
 from .sampling import Sampler, uniforms
 from .speculate import DraftModel, PromptLookup, Speculator
 from .state import ModelState
+from .verify import Verifier
 
 __all__ = ["GenerateCall", "Generation", "generate", "stream"]
 
@@ -262,7 +263,8 @@ class _Run:
                 if call.assistant == "lookup"
                 else DraftModel(call.assistant, device, call.draft, call.steps)
             )
-            return Speculator(model, state, logits, prompts, drafter, call.ends, call.pad, call.steps, call.record)
+            verifier = Verifier(model, state, 2 * call.draft, call.record)
+            return Speculator(verifier, logits, prompts, drafter, call.ends, call.pad, call.steps)
         sampler.read(ids, None if mask is None else mask != 0)
         if call.n > 1:
             rows = torch.arange(b, device=device).repeat_interleave(call.n)

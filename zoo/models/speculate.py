@@ -73,7 +73,9 @@ class DraftModel:
         if state is None:
             state = self.model.init_state(1, len(tokens) + self.more, device=self.device)
         # of what was read, tokens that were accepted come first, then guesses
-        same = next((i for i, pair in enumerate(zip(read, tokens)) if pair[0] != pair[1]), min(len(read), len(tokens) - 1))  # noqa: B905
+        same = next(
+            (i for i, pair in enumerate(zip(read, tokens)) if pair[0] != pair[1]), min(len(read), len(tokens) - 1)
+        )  # noqa: B905
         state.roll_back(len(read) - same)
         new = torch.tensor([list(tokens[same:])], device=self.device)
         if new.shape[1] <= 2:
@@ -123,15 +125,14 @@ class Speculator:
     """Continues rows by the likeliest tokens, several at a time; has what :class:`~hybridzoo.zoo.models.decoder.Decoder` has for that.
 
     Args:
-        model: A language model.
-        state: What the rows have read, with room for all that is to come; written in place.
+        verifier: Reads for the rows, and holds their state. It is best twice as wide as there are guesses: as many tokens may wait to
+            be read again.
         logits: Of what follows, ``(b, v)``.
         prompts: The rows' tokens, without padding.
         drafter: Guesses.
         ends: Tokens that end a row.
         pad: Stands in a look where a row has fewer tokens than another.
         steps: The most tokens of a row.
-        record: Whether a GPU records the checking forward; by default where it can.
 
     Attributes:
         how: Words for how steps are taken.
@@ -141,12 +142,9 @@ class Speculator:
     ahead = 1
 
     def __init__(
-        self, model: Any, state: ModelState, logits: Tensor, prompts: list[list[int]], drafter: Drafter, ends: list[int], pad: int,
-        steps: int, record: bool | None = None,
+        self, verifier: Verifier, logits: Tensor, prompts: list[list[int]], drafter: Drafter, ends: list[int], pad: int, steps: int
     ):  # fmt: skip
-        self.drafter, self.pad, self.steps, self._ends = drafter, pad, steps, set(ends)
-        # as many tokens may wait to be read again as there may be guesses behind them
-        self.verifier = Verifier(model, state, 2 * drafter.most, record)
+        self.verifier, self.drafter, self.pad, self.steps, self._ends = verifier, drafter, pad, steps, set(ends)
         self.texts = prompts
         self._begins = [len(row) for row in prompts]
         self._trust = [_Trust(drafter.most) for _ in prompts]
@@ -163,7 +161,7 @@ class Speculator:
 
     @property
     def state(self) -> ModelState:
-        """What the rows that go on have read."""
+        """The state of the rows that go on."""
         return self.verifier.state
 
     def drop(self, slots: Tensor) -> None:

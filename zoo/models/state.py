@@ -132,7 +132,9 @@ class ModelState:
 
     def restarted(self, rows: Tensor) -> "ModelState":
         """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token."""
-        return ModelState(each_state(self.layers, lambda layer: layer.restarted(rows)), self.tokens.masked_fill(rows, 0))
+        return ModelState(
+            each_state(self.layers, lambda layer: layer.restarted(rows)), self.tokens.masked_fill(rows, 0)
+        )
 
     def save(self, path: str | Path, model: Any = None) -> None:
         """Write the state to a ``.safetensors`` file, whole or not at all; with its ``model``, another one's is told from it when read.
@@ -195,6 +197,12 @@ class ModelState:
         return nbytes_of(self.layers)
 
     __repr__ = shapes
+
+
+def _along(states: Sequence[Any], fn: Callable[[Sequence[State]], State]) -> Any:
+    if isinstance(states[0], State):
+        return fn(states)
+    return tuple(_along(parts, fn) for parts in zip(*states, strict=True))
 
 
 def _named(model: Any) -> dict[str, str]:

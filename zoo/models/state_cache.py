@@ -45,7 +45,7 @@ class StateCache:
 
     @property
     def is_croppable(self) -> bool:
-        """Whether columns can be taken back: after :meth:`activate_past_recording`."""
+        """True after :meth:`activate_past_recording`, where columns can be taken back."""
         return self.recording
 
     @property
@@ -103,7 +103,9 @@ class StateCache:
         if self.waiting is not None:
             mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
             keep = (keep or ids.shape[1]) if isinstance(keep, int) else keep + again
-            ids, mask = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(self.waiting, (ids, mask), strict=True))
+            ids, mask = (
+                torch.cat([old.to(new.dtype), new], 1) for old, new in zip(self.waiting, (ids, mask), strict=True)
+            )
             front = dataclasses.replace(self, waiting=None, length=self.length - again, since=None)
             return front, ids, mask, keep
         first = ids.shape[1] - _AGAIN

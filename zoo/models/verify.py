@@ -86,7 +86,9 @@ class Verifier:
             found = self._alone(self.model.step(ids[:, 0].to(self._ids.device), self.state))
         else:
             device, keep = self._ids.device, ids.shape[1] + 1 - max(1, int(known.min()))
-            found = self._read(ids.to(device), known.to(device), lengths.to(device), keep, bool((lengths < ids.shape[1]).any()))
+            found = self._read(
+                ids.to(device), known.to(device), lengths.to(device), keep, bool((lengths < ids.shape[1]).any())
+            )
         return Verified(*(t.cpu() for t in found))
 
     def chosen(self, logits: Tensor) -> Verified:
