@@ -131,7 +131,8 @@ class AttentionState(State):
             if self.k.shape[1] > mark.slots:
                 # as many as there were, since sums over more of them may be rounded otherwise
                 self.k, self.v, self.pos = (t[:, : mark.slots].clone() for t in (self.k, self.v, self.pos))
-            self.bound = mark.bound
+            # graphs that were captured move on without it
+            self.bound = mark.bound if self.bound >= 0 else -1
         super().back(mark, rows)
 
     def piece(self, start: int) -> "AttentionState":

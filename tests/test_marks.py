@@ -121,6 +121,17 @@ def test_what_wrong_numbers_have_left_behind_is_gone(model):
     assert torch.equal(steps(model, text[:, 5:], state), steps(model, text[:, 5:], alone))
 
 
+@torch.no_grad()
+def test_a_graph_keeps_no_marks(model, monkeypatch):
+    state = model.init_state(1, 20)
+    state.keep(4)
+    monkeypatch.setattr("hybridzoo.zoo.models.marks.is_captured", lambda x: True)
+    with pytest.raises(RuntimeError, match=r"keep\(4\): a CUDA graph does not keep marks"):
+        model.step(torch.tensor([1]), state)
+    state.keep(0)
+    model.step(torch.tensor([1]), state)
+
+
 def test_a_mark_of_attention_is_its_length():
     used = {"attention": MIXERS["attention"]}
     model = zoo.build({"vocab_size": 12, "d_model": 16, "layers": "attention attention", "mixers": used}).eval()

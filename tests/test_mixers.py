@@ -284,6 +284,51 @@ class Coarse(Decay):
         return out if return_state or x.dtype != torch.bfloat16 else (out * 8).round() / 8
 
 
+def keeping(kind):
+    """A Decay whose state is of another kind."""
+
+    class Keeping(Decay):
+        def init_state(self, *args, **kwargs):
+            return kind(super().init_state(*args, **kwargs).h)
+
+        def forward(self, x, state=None, seq=None, aux=None, *, return_state=False):
+            out = super().forward(x, state, seq, aux, return_state=return_state)
+            return (out[0], kind(out[1].h)) if return_state else out
+
+    Keeping.__name__ = kind.__name__
+    return Keeping
+
+
+class MarkedByItself(Average):
+    def mark(self):
+        return self
+
+
+class AllRowsBack(Average):
+    def back(self, mark, rows=None):
+        super().back(mark)
+
+
+@dataclasses.dataclass
+class Shared(State):
+    h: torch.Tensor
+
+    def map(self, fn):
+        fn(self.h)
+        return self
+
+
+class FirstSlot(Average):
+    def put(self, rows, other):
+        super().put(rows * 0, other)
+
+
+@dataclasses.dataclass
+class Hidden(State):
+    h: torch.Tensor
+    kept: list = dataclasses.field(default_factory=lambda: [torch.zeros(1)])
+
+
 def test_a_third_party_mixer_passes():
     check_mixer(Decay, d_model=8)
 
@@ -303,6 +348,11 @@ def test_a_third_party_mixer_passes():
         (Unset, "initialisation"),
         (Unset, "poisoned_memory"),
         (Coarse, "half_precision"),
+        (keeping(MarkedByItself), "marks"),
+        (keeping(AllRowsBack), "marks_of_rows"),
+        (keeping(Shared), "forks"),
+        (keeping(FirstSlot), "slots"),
+        (keeping(Hidden), "saved"),
     ],
 )
 def test_a_broken_mixer_is_caught(mixer, promise):

@@ -197,8 +197,8 @@ class Generation(_Next):
         for name in ("assistant_early_exit", "use_mtp"):
             if getattr(generation_config, name, None):
                 raise ValueError(
-                    f"{name}: the model guesses nothing by a part of itself. Use prompt_lookup_num_tokens, or assistant_model, which may be "
-                    "a smaller model of the zoo or of transformers."
+                    f"{name}: the model guesses nothing by a part of itself. Use prompt_lookup_num_tokens, or assistant_model: a smaller "
+                    "model of the zoo or of transformers."
                 )
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full"):

@@ -7,6 +7,7 @@ import hybridzoo as zoo
 from hybridzoo.zoo.models.decoder import AHEAD, Decoder
 from hybridzoo.zoo.models.prefill import prefill
 from hybridzoo.zoo.models.sampling import Sampler, uniforms
+from hybridzoo.zoo.models.verify import Verifier
 from hybridzoo.zoo.sampling_options import SamplingOptions
 
 pytestmark = pytest.mark.gpu
@@ -53,12 +54,79 @@ def test_a_sample_is_the_same_alone_and_among_others(model):
 
 
 @torch.no_grad()
-def test_an_assistant_changes_no_token(model):
+@pytest.mark.parametrize("assistant", ["lookup", "model"])
+@pytest.mark.parametrize("record", [True, False])
+def test_an_assistant_changes_no_token(model, assistant, record):
     model = model.double()
-    ids = torch.randint(1, 256, (2, 9), device="cuda")
-    found = model.generate(ids, 3 * AHEAD, assistant="lookup", details=True)
-    assert torch.equal(found.sequences, model.generate(ids, 3 * AHEAD, record=False))
-    assert found.counts.tolist() == [3 * AHEAD] * 2
+    ids = torch.randint(1, 256, (3, 12), device="cuda")
+    ids[:, 6:] = ids[:, :6].clone()
+    helper = assistant if assistant == "lookup" else zoo.build("mamba-tiny", device="cuda").eval()
+    options = {"eos_token_id": 7, "assistant": helper, "record": record, "details": True}
+    want = model.generate(ids, 3 * AHEAD, record=False, eos_token_id=7, details=True)
+    found = model.generate(ids, 3 * AHEAD, **options)
+    assert torch.equal(found.sequences, want.sequences) and found.reasons == want.reasons
+    assert found.how.startswith("recorded as a CUDA graph: guesses" if record else "one operation")
+    torch.testing.assert_close(found.logprobs, want.logprobs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_recorded_check_takes_over_the_rows_that_are_right(model):
+    """Beside the same forwards one by one: what is chosen, which rows are right, and the state, over rounds of other tokens."""
+    model = model.float()
+    text = torch.randint(1, 256, (3, 120), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    start = model(text[:, :20], state=model.init_state(3, 140)).state
+    recorded, eager = Verifier(model, start.clone(), 16, True), Verifier(model, start.clone(), 16, False)
+    for turn in range(8):
+        ids, known = text[:, 20 + 9 * turn : 29 + 9 * turn].cpu(), torch.tensor([1, 2 + turn % 3, 5])
+        lengths = torch.tensor([1 + turn % 2, 6, 9])
+        first, second = eager(ids, known, lengths), recorded(ids, known, lengths)
+        assert first.whole.tolist() == second.whole.tolist() and not second.broken.any()
+        for row, (begin, end) in enumerate(zip(known.tolist(), lengths.tolist(), strict=True)):
+            assert torch.equal(first.tokens[row, begin - 1 : end], second.tokens[row, begin - 1 : end])
+        assert torch.equal(eager.state.tokens, recorded.state.tokens)
+    assert recorded._graph is not None and recorded.state.tokens.max() > 20
+    last = text[:, 100]
+    torch.testing.assert_close(model.step(last, recorded.state), model.step(last, eager.state), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_state_goes_back_between_replays(model):
+    text = torch.randint(1, 256, (2, 60), device="cuda")
+    state, token = model.init_state(2, 80), text[:, 0].clone()
+    for _ in range(2):
+        model.step(token, state)
+    start = state.mark()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model.step(token, state)
+    state.back(start)  # capturing has run nothing, but the host counts
+
+    def steps(columns):
+        found = []
+        for column in columns.unbind(1):
+            token.copy_(column)
+            graph.replay()
+            found.append(logits.clone())
+        return torch.stack(found, 1)
+
+    steps(text[:, :20])
+    mark = state.mark()
+    want = steps(text[:, 20:])
+    for _ in range(2):
+        state.back(mark)
+        assert state.tokens.tolist() == [22, 22]
+        assert torch.equal(steps(text[:, 20:]), want)
+    state.back(mark, torch.tensor([True, False]))
+    assert state.tokens.tolist() == [22, 62]
+    assert torch.equal(steps(text[:, 20:30])[0], want[0, :10])
+    state.keep(2)
+    model.step(token, state)
+    state.roll_back(1)
+    with (
+        pytest.raises(RuntimeError, match="a CUDA graph does not keep marks"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        model.step(token, state)
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ class Marks:
             )
         if here.shape != mark._void.shape or here.dtype != torch.bool:
             raise ValueError(
-                f"rows: expected {tuple(mark._void.shape)} bool, got {tuple(here.shape)} {here.dtype}. Say of every row whether it goes back."
+                f"rows: expected {tuple(mark._void.shape)} bool, got {tuple(here.shape)} {here.dtype}. Say of every row if it goes back."
             )
         if bool((mark._void & here).any()):
             row = int((mark._void & here).nonzero()[0])

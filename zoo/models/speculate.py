@@ -73,9 +73,8 @@ class DraftModel:
         if state is None:
             state = self.model.init_state(1, len(tokens) + self.more, device=self.device)
         # of what was read, tokens that were accepted come first, then guesses
-        same = next(
-            (i for i, pair in enumerate(zip(read, tokens)) if pair[0] != pair[1]), min(len(read), len(tokens) - 1)
-        )  # noqa: B905
+        pairs = enumerate(zip(read, tokens[:-1], strict=False))
+        same = next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(read), len(tokens) - 1))
         state.roll_back(len(read) - same)
         new = torch.tensor([list(tokens[same:])], device=self.device)
         if new.shape[1] <= 2:
