@@ -52,6 +52,17 @@ def test_a_peer_writes_the_same_number_of_tokens(tiny, monkeypatch):
     assert "1.5x" in console.export_text()
 
 
+def test_guesses_gain_where_text_repeats(monkeypatch):
+    case = generate.Case("again", ("samba-tiny",), ((2, 64),), 90, "cpu", {"samba-tiny": 1.6}, repeats=True)
+    monkeypatch.setattr(generate, "CASES", [case])
+    (row,), failed = generate.measure(["again"], lambda text: None)
+    assert not failed and row["how"].endswith("checked by 13 forwards") and row["goal_ratio"] == 1.6
+    assert row["ratio"] == row["write_tokens_s"] / row["peer_write_tokens_s"] > 1
+    console = Console(width=200, record=True)
+    show.show({"what": "generate", "device": "x", "commit": "y", "ceilings": {}, "cases": [row]}, console)
+    assert "no guesses" in console.export_text()
+
+
 def test_a_model_that_mamba_ssm_has_not_stands_alone(monkeypatch):
     monkeypatch.setattr(generate, "find_spec", lambda name: SimpleNamespace())
     assert generate._peer(zoo.build("transformer-tiny", device="meta")) == (None, None)
@@ -71,7 +82,7 @@ def test_what_does_not_fit_is_named_and_the_rest_goes_on(tiny, monkeypatch):
 
 
 def test_parts_are_of_a_kind_of_device():
-    assert generate.parts_of("cpu") == ["tiny"] and "2.8b:batch" in generate.parts_of("cuda")
+    assert generate.parts_of("cpu") == ["tiny", "tiny:repeats"] and "2.8b:batch" in generate.parts_of("cuda")
     for case in generate.CASES:
         sizes = [zoo.build(name, device="meta").num_params() for name in case.models]
         assert case.device == "cpu" or max(sizes) < 1.2 * min(sizes), (case.part, sizes)

@@ -2,6 +2,9 @@
 
 Beside a Mamba or a Mamba-2, where it is installed, stands mamba-ssm's own ``generate`` on the same weights, recorded as a CUDA graph. Both
 write greedily. Reading is a prompt's forward; writing is counted per step once a step has been recorded, on both sides.
+
+What guesses gain (prompt lookup) is measured on text that repeats its prompt, beside the same loop without them. Weights are such that it
+does: the embedding outweighs all that blocks add, and the head gives each token its successor.
 """
 
 import dataclasses
@@ -19,6 +22,8 @@ from ...zoo.models.build import build
 from ...zoo.models.decoder import AHEAD, Decoder
 from ...zoo.models.prefill import prefill
 from ...zoo.models.sampling import Sampler
+from ...zoo.models.speculate import PromptLookup, Speculator
+from ...zoo.models.verify import Verifier
 from ...zoo.sampling_options import SamplingOptions
 from ..result_file import Row, Tick
 from .ops import distance
@@ -41,7 +46,8 @@ class Case:
         shapes: Rows and tokens of their prompts.
         new: Tokens that are written behind.
         device: Where it is worth measuring.
-        goals: The ratios to reach beside mamba-ssm in writing, by model.
+        goals: The ratios to reach beside mamba-ssm in writing, by model; beside no guesses, where the text repeats.
+        repeats: Whether the text repeats its prompt, and guesses are looked up.
     """
 
     part: str
@@ -50,17 +56,21 @@ class Case:
     new: int = 128
     device: str = "cuda"
     goals: dict[str, float] = dataclasses.field(default_factory=dict)
+    repeats: bool = False
 
 
 _SMALL = ("mamba-130m", "mamba2-130m", "mambaformer-130m", "transformer-130m")
 _LARGE = ("mamba-2.8b", "mamba2-2.7b", "mamba2attn-2.7b", "transformer-2.8b")
+_TINY = ("mamba-tiny", "mamba2-tiny", "samba-tiny", "transformer-tiny")
 CASES = [
     Case("130m", _SMALL, tuple((1, l) for l in _LENGTHS), goals={"mamba-130m": 2, "mamba2-130m": 2}),
     Case("130m:batch", _SMALL, ((64, 512),)),
     Case("130m:long", _SMALL[:2], ((1, 2**20),), 16),
     Case("2.8b", _LARGE, tuple((1, l) for l in _LENGTHS), goals={"mamba-2.8b": 1.7, "mamba2-2.7b": 1.7}),
     Case("2.8b:batch", _LARGE, ((64, 512),), goals={"mamba-2.8b": 1.4, "mamba2-2.7b": 1.1}),
-    Case("tiny", ("mamba-tiny", "mamba2-tiny", "samba-tiny", "transformer-tiny"), ((1, 256), (1, 1024), (1, 4096)), 32, "cpu"),
+    Case("tiny", _TINY, ((1, 256), (1, 1024), (1, 4096)), 32, "cpu"),
+    Case("130m:repeats", _SMALL, ((1, 1024), (8, 1024)), goals=dict.fromkeys(_SMALL, 1.6), repeats=True),
+    Case("tiny:repeats", _TINY, ((1, 256),), 128, "cpu", dict.fromkeys(_TINY, 1.6), repeats=True),
 ]  # fmt: skip
 PARTS = [case.part for case in CASES]
 
@@ -78,7 +88,7 @@ def measure(parts: list[str], tick: Tick) -> tuple[list[Row], list[str]]:
     for case, name in [(x, name) for x in CASES if x.part in parts for name in x.models]:
         torch.manual_seed(0)
         model = build(name, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32).eval()
-        peer, error = _peer(model) if device == "cuda" else (None, None)
+        peer, error = _peer(model) if device == "cuda" and not case.repeats else (None, None)
         for b, l in case.shapes:
             tick(f"{name}, {b} x {l:,}")
             try:
@@ -93,6 +103,8 @@ def measure(parts: list[str], tick: Tick) -> tuple[list[Row], list[str]]:
 def _row(case: Case, name: str, model: Any, peer: Any, error: float | None, shape: tuple[int, int]) -> Row:
     b, l = shape
     ids = torch.randint(0, model.cfg.vocab_size, (b, l), device=model.some_weight().device)
+    if case.repeats:
+        ids = _made_to_repeat(model, b, l)
     row: Row = {
         "name": name,
         "part": case.part,
@@ -102,6 +114,11 @@ def _row(case: Case, name: str, model: Any, peer: Any, error: float | None, shap
     row |= {"dtype": str(model.some_weight().dtype).removeprefix("torch."), "params": model.num_params()} | _ours(
         model, ids, case.new
     )
+    if case.repeats:
+        guessed = _guessed(model, ids, case.new)
+        plain = row["write_tokens_s"]
+        row |= guessed | {"op": f"generate, {b} x {l}, repeated", "peer": "no guesses", "peer_write_tokens_s": plain}
+        row |= {"ratio": row["write_tokens_s"] / plain, "goal_ratio": case.goals.get(name)}
     if peer is not None:
         theirs = {f"peer_{key}": value for key, value in _theirs(peer, ids, case.new).items()}
         row |= {"peer": "mamba_ssm", "error": error, "goal_ratio": case.goals.get(name)} | theirs
@@ -128,6 +145,36 @@ def _ours(model: Any, ids: Tensor, new: int) -> dict[str, Any]:
         "state_MiB": state.nbytes / 2**20,
         "how": decoder.how,
     }
+
+
+@torch.no_grad()
+def _made_to_repeat(model: Any, b: int, l: int) -> Tensor:
+    """Prompts that the model goes on to repeat, once its weights are changed."""
+    period = min(3 * l // 4, model.cfg.vocab_size)
+    cycle = torch.randperm(model.cfg.vocab_size)[:period].to(model.some_weight().device)
+    table = model.backbone.embedding.weight
+    table.mul_(100)
+    head = torch.zeros_like(table)
+    head[cycle] = table[cycle.roll(1)]
+    model.lm_head.weight = torch.nn.Parameter(head)
+    at = torch.arange(l, device=cycle.device) + 7 * torch.arange(b, device=cycle.device)[:, None]
+    return cycle[at % period]
+
+
+@torch.no_grad()
+def _guessed(model: Any, ids: Tensor, new: int) -> dict[str, Any]:
+    """The speed of writing with guesses."""
+    drafter, warm = PromptLookup(), 4
+    rounds = max(1, new // (drafter.most + 1))
+    more = (warm + rounds) * (drafter.most + 1)
+    logits, state = prefill(model, ids, None, None, more, None)
+    verifier = Verifier(model, state, 2 * drafter.most)
+    speculator = Speculator(verifier, logits, ids.tolist(), drafter, [], 0, more)
+    for _ in range(warm):  # records the forward
+        before = speculator.advance().counts.sum()
+    times = [_ms(lambda: speculator.advance(), ids) for _ in range(rounds)]
+    tokens = int(sum(map(len, speculator.texts)) - ids.numel() - before)
+    return {"write_ms": statistics.median(times), "write_tokens_s": 1000 * tokens / sum(times), "how": speculator.how}
 
 
 def _speeds(read_ms: float, step_ms: list[float], b: int, l: int) -> dict[str, Any]:
