@@ -59,6 +59,7 @@ def width(request, monkeypatch):
     """Forwards as a CPU runs them, and as a GPU records them: all of one width, over all rows."""
     if request.param == "of-one-width":
         monkeypatch.setattr(verify, "how_recorded", lambda *_: ("of one width", True))
+        monkeypatch.setattr(verify, "_gathers", lambda model: False)
 
 
 @torch.no_grad()
@@ -142,6 +143,21 @@ def test_a_state_has_read_what_was_whole_and_no_row_else(model):
     read = model(torch.tensor([guess[0]]), state=before.reorder(torch.tensor([0]))).state
     torch.testing.assert_close(got[0], model.step(next_[:1], read)[0])
     torch.testing.assert_close(got[1:], model.step(next_, before)[1:])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "fixed"),
+    [("bfloat16", (9, 0), True), ("bfloat16", (8, 0), False), ("float32", (9, 0), False)],
+)
+def test_experts_that_would_copy_their_weights_are_not_recorded_unasked(dtype, capability, fixed, monkeypatch):
+    model = built("attention moe").to(getattr(torch, dtype))
+    monkeypatch.setattr(verify, "how_recorded", lambda *_: ("recorded", True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    checks = verify.Verifier(model, model.init_state(1, 8), 4)
+    assert checks.fixed is fixed and checks.how.startswith(
+        "recorded" if fixed else "one operation after the other (experts"
+    )
+    assert verify.Verifier(model, model.init_state(1, 8), 4, True).fixed
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.seq import Seq
+from ...layers.moe import MoE
 from .decoder import how_recorded, not_finite
 from .state import ModelState
 
@@ -57,6 +58,8 @@ class Verifier:
         self.model, self.state, self.width, self.forwards = model, state, width, 0
         b, device = state.tokens.shape[0], state.tokens.device
         self.how, self.fixed = how_recorded(model, device, record)
+        if self.fixed and record is None and _gathers(model):
+            self.how, self.fixed = "one operation after the other (experts would copy a matrix for every token)", False
         self._ids = torch.zeros(b, width, dtype=torch.long, device=device)
         self._known, self._lengths = (torch.zeros(b, dtype=torch.long, device=device) for _ in range(2))
         self._found: tuple[Tensor, ...] = ()
@@ -134,3 +137,10 @@ class Verifier:
         logits = logits[..., : self.model.cfg.vocab_size].float()
         best, token = logits.max(-1)
         return token, best - logits.logsumexp(-1), not_finite(logits)
+
+
+def _gathers(model: Any) -> bool:
+    """Tell whether experts, in a graph, would do without the kernel that reads their loads on a GPU."""
+    weight = model.some_weight()
+    grouped = weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    return not grouped and any(isinstance(m, MoE) for m in model.modules())
