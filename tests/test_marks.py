@@ -122,6 +122,28 @@ def test_what_wrong_numbers_have_left_behind_is_gone(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", zoo.list_models("*-tiny", task="causal_lm"))
+def test_a_state_of_any_model_is_a_value(name, tmp_path):
+    """Saved and loaded, forked, rolled back and put into a slot, it goes on as it did; a fork that does not, goes its own way."""
+    torch.manual_seed(0)
+    model, text = zoo.build(name).eval(), torch.randint(1, 256, (2, 40))
+    state = model(text[:, :20], state=model.init_state(2, 48)).state
+    state.save(tmp_path / "state.safetensors", model)
+    fork, mark = state.clone(), state.mark()
+    want = steps(model, text[:, 20:], state)
+    loaded = zoo.ModelState.load(tmp_path / "state.safetensors", model=model)
+    assert torch.equal(steps(model, text[:, 20:], loaded), want)
+    assert not torch.equal(steps(model, text[:, 20:].flip(1), fork), want)
+    state.back(mark)
+    assert torch.equal(steps(model, text[:, 20:], state), want)
+    slots = model.init_state(3, 48)
+    steps(model, torch.randint(1, 256, (3, 7)), slots)
+    slots.put(torch.tensor([2, 0]), zoo.ModelState.load(tmp_path / "state.safetensors"))
+    got = steps(model, text[[1, 0, 0], 20:], slots)
+    torch.testing.assert_close(got[[2, 0]], want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_graph_keeps_no_marks(model, monkeypatch):
     state = model.init_state(1, 20)
     state.keep(4)
