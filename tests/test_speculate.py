@@ -161,6 +161,13 @@ def test_experts_that_would_copy_their_weights_are_not_recorded_unasked(dtype, c
 
 
 @torch.no_grad()
+def test_a_smaller_model_guesses_from_the_first_token_on(model):
+    ids = torch.randint(0, 40, (4, 1), generator=torch.Generator().manual_seed(5))
+    want = model.generate(ids, 30)
+    assert torch.equal(model.generate(ids, 30, assistant=built("mamba window", 1, 16), draft=4), want)
+
+
+@torch.no_grad()
 def test_a_smaller_model_takes_wrong_guesses_back(model, monkeypatch):
     steps, forwards, step, forward = [], [], type(model).step, type(model).forward
     monkeypatch.setattr(type(model), "step", lambda self, *a: steps.append(1) or step(self, *a))

@@ -72,6 +72,7 @@ class DraftModel:
         state, read = self._read.get(row, (None, []))
         if state is None:
             state = self.model.init_state(1, len(tokens) + self.more, device=self.device)
+            state.keep(self.most + 1)
         # of what was read, tokens that were accepted come first, then guesses
         pairs = enumerate(zip(read, tokens[:-1], strict=False))
         same = next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(read), len(tokens) - 1))
