@@ -97,12 +97,12 @@ def test_generate_continues_files_of_prompts(folder, tmp_path):
     assert alone == found[0] and len(alone["logprobs"]) == alone["tokens"] and alone["ended"] in ("length", "eos")
     piped = invoke("generate", folder, "--max-new-tokens", 6, "--device", "cpu", input="ab")
     assert piped.stdout == f"ab{alone['text']}\n"
-    greedy = ("generate", folder, "--prompt", "ab", "--temperature", 0, "--device", "cpu")
-    assert (
-        invoke(*greedy, "--assistant", "lookup").stdout
-        == invoke(*greedy, "--assistant", folder).stdout
-        == invoke(*greedy).stdout
-    )
+    asked = ("generate", folder, "--prompt", "ab", "--device", "cpu")
+    greedy = invoke(*asked, "--temperature", 0).stdout
+    # with somebody who guesses, greedy is what is meant
+    assert invoke(*asked, "--assistant", "lookup").stdout == invoke(*asked, "--assistant", folder).stdout == greedy
+    refused = invoke(*asked, "--assistant", "lookup", "--temperature", 0.5, status=1)
+    assert refused.stdout == "" and "temperature=0.5" in refused.stderr
     stopped = invoke("generate", folder, "--prompt", "ab", "--stop", alone["text"][2], "--json", "--device", "cpu")
     assert json.loads(stopped.stdout)["ended"] == "stop"
 

@@ -19,7 +19,10 @@ app = typer.Typer()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sampling(SamplingOptions):
-    temperature: float = option(0.8, "Logits are divided by it; 0 is greedy.", bound=at_least(0), panel="Sampling")
+    temperature: Any = option(  # noqa: RUF009  # a field, as the others
+        None, "Logits are divided by it; 0 is greedy.", unset="0.8, or 0 with --assistant", typed=float | None, bound=at_least(0),
+        panel="Sampling",
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: [bold]zoo generate runs/demo/mamba-tiny --prompt 'The ' --temperature 0.8[/bold]")
@@ -40,9 +43,7 @@ def generate(
     ] = None,
     assistant: Annotated[
         str | None,
-        typer.Option(
-            help="With --temperature 0: a smaller model that guesses, or lookup; the text is the same, and sooner there."
-        ),
+        typer.Option(help="A smaller model that guesses, or lookup: greedy text is the same, and sooner there."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts that are continued at once.", min=1)] = 16,
     device: Device = None,
@@ -54,6 +55,8 @@ def generate(
     """Continue texts; a single one is printed as it comes."""
     from .named import check_model, check_there
 
+    usual = 0.0 if assistant else 0.8
+    given["temperature"] = usual if given["temperature"] is None else given["temperature"]
     options = _Sampling(**given).values() | {"max_new_tokens": max_new_tokens, "n": n, "stop": stop or None}
     if prompt is not None and prompts is not None:
         raise ValueError("generate(--prompt, --prompts): give one of them.")
@@ -164,10 +167,13 @@ class _Writer:
     def stream(self, prompt: str) -> None:
         """Print a prompt and its continuation, piece by piece; half a letter waits for its other half."""
         ids, _ = self._encoded([prompt])
+        looks = self.model.stream(
+            ids, **self.options
+        )  # what is wrong with the options is said before anything is printed
         print_text(prompt, end="")
         tokens: list[int] = []
         shown = ""
-        for look in self.model.stream(ids, **self.options):
+        for look in looks:
             tokens += look.tokens[0, : int(look.counts[0]) - len(tokens)].tolist()
             text = self._text(tokens)
             whole = text.rstrip("\ufffd") if not look.finished[0] else text
