@@ -10,22 +10,31 @@ from .loss.op import cross_entropy
 from .step.op import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
 from .norm.op import branch_layer_norm, branch_rms_norm, layer_norm, rms_norm
 from .seq import Seq
+from .step.inputs import ScanNorms
+from .few.inputs import StepConv, StepNorm
+from .few.op import step_linear
+from .norm.gated import gated_rms_norm
 from . import mamba_layer as mamba_layer
 # isort: on
 
 __all__ = [
     "BackendError",
+    "ScanNorms",
     "Seq",
+    "StepConv",
+    "StepNorm",
     "branch_layer_norm",
     "branch_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "conv_ssd_update",
     "cross_entropy",
+    "gated_rms_norm",
     "layer_norm",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
     "ssd",
     "ssd_state_update",
+    "step_linear",
 ]

@@ -7,13 +7,12 @@ for.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import branch_layer_norm, branch_rms_norm
+from ..kernels import branch_layer_norm, branch_rms_norm, gated_rms_norm
 from ..kernels.norm.op import plain_layer_norm
 from ..kernels.numerics import HALVES
-from .common import Device, Dtype, autocasts, upcast
+from .common import Device, Dtype, autocasts
 from .recompute import recomputing, repeatable
 
 __all__ = ["NORMS", "GatedRMSNorm", "LayerNorm", "RMSNorm", "make_norm"]
@@ -104,14 +103,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalise and gate ``x``, both ``(..., d)``; in ``x``'s dtype."""
-        y, gate = upcast(x), F.silu(upcast(z))
-        if not self.norm_before_gate:
-            y = y * gate
-        groups = y.unflatten(-1, (-1, self.group_size))
-        y = F.rms_norm(groups, (self.group_size,), None, self.eps).flatten(-2) * self.weight.to(y.dtype)
-        if self.norm_before_gate:
-            y = y * gate
-        return y.to(x.dtype)
+        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.norm_before_gate)
 
     def extra_repr(self) -> str:
         """Sizes and order, for ``print(model)``."""

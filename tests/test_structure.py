@@ -11,7 +11,7 @@ ROOT = Path(zoo.__file__).resolve().parent
 FLOORS = ("kernels", "layers", "zoo", "eval", "")  # from the ground up; "" are the files at the root
 SHARED = ("gpu", "dispatch", "checks", "seq", "numerics", "derivatives", "operators", "contain", "torch_private")
 # what an op is built on besides what all share
-BUILT_ON = {"ssd": {"scan"}, "mamba_layer": {"scan", "conv", "norm"}}
+BUILT_ON = {"ssd": {"scan"}, "mamba_layer": {"scan", "conv", "norm"}, "few": {"norm", "step"}}
 LINES, FUNCTION, ARGUMENTS = 350, 60, 8
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import acc_dtype, finish, rates, step_sizes
+from ..numerics import acc_dtype, cast, finish, rates, step_sizes
 from .inputs import ConvStep, ScanStep, StepOptions
 
 
@@ -17,9 +17,12 @@ def take(state: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def put(state: Tensor, rows: Tensor | None, new: Tensor) -> None:
-    """Write back what :func:`take` gave; entries of a negative index write nothing."""
+    """Write back what :func:`take` gave, in the state's type; entries of a negative index write nothing."""
     if rows is None:
+        if new is not state:
+            state.copy_(new)
         return
+    new = new.to(state.dtype)
     # which entry writes a row, -1 for none; a selection by mask would wait for the device
     entry = rows.new_full((state.shape[0] + 1,), -1, dtype=torch.int64)
     at = rows.clamp(min=-1).long() + 1
@@ -28,15 +31,32 @@ def put(state: Tensor, rows: Tensor | None, new: Tensor) -> None:
     state.copy_(torch.where(written, new.index_select(0, entry.clamp(min=0)), state))
 
 
+def spelled_out(i: ScanStep) -> ScanStep:
+    """The same step with its step sizes, B and C formed: no norms, and no low-rank form."""
+    if i.dt_weight is None and i.norms is None:
+        return i
+    dt, B, C = i.dt, i.B, i.C
+    if i.norms is not None:
+        eps, *weights = i.norms
+        dt, B, C = (F.rms_norm(m, m.shape[-1:], cast(w, m.dtype), eps) for m, w in zip((dt, B, C), weights, strict=True))
+    if i.dt_weight is not None:
+        dt = F.linear(dt, i.dt_weight.to(dt.dtype))
+    return i._replace(dt=dt, B=B, C=C, dt_weight=None, norms=None)
+
+
+def _rates(i: ScanStep, options: StepOptions, acc: torch.dtype) -> Tensor:
+    return rates(-i.A.to(acc).exp() if options.log_rates else i.A, acc)
+
+
 def _skipped(y: Tensor, rows: Tensor | None) -> Tensor:
     return y if rows is None else y.masked_fill((rows < 0).view(-1, *[1] * (y.dim() - 1)), 0.0)
 
 
 def _selective(i: ScanStep, options: StepOptions) -> Tensor:
-    acc, (b, d), g = i.state.dtype, i.x.shape, i.B.shape[1]
-    h, x = take(i.state, i.rows), i.x.to(acc)
+    acc, (b, d), g = acc_dtype(i.state.dtype), i.x.shape, i.B.shape[1]
+    h, x = take(i.state, i.rows).to(acc), i.x.to(acc)
     dt = step_sizes(i.dt.to(acc), i.dt_bias, options.dt_softplus, None)
-    h.mul_(torch.exp(dt[..., None] * rates(i.A, acc)))
+    h.mul_(torch.exp(dt[..., None] * _rates(i, options, acc)))
     grouped = h.unflatten(1, (g, d // g))
     grouped.addcmul_((dt * x).view(b, g, d // g, 1), i.B.to(acc)[:, :, None])
     put(i.state, i.rows, h)
@@ -46,11 +66,11 @@ def _selective(i: ScanStep, options: StepOptions) -> Tensor:
 
 
 def _ssd(i: ScanStep, options: StepOptions) -> Tensor:
-    acc, heads = i.state.dtype, i.x.shape[1]
-    s, u = take(i.state, i.rows), i.x.to(acc)
+    acc, heads = acc_dtype(i.state.dtype), i.x.shape[1]
+    s, u = take(i.state, i.rows).to(acc), i.x.to(acc)
     dt = step_sizes(i.dt.to(acc), i.dt_bias, options.dt_softplus, None, options.dt_limit)
     B, C = (m.to(acc).repeat_interleave(heads // m.shape[1], dim=1) for m in (i.B, i.C))
-    s.mul_(torch.exp(dt * rates(i.A, acc))[..., None, None])
+    s.mul_(torch.exp(dt * _rates(i, options, acc))[..., None, None])
     s.addcmul_((dt[..., None] * u)[..., None], B[:, :, None])
     put(i.state, i.rows, s)
     y = (s * C[:, :, None]).sum(-1)
@@ -61,10 +81,7 @@ def _ssd(i: ScanStep, options: StepOptions) -> Tensor:
 def _conv(i: ConvStep, silu: bool) -> Tensor:
     acc = acc_dtype(i.x.dtype)
     row = torch.cat([take(i.state, i.rows), i.x[:, None].to(i.state.dtype)], 1)
-    if i.rows is None:
-        i.state.copy_(row[:, 1:])
-    else:
-        put(i.state, i.rows, row[:, 1:])
+    put(i.state, i.rows, row[:, 1:])
     y = (row.to(acc) * i.weight.t().to(acc)).sum(1)
     if i.bias is not None:
         y = y + i.bias.to(acc)
@@ -81,4 +98,4 @@ def update(conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -
         x, B, C = y.split([h * p, g * n, g * n], dim=-1)
         scan = scan._replace(x=x.unflatten(-1, (h, p)), B=B.unflatten(-1, (g, n)), C=C.unflatten(-1, (g, n)))
     assert scan is not None
-    return (_ssd if scan.x.dim() == 3 else _selective)(scan, options)
+    return (_ssd if scan.x.dim() == 3 else _selective)(spelled_out(scan), options)

@@ -30,6 +30,7 @@ from ..gpu.operands import (
 )
 from ..numerics import blank, cast
 from ..operators import custom_op
+from .chunked import spelled_out
 from .inputs import ConvStep, ScanStep, StepOptions
 
 HEADS, SPLIT = 8, 16
@@ -107,10 +108,13 @@ def update(conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -
         assert conv is not None
         return ops.causal_conv1d_update_cuda(*conv, options.silu) if ops else _conv(conv, options.silu)
     low, high = (-math.inf, math.inf) if tuple(options.dt_limit) == (0.0, math.inf) else map(float, options.dt_limit)
+    scan = spelled_out(scan)
+    if options.log_rates:
+        scan = scan._replace(A=-scan.A.float().exp())
     if ops is None:
         return _scan(conv, scan, options.groups, options.silu, options.dt_softplus, low, high)
     if conv is None:
-        return ops.state_update_cuda(*scan, options.dt_softplus, low, high)
+        return ops.state_update_cuda(*scan[:10], options.dt_softplus, low, high)
     behind = (scan.state, scan.dt, scan.A, scan.D, scan.z, scan.dt_bias, scan.rows)
     return ops.conv_ssd_update_cuda(*conv[:4], *behind, options.groups, options.silu, options.dt_softplus, low, high)
 
@@ -149,7 +153,7 @@ def _conv_launch(types: tuple, aligned: int, numbers: tuple, strides: tuple) -> 
 def _scan(
     conv: ConvStep | None, i: ScanStep, groups: int, silu: bool, dt_softplus: bool, low: float, high: float
 ) -> Tensor:
-    state, x, dt, A, B, C, D, z, dt_bias, rows = i
+    state, x, dt, A, B, C, D, z, dt_bias, rows, *_ = i
     first = x = x if conv is None else conv.x
     dtype, sizes, b = common_type(x, dt, B, C, z), state.shape, x.shape[0]
     out = torch.empty((b, *sizes[1:-1]), dtype=dtype, device=x.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..dispatch import KERNELS, Backend, choose, register
 from . import chunked, cuda
-from .inputs import ConvStep, ScanStep, StepOptions
+from .inputs import ConvStep, ScanNorms, ScanStep, StepOptions
 
 register(
     "update",
@@ -32,6 +32,9 @@ def selective_state_update(
     D: Tensor | None = None,
     z: Tensor | None = None,
     *,
+    dt_weight: Tensor | None = None,
+    norms: ScanNorms | None = None,
+    log_rates: bool = False,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     rows: Tensor | None = None,
@@ -40,7 +43,7 @@ def selective_state_update(
     """One step of :func:`hybridzoo.kernels.selective_scan`.
 
     Args:
-        state: ``(b, d, n)``, or ``(r, d, n)`` with ``rows``, updated in place.
+        state: ``(b, d, n)``, or ``(r, d, n)`` with ``rows``, updated in place; in 16 bits it is rounded behind every step.
         u: ``(b, d)``; so are ``dt`` and ``z``.
         dt: The step size before bias and softplus.
         A: ``(d, n)``.
@@ -48,6 +51,9 @@ def selective_state_update(
         C: As B.
         D: ``(d,)``.
         z: The gate.
+        dt_weight: ``(d, r)``: ``dt`` is ``(b, r)``, and its product with this weight, read in its type, are the step sizes.
+        norms: RMS norms of dt in that form, and of B and C, of one group.
+        log_rates: A is the logarithm of what it stands for: the rates are ``-exp(A)``.
         dt_bias: ``(d,)``.
         dt_softplus: Pass the biased ``dt`` through softplus.
         rows: ``(b,)`` int32 or int64, the rows of the states that the entries continue. Where one is negative, no state changes and
@@ -68,14 +74,18 @@ def selective_state_update(
     checks.floating(where, "B", B, 3, "(b, g, n) or (b, n)")
     g = B.shape[1]
     checks.groups(where, d, g, "d")
-    for name, m in (("u", u), ("dt", dt), ("z", z)):
+    if dt_weight is not None:
+        _check_low_rank(where, dt, dt_weight, b, d)
+    for name, m in (("u", u), ("dt", dt if dt_weight is None else None), ("z", z)):
         checks.shape(where, name, m, (b, d), "(b, d) of the state")
     checks.shape(where, "A", A, (d, n), "(d, n) of the state")
+    if norms is not None:
+        _check_norms(where, norms, dt_weight, g, n)
     for name, m in (("B", B), ("C", C)):
         checks.shape(where, name, m, (b, g, n), "(b, g, n) of the state")
     checks.floats(where, state=state, u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    scan = ScanStep(state, u, dt, A, B, C, D, z, dt_bias, rows)
-    return _run(backend, None, scan, StepOptions(dt_softplus=dt_softplus))
+    scan = ScanStep(state, u, dt, A, B, C, D, z, dt_bias, rows, dt_weight, norms)
+    return _run(backend, None, scan, StepOptions(dt_softplus=dt_softplus, log_rates=log_rates))
 
 
 def ssd_state_update(
@@ -88,6 +98,7 @@ def ssd_state_update(
     D: Tensor | None = None,
     z: Tensor | None = None,
     *,
+    log_rates: bool = False,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
@@ -97,7 +108,7 @@ def ssd_state_update(
     """One step of :func:`hybridzoo.kernels.ssd`.
 
     Args:
-        state: ``(b, h, p, n)``, or ``(r, h, p, n)`` with ``rows``, updated in place.
+        state: ``(b, h, p, n)``, or ``(r, h, p, n)`` with ``rows``, updated in place; in 16 bits it is rounded behind every step.
         x: ``(b, h, p)``; so is ``z``.
         dt: ``(b, h)``, the step size before bias, softplus and limits.
         A: ``(h,)``.
@@ -105,6 +116,7 @@ def ssd_state_update(
         C: As B.
         D: ``(h,)`` or ``(h, p)``.
         z: The gate.
+        log_rates: As for :func:`selective_state_update`.
         dt_bias: ``(h,)``.
         dt_softplus: Pass the biased ``dt`` through softplus.
         dt_limit: The step size is clamped to this range after softplus.
@@ -130,7 +142,8 @@ def ssd_state_update(
     _check_heads(where, (b, h, p), dt, A, D, z, dt_bias)
     checks.floats(where, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     scan = ScanStep(state, x, dt, A, B, C, D, z, dt_bias, rows)
-    return _run(backend, None, scan, StepOptions(dt_softplus=dt_softplus, dt_limit=dt_limit))
+    options = StepOptions(dt_softplus=dt_softplus, dt_limit=dt_limit, log_rates=log_rates)
+    return _run(backend, None, scan, options)
 
 
 def causal_conv1d_update(
@@ -182,6 +195,7 @@ def conv_ssd_update(
     *,
     ngroups: int = 1,
     activation: str | None = None,
+    log_rates: bool = False,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
@@ -202,6 +216,7 @@ def conv_ssd_update(
         z: ``(b, h, p)``.
         ngroups: Groups ``g`` of heads that share B and C.
         activation: The convolution's, ``"silu"`` or ``None``.
+        log_rates: As for :func:`selective_state_update`.
         dt_bias: ``(h,)``.
         dt_softplus: Pass the biased ``dt`` through softplus.
         dt_limit: The step size is clamped to this range after softplus.
@@ -227,7 +242,7 @@ def conv_ssd_update(
     checks.floats(where, xBC=xBC, conv_state=conv_state, weight=weight, bias=bias, state=state, **given)
     conv = ConvStep(xBC, conv_state, weight, bias, rows)
     scan = ScanStep(state, None, dt, A, None, None, D, z, dt_bias, rows)
-    return _run(backend, conv, scan, StepOptions(silu, dt_softplus, dt_limit, ngroups))
+    return _run(backend, conv, scan, StepOptions(silu, dt_softplus, dt_limit, ngroups, log_rates))
 
 
 def _batch(where: str, state: Tensor, rows: Tensor | None) -> int:
@@ -238,6 +253,22 @@ def _batch(where: str, state: Tensor, rows: Tensor | None) -> int:
             f"{where}: rows has shape {tuple(rows.shape)} and dtype {rows.dtype}, expected (b,) of int32 or int64."
         )
     return rows.shape[0]
+
+
+def _check_low_rank(where: str, dt: Tensor, dt_weight: Tensor, b: int, d: int) -> None:
+    checks.floating(where, "dt", dt, 2, "(b, r), beside a dt_weight")
+    r = dt.shape[1]
+    checks.shape(where, "dt", dt, (b, r), "(b, r), beside a dt_weight")
+    checks.shape(where, "dt_weight", dt_weight, (d, r), "(d, r), dt being (b, r)")
+    checks.floats(where, dt_weight=dt_weight)
+
+
+def _check_norms(where: str, norms: ScanNorms, dt_weight: Tensor | None, g: int, n: int) -> None:
+    if dt_weight is None or g != 1:
+        raise ValueError(f"{where}: norms are of dt in low-rank form, and of B and C of one group, not of {g}. Pass dt_weight.")
+    checks.shape(where, "norms.dt", norms.dt, dt_weight.shape[1:], "(r,) of dt_weight")
+    for name, m in (("norms.B", norms.B), ("norms.C", norms.C)):
+        checks.shape(where, name, m, (n,), "(n,) of the state")
 
 
 def _check_conv(where: str, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:
@@ -265,7 +296,8 @@ def _check_heads(where: str, sizes: tuple[int, ...], dt: Tensor, A: Tensor, D: A
 
 def _run(backend: str | None, conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -> Tensor:
     x = conv.x if conv is not None else scan.x  # type: ignore[union-attr]
-    grad = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in (*(conv or ()), *(scan or ()))])
+    given = (*(conv or ()), *(scan or ()))
+    grad = torch.is_grad_enabled() and any([isinstance(m, Tensor) and m.requires_grad for m in given])
     facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "grad": grad}
     if scan is not None:
         state = scan.state
