@@ -126,9 +126,7 @@ def test_a_state_of_16_bits_is_the_rounded_one():
     half = torch.randn(b, h, p, n).bfloat16()
     wide = half.float()
     for _ in range(3):
-        got, want = (
-            ssd_state_update(s, x, dt, A, B, C, dt_softplus=True, log_rates=True) for s in (half, wide)
-        )
+        got, want = (ssd_state_update(s, x, dt, A, B, C, dt_softplus=True, log_rates=True) for s in (half, wide))
         assert torch.equal(got, want)
         wide = wide.bfloat16().float()
         assert torch.equal(half.float(), wide)

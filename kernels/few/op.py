@@ -127,5 +127,3 @@ def _check_conv(where: str, conv: StepConv, b: int, n: int) -> None:
         )
     checks.shape(where, "conv.state", conv.state, (b, width - 1, channels), "(b, kw - 1, channels)")
     checks.shape(where, "conv.bias", conv.bias, (channels,), "(channels,)")
-
-

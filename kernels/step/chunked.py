@@ -38,7 +38,9 @@ def spelled_out(i: ScanStep) -> ScanStep:
     dt, B, C = i.dt, i.B, i.C
     if i.norms is not None:
         eps, *weights = i.norms
-        dt, B, C = (F.rms_norm(m, m.shape[-1:], cast(w, m.dtype), eps) for m, w in zip((dt, B, C), weights, strict=True))
+        dt, B, C = (
+            F.rms_norm(m, m.shape[-1:], cast(w, m.dtype), eps) for m, w in zip((dt, B, C), weights, strict=True)
+        )
     if i.dt_weight is not None:
         dt = F.linear(dt, i.dt_weight.to(dt.dtype))
     return i._replace(dt=dt, B=B, C=C, dt_weight=None, norms=None)

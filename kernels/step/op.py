@@ -265,7 +265,9 @@ def _check_low_rank(where: str, dt: Tensor, dt_weight: Tensor, b: int, d: int) -
 
 def _check_norms(where: str, norms: ScanNorms, dt_weight: Tensor | None, g: int, n: int) -> None:
     if dt_weight is None or g != 1:
-        raise ValueError(f"{where}: norms are of dt in low-rank form, and of B and C of one group, not of {g}. Pass dt_weight.")
+        raise ValueError(
+            f"{where}: norms are of dt in low-rank form, and of B and C of one group, not of {g}. Pass dt_weight."
+        )
     checks.shape(where, "norms.dt", norms.dt, dt_weight.shape[1:], "(r,) of dt_weight")
     for name, m in (("norms.B", norms.B), ("norms.C", norms.C)):
         checks.shape(where, name, m, (n,), "(n,) of the state")
