@@ -1,23 +1,191 @@
-"""The CUDA products of few rows: launches of ``few_rows.cu``."""
+"""The CUDA products of few rows: launches of ``few_rows.cu``.
 
+Weights, and what stands beside them, are of one 16-bit type; the residual stream is of that type or float32.
+"""
+
+import ctypes
+import functools
+from ctypes import c_float, c_int, c_longlong, c_void_p
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from ..dispatch import Facts
-from ..gpu import nvrtc
-from ..gpu.operands import refuse_tensors
+from ..gpu import nvrtc, structs
+from ..gpu.device import DRIVERS, processors, shared_memory
+from ..gpu.operands import TYPES, ceil_div, refuse_tensors
+from ..numerics import HALVES
 from .inputs import StepProduct
 
+# as in few_rows.cu
+WARPS, STAGES, STEP, COLUMN = 8, 8, 32, 20
+NORM, CENTRED, GATED = 8, 16, 32
+ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
+MAX_ROWS = 32
+# pieces of 1 kB that a warp has fetched into L2 beyond those in its shared memory before it may read what the last kernel wrote
+AHEAD = 8
+# what a tile costs beside its rows, in rows
+OVERHEAD = 2
 
-def misfit(i: StepProduct) -> str | None:
-    """Say what of a call the kernel cannot read, or ``None``."""
-    return None
+
+class FewRowsParams(ctypes.Structure):
+    """``FewRowsParams`` of ``few_rows.cu``."""
+
+    _fields_ = [
+        *structs.fields(c_void_p, "x weight bias gain shift gate residual conv_state conv_weight conv_bias out"),
+        *structs.fields(c_longlong, "x_b weight_n gate_b residual_b state_b state_k"),
+        *structs.fields(c_int, "b n k rows tiles blocks stride ahead group_size gate_behind pairs activation"),
+        *structs.fields(c_int, "conv_first conv_channels conv_width silu"),
+        *structs.fields(c_float, "eps gate_multiplier multiplier"),
+    ]
+
+
+def stride(k: int) -> int:
+    """Elements from row to row of x in shared memory: rows that are read together begin 64 bytes apart, modulo the 128 of all banks."""
+    return ceil_div(k, 64) * 64 + 32
+
+
+def shared_bytes(b: int, k: int) -> int:
+    """Shared memory of a block: pieces of the weight on their way, sums of two tiles, and x."""
+    return WARPS * STAGES * 1024 + 2 * WARPS * 8 * columns(b) * COLUMN * 4 + b * stride(k) * 2
+
+
+def columns(b: int) -> int:
+    """Groups of 8 rows of x that a kernel is compiled for."""
+    return next(count for count in (1, 2, 4) if 8 * count >= b)
 
 
 def refuse(facts: Facts) -> str | None:
     """Say why the CUDA kernel cannot do a product, or ``None`` if it can; see :class:`.dispatch.Backend`."""
-    return refuse_tensors(facts) or nvrtc.unavailable() or "the CUDA kernel is still to be written"
+    reason, dtype = refuse_tensors(facts), facts.get("dtype", torch.bfloat16)
+    b, k, device = facts.get("rows", 1), facts.get("d", 768), torch.device("cuda")
+    if reason is not None:
+        return reason
+    if dtype not in HALVES:
+        return f"the CUDA kernel multiplies by weights of 16 bits, got {str(dtype).removeprefix('torch.')}"
+    if facts.get("grad"):
+        return "the CUDA kernel has no gradient"
+    if torch.compiler.is_compiling():
+        return "the CUDA kernel would break the compiled graph"
+    if not 1 <= b <= MAX_ROWS:
+        return f"the CUDA kernel is for 1 to {MAX_ROWS} rows, got {b}"
+    if k % 8:
+        return f"the CUDA kernel reads 8 elements at a time, got k = {k}"
+    if facts.get("misfit"):
+        return facts["misfit"]
+    if reason := nvrtc.unavailable():
+        return reason
+    room = shared_memory(device) - DRIVERS
+    if shared_bytes(b, k) > room:
+        return f"the CUDA kernel needs {shared_bytes(b, k)} bytes of shared memory for {b} rows of {k}, and has {room}"
+    return None
+
+
+def misfit(i: StepProduct) -> str | None:
+    """Say what of a call the kernel cannot read where it lies, or ``None``."""
+    norm, conv, dtype = i.norm, i.conv, i.weight.dtype
+    streams = {"x": i.x if i.norm is not None and i.norm.gate is None else None, "residual": i.residual}
+    same = {"x": None if streams["x"] is not None else i.x, "bias": i.bias}
+    if norm is not None:
+        same |= {"norm.weight": norm.weight, "norm.bias": norm.bias, "norm.gate": norm.gate}
+        size = norm.group_size or i.x.shape[1]
+        if size % 4 or i.x.shape[0] * (i.x.shape[1] // size) > 320:
+            return f"the CUDA kernel normalises groups of 4 n channels, up to 320 of them, got groups of {size}"
+    if conv is not None:
+        same |= {"conv.state": conv.state, "conv.weight": conv.weight, "conv.bias": conv.bias}
+        if not conv.weight.is_contiguous() or conv.state.stride(2) != 1:
+            return "the CUDA kernel needs filters in one piece, and channels of the convolution's state side by side"
+    for name, m in same.items():
+        if m is not None and m.dtype != dtype:
+            return f"the CUDA kernel needs {name} in the weight's dtype {dtype}, got {m.dtype}"
+    for name, m in streams.items():
+        if m is not None and m.dtype not in (dtype, torch.float32):
+            return f"the CUDA kernel needs {name} in the weight's dtype {dtype} or float32, got {m.dtype}"
+    rows = {"weight": i.weight, "x": i.x, "norm.gate": None if norm is None else norm.gate}
+    for name, m in rows.items():
+        wide = 16 if name == "weight" else 8 if m is not None and m.dtype != torch.float32 and norm is not None else 16
+        if m is not None and (m.stride(1) != 1 or m.stride(0) * m.element_size() % wide or m.data_ptr() % wide):
+            return f"the CUDA kernel needs rows of {name} in one piece on {wide}-byte borders"
+    return None
+
+
+class Look(NamedTuple):
+    """All that a launch depends on besides addresses."""
+
+    types: tuple[torch.dtype, torch.dtype, torch.dtype]  # of the weight, x, and the result
+    sizes: tuple[int, int, int]  # b, n, k
+    strides: tuple[int, ...]  # of x, the weight, gate, residual, and the convolution's state twice
+    norm: tuple[bool, bool, int, bool, float] | None  # centred, gated, group size, gate behind, eps
+    conv: tuple[int, int, int, bool] | None  # first, channels, width, SiLU
+    behind: tuple[bool, str | None, float, float]  # pairs, activation, and the multipliers of gate and product
+
+
+class Cut(NamedTuple):
+    """A launch: the struct behind its pointers, the kernel, blocks, and bytes of shared memory."""
+
+    tail: bytes
+    name: str
+    blocks: int
+    shared: int
+
+
+def tiles_of(n: int, most: int, count: int) -> int:
+    """Rows of the weight that a tile has, so that the busiest of ``count`` multiprocessors has least to do; of pairs, ``n`` of ``most`` 8."""
+    return min(range(most, 0, -1), key=lambda rows: ceil_div(ceil_div(n, rows), count) * (rows + OVERHEAD))
+
+
+@functools.lru_cache(maxsize=4096)
+def cut(look: Look, count: int) -> Cut:
+    """Cut a product into tiles for ``count`` multiprocessors."""
+    (b, n, k), (pairs, activation, gate_multiplier, multiplier) = look.sizes, look.behind
+    outputs = n // 2 if pairs else n
+    rows = tiles_of(outputs, 8 if pairs else 16, count)
+    tiles = ceil_div(outputs, rows)
+    blocks = min(tiles, count)
+    names = "x_b weight_n gate_b residual_b state_b state_k".split()
+    centred, gated, group_size, gate_behind, eps = look.norm or (False, False, k, False, 0.0)
+    first, channels, width, silu = look.conv or (0, 0, 2, False)
+    rest = FewRowsParams(
+        **dict(zip(names, look.strides, strict=True)),
+        b=b, n=n, k=k, rows=rows, tiles=tiles, blocks=blocks, stride=stride(k), ahead=AHEAD,
+        group_size=group_size, gate_behind=gate_behind, pairs=pairs, activation=ACTIVATIONS.index(activation),
+        conv_first=first, conv_channels=channels, conv_width=width, silu=silu,
+        eps=eps, gate_multiplier=gate_multiplier, multiplier=multiplier,
+    )  # fmt: skip
+    flags = (NORM if look.norm else 0) | (CENTRED if centred else 0) | (GATED if gated else 0)
+    types = ", ".join(TYPES[t] for t in look.types)
+    name = f"few_rows<{types}, {columns(b)}, {flags}>"
+    return Cut(structs.tail(rest), name, blocks, shared_bytes(b, k))
 
 
 def step_linear(i: StepProduct) -> Tensor:
     """Norm, product, and what is behind it, in one launch."""
-    raise NotImplementedError
+    (b, k), n, dtype = i.x.shape, i.weight.shape[0], i.weight.dtype
+    norm, conv, residual = i.norm, i.conv, i.residual
+    kind = dtype if residual is None else residual.dtype
+    out = torch.empty((b, n // 2 if i.gated else n), dtype=kind, device=i.x.device)
+    if not out.numel():
+        return out
+    gate = None if norm is None else norm.gate
+    state = None if conv is None else conv.state
+    residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
+    strides = [0 if m is None else m.stride(0) for m in (i.x, i.weight, gate, residual)]
+    look = Look(
+        (dtype, i.x.dtype, kind),
+        (b, n, k),
+        (*strides, *((0, 0) if state is None else state.stride()[:2])),
+        None
+        if norm is None
+        else (norm.centred, gate is not None, norm.group_size or k, norm.norm_before_gate, norm.eps),
+        None if conv is None else (conv.first, *conv.weight.shape, conv.silu),
+        (i.gated, i.activation, i.gate_multiplier, i.multiplier),
+    )
+    made = cut(look, processors(i.x.device))
+    of_norm = (None, None, None) if norm is None else (norm.weight, norm.bias, gate)
+    of_conv = (None, None, None) if conv is None else (state, conv.weight, conv.bias)
+    packed = structs.pack(made.tail, i.x, i.weight, i.bias, *of_norm, residual, *of_conv, out)
+    nvrtc.launch("few_rows.cu", made.name, packed, made.blocks, 32 * WARPS, made.shared, i.x.device, overlaps=True)
+    if state is not None and not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return out

@@ -5,7 +5,6 @@ At a few rows a product reads its weight once and does next to nothing else, so 
 
 import functools
 import os
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -25,7 +25,14 @@ class CompileError(RuntimeError):
 
 
 def launch(
-    source: str, name: str, params: bytes, grid: int, block: int, shared_bytes: int, device: torch.device
+    source: str,
+    name: str,
+    params: bytes,
+    grid: int,
+    block: int,
+    shared_bytes: int,
+    device: torch.device,
+    overlaps: bool = False,
 ) -> None:
     """Run a kernel on torch's current stream.
 
@@ -37,22 +44,30 @@ def launch(
         block: Threads in each.
         shared_bytes: Dynamic shared memory of a block.
         device: Where the tensors are; made current for the launch.
+        overlaps: Whether it may begin while the kernel before it still runs, for which its source waits (``overlap.cuh``).
     """
     index = device.index
-    kernel = _loaded.get((source, name, index))
+    kernel = _loaded.get((source, name, index, shared_bytes))
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            return launch(source, name, params, grid, block, shared_bytes, device)
+            return launch(source, name, params, grid, block, shared_bytes, device, overlaps)
     if kernel is None:
-        kernel = _loaded[source, name, index] = _load(source, name, index, shared_bytes)
+        kernel = _loaded[source, name, index, shared_bytes] = _load(source, name, index, shared_bytes)
     # an array of one pointer to the bytes, which the driver copies before it returns
     pointers = _ONE_POINTER(params)
     stream, driver = current_stream(index), _driver()
-    arguments = (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
-    (status,) = driver.cuLaunchKernel(*arguments)
+    arguments: tuple
+    if overlaps and OVERLAP and _can_overlap(index):
+        start, config = driver.cuLaunchKernelEx, _overlapping(grid, block, shared_bytes)
+        config.hStream = stream
+        arguments = (config, kernel, ctypes.addressof(pointers), 0)
+    else:
+        start = driver.cuLaunchKernel
+        arguments = (kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+    (status,) = start(*arguments)
     if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
         _enter(index)
-        (status,) = driver.cuLaunchKernel(*arguments)
+        (status,) = start(*arguments)
     if status:
         raise RuntimeError(
             f"{name}: launch of {grid} x {block} threads with {shared_bytes} bytes of shared memory failed: {status.name}."
@@ -60,9 +75,30 @@ def launch(
 
 
 _ONE_POINTER = ctypes.c_char_p * 1
+# whether launches may overlap at all; results are the same
+OVERLAP = True
 
 
-_loaded: dict[tuple[str, str, int | None], Any] = {}
+# a kernel by its source, name, device, and bytes of shared memory
+_loaded: dict[tuple[str, str, int | None, int], Any] = {}
+
+
+@functools.cache
+def _can_overlap(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+@functools.cache
+def _overlapping(grid: int, block: int, shared_bytes: int) -> Any:
+    """A launch that need not wait for the one before it, on a stream that is still to be set."""
+    driver = _driver()
+    attribute, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes, config.attrs, config.numAttrs = shared_bytes, [attribute], 1
+    return config
 
 
 @functools.cache

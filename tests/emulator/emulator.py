@@ -29,6 +29,7 @@ PARAMS = {
     "conv_update": "ConvUpdateParams",
     "state_update": "StateUpdateParams",
     "cross_entropy": "CrossEntropyParams",
+    "few_rows": "FewRowsParams",
 }
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
 # what lies there is run, so another user's folder must not be taken for it
@@ -81,7 +82,7 @@ extern "C" void launch(const {struct}* p, int grid, int block, int bytes) {{
     return ctypes.CDLL(str(library)).launch
 
 
-def launch(source, name, params, grid, block, shared_bytes, device):
+def launch(source, name, params, grid, block, shared_bytes, device, overlaps=False):
     if (source, name) not in _kernels:
         _kernels[source, name] = _build(source, name)
     _kernels[source, name](ctypes.c_char_p(params), grid, block, shared_bytes)

@@ -1,0 +1,302 @@
+// out = behind(front(x) W^T + bias) for a few rows of x: (b, k) by (n, k), as decoding has it.
+//
+// Memory-bound: W is read once, by 16-byte asynchronous copies that stay in flight from one tile of rows to the next.  A block takes tiles of
+// up to 16 rows of W in turn, its warps share out k, and their sums meet in shared memory in a fixed order: an output's bits depend on
+// nothing but its own rows.  Products are those of tensor cores, W on the left, so that 8 rows of x cost what one costs.  A sum does not care
+// about the order of its terms: a lane takes 16 bytes of a row, and its eight elements stand where two products want eight of their 32.
+// So a lane reads back what it has fetched itself, and no warp waits for another but at the end of a tile.
+//
+// In front: x as it is, or its norm (of a group of channels; gated), formed by every block for itself, rounded to W's type.
+// Behind: an activation, a gate by the other half of the rows, the residual stream, or a step of a causal convolution.
+#include "multiply_add.cuh"
+#include "overlap.cuh"
+#include "vector.cuh"
+
+struct FewRowsParams {
+    const void *x, *weight, *bias;                 // (b, k), (n, k), (n) or null
+    const void *gain, *shift, *gate;               // of the norm: (k), (k), (b, k), each may be null
+    const void* residual;                          // (b, n) or null
+    void* conv_state;                              // (b, width - 1, channels) or null
+    const void *conv_weight, *conv_bias;           // (channels, width), (channels) or null
+    void* out;                                     // (b, n), or (b, n / 2) of pairs
+    int64 x_b, weight_n, gate_b, residual_b, state_b, state_k;
+    int b, n, k, rows, tiles, blocks, stride, ahead;  // rows of W in a tile; elements from row to row of x in shared memory
+    int group_size, gate_behind, pairs, activation;
+    int conv_first, conv_channels, conv_width, silu;
+    float eps, gate_multiplier, multiplier;
+};
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS, STAGES = 8, STEP = 32, WIDEST = 8;
+constexpr int COLUMN = 20;  // floats of a column of a tile's sums: lanes that store together meet different banks
+enum FewRowsFlags { NORM = 8, CENTRED = 16, GATED = 32 };
+enum Activations { NONE, SILU, GELU, RELU, RELU2 };
+
+DEVICE float activate(float x, int kind) {
+    if (kind == SILU) return x * sigmoid(x);
+    if (kind == GELU) return 0.5f * x * (1.f + erff(x * 0.70710678f));
+    if (kind == RELU || kind == RELU2) x = x < 0.f ? 0.f : x;
+    return kind == RELU2 ? x * x : x;
+}
+
+template <class T>
+DEVICE float rounded(float x) {
+    T to;
+    write_one(&to, x);
+    return read_one(&to);
+}
+
+template <int K>
+DEVICE void add_up_lanes(float (&sums)[K]) {
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2)
+#pragma unroll
+        for (int i = 0; i < K; ++i) sums[i] += __shfl_xor_sync(~0u, sums[i], mask);
+}
+
+// x in shared memory, (b, stride) of T, zeros behind k.  Whatever b is, a sum over a row's group has the same order: warp w adds up every
+// eighth run of 32 vectors, and the warps' sums follow each other.
+template <class T, class X, int FLAGS>
+struct Front {
+    static constexpr int N = 4;
+    const FewRowsParams& p;
+    T* to;
+    float* slots;  // WARPS of every group of every row
+    const int lane, warp;
+
+    // group i of all rows' groups: its row, and where it begins
+    struct Group {
+        int row, at;
+        const X* x;
+        const T* gate;
+    };
+    DEVICE Group group(int i) const {
+        const int each = p.k / p.group_size, row = i / each, at = i % each * p.group_size;
+        return {row, at, (const X*)p.x + row * p.x_b + at, (const T*)p.gate + row * p.gate_b + at};
+    }
+    DEVICE void gated(const Group& from, int at, float (&x)[N]) const {
+        float z[N];
+        Vec<T, N>::template load<true>(from.gate + at, 1).unpack(z);
+#pragma unroll
+        for (int c = 0; c < N; ++c) x[c] *= z[c] * sigmoid(z[c]);
+    }
+    DEVICE void load(const Group& from, int at, float (&x)[N]) const {
+        Vec<X, N>::template load<true>(from.x + at, 1).unpack(x);
+        if ((FLAGS & GATED) && !p.gate_behind) gated(from, at, x);
+    }
+    // means of x, or of the squares of what is left of it beyond the centre, for U groups from the first one on
+    template <int U, bool SQUARES>
+    DEVICE void add_up(const Group (&from)[U], int first, int all, const float (&centre)[U]) const {
+        float sums[U] = {};
+#pragma unroll 2
+        for (int v = warp * 32 + lane; v < p.group_size / N; v += THREADS) {
+            float x[U][N];
+#pragma unroll
+            for (int u = 0; u < U; ++u) load(from[u], v * N, x[u]);
+#pragma unroll
+            for (int u = 0; u < U; ++u)
+#pragma unroll
+                for (int c = 0; c < N; ++c)
+                    sums[u] = SQUARES ? fmaf(x[u][c] - centre[u], x[u][c] - centre[u], sums[u]) : sums[u] + x[u][c];
+        }
+        add_up_lanes(sums);
+#pragma unroll
+        for (int u = 0; u < U; ++u)
+            if (lane == 0 && first + u < all) slots[(first + u) * WARPS + warp] = sums[u];
+        __syncthreads();
+    }
+    DEVICE float mean(int i) const {
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += slots[i * WARPS + w];
+        return sum / (float)p.group_size;
+    }
+
+    // U groups at once; the last of all stands in for those that are not there
+    template <int U>
+    DEVICE void normed(int first, int all) const {
+        Group from[U];
+        float centre[U] = {}, scale[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) from[u] = group(first + u < all ? first + u : all - 1);
+        if constexpr (FLAGS & CENTRED) {
+            add_up<U, false>(from, first, all, centre);
+#pragma unroll
+            for (int u = 0; u < U; ++u) centre[u] = mean(first + u < all ? first + u : all - 1);
+            __syncthreads();
+        }
+        add_up<U, true>(from, first, all, centre);
+#pragma unroll
+        for (int u = 0; u < U; ++u) scale[u] = 1.f / sqrtf(mean(first + u < all ? first + u : all - 1) + p.eps);
+#pragma unroll 1
+        for (int v = warp * 32 + lane; v < p.group_size / N; v += THREADS)
+#pragma unroll
+            for (int u = 0; u < U; ++u)
+                if (first + u < all) write(from[u], v * N, centre[u], scale[u]);
+    }
+    DEVICE void write(const Group& from, int at, float centre, float scale) const {
+        float x[N], w[N] = {1.f, 1.f, 1.f, 1.f}, b[N];
+        load(from, at, x);
+        if (p.gain != nullptr) Vec<T, N>::template load<true>((const T*)p.gain + from.at + at, 1).unpack(w);
+        if constexpr (FLAGS & CENTRED) load_bias<T, N, true>((const T*)p.shift, from.at + at, 1, b);
+#pragma unroll
+        for (int c = 0; c < N; ++c) x[c] = FLAGS & CENTRED ? fmaf((x[c] - centre) * scale, w[c], b[c]) : x[c] * scale * w[c];
+        if ((FLAGS & GATED) && p.gate_behind) gated(from, at, x);
+        Vec<T, N>::pack(x).template store<true>(to + from.row * p.stride + from.at + at, 1);
+    }
+
+    DEVICE void run() const {
+        if constexpr (FLAGS & NORM) {
+            const int all = p.b * (p.k / p.group_size);
+            if (all == 1)
+                normed<1>(0, all);
+            else
+                for (int i = 0; i < all; i += 4) normed<4>(i, all);
+        } else {
+            const int each = p.k / 8;
+#pragma unroll 2
+            for (int i = threadIdx.x; i < p.b * each; i += THREADS)
+                *reinterpret_cast<uint4*>(to + i / each * p.stride + i % each * 8) =
+                    *reinterpret_cast<const uint4*>((const T*)p.x + i / each * p.x_b + i % each * 8);
+        }
+        // up to a whole step
+        const int rest = (p.k + STEP - 1) / STEP * STEP - p.k;
+        for (int i = threadIdx.x; i < p.b * rest; i += THREADS) write_one(to + i / rest * p.stride + p.k + i % rest, 0.f);
+        __syncthreads();
+    }
+};
+
+// Pieces of W, 16 rows by 32 elements, that a warp goes along: its share of k for one tile after the other
+template <class T>
+struct Pieces {
+    const FewRowsParams& p;
+    const int first, per, g, i;
+    int tile, step = 0;
+
+    DEVICE Pieces(const FewRowsParams& p, int warp, int per, int lane)
+        : p(p), first(warp * per), per(per), g(lane / 4), i(lane % 4), tile(blockIdx.x) {}
+    DEVICE bool there(int row) const {
+        const int count = p.pairs ? p.n / 2 : p.n, r = p.pairs ? row % 8 : row;
+        return tile < p.tiles && r < p.rows && tile * p.rows + r < count && (first + step) * STEP + i * 8 < p.k;
+    }
+    // of row g of the tile, or of g + 8; rows of pairs lie half of W apart
+    DEVICE const T* at(int row) const {
+        if (!there(row)) return (const T*)p.weight;
+        const int64 index = tile * p.rows + (p.pairs && row >= 8 ? row - 8 + p.n / 2 : row);
+        return (const T*)p.weight + index * p.weight_n + (first + step) * STEP + i * 8;
+    }
+    DEVICE void fetch(char* to) {
+        copy_async16(to, at(g), there(g));
+        copy_async16(to + 512, at(g + 8), there(g + 8));
+        copy_async_commit();
+        next();
+    }
+    DEVICE void next() {
+        if (++step == per) step = 0, tile += p.blocks;
+    }
+};
+
+template <class T, class O, int NT>
+struct Behind {
+    const FewRowsParams& p;
+    const float* sums;  // (WARPS, 8 NT, COLUMN)
+
+    DEVICE float sum(int column, int row) const {
+        float y = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) y += sums[(w * 8 * NT + column) * COLUMN + row];
+        return y;
+    }
+    DEVICE float biased(float y, int index) const { return p.bias == nullptr ? y : y + read_one((const T*)p.bias + index); }
+    // one channel of one row: nobody else reads or writes its inputs.  All loads come first: they do not pass stores
+    DEVICE float convolve(float x, int channel, int row) const {
+        T* state = (T*)p.conv_state + row * p.state_b + channel;
+        const T* weight = (const T*)p.conv_weight + channel * p.conv_width;
+        const int last = p.conv_width - 1;
+        float before[WIDEST], taps[WIDEST], y = p.conv_bias == nullptr ? 0.f : read_one((const T*)p.conv_bias + channel);
+        x = rounded<T>(x);
+#pragma unroll
+        for (int j = 0; j < WIDEST; ++j) {
+            before[j] = j < last ? read_one(state + j * p.state_k) : j == last ? x : 0.f;
+            taps[j] = j <= last ? read_one(weight + j) : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < WIDEST; ++j) {
+            y = fmaf(taps[j], before[j], y);
+            if (j > 0 && j <= last) write_one(state + (j - 1) * p.state_k, before[j]);
+        }
+        return p.silu ? y * sigmoid(y) : y;
+    }
+    DEVICE void run(int tile) const {
+        const int count = p.pairs ? p.n / 2 : p.n;
+#pragma unroll 1
+        for (int o = threadIdx.x; o < 16 * p.b; o += THREADS) {
+            const int r = o % 16, row = o / 16, index = tile * p.rows + r, channel = index - p.conv_first;
+            if (r >= p.rows || index >= count) continue;
+            float y = biased(sum(row, r), index), gate = 1.f;
+            // value and gate, or what an activation is of
+            if (p.pairs) gate = y, y = p.gate_multiplier * biased(sum(row, r + 8), index + count);
+            y = gate * activate(y, p.activation);
+            if (p.residual != nullptr)
+                y = fmaf(p.multiplier, y, read_one((const O*)p.residual + row * p.residual_b + index));
+            else if (p.conv_state != nullptr && channel >= 0 && channel < p.conv_channels)
+                y = convolve(y, channel, row);
+            write_one((O*)p.out + (int64)row * count + index, y);
+        }
+    }
+};
+
+template <class T, class X, class O, int NT, int FLAGS>
+__global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
+    SHARED_MEMORY(shared);
+    float* sums = reinterpret_cast<float*>(shared + STAGES * WARPS * 1024);  // twice, in turns
+    constexpr int SUMS = WARPS * 8 * NT * COLUMN;
+    T* xs = reinterpret_cast<T*>(sums + 2 * SUMS);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, i = lane % 4;
+    const int steps = (p.k + STEP - 1) / STEP, per = (steps + WARPS - 1) / WARPS;
+    char* own = shared + warp * STAGES * 1024 + lane * 16;
+
+    let_next_begin();
+    Pieces<T> pieces(p, warp, per, lane);
+#pragma unroll 1
+    for (int s = 0; s < STAGES; ++s) pieces.fetch(own + s * 1024);
+    Pieces<T> later = pieces;
+#pragma unroll 1
+    for (int s = 0; s < p.ahead; ++s, later.next()) {
+        if (i == 0 && later.there(g)) prefetch(later.at(g));
+        if (i == 0 && later.there(g + 8)) prefetch(later.at(g + 8));
+    }
+    wait_for_previous();
+    Front<T, X, FLAGS>{p, xs, sums, lane, warp}.run();
+
+    int stage = 0, turn = 0;
+    for (int tile = blockIdx.x; tile < p.tiles; tile += p.blocks, turn ^= 1) {
+        float c[NT][4] = {};
+#pragma unroll 1
+        for (int s = 0; s < per; ++s) {
+            copy_async_wait<STAGES - 1>();
+            char* piece = own + stage * 1024;
+            // the same for all lanes of the warp
+            if (warp * per + s < steps) {
+                const uint4 upper = *reinterpret_cast<const uint4*>(piece), lower = *reinterpret_cast<const uint4*>(piece + 512);
+                const uint32 a[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
+#pragma unroll
+                for (int j = 0; j < NT; ++j) {
+                    const int row = j * 8 + g < p.b ? j * 8 + g : p.b - 1;
+                    const uint4 x = *reinterpret_cast<const uint4*>(xs + row * p.stride + (warp * per + s) * STEP + i * 8);
+                    const uint32 left[2] = {x.x, x.y}, right[2] = {x.z, x.w};
+                    multiply_add<T>(c[j], a[0], left);
+                    multiply_add<T>(c[j], a[1], right);
+                }
+            }
+            pieces.fetch(piece);
+            stage = (stage + 1) % STAGES;
+        }
+        float* mine = sums + turn * SUMS + warp * 8 * NT * COLUMN;
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) mine[(j * 8 + i * 2 + e % 2) * COLUMN + g + e / 2 * 8] = c[j][e];
+        __syncthreads();
+        Behind<T, O, NT>{p, sums + turn * SUMS}.run(tile);
+    }
+}
