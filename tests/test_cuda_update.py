@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hybridzoo.kernels import dispatch
 from hybridzoo.kernels.conv import cuda as cuda_conv
 from hybridzoo.kernels.step import chunked as update_torch
 from hybridzoo.kernels.step import cuda as cuda_update
-from hybridzoo.kernels.step.inputs import ConvStep, ScanStep, StepOptions
+from hybridzoo.kernels.step.inputs import ConvStep, ScanNorms, ScanStep, StepOptions
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 exhaustive = pytest.mark.skipif(
@@ -206,6 +207,69 @@ def test_mamba2_in_one_launch(indexed, monkeypatch):
         assert not cuda_update._tickets(conv_state, 2).any()
 
 
+def low_rank(b, d, n, r, dtype, normed):
+    """Operands of a step in low-rank form, and those of the same step with everything formed before, in float64."""
+    state, u, _, A, B, C, D, z, bias = scan_operands(b, d, n, 1, dtype)
+    low, weight = torch.randn(b, r).to(dtype), (torch.randn(d, r) / r**0.5).to(dtype)
+    norms = ScanNorms(1e-6, torch.rand(r).to(dtype), None, torch.rand(n).to(dtype)) if normed else None
+    scan = ScanStep(state, u, low, A.abs().log(), B, C, D, z, bias, None, weight, norms)
+    wide = [exactly(m) for m in (low, B, C)]
+    if normed:
+        # a norm of its own would be rounded to the operands' type
+        wide = [
+            F.rms_norm(m, m.shape[-1:], exactly(w), 1e-6).to(dtype).double()
+            for m, w in zip(wide, norms[1:], strict=True)
+        ]
+    dt, B, C = wide
+    return scan, ScanStep(
+        exactly(state), exactly(u), dt @ exactly(weight).T, exactly(A), B, C, *map(exactly, (D, z, bias))
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("sizes", "launched"),
+    [
+        (dict(b=2, d=70, n=16, r=24, dtype=BF16, normed=False), True),
+        (dict(b=2, d=70, n=16, r=24, dtype=BF16, normed=True), True),
+        (dict(b=9, d=40, n=16, r=24, dtype=BF16, normed=False), False),
+        (dict(b=2, d=40, n=3, r=5, dtype=F32, normed=True), False),
+    ],
+    ids=["in the kernel", "with norms", "many rows", "an odd rank"],
+)
+def test_step_sizes_in_low_rank_form(sizes, launched):
+    scan, exact = low_rank(**sizes)
+    assert cuda_update._formed_here(scan, sizes["b"], sizes["dtype"]) == launched
+    for _ in range(2):
+        got = cuda_update.update(None, scan, StepOptions(dt_softplus=True, log_rates=True))
+        want = update_torch.update(None, exact, StepOptions(dt_softplus=True))
+        for a, b in ((got, want), (scan.state, exact.state)):
+            # a product in front is rounded to the operands' type
+            error = (a.double() - b).norm() / b.norm()
+            assert error < (TOLERANCE[sizes["dtype"]] if a is got or not launched else 1e-5), error
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", ["selective", "conv_ssd"])
+def test_a_state_of_16_bits(form):
+    if form == "selective":
+        state, *rest = scan_operands(2, 70, 16, 2, BF16)
+        made, at = [state.bfloat16(), *rest, True, None], [0]
+    else:
+        made, at = mamba2(2, dtype=BF16), [1, 5]
+        made[5] = made[5].bfloat16()
+    twins = list(made)
+    for i in at:
+        twins[i] = made[i].clone()
+    twins[at[-1]] = twins[at[-1]].float()
+    for _ in range(3):
+        got, want = (step(cuda_update, form, *each) for each in (made, twins))
+        # the same step of the same numbers, but for the rounding of what is kept
+        assert torch.equal(got, want)
+        twins[at[-1]] = twins[at[-1]].bfloat16().float()
+        assert torch.equal(made[at[-1]].float(), twins[at[-1]])
+
+
 @needs_compiler
 def test_one_launch_equals_two():
     made = mamba2(dtype=BF16)
@@ -257,7 +321,7 @@ GPU = {"device": "cuda", "dtype": BF16}
         ({"device": "cpu"}, "need CUDA tensors, got cpu"),
         ({"dtype": torch.float64}, "take float32, float16 and bfloat16, got float64"),
         ({"grad": True}, "no gradient of a single step"),
-        ({"state_dtype": BF16}, "keep the state in float32, got bfloat16"),
+        ({"state_dtype": F16}, "keep the state in float32 or bfloat16, got float16"),
         ({"conv_dtype": F16}, "keep the convolution's inputs in their type or in float32, got torch.float16"),
         ({"whole_rows": False}, "rows of the state to lie in one piece"),
         ({"d_state": 300}, "up to d_state = 256, got 300"),

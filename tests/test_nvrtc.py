@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels.conv import cuda as cuda_conv
+from hybridzoo.kernels.few import cuda as cuda_few
 from hybridzoo.kernels.gpu import nvrtc
 from hybridzoo.kernels.gpu.operands import UNALIGNED
 from hybridzoo.kernels.loss import cuda as cuda_loss
@@ -70,11 +71,12 @@ def convolution_step(types, k, aligned=16):
     return "update.cu", cuda_update._conv_launch(types, aligned, (1, 1536, k, True, False, 1), (1536, 4608, 1536))[1]
 
 
-def state_step(types, k, n, one_A, aligned=(16, 16), b=64):
+def state_step(types, k, n, one_A, aligned=(16, 16), b=64, **more):
     sizes = (b, 1536, n, 24 if one_A else 1536, 1)
     strides = (1536 * n, 1536, 1536, n, n, n, n, 1536, 0, 0)
     options = (True, True, False, 64)
-    scan = cuda_update.ScanLook(types, k, sizes, strides, aligned, one_A, (1, 0), options, (0.0, 1.0))
+    types = (*types, more.pop("state", F32))
+    scan = cuda_update.ScanLook(types, k, sizes, strides, aligned, one_A, (1, 0), options, (0.0, 1.0), **more)
     return "update.cu", cuda_update._scan_launch(scan, 132)[1]
 
 
@@ -87,6 +89,18 @@ def loss(v, dtype, want_gradient=True):
     return "cross_entropy.cu", cuda_loss.plan(v, dtype, want_gradient, 228 << 10)[0]
 
 
+def few_rows(dtype, b, stream=None, norm=None, residual=None, **behind):
+    types = (dtype, stream or dtype, residual or dtype)
+    options = (behind.get("pairs", False), behind.get("activation"), 1.0, 1.0)
+    look = cuda_few.Look(types, (b, 10240, 2560), (2560, 2560, 0, 2560, 0, 0), norm, None, options)
+    return "few_rows.cu", cuda_few.cut(look, 132).name
+
+
+NORMED, LAYER_NORM, GATED = (
+    (False, False, 2560, False, 1e-5),
+    (True, False, 2560, False, 1e-5),
+    (False, True, 2560, False, 1e-5),
+)
 USUAL = [
     *(forward("bf16", 16, FULL, 0, i) for i in range(len(FORWARD[16]))),
     *(forward("bf16", 16, mode, 0) for mode in (STATE, ADJOINT)),
@@ -134,6 +148,14 @@ USUAL = [
     state_step((BF16,) * 3, 0, 128, True),
     state_step((BF16,) * 3, 4, 128, True),
     state_step((F16, F32, F32), 8, 250, False, aligned=(1, 1)),
+    state_step((BF16,) * 3, 4, 128, True, state=BF16),
+    state_step((BF16,) * 3, 0, 16, False, b=1, rank=160),
+    state_step((BF16,) * 3, 0, 16, False, b=8, rank=256, eps=1e-6),
+    *(few_rows(dtype, b, F32, NORMED) for dtype in (BF16, F16) for b in (1, 16, 32)),
+    *(few_rows(BF16, 1, BF16, norm) for norm in (NORMED, LAYER_NORM)),
+    *(few_rows(BF16, b, BF16, GATED, F32) for b in (1, 32)),
+    *(few_rows(BF16, b, residual=F32) for b in (1, 32)),
+    few_rows(BF16, 1),
     *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
     *(loss(v, BF16) for v in (256, 4096, 128256)),
 ]

@@ -131,7 +131,7 @@ class Cut(NamedTuple):
 
 
 def tiles_of(n: int, most: int, count: int) -> int:
-    """Rows of the weight that a tile has, so that the busiest of ``count`` multiprocessors has least to do; of pairs, ``n`` of ``most`` 8."""
+    """Rows of the weight that a tile has, of ``most``, so that the busiest of ``count`` multiprocessors has least to do."""
     return min(range(most, 0, -1), key=lambda rows: ceil_div(ceil_div(n, rows), count) * (rows + OVERHEAD))
 
 

@@ -4,7 +4,7 @@
 
 // shared memory whose size the compiler knows: what is not taken of it stays a cache
 #ifndef HZ_EMULATE
-#define SHARED_ARRAY(T, name, size) __shared__ T name[size]
+#define SHARED_ARRAY(T, name, size) __shared__ __align__(16) T name[size]
 #endif
 
 template <class T, int N>

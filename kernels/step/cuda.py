@@ -1,7 +1,7 @@
 """One token at a time on an NVIDIA GPU: launches of ``update.cu``, and ``torch.library`` ops around them for compiled programs.
 
 A step is one launch. Operands of one 16-bit type stay in it, operands of different types meet in float32; the recurrent state is
-float32, the convolution's is of the inputs' type or float32.
+float32 or bfloat16, the convolution's is of the inputs' type or float32.
 """
 
 import ctypes
@@ -33,8 +33,11 @@ from ..operators import custom_op
 from .chunked import spelled_out
 from .inputs import ConvStep, ScanStep, StepOptions
 
-HEADS, SPLIT = 8, 16
+HEADS, SPLIT, LOW_DT, NORMS = 8, 16, 32, 64
 THREADS = 128
+STATES = (torch.float32, torch.bfloat16)
+# step sizes are formed here up to this rank and of so many rows of the batch, of more by a product in front, which reads its weight once
+MAX_RANK, LOW_ROWS = 512, 8
 # by d_state, rounded up to the next one here: lanes that share a channel, and how many times four states each of them has
 LANES = {4: (1, 1), 8: (2, 1), 16: (2, 2), 32: (4, 2), 64: (8, 2), 128: (8, 4), 256: (16, 4)}
 # blocks that every multiprocessor should have, for the widest blocks that leave so many
@@ -55,10 +58,11 @@ class StateUpdateParams(ctypes.Structure):
     """``StateUpdateParams`` of ``update.cu``."""
 
     _fields_ = [
-        *structs.fields(c_void_p, "state x dt B C z A D bias rows conv_state conv_weight conv_bias tickets out"),
+        *structs.fields(c_void_p, "state x dt B C z A D bias dt_weight dt_gain B_gain C_gain"),
+        *structs.fields(c_void_p, "rows conv_state conv_weight conv_bias tickets out"),
         *structs.fields(c_longlong, "state_b x_b dt_b B_b B_g C_b C_g z_b conv_b conv_k"),
-        *structs.fields(c_int, "d n p groups tiles span D_head D_channel softplus silu wide_rows total"),
-        *structs.fields(c_float, "low high"),
+        *structs.fields(c_int, "d n p groups tiles span D_head D_channel softplus silu wide_rows total log_rates rank"),
+        *structs.fields(c_float, "low high eps"),
     ]
 
 
@@ -69,8 +73,8 @@ def refuse(facts: Facts) -> str | None:
         return reason
     if facts.get("grad"):
         return "the CUDA kernels have no gradient of a single step"
-    if facts.get("state_dtype", torch.float32) != torch.float32:
-        return f"the CUDA kernels keep the state in float32, got {str(facts['state_dtype']).removeprefix('torch.')}"
+    if facts.get("state_dtype", torch.float32) not in STATES:
+        return f"the CUDA kernels keep the state in float32 or bfloat16, got {str(facts['state_dtype']).removeprefix('torch.')}"
     if facts.get("conv_dtype", dtype) not in (dtype, torch.float32):
         return f"the CUDA kernels keep the convolution's inputs in their type or in float32, got {facts['conv_dtype']}"
     if not (facts.get("whole_rows", True) and facts.get("whole_channels", True)):
@@ -107,16 +111,18 @@ def update(conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -
     if scan is None:
         assert conv is not None
         return ops.causal_conv1d_update_cuda(*conv, options.silu) if ops else _conv(conv, options.silu)
-    low, high = (-math.inf, math.inf) if tuple(options.dt_limit) == (0.0, math.inf) else map(float, options.dt_limit)
-    scan = spelled_out(scan)
-    if options.log_rates:
-        scan = scan._replace(A=-scan.A.float().exp())
     if ops is None:
-        return _scan(conv, scan, options.groups, options.silu, options.dt_softplus, low, high)
+        return _scan(conv, scan, options)
+    scan, (low, high) = spelled_out(scan), _limits(options)
+    A = -scan.A.float().exp() if options.log_rates else scan.A
     if conv is None:
-        return ops.state_update_cuda(*scan[:10], options.dt_softplus, low, high)
-    behind = (scan.state, scan.dt, scan.A, scan.D, scan.z, scan.dt_bias, scan.rows)
+        return ops.state_update_cuda(*scan[:3], A, *scan[4:10], options.dt_softplus, low, high)
+    behind = (scan.state, scan.dt, A, scan.D, scan.z, scan.dt_bias, scan.rows)
     return ops.conv_ssd_update_cuda(*conv[:4], *behind, options.groups, options.silu, options.dt_softplus, low, high)
+
+
+def _limits(options: StepOptions) -> tuple[float, float]:
+    return (-math.inf, math.inf) if tuple(options.dt_limit) == (0.0, math.inf) else tuple(map(float, options.dt_limit))  # type: ignore[return-value]
 
 
 def _conv(i: ConvStep, silu: bool) -> Tensor:
@@ -130,7 +136,7 @@ def _conv(i: ConvStep, silu: bool) -> Tensor:
     numbers = (*x.shape, weight.shape[1], silu, i.rows is not None and i.rows.dtype == torch.int64, state.shape[0])
     tail, name, blocks = _conv_launch(types, aligned, numbers, (x.stride(0), *state.stride()[:2]))
     packed = structs.pack(tail, x, state, weight, bias, i.rows, out)
-    nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device)
+    nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device, overlaps=True)
     _changed(state)
     return out
 
@@ -150,39 +156,52 @@ def _conv_launch(types: tuple, aligned: int, numbers: tuple, strides: tuple) -> 
     return structs.tail(rest), name, b * tiles
 
 
-def _scan(
-    conv: ConvStep | None, i: ScanStep, groups: int, silu: bool, dt_softplus: bool, low: float, high: float
-) -> Tensor:
-    state, x, dt, A, B, C, D, z, dt_bias, rows, *_ = i
-    first = x = x if conv is None else conv.x
-    dtype, sizes, b = common_type(x, dt, B, C, z), state.shape, x.shape[0]
+def _formed_here(i: ScanStep, b: int, dtype: torch.dtype) -> bool:
+    weight = i.dt_weight
+    if weight is None or b > LOW_ROWS or weight.shape[1] > MAX_RANK or weight.shape[1] % 8:
+        return False
+    return weight.dtype == dtype and weight.is_contiguous() and weight.data_ptr() % 16 == 0
+
+
+def _scan(conv: ConvStep | None, i: ScanStep, options: StepOptions) -> Tensor:
+    b, first = (i.x if conv is None else conv.x).shape[0], i.x if conv is None else conv.x
+    dtype = common_type(first, i.dt, i.B, i.C, i.z)
+    state, _, dt, A, B, C, D, z, dt_bias, rows, dt_weight, norms = i if _formed_here(i, b, dtype) else spelled_out(i)
+    x, sizes = first, state.shape
     out = torch.empty((b, *sizes[1:-1]), dtype=dtype, device=x.device)
     if out.numel():
         x, z = x if x.dim() == 2 else x.flatten(1), z if z is None or z.dim() == 2 else z.flatten(1)
         x, dt, B, C, z = [in_rows(m, dtype) for m in (x, dt, B, C, z)]
         A, D, dt_bias = [in_one_piece(m, aligned=True) for m in (A, D, dt_bias)]
-        types, width, strides = (dtype, dtype, dtype), 0, _row_strides(state, x, dt, B, C, z) + (0, 0)
+        gains = (None,) * 3 if norms is None else [in_one_piece(m, dtype) for m in norms[1:]]
+        types, width, strides = (dtype, dtype, dtype, state.dtype), 0, _row_strides(state, x, dt, B, C, z) + (0, 0)
         convolved: Any = (None, None, None)
         if conv is not None:
             wide = dtype if conv.weight.dtype == dtype else torch.float32
             weight, bias = [in_one_piece(m, wide, aligned=True) for m in (conv.weight, conv.bias)]
-            types, width, convolved = (dtype, conv.state.dtype, wide), weight.shape[1], (conv.state, weight, bias)
+            types = (dtype, conv.state.dtype, wide, state.dtype)
+            width, convolved = weight.shape[1], (conv.state, weight, bias)
             strides = strides[:-2] + conv.state.stride()[:2]
+        heads = sizes[1] if dt_weight is not None else dt.shape[1]
         look = ScanLook(
             types,
             width,
-            (b, math.prod(sizes[1:-1]), sizes[-1], dt.shape[1], groups if B is None else B.shape[1]),
+            (b, math.prod(sizes[1:-1]), sizes[-1], heads, options.groups if B is None else B.shape[1]),
             strides,
             (alignment(state), min(alignment(B), alignment(C))),
             A.dim() == 1,
             _skip(D),
-            (dt_softplus, silu, rows is not None and rows.dtype == torch.int64, sizes[0]),
-            (low, high),
+            (options.dt_softplus, options.silu, rows is not None and rows.dtype == torch.int64, sizes[0]),
+            _limits(options),
+            options.log_rates,
+            0 if dt_weight is None else dt_weight.shape[1],
+            None if norms is None else norms.eps,
         )
         tail, name, blocks, tiles = _scan_launch(look, processors(x.device))
-        tickets = _tickets(conv.state, groups) if conv is not None and tiles > 1 else None
-        packed = structs.pack(tail, state, x, dt, B, C, z, A, D, dt_bias, rows, *convolved, tickets, out)
-        nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device)
+        tickets = _tickets(conv.state, options.groups) if conv is not None and tiles > 1 else None
+        of_dt = (dt_bias, dt_weight, *gains, rows)
+        packed = structs.pack(tail, state, x, dt, B, C, z, A, D, *of_dt, *convolved, tickets, out)
+        nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device, overlaps=True)
         _changed(state, *(() if conv is None else (conv.state,)))
     return cast(out, first.dtype)
 
@@ -190,7 +209,9 @@ def _scan(
 class ScanLook(NamedTuple):
     """All that a launch of ``state_update`` depends on besides addresses."""
 
-    types: tuple[torch.dtype, torch.dtype, torch.dtype]  # of inputs, the convolution's state, its filter
+    types: tuple[
+        torch.dtype, torch.dtype, torch.dtype, torch.dtype
+    ]  # of inputs, the convolution's state, its filter, the state
     width: int  # of the filter, 0 without a convolution
     sizes: tuple[int, int, int, int, int]  # b, d, n, h, g
     strides: tuple[int, ...]
@@ -199,6 +220,9 @@ class ScanLook(NamedTuple):
     skip: tuple[int, int]
     options: tuple[bool, bool, bool, int]  # softplus, silu, int64 rows, rows of the state
     limits: tuple[float, float]
+    log_rates: bool = False
+    rank: int = 0  # of step sizes in low-rank form, 0 without
+    eps: float | None = None  # of norms of these, B and C
 
 
 def _row_strides(
@@ -222,6 +246,11 @@ def _scan_launch(look: ScanLook, count: int) -> tuple[bytes, str, int, int]:
     b, d, n, h, g = look.sizes
     softplus, silu, wide_rows, total = look.options
     lanes, vectors = next(shape for size, shape in LANES.items() if size >= n)
+    if look.rank:
+        # more lanes share out the products of a channel, and more blocks the channels
+        shares = lanes * vectors
+        lanes = min(32, shares)
+        vectors = shares // lanes
     at_once, most = THREADS // lanes, max(1, 4 // vectors)
     # wide blocks read B and C, or convolve them, less often, narrow ones fill the chip
     spans = [s for s in (512, 256, 128, 64, 32) if at_once < s <= max(128, at_once * most)]
@@ -231,7 +260,8 @@ def _scan_launch(look: ScanLook, count: int) -> tuple[bytes, str, int, int]:
     state_b, _, _, B_b, B_g, C_b, C_g, *_ = look.strides
     whole = n % 4 == 0
     flags = HEADS if look.one_A else 0
-    if not whole or state_b % 4 or look.aligned[0] < 16:
+    flags |= (LOW_DT if look.rank else 0) | (0 if look.eps is None else NORMS)
+    if not whole or state_b % 4 or look.aligned[0] < 4 * look.types[3].itemsize:
         flags |= UNALIGNED
     if not whole or any(s % 4 for s in (B_b, B_g, C_b, C_g)) or look.aligned[1] < 4 * look.types[0].itemsize:
         flags |= SPLIT
@@ -251,6 +281,9 @@ def _scan_launch(look: ScanLook, count: int) -> tuple[bytes, str, int, int]:
         total=total,
         low=look.limits[0],
         high=look.limits[1],
+        log_rates=look.log_rates,
+        rank=look.rank,
+        eps=look.eps or 0.0,
     )
     types = ", ".join(TYPES[t] for t in look.types)
     name = f"state_update<{types}, {look.width}, {lanes}, {vectors}, {per}, {flags}>"
@@ -277,7 +310,7 @@ def conv_update_op(*operands: Any) -> Tensor:
 def state_update_op(*operands: Any) -> Tensor:
     """One step of a scan, in x's shape and dtype."""
     *tensors, softplus, low, high = operands
-    return _scan(None, ScanStep(*tensors), 1, False, softplus, low, high)
+    return _scan(None, ScanStep(*tensors), StepOptions(False, softplus, (low, high)))
 
 
 @custom_op(
@@ -289,7 +322,9 @@ def state_update_op(*operands: Any) -> Tensor:
 def conv_ssd_update_op(*operands: Any) -> Tensor:
     """One step of both, (b, h, p) in xBC's dtype."""
     *conv, state, dt, A, D, z, dt_bias, rows = operands[:11]
-    return _scan(ConvStep(*conv), ScanStep(state, None, dt, A, None, None, D, z, dt_bias, rows), *operands[11:])
+    groups, silu, softplus, low, high = operands[11:]
+    scan = ScanStep(state, None, dt, A, None, None, D, z, dt_bias, rows)
+    return _scan(ConvStep(*conv), scan, StepOptions(silu, softplus, (low, high), groups))
 
 
 conv_update_op.register_fake(lambda x, *_: blank(x))

@@ -8,10 +8,15 @@
 // all blocks of the group have read it: each, when its reads are done, draws a ticket, and the one that draws the last shifts.  Nobody
 // waits.  A block's reads come before its barrier, the barrier before the fence and the ticket of its thread 0, and the last ticket is
 // drawn after all others: the shift comes after every read.  The counter is back at zero behind the last ticket.
+//
+// In low-rank form (LOW_DT), the step sizes of Mamba are formed here, too: the lanes that share a channel share out the products of its row
+// of the weight, which are small beside a launch of their own at a few rows of the batch.
+#include "overlap.cuh"
 #include "vector.cuh"
 
-constexpr int THREADS = 128, SPAN = 512;
-enum UpdateFlags { HEADS = 8, SPLIT = 16 };  // one A per head; B and C do not lie on borders of four elements
+constexpr int THREADS = 128, SPAN = 512, RANKS = 512;
+// one A per head; B and C do not lie on borders of four elements; step sizes in low-rank form; norms of these, B and C
+enum UpdateFlags { HEADS = 8, SPLIT = 16, LOW_DT = 32, NORMS = 64 };
 
 // the state's row of a batch entry, negative where it is to be skipped
 DEVICE int64 state_row(const void* rows, int wide, int64 b, int total) {
@@ -19,6 +24,12 @@ DEVICE int64 state_row(const void* rows, int wide, int64 b, int total) {
     const int64 row = wide ? reinterpret_cast<const int64*>(rows)[b] : reinterpret_cast<const int*>(rows)[b];
     if (row >= total) __trap();
     return row;
+}
+
+// into L2, a line of 128 bytes for every thread in turn
+template <class T>
+DEVICE void prefetch_all(const T* from, int count) {
+    for (int i = threadIdx.x * (128 / (int)sizeof(T)); i < count; i += THREADS * (128 / (int)sizeof(T))) prefetch(from + i);
 }
 
 struct ConvUpdateParams {
@@ -34,6 +45,8 @@ template <class T, class S, class W, int K, int FLAGS>
 __global__ void __launch_bounds__(THREADS) conv_update(const ConvUpdateParams p) {
     constexpr int N = 4;
     constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
+    let_next_begin();
+    wait_for_previous();
     const int64 b = blockIdx.x / p.tiles;
     const int ch = ((int)(blockIdx.x % p.tiles) * THREADS + (int)threadIdx.x) * N, count = p.d - ch;
     if (count <= 0) return;
@@ -67,29 +80,33 @@ __global__ void __launch_bounds__(THREADS) conv_update(const ConvUpdateParams p)
 }
 
 struct StateUpdateParams {
-    float* state;                       // (rows, d, n)
+    void* state;                        // (rows, d, n)
     const void *x, *dt, *B, *C, *z;     // (b, d), (b, d / p), (b, g, n), (b, g, n), (b, d); with K > 0, x is (b, d + 2 g n) and holds B, C
     const float *A, *D, *bias;          // (d, n), or (d / p) with HEADS; (d / p, p) by strides; (d / p)
+    const void *dt_weight, *dt_gain, *B_gain, *C_gain;  // LOW_DT: (d, rank), dt being (b, rank); NORMS: (rank), (n), (n), each may be null
     const void* rows;                   // (b)
     void* conv_state;                   // (rows, K - 1, d + 2 g n)
     const void *conv_weight, *conv_bias;
     uint32* tickets;                    // (rows, g), zero between launches
     void* out;                          // (b, d)
     int64 state_b, x_b, dt_b, B_b, B_g, C_b, C_g, z_b, conv_b, conv_k;
-    int d, n, p, groups, tiles, span, D_head, D_channel, softplus, silu, wide_rows, total;
-    float low, high;
+    int d, n, p, groups, tiles, span, D_head, D_channel, softplus, silu, wide_rows, total, log_rates, rank;
+    float low, high, eps;
 };
 
-// LANES lanes share a channel, each has VECS times four of its states; a thread has PER channels in flight
-template <class T, class S, class W, int K, int LANES, int VECS, int PER, int FLAGS>
+// LANES lanes share a channel, each has VECS times four of its states, kept as H; a thread has PER channels in flight
+template <class T, class S, class W, class H, int K, int LANES, int VECS, int PER, int FLAGS>
 struct StateUpdate {
     static constexpr int N = LANES * VECS * 4, AT_ONCE = THREADS / LANES;
-    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), ONE_A = FLAGS & HEADS;
+    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), ONE_A = FLAGS & HEADS, LOW = FLAGS & LOW_DT;
+    // floats that threads share: x, or step sizes in low-rank form, then B and C
+    static constexpr int FIRST = K > 0 ? SPAN : LOW ? RANKS : 0, FLOATS = FIRST == 0 ? 1 : FIRST + 2 * N;
     using F4 = Vec<float, 4>;
+    using H4 = Vec<H, 4>;
 
     const StateUpdateParams& p;
     int64 b, row;
-    float* states;  // of the row; a row has fewer than 2^31
+    H* states;  // of the row; a row has fewer than 2^31
     int group, ch0, ch_end, q;
     float h[PER][VECS][4], A[PER][ONE_A ? 1 : VECS][ONE_A ? 1 : 4], B[VECS][4], C[VECS][4];
     float dt[PER], bias[PER], x[PER], z[PER], skip[PER];
@@ -99,7 +116,7 @@ struct StateUpdate {
     // everything that a channel needs, before anything is stored: loads do not pass stores that they might overlap.  ALL: every lane has
     // its channels and its states
     template <bool ALL>
-    DEVICE void load(int first) {
+    DEVICE void load(int first, const float* shared) {
         const T *from_dt = (const T*)p.dt + b * p.dt_b, *from_x = (const T*)p.x + b * p.x_b, *from_z = (const T*)p.z + b * p.z_b;
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
@@ -108,19 +125,74 @@ struct StateUpdate {
 #pragma unroll
             for (int v = 0; v < VECS; ++v) {
                 const int j = first_state(v), count = ALL ? 4 : there ? p.n - j : 0, at = ch * (ALL ? N : p.n) + j;
-                F4::template load<ALIGNED>(states + at, count).unpack(h[i][v]);
+                H4::template load<ALIGNED>(states + at, count).unpack(h[i][v]);
                 if constexpr (!ONE_A) F4::template load<ALIGNED>(p.A + at, count).unpack(A[i][v]);
             }
             dt[i] = bias[i] = x[i] = z[i] = skip[i] = 0.f;
             if (!there) continue;
             // without heads, every channel is its own
             const int head = ONE_A ? ch / p.p : ch;
-            dt[i] = read_one(from_dt + head);
+            if constexpr (!LOW) dt[i] = read_one(from_dt + head);
             if (p.bias != nullptr) bias[i] = p.bias[head];
             if constexpr (ONE_A) A[i][0][0] = p.A[head];
             if constexpr (K == 0) x[i] = read_one(from_x + ch);
             if (p.D != nullptr) skip[i] = p.D[ONE_A ? head * p.D_head + (ch - head * p.p) * p.D_channel : ch];
             if (p.z != nullptr) z[i] = read_one(from_z + ch);
+        }
+        if constexpr (LOW) {
+#pragma unroll
+            for (int i = 0; i < PER; ++i) {
+                const int ch = first + i * AT_ONCE;
+                if (ALL || ch < ch_end) dt[i] = step_of(ch, shared);
+            }
+        }
+        if (p.log_rates) {
+#pragma unroll
+            for (int i = 0; i < PER; ++i)
+#pragma unroll
+                for (int v = 0; v < (ONE_A ? 1 : VECS); ++v)
+#pragma unroll
+                    for (int e = 0; e < (ONE_A ? 1 : 4); ++e) A[i][v][e] = -exp2_fast(A[i][v][e] * LOG2E);
+        }
+    }
+
+    // this lane's share of a channel's step size
+    DEVICE float step_of(int ch, const float* low) const {
+        const T* weight = (const T*)p.dt_weight + (int64)ch * p.rank;
+        float sum = 0.f;
+#pragma unroll 4
+        for (int k = q * 8; k < p.rank; k += LANES * 8) {
+            float w[8], x[8];
+            Vec<T, 8>::template load<true>(weight + k, 1).unpack(w), load_shared<8>(low + k, x);
+#pragma unroll
+            for (int c = 0; c < 8; ++c) sum = fmaf(w[c], x[c], sum);
+        }
+        return sum;
+    }
+
+    // the low-rank form, and B and C where they are normed, in the precision of T, as launches of their own would have left them
+    DEVICE void share_low(float* shared) const {
+        const T *low = (const T*)p.dt + b * p.dt_b, *from_B = (const T*)p.B + b * p.B_b, *from_C = (const T*)p.C + b * p.C_b;
+        if constexpr (FLAGS & NORMS) {
+            const int warp = threadIdx.x / 32;
+            if (warp == 0) share_normed(low, (const T*)p.dt_gain, p.rank, shared);
+            if (warp == 1) share_normed(from_B, (const T*)p.B_gain, p.n, shared + FIRST);
+            if (warp == 2) share_normed(from_C, (const T*)p.C_gain, p.n, shared + FIRST + N);
+        } else {
+            for (int k = threadIdx.x; k < p.rank; k += THREADS) shared[k] = read_one(low + k);
+        }
+        __syncthreads();
+    }
+    DEVICE void share_normed(const T* from, const T* gain, int count, float* to) const {
+        float squares = 0.f;
+        for (int k = threadIdx.x % 32; k < count; k += 32) squares = fmaf(read_one(from + k), read_one(from + k), squares);
+#pragma unroll
+        for (int m = 16; m > 0; m /= 2) squares += __shfl_xor_sync(~0u, squares, m);
+        const float scale = 1.f / sqrtf(squares / (float)count + p.eps);
+        for (int k = threadIdx.x % 32; k < count; k += 32) {
+            T one;
+            write_one(&one, read_one(from + k) * scale * (gain == nullptr ? 1.f : read_one(gain + k)));
+            to[k] = read_one(&one);
         }
     }
 
@@ -128,11 +200,11 @@ struct StateUpdate {
 #pragma unroll
         for (int v = 0; v < VECS; ++v) {
             const int j = first_state(v);
-            if constexpr (K > 0) {
+            if constexpr (K > 0 || FLAGS & NORMS) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    B[v][e] = j + e < p.n ? shared[SPAN + j + e] : 0.f;
-                    C[v][e] = j + e < p.n ? shared[SPAN + N + j + e] : 0.f;
+                    B[v][e] = j + e < p.n ? shared[FIRST + j + e] : 0.f;
+                    C[v][e] = j + e < p.n ? shared[FIRST + N + j + e] : 0.f;
                 }
             } else {
                 const T* from_B = (const T*)p.B + b * p.B_b + group * p.B_g + (j < p.n ? j : 0);
@@ -156,6 +228,10 @@ struct StateUpdate {
             const int ch = first + i * AT_ONCE;
             const bool there = ALL || ch < ch_end;
             if (K > 0 && there) x[i] = shared[ch - ch0];
+            if constexpr (LOW) {
+#pragma unroll
+                for (int m = LANES / 2; m > 0; m /= 2) dt[i] += __shfl_xor_sync(0xffffffffu, dt[i], m);
+            }
             const float step = step_size(dt[i] + bias[i]), step2 = step * LOG2E, add = step * x[i];
             const float decay = ONE_A ? exp2_fast(step2 * finite_rate(A[i][0][0])) : 0.f;
             float y = 0.f;
@@ -168,7 +244,7 @@ struct StateUpdate {
                     y = fmaf(h[i][v][e], C[v][e], y);
                 }
                 const int j = first_state(v);
-                F4::pack(h[i][v]).template store<ALIGNED>(states + ch * (ALL ? N : p.n) + j, ALL ? 4 : there ? p.n - j : 0);
+                H4::pack(h[i][v]).template store<ALIGNED>(states + ch * (ALL ? N : p.n) + j, ALL ? 4 : there ? p.n - j : 0);
             }
 #pragma unroll
             for (int m = LANES / 2; m > 0; m /= 2) y += __shfl_xor_sync(0xffffffffu, y, m);
@@ -229,8 +305,9 @@ struct StateUpdate {
     template <bool ALL>
     DEVICE void run(float* shared, uint32& ticket) {
         const int first = threadIdx.x / LANES;
+        if constexpr (LOW) share_low(shared);
         // what takes longest first
-        load<ALL>(ch0 + first);
+        load<ALL>(ch0 + first, shared);
         if constexpr (K > 0) {
             convolve_all(shared);
             __syncthreads();
@@ -244,20 +321,26 @@ struct StateUpdate {
             step<ALL>(base + first, shared);
             base += AT_ONCE * PER;
             if (base >= ch_end) break;
-            load<ALL>(base + first);
+            load<ALL>(base + first, shared);
         }
     }
 };
 
-template <class T, class S, class W, int K, int LANES, int VECS, int PER, int FLAGS>
+template <class T, class S, class W, class H, int K, int LANES, int VECS, int PER, int FLAGS>
 __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams p) {
-    using U = StateUpdate<T, S, W, K, LANES, VECS, PER, FLAGS>;
-    SHARED_ARRAY(float, shared, K > 0 ? SPAN + 2 * U::N : 1);
+    using U = StateUpdate<T, S, W, H, K, LANES, VECS, PER, FLAGS>;
+    SHARED_ARRAY(float, shared, U::FLOATS);
     SHARED_ARRAY(int, last, 1);
     const int tile = blockIdx.x % p.tiles, rest = blockIdx.x / p.tiles, per_group = p.d / p.groups;
     const int group = rest % p.groups, end = (group + 1) * per_group, ch0 = group * per_group + tile * p.span;
-    const int64 b = rest / p.groups, row = state_row(p.rows, p.wide_rows, b, p.total);
-    U u{p, b, row, p.state + row * p.state_b, group, ch0, end - ch0 < p.span ? end : ch0 + p.span, (int)threadIdx.x % LANES};
+    const int ch_end = end - ch0 < p.span ? end : ch0 + p.span;
+    const int64 b = rest / p.groups;
+    let_next_begin();
+    if (p.rows == nullptr) prefetch_all((const H*)p.state + b * p.state_b + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
+    if constexpr (U::LOW) prefetch_all((const T*)p.dt_weight + (int64)ch0 * p.rank, (ch_end - ch0) * p.rank);
+    wait_for_previous();
+    const int64 row = state_row(p.rows, p.wide_rows, b, p.total);
+    U u{p, b, row, (H*)p.state + row * p.state_b, group, ch0, ch_end, (int)threadIdx.x % LANES};
     if (row < 0) {
         for (int ch = ch0 + threadIdx.x; ch < u.ch_end; ch += THREADS) write_one((T*)p.out + b * p.d + ch, 0.f);
         return;

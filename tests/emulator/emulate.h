@@ -34,7 +34,7 @@ inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, 
 #define __launch_bounds__(...)
 #define __restrict__
 #define SHARED_MEMORY(name) char* name = emulated::shared.data()
-#define SHARED_ARRAY(T, name, size) static T name[size]
+#define SHARED_ARRAY(T, name, size) alignas(16) static T name[size]
 
 struct Dim { int x; };
 inline Dim threadIdx, blockIdx, blockDim;
