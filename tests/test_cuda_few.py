@@ -7,6 +7,7 @@ import torch
 
 from hybridzoo.kernels.few import cuda, plain
 from hybridzoo.kernels.few.inputs import StepConv, StepNorm, StepProduct
+from hybridzoo.kernels.norm import gated
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = [
@@ -20,6 +21,7 @@ UNIT = {F32: 2**-20, BF16: 2**-8, F16: 2**-11}
 def exactly(x):
     if isinstance(x, torch.Tensor):
         return x.double() if x.is_floating_point() else x
+    # a tuple with names
     return type(x)(*map(exactly, x)) if isinstance(x, tuple) else x
 
 
@@ -81,6 +83,18 @@ def test_a_gated_norm_in_front(group_size, behind):
     gate = wide[:, 4:140]  # 8-byte borders
     norm = StepNorm(torch.randn(136).to(BF16), 1e-5, gate=gate, group_size=group_size, norm_before_gate=behind)
     check(product(norm=norm)._replace(x=stream_of(3, 136, BF16)))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_gated_norm_alone(behind):
+    wide = torch.randn(2, 3, 304).to(BF16)
+    x, gate, gain = wide[..., 4:140], wide[..., 144:280], torch.randn(136).to(BF16)
+    for size in (136, 34 * 2):
+        got = gated._cuda(x, gate, gain, 1e-5, size, behind)
+        assert gated._misfit(x, gate, gain, size) is None
+        near(got, gated._torch(*map(exactly, (x, gate, gain)), 1e-5, size, behind), BF16)
+        # the bits of the one in front of a product
+        assert torch.equal(got[1, 1:2], gated._cuda(x[1, 1:2], gate[1, 1:2], gain, 1e-5, size, behind))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

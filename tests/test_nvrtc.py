@@ -156,6 +156,7 @@ USUAL = [
     *(few_rows(BF16, b, BF16, GATED, F32) for b in (1, 32)),
     *(few_rows(BF16, b, residual=F32) for b in (1, 32)),
     few_rows(BF16, 1),
+    *(("gated.cu", f"gated_norm<{t}>") for t in ("bf16", "float")),
     *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
     *(loss(v, BF16) for v in (256, 4096, 128256)),
 ]

@@ -8,6 +8,7 @@
 //
 // In front: x as it is, or its norm (of a group of channels; gated), formed by every block for itself, rounded to W's type.
 // Behind: an activation, a gate by the other half of the rows, the residual stream, or a step of a causal convolution.
+#include "front.cuh"
 #include "multiply_add.cuh"
 #include "overlap.cuh"
 #include "vector.cuh"
@@ -26,9 +27,8 @@ struct FewRowsParams {
     float eps, gate_multiplier, multiplier;
 };
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, STAGES = 8, STEP = 32, WIDEST = 8;
+constexpr int STAGES = 8, STEP = 32, WIDEST = 8;
 constexpr int COLUMN = 20;  // floats of a column of a tile's sums: lanes that store together meet different banks
-enum FewRowsFlags { NORM = 8, CENTRED = 16, GATED = 32 };
 enum Activations { NONE, SILU, GELU, RELU, RELU2 };
 
 DEVICE float activate(float x, int kind) {
@@ -45,125 +45,14 @@ DEVICE float rounded(float x) {
     return read_one(&to);
 }
 
-template <int K>
-DEVICE void add_up_lanes(float (&sums)[K]) {
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2)
-#pragma unroll
-        for (int i = 0; i < K; ++i) sums[i] += __shfl_xor_sync(~0u, sums[i], mask);
+template <class T>
+DEVICE void copy_rows(const FewRowsParams& p, T* to) {
+    const int each = p.k / 8;
+#pragma unroll 2
+    for (int e = threadIdx.x; e < p.b * each; e += THREADS)
+        *reinterpret_cast<uint4*>(to + e / each * p.stride + e % each * 8) =
+            *reinterpret_cast<const uint4*>((const T*)p.x + e / each * p.x_b + e % each * 8);
 }
-
-// x in shared memory, (b, stride) of T, zeros behind k.  Whatever b is, a sum over a row's group has the same order: warp w adds up every
-// eighth run of 32 vectors, and the warps' sums follow each other.
-template <class T, class X, int FLAGS>
-struct Front {
-    static constexpr int N = 4;
-    const FewRowsParams& p;
-    T* to;
-    float* slots;  // WARPS of every group of every row
-    const int lane, warp;
-
-    // group i of all rows' groups: its row, and where it begins
-    struct Group {
-        int row, at;
-        const X* x;
-        const T* gate;
-    };
-    DEVICE Group group(int i) const {
-        const int each = p.k / p.group_size, row = i / each, at = i % each * p.group_size;
-        return {row, at, (const X*)p.x + row * p.x_b + at, (const T*)p.gate + row * p.gate_b + at};
-    }
-    DEVICE void gated(const Group& from, int at, float (&x)[N]) const {
-        float z[N];
-        Vec<T, N>::template load<true>(from.gate + at, 1).unpack(z);
-#pragma unroll
-        for (int c = 0; c < N; ++c) x[c] *= z[c] * sigmoid(z[c]);
-    }
-    DEVICE void load(const Group& from, int at, float (&x)[N]) const {
-        Vec<X, N>::template load<true>(from.x + at, 1).unpack(x);
-        if ((FLAGS & GATED) && !p.gate_behind) gated(from, at, x);
-    }
-    // means of x, or of the squares of what is left of it beyond the centre, for U groups from the first one on
-    template <int U, bool SQUARES>
-    DEVICE void add_up(const Group (&from)[U], int first, int all, const float (&centre)[U]) const {
-        float sums[U] = {};
-#pragma unroll 2
-        for (int v = warp * 32 + lane; v < p.group_size / N; v += THREADS) {
-            float x[U][N];
-#pragma unroll
-            for (int u = 0; u < U; ++u) load(from[u], v * N, x[u]);
-#pragma unroll
-            for (int u = 0; u < U; ++u)
-#pragma unroll
-                for (int c = 0; c < N; ++c)
-                    sums[u] = SQUARES ? fmaf(x[u][c] - centre[u], x[u][c] - centre[u], sums[u]) : sums[u] + x[u][c];
-        }
-        add_up_lanes(sums);
-#pragma unroll
-        for (int u = 0; u < U; ++u)
-            if (lane == 0 && first + u < all) slots[(first + u) * WARPS + warp] = sums[u];
-        __syncthreads();
-    }
-    DEVICE float mean(int i) const {
-        float sum = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += slots[i * WARPS + w];
-        return sum / (float)p.group_size;
-    }
-
-    // U groups at once; the last of all stands in for those that are not there
-    template <int U>
-    DEVICE void normed(int first, int all) const {
-        Group from[U];
-        float centre[U] = {}, scale[U];
-#pragma unroll
-        for (int u = 0; u < U; ++u) from[u] = group(first + u < all ? first + u : all - 1);
-        if constexpr (FLAGS & CENTRED) {
-            add_up<U, false>(from, first, all, centre);
-#pragma unroll
-            for (int u = 0; u < U; ++u) centre[u] = mean(first + u < all ? first + u : all - 1);
-            __syncthreads();
-        }
-        add_up<U, true>(from, first, all, centre);
-#pragma unroll
-        for (int u = 0; u < U; ++u) scale[u] = 1.f / sqrtf(mean(first + u < all ? first + u : all - 1) + p.eps);
-#pragma unroll 1
-        for (int v = warp * 32 + lane; v < p.group_size / N; v += THREADS)
-#pragma unroll
-            for (int u = 0; u < U; ++u)
-                if (first + u < all) write(from[u], v * N, centre[u], scale[u]);
-    }
-    DEVICE void write(const Group& from, int at, float centre, float scale) const {
-        float x[N], w[N] = {1.f, 1.f, 1.f, 1.f}, b[N];
-        load(from, at, x);
-        if (p.gain != nullptr) Vec<T, N>::template load<true>((const T*)p.gain + from.at + at, 1).unpack(w);
-        if constexpr (FLAGS & CENTRED) load_bias<T, N, true>((const T*)p.shift, from.at + at, 1, b);
-#pragma unroll
-        for (int c = 0; c < N; ++c) x[c] = FLAGS & CENTRED ? fmaf((x[c] - centre) * scale, w[c], b[c]) : x[c] * scale * w[c];
-        if ((FLAGS & GATED) && p.gate_behind) gated(from, at, x);
-        Vec<T, N>::pack(x).template store<true>(to + from.row * p.stride + from.at + at, 1);
-    }
-
-    DEVICE void run() const {
-        if constexpr (FLAGS & NORM) {
-            const int all = p.b * (p.k / p.group_size);
-            if (all == 1)
-                normed<1>(0, all);
-            else
-                for (int i = 0; i < all; i += 4) normed<4>(i, all);
-        } else {
-            const int each = p.k / 8;
-#pragma unroll 2
-            for (int i = threadIdx.x; i < p.b * each; i += THREADS)
-                *reinterpret_cast<uint4*>(to + i / each * p.stride + i % each * 8) =
-                    *reinterpret_cast<const uint4*>((const T*)p.x + i / each * p.x_b + i % each * 8);
-        }
-        // up to a whole step
-        const int rest = (p.k + STEP - 1) / STEP * STEP - p.k;
-        for (int i = threadIdx.x; i < p.b * rest; i += THREADS) write_one(to + i / rest * p.stride + p.k + i % rest, 0.f);
-        __syncthreads();
-    }
-};
 
 // Pieces of W, 16 rows by 32 elements, that a warp goes along: its share of k for one tile after the other
 template <class T>
@@ -266,7 +155,14 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
         if (i == 0 && later.there(g + 8)) prefetch(later.at(g + 8));
     }
     wait_for_previous();
-    Front<T, X, FLAGS>{p, xs, sums, lane, warp}.run();
+    if constexpr (FLAGS & NORM)
+        Front<FewRowsParams, T, X, FLAGS>{p, xs, p.stride, sums, 0, p.b}.run();
+    else
+        copy_rows<T>(p, xs);
+    // up to a whole step
+    for (int rest = steps * STEP - p.k, e = threadIdx.x; e < p.b * rest; e += THREADS)
+        write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
+    __syncthreads();
 
     int stage = 0, turn = 0;
     for (int tile = blockIdx.x; tile < p.tiles; tile += p.blocks, turn ^= 1) {

@@ -30,6 +30,7 @@ PARAMS = {
     "state_update": "StateUpdateParams",
     "cross_entropy": "CrossEntropyParams",
     "few_rows": "FewRowsParams",
+    "gated_norm": "GatedNormParams",
 }
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
 # what lies there is run, so another user's folder must not be taken for it
