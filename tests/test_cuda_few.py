@@ -5,9 +5,18 @@ import shutil
 import pytest
 import torch
 
+from hybridzoo.kernels import (
+    ScanNorms,
+    conv_ssd_update,
+    dispatch,
+    selective_state_update,
+    ssd_state_update,
+    step_linear,
+)
 from hybridzoo.kernels.few import cuda, plain
 from hybridzoo.kernels.few.inputs import StepConv, StepNorm, StepProduct
 from hybridzoo.kernels.norm import gated
+from hybridzoo.kernels.step import cuda as cuda_update
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = [
@@ -148,3 +157,88 @@ def test_blocks_take_one_tile_after_the_other(monkeypatch):
 )
 def test_how_rows_are_cut(n, most, rows):
     assert cuda.tiles_of(n, most, 132) == rows
+
+
+def mamba(b, d_model, layers=4):
+    """A step of several Mamba layers, its states, and what it reads."""
+    d, r, n = 2 * d_model, d_model // 16, 16
+    rand = lambda *shape, scale=1.0: (torch.randn(*shape) * scale).to(BF16)  # noqa: E731
+    weights = [
+        {
+            "norm": rand(d_model), "inner": rand(2 * d, d_model, scale=d_model**-0.5), "taps": rand(d, 4), "bias": rand(d),
+            "x": rand(r + 2 * n, d, scale=d**-0.5), "dt": rand(d, r, scale=r**-0.5), "dt_bias": torch.randn(d) - 2,
+            "A": torch.rand(d, n), "D": torch.randn(d), "outer": rand(d_model, d, scale=d**-0.5),
+            "norms": ScanNorms(1e-6, rand(r), rand(n), rand(n)) if layer % 2 else None,
+        }
+        for layer in range(layers)
+    ]  # fmt: skip
+    states = [(torch.zeros(b, 3, d, dtype=BF16), torch.zeros(b, d, n)) for _ in range(layers)]
+
+    def step(x, backend=None):
+        for w, (conv, ssm) in zip(weights, states, strict=True):
+            behind = StepConv(0, conv, w["taps"], w["bias"])
+            h = step_linear(x, w["inner"], norm=StepNorm(w["norm"], 1e-5), conv=behind, backend=backend)
+            u, z = h.chunk(2, -1)
+            low, B, C = step_linear(u, w["x"], backend=backend).split([r, n, n], -1)
+            y = selective_state_update(
+                ssm, u, low, w["A"], B, C, w["D"], z, dt_weight=w["dt"], norms=w["norms"], log_rates=True,
+                dt_bias=w["dt_bias"], dt_softplus=True, backend="chunked" if backend else None,
+            )  # fmt: skip
+            x = step_linear(y, w["outer"], residual=x, backend=backend)
+        return x
+
+    return step, [s for pair in states for s in pair]
+
+
+def mamba2(b, d_model, layers=4, state=F32):
+    """The same of Mamba-2, whose convolution is every other time with the product, or with the state update."""
+    d, n, h = 2 * d_model, 128, d_model // 32
+    rand = lambda *shape, scale=1.0: (torch.randn(*shape) * scale).to(BF16)  # noqa: E731
+    width = d + 2 * n
+    weights = [
+        {
+            "norm": rand(d_model), "inner": rand(d + width + h, d_model, scale=d_model**-0.5), "taps": rand(width, 4),
+            "bias": rand(width), "dt_bias": torch.randn(h) - 2, "A": torch.rand(h), "D": torch.randn(h), "gain": rand(d),
+            "outer": rand(d_model, d, scale=d**-0.5),
+        }
+        for _ in range(layers)
+    ]  # fmt: skip
+    states = [(torch.zeros(b, 3, width, dtype=BF16), torch.zeros(b, h, 64, n, dtype=state)) for _ in range(layers)]
+
+    def step(x, backend=None):
+        for layer, (w, (conv, ssm)) in enumerate(zip(weights, states, strict=True)):
+            options = dict(
+                log_rates=True, dt_bias=w["dt_bias"], dt_softplus=True, backend="chunked" if backend else None
+            )
+            behind = StepConv(d, conv, w["taps"], w["bias"]) if layer % 2 else None
+            y = step_linear(x, w["inner"], norm=StepNorm(w["norm"], 1e-5), conv=behind, backend=backend)
+            z, xBC, dt = y.split([d, width, h], -1)
+            if behind is None:
+                y = conv_ssd_update(
+                    xBC, conv, w["taps"], w["bias"], ssm, dt, w["A"], w["D"], activation="silu", **options
+                )
+            else:
+                u, B, C = xBC.split([d, n, n], -1)
+                y = ssd_state_update(
+                    ssm, u.unflatten(-1, (h, 64)), dt, w["A"], B[:, None], C[:, None], w["D"], **options
+                )
+            x = step_linear(
+                y.flatten(1), w["outer"], norm=StepNorm(w["gain"], 1e-5, gate=z), residual=x, backend=backend
+            )
+        return x
+
+    return step, [s for pair in states for s in pair]
+
+
+@torch.no_grad()
+def test_layers_from_one_kernel_to_the_next(monkeypatch):
+    step, states = mamba(2, 64, 2)
+    xs = torch.randn(2, 2, 64)
+    want = [*(step(x, backend="torch") for x in xs), *(s.clone() for s in states)]
+    for s in states:
+        s.zero_()
+    for op, run in (("step_linear", cuda.step_linear), ("update", cuda_update.update)):
+        monkeypatch.setitem(dispatch.TABLES[op], "cuda", dispatch.Backend("cuda", "emulated", run=run))
+    for a, b in zip([*map(step, xs), *states], want, strict=True):
+        # PyTorch rounds between any two operations
+        assert (a.double() - b.double()).norm() <= 0.03 * b.double().norm()
