@@ -23,8 +23,9 @@ WARPS, STAGES, STEP, COLUMN = 8, 8, 32, 20
 NORM, CENTRED, GATED = 8, 16, 32
 ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
 MAX_ROWS = 32
-# pieces of 1 kB that a warp has fetched into L2 beyond those in its shared memory before it may read what the last kernel wrote
-AHEAD = 8
+# bytes of the weight that a block has fetched into L2, beyond those into its shared memory, before it may read what the last kernel wrote:
+# what memory delivers in the time that the two or three small kernels between two large products take
+AHEAD = 128 << 10
 # what a tile costs beside its rows, in rows
 OVERHEAD = 2
 
@@ -142,12 +143,14 @@ def cut(look: Look, count: int) -> Cut:
     rows = tiles_of(outputs, 8 if pairs else 16, count)
     tiles = ceil_div(outputs, rows)
     blocks = min(tiles, count)
+    per = ceil_div(ceil_div(k, STEP), WARPS)  # pieces of a warp in a tile
+    ahead = min(AHEAD // (WARPS * STEP * 2 * rows * (1 + pairs)), max(0, per * ceil_div(tiles, blocks) - STAGES))
     names = "x_b weight_n gate_b residual_b state_b state_k".split()
     centred, gated, group_size, gate_behind, eps = look.norm or (False, False, k, False, 0.0)
     first, channels, width, silu = look.conv or (0, 0, 2, False)
     rest = FewRowsParams(
         **dict(zip(names, look.strides, strict=True)),
-        b=b, n=n, k=k, rows=rows, tiles=tiles, blocks=blocks, stride=stride(k), ahead=AHEAD,
+        b=b, n=n, k=k, rows=rows, tiles=tiles, blocks=blocks, stride=stride(k), ahead=ahead,
         group_size=group_size, gate_behind=gate_behind, pairs=pairs, activation=ACTIVATIONS.index(activation),
         conv_first=first, conv_channels=channels, conv_width=width, silu=silu,
         eps=eps, gate_multiplier=gate_multiplier, multiplier=multiplier,

@@ -89,6 +89,16 @@ struct Behind {
     const FewRowsParams& p;
     const float* sums;  // (WARPS, 8 NT, COLUMN)
 
+    // into L2 what a tile's outputs will want; one thread of each row of x
+    DEVICE void expect(int tile) const {
+        const int row = threadIdx.x, index = tile * p.rows, channel = index - p.conv_first;
+        if (row >= p.b) return;
+        if (p.residual != nullptr) prefetch((const O*)p.residual + row * p.residual_b + index);
+        if (p.bias != nullptr) prefetch((const T*)p.bias + index);
+        if (p.conv_state == nullptr || channel < 0 || channel >= p.conv_channels) return;
+        prefetch((const T*)p.conv_weight + channel * p.conv_width);
+        for (int j = 0; j < p.conv_width - 1; ++j) prefetch((const T*)p.conv_state + row * p.state_b + j * p.state_k + channel);
+    }
     DEVICE float sum(int column, int row) const {
         float y = 0.f;
 #pragma unroll
@@ -154,6 +164,8 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
         if (i == 0 && later.there(g)) prefetch(later.at(g));
         if (i == 0 && later.there(g + 8)) prefetch(later.at(g + 8));
     }
+    if (p.gain != nullptr) prefetch_all((const T*)p.gain, p.k);
+    if (p.shift != nullptr) prefetch_all((const T*)p.shift, p.k);
     wait_for_previous();
     if constexpr (FLAGS & NORM)
         Front<FewRowsParams, T, X, FLAGS>{p, xs, p.stride, sums, 0, p.b}.run();
@@ -166,6 +178,8 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
 
     int stage = 0, turn = 0;
     for (int tile = blockIdx.x; tile < p.tiles; tile += p.blocks, turn ^= 1) {
+        const Behind<T, O, NT> behind{p, sums + turn * SUMS};
+        behind.expect(tile);
         float c[NT][4] = {};
 #pragma unroll 1
         for (int s = 0; s < per; ++s) {
@@ -193,6 +207,6 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) mine[(j * 8 + i * 2 + e % 2) * COLUMN + g + e / 2 * 8] = c[j][e];
         __syncthreads();
-        Behind<T, O, NT>{p, sums + turn * SUMS}.run(tile);
+        behind.run(tile);
     }
 }

@@ -23,3 +23,10 @@ DEVICE void wait_for_previous() {
 // into L2, where what others write is never old
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 #endif
+
+// `count` elements, by all threads of a block
+template <class T>
+DEVICE void prefetch_all(const T* from, int count) {
+    constexpr int LINE = 128 / (int)sizeof(T);
+    for (int i = threadIdx.x * LINE; i < count; i += blockDim.x * LINE) prefetch(from + i);
+}

@@ -26,12 +26,6 @@ DEVICE int64 state_row(const void* rows, int wide, int64 b, int total) {
     return row;
 }
 
-// into L2, a line of 128 bytes for every thread in turn
-template <class T>
-DEVICE void prefetch_all(const T* from, int count) {
-    for (int i = threadIdx.x * (128 / (int)sizeof(T)); i < count; i += THREADS * (128 / (int)sizeof(T))) prefetch(from + i);
-}
-
 struct ConvUpdateParams {
     const void* x;                    // (b, d)
     void* state;                      // (rows, K - 1, d)
@@ -337,6 +331,7 @@ __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams 
     const int64 b = rest / p.groups;
     let_next_begin();
     if (p.rows == nullptr) prefetch_all((const H*)p.state + b * p.state_b + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
+    if constexpr (!U::ONE_A) prefetch_all(p.A + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
     if constexpr (U::LOW) prefetch_all((const T*)p.dt_weight + (int64)ch0 * p.rank, (ch_end - ch0) * p.rank);
     wait_for_previous();
     const int64 row = state_row(p.rows, p.wide_rows, b, p.total);
