@@ -13,12 +13,15 @@ from .seq import Seq
 from .step.inputs import ScanNorms
 from .few.inputs import StepConv, StepNorm
 from .few.op import step_linear
+from .attend.inputs import HeadNorm
+from .attend.op import step_attention
 from .norm.gated import gated_rms_norm
 from . import mamba_layer as mamba_layer
 # isort: on
 
 __all__ = [
     "BackendError",
+    "HeadNorm",
     "ScanNorms",
     "Seq",
     "StepConv",
@@ -36,5 +39,6 @@ __all__ = [
     "selective_state_update",
     "ssd",
     "ssd_state_update",
+    "step_attention",
     "step_linear",
 ]

@@ -31,6 +31,8 @@ PARAMS = {
     "cross_entropy": "CrossEntropyParams",
     "few_rows": "FewRowsParams",
     "gated_norm": "GatedNormParams",
+    "attend_split": "AttendParams",
+    "attend_combine": "AttendParams",
 }
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
 # what lies there is run, so another user's folder must not be taken for it

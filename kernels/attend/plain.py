@@ -1,0 +1,46 @@
+"""One token's attention in PyTorch operations: the definition, and what no kernel of ours does."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..numerics import acc_dtype, cast
+from .inputs import HeadNorm, StepAttention
+
+
+def _normed(x: Tensor, weight: Tensor | None, norm: HeadNorm | None) -> Tensor:
+    return x if norm is None else F.rms_norm(x, x.shape[-1:], cast(weight, x.dtype), norm.eps)
+
+
+def _turned(x: Tensor, length: Tensor, i: StepAttention) -> Tensor:
+    if i.frequency is None:
+        return x
+    acc, dim = acc_dtype(x.dtype), 2 * i.frequency.shape[0]
+    angle = length[:, None, None].to(acc) * i.frequency.to(acc)
+    cos, sin = angle.cos(), angle.sin()
+    turn, rest = x[..., :dim].to(acc), x[..., dim:]
+    first, second = (turn[..., 0::2], turn[..., 1::2]) if i.interleaved else turn.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if i.interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def step_attention(i: StepAttention) -> Tensor:
+    """Norms, rotation, the cache's new entry, and the softmax, one after the other."""
+    cap, h_kv, p = i.k.shape[1:]
+    q, k, v = i.qkv.unflatten(-1, (-1, p)).split([i.nheads, h_kv, h_kv], dim=1)  # (b, h, p)
+    q, k = (_normed(x, w, i.norm) for x, w in ((q, i.norm and i.norm.q), (k, i.norm and i.norm.k)))
+    k = k if i.key_multiplier == 1 else k * i.key_multiplier
+    q, k = (_turned(x, i.length, i) for x in (q, k))
+    slot = i.length[:, None] % cap
+    for cache, new in ((i.k, k), (i.v, v)):
+        cache.scatter_(1, slot[..., None, None].expand(-1, 1, h_kv, p), new[:, None].to(cache.dtype))
+    i.pos.scatter_(1, slot, i.length[:, None])
+    sees = (i.pos >= 0) & (i.pos <= i.length[:, None])
+    if i.window is not None:
+        sees = sees & (i.pos > i.length[:, None] - i.window)
+    keys, values = (cache.to(q.dtype).transpose(1, 2) for cache in (i.k, i.v))
+    grouped = {"enable_gqa": i.nheads != h_kv, "scale": i.scale}
+    y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=sees[:, None, None], **grouped)
+    i.length.add_(1)
+    return y.flatten(1)

@@ -1,0 +1,69 @@
+"""One token's attention on a GPU, at real sizes against float64, and as a graph."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridzoo.kernels.gpu import nvrtc
+
+pytestmark = pytest.mark.gpu
+
+# tests are no package, so the file is loaded by its path
+_spec = importlib.util.spec_from_file_location("attend", Path(__file__).parents[1] / "test_cuda_attend.py")
+_attend = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_attend)
+cuda, plain = _attend.cuda, _attend.plain
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu():
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("b", "h", "h_kv", "p", "cap", "window"),
+    [
+        (1, 32, 8, 128, 4096, None),
+        (3, 12, 12, 64, 1000, None),
+        (8, 32, 4, 80, 2048, 2048),
+        (64, 16, 16, 64, 640, None),
+        (1, 16, 1, 256, 65536, None),
+        (2, 40, 8, 128, 700, 300),
+    ],
+)
+@torch.no_grad()
+def test_against_float64(b, h, h_kv, p, cap, window, dtype):
+    lengths = torch.randint(1, cap, (b,)).tolist()
+    i = _attend.operands(b, h, h_kv, p, cap, lengths, dtype, window=window, frequency=_attend.frequencies(p))
+    exact = _attend.exactly(i)
+    for _ in range(3):
+        got, want = cuda.step_attention(i), plain.step_attention(exact)
+        assert (got.double() - want).norm() <= 4 * _attend.UNIT[dtype] * want.norm()
+        assert torch.equal(i.pos, exact.pos) and torch.equal(i.length, exact.length)
+
+
+@torch.no_grad()
+def test_the_same_bits_apart_overlapping_and_as_a_graph(monkeypatch):
+    i = _attend.operands(3, 32, 8, 128, 1000, [900, 20, 512], frequency=_attend.frequencies(128))
+    kept = [m.clone() for m in i[1:5]]
+
+    def run(overlap, take):
+        monkeypatch.setattr(nvrtc, "OVERLAP", overlap)
+        for m, k in zip(i[1:5], kept, strict=True):
+            m.copy_(k)
+        outs = [take().clone() for _ in range(20)]
+        torch.cuda.synchronize()
+        return [*outs, i.length.clone()]
+
+    apart, overlapping = (run(overlap, lambda: cuda.step_attention(i)) for overlap in (False, True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda.step_attention(i)
+    recorded = run(True, lambda: graph.replay() or out)
+    for other in (overlapping, recorded):
+        assert all(torch.equal(a, b) for a, b in zip(apart, other, strict=True))
