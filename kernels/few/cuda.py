@@ -23,6 +23,8 @@ WARPS, STAGES, STEP, COLUMN = 8, 8, 32, 20
 NORM, CENTRED, GATED = 8, 16, 32
 ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
 MAX_ROWS = 32
+# bytes of shared memory that every GPU of ours has for a block
+SMALLEST = 99 << 10
 # bytes of the weight that a block has fetched into L2, beyond those into its shared memory, before it may read what the last kernel wrote:
 # what memory delivers in the time that the two or three small kernels between two large products take
 AHEAD = 128 << 10
@@ -60,7 +62,7 @@ def columns(b: int) -> int:
 def refuse(facts: Facts) -> str | None:
     """Say why the CUDA kernel cannot do a product, or ``None`` if it can; see :class:`.dispatch.Backend`."""
     reason, dtype = refuse_tensors(facts), facts.get("dtype", torch.bfloat16)
-    b, k, device = facts.get("rows", 1), facts.get("d", 768), torch.device("cuda")
+    b, k = facts.get("rows", 1), facts.get("d", 768)
     if reason is not None:
         return reason
     if dtype not in HALVES:
@@ -76,9 +78,8 @@ def refuse(facts: Facts) -> str | None:
     # the former looks at addresses, which what is traced has not
     if reason := facts.get("misfit", lambda: None)() or nvrtc.unavailable():
         return reason
-    room = shared_memory(device) - DRIVERS
-    if shared_bytes(b, k) > room:
-        return f"the CUDA kernel needs {shared_bytes(b, k)} bytes of shared memory for {b} rows of {k}, and has {room}"
+    if (need := shared_bytes(b, k)) > SMALLEST and need > (room := shared_memory(torch.device("cuda")) - DRIVERS):
+        return f"the CUDA kernel needs {need} bytes of shared memory for {b} rows of {k}, and has {room}"
     return None
 
 

@@ -58,8 +58,7 @@ def launch(
     stream, driver = current_stream(index), _driver()
     arguments: tuple
     if overlaps and OVERLAP and _can_overlap(index):
-        start, config = driver.cuLaunchKernelEx, _overlapping(grid, block, shared_bytes)
-        config.hStream = stream
+        start, config = driver.cuLaunchKernelEx, _overlapping(grid, block, shared_bytes, stream)
         arguments = (config, kernel, ctypes.addressof(pointers), 0)
     else:
         start = driver.cuLaunchKernel
@@ -88,16 +87,17 @@ def _can_overlap(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
-@functools.cache
-def _overlapping(grid: int, block: int, shared_bytes: int) -> Any:
-    """A launch that need not wait for the one before it, on a stream that is still to be set."""
+@functools.lru_cache(maxsize=1024)
+def _overlapping(grid: int, block: int, shared_bytes: int, stream: int) -> Any:
+    """A launch that need not wait for the one before it."""
     driver = _driver()
     attribute, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-    config.sharedMemBytes, config.attrs, config.numAttrs = shared_bytes, [attribute], 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [attribute], 1
     return config
 
 

@@ -1,6 +1,7 @@
 // Launches that overlap (programmatic dependent launch, compute capability 9.0 on).  A kernel that is launched so begins while the one
 // before it still runs.  Every kernel of such a chain waits before it reads what another may have written and before it writes, so that
-// none is done before all that stand in front of it are; in front of that it may read what nobody writes: weights.
+// none is done before all that stand in front of it are.  In front of that it may read what nobody writes while models decode, weights, and
+// have fetched what it will read.
 #pragma once
 #include "common.cuh"
 

@@ -110,7 +110,7 @@ struct StateUpdate {
     // everything that a channel needs, before anything is stored: loads do not pass stores that they might overlap.  ALL: every lane has
     // its channels and its states
     template <bool ALL>
-    DEVICE void load(int first, const float* shared) {
+    DEVICE void load(int first) {
         const T *from_dt = (const T*)p.dt + b * p.dt_b, *from_x = (const T*)p.x + b * p.x_b, *from_z = (const T*)p.z + b * p.z_b;
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
@@ -133,6 +133,10 @@ struct StateUpdate {
             if (p.D != nullptr) skip[i] = p.D[ONE_A ? head * p.D_head + (ch - head * p.p) * p.D_channel : ch];
             if (p.z != nullptr) z[i] = read_one(from_z + ch);
         }
+    }
+    // what has to be worked out of what is loaded, which is on its way until then
+    template <bool ALL>
+    DEVICE void prepare(int first, const float* shared) {
         if constexpr (LOW) {
 #pragma unroll
             for (int i = 0; i < PER; ++i) {
@@ -299,9 +303,9 @@ struct StateUpdate {
     template <bool ALL>
     DEVICE void run(float* shared, uint32& ticket) {
         const int first = threadIdx.x / LANES;
-        if constexpr (LOW) share_low(shared);
         // what takes longest first
-        load<ALL>(ch0 + first, shared);
+        load<ALL>(ch0 + first);
+        if constexpr (LOW) share_low(shared);
         if constexpr (K > 0) {
             convolve_all(shared);
             __syncthreads();
@@ -312,10 +316,11 @@ struct StateUpdate {
         }
         load_bc(shared);
         for (int base = ch0;;) {
+            prepare<ALL>(base + first, shared);
             step<ALL>(base + first, shared);
             base += AT_ONCE * PER;
             if (base >= ch_end) break;
-            load<ALL>(base + first, shared);
+            load<ALL>(base + first);
         }
     }
 };

@@ -114,7 +114,8 @@ def test_layers_in_any_order_of_launches(model, b, monkeypatch):
 
     x, graph = torch.zeros_like(xs[0]), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step(x)
+        # what is in front of a launch that may overlap is no kernel here
+        out = step(torch.empty_like(x).copy_(x))
 
     def replayed(given):
         x.copy_(given)
