@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # small, odd, and between them every kernel: one block and several, a split length, documents, groups, few and many states
 PROGRAM = """
 import torch
-from hybridzoo.kernels import Seq, branch_layer_norm, branch_rms_norm, causal_conv1d, cross_entropy, selective_scan
+from hybridzoo.kernels import ScanNorms, Seq, StepConv, StepNorm, branch_layer_norm, branch_rms_norm, causal_conv1d, cross_entropy
+from hybridzoo.kernels import gated_rms_norm, selective_scan, selective_state_update, step_attention, step_linear
 from hybridzoo.kernels.scan import launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
@@ -63,6 +64,25 @@ for layer in (Mamba(64).cuda(), Mamba2(64, headdim=16).cuda()):
         state = layer.init_state(3)
         for _ in range(2):
             layer.step(torch.randn(3, 64).cuda(), state)
+# a decode step's products and what is between them, in several tiles and splits
+with torch.no_grad():
+    half = lambda *size: torch.randn(*size).bfloat16().cuda()
+    for b in (1, 3, 20):
+        x, gain = torch.randn(b, 264).cuda(), half(264)
+        behind = StepConv(5, half(b, 3, 3000), half(3000, 4), half(3000))
+        step_linear(x, half(4000, 264), half(4000), norm=StepNorm(gain, 1e-5), conv=behind, backend="cuda")
+        step_linear(half(b, 264), half(4000, 264), activation="gelu", gated=True, backend="cuda")
+        norm = StepNorm(gain, 1e-5, gate=half(b, 264), group_size=132)
+        step_linear(half(b, 264), half(70, 264), norm=norm, residual=torch.randn(b, 70).cuda(), backend="cuda")
+        gated_rms_norm(half(b, 264), half(b, 264), gain, 1e-5, backend="cuda")
+        for norms in (None, ScanNorms(1e-6)):
+            state, u, low, narrow = torch.randn(b, 70, 16).cuda(), half(b, 70), half(b, 24), half(b, 16)
+            selective_state_update(state, u, low, torch.rand(70, 16).cuda(), narrow, narrow, z=u, dt_weight=half(70, 24), norms=norms,
+                                   log_rates=True, dt_softplus=True, backend="cuda")
+        k, length = half(2, b, 700, 2, 64), torch.randint(0, 1400, (b,)).cuda()
+        last = length[:, None] - 1
+        pos = (last - (last - torch.arange(700).cuda()) % 700).clamp(min=-1)
+        step_attention(half(b, 10 * 64), *k, pos, length, nheads=6, window=600, frequency=torch.rand(32).cuda(), backend="cuda")
 # forward and backward of a layer as one node of autograd
 with torch.autocast("cuda", torch.bfloat16):
     Mamba(33, bcdt_norm=True).cuda()(torch.randn(2, 65, 33).cuda()).sum().backward()
@@ -74,7 +94,17 @@ torch.cuda.synchronize()
 print("done")
 """
 # all but scan_forward
-KERNELS = ("scan_backward", "sum_partials", "conv_", "norm_", "cross_entropy", "state_update")
+KERNELS = (
+    "scan_backward",
+    "sum_partials",
+    "conv_",
+    "norm_",
+    "cross_entropy",
+    "state_update",
+    "few_rows",
+    "gated_norm",
+    "attend_",
+)
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
