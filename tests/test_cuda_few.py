@@ -64,7 +64,9 @@ def check(i, scale=1.0):
 
 
 @pytest.mark.parametrize(
-    ("b", "k", "n", "dtype"), [(1, 8, 3, BF16), (8, 520, 33, BF16), (17, 264, 40, BF16), (3, 136, 70, F16)], ids=str
+    ("b", "k", "n", "dtype"),
+    [(1, 8, 3, BF16), (8, 520, 33, BF16), (17, 264, 40, BF16), (39, 264, 40, BF16), (3, 136, 70, F16)],
+    ids=str,
 )
 def test_sizes(b, k, n, dtype):
     check(product(b, k, n, dtype))
@@ -157,6 +159,25 @@ def test_blocks_take_one_tile_after_the_other(monkeypatch):
 )
 def test_how_rows_are_cut(n, most, rows):
     assert cuda.tiles_of(n, most, 132) == rows
+
+
+@pytest.mark.parametrize(
+    ("b", "k", "n", "part"),
+    [
+        (8, 5120, 2560, 8),
+        (32, 768, 50280, 32),
+        (64, 5120, 192, 8),
+        (64, 1536, 768, 32),
+        (64, 2560, 10240, "would read a weight of k = 2560 4 times for 64 rows"),
+        (16, 5120, 2560, "would read a weight of k = 5120 2 times for 16 rows"),
+        (16, 5120, None, "would read a weight"),
+        (64, 768, None, "is for 1 to 32 rows, got 64"),
+        (8, 12288, 192, "272896 bytes of shared memory for 8 rows of 12288, and has 232448"),
+    ],
+)
+def test_how_rows_of_the_batch_are_parted(b, k, n, part):
+    got = cuda.part_of(b, k, n, 227 << 10)
+    assert got == part or (isinstance(part, str) and part in got), got
 
 
 def mamba(b, d_model, layers=4):

@@ -92,8 +92,8 @@ def loss(v, dtype, want_gradient=True):
 def few_rows(dtype, b, stream=None, norm=None, residual=None, **behind):
     types = (dtype, stream or dtype, residual or dtype)
     options = (behind.get("pairs", False), behind.get("activation"), 1.0, 1.0)
-    look = cuda_few.Look(types, (b, 10240, 2560), (2560, 2560, 0, 2560, 0, 0), norm, None, options)
-    return "few_rows.cu", cuda_few.cut(look, 132).name
+    look = cuda_few.Look(types, (b, 10240, 768), (768, 768, 0, 768, 0, 0), norm, None, options)
+    return "few_rows.cu", cuda_few.cut(look, 132, 227 << 10).name
 
 
 NORMED, LAYER_NORM, GATED = (

@@ -22,7 +22,8 @@ from .inputs import StepProduct
 WARPS, STAGES, STEP, COLUMN = 8, 8, 32, 20
 NORM, CENTRED, GATED = 8, 16, 32
 ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
-MAX_ROWS = 32
+# rows of a block, of which there are more in parts where blocks of all read so many bytes of the weight together
+MAX_ROWS, MOST_BYTES = 32, 16 << 20
 # bytes of shared memory that every GPU of ours has for a block
 SMALLEST = 99 << 10
 # bytes of the weight that a block has fetched into L2, beyond those into its shared memory, before it may read what the last kernel wrote:
@@ -38,7 +39,8 @@ class FewRowsParams(ctypes.Structure):
     _fields_ = [
         *structs.fields(c_void_p, "x weight bias gain shift gate residual conv_state conv_weight conv_bias out"),
         *structs.fields(c_longlong, "x_b weight_n gate_b residual_b state_b state_k"),
-        *structs.fields(c_int, "b n k rows tiles blocks stride ahead group_size gate_behind pairs activation"),
+        *structs.fields(c_int, "b n k part rows tiles blocks stride ahead"),
+        *structs.fields(c_int, "group_size gate_behind pairs activation"),
         *structs.fields(c_int, "conv_first conv_channels conv_width silu"),
         *structs.fields(c_float, "eps gate_multiplier multiplier"),
     ]
@@ -59,6 +61,22 @@ def columns(b: int) -> int:
     return next(count for count in (1, 2, 4) if 8 * count >= b)
 
 
+def part_of(b: int, k: int, n: int | None, room: int) -> int | str:
+    """Rows that a block has of ``b``, with ``room`` bytes of shared memory, or why that cannot be; who knows no ``n`` has a large one."""
+    part = next((rows for rows in (min(b, MAX_ROWS), 16, 8) if rows <= b and shared_bytes(rows, k) <= room), 0)
+    if part == b:
+        return part
+    if b > MAX_ROWS and n is None:
+        return f"the CUDA kernel is for 1 to {MAX_ROWS} rows, got {b}"
+    if not part:
+        need = shared_bytes(min(b, 8), k)
+        return f"the CUDA kernel needs {need} bytes of shared memory for {min(b, 8)} rows of {k}, and has {room}"
+    parts = ceil_div(b, part)
+    if n is None or 2 * n * k * parts > MOST_BYTES:
+        return f"the CUDA kernel would read a weight of k = {k} {parts} times for {b} rows"
+    return part
+
+
 def refuse(facts: Facts) -> str | None:
     """Say why the CUDA kernel cannot do a product, or ``None`` if it can; see :class:`.dispatch.Backend`."""
     reason, dtype = refuse_tensors(facts), facts.get("dtype", torch.bfloat16)
@@ -71,16 +89,21 @@ def refuse(facts: Facts) -> str | None:
         return "the CUDA kernel has no gradient"
     if torch.compiler.is_compiling():
         return "the CUDA kernel would break the compiled graph"
-    if not 1 <= b <= MAX_ROWS:
-        return f"the CUDA kernel is for 1 to {MAX_ROWS} rows, got {b}"
+    if not b:
+        return "the CUDA kernel needs a row"
     if k % 8:
         return f"the CUDA kernel reads 8 elements at a time, got k = {k}"
     # the former looks at addresses, which what is traced has not
     if reason := facts.get("misfit", lambda: None)() or nvrtc.unavailable():
         return reason
-    if (need := shared_bytes(b, k)) > SMALLEST and need > (room := shared_memory(torch.device("cuda")) - DRIVERS):
-        return f"the CUDA kernel needs {need} bytes of shared memory for {b} rows of {k}, and has {room}"
-    return None
+    # few calls are of a size that some card has no room for
+    part = part_of(b, k, facts.get("n"), SMALLEST)
+    part = part_of(b, k, facts.get("n"), _room(torch.device("cuda"))) if part != b else part
+    return part if isinstance(part, str) else None
+
+
+def _room(device: torch.device) -> int:
+    return shared_memory(device) - DRIVERS
 
 
 def misfit(i: StepProduct) -> str | None:
@@ -137,13 +160,17 @@ def tiles_of(n: int, most: int, count: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def cut(look: Look, count: int) -> Cut:
-    """Cut a product into tiles for ``count`` multiprocessors."""
+def cut(look: Look, count: int, room: int) -> Cut:
+    """Cut a product into tiles for ``count`` multiprocessors with ``room`` bytes of shared memory for a block."""
     (b, n, k), (pairs, activation, gate_multiplier, multiplier) = look.sizes, look.behind
     outputs = n // 2 if pairs else n
-    rows = tiles_of(outputs, 8 if pairs else 16, count)
+    part = part_of(b, k, n, room)
+    if isinstance(part, str):
+        raise ValueError(f"step_linear: {part}.")
+    parts = ceil_div(b, part)
+    rows = tiles_of(outputs, 8 if pairs else 16, max(1, count // parts))
     tiles = ceil_div(outputs, rows)
-    blocks = min(tiles, count)
+    blocks = min(tiles, max(1, count // parts))
     per = ceil_div(ceil_div(k, STEP), WARPS)  # pieces of a warp in a tile
     ahead = min(AHEAD // (WARPS * STEP * 2 * rows * (1 + pairs)), max(0, per * ceil_div(tiles, blocks) - STAGES))
     names = "x_b weight_n gate_b residual_b state_b state_k".split()
@@ -151,15 +178,19 @@ def cut(look: Look, count: int) -> Cut:
     first, channels, width, silu = look.conv or (0, 0, 2, False)
     rest = FewRowsParams(
         **dict(zip(names, look.strides, strict=True)),
-        b=b, n=n, k=k, rows=rows, tiles=tiles, blocks=blocks, stride=stride(k), ahead=ahead,
+        b=b,
+        n=n,
+        k=k,
+        part=part,
+        rows=rows, tiles=tiles, blocks=blocks, stride=stride(k), ahead=ahead,
         group_size=group_size, gate_behind=gate_behind, pairs=pairs, activation=ACTIVATIONS.index(activation),
         conv_first=first, conv_channels=channels, conv_width=width, silu=silu,
         eps=eps, gate_multiplier=gate_multiplier, multiplier=multiplier,
     )  # fmt: skip
     flags = (NORM if look.norm else 0) | (CENTRED if centred else 0) | (GATED if gated else 0)
     types = ", ".join(TYPES[t] for t in look.types)
-    name = f"few_rows<{types}, {columns(b)}, {flags}>"
-    return Cut(structs.tail(rest), name, blocks, shared_bytes(b, k))
+    name = f"few_rows<{types}, {columns(part)}, {flags}>"
+    return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k))
 
 
 def step_linear(i: StepProduct) -> Tensor:
@@ -184,7 +215,7 @@ def step_linear(i: StepProduct) -> Tensor:
         None if conv is None else (conv.first, *conv.weight.shape, conv.silu),
         (i.gated, i.activation, i.gate_multiplier, i.multiplier),
     )
-    made = cut(look, processors(i.x.device))
+    made = cut(look, processors(i.x.device), _room(i.x.device))
     of_norm = (None, None, None) if norm is None else (norm.weight, norm.bias, gate)
     of_conv = (None, None, None) if conv is None else (state, conv.weight, conv.bias)
     packed = structs.pack(made.tail, i.x, i.weight, i.bias, *of_norm, residual, *of_conv, out)

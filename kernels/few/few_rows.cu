@@ -4,7 +4,8 @@
 // up to 16 rows of W in turn, its warps share out k, and their sums meet in shared memory in a fixed order: an output's bits depend on
 // nothing but its own rows.  Products are those of tensor cores, W on the left, so that 8 rows of x cost what one costs.  A sum does not care
 // about the order of its terms: a lane takes 16 bytes of a row, and its eight elements stand where two products want eight of their 32.
-// So a lane reads back what it has fetched itself, and no warp waits for another but at the end of a tile.
+// So a lane reads back what it has fetched itself, and no warp waits for another but at the end of a tile.  More rows of x than fit into shared
+// memory are taken in parts, by blocks of their own, which read W from L2.
 //
 // In front: x as it is, or its norm (of a group of channels; gated), formed by every block for itself, rounded to W's type.
 // Behind: an activation, a gate by the other half of the rows, the residual stream, or a step of a causal convolution.
@@ -21,7 +22,8 @@ struct FewRowsParams {
     const void *conv_weight, *conv_bias;           // (channels, width), (channels) or null
     void* out;                                     // (b, n), or (b, n / 2) of pairs
     int64 x_b, weight_n, gate_b, residual_b, state_b, state_k;
-    int b, n, k, rows, tiles, blocks, stride, ahead;  // rows of W in a tile; elements from row to row of x in shared memory
+    int b, n, k, part;                             // rows of x that a block has
+    int rows, tiles, blocks, stride, ahead;        // rows of W in a tile; blocks of a part; elements from row to row of x in shared memory
     int group_size, gate_behind, pairs, activation;
     int conv_first, conv_channels, conv_width, silu;
     float eps, gate_multiplier, multiplier;
@@ -45,13 +47,18 @@ DEVICE float rounded(float x) {
     return read_one(&to);
 }
 
+// The rows of x that a block has
+struct Part {
+    int first, count;
+};
+
 template <class T>
-DEVICE void copy_rows(const FewRowsParams& p, T* to) {
+DEVICE void copy_rows(const FewRowsParams& p, Part part, T* to) {
     const int each = p.k / 8;
 #pragma unroll 2
-    for (int e = threadIdx.x; e < p.b * each; e += THREADS)
+    for (int e = threadIdx.x; e < part.count * each; e += THREADS)
         *reinterpret_cast<uint4*>(to + e / each * p.stride + e % each * 8) =
-            *reinterpret_cast<const uint4*>((const T*)p.x + e / each * p.x_b + e % each * 8);
+            *reinterpret_cast<const uint4*>((const T*)p.x + (part.first + e / each) * p.x_b + e % each * 8);
 }
 
 // Pieces of W, 16 rows by 32 elements, that a warp goes along: its share of k for one tile after the other
@@ -62,7 +69,7 @@ struct Pieces {
     int tile, step = 0;
 
     DEVICE Pieces(const FewRowsParams& p, int warp, int per, int lane)
-        : p(p), first(warp * per), per(per), g(lane / 4), i(lane % 4), tile(blockIdx.x) {}
+        : p(p), first(warp * per), per(per), g(lane / 4), i(lane % 4), tile(blockIdx.x % p.blocks) {}
     DEVICE bool there(int row) const {
         const int count = p.pairs ? p.n / 2 : p.n, r = p.pairs ? row % 8 : row;
         return tile < p.tiles && r < p.rows && tile * p.rows + r < count && (first + step) * STEP + i * 8 < p.k;
@@ -87,12 +94,14 @@ struct Pieces {
 template <class T, class O, int NT>
 struct Behind {
     const FewRowsParams& p;
+    const Part part;
     const float* sums;  // (WARPS, 8 NT, COLUMN)
 
     // into L2 what a tile's outputs will want; one thread of each row of x
     DEVICE void expect(int tile) const {
-        const int row = threadIdx.x, index = tile * p.rows, channel = index - p.conv_first;
-        if (row >= p.b) return;
+        const int index = tile * p.rows, channel = index - p.conv_first;
+        const int64 row = part.first + threadIdx.x;
+        if (threadIdx.x >= part.count) return;
         if (p.residual != nullptr) prefetch((const O*)p.residual + row * p.residual_b + index);
         if (p.bias != nullptr) prefetch((const T*)p.bias + index);
         if (p.conv_state == nullptr || channel < 0 || channel >= p.conv_channels) return;
@@ -107,7 +116,7 @@ struct Behind {
     }
     DEVICE float biased(float y, int index) const { return p.bias == nullptr ? y : y + read_one((const T*)p.bias + index); }
     // one channel of one row: nobody else reads or writes its inputs.  All loads come first: they do not pass stores
-    DEVICE float convolve(float x, int channel, int row) const {
+    DEVICE float convolve(float x, int channel, int64 row) const {
         T* state = (T*)p.conv_state + row * p.state_b + channel;
         const T* weight = (const T*)p.conv_weight + channel * p.conv_width;
         const int last = p.conv_width - 1;
@@ -128,18 +137,19 @@ struct Behind {
     DEVICE void run(int tile) const {
         const int count = p.pairs ? p.n / 2 : p.n;
 #pragma unroll 1
-        for (int o = threadIdx.x; o < 16 * p.b; o += THREADS) {
-            const int r = o % 16, row = o / 16, index = tile * p.rows + r, channel = index - p.conv_first;
+        for (int o = threadIdx.x; o < 16 * part.count; o += THREADS) {
+            const int r = o % 16, column = o / 16, index = tile * p.rows + r, channel = index - p.conv_first;
+            const int64 row = part.first + column;
             if (r >= p.rows || index >= count) continue;
-            float y = biased(sum(row, r), index), gate = 1.f;
+            float y = biased(sum(column, r), index), gate = 1.f;
             // value and gate, or what an activation is of
-            if (p.pairs) gate = y, y = p.gate_multiplier * biased(sum(row, r + 8), index + count);
+            if (p.pairs) gate = y, y = p.gate_multiplier * biased(sum(column, r + 8), index + count);
             y = gate * activate(y, p.activation);
             if (p.residual != nullptr)
                 y = fmaf(p.multiplier, y, read_one((const O*)p.residual + row * p.residual_b + index));
             else if (p.conv_state != nullptr && channel >= 0 && channel < p.conv_channels)
                 y = convolve(y, channel, row);
-            write_one((O*)p.out + (int64)row * count + index, y);
+            write_one((O*)p.out + row * count + index, y);
         }
     }
 };
@@ -152,6 +162,8 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     T* xs = reinterpret_cast<T*>(sums + 2 * SUMS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, i = lane % 4;
     const int steps = (p.k + STEP - 1) / STEP, per = (steps + WARPS - 1) / WARPS;
+    const int first_row = (int)blockIdx.x / p.blocks * p.part;
+    const Part part{first_row, p.b - first_row < p.part ? p.b - first_row : p.part};
     char* own = shared + warp * STAGES * 1024 + lane * 16;
 
     let_next_begin();
@@ -168,17 +180,17 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     if (p.shift != nullptr) prefetch_all((const T*)p.shift, p.k);
     wait_for_previous();
     if constexpr (FLAGS & NORM)
-        Front<FewRowsParams, T, X, FLAGS>{p, xs, p.stride, sums, 0, p.b}.run();
+        Front<FewRowsParams, T, X, FLAGS>{p, xs, p.stride, sums, part.first, part.count}.run();
     else
-        copy_rows<T>(p, xs);
+        copy_rows<T>(p, part, xs);
     // up to a whole step
-    for (int rest = steps * STEP - p.k, e = threadIdx.x; e < p.b * rest; e += THREADS)
+    for (int rest = steps * STEP - p.k, e = threadIdx.x; e < part.count * rest; e += THREADS)
         write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
     __syncthreads();
 
     int stage = 0, turn = 0;
-    for (int tile = blockIdx.x; tile < p.tiles; tile += p.blocks, turn ^= 1) {
-        const Behind<T, O, NT> behind{p, sums + turn * SUMS};
+    for (int tile = blockIdx.x % p.blocks; tile < p.tiles; tile += p.blocks, turn ^= 1) {
+        const Behind<T, O, NT> behind{p, part, sums + turn * SUMS};
         behind.expect(tile);
         float c[NT][4] = {};
 #pragma unroll 1
@@ -191,7 +203,7 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
                 const uint32 a[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
 #pragma unroll
                 for (int j = 0; j < NT; ++j) {
-                    const int row = j * 8 + g < p.b ? j * 8 + g : p.b - 1;
+                    const int row = j * 8 + g < part.count ? j * 8 + g : part.count - 1;
                     const uint4 x = *reinterpret_cast<const uint4*>(xs + row * p.stride + (warp * per + s) * STEP + i * 8);
                     const uint32 left[2] = {x.x, x.y}, right[2] = {x.z, x.w};
                     multiply_add<T>(c[j], a[0], left);

@@ -61,7 +61,11 @@ def step_linear(
     _check(i)
     given = (x, weight, bias, residual, *(norm or ())[:1])
     grad = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in given])
-    facts = _facts(x.device.type, weight.dtype, *x.shape) | {"grad": grad, "misfit": functools.partial(cuda.misfit, i)}
+    facts = _facts(x.device.type, weight.dtype, *x.shape) | {
+        "n": weight.shape[0],
+        "grad": grad,
+        "misfit": functools.partial(cuda.misfit, i),
+    }
     return choose("step_linear", backend=backend, **facts).run(i)
 
 

@@ -52,7 +52,7 @@ def launch(
         with torch.cuda.device(index):
             return launch(source, name, params, grid, block, shared_bytes, device, overlaps)
     if kernel is None:
-        kernel = _loaded[source, name, index, shared_bytes] = _load(source, name, index, shared_bytes)
+        kernel = _loaded[source, name, index, shared_bytes] = _load(source, name, index, shared_bytes, overlaps)
     # an array of one pointer to the bytes, which the driver copies before it returns
     pointers = _ONE_POINTER(params)
     stream, driver = current_stream(index), _driver()
@@ -120,7 +120,7 @@ def _enter(index: int | None) -> None:
     _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
-def _load(source: str, name: str, index: int | None, shared_bytes: int) -> Any:
+def _load(source: str, name: str, index: int | None, shared_bytes: int, overlaps: bool) -> Any:
     _enter(index)
     driver = _driver()
     major, minor = torch.cuda.get_device_capability(index)
@@ -133,9 +133,10 @@ def _load(source: str, name: str, index: int | None, shared_bytes: int) -> Any:
         _checked(
             driver.cuFuncSetAttribute(function, limit, shared_bytes), f"{name}: {shared_bytes} bytes of shared memory"
         )
-        _checked(
-            driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100), name
-        )
+    if shared_bytes or overlaps:
+        # the same for all that overlap: a multiprocessor divides its memory anew only when it is empty
+        carveout = attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _checked(driver.cuFuncSetAttribute(function, carveout, 100), name)
     return function
 
 

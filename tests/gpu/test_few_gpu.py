@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hybridzoo.kernels import StepConv, StepNorm, gated_rms_norm, selective_state_update
-from hybridzoo.kernels.few.op import fits
 from hybridzoo.kernels.gpu import nvrtc
 
 pytestmark = pytest.mark.gpu
@@ -30,11 +29,12 @@ def _on_the_gpu():
         yield
 
 
-@pytest.mark.parametrize("b", [1, 3, 8, 16, 32])
+@pytest.mark.parametrize("b", [1, 3, 8, 16, 32, 64])
 @pytest.mark.parametrize(("k", "n"), SIZES)
 def test_products_of_real_sizes(k, n, b):
-    if fits("cuda", BF16, b, k) is not None:
-        pytest.skip(fits("cuda", BF16, b, k))
+    part = _few.cuda.part_of(b, k, n, _few.cuda._room(torch.device("cuda")))
+    if isinstance(part, str):
+        pytest.skip(part)
     check(_few.product(b, k, n))
     norm = StepNorm(torch.randn(k).to(BF16), 1e-5)
     i = _few.product(b, k, n, norm=norm)._replace(x=_few.stream_of(b, k, F32))
