@@ -353,3 +353,35 @@ def test_the_compiler_writes_into_no_object_that_others_hold():
     # an empty log is one byte long, and of every such bytes Python has a single object
     nvrtc.compile_source(*SUMS)
     assert list(bytes([32])) == [32]
+
+
+@pytest.mark.parametrize(("capability", "allowed"), [((9, 0), True), ((8, 0), True), ((9, 0), False)])
+def test_launches_overlap_where_they_may(capability, allowed, monkeypatch):
+    from cuda.bindings import driver
+
+    calls = []
+
+    class Driver:
+        CUresult = driver.CUresult
+        CUlaunchAttribute, CUlaunchAttributeID = driver.CUlaunchAttribute, driver.CUlaunchAttributeID
+        CUlaunchConfig = driver.CUlaunchConfig
+        cuLaunchKernel = staticmethod(lambda *a: calls.append(("plain", a)) or (0,))
+        cuLaunchKernelEx = staticmethod(lambda *a: calls.append(("overlapping", a)) or (0,))
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    monkeypatch.setattr(nvrtc, "_can_overlap", lambda index: capability >= (9, 0))
+    monkeypatch.setattr(nvrtc, "OVERLAP", allowed)
+    monkeypatch.setattr(nvrtc, "current_stream", lambda index: 77)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(nvrtc, "_loaded", {("a.cu", "a", 0, 640): "kernel"})
+    nvrtc._overlapping.cache_clear()
+    for overlaps in (True, False):
+        nvrtc.launch("a.cu", "a", b"params", 3, 128, 640, torch.device("cuda", 0), overlaps=overlaps)
+    nvrtc._overlapping.cache_clear()
+    ways = [how for how, _ in calls]
+    assert ways == ["overlapping" if capability >= (9, 0) and allowed else "plain", "plain"]
+    if ways[0] == "overlapping":
+        config, kernel, *_ = calls[0][1]
+        assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, int(config.hStream)) == (3, 128, 640, 77)
+        assert config.numAttrs == 1 and config.attrs[0].value.programmaticStreamSerializationAllowed == 1
+        assert kernel == "kernel"
