@@ -40,7 +40,7 @@ def step_attention(i: StepAttention) -> Tensor:
     if i.window is not None:
         sees = sees & (i.pos > i.length[:, None] - i.window)
     keys, values = (cache.to(q.dtype).transpose(1, 2) for cache in (i.k, i.v))
-    grouped = {"enable_gqa": i.nheads != h_kv, "scale": i.scale}
-    y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=sees[:, None, None], **grouped)
+    mask, grouped = sees[:, None, None], i.nheads != h_kv
+    y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, scale=i.scale, enable_gqa=grouped)
     i.length.add_(1)
     return y.flatten(1)
