@@ -105,7 +105,8 @@ struct Behind {
         if (p.residual != nullptr) prefetch((const O*)p.residual + row * p.residual_b + index);
         if (p.bias != nullptr) prefetch((const T*)p.bias + index);
         if (p.conv_state == nullptr || channel < 0 || channel >= p.conv_channels) return;
-        prefetch((const T*)p.conv_weight + channel * p.conv_width);
+        const T* taps = (const T*)p.conv_weight + channel * p.conv_width;
+        for (int j = 0; threadIdx.x == 0 && j < p.rows * p.conv_width; j += 16) prefetch(taps + j);
         for (int j = 0; j < p.conv_width - 1; ++j) prefetch((const T*)p.conv_state + row * p.state_b + j * p.state_k + channel);
     }
     DEVICE float sum(int column, int row) const {
@@ -173,8 +174,9 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     Pieces<T> later = pieces;
 #pragma unroll 1
     for (int s = 0; s < p.ahead; ++s, later.next()) {
-        if (i == 0 && later.there(g)) prefetch(later.at(g));
-        if (i == 0 && later.there(g + 8)) prefetch(later.at(g + 8));
+        // of two lanes, 32 bytes
+        if (i % 2 == 0 && later.there(g)) prefetch(later.at(g));
+        if (i % 2 == 0 && later.there(g + 8)) prefetch(later.at(g + 8));
     }
     if (p.gain != nullptr) prefetch_all((const T*)p.gain, p.k);
     if (p.shift != nullptr) prefetch_all((const T*)p.shift, p.k);

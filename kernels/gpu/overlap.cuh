@@ -21,13 +21,13 @@ DEVICE void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// into L2, where what others write is never old
+// 32 bytes, at least, into L2, where what others write is never old
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 #endif
 
 // `count` elements, by all threads of a block
 template <class T>
 DEVICE void prefetch_all(const T* from, int count) {
-    constexpr int LINE = 128 / (int)sizeof(T);
-    for (int i = threadIdx.x * LINE; i < count; i += blockDim.x * LINE) prefetch(from + i);
+    constexpr int SECTOR = 32 / (int)sizeof(T);
+    for (int i = threadIdx.x * SECTOR; i < count; i += blockDim.x * SECTOR) prefetch(from + i);
 }
