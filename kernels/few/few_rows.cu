@@ -106,7 +106,8 @@ struct Behind {
         if (p.bias != nullptr) prefetch((const T*)p.bias + index);
         if (p.conv_state == nullptr || channel < 0 || channel >= p.conv_channels) return;
         const T* taps = (const T*)p.conv_weight + channel * p.conv_width;
-        for (int j = 0; threadIdx.x == 0 && j < p.rows * p.conv_width; j += 16) prefetch(taps + j);
+        const int rows = p.conv_channels - channel < p.rows ? p.conv_channels - channel : p.rows;
+        for (int j = 0; threadIdx.x == 0 && j < rows * p.conv_width; j += 16) prefetch(taps + j);
         for (int j = 0; j < p.conv_width - 1; ++j) prefetch((const T*)p.conv_state + row * p.state_b + j * p.state_k + channel);
     }
     DEVICE float sum(int column, int row) const {
