@@ -61,33 +61,42 @@ DEVICE void copy_rows(const FewRowsParams& p, Part part, T* to) {
             *reinterpret_cast<const uint4*>((const T*)p.x + (part.first + e / each) * p.x_b + e % each * 8);
 }
 
-// Pieces of W, 16 rows by 32 elements, that a warp goes along: its share of k for one tile after the other
+// Pieces of W, 16 rows by 32 elements, that a warp goes along: its share of k for one tile after the other.  A lane has 16 bytes of rows g and
+// g + 8 of each; of pairs, rows of the latter lie half of W behind.
 template <class T>
 struct Pieces {
     const FewRowsParams& p;
-    const int first, per, g, i;
+    const int g, column, per, mine;  // its first element of a row; pieces of a tile, and of those the ones in which it has elements
+    const T *upper, *lower;          // of the next piece
+    bool has_upper, has_lower;
     int tile, step = 0;
 
     DEVICE Pieces(const FewRowsParams& p, int warp, int per, int lane)
-        : p(p), first(warp * per), per(per), g(lane / 4), i(lane % 4), tile(blockIdx.x % p.blocks) {}
-    DEVICE bool there(int row) const {
-        const int count = p.pairs ? p.n / 2 : p.n, r = p.pairs ? row % 8 : row;
-        return tile < p.tiles && r < p.rows && tile * p.rows + r < count && (first + step) * STEP + i * 8 < p.k;
+        : p(p), g(lane / 4), column(warp * per * STEP + lane % 4 * 8), per(per), mine((p.k - column + STEP - 1) / STEP), tile(blockIdx.x % p.blocks) {
+        begin_tile();
     }
-    // of row g of the tile, or of g + 8; rows of pairs lie half of W apart
-    DEVICE const T* at(int row) const {
-        if (!there(row)) return (const T*)p.weight;
-        const int64 index = tile * p.rows + (p.pairs && row >= 8 ? row - 8 + p.n / 2 : row);
-        return (const T*)p.weight + index * p.weight_n + (first + step) * STEP + i * 8;
+    DEVICE void begin_tile() {
+        const int count = p.pairs ? p.n / 2 : p.n, first = tile * p.rows, apart = p.pairs ? count : 8;
+        has_upper = tile < p.tiles && g < p.rows && first + g < count;
+        has_lower = p.pairs ? has_upper : tile < p.tiles && g + 8 < p.rows && first + g + 8 < count;
+        upper = (const T*)p.weight + (has_upper ? (first + g) * p.weight_n : 0) + column;
+        lower = (const T*)p.weight + (has_lower ? (first + g + apart) * p.weight_n : 0) + column;
+    }
+    DEVICE void next() {
+        upper += STEP, lower += STEP;
+        if (++step == per) step = 0, tile += p.blocks, begin_tile();
     }
     DEVICE void fetch(char* to) {
-        copy_async16(to, at(g), there(g));
-        copy_async16(to + 512, at(g + 8), there(g + 8));
+        copy_async16(to, upper, has_upper && step < mine);
+        copy_async16(to + 512, lower, has_lower && step < mine);
         copy_async_commit();
         next();
     }
-    DEVICE void next() {
-        if (++step == per) step = 0, tile += p.blocks;
+    // 32 bytes by every other lane
+    DEVICE void fetch_into_l2() {
+        if (has_upper && step < mine && column % 16 == 0) prefetch(upper);
+        if (has_lower && step < mine && column % 16 == 0) prefetch(lower);
+        next();
     }
 };
 
@@ -107,7 +116,9 @@ struct Behind {
         if (p.conv_state == nullptr || channel < 0 || channel >= p.conv_channels) return;
         const T* taps = (const T*)p.conv_weight + channel * p.conv_width;
         const int rows = p.conv_channels - channel < p.rows ? p.conv_channels - channel : p.rows;
+#pragma unroll 1
         for (int j = 0; threadIdx.x == 0 && j < rows * p.conv_width; j += 16) prefetch(taps + j);
+#pragma unroll 1
         for (int j = 0; j < p.conv_width - 1; ++j) prefetch((const T*)p.conv_state + row * p.state_b + j * p.state_k + channel);
     }
     DEVICE float sum(int column, int row) const {
@@ -174,11 +185,7 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     for (int s = 0; s < STAGES; ++s) pieces.fetch(own + s * 1024);
     Pieces<T> later = pieces;
 #pragma unroll 1
-    for (int s = 0; s < p.ahead; ++s, later.next()) {
-        // of two lanes, 32 bytes
-        if (i % 2 == 0 && later.there(g)) prefetch(later.at(g));
-        if (i % 2 == 0 && later.there(g + 8)) prefetch(later.at(g + 8));
-    }
+    for (int s = 0; s < p.ahead; ++s) later.fetch_into_l2();
     if (p.gain != nullptr) prefetch_all((const T*)p.gain, p.k);
     if (p.shift != nullptr) prefetch_all((const T*)p.shift, p.k);
     wait_for_previous();
@@ -191,6 +198,12 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
         write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
     __syncthreads();
 
+    // of a warp, and of those the ones that are no more than zeros
+    const int whole = steps - warp * per < per ? steps - warp * per : per;
+    const T* rows[NT];
+#pragma unroll
+    for (int j = 0; j < NT; ++j) rows[j] = xs + (j * 8 + g < part.count ? j * 8 + g : part.count - 1) * p.stride + warp * per * STEP + i * 8;
+
     int stage = 0, turn = 0;
     for (int tile = blockIdx.x % p.blocks; tile < p.tiles; tile += p.blocks, turn ^= 1) {
         const Behind<T, O, NT> behind{p, part, sums + turn * SUMS};
@@ -201,20 +214,19 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
             copy_async_wait<STAGES - 1>();
             char* piece = own + stage * 1024;
             // the same for all lanes of the warp
-            if (warp * per + s < steps) {
+            if (s < whole) {
                 const uint4 upper = *reinterpret_cast<const uint4*>(piece), lower = *reinterpret_cast<const uint4*>(piece + 512);
                 const uint32 a[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
 #pragma unroll
                 for (int j = 0; j < NT; ++j) {
-                    const int row = j * 8 + g < part.count ? j * 8 + g : part.count - 1;
-                    const uint4 x = *reinterpret_cast<const uint4*>(xs + row * p.stride + (warp * per + s) * STEP + i * 8);
+                    const uint4 x = *reinterpret_cast<const uint4*>(rows[j] + s * STEP);
                     const uint32 left[2] = {x.x, x.y}, right[2] = {x.z, x.w};
                     multiply_add<T>(c[j], a[0], left);
                     multiply_add<T>(c[j], a[1], right);
                 }
             }
             pieces.fetch(piece);
-            stage = (stage + 1) % STAGES;
+            stage = (stage + 1) & (STAGES - 1);
         }
         float* mine = sums + turn * SUMS + warp * 8 * NT * COLUMN;
 #pragma unroll

@@ -29,5 +29,6 @@ DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" :
 template <class T>
 DEVICE void prefetch_all(const T* from, int count) {
     constexpr int SECTOR = 32 / (int)sizeof(T);
+#pragma unroll 1
     for (int i = threadIdx.x * SECTOR; i < count; i += blockDim.x * SECTOR) prefetch(from + i);
 }
