@@ -151,6 +151,7 @@ USUAL = [
     state_step((BF16,) * 3, 4, 128, True, state=BF16),
     state_step((BF16,) * 3, 0, 16, False, b=1, rank=160),
     state_step((BF16,) * 3, 0, 16, False, b=8, rank=256, eps=1e-6),
+    state_step((F32,) * 3, 0, 16, False, b=1000, rank=512, eps=1e-6),
     *(few_rows(dtype, b, F32, NORMED) for dtype in (BF16, F16) for b in (1, 16, 32)),
     *(few_rows(BF16, 1, BF16, norm) for norm in (NORMED, LAYER_NORM)),
     *(few_rows(BF16, b, BF16, GATED, F32) for b in (1, 32)),

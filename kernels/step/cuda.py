@@ -252,7 +252,7 @@ def _scan_launch(look: ScanLook, count: int) -> tuple[bytes, str, int, int]:
         lanes = min(32, shares)
         vectors = shares // lanes
     # as many bytes on their way of a state in 16 bits
-    at_once, most = THREADS // lanes, max(1, 16 // (vectors * look.types[3].itemsize))
+    at_once, most = THREADS // lanes, 1 if look.rank else max(1, 16 // (vectors * look.types[3].itemsize))
     # wide blocks read B and C, or convolve them, less often, narrow ones fill the chip
     spans = [s for s in (512, 256, 128, 64, 32) if at_once < s <= max(128, at_once * most)]
     span = next((s for s in spans if b * g * ceil_div(d // g, s) >= BLOCKS * count), at_once)

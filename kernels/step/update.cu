@@ -95,6 +95,8 @@ struct StateUpdate {
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), ONE_A = FLAGS & HEADS, LOW = FLAGS & LOW_DT;
     // floats that threads share: x, or step sizes in low-rank form, then B and C
     static constexpr int FIRST = K > 0 ? SPAN : LOW ? RANKS : 0, FLOATS = FIRST == 0 ? 1 : FIRST + 2 * N;
+    // 16 bytes each of a channel's row of the weight that a lane holds
+    static constexpr int CHUNKS = LOW ? 8 : 1;
     using F4 = Vec<float, 4>;
     using H4 = Vec<H, 4>;
 
@@ -104,6 +106,7 @@ struct StateUpdate {
     int group, ch0, ch_end, q;
     float h[PER][VECS][4], A[PER][ONE_A ? 1 : VECS][ONE_A ? 1 : 4], B[VECS][4], C[VECS][4];
     float dt[PER], bias[PER], x[PER], z[PER], skip[PER];
+    Vec<T, 8> held[PER][CHUNKS];
 
     DEVICE int first_state(int v) const { return (v * LANES + q) * 4; }
 
@@ -141,7 +144,7 @@ struct StateUpdate {
 #pragma unroll
             for (int i = 0; i < PER; ++i) {
                 const int ch = first + i * AT_ONCE;
-                if (ALL || ch < ch_end) dt[i] = step_of(ch, shared);
+                if (ALL || ch < ch_end) dt[i] = step_of(ch, held[i], shared);
             }
         }
         if (p.log_rates) {
@@ -154,18 +157,33 @@ struct StateUpdate {
         }
     }
 
-    // this lane's share of a channel's step size
-    DEVICE float step_of(int ch, const float* low) const {
-        const T* weight = (const T*)p.dt_weight + (int64)ch * p.rank;
-        float sum = 0.f;
-#pragma unroll 4
-        for (int k = q * 8; k < p.rank; k += LANES * 8) {
-            float w[8], x[8];
-            Vec<T, 8>::template load<true>(weight + k, 1).unpack(w), load_shared<8>(low + k, x);
+    DEVICE const T* weight_of(int ch) const { return (const T*)p.dt_weight + (int64)ch * p.rank; }
+    // what nobody writes while models decode
+    DEVICE void hold(int first) {
 #pragma unroll
-            for (int c = 0; c < 8; ++c) sum = fmaf(w[c], x[c], sum);
-        }
+        for (int i = 0; i < PER; ++i)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                const int ch = first + i * AT_ONCE, k = (c * LANES + q) * 8;
+                held[i][c] = Vec<T, 8>::template load<true>(weight_of(ch) + k, ch < ch_end && k < p.rank);
+            }
+    }
+    // this lane's share of a channel's step size
+    DEVICE float step_of(int ch, const Vec<T, 8> (&held)[CHUNKS], const float* low) const {
+        float sum = 0.f;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c)
+            if ((c * LANES + q) * 8 < p.rank) add_products(held[c], low + (c * LANES + q) * 8, sum);
+#pragma unroll 1
+        for (int k = (CHUNKS * LANES + q) * 8; k < p.rank; k += LANES * 8)
+            add_products(Vec<T, 8>::template load<true>(weight_of(ch) + k, 1), low + k, sum);
         return sum;
+    }
+    DEVICE static void add_products(const Vec<T, 8>& weight, const float* low, float& sum) {
+        float w[8], x[8];
+        weight.unpack(w), load_shared<8>(low, x);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) sum = fmaf(w[c], x[c], sum);
     }
 
     // the low-rank form, and B and C where they are normed, in the precision of T, as launches of their own would have left them
@@ -305,6 +323,7 @@ struct StateUpdate {
         const int first = threadIdx.x / LANES;
         // what takes longest first
         load<ALL>(ch0 + first);
+        if constexpr (K == 0 && !(FLAGS & NORMS)) load_bc(shared);
         if constexpr (LOW) share_low(shared);
         if constexpr (K > 0) {
             convolve_all(shared);
@@ -314,13 +333,14 @@ struct StateUpdate {
                 ticket = atomicInc(p.tickets + row * p.groups + group, p.tiles - 1);
             }
         }
-        load_bc(shared);
+        if constexpr (K > 0 || FLAGS & NORMS) load_bc(shared);
         for (int base = ch0;;) {
             prepare<ALL>(base + first, shared);
             step<ALL>(base + first, shared);
             base += AT_ONCE * PER;
             if (base >= ch_end) break;
             load<ALL>(base + first);
+            if constexpr (LOW) hold(base + first);
         }
     }
 };
@@ -337,11 +357,11 @@ __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams 
     let_next_begin();
     if (p.rows == nullptr) prefetch_all((const H*)p.state + b * p.state_b + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
     if constexpr (!U::ONE_A) prefetch_all(p.A + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
-    if constexpr (U::LOW) prefetch_all((const T*)p.dt_weight + (int64)ch0 * p.rank, (ch_end - ch0) * p.rank);
+    U u{p, b, 0, nullptr, group, ch0, ch_end, (int)threadIdx.x % LANES};
+    if constexpr (U::LOW) u.hold(ch0 + threadIdx.x / LANES);
     wait_for_previous();
-    const int64 row = state_row(p.rows, p.wide_rows, b, p.total);
-    U u{p, b, row, (H*)p.state + row * p.state_b, group, ch0, ch_end, (int)threadIdx.x % LANES};
-    if (row < 0) {
+    u.row = state_row(p.rows, p.wide_rows, b, p.total), u.states = (H*)p.state + u.row * p.state_b;
+    if (u.row < 0) {
         for (int ch = ch0 + threadIdx.x; ch < u.ch_end; ch += THREADS) write_one((T*)p.out + b * p.d + ch, 0.f);
         return;
     }
