@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridzoo.kernels import (
+    BackendError,
     ScanNorms,
     StepConv,
     StepNorm,
@@ -13,6 +14,7 @@ from hybridzoo.kernels import (
     ssd_state_update,
     step_linear,
 )
+from hybridzoo.kernels.few import cuda
 from hybridzoo.kernels.few.op import fits
 from hybridzoo.layers.norm import GatedRMSNorm, LayerNorm, RMSNorm
 
@@ -92,6 +94,20 @@ def test_whether_it_pays_can_be_asked(monkeypatch):
     assert "need CUDA tensors, got cpu" in fits("cpu", BF16, 1, 768)
     monkeypatch.setenv("HYBRIDZOO_BACKEND", "torch")
     assert fits("cpu", BF16, 1, 768) is None
+    monkeypatch.setenv("HYBRIDZOO_BACKEND", "chunked")
+    monkeypatch.setattr(cuda, "refuse", lambda facts: None)
+    assert fits("cuda", BF16, 2, 768) == "HYBRIDZOO_BACKEND=chunked asks for another"
+
+
+@torch.no_grad()
+def test_where_our_kernels_are_asked_for_what_they_leave_to_pytorch_still_runs(monkeypatch):
+    monkeypatch.setenv("HYBRIDZOO_BACKEND", "cuda")
+    assert "need CUDA tensors, got cpu" in fits("cpu", BF16, 3, 768)
+    x, weight, bias = product(dtype=F32)
+    assert torch.equal(step_linear(x, weight, bias), F.linear(x, weight, bias))
+    assert GatedRMSNorm(24)(x, x).shape == x.shape
+    with pytest.raises(BackendError, match="need CUDA tensors, got cpu"):
+        step_linear(x, weight, bias, backend="cuda")
 
 
 def test_step_sizes_from_their_low_rank_form_and_rates_from_their_logarithms():

@@ -66,6 +66,9 @@ def step_linear(
         "grad": grad,
         "misfit": functools.partial(cuda.misfit, i),
     }
+    if backend is None and cuda.refuse(facts) is not None:
+        # also where the environment asks for our kernels: there is none for every product
+        backend = "torch"
     return choose("step_linear", backend=backend, **facts).run(i)
 
 
@@ -80,10 +83,10 @@ def fits(device: str, dtype: torch.dtype, b: int, k: int) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _fits(device: str, dtype: torch.dtype, b: int, k: int, wish: str | None) -> str | None:
-    facts = _facts(device, dtype, b, k)
-    if choose("step_linear", **facts).name == "cuda" or wish == "torch":
+    if wish == "torch":
         return None
-    return cuda.refuse(facts) or f"{ENV}={wish} asks for another"
+    reason = cuda.refuse(_facts(device, dtype, b, k))
+    return reason or (None if wish in (None, "cuda") else f"{ENV}={wish} asks for another")
 
 
 def _check(i: StepProduct) -> None:
