@@ -100,26 +100,42 @@ struct Pieces {
     }
 };
 
+// One of the outputs of a tile, and what is read for it beside the sums: as it lies in memory, for to convert it is to wait for it
+template <class T, class O>
+struct Output {
+    bool there = false, convolved = false;
+    int r, column, index, channel;  // among the tile's rows of W, the block's rows of x, all outputs, and the convolution's channels
+    O residual{};
+    T bias[2] = {}, level{}, before[WIDEST] = {}, taps[WIDEST] = {};
+};
+
 template <class T, class O, int NT>
 struct Behind {
     const FewRowsParams& p;
     const Part part;
     const float* sums;  // (WARPS, 8 NT, COLUMN)
 
-    // into L2 what a tile's outputs will want; one thread of each row of x
-    DEVICE void expect(int tile) const {
-        const int index = tile * p.rows, channel = index - p.conv_first;
-        const int64 row = part.first + threadIdx.x;
-        if (threadIdx.x >= part.count) return;
-        if (p.residual != nullptr) prefetch((const O*)p.residual + row * p.residual_b + index);
-        if (p.bias != nullptr) prefetch((const T*)p.bias + index);
-        if (p.conv_state == nullptr || channel < 0 || channel >= p.conv_channels) return;
-        const T* taps = (const T*)p.conv_weight + channel * p.conv_width;
-        const int rows = p.conv_channels - channel < p.rows ? p.conv_channels - channel : p.rows;
-#pragma unroll 1
-        for (int j = 0; threadIdx.x == 0 && j < rows * p.conv_width; j += 16) prefetch(taps + j);
-#pragma unroll 1
-        for (int j = 0; j < p.conv_width - 1; ++j) prefetch((const T*)p.conv_state + row * p.state_b + j * p.state_k + channel);
+    DEVICE int count() const { return p.pairs ? p.n / 2 : p.n; }
+    // all that an output needs, on its way while the tile's products are formed; nobody else writes any of it
+    DEVICE Output<T, O> look(int tile, int o) const {
+        Output<T, O> e;
+        e.r = o % 16, e.column = o / 16, e.index = tile * p.rows + e.r, e.channel = e.index - p.conv_first;
+        e.there = e.column < part.count && e.r < p.rows && e.index < count();
+        if (!e.there) return e;
+        const int64 row = part.first + e.column;
+        if (p.bias != nullptr) e.bias[0] = ((const T*)p.bias)[e.index];
+        if (p.bias != nullptr && p.pairs) e.bias[1] = ((const T*)p.bias)[e.index + count()];
+        if (p.residual != nullptr) e.residual = ((const O*)p.residual)[row * p.residual_b + e.index];
+        e.convolved = p.conv_state != nullptr && e.channel >= 0 && e.channel < p.conv_channels;
+        if (!e.convolved) return e;
+        const T *state = (const T*)p.conv_state + row * p.state_b + e.channel, *weight = (const T*)p.conv_weight + e.channel * p.conv_width;
+        if (p.conv_bias != nullptr) e.level = ((const T*)p.conv_bias)[e.channel];
+#pragma unroll
+        for (int j = 0; j < WIDEST; ++j) {
+            if (j < p.conv_width - 1) e.before[j] = state[j * p.state_k];
+            if (j < p.conv_width) e.taps[j] = weight[j];
+        }
+        return e;
     }
     DEVICE float sum(int column, int row) const {
         float y = 0.f;
@@ -127,42 +143,35 @@ struct Behind {
         for (int w = 0; w < WARPS; ++w) y += sums[(w * 8 * NT + column) * COLUMN + row];
         return y;
     }
-    DEVICE float biased(float y, int index) const { return p.bias == nullptr ? y : y + read_one((const T*)p.bias + index); }
-    // one channel of one row: nobody else reads or writes its inputs.  All loads come first: they do not pass stores
-    DEVICE float convolve(float x, int channel, int64 row) const {
-        T* state = (T*)p.conv_state + row * p.state_b + channel;
-        const T* weight = (const T*)p.conv_weight + channel * p.conv_width;
+    DEVICE float convolve(float x, const Output<T, O>& e) const {
+        T* state = (T*)p.conv_state + (part.first + e.column) * p.state_b + e.channel;
         const int last = p.conv_width - 1;
-        float before[WIDEST], taps[WIDEST], y = p.conv_bias == nullptr ? 0.f : read_one((const T*)p.conv_bias + channel);
+        float y = read_one(&e.level);
         x = rounded<T>(x);
 #pragma unroll
         for (int j = 0; j < WIDEST; ++j) {
-            before[j] = j < last ? read_one(state + j * p.state_k) : j == last ? x : 0.f;
-            taps[j] = j <= last ? read_one(weight + j) : 0.f;
-        }
-#pragma unroll
-        for (int j = 0; j < WIDEST; ++j) {
-            y = fmaf(taps[j], before[j], y);
-            if (j > 0 && j <= last) write_one(state + (j - 1) * p.state_k, before[j]);
+            const float input = j == last ? x : read_one(e.before + j);
+            y = fmaf(read_one(e.taps + j), input, y);
+            if (j > 0 && j <= last) write_one(state + (j - 1) * p.state_k, input);
         }
         return p.silu ? y * sigmoid(y) : y;
     }
-    DEVICE void run(int tile) const {
-        const int count = p.pairs ? p.n / 2 : p.n;
+    DEVICE void finish(const Output<T, O>& e) const {
+        float y = sum(e.column, e.r) + read_one(e.bias), gate = 1.f;
+        // value and gate, or what an activation is of
+        if (p.pairs) gate = y, y = p.gate_multiplier * (sum(e.column, e.r + 8) + read_one(e.bias + 1));
+        y = gate * activate(y, p.activation);
+        if (p.residual != nullptr) y = fmaf(p.multiplier, y, read_one(&e.residual));
+        if (e.convolved) y = convolve(y, e);
+        write_one((O*)p.out + (int64)(part.first + e.column) * count() + e.index, y);
+    }
+    // a thread's first output, and, where a block has more of them than threads, its others
+    DEVICE void run(int tile, const Output<T, O>& first) const {
+        if (first.there) finish(first);
 #pragma unroll 1
-        for (int o = threadIdx.x; o < 16 * part.count; o += THREADS) {
-            const int r = o % 16, column = o / 16, index = tile * p.rows + r, channel = index - p.conv_first;
-            const int64 row = part.first + column;
-            if (r >= p.rows || index >= count) continue;
-            float y = biased(sum(column, r), index), gate = 1.f;
-            // value and gate, or what an activation is of
-            if (p.pairs) gate = y, y = p.gate_multiplier * biased(sum(column, r + 8), index + count);
-            y = gate * activate(y, p.activation);
-            if (p.residual != nullptr)
-                y = fmaf(p.multiplier, y, read_one((const O*)p.residual + row * p.residual_b + index));
-            else if (p.conv_state != nullptr && channel >= 0 && channel < p.conv_channels)
-                y = convolve(y, channel, row);
-            write_one((O*)p.out + row * count + index, y);
+        for (int o = threadIdx.x + THREADS; o < 16 * part.count; o += THREADS) {
+            const Output<T, O> e = look(tile, o);
+            if (e.there) finish(e);
         }
     }
 };
@@ -207,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     int stage = 0, turn = 0;
     for (int tile = blockIdx.x % p.blocks; tile < p.tiles; tile += p.blocks, turn ^= 1) {
         const Behind<T, O, NT> behind{p, part, sums + turn * SUMS};
-        behind.expect(tile);
+        const Output<T, O> first = behind.look(tile, threadIdx.x);
         float c[NT][4] = {};
 #pragma unroll 1
         for (int s = 0; s < per; ++s) {
@@ -234,6 +243,6 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) mine[(j * 8 + i * 2 + e % 2) * COLUMN + g + e / 2 * 8] = c[j][e];
         __syncthreads();
-        behind.run(tile);
+        behind.run(tile, first);
     }
 }
