@@ -43,24 +43,34 @@ struct Front {
 #pragma unroll
         for (int c = 0; c < N; ++c) x[c] *= z[c] * sigmoid(z[c]);
     }
-    DEVICE void load(const Group& from, int at, float (&x)[N]) const {
-        Vec<X, N>::template load<true>(from.x + at, 1).unpack(x);
-        if ((FLAGS & GATED) && !p.gate_behind) gated(from, at, x);
+    // zeros where nothing is there
+    DEVICE void load(const Group& from, int at, bool there, float (&x)[N]) const {
+        Vec<X, N>::template load<true>(from.x + (there ? at : 0), there).unpack(x);
+        if ((FLAGS & GATED) && !p.gate_behind) gated(from, there ? at : 0, x);
     }
-    // means of x, or of the squares of what is left of it beyond the centre, for U groups from the first one on
+    // means of x, or of the squares of what is left of it beyond the centre, for U groups from the first one on; V vectors of each are on their
+    // way at once, whether they are all there or not: what is left over would be waited for one by one
     template <int U, bool SQUARES>
     DEVICE void add_up(const Group (&from)[U], int first, int all, const float (&centre)[U]) const {
+        constexpr int V = U == 1 ? 4 : 2;
+        const int vectors = p.group_size / N;
         float sums[U] = {};
-#pragma unroll 2
-        for (int v = threadIdx.x; v < p.group_size / N; v += THREADS) {
-            float x[U][N];
+#pragma unroll 1
+        for (int start = threadIdx.x; start < vectors; start += V * THREADS) {
+            float x[V][U][N];
 #pragma unroll
-            for (int u = 0; u < U; ++u) load(from[u], v * N, x[u]);
+            for (int i = 0; i < V; ++i)
 #pragma unroll
-            for (int u = 0; u < U; ++u)
+                for (int u = 0; u < U; ++u) load(from[u], (start + i * THREADS) * N, start + i * THREADS < vectors, x[i][u]);
 #pragma unroll
-                for (int c = 0; c < N; ++c)
-                    sums[u] = SQUARES ? fmaf(x[u][c] - centre[u], x[u][c] - centre[u], sums[u]) : sums[u] + x[u][c];
+            for (int i = 0; i < V; ++i)
+#pragma unroll
+                for (int u = 0; u < U; ++u)
+#pragma unroll
+                    for (int c = 0; c < N; ++c) {
+                        const float left = start + i * THREADS < vectors ? x[i][u][c] - centre[u] : 0.f;
+                        sums[u] = SQUARES ? fmaf(left, left, sums[u]) : sums[u] + left;
+                    }
         }
         add_up_lanes(sums);
 #pragma unroll
@@ -91,19 +101,36 @@ struct Front {
         add_up<U, true>(from, first, all, centre);
 #pragma unroll
         for (int u = 0; u < U; ++u) scale[u] = 1.f / sqrtf(mean(first + u < all ? first + u : all - 1) + p.eps);
+        constexpr int V = U == 1 ? 4 : 1;
+        const int vectors = p.group_size / N;
 #pragma unroll 1
-        for (int v = threadIdx.x; v < p.group_size / N; v += THREADS)
+        for (int start = threadIdx.x; start < vectors; start += V * THREADS) {
+            float x[V][U][N], w[V][U][N], b[V][U][N];
 #pragma unroll
-            for (int u = 0; u < U; ++u)
-                if (first + u < all) write(from[u], v * N, centre[u], scale[u]);
+            for (int i = 0; i < V; ++i)
+#pragma unroll
+                for (int u = 0; u < U; ++u) {
+                    const int v = start + i * THREADS, at = from[u].at + v * N;
+                    load(from[u], v * N, v < vectors, x[i][u]);
+                    Vec<T, N>::template load<true>((const T*)p.gain + at, p.gain != nullptr && v < vectors).unpack(w[i][u]);
+                    if constexpr (FLAGS & CENTRED) load_bias<T, N, true>((const T*)p.shift, at, v < vectors, b[i][u]);
+                }
+#pragma unroll
+            for (int i = 0; i < V; ++i)
+#pragma unroll
+                for (int u = 0; u < U; ++u)
+                    if (start + i * THREADS < vectors && first + u < all)
+                        write(from[u], (start + i * THREADS) * N, centre[u], scale[u], x[i][u], w[i][u], b[i][u]);
+        }
     }
-    DEVICE void write(const Group& from, int at, float centre, float scale) const {
-        float x[N], w[N] = {1.f, 1.f, 1.f, 1.f}, b[N];
-        load(from, at, x);
-        if (p.gain != nullptr) Vec<T, N>::template load<true>((const T*)p.gain + from.at + at, 1).unpack(w);
-        if constexpr (FLAGS & CENTRED) load_bias<T, N, true>((const T*)p.shift, from.at + at, 1, b);
+    DEVICE void write(
+        const Group& from, int at, float centre, float scale, float (&x)[N], const float (&w)[N], const float (&b)[N]
+    ) const {
 #pragma unroll
-        for (int c = 0; c < N; ++c) x[c] = FLAGS & CENTRED ? fmaf((x[c] - centre) * scale, w[c], b[c]) : x[c] * scale * w[c];
+        for (int c = 0; c < N; ++c) {
+            const float gain = p.gain == nullptr ? 1.f : w[c];
+            x[c] = FLAGS & CENTRED ? fmaf((x[c] - centre) * scale, gain, b[c]) : x[c] * scale * gain;
+        }
         if ((FLAGS & GATED) && p.gate_behind) gated(from, at, x);
         Vec<T, N>::pack(x).template store<true>(to + from.row * stride + from.at + at, 1);
     }
