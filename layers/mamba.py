@@ -54,9 +54,10 @@ class MambaState(State):
 
     Attributes:
         conv: ``(b, d_conv - 1, d_inner)``, the last inputs of the convolution.
-        ssm: ``(b, d_inner, d_state)``, float32.
+        ssm: ``(b, d_inner, d_state)``, float32 unless asked otherwise.
     """
 
+    recurrent = ("ssm",)
     conv: Tensor
     ssm: Tensor
 

@@ -32,9 +32,10 @@ class Mamba2State(State):
 
     Attributes:
         conv: ``(b, d_conv - 1, d_ssm + 2 * ngroups * d_state)``, the last inputs of the convolution.
-        ssm: ``(b, h, p, n)``, float32.
+        ssm: ``(b, h, p, n)``, float32 unless asked otherwise.
     """
 
+    recurrent = ("ssm",)
     conv: Tensor
     ssm: Tensor
 

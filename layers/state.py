@@ -59,9 +59,15 @@ def shapes(x: Any) -> str:
 
 @dataclasses.dataclass
 class State:
-    """Everything that a sequence leaves behind in one layer. Subclasses are dataclasses of tensors, batch first."""
+    """Everything that a sequence leaves behind in one layer. Subclasses are dataclasses of tensors, batch first.
+
+    Attributes:
+        recurrent: The fields that sum up all tokens so far, each step rounding what the one before has left; float32 unless a caller
+            asks for less (:meth:`kept_in`).
+    """
 
     kinds: ClassVar[dict[str, type["State"]]] = {}  # all of them by name, for who reads one from a file
+    recurrent: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,6 +88,10 @@ class State:
         """A new state with ``fn`` applied to every tensor."""
         return dataclasses.replace(self, **{name: fn(value) for name, value in self.tensors()})
 
+    def kept_in(self, dtype: torch.dtype) -> Self:
+        """The same state, with what is :attr:`recurrent` in ``dtype``; steps compute in float32 still, and round what they write."""
+        return dataclasses.replace(self, **{name: getattr(self, name).to(dtype) for name in self.recurrent})
+
     def restarted(self, rows: Tensor) -> Self:
         """A new state in which the rows where ``rows``, ``(b,)`` bool, is true are as before their first token: here, zero."""
         return self.map(lambda t: t.masked_fill(rows.view(-1, *(1,) * (t.dim() - 1)), 0))
@@ -96,9 +106,9 @@ class State:
                 setattr(self, field.name, theirs)
 
     def put(self, rows: Tensor, other: Self) -> None:
-        """Write another state's rows into the given ones, ``(m,)`` int64, in place."""
+        """Write another state's rows into the given ones, ``(m,)`` int64, in place, rounded to this one's types."""
         for name, mine in self.tensors():
-            mine.index_copy_(0, rows, getattr(other, name))
+            mine.index_copy_(0, rows, getattr(other, name).to(mine.dtype))
 
     def take(self, rows: Tensor, other: Self) -> None:
         """Take over another state's values in place, in the rows where ``rows``, ``(b,)`` bool, is true; nobody waits for a device."""

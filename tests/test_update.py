@@ -126,3 +126,19 @@ def test_wrong_arguments_name_both_sizes(make, change, message):
     op, made = make()
     with pytest.raises(ValueError, match=message):
         op(**made | change)
+
+
+@pytest.mark.parametrize("made", [selective, ssd, conv_ssd])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_half_precision_state_is_rounded_once_a_step(made, indexed):
+    op, operands = made()
+    b = len(operands["dt"])
+    rows = {"rows": torch.tensor([2, 0, 4])} if indexed else {}
+    if not indexed:
+        operands = operands | {name: operands[name][:b] for name in ("state", "conv_state") if name in operands}
+    small = operands["state"].bfloat16()
+    wide = small.float()
+    others = [{name: x.clone() for name, x in operands.items() if name == "conv_state"} for _ in range(2)]
+    got = op(**operands | {"state": small} | others[0], **rows)
+    want = op(**operands | {"state": wide} | others[1], **rows)
+    assert torch.equal(got, want) and torch.equal(small, wide.bfloat16()) and small.dtype == torch.bfloat16

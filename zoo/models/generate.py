@@ -70,6 +70,10 @@ class GenerateCall(SamplingOptions):
         unset="all up to 16,384, else 8,192 at a time",
         bound=at_least(1),
     )
+    state_dtype: torch.dtype | None = option(
+        None, "In which recurrent states are kept from step to step: ``torch.bfloat16`` halves them, and rounds at every step.",
+        unset="float32",
+    )  # fmt: skip
     record: bool | None = option(None, "Whether a GPU records a step as a CUDA graph.", unset="where it can")
     details: bool = option(
         False, "Return a :class:`Generation`, with what else there is to know, in place of a tensor."
@@ -255,6 +259,7 @@ class _Run:
         mask = None if call.attention_mask is None else call.attention_mask.to(device)
         sampler = Sampler(call, b, model.cfg.vocab_size, device)
         logits, state = prefill(model, ids, mask, call.state, call.steps, call.prefill_chunk)
+        state = state.kept_in(call.state_dtype)
         if call.assistant is not None:
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
             prompts = [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]

@@ -139,7 +139,7 @@ class Model(nn.Module):
         """The head, under whatever name."""
         return cast(nn.Module, self._modules[self.head_name])
 
-    def init_state(self, batch: int, max_len: int = 0, device=None, dtype=None) -> ModelState:
+    def init_state(self, batch: int, max_len: int = 0, device=None, dtype=None, state_dtype=None) -> ModelState:
         """The state before the first token.
 
         Args:
@@ -147,6 +147,8 @@ class Model(nn.Module):
             max_len: Tokens a row may reach; attention allocates this many places and grows when they are used up.
             device: The weights' device by default.
             dtype: The weights' dtype by default; recurrent states are float32.
+            state_dtype: Of recurrent states, where it is not to be float32: with ``torch.bfloat16`` they take half of the memory, and a
+                step rounds what it leaves.
         """
         self._hooks.look_again()
         weight = self.some_weight()
@@ -154,7 +156,7 @@ class Model(nn.Module):
         # whatever stands around a block's mixer, or in the block's place, has a mixer inside
         mixers = (next(m for m in block.modules() if isinstance(m, Mixer)) for block in self.backbone.blocks)
         layers = tuple(mixer.init_state(batch, max_len, device, dtype) for mixer in mixers)
-        return ModelState(layers, torch.zeros(batch, dtype=torch.long, device=device))
+        return ModelState(layers, torch.zeros(batch, dtype=torch.long, device=device)).kept_in(state_dtype)
 
     def passed(
         self,

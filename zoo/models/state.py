@@ -49,6 +49,18 @@ class ModelState:
         """A new state with ``fn`` applied to every tensor; the batch is the first dimension of each."""
         return ModelState(map_state(self.layers, fn), fn(self.tokens))
 
+    def kept_in(self, dtype: torch.dtype | None) -> "ModelState":
+        """The same values with the layers' recurrent states in ``dtype``, in which steps keep them; ``None`` leaves them as they are.
+
+        Raises:
+            ValueError: A type that holds no fractions.
+        """
+        if dtype is None:
+            return self
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"state_dtype: {dtype} cannot hold a state. Use torch.float32, or torch.bfloat16 for half of the bytes.")
+        return ModelState(each_state(self.layers, lambda state: state.kept_in(dtype)), self.tokens)
+
     def detach(self) -> "ModelState":
         """The same values, cut off from the graph: for truncated backpropagation through time."""
         return self.map(torch.Tensor.detach)
