@@ -59,7 +59,7 @@ class Oracle:
 def width(request, monkeypatch):
     """Forwards as a CPU runs them, and as a GPU records them: all of one width, over all rows."""
     if request.param == "of-one-width":
-        monkeypatch.setattr(verify, "how_recorded", lambda *_: ("of one width", True))
+        monkeypatch.setattr(verify, "how_taken", lambda *_: ("of one width", True))
         monkeypatch.setattr(verify, "_gathers", lambda model: False)
 
 
@@ -152,7 +152,7 @@ def test_a_state_has_read_what_was_whole_and_no_row_else(model):
 )
 def test_experts_that_would_copy_their_weights_are_not_recorded_unasked(dtype, capability, fixed, monkeypatch):
     model = built("attention moe").to(getattr(torch, dtype))
-    monkeypatch.setattr(verify, "how_recorded", lambda *_: ("recorded", True))
+    monkeypatch.setattr(verify, "how_taken", lambda *_: ("recorded", True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     checks = verify.Verifier(model, model.init_state(1, 8), 4)
     assert checks.fixed is fixed and checks.how.startswith(

@@ -5,6 +5,7 @@ once as a CUDA graph and replays it, with the bits that it has without. Nobody w
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 from .sampling import Sampler
 from .state import ModelState
 
-__all__ = ["AHEAD", "Chosen", "Decoder", "how_recorded", "not_finite", "refuse"]
+__all__ = ["AHEAD", "Chosen", "Decoder", "how_taken", "not_finite", "refuse"]
 
 # steps that a GPU takes before somebody looks; on a CPU looking costs nothing
 AHEAD = 16
+# kinds of devices that record
+_RECORD = ("cuda",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Decoder:
     Attributes:
         how: Words for how steps are taken.
         ahead: Steps to take before what they chose is looked at.
+        form: What a generation has to have in common with the one that it was made for to be served, too; ``None`` if no other may be.
 
     Raises:
         ValueError: A step is to be recorded that cannot be.
@@ -79,10 +83,22 @@ class Decoder:
         self._logprobs = torch.zeros(b, AHEAD, device=device)
         self._keeps_logprobs = logprobs
         self._column = torch.zeros(1, dtype=torch.long, device=device)
-        self.how, self._records = how_recorded(model, device, record)
+        self.how, self._records = how_taken(model, device, record)
         self.ahead = AHEAD if device.type == "cuda" else 1
+        self.form: Any = None
         self._graph: Any = None
         self._warm, self._unread = 0, False
+
+    @property
+    def recorded(self) -> bool:
+        """Tell whether there is a step to be replayed."""
+        return self._graph is not None
+
+    def begin(self, model: Any, sampler: Sampler) -> None:
+        """Serve anew, with all slots free; what was recorded stays, for a model and a sampler of the same form."""
+        self.model, self._unread = model, False
+        self.sampler.copy_(sampler)
+        self._finished.fill_(True)
 
     def put(self, slots: Tensor, logits: Tensor, chance: Tensor, limit: int, state: ModelState | None = None) -> None:
         """Begin with rows.
@@ -135,16 +151,15 @@ class Decoder:
             self._graph.replay()
         elif self._records and self._warm == 2:
             # what libraries prepare at a first call is there; capturing runs nothing
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._choose()
-                self._read()
-            self._graph = graph
-            graph.replay()
+            self._graph = _recorded(self._once)
+            self._graph.replay()
         else:
             self._warm += 1
-            self._choose()
-            self._read()
+            self._once()
+
+    def _once(self) -> None:
+        self._choose()
+        self._read()
 
     def _choose(self) -> None:
         logits, alive = self._logits, ~self._finished
@@ -189,14 +204,21 @@ def refuse(wrong: Tensor) -> None:
         )
 
 
-def how_recorded(model: Any, device: torch.device, record: bool | None) -> tuple[str, bool]:
-    """Say how a model's steps are taken, and whether a GPU records them; ``record`` is the caller's wish.
+def _recorded(work: Callable[[], None]) -> Any:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def how_taken(model: Any, device: torch.device, record: bool | None) -> tuple[str, bool]:
+    """Say how steps are taken on a device, and whether they are recorded, for which ``record`` may ask.
 
     Raises:
-        ValueError: They are to be recorded, and cannot be.
+        ValueError: They are to be recorded and cannot be.
     """
     reason = ""
-    if device.type != "cuda":
+    if device.type not in _RECORD:
         reason = f"a {device.type} records nothing"
     elif model.hooked():
         reason = "modules have hooks, or a step of their own is missing"

@@ -70,7 +70,7 @@ class GenerateCall(SamplingOptions):
         unset="all up to 16,384, else 8,192 at a time",
         bound=at_least(1),
     )
-    state_dtype: torch.dtype | None = option(
+    state_dtype: torch.dtype | None = option(  # noqa: RUF009
         None, "In which recurrent states are kept from step to step: ``torch.bfloat16`` halves them, and rounds at every step.",
         unset="float32",
     )  # fmt: skip
@@ -232,6 +232,14 @@ class _Run:
         if not call.steps or not len(ends.finished):
             return
         decoder = self._begun()
+        try:
+            yield from self._looks(decoder)
+        finally:
+            if isinstance(decoder, Decoder):
+                call.model.recordings.keep(decoder)
+
+    def _looks(self, decoder: Decoder | Speculator) -> Iterator[Chosen]:
+        call, ends = self.call, self.ends
         ahead = 1 if call.return_state else decoder.ahead
         left = call.steps
         while left and not ends.finished.all():
@@ -256,8 +264,9 @@ class _Run:
     def _begun(self) -> Decoder | Speculator:
         call, ids = self.call, self.call.input_ids
         model, device, b = call.model, ids.device, ids.shape[0]
+        options = SamplingOptions(**call.values())
         mask = None if call.attention_mask is None else call.attention_mask.to(device)
-        sampler = Sampler(call, b, model.cfg.vocab_size, device)
+        sampler = Sampler(options, b, model.cfg.vocab_size, device)
         logits, state = prefill(model, ids, mask, call.state, call.steps, call.prefill_chunk)
         state = state.kept_in(call.state_dtype)
         if call.assistant is not None:
@@ -276,6 +285,8 @@ class _Run:
             logits, state = logits[rows], state.reorder(rows)
             sampler.reorder(rows)
         chance = torch.stack([uniforms(call.seed, i, call.steps if call.draws else 0) for i in range(call.n)])
-        decoder = Decoder(model, state, sampler, call.ends, call.pad, call.steps, call.record, self.logprobs)
-        decoder.put(torch.arange(b * call.n, device=device), logits, chance.repeat(b, 1), call.steps)
+        how = call.ends, call.pad, call.steps, call.record, self.logprobs
+        decoder = model.recordings.decoder(model, state, sampler, *how)
+        own = None if decoder.state is state else state
+        decoder.put(torch.arange(b * call.n, device=device), logits, chance.repeat(b, 1), call.steps, own)
         return decoder

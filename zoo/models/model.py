@@ -13,6 +13,7 @@ from ...layers.moe import balance_loss
 from ..config.resolve import resolve
 from ..config.schema import ConfigSchema, TrunkSchema
 from .hooks import Hooks
+from .recordings import Recordings
 from .state import ModelState
 from .trunk import Backbone
 
@@ -63,6 +64,7 @@ class Model(nn.Module):
         family: The published family whose files it was read from, which an export tries first.
         batch_mean: In a training by several processes, what averages a tensor over them, so that experts are balanced over the whole
             batch; all have to make the same calls then. ``None`` balances what a call sees.
+        recordings: Steps that a GPU has recorded, for the next generation.
         load_report: What was matched, missing and unexpected when it was loaded; ``None`` if it was built.
     """
 
@@ -83,6 +85,7 @@ class Model(nn.Module):
         self.family: str | None = None
         self.load_report: Any = None
         self._hooks = Hooks()
+        self.recordings = Recordings()
         parts = self.make_embedding(device, dtype), self.make_downsample(device, dtype)
         self.backbone = Backbone(resolved, *parts, device=device, dtype=dtype)
         setattr(self, self.head_name, self.make_head(device, dtype))

@@ -82,6 +82,12 @@ class Sampler:
         self.seen = None if self.seen is None else self.seen[rows]
         self.counts = None if self.counts is None else self.counts[rows]
 
+    def copy_(self, other: "Sampler") -> None:
+        """Remember what another one of the same options and rows does, in the same memory as before."""
+        for mine, theirs in ((self.seen, other.seen), (self.counts, other.counts)):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
+
     def __call__(self, logits: Tensor, chance: Tensor | None = None) -> Tensor:
         """Choose from ``(b, v)`` logits, where chance decides by ``chance``, ``(b,)`` float64 in [0, 1): ``(b,)`` int64."""
         logits = self._penalised(logits.float())

@@ -58,8 +58,16 @@ class ModelState:
         if dtype is None:
             return self
         if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"state_dtype: {dtype} cannot hold a state. Use torch.float32, or torch.bfloat16 for half of the bytes.")
+            raise ValueError(
+                f"state_dtype: {dtype} cannot hold a state. Use torch.float32, or torch.bfloat16 for half of the bytes."
+            )
         return ModelState(each_state(self.layers, lambda state: state.kept_in(dtype)), self.tokens)
+
+    @property
+    def recurrent_dtype(self) -> torch.dtype | None:
+        """The type that recurrent states are kept in; ``None`` where there are none."""
+        states = (a for a, _ in paired(self.layers, self.layers))
+        return next((getattr(state, name).dtype for state in states for name in state.recurrent), None)
 
     def detach(self) -> "ModelState":
         """The same values, cut off from the graph: for truncated backpropagation through time."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.seq import Seq
 from ...layers.moe import MoE
-from .decoder import how_recorded, not_finite
+from .decoder import how_taken, not_finite
 from .state import ModelState
 
 __all__ = ["Verified", "Verifier"]
@@ -57,7 +57,7 @@ class Verifier:
     def __init__(self, model: Any, state: ModelState, width: int, record: bool | None = None):
         self.model, self.state, self.width, self.forwards = model, state, width, 0
         b, device = state.tokens.shape[0], state.tokens.device
-        self.how, self.fixed = how_recorded(model, device, record)
+        self.how, self.fixed = how_taken(model, device, record)
         if self.fixed and record is None and _gathers(model):
             self.how, self.fixed = "one operation after the other (experts would copy a matrix for every token)", False
         self._ids = torch.zeros(b, width, dtype=torch.long, device=device)
