@@ -177,16 +177,20 @@ class Attention(Mixer):
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """Mix one token per row, ``(b, d)``, and update ``state`` in place; it grows when full."""
         self.require("state")
-        state.make_room(self.window)
         qkv = self._project(x)
         if self.conv1d is not None and state.conv is not None:
             qkv = self.conv1d.step(qkv, state.conv)
+        return self._finish(self.look(qkv, state))
+
+    def look(self, qkv: Tensor, state: AttentionState) -> Tensor:
+        """Attend from one projected token per row, ``(b, d_qkv)`` to ``(b, h * p)``; its key and value go into ``state``."""
+        state.make_room(self.window)
         pos = state.length[:, None]
         q, k, v = self._heads(qkv[:, None], pos)
         state.write(k, v)
         y = self._attend(q, state.k.to(q.dtype), state.v.to(q.dtype), self._sees(pos, state.pos))
         state.length.add_(1)
-        return self._finish(y.squeeze(1))
+        return y.squeeze(1)
 
     def _project(self, x: Tensor) -> Tensor:
         x = scaled(x, self.in_multiplier)

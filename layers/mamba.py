@@ -10,7 +10,6 @@ is equivariant under reverse complements if it is to be (Caduceus, arXiv:2403.03
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import BackendError, selective_scan, selective_state_update
-from ..kernels.dispatch import ENV, choose
+from ..kernels import selective_scan, selective_state_update
 from ..kernels.gpu.operands import eager
 from ..kernels.mamba_layer import Weights, mamba_layer
 from ..kernels.torch_private import saved_tensors_are_handled
@@ -40,6 +38,7 @@ from .common import (
 from .conv import CausalConv1d
 from .directions import Directions, RowMixer, silenced
 from .mamba_parts import NAMES, Parts, StepProjection, check_constant
+from .mamba_parts import one_node as _ours
 from .norm import RMSNorm
 from .options import check, check_dt, check_positive
 from .recompute import left_alone, recipe, recomputing
@@ -60,17 +59,6 @@ class MambaState(State):
     recurrent = ("ssm",)
     conv: Tensor
     ssm: Tensor
-
-
-@functools.lru_cache(maxsize=256)
-def _ours(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool, wish: str | None) -> bool:
-    # ``wish`` is what dispatch reads in the environment; asking it takes as long as a product
-    facts: dict[str, Any] = {"d_state": d_state, "width": width, "normed": normed}
-    try:
-        return choose("mamba_layer", device=device.type, dtype=dtype, **facts).name == "cuda"
-    except BackendError:
-        # what was asked for cannot be: the parts say which of them, and why
-        return False
 
 
 def _dt_rank(d_model: int) -> int:
@@ -187,7 +175,8 @@ class Mamba(RowMixer):
         self.kinds = {name: type(part) for name, part in self.named_children()}
         self.reset_parameters(layer_idx, n_layer)
 
-    def _parts(self, own: str = "") -> Parts:
+    def parts(self, own: str = "") -> Parts:
+        """The parts of a way, by the end of their names."""
         return Parts(*(getattr(self, name) for name in NAMES[own]))
 
     @classmethod
@@ -205,7 +194,7 @@ class Mamba(RowMixer):
         if self.A_log.is_meta:
             return  # nothing to draw, and arithmetic on meta tensors would import the compiler: seconds
         reset_linear(self.in_proj)
-        for p in map(self._parts, self.ways.sets):
+        for p in map(self.parts, self.ways.sets):
             p.reset(self.dt_range, (self.dt_rank or 1) ** -0.5 * self.dt_scale)
         reset_linear(self.out_proj, shrink=n_layer**0.5)
 
@@ -220,7 +209,7 @@ class Mamba(RowMixer):
             u, z = self._gated(self.in_proj(spared(x)))  # (b, l, d_inner)
         u, conv = self.conv1d(u, None if state is None else state.conv, seq, return_state)
         with recomputing() as spared:
-            dt, A, B, C, options = self._scan_inputs(spared(u), z, self._parts())
+            dt, A, B, C, options = self._scan_inputs(spared(u), z, self.parts())
             before = None if state is None else state.ssm
             options |= {"initial_state": before, "seq": seq, "return_final_state": return_state}
             out = selective_scan(u, spared(dt), A, B, C, **options)
@@ -244,7 +233,7 @@ class Mamba(RowMixer):
 
     def _way(self, xz: Tensor, seq: Seq | None, paths: Any = None, back: bool = False) -> Tensor:
         """Convolve and scan along ``paths``; without, from the first token to the last, which on the way back are those of turned rows."""
-        p, (u, z) = self._parts(self.ways.sets[-1] if back else ""), self._gated(xz)
+        p, (u, z) = self.parts(self.ways.sets[-1] if back else ""), self._gated(xz)
         u = p.conv1d(u, seq=seq, mirrored=self.ways.mirrored(back, turned=paths is None))
         if paths is not None:
             # what a walk meets before the last token leaves no trace
@@ -272,8 +261,7 @@ class Mamba(RowMixer):
         dtype, *others = {dtype_read(m) for m in each.values()}
         if not wanted or not eager(x) or others:
             return None
-        ours = _ours(device, dtype, self.d_state, w.conv.shape[-1], self.dt_norm is not None, os.environ.get(ENV))
-        return w if ours else None
+        return w if _ours(device, dtype, self.d_state, w.conv.shape[-1], self.dt_norm is not None) else None
 
     def _why_called(self) -> str | None:
         """Say why the parts have to be called one by one; ``None`` if nothing asks for it."""
@@ -297,7 +285,9 @@ class Mamba(RowMixer):
             self.require("state")
         u, z = self._gated(self.in_proj(x))
         u = self.conv1d.step(u, state.conv)
-        dt, A, B, C, options = self._scan_inputs(u, z, self._parts())
+        if self._why_called() is None:
+            return self.out_proj(self.parts().step(u, z, self.x_proj(u), state.ssm))
+        dt, A, B, C, options = self._scan_inputs(u, z, self.parts())
         return self.out_proj(selective_state_update(state.ssm, u, dt, A, B, C, **options))
 
     def _gated(self, xz: Tensor) -> Any:

@@ -169,7 +169,8 @@ class Mamba2(RowMixer):
             conv = self.ways.convolution(self.d_xBC, self.d_conv, conv_bias, device, dtype)
             self._set(_NAMES[own], Parts(conv, *(nn.Parameter(torch.empty(size, **pinned)) for size in sizes)))
 
-    def _parts(self, own: str = "") -> Parts:
+    def parts(self, own: str = "") -> Parts:
+        """The parts of a way, by the end of their names."""
         return Parts(*(getattr(self, name) for name in _NAMES[own]))
 
     @staticmethod
@@ -216,7 +217,7 @@ class Mamba2(RowMixer):
         if self.A_log.is_meta:
             return  # nothing to draw, and arithmetic on meta tensors would import the compiler: seconds
         reset_linear(self.in_proj)
-        for p in map(self._parts, self.ways.sets):
+        for p in map(self.parts, self.ways.sets):
             p.conv1d.reset_parameters()
             reset_dt_bias(p.dt_bias, *self.dt_range)
             p.A_log.uniform_(*self.A_init_range).log_()
@@ -228,7 +229,7 @@ class Mamba2(RowMixer):
     def _along(self, x: Tensor, state: Any, seq: Seq | None, return_state: bool) -> Any:
         given, (x, seq) = seq, self._enter(x, state, seq)
         mlp, z, xBC, dt = self._project(x)
-        p = self._parts()
+        p = self.parts()
         xBC, conv = p.conv1d(xBC, None if state is None else state.conv, seq, return_state)
         u, B, C = self._heads(xBC)
         options = self._scan_options(z, p) | {
@@ -255,7 +256,7 @@ class Mamba2(RowMixer):
 
     def _way(self, xBC: Tensor, dt: Tensor, seq: Seq | None, back: bool = False) -> Tensor:
         """Convolve, unless that is done, and scan, from the first token to the last, which on the way back are those of turned rows."""
-        p = self._parts(self.ways.sets[-1] if back else "")
+        p = self.parts(self.ways.sets[-1] if back else "")
         if not self.ways.joined:
             xBC = p.conv1d(xBC, seq=seq, mirrored=self.ways.mirrored(back, turned=back))
         u, B, C = self._heads(xBC)
@@ -267,20 +268,28 @@ class Mamba2(RowMixer):
         if not self.ways.causal:
             self.require("state")
         mlp, z, xBC, dt = self._project(x)
-        p = self._parts()
-        A, options, conv = -upcast(p.A_log).exp(), self._scan_options(z, p), p.conv1d
+        p = self.parts()
+        conv = p.conv1d
         if called(conv, CausalConv1d):
-            u, B, C = self._heads(conv.step(xBC, state.conv))
-            y = ssd_state_update(state.ssm, u, dt, A, B, C, **options)
+            y = self.scan_step(conv.step(xBC, state.conv), z, dt, state)
         else:
+            options = self._scan_options(z, p) | {"ngroups": self.ngroups, "activation": conv.activation}
             taps = conv.weight.squeeze(1)
-            options |= {"ngroups": self.ngroups, "activation": conv.activation}
-            y = conv_ssd_update(xBC, state.conv, taps, conv.bias, state.ssm, dt, A, **options)
-        return self._finish(y.flatten(-2), z, mlp)
+            y = conv_ssd_update(xBC, state.conv, taps, conv.bias, state.ssm, dt, p.A_log, log_rates=True, **options)
+            y = y.flatten(-2)
+        return self._finish(y, z, mlp)
+
+    def scan_step(self, xBC: Tensor, z: Tensor, dt: Tensor, state: Mamba2State) -> Tensor:
+        """Scan one token per row behind the convolution, ``(b, d_ssm)``, and gate it, unless the gate belongs to the norm."""
+        (u, B, C), options = self._heads(xBC), self._scan_options(z, self.parts())
+        return ssd_state_update(state.ssm, u, dt, self.A_log, B, C, log_rates=True, **options).flatten(-2)
+
+    def split(self, projected: Tensor) -> Any:
+        """The parts of what ``in_proj`` gives: the MLP's gate and value, z, xBC and dt."""
+        return projected.split([self.d_mlp, self.d_mlp, self.d_ssm, self.d_xBC, self.nheads], dim=-1)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sizes = [self.d_mlp, self.d_mlp, self.d_ssm, self.d_xBC, self.nheads]
-        gate, value, z, xBC, dt = self.in_proj(scaled(x, self.in_multiplier)).split(sizes, dim=-1)
+        gate, value, z, xBC, dt = self.split(self.in_proj(scaled(x, self.in_multiplier)))
         if set(self.multipliers) != {1.0}:
             for_z, *for_xBC, for_dt = self.multipliers
             bc = self.ngroups * self.d_state

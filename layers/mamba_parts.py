@@ -1,19 +1,39 @@
 """Mamba's parts between its outer projections (arXiv:2312.00752, Figure 3), of which each way along the rows may have its own."""
 
+import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import Device, Dtype, acc_dtype, linear, reset_decays, reset_dt_bias, reset_linear
+from ..kernels import BackendError, ScanNorms, selective_state_update
+from ..kernels.dispatch import ENV, choose
+from .common import Device, Dtype, acc_dtype, linear, reset_decays, reset_dt_bias, reset_linear, upcast
 from .conv import CausalConv1d
 from .directions import names_of
 from .norm import RMSNorm
 from .options import check
 from .recompute import repeatable
 
-__all__ = ["NAMES", "Parts", "StepProjection", "check_constant"]
+__all__ = ["NAMES", "Parts", "StepProjection", "check_constant", "one_node"]
+
+
+def one_node(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool) -> bool:
+    """Return whether our kernels take a whole layer with these sizes as one node of autograd."""
+    return _ours(device, dtype, d_state, width, normed, os.environ.get(ENV))
+
+
+@functools.lru_cache(maxsize=256)
+def _ours(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool, wish: str | None) -> bool:
+    # ``wish`` is what dispatch reads in the environment; asking it takes as long as a product
+    facts: dict[str, Any] = {"d_state": d_state, "width": width, "normed": normed}
+    try:
+        return choose("mamba_layer", device=device.type, dtype=dtype, **facts).name == "cuda"
+    except BackendError:
+        # what was asked for cannot be: the parts say which of them, and why
+        return False
 
 
 class StepProjection(nn.Linear):
@@ -89,6 +109,20 @@ class Parts(NamedTuple):
         steps.bias = empty(d)
         norms = (norm(size, device=device, dtype=dtype) if norm else None for size in (r, n, n))
         return cls(conv, linear(d, r + 2 * n, bias, device, dtype), steps, empty(d, n), empty(d), *norms)
+
+    def step(self, u: Tensor, z: Tensor, projected: Tensor, state: Tensor) -> Tensor:
+        """Scan one token per row and gate it, ``(b, d_inner)``, where no part has to be called; ``state`` is updated in place.
+
+        The kernel norms, and forms step sizes and rates, from ``projected``, what ``x_proj`` makes of ``u``.
+        """
+        (r, n), norms = (self.dt_proj.weight.shape[1], self.A_log.shape[1]), None
+        dt, B, C = projected.split([r, n, n], dim=-1)
+        if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
+            norms = ScanNorms(self.dt_norm.eps, self.dt_norm.weight, self.b_norm.weight, self.c_norm.weight)
+        return selective_state_update(
+            state, u, dt, self.A_log, B, C, self.D, z, dt_weight=self.dt_proj.weight, norms=norms, log_rates=True,
+            dt_bias=upcast(self.dt_proj.bias), dt_softplus=True,
+        )  # fmt: skip
 
     @torch.no_grad()
     def reset(self, dt_range: tuple[float, float, float], bound: float) -> None:

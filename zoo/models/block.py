@@ -1,6 +1,7 @@
 """The residual block, ``x + mixer(norm(x))``: the one place where parts meet the trunk."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ...layers.adapter import Adapter
 from ...layers.base import Mixer, Seq, Sharing
 from ...layers.common import drop_rows, dtype_read, linear, reset_linear, scaled
+from ...layers.fused import Token, fused_step, step_norm, why_apart
 from ...layers.norm import NORMS, make_norm
 from ..config.resolve import Resolved
 from ..registry import build_mixer
@@ -157,9 +159,27 @@ class Block(Sharing):
 
     def step(self, stream: Stream, state: Any) -> Stream:
         """One token per row, ``(b, d)``, to the new stream; ``state`` is updated in place."""
+        if self.why_apart(stream.x, state) is None:
+            x = after = stream.sum()
+            for mixer, own in self._mixers(state):
+                after = fused_step(mixer, Token(x, step_norm(self.norm), after, self.multiplier), own)
+            return stream._replace(x=after, add=None)
         h, x = self._normed(stream)
         shared = self._shared(stream)
         return self._written(stream, x, self.mixer.step(h, state, **given_to(self, shared)), shared)
+
+    def why_apart(self, x: Tensor, state: Any) -> str | None:
+        """Say why norm, mixer and residual addition are taken apart in a step from ``x``; ``None`` if they are done together."""
+        if self.reads != "residual" or self.writes == "side" or self.shares:
+            return "it reads or writes more than the residual stream"
+        if self.training and self.drop:
+            return "its output is dropped at random"
+        each = (why_apart(mixer, self.norm, x, own) for mixer, own in self._mixers(state))
+        return next((why for why in each if why is not None), None)
+
+    def _mixers(self, state: Any) -> Iterable[tuple[Mixer, Any]]:
+        """The mixers side by side, each with its state."""
+        return zip(self.mixer.mixers, state, strict=True) if type(self.mixer) is Parallel else [(self.mixer, state)]
 
     def flops(self, seq_len: int) -> int:
         """As :meth:`Mixer.flops`, for the mixer and what leads to it."""

@@ -194,7 +194,7 @@ class Model(nn.Module):
         """
         state.before_step()
         if not self.hooked():
-            return self.head(self.backbone.step(self.backbone.embed(tokens), state))
+            return self.backbone.step(self.backbone.embed(tokens), state, self.head)
         if is_captured(tokens):
             raise RuntimeError(
                 "step: a CUDA graph cannot run the hooks on the model's modules when it is replayed. Remove the hooks, or do not capture."

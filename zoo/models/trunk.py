@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ...layers.adapter import Adapter
 from ...layers.base import Seq
 from ...layers.common import dtype_read, is_captured, scaled, upcast
+from ...layers.fused import head_step, step_norm, why_head_apart
 from ...layers.norm import make_norm
 from ...layers.patches import Map
 from ..config.resolve import Resolved
@@ -134,15 +135,21 @@ class Backbone(nn.Module):
         x, grid = part(x, grid)
         return (upcast(x) if self.residual_in_fp32 else x), Seq.from_grid(grid, x.shape[0], x.shape[1], x.device)
 
-    def step(self, x: Tensor, state: ModelState) -> Tensor:
-        """One embedded token per row, ``(b, d)``, through all blocks and the final norm; ``state`` is updated in place."""
+    def step(self, x: Tensor, state: ModelState, head: nn.Module) -> Tensor:
+        """One embedded token per row, ``(b, d)``, through all blocks, the final norm and the head; ``state`` is updated in place."""
         x = upcast(x) if self.residual_in_fp32 else x
         stream = Stream(x, embedding=x)
         self._callables()
         for block, s in zip(self.blocks, state.layers, strict=True):
             stream = block.step(stream, s)
         state.tokens += 1
-        return self._final(stream)[1]
+        if self.why_head_apart(stream.x, head) is None:
+            return head_step(cast(nn.Linear, head), stream.sum(), step_norm(cast(Any, self.norm_f)))
+        return head(self._final(stream)[1])
+
+    def why_head_apart(self, x: Tensor, head: nn.Module) -> str | None:
+        """Say why the final norm and the head are taken apart in a step, as :meth:`Block.why_apart`."""
+        return "logits have a factor" if self.logits_multiplier != 1 else why_head_apart(head, self.norm_f, x)
 
     def follow_owners(self) -> None:
         """Let blocks that borrow parts have what somebody has put in the place of them: adapters, say, or weights with these merged."""
