@@ -167,6 +167,7 @@ class Generation:
         state: Where asked for, what the rows have read, all but the last token of each: from there, ``generate(last[:, None], state=...)``
             goes on with the tokens ``last``.
         how: Words for how steps were taken.
+        blocks: Words for how many of the model's blocks take a step in a few launches each, and why the others do not.
     """
 
     sequences: Tensor
@@ -175,6 +176,7 @@ class Generation:
     reasons: list[str]
     state: ModelState | None
     how: str
+    blocks: str
 
 
 @called_with(GenerateCall)
@@ -195,7 +197,7 @@ def generate(call: GenerateCall) -> Any:
     sequences = torch.cat([prompts, rectangle(ends.tokens, call.pad).to(prompts.device)], 1)
     if not call.details and not call.return_state:
         return sequences
-    return Generation(sequences, ends.counts, rectangle(ends.logprobs, 0.0), ends.reasons, run.kept, run.how)
+    return Generation(sequences, ends.counts, rectangle(ends.logprobs, 0.0), ends.reasons, run.kept, run.how, run.blocks)
 
 
 @called_with(GenerateCall)
@@ -217,10 +219,12 @@ class _Run:
         ends: What ended the rows, so far.
         kept: The rows' states where they ended, if they are to be returned.
         how: Words for how steps are taken.
+        blocks: Words for how blocks take them.
     """
 
     def __init__(self, call: GenerateCall, logprobs: bool = True):
-        self.call, self.how, self.logprobs = call, "", logprobs
+        self.call, self.logprobs = call, logprobs
+        self.how = self.blocks = ""
         self.kept: ModelState | None = None
         tokenizer = call.model.tokenizer if call.stops else None
         self.ends = Ends(call.input_ids.shape[0] * call.n, call.ends, call.stops, tokenizer)
@@ -287,6 +291,9 @@ class _Run:
         chance = torch.stack([uniforms(call.seed, i, call.steps if call.draws else 0) for i in range(call.n)])
         how = call.ends, call.pad, call.steps, call.record, self.logprobs
         decoder = model.recordings.decoder(model, state, sampler, *how)
+        if call.details:
+            whole = "the model is called for every token: there are hooks"
+            self.blocks = whole if model.hooked() else model.backbone.steps_taken(decoder.state)
         own = None if decoder.state is state else state
         decoder.put(torch.arange(b * call.n, device=device), logits, chance.repeat(b, 1), call.steps, own)
         return decoder

@@ -4,6 +4,7 @@ State-dict keys follow mamba-ssm: ``backbone.embedding.weight``, ``backbone.laye
 are counted over all stages, and behind stage S stands ``backbone.downsample.S``.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -146,6 +147,17 @@ class Backbone(nn.Module):
         if self.why_head_apart(stream.x, head) is None:
             return head_step(cast(nn.Linear, head), stream.sum(), step_norm(cast(Any, self.norm_f)))
         return head(self._final(stream)[1])
+
+    @torch.no_grad()
+    def steps_taken(self, state: ModelState) -> str:
+        """Say of how many blocks a step from a state does norm, mixer and residual addition together, and of the others why not."""
+        x = self.embed(torch.zeros_like(state.tokens))
+        x = upcast(x) if self.residual_in_fp32 else x
+        pairs: Any = zip(self.layers, state.layers, strict=True)
+        apart = Counter(b.why_apart(x, s) if isinstance(b, Block) else "is none of our blocks" for b, s in pairs)
+        together = apart.pop(None, 0)
+        others = "".join(f"; {count} part by part ({why})" for why, count in apart.most_common())
+        return f"{together} of {len(self.layers)} blocks in a few launches each{others}"
 
     def why_head_apart(self, x: Tensor, head: nn.Module) -> str | None:
         """Say why the final norm and the head are taken apart in a step, as :meth:`Block.why_apart`."""
