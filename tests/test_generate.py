@@ -130,7 +130,9 @@ def test_details_say_how_likely_tokens_were_and_why_rows_ended(model):
         assert not found.logprobs[row, count:].any()
         assert found.reasons[row] == ("eos" if eos in free[row, 6:] else "length")
     assert found.how.startswith("one operation after the other")
-    assert found.blocks.startswith("0 of 4 blocks in a few launches each; 3 part by part (") and "got cpu" in found.blocks
+    assert (
+        found.blocks.startswith("0 of 4 blocks in a few launches each; 3 part by part (") and "got cpu" in found.blocks
+    )
 
 
 @torch.no_grad()

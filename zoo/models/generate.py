@@ -197,7 +197,9 @@ def generate(call: GenerateCall) -> Any:
     sequences = torch.cat([prompts, rectangle(ends.tokens, call.pad).to(prompts.device)], 1)
     if not call.details and not call.return_state:
         return sequences
-    return Generation(sequences, ends.counts, rectangle(ends.logprobs, 0.0), ends.reasons, run.kept, run.how, run.blocks)
+    return Generation(
+        sequences, ends.counts, rectangle(ends.logprobs, 0.0), ends.reasons, run.kept, run.how, run.blocks
+    )
 
 
 @called_with(GenerateCall)
