@@ -1,13 +1,15 @@
 """``zoo bench generate``: what a row says, beside a peer and without, and what does not fit."""
 
+import json
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from rich.console import Console
 
 import hybridzoo as zoo
-from hybridzoo.eval.bench import generate, run, show
+from hybridzoo.eval.bench import generate, readme, run, show, written
 
 
 @pytest.fixture
@@ -86,3 +88,53 @@ def test_parts_are_of_a_kind_of_device():
     for case in generate.CASES:
         sizes = [zoo.build(name, device="meta").num_params() for name in case.models]
         assert case.device == "cpu" or max(sizes) < 1.2 * min(sizes), (case.part, sizes)
+
+
+def measured(name, b, l, speed, peer=None, **more):
+    row = {
+        "name": name,
+        "part": "2.8b",
+        "shape": {"b": b, "l": l, "new": 128},
+        "params": 2.8e9,
+        "state_dtype": "float32",
+        "state_MiB": 90.0,
+    }
+    row |= {
+        "read_tokens_s": 9e4,
+        "write_tokens_s": speed,
+        "write_ms": 1000 * b / speed,
+        "peak_GiB": 1.5,
+        "how": "",
+        "blocks": "",
+    } | more
+    beside = (
+        {"peer": "mamba_ssm", "peer_write_tokens_s": peer, "ratio": speed / peer, "goal_ratio": 2, "read_ratio": 1.1}
+        if peer
+        else {}
+    )
+    return row | beside
+
+
+def test_the_pages_say_how_fast_models_write(tmp_path):
+    cases = [measured("mamba-2.8b", 1, l, 600.0, 300.0) for l in (1024, 131072)]
+    cases += [measured("transformer-2.8b", 1, l, speed) for l, speed in ((1024, 500.0), (131072, 80.0))]
+    cases += [measured("mamba2-2.7b", 64, 512, 9000.0, 6000.0, state_dtype="bfloat16", part="2.8b:half")]
+    result = {
+        "what": "generate", "command": "zoo bench generate --part 2.8b", "date": "2026", "commit": "c", "device": "NVIDIA H200",
+        "versions": {"torch": "2", "mamba_ssm": "1"}, "ceilings": {}, "cases": cases,
+    }  # fmt: skip
+    path = tmp_path / "generate-h200.json"
+    path.write_text(json.dumps(result))
+    text = readme.performance(tmp_path)
+    assert "2 of 3 goals of writing are reached" in text and "](eval/results/generate-h200.svg)" in text
+    assert (
+        "| mamba2-2.7b | 2,800 M | 64 x 512 | bfloat16 | 90 | 90,000 | 9,000 | 7.11 | 6,000 | 1.50x | 75 % of 2x | 1.10x | 1.5 |"
+        in text
+    )
+    assert "| transformer-2.8b | 2,800 M | 1 x 131,072 | float32 | 90 | 90,000 | 80 | 12.50 |  |  |  |  | 1.5 |" in text
+    said = readme.headline(tmp_path)
+    assert "mamba-2.8b writes 600 tokens a second for one prompt of 1,024 tokens, 2.00 times mamba-ssm's" in said
+    ElementTree.fromstring(written.drawn(result))
+    assert "mamba, mamba-ssm" in written.drawn(result)
+    alone = result | {"cases": [measured("mamba-2.8b", 1, 1024, 600.0)]}
+    assert written.drawn(alone) is None and written.sentence(alone, "") is None

@@ -48,6 +48,7 @@ class Case:
         device: Where it is worth measuring.
         goals: The ratios to reach beside mamba-ssm in writing, by model; beside no guesses, where the text repeats.
         repeats: Whether the text repeats its prompt, and guesses are looked up.
+        state_dtype: In which our recurrent states are kept, where it is not float32.
     """
 
     part: str
@@ -57,6 +58,7 @@ class Case:
     device: str = "cuda"
     goals: dict[str, float] = dataclasses.field(default_factory=dict)
     repeats: bool = False
+    state_dtype: torch.dtype | None = None
 
 
 _SMALL = ("mamba-130m", "mamba2-130m", "mambaformer-130m", "transformer-130m")
@@ -68,6 +70,7 @@ CASES = [
     Case("130m:long", _SMALL[:2], ((1, 2**20),), 16),
     Case("2.8b", _LARGE, tuple((1, l) for l in _LENGTHS), goals={"mamba-2.8b": 1.7, "mamba2-2.7b": 1.7}),
     Case("2.8b:batch", _LARGE, ((64, 512),), goals={"mamba-2.8b": 1.4, "mamba2-2.7b": 1.1}),
+    Case("2.8b:half", ("mamba-2.8b", "mamba2-2.7b"), ((64, 512),), goals={"mamba2-2.7b": 1.5}, state_dtype=torch.bfloat16),
     Case("tiny", _TINY, ((1, 256), (1, 1024), (1, 4096)), 32, "cpu"),
     Case("130m:repeats", _SMALL, ((1, 1024), (8, 1024)), goals=dict.fromkeys(_SMALL, 1.6), repeats=True),
     Case("tiny:repeats", _TINY, ((1, 256),), 128, "cpu", dict.fromkeys(_TINY, 1.6), repeats=True),
@@ -111,9 +114,8 @@ def _row(case: Case, name: str, model: Any, peer: Any, error: float | None, shap
         "op": f"generate, {b} x {l}",
         "shape": {"b": b, "l": l, "new": case.new},
     }
-    row |= {"dtype": str(model.some_weight().dtype).removeprefix("torch."), "params": model.num_params()} | _ours(
-        model, ids, case.new
-    )
+    row |= {"dtype": str(model.some_weight().dtype).removeprefix("torch."), "params": model.num_params()}
+    row |= _ours(model, ids, case)
     if case.repeats:
         guessed = _guessed(model, ids, case.new)
         plain = row["write_tokens_s"]
@@ -130,11 +132,12 @@ def _row(case: Case, name: str, model: Any, peer: Any, error: float | None, shap
 
 
 @torch.no_grad()
-def _ours(model: Any, ids: Tensor, new: int) -> dict[str, Any]:
-    b, l = ids.shape
+def _ours(model: Any, ids: Tensor, case: Case) -> dict[str, Any]:
+    (b, l), new = ids.shape, case.new
     with _Memory(ids) as memory:
         read_ms = statistics.median(_ms(lambda: prefill(model, ids, None, None, new, None), ids) for _ in range(3))
         logits, state = prefill(model, ids, None, None, new + 3 * AHEAD, None)
+        state = state.kept_in(case.state_dtype)
         sampler = Sampler(SamplingOptions(), b, model.cfg.vocab_size, ids.device)
         decoder = Decoder(model, state, sampler, [], 0, new + 3 * AHEAD, logprobs=False)
         decoder.put(torch.arange(b), logits, torch.zeros(b, 0, dtype=torch.float64), new + 3 * AHEAD)
@@ -143,7 +146,9 @@ def _ours(model: Any, ids: Tensor, new: int) -> dict[str, Any]:
     return _speeds(read_ms, times, b, l) | {
         "peak_GiB": memory.peak_gib,
         "state_MiB": state.nbytes / 2**20,
+        "state_dtype": str(state.recurrent_dtype).removeprefix("torch."),
         "how": decoder.how,
+        "blocks": model.backbone.steps_taken(state),
     }
 
 

@@ -10,6 +10,7 @@ from ..demo.overview import overview
 from ..markdown import paragraph, table
 from ..parity.run import table as parity_table
 from ..result_file import Result
+from . import written
 from .show import peer_name, plot, spread
 from .workloads import title
 
@@ -41,6 +42,10 @@ def refresh(readme: Path) -> list[Path]:
         *_results(folder, "vision", device="NVIDIA"),
     ]
     drawn = [plot(result, path.with_suffix(".svg")) for path, result in shown]
+    for path, result in _results(folder, "generate", device="NVIDIA"):
+        if (drawing := written.drawn(result)) is not None:
+            drawn.append(path.with_suffix(".svg"))
+            drawn[-1].write_text(drawing, encoding="utf-8")
     for what, name, draw in _PICTURES:
         for _, result in _results(folder, what):
             drawn.append(root / "docs" / name)
@@ -55,7 +60,7 @@ def section(root: Path, page: str) -> str:
 
 
 def headline(folder: Path) -> str:
-    """The three figures of the README: the scan, a training step, checkpoints."""
+    """The figures of the README, a line each: the scan, a training step, generation, images, checkpoints."""
     lines = []
     for path, result in _results(folder, "scan", gpu=True):
         rows = [row for row in result["cases"] if row["part"] == "table"]
@@ -80,6 +85,8 @@ def headline(folder: Path) -> str:
                 f"{packed['tokens_s'] / plain['tokens_s']:.2f} times a plain loop of transformers' Trainer around the same model "
                 f"(mamba-130m, packed; [figures](eval/results/{path.name}))."
             )
+    for path, result in _results(folder, "generate", device="NVIDIA"):
+        lines += filter(None, [written.sentence(result, f"[figures](eval/results/{path.name})")])
     for path, result in _results(folder, "vision", device="NVIDIA"):
         rows = [row for row in result["cases"] if row.get("peer") == "published" and row["pass"] == "training, graph"]
         if rows:
@@ -105,6 +112,7 @@ def performance(folder: Path) -> str:
         *(piece for path, result in _results(folder, "scan", gpu=True) for piece in _gpu_scan(path, result)),
         *(piece for path, result in _results(folder, "train") for piece in _train(path, result)),
         *(piece for path, result in _results(folder, "trainer") for piece in _trainer(path, result)),
+        *(piece for path, result in _results(folder, "generate", device="NVIDIA") for piece in _generate(path, result)),
         *(piece for path, result in _results(folder, "vision", device="NVIDIA") for piece in _vision(path, result)),
         *(piece for path, result in _results(folder, "attention", gpu=True) for piece in _attention(path, result)),
         *(piece for path, result in _results(folder, "scan", gpu=False) for piece in _cpu_scan(path, result)),
@@ -285,6 +293,10 @@ def _vision(path: Path, result: Result) -> list[str]:
         *([f"Bytes that the scans of a forward move for 128 images, counted from shapes: {bytes_of}."] if counted else []),
         f"![Images per second beside other models]({'eval/results/' + path.stem}.svg)",
     ]  # fmt: skip
+
+
+def _generate(path: Path, result: Result) -> list[str]:
+    return written.pieces(result, _source(path, result), _versions(result), f"eval/results/{path.stem}.svg")
 
 
 def _attention(path: Path, result: Result) -> list[str]:

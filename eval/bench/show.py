@@ -136,9 +136,14 @@ def _trained(rows: list[dict[str, Any]], title: str) -> Table:
 
 def _generated(rows: list[dict[str, Any]], title: str) -> Table:
     numbers = ("parameters", "rows", "context", "read tokens/s", "write tokens/s", "ms a step", "peak GiB", "state MiB")
-    table = _table(title, ("model",), (*numbers, "peer", "its tokens/s", "ratio", "goal", "read ratio"))
+    table = _table(title, ("model",), ("state", *numbers, "peer", "its tokens/s", "ratio", "goal", "read ratio"))
     for row in rows:
-        cells = [f"{row['params'] / 1e6:,.1f} M", str(row["shape"]["b"]), f"{row['shape']['l']:,}"]
+        cells = [
+            row.get("state_dtype", ""),
+            f"{row['params'] / 1e6:,.1f} M",
+            str(row["shape"]["b"]),
+            f"{row['shape']['l']:,}",
+        ]
         cells += [f"{row['read_tokens_s']:,.0f}", f"{row['write_tokens_s']:,.0f}", f"{row['write_ms']:.2f}"]
         cells += ["" if row["peak_GiB"] is None else f"{row['peak_GiB']:.2f}", f"{row['state_MiB']:,.1f}"]
         if "peer" in row:
