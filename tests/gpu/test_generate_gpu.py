@@ -1,9 +1,13 @@
 """Decoding on a GPU: a recorded step gives the tokens of one that is not, in batches, slots and half precision."""
 
+import copy
+
 import pytest
 import torch
 
 import hybridzoo as zoo
+from hybridzoo.layers import fused
+from hybridzoo.zoo.models import decoder as decoding
 from hybridzoo.zoo.models.decoder import AHEAD, Decoder
 from hybridzoo.zoo.models.prefill import prefill
 from hybridzoo.zoo.models.sampling import Sampler, uniforms
@@ -151,3 +155,78 @@ def test_slots_change_under_a_recorded_step():
     wanted = [model.generate(p, 40, record=False, **options.values())[0, p.shape[1] :].tolist() for p in prompts]
     assert first + both[0].tolist() == wanted[0][: 8 + AHEAD]
     assert both[1].tolist() == wanted[1][:AHEAD] and last == wanted[2][:8]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Counts the steps that are recorded."""
+    made, record = [], decoding._recorded
+    monkeypatch.setattr(decoding, "_recorded", lambda work: made.append(record(work)) or made[-1])
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_second_call_records_nothing(model, recorded, options):
+    model = copy.deepcopy(model).bfloat16()
+    for l, new in ((20, 40), (9, 48), (31, 33)):
+        ids = torch.randint(1, 256, (2, l), device="cuda")
+        got = model.generate(ids, new, details=True, **options)
+        assert len(recorded) == 1 and len(model.recordings) == 1
+        want = model.generate(ids, new, details=True, record=False, **options)
+        assert torch.equal(got.sequences, want.sequences) and torch.equal(got.logprobs, want.logprobs)
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    assert torch.equal(model.generate(ids, 12), model.generate(ids, 12, record=False)) and len(recorded) == 2
+
+
+@torch.no_grad()
+def test_a_state_without_room_has_some_before_a_step_is_recorded(model):
+    model = copy.deepcopy(model).double()
+    ids = torch.randint(1, 256, (2, 30), device="cuda")
+    state = model(ids[:, :20]).state
+    got = model.generate(ids[:, 20:], 120, state=state)
+    assert torch.equal(got[:, 10:], model.generate(ids, 120, record=False)[:, 30:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("b", [1, 3, 8, 9, 32])
+def test_blocks_in_a_few_launches_do_what_their_parts_do(model, b, monkeypatch):
+    model, exact = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).double()
+    ids = torch.randint(1, 256, (b, 24), device="cuda")
+
+    def run(model):
+        state = model.init_state(b, 32)
+        logits = torch.stack([model.step(column, state) for column in ids.unbind(1)], 1)
+        return [logits.double(), *(t.double() for t in leaves(state))], model.backbone.steps_taken(state)
+
+    (want, _), (together, said) = run(exact), run(model)
+    monkeypatch.setattr(fused, "fits", lambda *call: "asked for")
+    apart, otherwise = run(model)
+    assert not said.startswith("0 of") and otherwise.startswith("0 of")
+    for x, y, z in zip(together, apart, want, strict=True):
+        assert (x - z).norm() <= 1.5 * (y - z).norm() + 1e-3 * z.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba-tiny", "mamba2-tiny", "jamba-tiny"])
+def test_recurrent_states_in_bfloat16(name):
+    torch.manual_seed(0)
+    model = zoo.build(name, device="cuda", dtype=torch.bfloat16).eval()
+    ids = torch.randint(1, 256, (2, 40), device="cuda")
+    states = [model.init_state(2, 48, state_dtype=dtype) for dtype in (None, torch.bfloat16)]
+    wide, small = (torch.stack([model.step(c, s) for c in ids.unbind(1)], 1).float() for s in states)
+    assert (small - wide).norm() < 2e-2 * wide.norm() and not torch.equal(small, wide)
+    halved = [s for s in states[1].layers if getattr(s, "recurrent", ())]
+    assert halved and all(s.ssm.dtype == torch.bfloat16 for s in halved) and states[1].nbytes < states[0].nbytes
+    found = [
+        model.generate(ids, 40, record=record, state_dtype=torch.bfloat16, details=True) for record in (None, False)
+    ]
+    assert torch.equal(found[0].sequences, found[1].sequences) and found[0].how == "recorded as a CUDA graph"
+    more = model.generate(ids, 20, state=states[1], state_dtype=torch.bfloat16)  # a prompt behind a rounded state
+    assert more.shape == (2, 60)
+
+
+def leaves(state):
+    found = []
+    state.map(lambda t: found.append(t) or t)
+    return found
