@@ -1,11 +1,14 @@
 """Steps of whole blocks in a few launches equal those part by part: on the CPU, by PyTorch operations that are asked for."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 
 import hybridzoo as zoo
+from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.few import cuda, op
 from hybridzoo.layers import fused
 from hybridzoo.layers.mamba import Mamba
 from hybridzoo.zoo.models import block as blocks
@@ -51,10 +54,14 @@ def both_ways(model, monkeypatch, ids=None):
     found = []
     for backend in (None, "torch"):
         monkeypatch.setenv("HYBRIDZOO_BACKEND", backend) if backend else monkeypatch.delenv("HYBRIDZOO_BACKEND")
-        state = model.init_state(len(ids), 20)
-        logits = torch.stack([model.step(column, state) for column in ids.unbind(1)], 1)
-        found.append([logits, *leaves(state)])
+        found.append(stepped(model, ids))
     return found
+
+
+def stepped(model, ids):
+    state = model.init_state(len(ids), 20)
+    logits = torch.stack([model.step(column, state) for column in ids.unbind(1)], 1)
+    return [logits, *leaves(state)]
 
 
 def leaves(state):
@@ -178,6 +185,34 @@ def test_what_is_put_around_a_part_is_called(forced, monkeypatch):
     assert "different types" in why()
     monkeypatch.delenv("HYBRIDZOO_BACKEND")
     assert "got cpu" in why(1)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_blocks_by_the_kernel_itself(emulated, forced, monkeypatch):
+    """The kernel reads what blocks hand it where it lies: slices of other products, states, and a stream of another type."""
+    torch.manual_seed(0)
+    names = ("mamba", "mamba2", "mlp", "attention")
+    cfg = CFG | {
+        "layers": "a b c d",
+        "mixers": dict(zip("abcd", map(MIXERS.get, names), strict=True)),
+        "residual_in_fp32": True,
+    }
+    model = zoo.build(cfg, dtype=torch.bfloat16).eval()
+    ids = torch.randint(0, 50, (2, 2))
+    exact = both_ways(copy.deepcopy(model).double(), monkeypatch, ids)[0]
+    _, plain = both_ways(model, monkeypatch, ids)
+    asked = []
+    ours = dispatch.Backend("cuda", "emulated", run=lambda i: asked.append(cuda.misfit(i)) or cuda.step_linear(i))
+    monkeypatch.setitem(dispatch.TABLES, "step_linear", {"cuda": ours})
+    monkeypatch.setattr(op, "_fits", lambda *call: None)
+    monkeypatch.setattr(cuda, "processors", lambda device: 2)  # fewer threads to emulate
+    found = stepped(model, ids)
+    assert asked == [None] * 2 * (3 + 2 + 2 + 2 + 1)
+    for x, y, z in zip(plain, found, exact, strict=True):
+        assert x.dtype == y.dtype
+        if x.is_floating_point():
+            assert (y.double() - z).norm() <= 1.3 * (x.double() - z).norm() + 1e-3 * z.double().norm()
 
 
 class Mine(Mamba):
