@@ -30,6 +30,7 @@ PARAMS = {
     "state_update": "StateUpdateParams",
     "cross_entropy": "CrossEntropyParams",
     "few_rows": "FewRowsParams",
+    "choose": "ChooseParams",
     "gated_norm": "GatedNormParams",
     "attend_split": "AttendParams",
     "attend_combine": "AttendParams",

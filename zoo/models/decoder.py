@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.step.choose import Slots, choose_token
 from .sampling import Sampler
 from .state import ModelState
 
@@ -74,15 +75,22 @@ class Decoder:
     ):
         self.model, self.state, self.sampler, self.pad = model, state, sampler, pad
         b, device, vocab = state.tokens.shape[0], state.tokens.device, model.cfg.vocab_size
-        self._ends = torch.tensor(ends, dtype=torch.long, device=device)
         self._logits = torch.zeros(b, vocab, device=device)
         self._chance = torch.zeros(b, steps if sampler.options.draws else 0, dtype=torch.float64, device=device)
-        self._count, self._limit = (torch.zeros(b, dtype=torch.long, device=device) for _ in range(2))
+        self._count, self._limit, column, token = (torch.zeros(b, dtype=torch.long, device=device) for _ in range(4))
         self._finished, self._broken = (torch.full((b,), value, device=device) for value in (True, False))
-        self._tokens = torch.full((b, AHEAD), pad, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(b, AHEAD, device=device)
-        self._keeps_logprobs = logprobs
-        self._column = torch.zeros(1, dtype=torch.long, device=device)
+        self._slots = Slots(
+            torch.full((b, AHEAD), pad, dtype=torch.long, device=device),
+            self._logprobs if logprobs else None,
+            column,
+            self._count,
+            self._limit,
+            self._finished,
+            self._broken,
+            token,
+            torch.tensor(ends, dtype=torch.long, device=device),
+        )
         self.how, self._records = how_taken(model, device, record)
         self.ahead = AHEAD if device.type == "cuda" else 1
         self.form: Any = None
@@ -136,14 +144,14 @@ class Decoder:
         """
         if self._unread:
             self._read()
-        self._column.zero_()
+        self._slots.column.zero_()
         for _ in range(steps - last):
             self._step()
         if last:
             self._choose()
         self._unread = last
         refuse(self._broken)
-        found = self._tokens[:, :steps], self._logprobs[:, :steps], self._count, self._finished
+        found = self._slots.tokens[:, :steps], self._logprobs[:, :steps], self._count, self._finished
         return Chosen(*(t.cpu().clone() for t in found))
 
     def _step(self) -> None:
@@ -162,30 +170,18 @@ class Decoder:
         self._read()
 
     def _choose(self) -> None:
-        logits, alive = self._logits, ~self._finished
-        best, token = logits.max(-1)
-        # NaN is the largest of all; -inf may be somebody's way to forbid a token
-        wrong = ~best.isfinite() & alive
-        self._broken |= wrong
+        token = None
         if self.sampler.options.draws:
-            logits = logits.masked_fill(wrong[:, None], 0)  # what is drawn from must be numbers
+            # what is drawn from must be numbers
+            logits = self._logits.masked_fill(not_finite(self._logits)[:, None], 0)
             at = self._count.clamp(max=self._chance.shape[1] - 1)
             token = self.sampler(logits, self._chance.gather(1, at[:, None]).squeeze(1))
         elif not self.sampler.plain:
-            token = self.sampler(logits)
-        token = token.masked_fill(self._finished, self.pad)
-        self._tokens.index_copy_(1, self._column, token[:, None])
-        if self._keeps_logprobs:
-            logprob = self._logits.gather(1, token[:, None]).squeeze(1) - self._logits.logsumexp(1)
-            self._logprobs.index_copy_(1, self._column, logprob.masked_fill(self._finished, 0)[:, None])
-        self._column += 1
-        self._count += alive
-        self._finished |= (token[:, None] == self._ends).any(1) & alive
-        self._finished |= self._count >= self._limit
-        self._token = token
+            token = self.sampler(self._logits)
+        choose_token(self._logits, self._slots, self.pad, token)
 
     def _read(self) -> None:
-        self._logits.copy_(self.model.step(self._token, self.state)[:, : self._logits.shape[1]])
+        self._logits.copy_(self.model.step(self._slots.token, self.state)[:, : self._logits.shape[1]])
 
 
 def not_finite(logits: Tensor) -> Tensor:
