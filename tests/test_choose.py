@@ -26,7 +26,7 @@ def test_a_row_ends_at_a_token_or_its_limit_and_is_padded():
     for step in choices:
         choose_token(torch.nn.functional.one_hot(torch.tensor(step), 9).float(), rows, 8)
     assert rows.tokens[:, :4].tolist() == [[4, 4, 4, 8], [7, 8, 8, 8], [1, 2, 8, 8]]
-    assert rows.count.tolist() == [3, 1, 2] and rows.finished.all() and not rows.broken.any()
+    assert rows.counts.tolist() == [3, 1, 2] and rows.finished.all() and not rows.broken.any()
     assert rows.column.tolist() == [4] * 3 and rows.token.tolist() == [8] * 3
     likely = torch.nn.functional.one_hot(torch.tensor(4), 9).float().log_softmax(-1)[4]
     torch.testing.assert_close(rows.logprobs[0, :4], torch.stack([likely] * 3 + [torch.tensor(0.0)]))
@@ -66,7 +66,7 @@ def test_the_kernel_does_what_operations_do(emulated, v, given):
             run(logits, rows, 2, chosen)
         for name, x, y in zip(Slots._fields, *ways, strict=True):
             sound = ~ways[0].broken
-            if name in ("tokens", "token", "finished", "count") and not given:
+            if name in ("tokens", "token", "finished", "counts") and not given:
                 x, y = x[sound], y[sound]
             if name == "logprobs" and x is not None:
                 torch.testing.assert_close(x[sound], y[sound], atol=2e-6, rtol=2e-6)

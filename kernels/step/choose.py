@@ -27,7 +27,7 @@ class Slots(NamedTuple):
         tokens: ``(b, m)`` int64, tokens by column.
         logprobs: ``(b, m)`` float32, how likely they were; ``None`` where nobody asks.
         column: ``(b,)`` int64, where the next one goes.
-        count: ``(b,)`` int64, tokens of a row.
+        counts: ``(b,)`` int64, tokens of a row.
         limit: ``(b,)`` int64, and how many it may have.
         finished: ``(b,)`` bool, whether a row has ended.
         broken: ``(b,)`` bool, whether the best logit of a row was not finite before it had.
@@ -38,7 +38,7 @@ class Slots(NamedTuple):
     tokens: Tensor
     logprobs: Tensor | None
     column: Tensor
-    count: Tensor
+    counts: Tensor
     limit: Tensor
     finished: Tensor
     broken: Tensor
@@ -80,9 +80,9 @@ def _plain(logits: Tensor, s: Slots, pad: int, given: Tensor | None) -> None:
         logprob = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(1)
         s.logprobs.scatter_(1, at, logprob.masked_fill(s.finished, 0)[:, None])
     s.column.add_(1)
-    s.count.add_(alive)
+    s.counts.add_(alive)
     s.token.copy_(token)
-    s.finished.logical_or_((token[:, None] == s.ends).any(1)).logical_or_(s.count >= s.limit)
+    s.finished.logical_or_((token[:, None] == s.ends).any(1)).logical_or_(s.counts >= s.limit)
 
 
 class ChooseParams(ctypes.Structure):
@@ -117,7 +117,7 @@ def _cuda(logits: Tensor, s: Slots, pad: int, given: Tensor | None) -> None:
     (b, v), (m, e) = logits.shape, (s.tokens.shape[1], len(s.ends))
     flags = (ALIGNED if v % 4 == 0 and logits.data_ptr() % 16 == 0 else 0) | (LIKELY if s.logprobs is not None else 0)
     given = None if given is None else given.contiguous()
-    pointers = s.limit, s.tokens, s.logprobs, s.column, s.count, s.token, s.finished, s.broken
+    pointers = s.limit, s.tokens, s.logprobs, s.column, s.counts, s.token, s.finished, s.broken
     packed = structs.pack(_tail(pad, v, m, e), logits, given, s.ends, *pointers)
     if b:
         nvrtc.launch("choose.cu", f"choose<{flags}>", packed, b, THREADS, 0, logits.device)
