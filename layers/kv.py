@@ -86,15 +86,15 @@ class AttentionState(State):
         return replace(new, pos=self.pos.masked_fill(rows[:, None], -1))
 
     def put(self, rows: Tensor, other: "AttentionState") -> None:
-        """As :meth:`State.put`; slots that the other has not are empty, and those that this one has not are made."""
-        if (more := other.k.shape[1] - self.k.shape[1]) > 0:
+        """As :meth:`State.put`; slots that the other has not are empty, and those that it uses and this one has not are made."""
+        if (more := other.used - self.k.shape[1]) > 0:
             self._grow(more)
-        cap = other.k.shape[1]
+        cap = min(other.k.shape[1], self.k.shape[1])
         for name, mine in self.tensors():
             theirs = getattr(other, name)
-            if name in ("k", "v", "pos") and cap < mine.shape[1]:
+            if name in ("k", "v", "pos") and theirs.shape[1] != mine.shape[1]:
                 empty = torch.full_like(mine[:1], -1 if name == "pos" else 0).expand(len(rows), *mine.shape[1:]).clone()
-                empty[:, :cap] = theirs
+                empty[:, :cap] = theirs[:, :cap]
                 theirs = empty
             mine.index_copy_(0, rows, theirs)
         self.bound = -1 if min(self.bound, other.bound) < 0 else max(self.bound, other.bound)

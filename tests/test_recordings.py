@@ -11,6 +11,10 @@ from tape import Tape
 
 import hybridzoo as zoo
 from hybridzoo.zoo.models import decoder, recordings
+from hybridzoo.zoo.models.decoder import Decoder
+from hybridzoo.zoo.models.prefill import prefill
+from hybridzoo.zoo.models.sampling import Sampler
+from hybridzoo.zoo.sampling_options import SamplingOptions
 
 CFG = {
     "task": "causal_lm", "vocab_size": 50, "d_model": 32, "layers": "mamba attention mamba2 mlp", "tie_embeddings": False,
@@ -159,3 +163,20 @@ def test_room_is_an_eighth_at_most_too_large():
     for tokens in (*range(1, 3000), 16_400, 131_072):
         room = recordings.room_for(tokens)
         assert tokens <= room <= max(tokens + 63, tokens * 9 / 8) and recordings.room_for(room) == room
+
+
+@torch.no_grad()
+def test_slots_that_grow_are_recorded_anew(model, tapes):
+    texts, prompts_ = {}, [prompts(b=1, l=l, seed=l) for l in (4, 9, 60)]
+    slots = Decoder(model, model.init_state(2, 40), Sampler(SamplingOptions(), 2, 50, torch.device("cpu")), [], 0, 20)
+    for at, ids in enumerate(prompts_):
+        logits, state = prefill(model, ids, None, None, 30 if at < 2 else 4, None)
+        slots.put(torch.tensor([at % 2]), logits, torch.zeros(1, 0, dtype=torch.float64), 20, state)
+        for _ in range(20 if at == 2 else 5):
+            look = slots.advance(1)
+            for slot, row in ((at % 2, at), *(((at - 1) % 2, at - 1),) * (at > 0)):
+                texts.setdefault(row, []).append(int(look.tokens[slot, 0]))
+        assert len(tapes) == (1 if at < 2 else 2)
+    for at, ids in enumerate(prompts_):
+        want = model.generate(ids, 20, record=False)[0, ids.shape[1] :].tolist()
+        assert texts[at][: len(want)] == want[: len(texts[at])]

@@ -125,7 +125,10 @@ class Decoder:
         logits = logits[:, : self._logits.shape[1]].float()
         refuse(not_finite(logits))
         if state is not None:
+            before = self.state.places()
             self.state.put(slots, state)
+            if self.state.places() != before:  # it has grown: what was recorded works on memory that is left
+                self._graph, self._warm, self.form = None, 0, None
         self._logits[slots] = logits
         self._chance[slots, : chance.shape[1]] = chance.to(self._chance.device)
         self._count[slots], self._limit[slots] = 0, limit

@@ -12,6 +12,7 @@ from ..sampling_options import SamplingOptions
 from .decoder import Chosen, Decoder
 from .ends import Ends
 from .prefill import prefill
+from .recordings import room_for
 from .rows import rectangle
 from .sampling import Sampler, uniforms
 from .speculate import DraftModel, PromptLookup, Speculator
@@ -273,7 +274,9 @@ class _Run:
         options = SamplingOptions(**call.values())
         mask = None if call.attention_mask is None else call.attention_mask.to(device)
         sampler = Sampler(options, b, model.cfg.vocab_size, device)
-        logits, state = prefill(model, ids, mask, call.state, call.steps, call.prefill_chunk)
+        # as much room as a recorded step would have, so that both give the same bits
+        more = room_for(ids.shape[1] + call.steps) - ids.shape[1]
+        logits, state = prefill(model, ids, mask, call.state, more, call.prefill_chunk)
         state = state.kept_in(call.state_dtype)
         if call.assistant is not None:
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recordings import room_for
 from .state import ModelState
 
 __all__ = ["prefill"]
@@ -37,8 +36,7 @@ def prefill(
     chunk = chunk or (l if l <= _LONG else _LONG // 2)
     last = _last(input_ids, mask)
     if state is None:
-        # weights may be elsewhere until they are called
-        state = model.init_state(b, room_for(l + more), device=input_ids.device)
+        state = model.init_state(b, l + more, device=input_ids.device)  # weights may be elsewhere until they are called
     elif state.tokens.shape[0] != b:
         raise ValueError(
             f"state: is of {state.tokens.shape[0]} rows, and there are {b} prompts. Use state.reorder(rows)."

@@ -204,6 +204,10 @@ class ModelState:
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: cannot be read as a state ({type(e).__name__}: {e}).") from e
 
+    def places(self) -> list[int]:
+        """Where in memory the layers' tensors are."""
+        return [t.data_ptr() for state, _ in paired(self.layers, self.layers) for _, t in state.tensors()]
+
     def copy_(self, other: "ModelState") -> None:
         """Take over another state's values in place."""
         copy_state(self.layers, other.layers)
