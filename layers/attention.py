@@ -20,6 +20,7 @@ from ..kernels import contain
 from ..kernels.dispatch import choose
 from . import attend
 from .adapter import Adapter
+from .attend_token import attend_token
 from .base import Aux, Mixer, Seq
 from .common import Device, Dtype, linear, reset_linear, scaled
 from .conv import CausalConv1d
@@ -164,7 +165,6 @@ class Attention(Mixer):
         elif past is not None:
             pos = past.length[:, None] + pos
         q, k, v = self._heads(qkv, pos)
-
         if past is None or (seq is not None and seq.packed):
             y = self.mix(q, k, v, seq)
         else:
@@ -185,6 +185,8 @@ class Attention(Mixer):
     def look(self, qkv: Tensor, state: AttentionState) -> Tensor:
         """Attend from one projected token per row, ``(b, d_qkv)`` to ``(b, h * p)``; its key and value go into ``state``."""
         state.make_room(self.window)
+        if (at_once := attend_token(self, qkv, state)) is not None:
+            return at_once
         pos = state.length[:, None]
         q, k, v = self._heads(qkv[:, None], pos)
         state.write(k, v)

@@ -6,7 +6,7 @@ from torch import Tensor
 from .common import acc_dtype
 from .options import check
 
-__all__ = ["check_rope", "rotate"]
+__all__ = ["check_rope", "frequencies", "rotate"]
 
 
 def check_rope(rope: float | None, rotary_dim: int | None, headdim: int, scaling: tuple[float, ...] | None) -> None:
@@ -47,11 +47,7 @@ def rotate(
         ``(b, l, h, p)`` in x's dtype; angles and products are in float32 at least.
     """
     acc = acc_dtype(x.dtype)
-    exponent = torch.arange(0, dim, 2, device=x.device, dtype=acc) / dim
-    # the same expression as in transformers and flash-attn: far out, another rounding is another angle
-    frequency = 1.0 / theta**exponent
-    if scaling is not None:
-        frequency = _stretched(frequency, *scaling)
+    frequency = frequencies(theta, dim, scaling, acc, x.device)
     angle = pos[..., None].to(acc) * frequency  # ([b,] l, dim / 2)
     cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)  # one for all heads
     turn, rest = x[..., :dim].to(acc), x[..., dim:]
@@ -59,6 +55,16 @@ def rotate(
     pair = (first * cos - second * sin, second * cos + first * sin)
     turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def frequencies(
+    theta: float, dim: int, scaling: tuple[float, ...] | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Angles per position of ``dim`` channels' pairs, ``(dim / 2,)``; the rest as for :func:`rotate`."""
+    exponent = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim
+    # the same expression as in transformers and flash-attn: far out, another rounding is another angle
+    frequency = 1.0 / theta**exponent
+    return frequency if scaling is None else _stretched(frequency, *scaling)
 
 
 def _stretched(frequency: Tensor, factor: float, low: float, high: float, length: float) -> Tensor:

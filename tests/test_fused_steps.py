@@ -9,7 +9,7 @@ import torch
 import hybridzoo as zoo
 from hybridzoo.kernels import dispatch
 from hybridzoo.kernels.few import cuda, op
-from hybridzoo.layers import fused
+from hybridzoo.layers import attend_token, fused
 from hybridzoo.layers.mamba import Mamba
 from hybridzoo.zoo.models import block as blocks
 
@@ -213,6 +213,33 @@ def test_blocks_by_the_kernel_itself(emulated, forced, monkeypatch):
         assert x.dtype == y.dtype
         if x.is_floating_point():
             assert (y.double() - z).norm() <= 1.3 * (x.double() - z).norm() + 1e-3 * z.double().norm()
+
+
+@torch.no_grad()
+def test_attention_between_the_projections_gives_way_where_it_must(forced, monkeypatch):
+    attention, calls = zoo.layers.Attention(32, 4, qk_norm=True, dtype=torch.float64), []
+    asked = attend_token.step_attention
+    monkeypatch.setattr(attend_token, "step_attention", lambda *a, **k: calls.append(1) or asked(*a, **k))
+    x = torch.randn(2, 32, dtype=torch.float64)
+
+    def taken():
+        before = len(calls)
+        attention.step(x, attention.init_state(2, 4))
+        return len(calls) > before
+
+    assert taken()
+    attention.requires_grad_(True)
+    with torch.enable_grad():
+        assert not taken()
+    handle = attention.k_norm.register_forward_hook(lambda *_: None)
+    assert not taken()
+    handle.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not taken()
+    monkeypatch.setenv("HYBRIDZOO_BACKEND", "math")
+    assert not taken()
+    monkeypatch.delenv("HYBRIDZOO_BACKEND")
+    assert not taken()
 
 
 class Mine(Mamba):

@@ -205,7 +205,7 @@ class ModelState:
             raise CheckpointError(f"{path}: cannot be read as a state ({type(e).__name__}: {e}).") from e
 
     def places(self) -> list[int]:
-        """Where in memory the layers' tensors are."""
+        """The addresses of the layers' tensors."""
         return [t.data_ptr() for state, _ in paired(self.layers, self.layers) for _, t in state.tensors()]
 
     def copy_(self, other: "ModelState") -> None:

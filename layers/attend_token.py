@@ -1,0 +1,62 @@
+"""One token's attention in two launches, where nothing but an attention layer's options decides about it."""
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import HeadNorm, step_attention
+from ..kernels.dispatch import ENV, TABLES, choose
+from ..kernels.gpu.operands import eager
+from .common import acc_dtype, autocasts, hooked_everywhere, is_captured, why_called
+from .kv import AttentionState
+from .norm import RMSNorm
+from .rope import frequencies
+
+__all__ = ["attend_token"]
+
+
+def attend_token(layer: Any, qkv: Tensor, state: AttentionState) -> Tensor | None:
+    """Attend from one projected token per row, ``(b, d_qkv)`` to ``(b, h * p)``, keeping its key and value; there is room for them.
+
+    ``None``, and nothing done, where the layer's parts have to be called, gradients are asked for, or the kernel does not pay.
+    """
+    if not _pays(qkv.device.type, qkv.dtype, layer.headdim, os.environ.get(ENV)):
+        return None
+    norms = [m for m in (layer.q_norm, layer.k_norm) if m is not None]
+    if any(why_called(m, RMSNorm) for m in norms) or (norms and hooked_everywhere()) or autocasts(qkv):
+        return None
+    grad = torch.is_grad_enabled() and (qkv.requires_grad or state.k.requires_grad)
+    if grad or not eager(qkv):
+        return None
+    norm = HeadNorm(norms[0].eps, norms[0].weight, norms[1].weight) if norms else None
+    caches = state.k, state.v, state.pos, state.length
+    how: dict[str, Any] = {"scale": layer.softmax_scale, "window": layer.window, "interleaved": layer.rope_interleaved}
+    frequency = None if layer.rope is None else _frequencies(qkv, layer.rope, layer.rotary_dim, layer.rope_scaling)
+    how |= {"frequency": frequency, "key_multiplier": layer.key_multiplier, "norm": norm}
+    return step_attention(qkv, *caches, nheads=layer.nheads, **how)
+
+
+@functools.lru_cache(maxsize=256)
+def _pays(device: str, dtype: torch.dtype, headdim: int, wish: str | None) -> bool:
+    # who asks for a backend of attention's own means this one, too
+    if wish in TABLES["attention"]:
+        return False
+    return wish == "torch" or choose("step_attention", device=device, dtype=dtype, headdim=headdim).name == "cuda"
+
+
+_kept: dict[tuple, Tensor] = {}
+
+
+def _frequencies(x: Tensor, theta: float, dim: int, scaling: tuple[float, ...] | None) -> Tensor:
+    """The frequencies of a rotation; formed once, for who records a step, too: a few hundred bytes that stay where they are."""
+    key = (x.device, acc_dtype(x.dtype), theta, dim, scaling)
+    found = _kept.get(key)
+    if found is None:
+        found = frequencies(theta, dim, scaling, acc_dtype(x.dtype), x.device)
+        # what is formed while a graph is recorded is there only when it runs
+        if not is_captured(x):
+            _kept[key] = found
+    return found
