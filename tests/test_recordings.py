@@ -180,3 +180,12 @@ def test_slots_that_grow_are_recorded_anew(model, tapes):
     for at, ids in enumerate(prompts_):
         want = model.generate(ids, 20, record=False)[0, ids.shape[1] :].tolist()
         assert texts[at][: len(want)] == want[: len(texts[at])]
+
+
+@torch.no_grad()
+def test_recordings_can_be_let_go_of(model, tapes):
+    model.generate(prompts(), 6)
+    model.recordings.clear()
+    assert len(model.recordings) == 0
+    model.generate(prompts(), 6)
+    assert len(tapes) == 2

@@ -43,6 +43,10 @@ class Recordings:
     def __reduce__(self) -> Any:
         return Recordings, ()
 
+    def clear(self) -> None:
+        """Let go of all, and of the memory that they hold."""
+        self._waiting.clear()
+
     def __len__(self) -> int:
         return len(self._waiting)
 
