@@ -67,11 +67,13 @@ def why_head_apart(head: nn.Module, norm: nn.Module, x: Tensor) -> str | None:
 
 
 def _why_products(x: Tensor, norm: nn.Module, linears: list[Any]) -> str | None:
+    first = getattr(linears[0], "weight", x)
+    # what a CPU answers with no, for every block and token
+    if (why := fits(x.device.type, first.dtype, *x.shape)) is not None:
+        return why
     why = next((why for m in linears if (why := why_called(m, nn.Linear)) is not None), None)
     if why is not None:
         return f"a projection {why}"
-    first = linears[0].weight
-    # the first question that a CPU answers with no
     if (why := fits(x.device.type, first.dtype, x.shape[0], max(m.in_features for m in linears))) is not None:
         return why
     if type(norm) not in NORMS.values() or why_called(norm, type(norm)) is not None:
