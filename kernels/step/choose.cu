@@ -4,7 +4,7 @@
 #include "vector.cuh"
 
 struct ChooseParams {
-    const float* logits;   // (b, v), in one piece
+    const float* logits;   // (b, v), rows in one piece
     const int64* given;    // (b), or null
     const int64* ends;     // (e), tokens that end a row
     const int64* limit;    // (b), tokens of a row at most
@@ -16,6 +16,7 @@ struct ChooseParams {
     uint8* finished;       // (b)
     uint8* broken;         // (b), whether the best logit was no number
     int64 pad;             // of a row that has finished
+    int64 row;             // from row to row of the logits
     int v, m, e;
 };
 
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(THREADS) choose(const ChooseParams p) {
     SHARED_ARRAY(float, bests, THREADS / 16);
     SHARED_ARRAY(float, sums, THREADS / 32);
     const int b = blockIdx.x;
-    const float* row = p.logits + (int64)b * p.v;
+    const float* row = p.logits + b * p.row;
     Best own;
     // what is no number is the largest of all
     each<FLAGS & ALIGNED>(row, p.v, [&](float x, int i) { if (!(x <= own.top)) own.top = x == x ? x : infinity(), own.at = (float)i; });

@@ -90,7 +90,7 @@ class ChooseParams(ctypes.Structure):
 
     _fields_ = [
         *structs.fields(c_void_p, "logits given ends limit tokens logprobs column count token finished broken"),
-        ("pad", c_longlong),
+        *structs.fields(c_longlong, "pad row"),
         *structs.fields(c_int, "v m e"),
     ]
 
@@ -108,17 +108,17 @@ def refuse(facts: Facts) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _tail(pad: int, v: int, m: int, e: int) -> bytes:
-    return structs.tail(ChooseParams(pad=pad, v=v, m=m, e=e))
+def _tail(pad: int, row: int, v: int, m: int, e: int) -> bytes:
+    return structs.tail(ChooseParams(pad=pad, row=row, v=v, m=m, e=e))
 
 
 def _cuda(logits: Tensor, s: Slots, pad: int, given: Tensor | None) -> None:
-    logits = logits.contiguous()
-    (b, v), (m, e) = logits.shape, (s.tokens.shape[1], len(s.ends))
-    flags = (ALIGNED if v % 4 == 0 and logits.data_ptr() % 16 == 0 else 0) | (LIKELY if s.logprobs is not None else 0)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    (b, v), row, (m, e) = logits.shape, logits.stride(0), (s.tokens.shape[1], len(s.ends))
+    flags = (ALIGNED if row % 4 == 0 and logits.data_ptr() % 16 == 0 else 0) | (LIKELY if s.logprobs is not None else 0)
     given = None if given is None else given.contiguous()
     pointers = s.limit, s.tokens, s.logprobs, s.column, s.counts, s.token, s.finished, s.broken
-    packed = structs.pack(_tail(pad, v, m, e), logits, given, s.ends, *pointers)
+    packed = structs.pack(_tail(pad, row, v, m, e), logits, given, s.ends, *pointers)
     if b:
         nvrtc.launch("choose.cu", f"choose<{flags}>", packed, b, THREADS, 0, logits.device)
 

@@ -75,7 +75,8 @@ class Decoder:
     ):
         self.model, self.state, self.sampler, self.pad = model, state, sampler, pad
         b, device, vocab = state.tokens.shape[0], state.tokens.device, model.cfg.vocab_size
-        self._logits = torch.zeros(b, vocab, device=device)
+        # rows begin where 16 bytes can be read at once
+        self._logits = torch.zeros(b, -(-vocab // 4) * 4, device=device)[:, :vocab]
         self._chance = torch.zeros(b, steps if sampler.options.draws else 0, dtype=torch.float64, device=device)
         self._count, self._limit, column, token = (torch.zeros(b, dtype=torch.long, device=device) for _ in range(4))
         self._finished, self._broken = (torch.full((b,), value, device=device) for value in (True, False))
