@@ -134,7 +134,7 @@ def _mamba(m: Mamba, token: Token, state: Any) -> Tensor:
     x, norm, residual, multiplier = token
     taps = _convolution(m.conv1d, state.conv)
     u, z = step_linear(x, m.in_proj.weight, m.in_proj.bias, norm=norm, conv=taps).chunk(2, dim=-1)
-    y = m.parts().step(u, z, step_linear(u, m.x_proj.weight), state.ssm)
+    y = m.parts().step(u, z, state.ssm)
     return step_linear(y, m.out_proj.weight, m.out_proj.bias, residual=residual, multiplier=multiplier)
 
 

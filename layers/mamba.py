@@ -286,7 +286,7 @@ class Mamba(RowMixer):
         u, z = self._gated(self.in_proj(x))
         u = self.conv1d.step(u, state.conv)
         if self._why_called() is None:
-            return self.out_proj(self.parts().step(u, z, self.x_proj(u), state.ssm))
+            return self.out_proj(self.parts().step(u, z, state.ssm))
         dt, A, B, C, options = self._scan_inputs(u, z, self.parts())
         return self.out_proj(selective_state_update(state.ssm, u, dt, A, B, C, **options))
 

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import BackendError, ScanNorms, selective_state_update
+from ..kernels import BackendError, ScanNorms, selective_state_update, step_linear
 from ..kernels.dispatch import ENV, choose
-from .common import Device, Dtype, acc_dtype, linear, reset_decays, reset_dt_bias, reset_linear, upcast
+from ..kernels.gpu.operands import eager
+from ..kernels.step.cuda import LOW_ROWS
+from .common import Device, Dtype, acc_dtype, autocasts, linear, reset_decays, reset_dt_bias, reset_linear, upcast
 from .conv import CausalConv1d
 from .directions import names_of
 from .norm import RMSNorm
@@ -57,6 +59,13 @@ def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     # what autocast made of the operands, wherever the backward runs
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of one token per row, by the kernel of few rows where that can and pays: of weights this small, with any number."""
+    if x.is_cuda and x.dtype == weight.dtype and eager(x) and not autocasts(x):
+        return step_linear(x, weight)
+    return F.linear(x, weight)
 
 
 def check_constant(directions: int, **others: Any) -> None:
@@ -110,17 +119,19 @@ class Parts(NamedTuple):
         norms = (norm(size, device=device, dtype=dtype) if norm else None for size in (r, n, n))
         return cls(conv, linear(d, r + 2 * n, bias, device, dtype), steps, empty(d, n), empty(d), *norms)
 
-    def step(self, u: Tensor, z: Tensor, projected: Tensor, state: Tensor) -> Tensor:
+    def step(self, u: Tensor, z: Tensor, state: Tensor) -> Tensor:
         """Scan one token per row and gate it, ``(b, d_inner)``, where no part has to be called; ``state`` is updated in place.
 
-        The kernel norms, and forms step sizes and rates, from ``projected``, what ``x_proj`` makes of ``u``.
+        The kernel norms, and forms rates and, of a few rows, step sizes.
         """
-        (r, n), norms = (self.dt_proj.weight.shape[1], self.A_log.shape[1]), None
-        dt, B, C = projected.split([r, n, n], dim=-1)
+        (r, n), norms, weight = (self.dt_proj.weight.shape[1], self.A_log.shape[1]), None, self.dt_proj.weight
+        dt, B, C = _product(u, self.x_proj.weight).split([r, n, n], dim=-1)
         if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
             norms = ScanNorms(self.dt_norm.eps, self.dt_norm.weight, self.b_norm.weight, self.c_norm.weight)
+        elif len(u) > LOW_ROWS:
+            dt, weight = _product(dt, weight), None
         return selective_state_update(
-            state, u, dt, self.A_log, B, C, self.D, z, dt_weight=self.dt_proj.weight, norms=norms, log_rates=True,
+            state, u, dt, self.A_log, B, C, self.D, z, dt_weight=weight, norms=norms, log_rates=True,
             dt_bias=upcast(self.dt_proj.bias), dt_softplus=True,
         )  # fmt: skip
 
