@@ -8,7 +8,10 @@ import torch
 
 import hybridzoo as zoo
 from hybridzoo.kernels import dispatch
-from hybridzoo.kernels.few import cuda, op
+from hybridzoo.kernels.attend import cuda as attend
+from hybridzoo.kernels.few import cuda as few
+from hybridzoo.kernels.few import op
+from hybridzoo.kernels.step import cuda as update
 from hybridzoo.layers import attend_token, fused
 from hybridzoo.layers.mamba import Mamba
 from hybridzoo.zoo.models import block as blocks
@@ -117,8 +120,8 @@ def test_more_rows_than_step_sizes_are_formed_for_in_the_kernel(name, forced, mo
     ids = torch.randint(0, 50, (9, 4))
     found = both_ways(model, monkeypatch, ids)
     close(found, 1e-10)
-    few = both_ways(model, monkeypatch, ids[:3])
-    close([[x[:3] for x in found[1]], few[1]], 1e-10)
+    fewer = both_ways(model, monkeypatch, ids[:3])
+    close([[x[:3] for x in found[1]], fewer[1]], 1e-10)
 
 
 @torch.no_grad()
@@ -201,8 +204,8 @@ def test_what_is_put_around_a_part_is_called(forced, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-def test_blocks_by_the_kernel_itself(emulated, forced, monkeypatch):
-    """The kernel reads what blocks hand it where it lies: slices of other products, states, and a stream of another type."""
+def test_blocks_by_the_kernels_themselves(emulated, forced, monkeypatch):
+    """The kernels read what blocks hand them where it lies: slices of other products, states, and a stream of another type."""
     torch.manual_seed(0)
     names = ("mamba", "mamba2", "mlp", "attention")
     cfg = CFG | {
@@ -215,12 +218,23 @@ def test_blocks_by_the_kernel_itself(emulated, forced, monkeypatch):
     exact = both_ways(copy.deepcopy(model).double(), monkeypatch, ids)[0]
     _, plain = both_ways(model, monkeypatch, ids)
     asked = []
-    ours = dispatch.Backend("cuda", "emulated", run=lambda i: asked.append(cuda.misfit(i)) or cuda.step_linear(i))
-    monkeypatch.setitem(dispatch.TABLES, "step_linear", {"cuda": ours})
+
+    def emulated_as(op, run, misfit=lambda i: None):
+        ours = dispatch.Backend("cuda", "emulated", run=lambda i, *a: asked.append((op, misfit(i))) or run(i, *a))
+        monkeypatch.setitem(dispatch.TABLES, op, {"cuda": ours})
+
+    emulated_as("step_linear", few.step_linear, few.misfit)
+    emulated_as("step_attention", attend.step_attention, attend.misfit)
+    emulated_as("update", update.update)
     monkeypatch.setattr(op, "_fits", lambda *call: None)
-    monkeypatch.setattr(cuda, "processors", lambda device: 2)  # fewer threads to emulate
+    for module in (few, update):
+        monkeypatch.setattr(module, "processors", lambda device: 2)  # fewer threads to emulate
+    attend_token._pays.cache_clear()
     found = stepped(model, ids)
-    assert asked == [None] * 2 * (2 + 2 + 2 + 2 + 1)
+    attend_token._pays.cache_clear()
+    # but for x_proj, which a GPU alone hands on
+    assert asked.count(("step_linear", None)) == 2 * (2 + 2 + 2 + 2 + 1)
+    assert asked.count(("update", None)) == 2 * 2 and asked.count(("step_attention", None)) == 2
     for x, y, z in zip(plain, found, exact, strict=True):
         assert x.dtype == y.dtype
         if x.is_floating_point():
