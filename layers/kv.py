@@ -135,6 +135,12 @@ class AttentionState(State):
             self.bound = mark.bound if self.bound >= 0 else -1
         super().back(mark, rows)
 
+    def reserve(self, more: int) -> None:
+        """As :meth:`State.reserve`; slots that a window has come round to are taken again and again."""
+        cap, bound = self.k.shape[1], self.longest if self.bound < 0 else self.bound
+        if bound <= cap < bound + more:
+            self._grow(bound + more - cap)
+
     def piece(self, start: int) -> "AttentionState":
         """As :meth:`State.piece`: the keys and values of these tokens alone, unless a window has put them into earlier ones' slots."""
         end = self.longest

@@ -128,6 +128,9 @@ class State:
             else:
                 mine.copy_(theirs if rows is None else _rows_of(rows, theirs, mine))
 
+    def reserve(self, more: int) -> None:
+        """Have room for so many more tokens of every row, in place; here, a state is of one size."""
+
     def piece(self, start: int) -> Self:
         """Return what tokens from number ``start`` on have left behind, for :meth:`joined`; here, all: they went into one state."""
         return self

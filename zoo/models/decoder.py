@@ -93,6 +93,8 @@ class Decoder:
             torch.tensor(ends, dtype=torch.long, device=device),
         )
         self.how, self._records = how_taken(model, device, record)
+        if self._records:  # a step that is recorded cannot add any
+            state.reserve(steps)
         self.ahead = AHEAD if device.type == "cuda" else 1
         self.form: Any = None
         self._graph: Any = None

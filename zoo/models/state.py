@@ -204,6 +204,11 @@ class ModelState:
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: cannot be read as a state ({type(e).__name__}: {e}).") from e
 
+    def reserve(self, more: int) -> None:
+        """Have room for so many more tokens of every row, in place."""
+        for state, _ in paired(self.layers, self.layers):
+            state.reserve(more)
+
     def places(self) -> list[int]:
         """The addresses of the layers' tensors."""
         return [t.data_ptr() for state, _ in paired(self.layers, self.layers) for _, t in state.tensors()]
