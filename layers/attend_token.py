@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import HeadNorm, step_attention
+from ..kernels import BackendError, HeadNorm, step_attention
 from ..kernels.dispatch import ENV, TABLES, choose
 from ..kernels.gpu.operands import eager
 from .common import acc_dtype, autocasts, hooked_everywhere, is_captured, why_called
@@ -44,7 +44,10 @@ def _pays(device: str, dtype: torch.dtype, headdim: int, wish: str | None) -> bo
     # who asks for a backend of attention's own means this one, too
     if wish in TABLES["attention"]:
         return False
-    return wish == "torch" or choose("step_attention", device=device, dtype=dtype, headdim=headdim).name == "cuda"
+    try:
+        return wish == "torch" or choose("step_attention", device=device, dtype=dtype, headdim=headdim).name == "cuda"
+    except BackendError:
+        return False  # our kernels are asked for, and not for this one: the layer's own operations
 
 
 _kept: dict[tuple, Tensor] = {}

@@ -227,6 +227,8 @@ def test_blocks_by_the_kernels_themselves(emulated, forced, monkeypatch):
     emulated_as("step_attention", attend.step_attention, attend.misfit)
     emulated_as("update", update.update)
     monkeypatch.setattr(op, "_fits", lambda *call: None)
+    for module in (few, attend):
+        monkeypatch.setattr(module, "refuse", lambda facts: None)
     for module in (few, update):
         monkeypatch.setattr(module, "processors", lambda device: 2)  # fewer threads to emulate
     attend_token._pays.cache_clear()
