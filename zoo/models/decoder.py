@@ -98,6 +98,7 @@ class Decoder:
         self.ahead = AHEAD if device.type == "cuda" else 1
         self.form: Any = None
         self._graph: Any = None
+        self._here: tuple[Tensor, ...] | None = None
         self._warm, self._unread = 0, False
 
     @property
@@ -156,9 +157,21 @@ class Decoder:
         if last:
             self._choose()
         self._unread = last
-        refuse(self._broken)
-        found = self._slots.tokens[:, :steps], self._logprobs[:, :steps], self._count, self._finished
-        return Chosen(*(t.cpu().clone() for t in found))
+        tokens, logprobs, counts, finished, broken = self._looked_at()
+        refuse(broken)
+        return Chosen(tokens[:, :steps].clone(), logprobs[:, :steps].clone(), counts.clone(), finished.clone())
+
+    def _looked_at(self) -> tuple[Tensor, ...]:
+        """Copies of all that a look shows, on the CPU, overwritten by the next ones; the device is waited for once."""
+        there = self._slots.tokens, self._logprobs, self._count, self._finished, self._broken
+        on_gpu = self._count.is_cuda
+        if self._here is None:
+            self._here = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for t in there)
+        for mine, theirs in zip(self._here, there, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream(self._count.device).synchronize()
+        return self._here
 
     def _step(self) -> None:
         if self._graph is not None:
