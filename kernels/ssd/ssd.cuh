@@ -1,0 +1,147 @@
+// What the forward and the backward of SSD share: chunks, their step sizes and decays, tiles of operands in shared memory.
+#pragma once
+#include "mma.cuh"
+
+// threads of a block
+constexpr int SSD_THREADS = 128;
+
+template <class T>
+constexpr bool is_fp16 = false;
+template <>
+constexpr bool is_fp16<fp16> = true;
+
+// tokens of a chunk: the work within grows with them, that for the states falls
+template <class T>
+struct Chunk {
+    static constexpr int q = sizeof(T) == 2 ? 64 : 32;
+};
+
+// A chunk's step sizes, in shared memory.  What passes between two tokens is the difference of two sums, each kept in two floats: behind one
+// large step, a single float would have no digits for the small ones.
+template <int Q>
+struct Steps {
+    float dt[Q];          // as used: 0 at padding and behind the end
+    float hi[Q], lo[Q];   // hi + lo: sum of dt A log2(e) up to and with this token
+    float into[Q];        // decay from the chunk's start, 0 where a document started in between
+    float onward[Q];      // decay to the chunk's end times dt, likewise; over `gain`
+    int doc[Q];           // documents that started in the chunk up to here
+    int bad[Q];           // 1: something that the state takes up is not finite, 2: C is not (packed documents only)
+    float through, gain;  // decay over the whole chunk, likewise; a power of two, 1 but for fp16
+    float pad[2];
+
+    // decay from token s to token t >= s of the same document
+    template <class T>
+    DEVICE float between(int t, int s) const {
+        return decay_of<T>((hi[t] - hi[s]) + (lo[t] - lo[s]), 1.f);
+    }
+};
+
+// 2^k and 2^-k for which `largest` 2^k lies in [2^(to - 1), 2^to), as far as |k| <= 40
+DEVICE void normal_range(float largest, int to, float& by, float& back) {
+    int k = to - 1 - (int)((__float_as_uint(largest) >> 23 & 255) - 127);
+    k = k > 40 ? 40 : k < -40 ? -40 : k;
+    by = __uint_as_float((uint32)(127 + k) << 23), back = __uint_as_float((uint32)(127 - k) << 23);
+}
+
+DEVICE float warp_max(float x) {
+#pragma unroll
+    for (int m = 16; m > 0; m /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, m));
+    return x;
+}
+
+DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// What a warp's lane reads of a chunk's step sizes, Q / 32 neighbouring tokens, before there is time to work on it
+template <int Q>
+struct RawSteps {
+    static constexpr int PER = Q / 32;
+    float dt[PER];
+    bool valid[PER], reset[PER];
+
+    template <class T, class P>
+    DEVICE void load(const P& p, int64 b, int head, int start) {
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const int t = start + threadIdx.x % 32 * PER + i;
+            const bool there = t < p.l;
+            const int64 at = b * p.dt_b + (there ? t : 0) * p.dt_l + head * p.dt_h, token = b * p.l + (there ? t : 0);
+            float x[1] = {0.f};
+            if (there && p.wide_dt) x[0] = reinterpret_cast<const float*>(p.dt)[at];
+            if (there && !p.wide_dt) read_channels<T, 1>(reinterpret_cast<const T*>(p.dt) + at, x);
+            dt[i] = x[0];
+            valid[i] = there && (p.valid == nullptr || p.valid[token]);
+            reset[i] = there && p.reset != nullptr && p.reset[token];
+        }
+    }
+    // a step that is not finite is one of zero that is marked, where there are documents which it must not reach
+    template <bool RESET, class P>
+    DEVICE float step(const P& p, int i, float bias, int& bad) const {
+        float x = dt[i];
+        bad = 0;
+        if (RESET && !(is_finite(x) || (p.softplus && x < 0.f))) bad = 1, x = 0.f;
+        x += bias;
+        if (p.softplus) x = softplus<false>(x);
+        x = x < p.low ? p.low : x > p.high ? p.high : x;
+        return valid[i] ? x : 0.f;
+    }
+};
+
+// A chunk's step sizes by one warp.  Sums are formed in double: a float has 24 bits for all steps of a chunk together.
+template <class T, int Q, bool RESET, class P>
+DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, int head, Steps<Q>& out) {
+    constexpr int PER = Q / 32;
+    constexpr double FLOOR = -1442.;  // beyond it a step forgets all
+    const int lane = threadIdx.x % 32;
+    const float bias = p.dt_bias == nullptr ? 0.f : p.dt_bias[head];
+    const double rate = (double)finite_rate(p.A[head]) * 1.4426950408889634;
+    double sums[PER], all = 0.;
+    float dt[PER];
+    int docs[PER], bad[PER], count = 0;
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        dt[i] = raw.template step<RESET>(p, i, bias, bad[i]);
+        const double log = dt[i] * rate;
+        sums[i] = all += log < FLOOR ? FLOOR : log;
+        docs[i] = count += raw.reset[i];
+    }
+    const int started = count;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const double before = __shfl_up_sync(~0u, all, d);
+        const int docs_before = __shfl_up_sync(~0u, count, d);
+        if (lane >= d) all += before, count += docs_before;
+    }
+    const double end = __shfl_sync(~0u, all, 31), before = __shfl_up_sync(~0u, all, 1);
+    const int last = __shfl_sync(~0u, count, 31), shift = count - started;
+    float onward[PER], largest = 0.f, by = 1.f, gain = 1.f;
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        sums[i] += lane == 0 ? 0. : before, docs[i] += shift;
+        onward[i] = docs[i] == last ? decay_of<T>((float)(end - sums[i]), 1.f) * dt[i] : 0.f;
+        largest = fmaxf(largest, fabsf(onward[i]));
+    }
+    // fp16 has no room below: the largest weight becomes about 1
+    if constexpr (is_fp16<T>) normal_range(warp_max(largest), 0, by, gain);
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        const int t = lane * PER + i;
+        const float hi = (float)sums[i];
+        out.dt[t] = dt[i], out.hi[t] = hi, out.lo[t] = (float)(sums[i] - hi), out.doc[t] = docs[i], out.bad[t] = bad[i];
+        out.into[t] = docs[i] == 0 ? decay_of<T>(hi, 1.f) : 0.f;
+        out.onward[t] = onward[i] * by;
+    }
+    if (lane == 0) out.through = last == 0 ? decay_of<T>((float)end, 1.f) : 0.f, out.gain = gain;
+}
+
+// `rows` x `cols` of memory as a tile of ROWS x COLS, zeros beyond; by the whole block, asynchronously where 16 bytes go at once
+template <class T, int ROWS, int COLS, int STRIDE, bool ALIGNED>
+DEVICE void fill_tile(T* shared, const T* at, int64 stride, int rows, int cols) {
+    constexpr int WIDE = Packed<T>::lanes, PER = COLS / WIDE;
+    static_assert(ROWS * PER % SSD_THREADS == 0, "every thread has as many vectors");
+#pragma unroll
+    for (int i = 0; i < ROWS * PER / SSD_THREADS; ++i) {
+        const int k = i * SSD_THREADS + threadIdx.x, row = k / PER, col = k % PER * WIDE;
+        const int count = row < rows ? cols - col : 0;
+        Packed<T>::template fetch<ALIGNED>(shared + row * STRIDE + col, at + (count > 0 ? row * stride + col : 0), count);
+    }
+}

@@ -1,0 +1,397 @@
+// SSD (arXiv:2405.21060) forward: a block walks the chunks of one head, or of a tile of its channels, with their state in registers.
+//
+// Within a chunk Y = (C B^T o L) X + diag(into) C H^T, L[t, s] = dt_s exp(sum of dt A from s to t), and H = through H + X^T diag(onward) B.
+// Where rows and heads are too few to fill the GPU, the length is cut into segments: STATES finds what each leaves behind by itself,
+// ssd_pass_states what enters each, and then every segment is walked with its outputs.
+#include "ssd.cuh"
+
+enum { STATES = 128 };
+#define NOT_A_NUMBER __uint_as_float(0x7fc00000u)
+
+struct SsdForwardParams {
+    const void *x, *dt;
+    const float* A;
+    const void *B, *C;
+    const float* D;
+    const void* z;
+    const float* dt_bias;
+    const uint8 *reset, *valid;
+    const float* initial_state;
+    void* out;
+    float* last;
+    void* saved;                // states at chunk starts for a backward, or null
+    float *states, *passing;    // of segments: (b, segments, h, p, n) at their starts, and the decay (b, segments, h) over the one before
+    int64 x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h;
+    int batch, l, h, p, n, groups, chunks, D_head, D_channel, softplus, wide_dt;
+    int tiles, segments, span;  // tiles of channels per head; chunks per segment
+    float low, high;
+};
+
+// Shared memory: the stages' tiles X, B, C, then the state as an operand, then (float32) the weights, the step sizes of two chunks, maxima.
+template <class T, int P, int N, int STAGES, int FLAGS>
+struct Layout {
+    static constexpr bool HALF = sizeof(T) == 2, OUT = !(FLAGS & STATES);
+    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), ROOM = HALF ? 2 * P + 16 : P + 16;
+    static constexpr int X = P + PAD, B = N + PAD, H = B, M = Q + PAD;
+    // rows of C that nobody reads any more hold the outputs in float32
+    static constexpr int C = (N > ROOM ? N : ROOM) + PAD;
+    static constexpr int TILES = Q * (X + B + (OUT ? C : 0));
+    static constexpr int STATE = OUT ? P * H : 0, WEIGHTS = OUT && !HALF ? Q * M : 0;
+    static constexpr int OPERANDS = (STAGES * TILES + STATE + WEIGHTS) * (int)sizeof(T);
+    static constexpr int BYTES = OPERANDS + 2 * (int)sizeof(Steps<Q>) + 16;
+};
+
+template <class T, int P, int N, int STAGES, int FLAGS>
+struct Forward {
+    using At = Layout<T, P, N, STAGES, FLAGS>;
+    static constexpr int Q = At::Q, WIDE = Packed<T>::lanes;
+    static constexpr bool HALF = At::HALF, OUT = At::OUT, PACKED = FLAGS & RESET, ALIGNED = !(FLAGS & UNALIGNED);
+    // outputs: a warp has 16 tokens and P / SPLIT channels; states: P / 2 channels and N / 2 states
+    static constexpr int SPLIT = 64 / Q, SPAN = P / SPLIT, YT = SPAN / 8, ST = Q / SPLIT / 8, MT = P / 32, NT = N / 16;
+    static constexpr int PER_ROW = SPAN / WIDE, ROWS = 32 / PER_ROW, VECTORS = 16 / ROWS;
+
+    const SsdForwardParams& p;
+    char* shared;
+    int head, segment, first, channels, n;
+    int64 b;
+    float state[MT][NT][4];
+    bool spoiled = false;  // what the state has taken up is not finite
+
+    DEVICE Forward(const SsdForwardParams& params, char* memory) : p(params), shared(memory) {
+        int i = blockIdx.x;
+        const int segments = p.segments - (OUT ? 0 : 1);
+        first = i % p.tiles * P, i /= p.tiles;
+        head = i % p.h, i /= p.h;
+        segment = i % segments, b = i / segments;
+        channels = p.p - first < P ? p.p - first : P, n = p.n;
+    }
+
+    DEVICE T* tiles(int c) const { return reinterpret_cast<T*>(shared) + (STAGES == 2 ? c % 2 * At::TILES : 0); }
+    DEVICE T* X(int c) const { return tiles(c); }
+    DEVICE T* B(int c) const { return tiles(c) + Q * At::X; }
+    DEVICE T* C(int c) const { return tiles(c) + Q * (At::X + At::B); }
+    DEVICE T* H() const { return reinterpret_cast<T*>(shared) + STAGES * At::TILES; }
+    DEVICE Steps<Q>& steps(int c) const { return reinterpret_cast<Steps<Q>*>(shared + At::OPERANDS)[c % 2]; }
+    DEVICE float* maxima() const { return reinterpret_cast<float*>(shared + At::OPERANDS + 2 * sizeof(Steps<Q>)); }
+    // a state's place: the row is a channel, the column one of n
+    DEVICE static int row_of(int i, int e) { return threadIdx.x / 64 * (P / 2) + 16 * i + threadIdx.x % 32 / 4 + e / 2 * 8; }
+    DEVICE static int column_of(int j, int e) { return threadIdx.x / 32 % 2 * (N / 2) + 8 * j + threadIdx.x % 4 * 2 + e % 2; }
+    DEVICE int64 state_at(int64 of) const { return ((of * p.h + head) * p.p + first) * n; }
+
+    DEVICE void fetch(int c) const {
+        const int rows = p.l - c * Q < Q ? p.l - c * Q : Q, group = head / (p.h / p.groups);
+        const int64 t = (int64)c * Q;
+        const T* x = reinterpret_cast<const T*>(p.x) + b * p.x_b + t * p.x_l + head * p.x_h + first;
+        fill_tile<T, Q, P, At::X, ALIGNED>(X(c), x, p.x_l, rows, channels);
+        fill_tile<T, Q, N, At::B, ALIGNED>(B(c), reinterpret_cast<const T*>(p.B) + b * p.B_b + t * p.B_l + group * p.B_g, p.B_l, rows, n);
+        if constexpr (OUT)
+            fill_tile<T, Q, N, At::C, ALIGNED>(C(c), reinterpret_cast<const T*>(p.C) + b * p.C_b + t * p.C_l + group * p.C_g, p.C_l, rows, n);
+        copy_async_commit();
+    }
+
+    DEVICE void enter() {
+        const float* from = segment > 0 && OUT ? p.states + state_at(b * p.segments + segment)
+                            : segment == 0 && p.initial_state != nullptr ? p.initial_state + state_at(b) : nullptr;
+        bool bad = false;
+        each<MT, NT>([&](int i, int j, int e) {
+            const int row = row_of(i, e), column = column_of(j, e);
+            float& x = state[i][j][e];
+            x = from != nullptr && row < channels && column < n ? from[row * n + column] : 0.f;
+            if (PACKED && !is_finite(x)) bad = true, x = 0.f;
+        });
+        if constexpr (PACKED) spoiled = __syncthreads_or(bad);
+    }
+
+    template <class S>
+    DEVICE void leave(S* to) const {
+        each<MT, NT>([&](int i, int j, int e) {
+            const int row = row_of(i, e), column = column_of(j, e);
+            if (row < channels && column < n) write_one_state(to + row * n + column, PACKED && spoiled ? NOT_A_NUMBER : state[i][j][e]);
+        });
+    }
+    DEVICE static void write_one_state(float* at, float x) { *at = x; }
+    DEVICE static void write_one_state(bf16* at, float x) {
+        const float one[1] = {x};
+        write_channels<bf16, 1>(at, one);
+    }
+
+    // fp16 has no room above: the largest state becomes 2^14
+    DEVICE void note_largest() const {
+        float largest = 0.f;
+        each<MT, NT>([&](int i, int j, int e) { largest = fmaxf(largest, fabsf(state[i][j][e])); });
+        largest = warp_max(largest);
+        if (threadIdx.x % 32 == 0) maxima()[threadIdx.x / 32] = largest;
+    }
+
+    // The state as an operand; what it was divided by
+    DEVICE float place() const {
+        float by = 1.f, back = 1.f;
+        if constexpr (is_fp16<T>) {
+            const float* m = maxima();
+            normal_range(fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3])), 14, by, back);
+        }
+        each<MT, NT>([&](int i, int j, int e) {
+            const float x[2] = {state[i][j][e] * by, state[i][j][e | 1] * by};
+            if (e % 2 == 0) write_channels<T, 2>(H() + row_of(i, e) * At::H + column_of(j, e), x);
+        });
+        return back;
+    }
+
+    DEVICE void save(int c) const {
+        if (p.saved == nullptr) return;
+        const int64 at = state_at(b * p.chunks + c);
+        if constexpr (!is_bf16<T>) {
+            leave(reinterpret_cast<float*>(p.saved) + at);
+        } else if (!ALIGNED || (PACKED && spoiled) || n % WIDE != 0) {
+            leave(reinterpret_cast<bf16*>(p.saved) + at);
+        } else {
+            bf16* to = reinterpret_cast<bf16*>(p.saved) + at;
+#pragma unroll
+            for (int k = threadIdx.x; k < P * N / WIDE; k += SSD_THREADS) {
+                const int row = k / (N / WIDE), column = k % (N / WIDE) * WIDE;
+                if (row < channels) Packed<T>::from(H() + row * At::H + column).template store<true>(to + (int64)row * n + column, n - column);
+            }
+        }
+    }
+
+    // Mark the tokens whose operands are not finite, with zeros in their place: not even a product with zero brings them to another document
+    DEVICE bool look(int c) {
+        constexpr int PARTS = SSD_THREADS / Q;
+        const int row = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
+        int bad = clean<P>(X(c) + row * At::X, part, PARTS) | clean<N>(B(c) + row * At::B, part, PARTS);
+        if constexpr (OUT) bad |= 2 * clean<N>(C(c) + row * At::C, part, PARTS);
+#pragma unroll
+        for (int m = 1; m < PARTS; m *= 2) bad |= __shfl_xor_sync(~0u, bad, m);
+        bad |= steps(c).bad[row];
+        __syncwarp();
+        if (part == 0) steps(c).bad[row] = bad;
+        return __syncthreads_or(bad);
+    }
+    template <int COLUMNS>
+    DEVICE static int clean(T* row, int part, int parts) {
+        int bad = 0;
+        for (int k = part; k < COLUMNS / WIDE; k += parts) {
+            float x[WIDE];
+            Packed<T>::from(row + k * WIDE).unpack(x);
+            bool all = true;
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) all = all && is_finite(x[i]);
+            if (all) continue;
+            bad = 1;
+            Packed<T>{{0, 0, 0, 0}}.template store<true>(row + k * WIDE, WIDE);
+        }
+        return bad;
+    }
+    // whether something that the state has taken up by token t, in its document, is not finite
+    DEVICE bool hurt(const Steps<Q>& s, int t) const {
+        const int doc = s.doc[t];
+        for (int k = t; k >= 0 && s.doc[k] == doc; --k)
+            if (s.bad[k] & 1) return true;
+        return doc == 0 && spoiled;
+    }
+
+    // C B^T becomes what a token takes of the tokens before it; fp16: in rows that are made 2^14 at the most, and their outputs with them
+    DEVICE void weigh(const Steps<Q>& s, float (&scores)[1][ST][4], float (&y)[1][YT][4], int rows, int columns, int seen, float (&back)[2]) const {
+        const int row = rows + threadIdx.x % 32 / 4;
+        float largest[2] = {0.f, 0.f};
+#pragma unroll
+        for (int j = 0; j < ST; ++j) {
+            if (j < seen) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int t = row + e / 2 * 8, from = columns + 8 * j + threadIdx.x % 4 * 2 + e % 2;
+                    const bool keep = from <= t && (!PACKED || s.doc[from] == s.doc[t]);
+                    float& x = scores[0][j][e];
+                    x = keep ? x * (s.template between<T>(t, from) * s.dt[from]) : 0.f;
+                    if constexpr (is_fp16<T>) largest[e / 2] = fmaxf(largest[e / 2], fabsf(x));
+                }
+            }
+        }
+        if constexpr (is_fp16<T>) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float by;
+                for (int m = 1; m < 4; m *= 2) largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], m));
+                normal_range(largest[r], 14, by, back[r]);
+#pragma unroll
+                for (int j = 0; j < ST; ++j) scores[0][j][2 * r] *= by, scores[0][j][2 * r + 1] *= by;
+#pragma unroll
+                for (int j = 0; j < YT; ++j) y[0][j][2 * r] *= by, y[0][j][2 * r + 1] *= by;
+            }
+        }
+    }
+
+    // y += weights X
+    DEVICE void add_seen(float (&y)[1][YT][4], const float (&weights)[1][ST][4], const T* x, int tile, int half) const {
+        if constexpr (HALF) {
+#pragma unroll
+            for (int j = 0; j < ST / 2; ++j) {
+                if (j <= tile) {
+                    uint32 a[1][4];
+                    pack_a<T>(a[0], weights[0][2 * j], weights[0][2 * j + 1]);
+                    product_step<T, 1, YT, true>(y, a, x + 16 * j * At::X, At::X);
+                }
+            }
+        } else {
+            T* all = H() + At::STATE;
+            const int row = 16 * tile + threadIdx.x % 32 / 4, column = half * (Q / SPLIT) + threadIdx.x % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < ST; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) all[(row + e / 2 * 8) * At::M + column + 8 * j + e % 2] = weights[0][j][e];
+            __syncthreads();
+            product<T, 1, YT, false, true>(y, all + 16 * tile * At::M, At::M, x, At::X, 16 * (tile + 1));
+        }
+    }
+
+    DEVICE void outputs(int c, int warp, float unit, bool bad) const {
+        const Steps<Q>& s = steps(c);
+        const int tile = warp / SPLIT, half = warp % SPLIT, lane = threadIdx.x % 32, part = half * SPAN;
+        const int offset = part + lane % PER_ROW * WIDE, row = 16 * tile + lane / PER_ROW, count = channels - offset;
+        // asked for now, needed at the end
+        Packed<T> gates[VECTORS];
+        if (p.z != nullptr) {
+            const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + first + (count > 0 ? offset : 0);
+#pragma unroll
+            for (int v = 0; v < VECTORS; ++v) {
+                const int64 t = (int64)c * Q + row + v * ROWS;
+                gates[v] = Packed<T>::template load<ALIGNED>(z + (t < p.l ? t : 0) * p.z_l, t < p.l ? count : 0);
+            }
+        }
+        float y[1][YT][4] = {}, scores[1][ST][4] = {}, back[2] = {1.f, 1.f};
+        const T* rows = C(c) + 16 * tile * At::C;
+        const int all_seen = 2 * (tile + 1) - half * ST, seen = all_seen < 0 ? 0 : all_seen < ST ? all_seen : ST;
+        product<T, 1, YT, false, false>(y, rows, At::C, H() + part * At::H, At::H, N);
+        product<T, 1, ST, false, false>(scores, rows, At::C, B(c) + half * ST * 8 * At::B, At::B, N, seen);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float into = s.into[16 * tile + lane / 4 + 8 * r], by = into * unit;
+#pragma unroll
+            for (int j = 0; j < YT; ++j)
+#pragma unroll
+                for (int e = 2 * r; e < 2 * r + 2; ++e) y[0][j][e] = PACKED && into == 0.f ? 0.f : y[0][j][e] * by;
+        }
+        weigh(s, scores, y, 16 * tile, half * ST * 8, seen, back);
+        add_seen(y, scores, X(c) + part, tile, half);
+        // through shared memory: from the products' order to rows
+        constexpr int STRIDE = SPAN + 8;
+        float* own = reinterpret_cast<float*>(C(c)) + warp * (Q * At::C * (int)sizeof(T) / 16);
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < YT; ++j)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float pair[2] = {y[0][j][2 * r] * back[r], y[0][j][2 * r + 1] * back[r]};
+                store_shared<2>(own + (lane / 4 + 8 * r) * STRIDE + 8 * j + lane % 4 * 2, pair);
+            }
+        __syncwarp();
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int t = row + v * ROWS;
+            if (c * Q + t < p.l && count > 0)
+                finish(c, t, offset, own + (lane / PER_ROW + v * ROWS) * STRIDE + offset - part, gates[v], PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t)));
+        }
+    }
+
+    // The skip and the gate of neighbouring channels
+    DEVICE void finish(int c, int t, int offset, const float* at, const Packed<T>& gates, bool hurt) const {
+        float y[WIDE], x[WIDE];
+        load_shared<WIDE>(at, y);
+        const int count = channels - offset;
+        if (p.D != nullptr) {
+            Packed<T>::from(X(c) + t * At::X + offset).unpack(x);
+            const float* D = p.D + head * p.D_head + (first + offset) * p.D_channel;
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) y[i] = fmaf(i < count ? D[i * p.D_channel] : 0.f, x[i], y[i]);
+        }
+        if (p.z != nullptr) {
+            float gate[WIDE];
+            gates.unpack(x);
+            sigmoids<WIDE>(x, gate);
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) y[i] *= x[i] * gate[i];
+        }
+        if (hurt) {
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) y[i] = NOT_A_NUMBER;
+        }
+        T* out = reinterpret_cast<T*>(p.out) + ((b * p.l + c * Q + t) * p.h + head) * p.p + first + offset;
+        Packed<T>::pack(y).template store<ALIGNED>(out, count);
+    }
+
+    // H = through H + X^T diag(onward) B
+    DEVICE void advance(int c, bool bad) {
+        const Steps<Q>& s = steps(c);
+        const float keep = is_fp16<T> ? s.through / s.gain : s.through;
+        each<MT, NT>([&](int i, int j, int e) { state[i][j][e] = PACKED && keep == 0.f ? 0.f : state[i][j][e] * keep; });
+        const int warp = threadIdx.x / 32;
+        if constexpr (PACKED) spoiled = (bad || spoiled) && hurt(s, Q - 1);
+        product<T, MT, NT, true, true, true>(state, X(c) + warp / 2 * (P / 2), At::X, B(c) + warp % 2 * (N / 2), At::B, Q, NT, s.onward);
+        if constexpr (is_fp16<T>) each<MT, NT>([&](int i, int j, int e) { state[i][j][e] *= s.gain; });
+    }
+
+    DEVICE void run() {
+        const int begin = segment * p.span, end = begin + p.span < p.chunks ? begin + p.span : p.chunks, warp = threadIdx.x / 32;
+        float passing = 1.f;
+        RawSteps<Q> raw;
+        if (STAGES == 2) fetch(begin);
+        if (warp == 0) raw.template load<T>(p, b, head, begin * Q), form_steps<T, Q, PACKED>(p, raw, head, steps(begin));
+        enter();
+        if constexpr (OUT && is_fp16<T>) note_largest();
+#pragma unroll 1
+        for (int c = begin; c < end; ++c) {
+            // warps take turns at having the fewest tokens to look back on
+            const int turn = (warp + c) % 4;
+            const bool ahead = turn == 0 && c + 1 < end;
+            float unit = 1.f;
+            bool bad = false;
+            __syncthreads();  // the chunk before is done with
+            if (STAGES == 1) fetch(c);
+            if constexpr (OUT) unit = place();
+            copy_async_wait<0>();
+            __syncthreads();
+            if (STAGES == 2 && c + 1 < end) fetch(c + 1);
+            if (ahead) raw.template load<T>(p, b, head, (c + 1) * Q);
+            if constexpr (PACKED) bad = look(c);
+            if constexpr (OUT) save(c), outputs(c, turn, unit, bad);
+            passing *= steps(c).through;
+            advance(c, bad);
+            if (ahead) form_steps<T, Q, PACKED>(p, raw, head, steps(c + 1));
+            if constexpr (OUT && is_fp16<T>) note_largest();
+        }
+        if constexpr (!OUT) {
+            const int64 next = b * p.segments + segment + 1;
+            leave(p.states + state_at(next));
+            if (threadIdx.x == 0 && first == 0) p.passing[next * p.h + head] = passing;
+        } else if (segment == p.segments - 1) {
+            leave(p.last + state_at(b));
+        }
+    }
+};
+
+// blocks per multiprocessor, for the registers that the state leaves
+template <int STATE>
+constexpr int blocks_of = STATE > 8192 ? 1 : STATE > 4096 ? 2 : STATE > 2048 ? 3 : 4;
+
+template <class T, int P, int N, int STAGES, int FLAGS>
+__global__ void __launch_bounds__(SSD_THREADS, blocks_of<P * N>) ssd_forward(const __grid_constant__ SsdForwardParams p) {
+    SHARED_MEMORY(memory);
+    Forward<T, P, N, STAGES, FLAGS>(p, memory).run();
+}
+
+// What enters each segment: the one before by itself, and what entered that one; a thread per state
+__global__ void __launch_bounds__(256) ssd_pass_states(const __grid_constant__ SsdForwardParams p) {
+    const int64 size = (int64)p.h * p.p * p.n, i = (int64)blockIdx.x * 256 + threadIdx.x, b = i / size, at = i % size;
+    if (b >= p.batch) return;
+    const int head = (int)(at / ((int64)p.p * p.n));
+    float* states = p.states + b * p.segments * size + at;
+    const float* passing = p.passing + b * p.segments * p.h + head;
+    float x = states[size];
+#pragma unroll 4
+    for (int s = 2; s < p.segments; ++s) {
+        const float keep = passing[s * p.h];
+        // what is not finite ends where a document starts
+        x = (p.reset != nullptr && keep == 0.f ? 0.f : keep * x) + states[s * size];
+        states[s * size] = x;
+    }
+}

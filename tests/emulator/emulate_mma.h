@@ -1,0 +1,82 @@
+// The instructions of mma.cuh: the lanes of a warp leave their operands, and who comes last computes for all.
+#pragma once
+
+namespace emulated {
+struct Lane { const void* row; float* c; const uint32 *a; uint32 b[2], *r; };
+inline Lane mine[1024];
+
+// `compute` once for the warp, when all of its lanes have left what they have
+template <class F>
+inline void together(const Lane& lane, F compute) {
+    {
+        Unwatched here;
+        mine[threadIdx.x] = lane;
+        const int warp = threadIdx.x / 32;
+        if (arrived[16 + warp] == 31) compute(mine + 32 * warp);
+    }
+    __syncwarp();
+}
+}  // namespace emulated
+
+// shuffles and votes beyond those of emulate.h
+template <class X>
+inline X shuffled(X x, int from) {
+    static double kept[1024];
+    memcpy(&kept[threadIdx.x], &x, sizeof(X));
+    __syncwarp();
+    memcpy(&x, &kept[threadIdx.x / 32 * 32 + from], sizeof(X));
+    __syncwarp();
+    return x;
+}
+template <class X>
+inline X __shfl_sync(unsigned, X x, int from) { return shuffled(x, from); }
+template <class X>
+inline X __shfl_up_sync(unsigned, X x, int by) { return shuffled(x, std::max(0, (int)threadIdx.x % 32 - by)); }
+inline int __shfl_xor_sync(unsigned, int x, int mask) { return shuffled(x, threadIdx.x % 32 ^ mask); }
+inline int __syncthreads_or(int x) {
+    static bool any[1024];
+    any[threadIdx.x] = x != 0;
+    __syncthreads();
+    const bool found = std::any_of(any, any + blockDim.x, [](bool v) { return v; });
+    __syncthreads();
+    return found;
+}
+
+template <bool TRANSPOSED>
+inline void ldmatrix(uint32 (&r)[4], const void* row) {
+    if ((size_t)row % 16) fprintf(stderr, "a row of ldmatrix that is not aligned\n"), abort();
+    emulated::together({row, nullptr, nullptr, {}, r}, [](emulated::Lane* lanes) {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int tile = 0; tile < 4; ++tile) {
+                uint32 both[2];
+                for (int e = 0; e < 2; ++e) {
+                    const int row = TRANSPOSED ? lane % 4 * 2 + e : lane / 4, column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + e;
+                    both[e] = ((const uint16*)lanes[8 * tile + row].row)[column];
+                }
+                lanes[lane].r[tile] = both[0] | both[1] << 16;
+            }
+    });
+}
+
+template <class T>
+inline void mma16816(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+    emulated::together({nullptr, c, a, {b0, b1}, nullptr}, [](emulated::Lane* lanes) {
+        float A[16][16], B[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int row = lane / 4, column = lane % 4 * 2;
+            for (int i = 0; i < 4; ++i) Element<T>::unpack(lanes[lane].a[i], &A[row + i % 2 * 8][column + i / 2 * 8]);
+            for (int i = 0; i < 2; ++i) {
+                float x[2];
+                Element<T>::unpack(lanes[lane].b[i], x);
+                B[column + 8 * i][row] = x[0], B[column + 8 * i + 1][row] = x[1];
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i) {
+                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                double sum = lanes[lane].c[i];
+                for (int k = 0; k < 16; ++k) sum += (double)A[row][k] * B[k][column];
+                lanes[lane].c[i] = (float)sum;
+            }
+    });
+}
