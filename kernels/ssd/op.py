@@ -3,17 +3,18 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checks
 from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
 from ..seq import Seq, clear_padding, marks_of
-from . import chunked, library, reference
+from . import chunked, cuda, library, reference
 from .inputs import SsdInputs, SsdOptions
 
 register(
     "ssd",
-    Backend("cuda", KERNELS, lambda facts: "there is no CUDA kernel of ours for this op yet"),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.ssd),
     Backend("mamba_ssm", "mamba_ssm's Triton SSD", library.refuse, library.ssd, reserve=library.reserve),
     Backend("chunked", CHUNKED, run=chunked.ssd),
     Backend("reference", LOOP, run=reference.ssd, plain=True),
@@ -91,7 +92,8 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
     x, dt, B, C, z = clear_padding(seq, x, dt, B, C, z)
-    facts = facts_of(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n)
+    grad = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given)
+    facts = facts_of(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n, grad=grad)
     chosen = choose(where, backend=backend if l else "reference", **facts)
     i = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, *marks_of(seq))
     out, state = chosen.run(i, SsdOptions(dt_softplus, lo, hi, chunk_size))

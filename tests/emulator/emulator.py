@@ -34,6 +34,8 @@ PARAMS = {
     "gated_norm": "GatedNormParams",
     "attend_split": "AttendParams",
     "attend_combine": "AttendParams",
+    "ssd_forward": "SsdForwardParams",
+    "ssd_pass_states": "SsdForwardParams",
 }
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
 # what lies there is run, so another user's folder must not be taken for it
@@ -72,7 +74,7 @@ extern "C" void launch(const {struct}* p, int grid, int block, int bytes) {{
 }}
 """
     stamp = hashlib.sha256((text + repr(FLAGS)).encode())
-    for f in sorted([*SOURCES.glob("*/*.cu*"), HERE / "emulate.h"]):
+    for f in sorted([*SOURCES.glob("*/*.cu*"), *HERE.glob("*.h")]):
         stamp.update(f.read_bytes())
     includes = [
         "-include",

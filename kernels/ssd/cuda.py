@@ -1,0 +1,281 @@
+"""SSD on an NVIDIA GPU: launches of ``ssd_forward.cu``, the ``torch.library`` op around them, and why a call may be refused.
+
+x, B, C and z are read in their type, if it is one and the kernels have it, or in float32; dt in that type or in float32; A, D, the bias and
+the states are float32 whatever the rest is. The kernels choose their own chunks: the option ``chunk`` is for the other backends.
+"""
+
+import ctypes
+import functools
+import math
+from ctypes import c_float, c_int, c_longlong, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Facts
+from ..gpu import nvrtc, structs
+from ..gpu.device import DRIVERS, processors, shared_memory
+from ..gpu.operands import (
+    RESET,
+    TYPES,
+    UNALIGNED,
+    alignment,
+    ceil_div,
+    common_type,
+    eager,
+    in_one_piece,
+    in_rows,
+    refuse_tensors,
+)
+from ..numerics import blank, cast
+from ..operators import custom_op
+from .chunked import _OPTIONS, _TENSORS
+from .inputs import SsdInputs, SsdOptions
+
+# as in ssd.cuh: threads of a block, and by the bytes of an element the tokens of a chunk
+THREADS = 128
+CHUNK = {2: 64, 4: 32}
+# template flag of ssd_forward.cu: only what a segment leaves behind
+STATES = 128
+MAX_STATE = 256
+HAS_BACKWARD = False
+# threads of ssd_pass_states
+PASS = 256
+
+
+class SsdForwardParams(ctypes.Structure):
+    """``SsdForwardParams`` of ``ssd_forward.cu``."""
+
+    _fields_ = [
+        *structs.fields(
+            c_void_p, "x dt A B C D z dt_bias reset valid initial_state out last saved states passing"
+        ),
+        *structs.fields(c_longlong, "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h"),
+        *structs.fields(c_int, "batch l h p n groups chunks D_head D_channel softplus wide_dt tiles segments span"),
+        *structs.fields(c_float, "low high"),
+    ]
+
+
+class Tile(NamedTuple):
+    """What a block has of a head: channels and states, rounded up, and how many chunks' operands are in shared memory."""
+
+    p: int
+    n: int
+    stages: int
+
+    def shared_bytes(self, element: int, states: bool = False) -> int:
+        """``Layout::BYTES`` of ``ssd_forward.cu``; with ``states``, of the pass that has no outputs."""
+        q, pad, halves = CHUNK[element], 16 // element, element == 2
+        C = max(self.n, 2 * self.p + 16 if halves else self.p + 16) + pad
+        row, steps = self.n + pad, 7 * 4 * q + 16
+        operands = self.stages * q * (self.p + pad + row + (0 if states else C))
+        if not states:
+            operands += self.p * row + (0 if halves else q * (q + pad))
+        return operands * element + 2 * steps + 16
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per multiprocessor that have registers: ``blocks_of`` of ``ssd_forward.cu``."""
+        size = self.p * self.n
+        return 1 if size > 8192 else 2 if size > 4096 else 3 if size > 2048 else 4
+
+    def resident(self, element: int, space: int) -> int:
+        """Blocks per multiprocessor of ``space`` bytes of shared memory."""
+        return min(self.blocks, space // (self.shared_bytes(element) + DRIVERS))
+
+
+def tile_of(p: int, n: int, element: int, space: int) -> Tile:
+    """The tile for ``p`` channels and ``n`` states: two stages where they cost no block."""
+    n = next(size for size in (32, 64, 128, 256) if size >= n)
+    one, two = (Tile(32 if p <= 32 or n == 256 else 64, n, stages) for stages in (1, 2))
+    return two if two.resident(element, space) == min(2, one.blocks) or two.resident(element, space) > 2 else one
+
+
+class SsdLook(NamedTuple):
+    """All that the launches depend on besides addresses."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, int, int, int, int, int]  # b, l, h, p, g, n
+    strides: tuple[tuple[int, ...], ...]  # of x, dt, B, C, z, three each
+    aligned: bool
+    skip: tuple[int, int]  # strides of D along heads and their channels
+    packed: bool
+    wide_dt: bool
+    softplus: bool
+    limits: tuple[float, float]
+
+
+class Plan(NamedTuple):
+    """The launches of a call: the struct behind its pointers, and how the length is cut."""
+
+    tail: bytes
+    tile: Tile
+    blocks: int  # of a segment of all rows
+    segments: int
+    flags: int
+
+    def kernel(self, dtype: torch.dtype, states: bool) -> str:
+        """The name of the walk over chunks."""
+        tile, flags = self.tile, self.flags | (STATES if states else 0)
+        return f"ssd_forward<{TYPES[dtype]}, {tile.p}, {tile.n}, {tile.stages}, {flags}>"
+
+
+def cut(blocks: int, chunks: int, places: int) -> int:
+    """Chunks per segment, of ``blocks`` walks over all of them for ``places`` that run at once: all, where these are nearly filled.
+
+    What enters a segment is found by walking the ones before without outputs, which takes nearly half as long again.
+    """
+    segments = min(places // max(1, blocks), chunks // 2)
+    return ceil_div(chunks, segments) if segments > 1 else chunks
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(look: SsdLook, count: int, space: int) -> Plan:
+    """Plan the launches, for ``count`` multiprocessors that have ``space`` bytes of shared memory each."""
+    b, l, h, p, g, n = look.sizes
+    element = look.dtype.itemsize
+    tile = tile_of(p, n, element, space)
+    tiles, chunks = ceil_div(p, tile.p), ceil_div(l, CHUNK[element])
+    span = cut(b * h * tiles, chunks, count * tile.resident(element, space))
+    names = ("x", "dt", "B", "C", "z")
+    strides = {
+        f"{name}_{axis}": s
+        for name, values in zip(names, look.strides, strict=True)
+        for axis, s in zip("blg" if name in "BC" else "blh", values, strict=True)
+    }
+    low, high = look.limits
+    rest = SsdForwardParams(
+        **strides,
+        batch=b,
+        l=l,
+        h=h,
+        p=p,
+        n=n,
+        groups=g,
+        chunks=chunks,
+        D_head=look.skip[0],
+        D_channel=look.skip[1],
+        softplus=look.softplus,
+        wide_dt=look.wide_dt,
+        tiles=tiles,
+        segments=ceil_div(chunks, span),
+        span=span,
+        low=low,
+        high=high,
+    )
+    lanes = 16 // element
+    off = (
+        not look.aligned
+        or p % lanes
+        or n % lanes
+        or any(s % lanes for k, values in enumerate(look.strides) if k != 1 for s in values)
+    )
+    flags = (RESET if look.packed else 0) | (UNALIGNED if off else 0)
+    return Plan(structs.tail(rest), tile, b * h * tiles, ceil_div(chunks, span), flags)
+
+
+def refuse(facts: Facts) -> str | None:
+    """Say why the CUDA kernels cannot do a call, or ``None`` if they can; see :class:`.dispatch.Backend`."""
+    reason, n = refuse_tensors(facts), facts.get("d_state", 128)
+    if reason is not None:
+        return reason
+    if facts.get("grad") and not HAS_BACKWARD:
+        return "the CUDA kernels have no gradient of ssd yet"
+    if n > MAX_STATE:
+        return f"the CUDA kernels of ssd hold up to d_state = {MAX_STATE}, got {n}"
+    return nvrtc.unavailable() or _too_big(n, facts.get("dtype", torch.float32).itemsize)
+
+
+def _too_big(n: int, element: int) -> str | None:
+    space = shared_memory(torch.device("cuda", torch.cuda.current_device()))
+    need = tile_of(64, n, element, space).shared_bytes(element) + DRIVERS
+    if need <= space:
+        return None
+    return (
+        f"the CUDA kernels of ssd need {need >> 10} KiB of shared memory for d_state = {n}, a block has {space >> 10} KiB here"
+    )
+
+
+def forward(i: SsdInputs, options: SsdOptions, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs (b, l, h, p) in x's type, the last state, and, to ``save``, the states at chunk starts (b, chunks, h, p, n)."""
+    dtype, (b, l, h, p), (g, n) = common_type(i.x, i.B, i.C, i.z), i.x.shape, i.B.shape[2:]
+    x, B, C, z = (in_rows(m, dtype) for m in (i.x, i.B, i.C, i.z))
+    wide_dt = i.dt.dtype != dtype
+    dt = cast(i.dt, torch.float32) if wide_dt else i.dt
+    A, D, bias, start = (in_one_piece(m) for m in (i.A, i.D, i.dt_bias, i.initial_state))
+    reset, valid = (in_one_piece(m, torch.bool) for m in (i.reset, i.valid))
+    out, last = torch.empty(x.shape, dtype=dtype, device=x.device), A.new_empty(b, h, p, n)
+    chunks = ceil_div(l, CHUNK[dtype.itemsize])
+    saved = x.new_empty(b, chunks, h, p, n, dtype=saved_dtype(dtype)) if save else None
+    if not (b and l and h):
+        return out, last.zero_() if start is None else last.copy_(start), saved
+    look = SsdLook(
+        dtype,
+        (b, l, h, p, g, n),
+        tuple((0, 0, 0) if m is None else _strides(m) for m in (x, dt, B, C, z)),
+        min(alignment(m) for m in (x, B, C, z)) == 16,
+        (0, 0) if D is None else (1, 0) if D.dim() == 1 else (p, 1),
+        reset is not None,
+        wide_dt,
+        options.dt_softplus,
+        (-math.inf, math.inf) if options.dt_limit == (0.0, math.inf) else options.dt_limit,
+    )
+    plan = plan_of(look, processors(x.device), shared_memory(x.device))
+    states = A.new_empty(b, plan.segments, h, p * n + 1) if plan.segments > 1 else None
+    passing = None if states is None else states.view(-1)[b * plan.segments * h * p * n :]
+    operands = (x, dt, A, B, C, D, z, bias, reset, valid, start, out, last, saved, states, passing)
+    _launch(plan, dtype, b * h * p * n, structs.pack(plan.tail, *operands), x.device)
+    return cast(out, i.x.dtype), last, saved
+
+
+def _strides(m: Tensor) -> tuple[int, ...]:
+    # an axis of one has any stride
+    return tuple(s if size > 1 else 0 for s, size in zip(m.stride()[:3], m.shape[:3], strict=True))
+
+
+def _launch(plan: Plan, dtype: torch.dtype, size: int, packed: bytes, device: torch.device) -> None:
+    source, tile, element = "ssd_forward.cu", plan.tile, dtype.itemsize
+    if plan.segments > 1:
+        # the last segment leaves nothing to another
+        blocks, shared = plan.blocks * (plan.segments - 1), tile.shared_bytes(element, states=True)
+        nvrtc.launch(source, plan.kernel(dtype, True), packed, blocks, THREADS, shared, device)
+    if plan.segments > 2:
+        nvrtc.launch(source, "ssd_pass_states", packed, ceil_div(size, PASS), PASS, 0, device)
+    shared = tile.shared_bytes(element)
+    nvrtc.launch(source, plan.kernel(dtype, False), packed, plan.blocks * plan.segments, THREADS, shared, device)
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of saved states: bfloat16 operands' own, in which a backward multiplies with them, or float32."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+@custom_op("hybridzoo::ssd_cuda", schema=f"({_TENSORS}, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)")
+def ssd_op(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (b, l, h, p), the last state (b, h, p, n), and, to ``save``, the states at chunk starts (b, chunks, h, p, n)."""
+    i, options, save = _split(operands)
+    out, last, saved = forward(i, options, save)
+    return out, last, last.new_empty(0) if saved is None else saved
+
+
+def _split(operands: tuple) -> tuple[SsdInputs, SsdOptions, bool]:
+    return SsdInputs(*operands[:-5]), SsdOptions(*operands[-5:-1]), operands[-1]
+
+
+@ssd_op.register_fake
+def _ssd_fake(*operands):
+    i, _, save = _split(operands)
+    dtype, (b, l, h, p), n = common_type(i.x, i.B, i.C, i.z), i.x.shape, i.B.shape[3]
+    last = i.x.new_empty(b, h, p, n, dtype=torch.float32)
+    if not save:
+        return blank(i.x), last, last.new_empty(0)
+    q = CHUNK[dtype.itemsize]
+    return blank(i.x), last, i.x.new_empty(b, (l + q - 1) // q, h, p, n, dtype=saved_dtype(dtype))
+
+
+def ssd(i: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.ssd` on an NVIDIA GPU; the same arguments and results."""
+    if eager(i.x):
+        return forward(i, options, False)[:2]
+    return torch.ops.hybridzoo.ssd_cuda(*i, *options, False)[:2]
