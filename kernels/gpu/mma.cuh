@@ -146,7 +146,7 @@ DEVICE void product(float (&acc)[MT][NT][4], const T* a, int a_stride, const T* 
     if constexpr (sizeof(T) == 4) {
         product_fma<MT, NT, A_COLS, B_ROWS, SCALED>(acc, a, a_stride, b, b_stride, k, nt, scale);
     } else {
-#pragma unroll
+#pragma unroll 4
         for (int s = 0; s < k; s += 16) {
             uint32 left[MT][4];
 #pragma unroll

@@ -77,8 +77,7 @@ class Tile(NamedTuple):
     @property
     def blocks(self) -> int:
         """Blocks per multiprocessor that have registers: ``blocks_of`` of ``ssd_forward.cu``."""
-        size = self.p * self.n
-        return 1 if size > 8192 else 2 if size > 4096 else 3 if size > 2048 else 4
+        return 2 if self.p * self.n > 1024 else 3
 
     def resident(self, element: int, space: int) -> int:
         """Blocks per multiprocessor of ``space`` bytes of shared memory."""
@@ -89,7 +88,7 @@ def tile_of(p: int, n: int, element: int, space: int) -> Tile:
     """The tile for ``p`` channels and ``n`` states: two stages where they cost no block."""
     n = next(size for size in (32, 64, 128, 256) if size >= n)
     one, two = (Tile(32 if p <= 32 or n == 256 else 64, n, stages) for stages in (1, 2))
-    return two if two.resident(element, space) == min(2, one.blocks) or two.resident(element, space) > 2 else one
+    return two if two.resident(element, space) >= 2 else one
 
 
 class SsdLook(NamedTuple):

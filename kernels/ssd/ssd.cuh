@@ -136,12 +136,14 @@ DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, int head, Steps<Q>& o
 // `rows` x `cols` of memory as a tile of ROWS x COLS, zeros beyond; by the whole block, asynchronously where 16 bytes go at once
 template <class T, int ROWS, int COLS, int STRIDE, bool ALIGNED>
 DEVICE void fill_tile(T* shared, const T* at, int64 stride, int rows, int cols) {
-    constexpr int WIDE = Packed<T>::lanes, PER = COLS / WIDE;
-    static_assert(ROWS * PER % SSD_THREADS == 0, "every thread has as many vectors");
+    constexpr int WIDE = Packed<T>::lanes, PER = COLS / WIDE, ONCE = SSD_THREADS / PER;
+    static_assert(SSD_THREADS % PER == 0 && ROWS % ONCE == 0, "every thread has as many vectors, of one column");
+    const int first = threadIdx.x / PER, col = threadIdx.x % PER * WIDE, count = cols - col;
+    const T* from = at + (count > 0 ? first * stride + col : 0);
+    const int64 step = count > 0 ? ONCE * stride : 0;
 #pragma unroll
-    for (int i = 0; i < ROWS * PER / SSD_THREADS; ++i) {
-        const int k = i * SSD_THREADS + threadIdx.x, row = k / PER, col = k % PER * WIDE;
-        const int count = row < rows ? cols - col : 0;
-        Packed<T>::template fetch<ALIGNED>(shared + row * STRIDE + col, at + (count > 0 ? row * stride + col : 0), count);
+    for (int i = 0; i < ROWS / ONCE; ++i, from += step) {
+        const bool there = first + i * ONCE < rows;
+        Packed<T>::template fetch<ALIGNED>(shared + (first + i * ONCE) * STRIDE + col, there ? from : at, there ? count : 0);
     }
 }

@@ -47,7 +47,7 @@ struct Forward {
     static constexpr int Q = At::Q, WIDE = Packed<T>::lanes;
     static constexpr bool HALF = At::HALF, OUT = At::OUT, PACKED = FLAGS & RESET, ALIGNED = !(FLAGS & UNALIGNED);
     // outputs: a warp has 16 tokens and P / SPLIT channels; states: P / 2 channels and N / 2 states
-    static constexpr int SPLIT = 64 / Q, SPAN = P / SPLIT, YT = SPAN / 8, ST = Q / SPLIT / 8, MT = P / 32, NT = N / 16;
+    static constexpr int SPLIT = 64 / Q, SPAN = P / SPLIT, YT = SPAN / 8, MT = P / 32, NT = N / 16;
     static constexpr int PER_ROW = SPAN / WIDE, ROWS = 32 / PER_ROW, VECTORS = 16 / ROWS;
 
     const SsdForwardParams& p;
@@ -191,105 +191,114 @@ struct Forward {
     }
 
     // C B^T becomes what a token takes of the tokens before it; fp16: in rows that are made 2^14 at the most, and their outputs with them
-    DEVICE void weigh(const Steps<Q>& s, float (&scores)[1][ST][4], float (&y)[1][YT][4], int rows, int columns, int seen, float (&back)[2]) const {
-        const int row = rows + threadIdx.x % 32 / 4;
+    template <int S>
+    DEVICE void weigh(const Steps<Q>& s, float (&scores)[1][S][4], float (&y)[1][YT][4], int rows, int columns, float (&back)[2]) const {
+        const int row = rows + threadIdx.x % 32 / 4, column = columns + threadIdx.x % 4 * 2;
         float largest[2] = {0.f, 0.f};
-#pragma unroll
-        for (int j = 0; j < ST; ++j) {
-            if (j < seen) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int t = row + e / 2 * 8, from = columns + 8 * j + threadIdx.x % 4 * 2 + e % 2;
-                    const bool keep = from <= t && (!PACKED || s.doc[from] == s.doc[t]);
-                    float& x = scores[0][j][e];
-                    x = keep ? x * (s.template between<T>(t, from) * s.dt[from]) : 0.f;
-                    if constexpr (is_fp16<T>) largest[e / 2] = fmaxf(largest[e / 2], fabsf(x));
-                }
-            }
-        }
+        each<1, S>([&](int, int j, int e) {
+            const int t = row + e / 2 * 8, from = column + 8 * j + e % 2;
+            // of 16-bit types, all columns but the last 16 are behind every row
+            const bool keep = ((HALF && j < S - 2) || from <= t) && (!PACKED || s.doc[from] == s.doc[t]);
+            float& x = scores[0][j][e];
+            x = keep ? x * (s.template between<T>(t, from) * s.dt[from]) : 0.f;
+            if constexpr (is_fp16<T>) largest[e / 2] = fmaxf(largest[e / 2], fabsf(x));
+        });
         if constexpr (is_fp16<T>) {
+            float by[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float by;
                 for (int m = 1; m < 4; m *= 2) largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], m));
-                normal_range(largest[r], 14, by, back[r]);
-#pragma unroll
-                for (int j = 0; j < ST; ++j) scores[0][j][2 * r] *= by, scores[0][j][2 * r + 1] *= by;
-#pragma unroll
-                for (int j = 0; j < YT; ++j) y[0][j][2 * r] *= by, y[0][j][2 * r + 1] *= by;
+                normal_range(largest[r], 14, by[r], back[r]);
             }
+            each<1, S>([&](int, int j, int e) { scores[0][j][e] *= by[e / 2]; });
+            each<1, YT>([&](int, int j, int e) { y[0][j][e] *= by[e / 2]; });
         }
     }
 
     // y += weights X
-    DEVICE void add_seen(float (&y)[1][YT][4], const float (&weights)[1][ST][4], const T* x, int tile, int half) const {
+    template <int S>
+    DEVICE void add_seen(float (&y)[1][YT][4], const float (&weights)[1][S][4], const T* x, int tile, int half) const {
         if constexpr (HALF) {
 #pragma unroll
-            for (int j = 0; j < ST / 2; ++j) {
-                if (j <= tile) {
-                    uint32 a[1][4];
-                    pack_a<T>(a[0], weights[0][2 * j], weights[0][2 * j + 1]);
-                    product_step<T, 1, YT, true>(y, a, x + 16 * j * At::X, At::X);
-                }
+            for (int j = 0; j < S / 2; ++j) {
+                uint32 a[1][4];
+                pack_a<T>(a[0], weights[0][2 * j], weights[0][2 * j + 1]);
+                product_step<T, 1, YT, true>(y, a, x + 16 * j * At::X, At::X);
             }
         } else {
             T* all = H() + At::STATE;
             const int row = 16 * tile + threadIdx.x % 32 / 4, column = half * (Q / SPLIT) + threadIdx.x % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < ST; ++j)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) all[(row + e / 2 * 8) * At::M + column + 8 * j + e % 2] = weights[0][j][e];
+            each<1, S>([&](int, int j, int e) { all[(row + e / 2 * 8) * At::M + column + 8 * j + e % 2] = weights[0][j][e]; });
             __syncthreads();
             product<T, 1, YT, false, true>(y, all + 16 * tile * At::M, At::M, x, At::X, 16 * (tile + 1));
         }
     }
 
+    // y of a warp's tokens, over `back` for each of the two rows that a thread has, with S tiles of 8 tokens to look back on
+    template <int S>
+    DEVICE void attend(int c, int tile, int half, float unit, float (&y)[1][YT][4], float (&back)[2]) const {
+        const Steps<Q>& s = steps(c);
+        const T *rows = C(c) + 16 * tile * At::C, *state = H() + half * SPAN * At::H, *keys = B(c) + half * S * 8 * At::B;
+        float scores[1][S][4] = {};
+        if constexpr (HALF) {
+#pragma unroll 4
+            for (int k = 0; k < N; k += 16) {
+                uint32 a[1][4];
+                load_a<T, false, false>(a[0], rows + k, At::C, nullptr);
+                product_step<T, 1, YT, false>(y, a, state + k, At::H);
+                product_step<T, 1, S, false>(scores, a, keys + k, At::B);
+            }
+        } else {
+            product<T, 1, YT, false, false>(y, rows, At::C, state, At::H, N);
+            if (half <= tile) product<T, 1, S, false, false>(scores, rows, At::C, keys, At::B, N);
+        }
+        const float* at = s.into + 16 * tile + threadIdx.x % 32 / 4;
+        const float into[2] = {at[0], at[8]}, by[2] = {into[0] * unit, into[1] * unit};
+        each<1, YT>([&](int, int j, int e) { y[0][j][e] = PACKED && into[e / 2] == 0.f ? 0.f : y[0][j][e] * by[e / 2]; });
+        weigh(s, scores, y, 16 * tile, half * S * 8, back);
+        add_seen(y, scores, X(c) + half * SPAN, tile, half);
+    }
+
+    DEVICE Packed<T> gate(int64 t, int offset) const {
+        const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + first;
+        const int count = t < p.l ? channels - offset : 0;
+        return Packed<T>::template load<ALIGNED>(count > 0 ? z + t * p.z_l + offset : z, count);
+    }
+
     DEVICE void outputs(int c, int warp, float unit, bool bad) const {
         const Steps<Q>& s = steps(c);
         const int tile = warp / SPLIT, half = warp % SPLIT, lane = threadIdx.x % 32, part = half * SPAN;
-        const int offset = part + lane % PER_ROW * WIDE, row = 16 * tile + lane / PER_ROW, count = channels - offset;
-        // asked for now, needed at the end
+        const int offset = part + lane % PER_ROW * WIDE, row = 16 * tile + lane / PER_ROW;
+        // asked for now, needed at the end; one by one they would take too many registers
         Packed<T> gates[VECTORS];
-        if (p.z != nullptr) {
-            const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + first + (count > 0 ? offset : 0);
+        if (ALIGNED && p.z != nullptr) {
 #pragma unroll
-            for (int v = 0; v < VECTORS; ++v) {
-                const int64 t = (int64)c * Q + row + v * ROWS;
-                gates[v] = Packed<T>::template load<ALIGNED>(z + (t < p.l ? t : 0) * p.z_l, t < p.l ? count : 0);
-            }
+            for (int v = 0; v < VECTORS; ++v) gates[v] = gate((int64)c * Q + row + v * ROWS, offset);
         }
-        float y[1][YT][4] = {}, scores[1][ST][4] = {}, back[2] = {1.f, 1.f};
-        const T* rows = C(c) + 16 * tile * At::C;
-        const int all_seen = 2 * (tile + 1) - half * ST, seen = all_seen < 0 ? 0 : all_seen < ST ? all_seen : ST;
-        product<T, 1, YT, false, false>(y, rows, At::C, H() + part * At::H, At::H, N);
-        product<T, 1, ST, false, false>(scores, rows, At::C, B(c) + half * ST * 8 * At::B, At::B, N, seen);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float into = s.into[16 * tile + lane / 4 + 8 * r], by = into * unit;
-#pragma unroll
-            for (int j = 0; j < YT; ++j)
-#pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; ++e) y[0][j][e] = PACKED && into == 0.f ? 0.f : y[0][j][e] * by;
+        float y[1][YT][4] = {}, back[2] = {1.f, 1.f};
+        if constexpr (HALF) {
+            if (tile == 0) attend<2>(c, tile, half, unit, y, back);
+            else if (tile == 1) attend<4>(c, tile, half, unit, y, back);
+            else if (tile == 2) attend<6>(c, tile, half, unit, y, back);
+            else attend<8>(c, tile, half, unit, y, back);
+        } else {
+            attend<2>(c, tile, half, unit, y, back);
         }
-        weigh(s, scores, y, 16 * tile, half * ST * 8, seen, back);
-        add_seen(y, scores, X(c) + part, tile, half);
         // through shared memory: from the products' order to rows
         constexpr int STRIDE = SPAN + 8;
         float* own = reinterpret_cast<float*>(C(c)) + warp * (Q * At::C * (int)sizeof(T) / 16);
         __syncwarp();
-#pragma unroll
-        for (int j = 0; j < YT; ++j)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float pair[2] = {y[0][j][2 * r] * back[r], y[0][j][2 * r + 1] * back[r]};
-                store_shared<2>(own + (lane / 4 + 8 * r) * STRIDE + 8 * j + lane % 4 * 2, pair);
-            }
+        each<1, YT>([&](int, int j, int e) {
+            const float pair[2] = {y[0][j][e] * back[e / 2], y[0][j][e | 1] * back[e / 2]};
+            if (e % 2 == 0) store_shared<2>(own + (lane / 4 + e / 2 * 8) * STRIDE + 8 * j + lane % 4 * 2, pair);
+        });
         __syncwarp();
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
             const int t = row + v * ROWS;
-            if (c * Q + t < p.l && count > 0)
-                finish(c, t, offset, own + (lane / PER_ROW + v * ROWS) * STRIDE + offset - part, gates[v], PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t)));
+            if (!ALIGNED && p.z != nullptr) gates[v] = gate((int64)c * Q + t, offset);
+            if (c * Q + t < p.l && channels > offset)
+                finish(c, t, offset, own + (t - 16 * tile) * STRIDE + offset - part, gates[v], PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t)));
         }
     }
 
@@ -371,7 +380,7 @@ struct Forward {
 
 // blocks per multiprocessor, for the registers that the state leaves
 template <int STATE>
-constexpr int blocks_of = STATE > 8192 ? 1 : STATE > 4096 ? 2 : STATE > 2048 ? 3 : 4;
+constexpr int blocks_of = STATE > 1024 ? 2 : 3;
 
 template <class T, int P, int N, int STAGES, int FLAGS>
 __global__ void __launch_bounds__(SSD_THREADS, blocks_of<P * N>) ssd_forward(const __grid_constant__ SsdForwardParams p) {
