@@ -133,7 +133,7 @@ REFUSALS = [
     ("selective_scan", "cuda", {"device": "cpu"}, "the CUDA kernels need CUDA tensors, got cpu"),
     ("selective_scan", "cuda", GPU | {"dtype": torch.float64}, "take float32, float16 and bfloat16, got float64"),
     ("selective_scan", "cuda", GPU | {"d_state": 300}, "the CUDA kernels scan up to d_state = 256, got 300"),
-    ("ssd", "cuda", GPU, "there is no CUDA kernel of ours for this op yet"),
+    ("ssd", "cuda", {"d_state": 300, **GPU}, "up to d_state = 256, got 300"),
     ("selective_scan", "mamba_ssm", {"device": "cpu"}, "mamba_ssm needs CUDA tensors, got cpu"),
     (
         "selective_scan",

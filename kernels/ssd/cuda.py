@@ -48,9 +48,7 @@ class SsdForwardParams(ctypes.Structure):
     """``SsdForwardParams`` of ``ssd_forward.cu``."""
 
     _fields_ = [
-        *structs.fields(
-            c_void_p, "x dt A B C D z dt_bias reset valid initial_state out last saved states passing"
-        ),
+        *structs.fields(c_void_p, "x dt A B C D z dt_bias reset valid initial_state out last saved states passing"),
         *structs.fields(c_longlong, "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h"),
         *structs.fields(c_int, "batch l h p n groups chunks D_head D_channel softplus wide_dt tiles segments span"),
         *structs.fields(c_float, "low high"),
@@ -58,7 +56,7 @@ class SsdForwardParams(ctypes.Structure):
 
 
 class Tile(NamedTuple):
-    """What a block has of a head: channels and states, rounded up, and how many chunks' operands are in shared memory."""
+    """A block's part of a head: channels and states, rounded up, and how many chunks' operands are in shared memory."""
 
     p: int
     n: int
@@ -72,7 +70,7 @@ class Tile(NamedTuple):
         operands = self.stages * q * (self.p + pad + row + (0 if states else C))
         if not states:
             operands += self.p * row + (0 if halves else q * (q + pad))
-        return operands * element + 2 * steps + 16
+        return operands * element + 2 * steps + 16 + 4 * self.p
 
     @property
     def blocks(self) -> int:
@@ -187,13 +185,14 @@ def refuse(facts: Facts) -> str | None:
 
 
 def _too_big(n: int, element: int) -> str | None:
+    if n <= MAX_STATE // 2 or element == 2:
+        # fits any GPU that the kernels run on
+        return None
     space = shared_memory(torch.device("cuda", torch.cuda.current_device()))
     need = tile_of(64, n, element, space).shared_bytes(element) + DRIVERS
     if need <= space:
         return None
-    return (
-        f"the CUDA kernels of ssd need {need >> 10} KiB of shared memory for d_state = {n}, a block has {space >> 10} KiB here"
-    )
+    return f"the CUDA kernels of ssd need {need >> 10} KiB of shared memory for d_state = {n}, a block has {space >> 10} KiB here"
 
 
 def forward(i: SsdInputs, options: SsdOptions, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:

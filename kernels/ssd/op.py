@@ -93,7 +93,9 @@ def ssd(
         raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
     x, dt, B, C, z = clear_padding(seq, x, dt, B, C, z)
     grad = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given)
-    facts = facts_of(x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n, grad=grad)
+    facts = facts_of(
+        x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n, grad=grad
+    )
     chosen = choose(where, backend=backend if l else "reference", **facts)
     i = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, *marks_of(seq))
     out, state = chosen.run(i, SsdOptions(dt_softplus, lo, hi, chunk_size))

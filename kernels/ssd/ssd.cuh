@@ -28,12 +28,6 @@ struct Steps {
     int bad[Q];           // 1: something that the state takes up is not finite, 2: C is not (packed documents only)
     float through, gain;  // decay over the whole chunk, likewise; a power of two, 1 but for fp16
     float pad[2];
-
-    // decay from token s to token t >= s of the same document
-    template <class T>
-    DEVICE float between(int t, int s) const {
-        return decay_of<T>((hi[t] - hi[s]) + (lo[t] - lo[s]), 1.f);
-    }
 };
 
 // 2^k and 2^-k for which `largest` 2^k lies in [2^(to - 1), 2^to), as far as |k| <= 40
@@ -139,11 +133,8 @@ DEVICE void fill_tile(T* shared, const T* at, int64 stride, int rows, int cols) 
     constexpr int WIDE = Packed<T>::lanes, PER = COLS / WIDE, ONCE = SSD_THREADS / PER;
     static_assert(SSD_THREADS % PER == 0 && ROWS % ONCE == 0, "every thread has as many vectors, of one column");
     const int first = threadIdx.x / PER, col = threadIdx.x % PER * WIDE, count = cols - col;
-    const T* from = at + (count > 0 ? first * stride + col : 0);
-    const int64 step = count > 0 ? ONCE * stride : 0;
+    const T* from = at + first * stride + col;
 #pragma unroll
-    for (int i = 0; i < ROWS / ONCE; ++i, from += step) {
-        const bool there = first + i * ONCE < rows;
-        Packed<T>::template fetch<ALIGNED>(shared + (first + i * ONCE) * STRIDE + col, there ? from : at, there ? count : 0);
-    }
+    for (int i = 0; i < ROWS / ONCE; ++i, from += ONCE * stride)
+        Packed<T>::template fetch<ALIGNED>(shared + (first + i * ONCE) * STRIDE + col, from, first + i * ONCE < rows ? count : 0);
 }

@@ -27,7 +27,7 @@ struct SsdForwardParams {
     float low, high;
 };
 
-// Shared memory: the stages' tiles X, B, C, then the state as an operand, then (float32) the weights, the step sizes of two chunks, maxima.
+// Shared memory: the stages' tiles X, B, C, then the state as an operand, then (float32) the weights, the step sizes of two chunks, maxima, D.
 template <class T, int P, int N, int STAGES, int FLAGS>
 struct Layout {
     static constexpr bool HALF = sizeof(T) == 2, OUT = !(FLAGS & STATES);
@@ -38,7 +38,7 @@ struct Layout {
     static constexpr int TILES = Q * (X + B + (OUT ? C : 0));
     static constexpr int STATE = OUT ? P * H : 0, WEIGHTS = OUT && !HALF ? Q * M : 0;
     static constexpr int OPERANDS = (STAGES * TILES + STATE + WEIGHTS) * (int)sizeof(T);
-    static constexpr int BYTES = OPERANDS + 2 * (int)sizeof(Steps<Q>) + 16;
+    static constexpr int MAXIMA = OPERANDS + 2 * (int)sizeof(Steps<Q>), SKIP = MAXIMA + 16, BYTES = SKIP + 4 * P;
 };
 
 template <class T, int P, int N, int STAGES, int FLAGS>
@@ -52,7 +52,7 @@ struct Forward {
 
     const SsdForwardParams& p;
     char* shared;
-    int head, segment, first, channels, n;
+    int head, group, segment, first, channels, n;
     int64 b;
     float state[MT][NT][4];
     bool spoiled = false;  // what the state has taken up is not finite
@@ -61,7 +61,7 @@ struct Forward {
         int i = blockIdx.x;
         const int segments = p.segments - (OUT ? 0 : 1);
         first = i % p.tiles * P, i /= p.tiles;
-        head = i % p.h, i /= p.h;
+        head = i % p.h, i /= p.h, group = head / (p.h / p.groups);
         segment = i % segments, b = i / segments;
         channels = p.p - first < P ? p.p - first : P, n = p.n;
     }
@@ -72,14 +72,15 @@ struct Forward {
     DEVICE T* C(int c) const { return tiles(c) + Q * (At::X + At::B); }
     DEVICE T* H() const { return reinterpret_cast<T*>(shared) + STAGES * At::TILES; }
     DEVICE Steps<Q>& steps(int c) const { return reinterpret_cast<Steps<Q>*>(shared + At::OPERANDS)[c % 2]; }
-    DEVICE float* maxima() const { return reinterpret_cast<float*>(shared + At::OPERANDS + 2 * sizeof(Steps<Q>)); }
+    DEVICE float* maxima() const { return reinterpret_cast<float*>(shared + At::MAXIMA); }
+    DEVICE float* skip() const { return reinterpret_cast<float*>(shared + At::SKIP); }
     // a state's place: the row is a channel, the column one of n
     DEVICE static int row_of(int i, int e) { return threadIdx.x / 64 * (P / 2) + 16 * i + threadIdx.x % 32 / 4 + e / 2 * 8; }
     DEVICE static int column_of(int j, int e) { return threadIdx.x / 32 % 2 * (N / 2) + 8 * j + threadIdx.x % 4 * 2 + e % 2; }
     DEVICE int64 state_at(int64 of) const { return ((of * p.h + head) * p.p + first) * n; }
 
     DEVICE void fetch(int c) const {
-        const int rows = p.l - c * Q < Q ? p.l - c * Q : Q, group = head / (p.h / p.groups);
+        const int rows = p.l - c * Q < Q ? p.l - c * Q : Q;
         const int64 t = (int64)c * Q;
         const T* x = reinterpret_cast<const T*>(p.x) + b * p.x_b + t * p.x_l + head * p.x_h + first;
         fill_tile<T, Q, P, At::X, ALIGNED>(X(c), x, p.x_l, rows, channels);
@@ -197,10 +198,12 @@ struct Forward {
         float largest[2] = {0.f, 0.f};
         each<1, S>([&](int, int j, int e) {
             const int t = row + e / 2 * 8, from = column + 8 * j + e % 2;
+            const float log = (s.hi[t] - s.hi[from]) + (s.lo[t] - s.lo[from]), dt = s.dt[from];
             // of 16-bit types, all columns but the last 16 are behind every row
-            const bool keep = ((HALF && j < S - 2) || from <= t) && (!PACKED || s.doc[from] == s.doc[t]);
+            const bool keep = ((HALF && j < S - 2) || from <= t) & (!PACKED || s.doc[from] == s.doc[t]);
+            const float weight = decay_of<T>(keep ? log : -200.f, 1.f) * dt;
             float& x = scores[0][j][e];
-            x = keep ? x * (s.template between<T>(t, from) * s.dt[from]) : 0.f;
+            x = keep ? x * weight : 0.f;
             if constexpr (is_fp16<T>) largest[e / 2] = fmaxf(largest[e / 2], fabsf(x));
         });
         if constexpr (is_fp16<T>) {
@@ -308,10 +311,11 @@ struct Forward {
         load_shared<WIDE>(at, y);
         const int count = channels - offset;
         if (p.D != nullptr) {
+            float D[WIDE];
             Packed<T>::from(X(c) + t * At::X + offset).unpack(x);
-            const float* D = p.D + head * p.D_head + (first + offset) * p.D_channel;
+            load_shared<WIDE>(skip() + offset, D);
 #pragma unroll
-            for (int i = 0; i < WIDE; ++i) y[i] = fmaf(i < count ? D[i * p.D_channel] : 0.f, x[i], y[i]);
+            for (int i = 0; i < WIDE; ++i) y[i] = fmaf(D[i], x[i], y[i]);
         }
         if (p.z != nullptr) {
             float gate[WIDE];
@@ -345,6 +349,8 @@ struct Forward {
         RawSteps<Q> raw;
         if (STAGES == 2) fetch(begin);
         if (warp == 0) raw.template load<T>(p, b, head, begin * Q), form_steps<T, Q, PACKED>(p, raw, head, steps(begin));
+        if (OUT && p.D != nullptr && threadIdx.x < P)
+            skip()[threadIdx.x] = threadIdx.x < channels ? p.D[head * p.D_head + (first + threadIdx.x) * p.D_channel] : 0.f;
         enter();
         if constexpr (OUT && is_fp16<T>) note_largest();
 #pragma unroll 1
