@@ -11,12 +11,13 @@ import torch
 from hybridzoo.kernels.conv import cuda as cuda_conv
 from hybridzoo.kernels.few import cuda as cuda_few
 from hybridzoo.kernels.gpu import nvrtc
-from hybridzoo.kernels.gpu.operands import UNALIGNED
+from hybridzoo.kernels.gpu.operands import RESET, UNALIGNED
 from hybridzoo.kernels.loss import cuda as cuda_loss
 from hybridzoo.kernels.norm import cuda as cuda_norm
 from hybridzoo.kernels.norm.cuda import CENTRED
 from hybridzoo.kernels.scan.launches import CUT, LOW_RANK, NARROW, OUTPUTS, WALK
 from hybridzoo.kernels.scan.shapes import ADJOINT, BACKWARD, FORWARD, FULL, PAIRS, STATE
+from hybridzoo.kernels.ssd import cuda as cuda_ssd
 from hybridzoo.kernels.step import cuda as cuda_update
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'hybridzoo[cuda]'")
@@ -101,6 +102,14 @@ NORMED, LAYER_NORM, GATED = (
     (True, False, 2560, False, 1e-5),
     (False, True, 2560, False, 1e-5),
 )
+
+
+def dual(dtype, p, n, flags=0, space=228 << 10):
+    tile = cuda_ssd.tile_of(p, n, dtype.itemsize, space)
+    plan = cuda_ssd.Plan(b"", tile, 1, 1, flags & ~cuda_ssd.STATES)
+    return "ssd_forward.cu", plan.kernel(dtype, bool(flags & cuda_ssd.STATES))
+
+
 USUAL = [
     *(forward("bf16", 16, FULL, 0, i) for i in range(len(FORWARD[16]))),
     *(forward("bf16", 16, mode, 0) for mode in (STATE, ADJOINT)),
@@ -164,6 +173,8 @@ USUAL = [
     *(("gated.cu", f"gated_norm<{t}>") for t in ("bf16", "float")),
     *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
     *(loss(v, BF16) for v in (256, 4096, 128256)),
+    *(dual(BF16, 64, 128, flags) for flags in (0, RESET, cuda_ssd.STATES)),
+    dual(F32, 64, 128),
 ]
 
 
@@ -189,6 +200,7 @@ def resources(source, name, arch):
         convolution(BF16, BF16, 4, True),
         state_step((BF16,) * 3, 4, 128, True),
         loss(50280, BF16),
+        dual(BF16, 64, 128),
     ],
     ids=lambda k: k[1],
 )
@@ -288,6 +300,26 @@ def test_every_instance_of_the_norm_compiles(dtype, arch):
         for d in widths.values()
         for backward in (False, True)
         for more in (0, UNALIGNED)
+    }
+    spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
+    assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}
+
+
+@exhaustive
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_every_instance_of_ssd_compiles(dtype, arch):
+    kernels = {
+        *(
+            dual(dtype, p, n, flags + more, space << 10)
+            for p in (32, 64)
+            for n in (32, 64, 128, 256)
+            for flags in (0, RESET, UNALIGNED, RESET + UNALIGNED)
+            for more in (0, cuda_ssd.STATES)
+            for space in (100, 164, 228)
+        ),
+        ("ssd_forward.cu", "ssd_pass_states"),
     }
     spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
     assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}
