@@ -1,6 +1,6 @@
 """The tests that say most come first, for when the time on a device is short."""
 
-ORDER = ("scan", "paths", "conv", "norm", "update", "kernels", "mixers", "sanitizer")
+ORDER = ("scan", "ssd", "paths", "conv", "norm", "update", "kernels", "mixers", "sanitizer")
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 PROGRAM = """
 import torch
 from hybridzoo.kernels import ScanNorms, Seq, StepConv, StepNorm, branch_layer_norm, branch_rms_norm, causal_conv1d, cross_entropy
-from hybridzoo.kernels import gated_rms_norm, selective_scan, selective_state_update, step_attention, step_linear
+from hybridzoo.kernels import gated_rms_norm, selective_scan, selective_state_update, ssd, step_attention, step_linear
 from hybridzoo.kernels.scan import launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
@@ -59,6 +59,12 @@ for b, l, d, n, g, dtype in CASES:
     gains = [torch.randn(d).cuda().requires_grad_() for _ in range(2)]
     h, same = branch_layer_norm(same, *gains, 1e-5, dtype, add=h, backend="cuda")
     torch.autograd.grad(h.sum() + same.sum(), wide)
+for l, h, p, n, dtype in ((70, 2, 24, 33, torch.bfloat16), (130, 2, 64, 128, torch.float16), (200, 2, 64, 32, torch.float32), (700, 1, 40, 200, torch.bfloat16)):
+    (x, z), (B, C) = torch.randn(2, 2, l, h, p).to(dtype).cuda(), torch.randn(2, 2, l, 1, n).to(dtype).cuda()
+    dt, A, D, h0 = torch.randn(2, l, h).cuda(), -torch.rand(h).cuda(), torch.randn(h, p).cuda(), torch.randn(2, h, p, n).cuda()
+    doc = (torch.arange(l) // 50).expand(2, l).contiguous().cuda()
+    for seq in (None, Seq.from_documents(doc)):
+        ssd(x, dt, A, B, C, D, z, dt_softplus=True, initial_state=h0, seq=seq, return_final_state=True, backend="cuda")
 for layer in (Mamba(64).cuda(), Mamba2(64, headdim=16).cuda()):
     with torch.no_grad():
         state = layer.init_state(3)
@@ -104,6 +110,7 @@ KERNELS = (
     "few_rows",
     "gated_norm",
     "attend_",
+    "ssd_",
 )
 
 
