@@ -288,6 +288,26 @@ def test_the_public_function_takes_it(monkeypatch):
 
 
 @needs_compiler
+def test_a_call_that_looks_like_another_takes_its_plan(monkeypatch):
+    monkeypatch.setitem(dispatch.TABLES["ssd"], "cuda", dispatch.Backend("cuda", "emulated", run=cuda.ssd))
+    i = operands(1, 70, 2, 16, 1, 16, BF16)
+    options = dict(dt_bias=i.dt_bias, dt_softplus=True, backend="cuda")
+    want = ssd(*i[:7], **options)
+
+    def planned(*_):
+        raise LookupError
+
+    monkeypatch.setattr(cuda, "planned", planned)
+    assert torch.equal(ssd(*(x.clone() for x in i[:7]), **options), want)
+    for change in ({"dt_softplus": False}, {"dt_limit": (0.0, 1.0)}, {"initial_state": i.initial_state}):
+        with pytest.raises(LookupError):
+            ssd(*i[:7], **options | change)
+    # one that needs gradients is another call
+    with pytest.raises(LookupError):
+        ssd(i.x.clone().requires_grad_(), *i[1:7], **options)
+
+
+@needs_compiler
 def test_the_op_is_registered_as_torch_wants_it():
     i = operands(1, 70, 2, 16, 1, 16, BF16, marked=True)
     for save in (False, True):

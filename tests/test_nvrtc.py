@@ -106,8 +106,7 @@ NORMED, LAYER_NORM, GATED = (
 
 def dual(dtype, p, n, flags=0, space=228 << 10):
     tile = cuda_ssd.tile_of(p, n, dtype.itemsize, space)
-    plan = cuda_ssd.Plan(b"", tile, 1, 1, flags & ~cuda_ssd.STATES)
-    return "ssd_forward.cu", plan.kernel(dtype, bool(flags & cuda_ssd.STATES))
+    return "ssd_forward.cu", cuda_ssd.walk(dtype, tile, flags)
 
 
 USUAL = [

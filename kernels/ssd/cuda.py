@@ -103,19 +103,27 @@ class SsdLook(NamedTuple):
     limits: tuple[float, float]
 
 
+class Launch(NamedTuple):
+    """A launch of ``ssd_forward.cu``."""
+
+    name: str
+    blocks: int
+    threads: int
+    shared: int
+
+
 class Plan(NamedTuple):
-    """The launches of a call: the struct behind its pointers, and how the length is cut."""
+    """The launches of a call, the struct behind its pointers, and into how many segments the length is cut."""
 
+    dtype: torch.dtype
     tail: bytes
-    tile: Tile
-    blocks: int  # of a segment of all rows
     segments: int
-    flags: int
+    launches: tuple[Launch, ...]
 
-    def kernel(self, dtype: torch.dtype, states: bool) -> str:
-        """The name of the walk over chunks."""
-        tile, flags = self.tile, self.flags | (STATES if states else 0)
-        return f"ssd_forward<{TYPES[dtype]}, {tile.p}, {tile.n}, {tile.stages}, {flags}>"
+
+def walk(dtype: torch.dtype, tile: Tile, flags: int) -> str:
+    """Name the kernel that walks over chunks."""
+    return f"ssd_forward<{TYPES[dtype]}, {tile.p}, {tile.n}, {tile.stages}, {flags}>"
 
 
 def cut(blocks: int, chunks: int, places: int) -> int:
@@ -134,7 +142,9 @@ def plan_of(look: SsdLook, count: int, space: int) -> Plan:
     element = look.dtype.itemsize
     tile = tile_of(p, n, element, space)
     tiles, chunks = ceil_div(p, tile.p), ceil_div(l, CHUNK[element])
-    span = cut(b * h * tiles, chunks, count * tile.resident(element, space))
+    blocks = b * h * tiles
+    span = cut(blocks, chunks, count * tile.resident(element, space))
+    segments = ceil_div(chunks, span)
     names = ("x", "dt", "B", "C", "z")
     strides = {
         f"{name}_{axis}": s
@@ -156,7 +166,7 @@ def plan_of(look: SsdLook, count: int, space: int) -> Plan:
         softplus=look.softplus,
         wide_dt=look.wide_dt,
         tiles=tiles,
-        segments=ceil_div(chunks, span),
+        segments=segments,
         span=span,
         low=low,
         high=high,
@@ -169,7 +179,14 @@ def plan_of(look: SsdLook, count: int, space: int) -> Plan:
         or any(s % lanes for k, values in enumerate(look.strides) if k != 1 for s in values)
     )
     flags = (RESET if look.packed else 0) | (UNALIGNED if off else 0)
-    return Plan(structs.tail(rest), tile, b * h * tiles, ceil_div(chunks, span), flags)
+    launches = [Launch(walk(look.dtype, tile, flags), blocks * segments, THREADS, tile.shared_bytes(element))]
+    if segments > 2:
+        launches.insert(0, Launch("ssd_pass_states", ceil_div(b * h * p * n, PASS), PASS, 0))
+    if segments > 1:
+        # the last segment leaves nothing to another
+        name, shared = walk(look.dtype, tile, flags | STATES), tile.shared_bytes(element, states=True)
+        launches.insert(0, Launch(name, blocks * (segments - 1), THREADS, shared))
+    return Plan(look.dtype, structs.tail(rest), segments, tuple(launches))
 
 
 def refuse(facts: Facts) -> str | None:
@@ -195,36 +212,31 @@ def _too_big(n: int, element: int) -> str | None:
     return f"the CUDA kernels of ssd need {need >> 10} KiB of shared memory for d_state = {n}, a block has {space >> 10} KiB here"
 
 
-def forward(i: SsdInputs, options: SsdOptions, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs (b, l, h, p) in x's type, the last state, and, to ``save``, the states at chunk starts (b, chunks, h, p, n)."""
-    dtype, (b, l, h, p), (g, n) = common_type(i.x, i.B, i.C, i.z), i.x.shape, i.B.shape[2:]
+def readable(i: SsdInputs) -> SsdInputs:
+    """The inputs in the types and layouts that the kernels read; those that are so already are the same tensors."""
+    dtype = common_type(i.x, i.B, i.C, i.z)
     x, B, C, z = (in_rows(m, dtype) for m in (i.x, i.B, i.C, i.z))
-    wide_dt = i.dt.dtype != dtype
-    dt = cast(i.dt, torch.float32) if wide_dt else i.dt
     A, D, bias, start = (in_one_piece(m) for m in (i.A, i.D, i.dt_bias, i.initial_state))
     reset, valid = (in_one_piece(m, torch.bool) for m in (i.reset, i.valid))
-    out, last = torch.empty(x.shape, dtype=dtype, device=x.device), A.new_empty(b, h, p, n)
-    chunks = ceil_div(l, CHUNK[dtype.itemsize])
-    saved = x.new_empty(b, chunks, h, p, n, dtype=saved_dtype(dtype)) if save else None
-    if not (b and l and h):
-        return out, last.zero_() if start is None else last.copy_(start), saved
+    dt = i.dt if i.dt.dtype == dtype else cast(i.dt, torch.float32)
+    return SsdInputs(x, dt, A, B, C, D, z, bias, start, reset, valid)
+
+
+def planned(i: SsdInputs, options: SsdOptions) -> Plan:
+    """The launches for inputs that are readable."""
+    x, D, (b, l, h, p), (g, n) = i.x, i.D, i.x.shape, i.B.shape[2:]
     look = SsdLook(
-        dtype,
+        x.dtype,
         (b, l, h, p, g, n),
-        tuple((0, 0, 0) if m is None else _strides(m) for m in (x, dt, B, C, z)),
-        min(alignment(m) for m in (x, B, C, z)) == 16,
+        tuple((0, 0, 0) if m is None else _strides(m) for m in (x, i.dt, i.B, i.C, i.z)),
+        min(alignment(m) for m in (x, i.B, i.C, i.z)) == 16,
         (0, 0) if D is None else (1, 0) if D.dim() == 1 else (p, 1),
-        reset is not None,
-        wide_dt,
+        i.reset is not None,
+        i.dt.dtype != x.dtype,
         options.dt_softplus,
         (-math.inf, math.inf) if options.dt_limit == (0.0, math.inf) else options.dt_limit,
     )
-    plan = plan_of(look, processors(x.device), shared_memory(x.device))
-    states = A.new_empty(b, plan.segments, h, p * n + 1) if plan.segments > 1 else None
-    passing = None if states is None else states.view(-1)[b * plan.segments * h * p * n :]
-    operands = (x, dt, A, B, C, D, z, bias, reset, valid, start, out, last, saved, states, passing)
-    _launch(plan, dtype, b * h * p * n, structs.pack(plan.tail, *operands), x.device)
-    return cast(out, i.x.dtype), last, saved
+    return plan_of(look, processors(x.device), shared_memory(x.device))
 
 
 def _strides(m: Tensor) -> tuple[int, ...]:
@@ -232,16 +244,38 @@ def _strides(m: Tensor) -> tuple[int, ...]:
     return tuple(s if size > 1 else 0 for s, size in zip(m.stride()[:3], m.shape[:3], strict=True))
 
 
-def _launch(plan: Plan, dtype: torch.dtype, size: int, packed: bytes, device: torch.device) -> None:
-    source, tile, element = "ssd_forward.cu", plan.tile, dtype.itemsize
+def plan_of_call(i: SsdInputs, options: SsdOptions) -> tuple[SsdInputs, Plan]:
+    """The inputs that a call reads in place of these, and its plan, for :mod:`hybridzoo.kernels.gpu.launch_plans`."""
+    i = readable(i)
+    return i, planned(i, options)
+
+
+def forward(
+    i: SsdInputs, options: SsdOptions, save: bool, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs (b, l, h, p) in x's type, the last state, and, to ``save``, the states at chunk starts (b, chunks, h, p, n).
+
+    ``plan`` is that of a call like this one, whose inputs are readable.
+    """
+    first, (b, l, h, p), n = i.x, i.x.shape, i.B.shape[3]
+    if plan is None:
+        i = readable(i)
+    x, start = i.x, i.initial_state
+    out, last = torch.empty(x.shape, dtype=x.dtype, device=x.device), i.A.new_empty(b, h, p, n)
+    chunks = ceil_div(l, CHUNK[x.dtype.itemsize])
+    saved = x.new_empty(b, chunks, h, p, n, dtype=saved_dtype(x.dtype)) if save else None
+    if not out.numel():
+        return out, last.zero_() if start is None else last.copy_(start), saved
+    plan, states, passing = plan or planned(i, options), None, None
     if plan.segments > 1:
-        # the last segment leaves nothing to another
-        blocks, shared = plan.blocks * (plan.segments - 1), tile.shared_bytes(element, states=True)
-        nvrtc.launch(source, plan.kernel(dtype, True), packed, blocks, THREADS, shared, device)
-    if plan.segments > 2:
-        nvrtc.launch(source, "ssd_pass_states", packed, ceil_div(size, PASS), PASS, 0, device)
-    shared = tile.shared_bytes(element)
-    nvrtc.launch(source, plan.kernel(dtype, False), packed, plan.blocks * plan.segments, THREADS, shared, device)
+        # states, then a decay for each
+        states = i.A.new_empty(b * plan.segments * h * (p * n + 1))
+        passing = states[b * plan.segments * h * p * n :]
+    operands = (x, i.dt, i.A, i.B, i.C, i.D, i.z, i.dt_bias, i.reset, i.valid, start, out, last, saved, states, passing)
+    packed = structs.pack(plan.tail, *operands)
+    for launch in plan.launches:
+        nvrtc.launch("ssd_forward.cu", launch.name, packed, launch.blocks, launch.threads, launch.shared, x.device)
+    return cast(out, first.dtype), last, saved
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -272,8 +306,11 @@ def _ssd_fake(*operands):
     return blank(i.x), last, i.x.new_empty(b, (l + q - 1) // q, h, p, n, dtype=saved_dtype(dtype))
 
 
-def ssd(i: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
-    """:func:`.reference.ssd` on an NVIDIA GPU; the same arguments and results."""
+def ssd(i: SsdInputs, options: SsdOptions, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.ssd` on an NVIDIA GPU; the same arguments and results.
+
+    ``plan`` are the launches of a call like this (:mod:`hybridzoo.kernels.gpu.launch_plans`).
+    """
     if eager(i.x):
-        return forward(i, options, False)[:2]
+        return forward(i, options, False, plan)[:2]
     return torch.ops.hybridzoo.ssd_cuda(*i, *options, False)[:2]

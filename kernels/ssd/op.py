@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
+from ..gpu import launch_plans
 from ..seq import Seq, clear_padding, marks_of
 from . import chunked, cuda, library, reference
 from .inputs import SsdInputs, SsdOptions
@@ -65,7 +66,17 @@ def ssd(
         ValueError: Shapes, dtypes, devices, limits or the chunk size do not fit.
         BackendError: The backend asked for cannot do this call.
     """
-    where = "ssd"
+    where, lo, hi = "ssd", *(float(limit) for limit in dt_limit)
+    given, options = (
+        SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state),
+        SsdOptions(dt_softplus, lo, hi, chunk_size),
+    )
+    grad = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in given])
+    # of such a call, one that looks the same has been checked, and its launches are planned
+    plan = launch_plans.find(where, given, options, backend, grad) if seq is None else None
+    if plan is not None:
+        out, state = cuda.ssd(given, options, plan)
+        return (out, state) if return_final_state else out
     checks.floating(where, "x", x, 4, "(b, l, h, p)")
     b, l, h, p = x.shape
     checks.floating(where, "B", B, 4, "(b, l, g, n)")
@@ -82,22 +93,20 @@ def ssd(
     checks.shape(where, "z", z, (b, l, h, p), "(b, l, h, p) like x")
     checks.shape(where, "dt_bias", dt_bias, (h,), "(h,)")
     checks.shape(where, "initial_state", initial_state, (b, h, p, n), "(b, h, p, n)")
-    given = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
     checks.floats(where, **given._asdict())
     checks.same_device(where, "x", **given._asdict())
     checks.fits(where, seq, b, l)
-    lo, hi = (float(limit) for limit in dt_limit)
     if not 0 <= lo <= hi:
         raise ValueError(f"{where}: dt_limit is ({lo}, {hi}), expected 0 <= lower <= upper.")
     if chunk_size < 1:
         raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
     x, dt, B, C, z = clear_padding(seq, x, dt, B, C, z)
-    grad = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given)
-    facts = facts_of(
-        x, initial_state, seq, return_final_state, dt, A, B, C, dt_bias, initial_state, d_state=n, grad=grad
-    )
+    leaves = (dt, A, B, C, dt_bias, initial_state)
+    facts = facts_of(x, initial_state, seq, return_final_state, *leaves, d_state=n, grad=grad)
     chosen = choose(where, backend=backend if l else "reference", **facts)
     i = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, *marks_of(seq))
-    out, state = chosen.run(i, SsdOptions(dt_softplus, lo, hi, chunk_size))
+    out, state = chosen.run(i, options)
+    if chosen.name == "cuda" and seq is None and out.numel():
+        launch_plans.keep(where, given, lambda: cuda.plan_of_call(given, options), options, backend, grad)
     (out,) = clear_padding(seq, out)
     return (out, state) if return_final_state else out
