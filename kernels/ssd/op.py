@@ -66,47 +66,50 @@ def ssd(
         ValueError: Shapes, dtypes, devices, limits or the chunk size do not fit.
         BackendError: The backend asked for cannot do this call.
     """
-    where, lo, hi = "ssd", *(float(limit) for limit in dt_limit)
-    given, options = (
-        SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state),
-        SsdOptions(dt_softplus, lo, hi, chunk_size),
-    )
+    where, given = "ssd", SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    options = SsdOptions(dt_softplus, *(float(limit) for limit in dt_limit), chunk_size)
     grad = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in given])
     # of such a call, one that looks the same has been checked, and its launches are planned
     plan = launch_plans.find(where, given, options, backend, grad) if seq is None else None
     if plan is not None:
         out, state = cuda.ssd(given, options, plan)
         return (out, state) if return_final_state else out
-    checks.floating(where, "x", x, 4, "(b, l, h, p)")
-    b, l, h, p = x.shape
-    checks.floating(where, "B", B, 4, "(b, l, g, n)")
-    g, n = B.shape[2:]
-    checks.groups(where, h, g, "h")
-    checks.shape(where, "dt", dt, (b, l, h), "(b, l, h)")
-    checks.shape(where, "A", A, (h,), "(h,)")
-    checks.shape(where, "B", B, (b, l, g, n), "(b, l, g, n)")
-    checks.shape(where, "C", C, (b, l, g, n), "(b, l, g, n) like B")
-    if D is not None and D.dim() != 2:
-        checks.shape(where, "D", D, (h,), "(h,), or (h, p)")
-    elif D is not None:
-        checks.shape(where, "D", D, (h, p), "(h, p), or (h,)")
-    checks.shape(where, "z", z, (b, l, h, p), "(b, l, h, p) like x")
-    checks.shape(where, "dt_bias", dt_bias, (h,), "(h,)")
-    checks.shape(where, "initial_state", initial_state, (b, h, p, n), "(b, h, p, n)")
-    checks.floats(where, **given._asdict())
-    checks.same_device(where, "x", **given._asdict())
-    checks.fits(where, seq, b, l)
-    if not 0 <= lo <= hi:
-        raise ValueError(f"{where}: dt_limit is ({lo}, {hi}), expected 0 <= lower <= upper.")
-    if chunk_size < 1:
-        raise ValueError(f"{where}: chunk_size is {chunk_size}, expected at least 1.")
+    _check(where, given, options)
+    checks.fits(where, seq, *x.shape[:2])
     x, dt, B, C, z = clear_padding(seq, x, dt, B, C, z)
     leaves = (dt, A, B, C, dt_bias, initial_state)
-    facts = facts_of(x, initial_state, seq, return_final_state, *leaves, d_state=n, grad=grad)
-    chosen = choose(where, backend=backend if l else "reference", **facts)
+    facts = facts_of(x, initial_state, seq, return_final_state, *leaves, d_state=B.shape[3], grad=grad)
+    chosen = choose(where, backend=backend if x.shape[1] else "reference", **facts)
     i = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, *marks_of(seq))
     out, state = chosen.run(i, options)
     if chosen.name == "cuda" and seq is None and out.numel():
         launch_plans.keep(where, given, lambda: cuda.plan_of_call(given, options), options, backend, grad)
     (out,) = clear_padding(seq, out)
     return (out, state) if return_final_state else out
+
+
+def _check(where: str, i: SsdInputs, options: SsdOptions) -> None:
+    x, D = i.x, i.D
+    checks.floating(where, "x", x, 4, "(b, l, h, p)")
+    b, l, h, p = x.shape
+    checks.floating(where, "B", i.B, 4, "(b, l, g, n)")
+    g, n = i.B.shape[2:]
+    checks.groups(where, h, g, "h")
+    checks.shape(where, "dt", i.dt, (b, l, h), "(b, l, h)")
+    checks.shape(where, "A", i.A, (h,), "(h,)")
+    checks.shape(where, "B", i.B, (b, l, g, n), "(b, l, g, n)")
+    checks.shape(where, "C", i.C, (b, l, g, n), "(b, l, g, n) like B")
+    if D is not None and D.dim() != 2:
+        checks.shape(where, "D", D, (h,), "(h,), or (h, p)")
+    elif D is not None:
+        checks.shape(where, "D", D, (h, p), "(h, p), or (h,)")
+    checks.shape(where, "z", i.z, (b, l, h, p), "(b, l, h, p) like x")
+    checks.shape(where, "dt_bias", i.dt_bias, (h,), "(h,)")
+    checks.shape(where, "initial_state", i.initial_state, (b, h, p, n), "(b, h, p, n)")
+    checks.floats(where, **i._asdict())
+    checks.same_device(where, "x", **i._asdict())
+    lo, hi = options.dt_limit
+    if not 0 <= lo <= hi:
+        raise ValueError(f"{where}: dt_limit is ({lo}, {hi}), expected 0 <= lower <= upper.")
+    if options.chunk < 1:
+        raise ValueError(f"{where}: chunk_size is {options.chunk}, expected at least 1.")
