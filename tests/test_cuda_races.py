@@ -1,4 +1,4 @@
-"""No race in the scan's kernels: the thread sanitizer watches them on the CPU (tests/emulator), every thread of a block for one of its own.
+"""No race in the kernels of the scans: the thread sanitizer watches them on the CPU (tests/emulator), every thread of a block for one of its own.
 
 compute-sanitizer's racecheck, which watches the other kernels on a GPU (tests/gpu/test_sanitizer.py), takes two groups of warps that hand
 tiles to and fro, one arriving at a barrier that the other waits at, for a race.
@@ -24,6 +24,8 @@ from hybridzoo.kernels.scan import cuda_paths, launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
 from hybridzoo.kernels.scan.shapes import FORWARD, Cut
+from hybridzoo.kernels.ssd import cuda as ssd_cuda
+from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 nvrtc.launch = emulator.launch
 def operands(l, d, n):
     wide, narrow = ([torch.randn(1, l, w).bfloat16() for _ in range(k)] for w, k in ((d, 3), (n, 2)))
@@ -49,7 +51,16 @@ def walks():
     i, paths = ScanInputs(u, dt, A, B, C, D, z, bias, state), [10, 7, 7, 1, 0, 7, 10, 1, 7, 1]
     out, last, saved = cuda_paths.forward(i, True, paths, True)
     cuda_paths.backward(i, True, paths, out, last, saved)
-if "-DHZ_WALKS" in sys.argv:
+def dual():
+    # two stages of tiles and one; what a segment leaves, and the outputs
+    (x, z), (B, C) = torch.randn(2, 1, 200, 1, 32).bfloat16(), torch.randn(2, 1, 200, 1, 32).bfloat16()
+    i = SsdInputs(x, torch.randn(1, 200, 1), -torch.rand(1), B, C, torch.randn(1), z, reset=(torch.arange(200) % 70 == 9)[None])
+    for space, processors in ((228, 1), (60, 5)):
+        ssd_cuda.shared_memory, ssd_cuda.processors = lambda device: space << 10, lambda device: processors
+        ssd_cuda.forward(i, SsdOptions(True), True)
+if "-DHZ_SSD" in sys.argv:
+    dual()
+elif "-DHZ_WALKS" in sys.argv:
     walks()
 else:
     straight("-DHZ_WITHOUT_WAITS" in sys.argv)
@@ -71,7 +82,9 @@ def sanitized(*flags):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.parametrize(
-    "flags", [(), ("-DHZ_WALKS",), ("-DHZ_WITHOUT_WAITS",)], ids=["as they are", "walks", "without waiting"]
+    "flags",
+    [(), ("-DHZ_WALKS",), ("-DHZ_WITHOUT_WAITS",), ("-DHZ_SSD",)],
+    ids=["as they are", "walks", "without waiting", "ssd"],
 )
 def test_the_sanitizer_finds_a_race_where_nobody_waits_and_nowhere_else(flags):
     done = sanitized(*flags)
