@@ -30,6 +30,13 @@ struct Steps {
     float pad[2];
 };
 
+// 2^log, of a sum of logarithms
+template <class T>
+DEVICE float decay_by(float log) {
+    if constexpr (sizeof(T) == 2) return exp2_fast(log);
+    return decay_of<T>(log, 1.f);
+}
+
 // 2^k and 2^-k for which `largest` 2^k lies in [2^(to - 1), 2^to), as far as |k| <= 40
 DEVICE void normal_range(float largest, int to, float& by, float& back) {
     int k = to - 1 - (int)((__float_as_uint(largest) >> 23 & 255) - 127);
@@ -84,7 +91,7 @@ struct RawSteps {
 template <class T, int Q, bool RESET, class P>
 DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, int head, Steps<Q>& out) {
     constexpr int PER = Q / 32;
-    constexpr double FLOOR = -1442.;  // beyond it a step forgets all
+    constexpr double FLOOR = -150.;  // beyond it a step forgets all
     const int lane = threadIdx.x % 32;
     const float bias = p.dt_bias == nullptr ? 0.f : p.dt_bias[head];
     const double rate = (double)finite_rate(p.A[head]) * 1.4426950408889634;
@@ -111,7 +118,7 @@ DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, int head, Steps<Q>& o
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
         sums[i] += lane == 0 ? 0. : before, docs[i] += shift;
-        onward[i] = docs[i] == last ? decay_of<T>((float)(end - sums[i]), 1.f) * dt[i] : 0.f;
+        onward[i] = docs[i] == last ? decay_by<T>((float)(end - sums[i])) * dt[i] : 0.f;
         largest = fmaxf(largest, fabsf(onward[i]));
     }
     // fp16 has no room below: the largest weight becomes about 1
@@ -121,10 +128,10 @@ DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, int head, Steps<Q>& o
         const int t = lane * PER + i;
         const float hi = (float)sums[i];
         out.dt[t] = dt[i], out.hi[t] = hi, out.lo[t] = (float)(sums[i] - hi), out.doc[t] = docs[i], out.bad[t] = bad[i];
-        out.into[t] = docs[i] == 0 ? decay_of<T>(hi, 1.f) : 0.f;
+        out.into[t] = docs[i] == 0 ? decay_by<T>(hi) : 0.f;
         out.onward[t] = onward[i] * by;
     }
-    if (lane == 0) out.through = last == 0 ? decay_of<T>((float)end, 1.f) : 0.f, out.gain = gain;
+    if (lane == 0) out.through = last == 0 ? decay_by<T>((float)end) : 0.f, out.gain = gain;
 }
 
 // `rows` x `cols` of memory as a tile of ROWS x COLS, zeros beyond; by the whole block, asynchronously where 16 bytes go at once

@@ -198,10 +198,11 @@ struct Forward {
         float largest[2] = {0.f, 0.f};
         each<1, S>([&](int, int j, int e) {
             const int t = row + e / 2 * 8, from = column + 8 * j + e % 2;
-            const float log = (s.hi[t] - s.hi[from]) + (s.lo[t] - s.lo[from]), dt = s.dt[from];
+            // bf16 has no use for the digits behind those of one float
+            const float log = s.hi[t] - s.hi[from] + (is_bf16<T> ? 0.f : s.lo[t] - s.lo[from]), dt = s.dt[from];
             // of 16-bit types, all columns but the last 16 are behind every row
             const bool keep = ((HALF && j < S - 2) || from <= t) & (!PACKED || s.doc[from] == s.doc[t]);
-            const float weight = decay_of<T>(keep ? log : -200.f, 1.f) * dt;
+            const float weight = decay_by<T>(keep ? log : -200.f) * dt;
             float& x = scores[0][j][e];
             x = keep ? x * weight : 0.f;
             if constexpr (is_fp16<T>) largest[e / 2] = fmaxf(largest[e / 2], fabsf(x));
@@ -296,23 +297,23 @@ struct Forward {
             if (e % 2 == 0) store_shared<2>(own + (lane / 4 + e / 2 * 8) * STRIDE + 8 * j + lane % 4 * 2, pair);
         });
         __syncwarp();
+        T* out = reinterpret_cast<T*>(p.out) + ((b * p.l + c * Q + row) * p.h + head) * p.p + first + offset;
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
+        for (int v = 0; v < VECTORS; ++v, out += (int64)ROWS * p.h * p.p) {
             const int t = row + v * ROWS;
             if (!ALIGNED && p.z != nullptr) gates[v] = gate((int64)c * Q + t, offset);
             if (c * Q + t < p.l && channels > offset)
-                finish(c, t, offset, own + (t - 16 * tile) * STRIDE + offset - part, gates[v], PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t)));
+                finish(out, X(c) + t * At::X, offset, own + (t - 16 * tile) * STRIDE + offset - part, gates[v], PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t)));
         }
     }
 
     // The skip and the gate of neighbouring channels
-    DEVICE void finish(int c, int t, int offset, const float* at, const Packed<T>& gates, bool hurt) const {
+    DEVICE void finish(T* out, const T* skipped, int offset, const float* at, const Packed<T>& gates, bool hurt) const {
         float y[WIDE], x[WIDE];
         load_shared<WIDE>(at, y);
-        const int count = channels - offset;
         if (p.D != nullptr) {
             float D[WIDE];
-            Packed<T>::from(X(c) + t * At::X + offset).unpack(x);
+            Packed<T>::from(skipped + offset).unpack(x);
             load_shared<WIDE>(skip() + offset, D);
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) y[i] = fmaf(D[i], x[i], y[i]);
@@ -328,8 +329,7 @@ struct Forward {
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) y[i] = NOT_A_NUMBER;
         }
-        T* out = reinterpret_cast<T*>(p.out) + ((b * p.l + c * Q + t) * p.h + head) * p.p + first + offset;
-        Packed<T>::pack(y).template store<ALIGNED>(out, count);
+        Packed<T>::pack(y).template store<ALIGNED>(out, channels - offset);
     }
 
     // H = through H + X^T diag(onward) B
