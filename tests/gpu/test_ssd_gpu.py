@@ -46,7 +46,8 @@ def check(i, options=USUAL):
     assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
     want = chunked.ssd(exactly(i), options)
     (error, off), (allowed, _) = errors(got[:2], want, i.valid), errors(chunked.ssd(i, options), want, i.valid)
-    assert error <= 2 * allowed, (error, allowed)
+    # a float32 rounding of slack, for few numbers that happen to be exact
+    assert error <= 2 * allowed + torch.finfo(F32).eps, (error, allowed)
     # sums of products come from the tensor cores without their last bit
     assert off <= 1.5 * ROUNDING[torch.promote_types(i.x.dtype, i.B.dtype)], off
     return got
@@ -59,7 +60,7 @@ SIZES = [(16, 16), (64, 32), (32, 64), (64, 64), (40, 100), (64, 128), (100, 128
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize(("p", "n"), SIZES)
 def test_every_size(p, n, marked, dtype):
-    for b, l, h, g in ((1, 1, 2, 1), (2, 63, 4, 2), (3, 700, 8, 1)):
+    for b, l, h, g in ((4, 1, 8, 1), (2, 63, 4, 2), (3, 700, 8, 1)):
         check(operands(b, l, h, p, g, n, dtype, marked=marked))
 
 
