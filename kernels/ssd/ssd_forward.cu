@@ -332,15 +332,42 @@ struct Forward {
         Packed<T>::pack(y).template store<ALIGNED>(out, channels - offset);
     }
 
-    // H = through H + X^T diag(onward) B
+    // H = through H + X^T diag(onward) B.  A chunk's part is summed by itself: tensor cores cut sums off, which long memories would add up.
     DEVICE void advance(int c, bool bad) {
         const Steps<Q>& s = steps(c);
-        const float keep = is_fp16<T> ? s.through / s.gain : s.through;
-        each<MT, NT>([&](int i, int j, int e) { state[i][j][e] = PACKED && keep == 0.f ? 0.f : state[i][j][e] * keep; });
         const int warp = threadIdx.x / 32;
+        const T *x = X(c) + warp / 2 * (P / 2), *keys = B(c) + warp % 2 * (N / 2);
         if constexpr (PACKED) spoiled = (bad || spoiled) && hurt(s, Q - 1);
-        product<T, MT, NT, true, true, true>(state, X(c) + warp / 2 * (P / 2), At::X, B(c) + warp % 2 * (N / 2), At::B, Q, NT, s.onward);
-        if constexpr (is_fp16<T>) each<MT, NT>([&](int i, int j, int e) { state[i][j][e] *= s.gain; });
+        if constexpr (HALF) {
+            uint32 a[Q / 16][MT][4];
+#pragma unroll
+            for (int k = 0; k < Q / 16; ++k)
+#pragma unroll
+                for (int i = 0; i < MT; ++i) load_a<T, true, true>(a[k][i], x + 16 * k * At::X + 16 * i, At::X, s.onward + 16 * k);
+#pragma unroll
+            for (int j = 0; j < NT; j += 2) {
+                float part[MT][2][4] = {};
+#pragma unroll
+                for (int k = 0; k < Q / 16; ++k) product_step<T, MT, 2, true>(part, a[k], keys + 16 * k * At::B + 8 * j, At::B);
+                take_up(s, j, part);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < NT; j += NT / 2) {
+                float part[MT][NT / 2][4] = {};
+                product<T, MT, NT / 2, true, true, true>(part, x, At::X, keys + 8 * j, At::B, Q, NT / 2, s.onward);
+                take_up(s, j, part);
+            }
+        }
+    }
+    template <int J>
+    DEVICE void take_up(const Steps<Q>& s, int first, const float (&part)[MT][J][4]) {
+        const float through = s.through, gain = is_fp16<T> ? s.gain : 1.f;
+        each<MT, J>([&](int i, int j, int e) {
+            float& x = state[i][first + j][e];
+            const float add = is_fp16<T> ? part[i][j][e] * gain : part[i][j][e];
+            x = PACKED && through == 0.f ? add : fmaf(x, through, add);
+        });
     }
 
     DEVICE void run() {
