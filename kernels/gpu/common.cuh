@@ -37,6 +37,11 @@ DEVICE void copy_async16(void* shared, const void* global, bool there) {
     uint32 to = (uint32)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
+// 4 bytes, of which the first `bytes` are there and the others become zero
+DEVICE void copy_async4(void* shared, const void* global, int bytes) {
+    uint32 to = (uint32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 DEVICE void copy_async_wait() {

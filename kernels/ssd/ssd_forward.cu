@@ -143,7 +143,7 @@ struct Forward {
         const int64 at = state_at(b * p.chunks + c);
         if constexpr (!is_bf16<T>) {
             leave(reinterpret_cast<float*>(p.saved) + at);
-        } else if (!ALIGNED || (PACKED && spoiled) || n % WIDE != 0) {
+        } else if ((PACKED && spoiled) || (!ALIGNED && n % WIDE != 0)) {
             leave(reinterpret_cast<bf16*>(p.saved) + at);
         } else {
             bf16* to = reinterpret_cast<bf16*>(p.saved) + at;
@@ -264,9 +264,10 @@ struct Forward {
     }
 
     DEVICE Packed<T> gate(int64 t, int offset) const {
-        const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + first;
+        const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + first + (t < p.l ? t * p.z_l : 0) + offset;
         const int count = t < p.l ? channels - offset : 0;
-        return Packed<T>::template load<ALIGNED>(count > 0 ? z + t * p.z_l + offset : z, count);
+        if (ALIGNED || (count >= WIDE && (unsigned long long)z % 16 == 0)) return Packed<T>::template load<true>(z, count);
+        return Packed<T>::template load<false>(z, count);
     }
 
     DEVICE void outputs(int c, int warp, float unit, bool bad) const {
@@ -329,7 +330,11 @@ struct Forward {
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) y[i] = NOT_A_NUMBER;
         }
-        Packed<T>::pack(y).template store<ALIGNED>(out, channels - offset);
+        // heads of whole vectors lie on 16-byte borders, for they are written in one piece
+        if (ALIGNED || p.p % WIDE == 0)
+            Packed<T>::pack(y).template store<true>(out, channels - offset);
+        else
+            Packed<T>::pack(y).template store<false>(out, channels - offset);
     }
 
     // H = through H + X^T diag(onward) B.  A chunk's part is summed by itself: tensor cores cut sums off, which long memories would add up.

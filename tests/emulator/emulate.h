@@ -68,7 +68,7 @@ struct Unwatched { Unwatched() {} };
 #endif
 
 namespace emulated {
-struct Copy { void* to; const void* from; };
+struct Copy { void* to; const void* from; int size, there; };
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
@@ -198,7 +198,12 @@ inline uint32 atomicInc(uint32* at, uint32 last) {
 inline void copy_async16(void* to, const void* from, bool there) {
     Unwatched here;
     if ((size_t)to % 16 || (size_t)from % 16) fprintf(stderr, "16 bytes that are not aligned\n"), abort();
-    emulated::fibers[threadIdx.x].groups.back().push_back({to, there ? from : nullptr});
+    emulated::fibers[threadIdx.x].groups.back().push_back({to, from, 16, there ? 16 : 0});
+}
+inline void copy_async4(void* to, const void* from, int bytes) {
+    Unwatched here;
+    if ((size_t)to % 4 || (size_t)from % 4) fprintf(stderr, "4 bytes that are not aligned\n"), abort();
+    emulated::fibers[threadIdx.x].groups.back().push_back({to, from, 4, bytes});
 }
 inline void copy_async_commit() {
     Unwatched here;
@@ -214,10 +219,8 @@ void copy_async_wait() {
             due.insert(due.end(), groups.front().begin(), groups.front().end());
     }
     for (auto& c : due) {
-        if (c.from)
-            memcpy(c.to, c.from, 16);
-        else
-            memset(c.to, 0, 16);
+        memset((char*)c.to + c.there, 0, c.size - c.there);
+        if (c.there) memcpy(c.to, c.from, c.there);
     }
 }
 

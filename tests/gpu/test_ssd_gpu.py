@@ -97,7 +97,7 @@ def test_a_length_that_is_cut(dtype, monkeypatch):
 
 @TYPES
 def test_slices_limits_and_a_skip_per_channel(dtype):
-    for shift in (0, 3):
+    for shift in (0, 2, 3):
         wide = torch.randn(2, 300, shift + 2 * 256 + 4 * 64, device="cuda").to(dtype)
         x, z, B, C = wide[..., shift:].split([256, 256, 128, 128], -1)
         i = operands(2, 300, 4, 64, 2, 64, dtype)._replace(D=torch.randn(4, 64, device="cuda"))
