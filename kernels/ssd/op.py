@@ -67,7 +67,8 @@ def ssd(
         BackendError: The backend asked for cannot do this call.
     """
     where, given = "ssd", SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
-    options = SsdOptions(dt_softplus, *(float(limit) for limit in dt_limit), chunk_size)
+    lo, hi = dt_limit
+    options = SsdOptions(dt_softplus, float(lo), float(hi), chunk_size)
     grad = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in given])
     # of such a call, one that looks the same has been checked, and its launches are planned
     plan = launch_plans.find(where, given, options, backend, grad) if seq is None else None
