@@ -185,9 +185,9 @@ def test_a_rate_of_minus_infinity_forgets_all_and_padding_forgets_nothing():
 
 
 @needs_compiler
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_in_its_document(value, monkeypatch):
-    i = operands(1, 270, 2, 24, 1, 32, BF16)
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, BF16), (math.inf, F32), (math.nan, F16)], ids=str)
+def test_what_is_not_finite_stays_in_its_document(value, dtype, monkeypatch):
+    i = operands(1, 270, 2, 24, 1, 32, dtype)
     reset = torch.zeros(1, 270, dtype=torch.bool)
     reset[:, [70, 210]] = True
     i = i._replace(reset=reset)

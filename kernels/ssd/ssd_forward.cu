@@ -156,7 +156,7 @@ struct Forward {
     }
 
     // Mark the tokens whose operands are not finite, with zeros in their place: not even a product with zero brings them to another document
-    DEVICE bool look(int c) {
+    DEVICE bool look(int c) const {
         constexpr int PARTS = SSD_THREADS / Q;
         const int row = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
         int bad = clean<P>(X(c) + row * At::X, part, PARTS) | clean<N>(B(c) + row * At::B, part, PARTS);
@@ -270,7 +270,7 @@ struct Forward {
         return Packed<T>::template load<false>(z, count);
     }
 
-    DEVICE void outputs(int c, int warp, float unit, bool bad) const {
+    DEVICE void outputs(int c, int warp, float unit, bool& bad) const {
         const Steps<Q>& s = steps(c);
         const int tile = warp / SPLIT, half = warp % SPLIT, lane = threadIdx.x % 32, part = half * SPAN;
         const int offset = part + lane % PER_ROW * WIDE, row = 16 * tile + lane / PER_ROW;
@@ -280,14 +280,25 @@ struct Forward {
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) gates[v] = gate((int64)c * Q + row + v * ROWS, offset);
         }
-        float y[1][YT][4] = {}, back[2] = {1.f, 1.f};
-        if constexpr (HALF) {
-            if (tile == 0) attend<2>(c, tile, half, unit, y, back);
-            else if (tile == 1) attend<4>(c, tile, half, unit, y, back);
-            else if (tile == 2) attend<6>(c, tile, half, unit, y, back);
-            else attend<8>(c, tile, half, unit, y, back);
-        } else {
-            attend<2>(c, tile, half, unit, y, back);
+        float y[1][YT][4], back[2];
+#pragma unroll 1
+        for (int again = 0; again < 2; ++again) {
+            each<1, YT>([&](int, int j, int e) { y[0][j][e] = 0.f; });
+            back[0] = back[1] = 1.f;
+            if constexpr (HALF) {
+                if (tile == 0) attend<2>(c, tile, half, unit, y, back);
+                else if (tile == 1) attend<4>(c, tile, half, unit, y, back);
+                else if (tile == 2) attend<6>(c, tile, half, unit, y, back);
+                else attend<8>(c, tile, half, unit, y, back);
+            } else {
+                attend<2>(c, tile, half, unit, y, back);
+            }
+            if (!PACKED || again) break;
+            // a token that is not finite shows in its own output: only then is it looked for, and the work done again without it
+            float zero = 0.f;
+            each<1, YT>([&](int, int j, int e) { zero = fmaf(y[0][j][e], 0.f, zero); });
+            if (!__syncthreads_or(zero != 0.f || s.bad[threadIdx.x % Q])) break;
+            bad = look(c);
         }
         // through shared memory: from the products' order to rows
         constexpr int STRIDE = SPAN + 8;
@@ -399,7 +410,7 @@ struct Forward {
             __syncthreads();
             if (STAGES == 2 && c + 1 < end) fetch(c + 1);
             if (ahead) raw.template load<T>(p, b, head, (c + 1) * Q);
-            if constexpr (PACKED) bad = look(c);
+            if constexpr (PACKED && !OUT) bad = look(c);
             if constexpr (OUT) save(c), outputs(c, turn, unit, bad);
             passing *= steps(c).through;
             advance(c, bad);
