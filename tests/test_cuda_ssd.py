@@ -10,7 +10,7 @@ from torch.utils import deterministic
 
 from hybridzoo.kernels import Seq, dispatch, ssd
 from hybridzoo.kernels.gpu import nvrtc
-from hybridzoo.kernels.ssd import chunked, cuda, reference
+from hybridzoo.kernels.ssd import chunked, cuda, cuda_backward, reference
 from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -268,11 +268,6 @@ def test_refusals(facts, reason):
     assert dispatch.choose("ssd", **GPU | facts).name == "chunked"
 
 
-def test_a_gradient_is_refused_until_there_is_a_backward(monkeypatch):
-    monkeypatch.setattr(cuda, "HAS_BACKWARD", False)
-    assert "no gradient of ssd" in cuda.refuse(GPU | {"grad": True})
-
-
 def test_too_little_shared_memory_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "shared_memory", lambda device: 100 << 10)
@@ -282,7 +277,7 @@ def test_too_little_shared_memory_is_said(monkeypatch):
 
 @needs_compiler
 def test_the_public_function_takes_it(monkeypatch):
-    monkeypatch.setitem(dispatch.TABLES["ssd"], "cuda", dispatch.Backend("cuda", "emulated", run=cuda.ssd))
+    monkeypatch.setitem(dispatch.TABLES["ssd"], "cuda", dispatch.Backend("cuda", "emulated", run=cuda_backward.ssd))
     i = operands(1, 70, 2, 16, 1, 16, BF16)
     seq = Seq.from_documents(torch.tensor([[0] * 20 + [1] * 40 + [-1] * 10]))
     options = dict(dt_bias=i.dt_bias, dt_softplus=True, seq=seq, return_final_state=True)

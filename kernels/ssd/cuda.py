@@ -23,7 +23,6 @@ from ..gpu.operands import (
     alignment,
     ceil_div,
     common_type,
-    eager,
     in_one_piece,
     in_rows,
     refuse_tensors,
@@ -39,7 +38,6 @@ CHUNK = {2: 64, 4: 32}
 # template flag of ssd_forward.cu: only what a segment leaves behind
 STATES = 128
 MAX_STATE = 256
-HAS_BACKWARD = False
 # threads of ssd_pass_states
 PASS = 256
 
@@ -194,8 +192,6 @@ def refuse(facts: Facts) -> str | None:
     reason, n = refuse_tensors(facts), facts.get("d_state", 128)
     if reason is not None:
         return reason
-    if facts.get("grad") and not HAS_BACKWARD:
-        return "the CUDA kernels have no gradient of ssd yet"
     if n > MAX_STATE:
         return f"the CUDA kernels of ssd hold up to d_state = {MAX_STATE}, got {n}"
     return nvrtc.unavailable() or _too_big(n, facts.get("dtype", torch.float32).itemsize)
@@ -304,13 +300,3 @@ def _ssd_fake(*operands):
         return blank(i.x), last, last.new_empty(0)
     q = CHUNK[dtype.itemsize]
     return blank(i.x), last, i.x.new_empty(b, (l + q - 1) // q, h, p, n, dtype=saved_dtype(dtype))
-
-
-def ssd(i: SsdInputs, options: SsdOptions, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`.reference.ssd` on an NVIDIA GPU; the same arguments and results.
-
-    ``plan`` are the launches of a call like this (:mod:`hybridzoo.kernels.gpu.launch_plans`).
-    """
-    if eager(i.x):
-        return forward(i, options, False, plan)[:2]
-    return torch.ops.hybridzoo.ssd_cuda(*i, *options, False)[:2]

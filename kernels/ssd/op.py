@@ -10,12 +10,12 @@ from .. import checks
 from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
 from ..gpu import launch_plans
 from ..seq import Seq, clear_padding, marks_of
-from . import chunked, cuda, library, reference
+from . import chunked, cuda, cuda_backward, library, reference
 from .inputs import SsdInputs, SsdOptions
 
 register(
     "ssd",
-    Backend("cuda", KERNELS, cuda.refuse, cuda.ssd),
+    Backend("cuda", KERNELS, cuda_backward.refuse, cuda_backward.ssd),
     Backend("mamba_ssm", "mamba_ssm's Triton SSD", library.refuse, library.ssd, reserve=library.reserve),
     Backend("chunked", CHUNKED, run=chunked.ssd),
     Backend("reference", LOOP, run=reference.ssd, plain=True),
@@ -73,7 +73,7 @@ def ssd(
     # of such a call, one that looks the same has been checked, and its launches are planned
     plan = launch_plans.find(where, given, options, backend, grad) if seq is None else None
     if plan is not None:
-        out, state = cuda.ssd(given, options, plan)
+        out, state = cuda_backward.ssd(given, options, plan)
         return (out, state) if return_final_state else out
     _check(where, given, options)
     checks.fits(where, seq, *x.shape[:2])

@@ -36,6 +36,10 @@ PARAMS = {
     "attend_combine": "AttendParams",
     "ssd_forward": "SsdForwardParams",
     "ssd_pass_states": "SsdForwardParams",
+    "ssd_steps": "SsdBackwardParams",
+    "ssd_backward_states": "SsdBackwardParams",
+    "ssd_backward_chunks": "SsdBackwardParams",
+    "ssd_backward_sums": "SsdBackwardParams",
 }
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC"]
 # what lies there is run, so another user's folder must not be taken for it

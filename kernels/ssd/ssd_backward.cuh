@@ -1,0 +1,170 @@
+// What the kernels of SSD's gradients share; ssd_backward.cu says how they go about it.
+#pragma once
+#include "ssd.cuh"
+#include "vector.cuh"
+
+enum SsdFlags { GATED = 2 };  // RESET and UNALIGNED as elsewhere
+
+struct SsdBackwardParams {
+    const void *x, *dt, *A, *B, *C, *D, *z, *dt_bias;
+    const uint8 *reset, *valid;
+    const void* gout;
+    const float* glast;   // (b, h, p, n) or null
+    const void* saved;    // (b, chunks, h, p, n): states before chunks
+    float* steps;         // (4, b, h, chunks Q): dt, c in two parts, the derivative of dt
+    int* cuts;            // (b, chunks): the first token of the chunk that starts a document; Q: none
+    void* gstates;        // (b, chunks, h, p, n): gradients of the states behind chunks
+    void *gx, *gdt, *gz;  // in one piece
+    float* gBC;           // (splits, 2, b, l, g, n)
+    float* gheads;        // (b chunks, h + h + skips): A, dt_bias, D
+    float* ginit;         // (b, h, p, n) or null
+    void *gB, *gC;
+    float *gA, *gbias, *gD;
+    int64 x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h, gout_b, gout_l, gout_h;
+    int batch, l, h, p, n, groups, chunks, D_head, D_channel, softplus, wide_dt, splits;
+    float low, high;
+};
+
+// states as they lie in memory: fp16 has not their range
+template <class T>
+struct StateType {
+    using type = float;
+};
+template <>
+struct StateType<bf16> {
+    using type = bf16;
+};
+
+// Sums whose differences count: what flows to a token less what flows from it
+template <class T>
+struct SumType {
+    using type = float;
+};
+template <>
+struct SumType<float> {
+    using type = double;
+};
+
+constexpr float FORGOTTEN = -160.f;  // the logarithm (base 2) of what is zero in float32
+
+DEVICE bool forgets(float dt, float rate) { return dt * rate < FORGOTTEN; }
+
+template <class T>
+DEVICE float exp2_of(float x) {
+    return decay_of<T>(x, 1.f);
+}
+DEVICE float zero_or(bool yes, float x) { return yes ? x : 0.f; }
+DEVICE float warp_min(float x) {
+#pragma unroll
+    for (int m = 16; m > 0; m /= 2) x = fminf(x, __shfl_xor_sync(0xffffffffu, x, m));
+    return x;
+}
+DEVICE float shuffle(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE double shuffle(double x, int mask) {
+    const float hi = (float)x, lo = (float)(x - hi);
+    return (double)__shfl_xor_sync(0xffffffffu, hi, mask) + __shfl_xor_sync(0xffffffffu, lo, mask);
+}
+
+template <class S>
+DEVICE S warp_sum(S x) {
+#pragma unroll
+    for (int m = 16; m > 0; m /= 2) x += shuffle(x, m);
+    return x;
+}
+
+// What lanes of a warp have before them: the sums of lower lanes' x, from the last of them that is marked on (not the mark of the own lane);
+// with 31 - lane in place of `lane`, the sums of higher ones'
+DEVICE double sum_before(double x, bool mark, int lane) {
+    double before = 0., total = x;
+    bool cut = false;
+#pragma unroll
+    for (int m = 1; m < 32; m *= 2) {
+        const double other = shuffle(total, m);
+        const bool marked = __shfl_xor_sync(0xffffffffu, mark ? 1.f : 0.f, m) != 0.f;
+        if (lane & m) {
+            if (!cut) before += other;
+            cut |= marked;
+            if (!mark) total += other;
+        } else {
+            total = marked ? other : total + other;
+        }
+        mark |= marked;
+    }
+    return before;
+}
+
+// A tile of ROWS x COLS elements into shared memory: rows lo to hi - 1 and the first `cols` columns, zeros elsewhere
+template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
+DEVICE void fetch_tile(T* shared, const T* from, int64 stride, int lo, int hi, int cols) {
+    constexpr int LANES = Element<T>::lanes, ACROSS = COLS / LANES;
+    static_assert(ROWS * ACROSS % THREADS == 0 || ROWS * ACROSS < THREADS, "every thread has as many vectors, or one");
+#pragma unroll
+    for (int j = 0; j < (ROWS * ACROSS + THREADS - 1) / THREADS; ++j) {
+        const int i = j * THREADS + threadIdx.x, row = i / ACROSS, col = i % ACROSS * LANES;
+        if (ROWS * ACROSS < THREADS && i >= ROWS * ACROSS) break;
+        const bool there = row >= lo && row < hi && col < cols;
+        Packed<T>::template fetch<ALIGNED>(shared + row * STRIDE + col, there ? from + row * stride + col : from, there ? cols - col : 0);
+    }
+}
+
+// the largest of 32 bits' magnitude over all threads of a block; `scratch` has a float per warp
+DEVICE float block_max(float x, float* scratch) {
+    x = warp_max(x);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int w = 0; w < (int)blockDim.x / 32; ++w) x = fmaxf(x, scratch[w]);
+    return x;
+}
+
+// A state of F into shared memory as T.  fp16 has not the range: the tile is made 2^8 at the most, and `back` gets what undoes it.
+template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED, class F>
+DEVICE void fetch_state(T* shared, const F* from, int rows, int cols, float* back, float* scratch) {
+    if constexpr (sizeof(T) == sizeof(F)) {
+        fetch_tile<T, ROWS, COLS, STRIDE, THREADS, ALIGNED>(shared, from, cols, 0, rows, cols);
+    } else {
+        constexpr int PAIRS = COLS / 2;
+        float largest = 0.f, by, undo;
+        for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
+            const int row = i / COLS, col = i % COLS;
+            if (row < rows && col < cols) largest = fmaxf(largest, fabsf(from[(int64)row * cols + col]));
+        }
+        normal_range(block_max(largest, scratch), 8, by, undo);
+        if (threadIdx.x == 0) *back = undo;
+        for (int i = threadIdx.x; i < ROWS * PAIRS; i += THREADS) {
+            const int row = i / PAIRS, col = i % PAIRS * 2;
+            const F* at = from + (int64)row * cols + col;
+            const float x[2] = {row < rows && col < cols ? at[0] * by : 0.f, row < rows && col + 1 < cols ? at[1] * by : 0.f};
+            write_channels<T, 2>(shared + row * STRIDE + col, x);
+        }
+    }
+}
+
+// two neighbours, of which `count` are there
+template <class T, bool ALIGNED>
+DEVICE void write_pair(T* at, float x0, float x1, int count) {
+    const float both[2] = {x0, x1};
+    if constexpr (ALIGNED) {
+        if (count > 0) {
+            if constexpr (sizeof(T) == 2)
+                write_channels<T, 2>(at, both);
+            else
+                *reinterpret_cast<float2*>(at) = {x0, x1};
+        }
+    } else {
+        if (count > 0) write_one(at, x0);
+        if (count > 1) write_one(at + 1, x1);
+    }
+}
+template <class T>
+DEVICE float2 read_pair(const T* at) {
+    float x[2];
+    if constexpr (sizeof(T) == 2)
+        read_channels<T, 2>(at, x);
+    else
+        x[0] = reinterpret_cast<const float2*>(at)->x, x[1] = reinterpret_cast<const float2*>(at)->y;
+    return {x[0], x[1]};
+}
+template <class T>
+DEVICE void write_shared_pair(T* at, float x0, float x1) {
+    write_pair<T, true>(at, x0, x1, 2);
+}
