@@ -72,11 +72,11 @@ class ChunkShape:
 
     def shared_bytes(self, element: int, gated: bool) -> int:
         """``ChunkMemory::bytes``."""
-        q, pad, gated = CHUNK[element], 16 // element, int(gated)
+        q, pad, gate = CHUNK[element], 16 // element, int(gated)
         p, n = self.p + pad, self.n + pad
-        stage = (2 + gated) * q * p + 2 * self.p * n + (4 * q + 4) * 4 // element
+        stage = (2 + gate) * q * p + 2 * self.p * n + (4 * q + 4) * 4 // element
         sums = (3 * self.across + self.down + 2) * q + self.down * self.across
-        operands = 2 * q * n + (1 + gated) * q * (q + pad) + 2 * gated * q * p + self.stages * stage
+        operands = 2 * q * n + (1 + gate) * q * (q + pad) + 2 * gate * q * p + self.stages * stage
         return operands * element + (8 * sums if element == 4 else 4 * (sums + 4 * self.down * self.across))
 
 
@@ -170,7 +170,7 @@ def plan(look: Look, count: int, room: int) -> Plan:
         ),
         Launch(then, f"ssd_backward_sums<{T}>", ceil_div(2 * b * l * g * n, 256) + ceil_div(columns, 32), 256, 0),
     )
-    names = [name for name, kind in SsdBackwardParams._fields_ if kind is c_longlong]
+    names = [field[0] for field in SsdBackwardParams._fields_ if field[1] is c_longlong]
     o = look.options
     free = o.dt_limit == (0.0, torch.inf)
     rest = SsdBackwardParams(
