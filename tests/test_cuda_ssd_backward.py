@@ -11,7 +11,7 @@ import torch
 from hybridzoo.kernels.gpu import nvrtc
 from hybridzoo.kernels.gpu.operands import RESET, TYPES, UNALIGNED
 from hybridzoo.kernels.ssd import chunked, cuda, cuda_backward, reference
-from hybridzoo.kernels.ssd.cuda_backward import GATED, Look, chunk_shape, plan
+from hybridzoo.kernels.ssd.backward_plans import GATED, Look, chunk_shape, plan
 from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 
 exhaustive = pytest.mark.skipif(

@@ -95,8 +95,13 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
         for (int j0 = 0; j0 < NN; j0 += SOME) {
             float part[MT][SOME][4];
             clear<SOME>(part);
-            product<T, MT, SOME, false, true>(part, a + m0 * PS, PS, state + (wn * NN + j0) * 8, NS, P);
-            if (TWICE) product<T, MT, SOME, false, true>(part, a + (Q + m0) * PS, PS, state + (wn * NN + j0) * 8, NS, P);
+            constexpr int AT_ONCE = N > 128 && sizeof(T) == 2 ? 16 : P;
+#pragma unroll 1
+            for (int k = 0; k < P; k += AT_ONCE) {
+                const T* b = state + k * NS + (wn * NN + j0) * 8;
+                product<T, MT, SOME, false, true>(part, a + m0 * PS + k, PS, b, NS, AT_ONCE);
+                if (TWICE) product<T, MT, SOME, false, true>(part, a + (Q + m0) * PS + k, PS, b, NS, AT_ONCE);
+            }
 #pragma unroll
             for (int i = 0; i < 2 * MT; ++i)
 #pragma unroll
