@@ -24,7 +24,7 @@ from hybridzoo.kernels.scan import cuda_paths, launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
 from hybridzoo.kernels.scan.shapes import FORWARD, Cut
-from hybridzoo.kernels.ssd import cuda as ssd_cuda
+from hybridzoo.kernels.ssd import cuda as ssd_cuda, cuda_backward as ssd_cuda_backward
 from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 nvrtc.launch = emulator.launch
 def operands(l, d, n):
@@ -58,8 +58,20 @@ def dual():
     for space, processors in ((228, 1), (60, 5)):
         ssd_cuda.shared_memory, ssd_cuda.processors = lambda device: space << 10, lambda device: processors
         ssd_cuda.forward(i, SsdOptions(True), True)
+def dual_backward():
+    ssd_cuda.processors = ssd_cuda_backward.processors = lambda device: 1
+    reset = (torch.arange(70) % 40 == 13)[None]
+    for dtype, gate in ((torch.bfloat16, False), (torch.float16, True), (torch.float32, True)):
+        x, z = torch.randn(2, 1, 70, 2, 32).to(dtype)
+        dt, B, C = (torch.randn(1, 70, *size).to(dtype) for size in ((2,), (1, 32), (1, 32)))
+        A, D, bias, state = -torch.rand(2), torch.randn(2), torch.randn(2), torch.randn(1, 2, 32, 32)
+        i = SsdInputs(x, dt, A, B, C, D, z if gate else None, bias, state, reset if gate else None)
+        out, last, saved = ssd_cuda.forward(i, SsdOptions(True), True)
+        ssd_cuda_backward.backward(i, SsdOptions(True), out, last, saved)
 if "-DHZ_SSD" in sys.argv:
     dual()
+elif "-DHZ_SSD_BACKWARD" in sys.argv:
+    dual_backward()
 elif "-DHZ_WALKS" in sys.argv:
     walks()
 else:
@@ -83,8 +95,8 @@ def sanitized(*flags):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.parametrize(
     "flags",
-    [(), ("-DHZ_WALKS",), ("-DHZ_WITHOUT_WAITS",), ("-DHZ_SSD",)],
-    ids=["as they are", "walks", "without waiting", "ssd"],
+    [(), ("-DHZ_WALKS",), ("-DHZ_WITHOUT_WAITS",), ("-DHZ_SSD",), pytest.param(("-DHZ_SSD_BACKWARD",), marks=pytest.mark.slow)],
+    ids=["as they are", "walks", "without waiting", "ssd", "ssd backward"],
 )
 def test_the_sanitizer_finds_a_race_where_nobody_waits_and_nowhere_else(flags):
     done = sanitized(*flags)

@@ -5,14 +5,29 @@ namespace emulated {
 struct Lane { const void* row; float* c; const uint32 *a; uint32 b[2], *r; };
 inline Lane mine[1024];
 
+// Only what is written is left to the others' threads; what is read of shared memory, the thread sanitizer is to see.
+struct UnwatchedWrites {
+#ifdef __SANITIZE_THREAD__
+    UnwatchedWrites() { AnnotateIgnoreWritesBegin("", 0); }
+    ~UnwatchedWrites() { AnnotateIgnoreWritesEnd("", 0); }
+#else
+    UnwatchedWrites() {}
+#endif
+};
+
 // `compute` once for the warp, when all of its lanes have left what they have
 template <class F>
 inline void together(const Lane& lane, F compute) {
+    const int warp = threadIdx.x / 32;
+    bool last;
     {
         Unwatched here;
         mine[threadIdx.x] = lane;
-        const int warp = threadIdx.x / 32;
-        if (arrived[16 + warp] == 31) compute(mine + 32 * warp);
+        last = arrived[16 + warp] == 31;
+    }
+    if (last) {
+        UnwatchedWrites here;
+        compute(mine + 32 * warp);
     }
     __syncwarp();
 }
