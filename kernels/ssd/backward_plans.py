@@ -138,7 +138,7 @@ def plan(look: Look, count: int, room: int) -> Plan:
             f"ssd_backward_states<{T}, {tile_p}, {tile_n}, {look.flags}>",
             b * h * ceil_div(p, tile_p) * ceil_div(n, tile_n),
             128,
-            STAGES * stage + (2 if element == 2 else 1) * q * (tile_p + pad) * element,
+            STAGES * stage + (2 if element == 2 else 1) * q * (tile_p + pad) * element + 16,
         ),
         Launch(
             then,

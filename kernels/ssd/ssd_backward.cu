@@ -146,28 +146,42 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
         const float2 g = read_pair(in + M::gout_at + at), z = read_pair(in + M::z_at + at);
         return {g.x * z.x * sigmoid(z.x), g.y * z.y * sigmoid(z.y)};
     }
-    // gy as a sum of two, and what x gy adds up to
-    DEVICE void gate(const T* in, T* to, bool first) const {
+    // gy as a sum of two, and what x gy adds up to; returns what undoes the scale that it has in fp16
+    DEVICE float gate(const T* in, T* to, bool first) const {
+        float by = 1.f, undo = 1.f;
+        if constexpr (is_fp16<T>) {
+            float largest = 0.f;
+            for (int i = threadIdx.x; i < Q * P / 2; i += THREADS) {
+                const float2 g = gated(in, i / (P / 2) * PS + i % (P / 2) * 2);
+                largest = fmaxf(largest, fmaxf(fabsf(g.x), fabsf(g.y)));
+            }
+            normal_range(block_max(largest, scratch(3)), 8, by, undo);
+        }
         Sum skip = 0.f;
         for (int i = threadIdx.x; i < Q * P / 2; i += THREADS) {
             const int at = i / (P / 2) * PS + i % (P / 2) * 2;
             const float2 g = gated(in, at), x = read_pair(in + at);
-            write_shared_pair(to + at, g.x, g.y);
+            write_shared_pair(to + at, g.x * by, g.y * by);
             const float2 big = read_pair(to + at);
-            write_shared_pair(to + Q * PS + at, g.x - big.x, g.y - big.y);
+            write_shared_pair(to + Q * PS + at, g.x * by - big.x, g.y * by - big.y);
             skip += fmaf(x.x, g.x, x.y * g.y);
         }
         skip = warp_sum(skip);
         if (lane == 0) put(sums() + M::skip_at + warp, skip, first);
+        return undo;
     }
     // S L dt into shared memory, W L dt to the sum over heads, and the sums of G; returns what undoes the scale of the former
-    DEVICE float weigh(const T* in, const T* gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], bool first) const {
+    DEVICE float weigh(const T* in, const T* gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], float undo_gy, bool first) const {
         const float* s = steps(in);
         float W[MT][NQ][4];
         Sum rows[2 * MT], cols[2 * NQ];
         clear<NQ>(W);
-        product<T, MT, NQ, false, false>(W, gy + m0 * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
-        if (GATE != 0) product<T, MT, NQ, false, false>(W, gy + (Q + m0) * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
+        // else all columns are behind all rows
+        const bool some = wn * (8 * NQ) < m0 + 16 * MT;
+        if (some) {
+            product<T, MT, NQ, false, false>(W, gy + m0 * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
+            if (GATE != 0) product<T, MT, NQ, false, false>(W, gy + (Q + m0) * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
+        }
         float dt[2 * NQ], from_hi[2 * NQ], from_lo[2 * NQ], to_hi[2 * MT], to_lo[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
@@ -180,10 +194,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             cols[j] = 0.f, dt[j] = s[t], from_hi[j] = s[Q + t], from_lo[j] = s[2 * Q + t];
         }
         float largest = 0.f, by = 1.f, undo = 1.f;
-        each<NQ>([&](int to, int from, int i, int j, int e) {
+        if (some) each<NQ>([&](int to, int from, int i, int j, int e) {
             const int r = 2 * i + e / 2;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
+                W[i][j][e + k] *= undo_gy;
                 const int c = 2 * j + k;
                 const bool seen = from + k <= to && from + k >= lo && to < hi, past = seen && from + k < to;
                 const float L = exp2_of<T>(zero_or(seen, (to_hi[r] - from_hi[c]) + (to_lo[r] - from_lo[c])));
@@ -220,11 +235,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
         return undo;
     }
     // e^c (gy H) for C
-    DEVICE void read(const T* in, const T* gy, float (&gC)[MT][NN][4], bool first) const {
+    DEVICE void read(const T* in, const T* gy, float (&gC)[MT][NN][4], float undo_gy, bool first) const {
         float decay[2 * MT];
         Sum rows[2 * MT];
 #pragma unroll
-        for (int i = 0; i < 2 * MT; ++i) rows[i] = 0.f, decay[i] = into(steps(in), m0 + lane / 4 + 8 * i) * back(in, 0);
+        for (int i = 0; i < 2 * MT; ++i) rows[i] = 0.f, decay[i] = into(steps(in), m0 + lane / 4 + 8 * i) * (back(in, 0) * undo_gy);
         in_parts<GATE != 0>(gy, in + M::H_at, [&](int t, int col, int i, int j, int e, float x0, float x1) {
             const float by = decay[2 * i + e / 2], g0 = by * x0, g1 = by * x1;
             const float2 C = read_pair(memory + M::C_at + t * NS + col);
@@ -427,26 +442,27 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             __syncthreads();
             if (STAGES > 1 && i + 1 < count) fetch(i + 1);
             if (i == 0) over_states(scores, memory + M::C_at + m0 * NS, memory + wn * (8 * NQ) * NS);
+            float undo_gy = 1.f;
             if constexpr (GATE != 0) {
-                gate(in, gy(in), tile == 0);
+                undo_gy = gate(in, gy(in), tile == 0);
                 __syncthreads();
             }
-            const float undo = weigh(in, gy(in), scores, gscores, tile == 0);
+            const float undo = weigh(in, gy(in), scores, gscores, undo_gy, tile == 0);
             float gx[MT][NP][4];
             clear<NP>(gx);
-            if (entered) read(in, gy(in), gC, tile == 0);
+            if (entered) read(in, gy(in), gC, undo_gy, tile == 0);
             if (left) {
                 write(in, gB, tile == 0);
                 over_states(gx, memory + m0 * NS, in + M::R_at + wn * (8 * NP) * NS);
                 const float* s = steps(in);
                 each<NP>([&](int t, int, int i, int j, int e) {
-                    const float by = onward(s, t) * s[t] * back(in, 1) / undo;
+                    const float by = onward(s, t) * s[t] * (back(in, 1) / (undo * undo_gy));
                     gx[i][j][e] *= by, gx[i][j][e + 1] *= by;
                 });
                 if (entered) keep(in, tile == 0);
             }
             __syncthreads();
-            inputs(in, gy(in), head, tile * P, undo, gx);
+            inputs(in, gy(in), head, tile * P, undo * undo_gy, gx);
             if constexpr (GATE != 0) gates(in, head, tile * P, undo);
             if (p.D_channel) skips(in, head, tile * P);
             if (warp == 0 && tile == tiles - 1) finish(steps(in), head);
@@ -513,8 +529,9 @@ __global__ void __launch_bounds__(32 * WM * WN) ssd_backward_chunks(const SsdBac
     const int group = at % p.groups;
     at /= p.groups;
     const int chunk = at % p.chunks, first = split * per_split, last = first + per_split < per_group ? first + per_split : per_group;
+    // every other row of warps from right to left: those above the diagonal, who have less to do, share a scheduler with others
     F f{{}, p, reinterpret_cast<T*>(memory), at / p.chunks, at, chunk, group, split, group * per_group + first, last - first, (p.p + P - 1) / P,
-        warp, (int)threadIdx.x % 32, warp / WN * (F::Q / WM), warp % WN};
+        warp, (int)threadIdx.x % 32, warp / WN * (F::Q / WM), warp / WN % 2 ? WN - 1 - warp % WN : warp % WN};
     f.documents();
 }
 

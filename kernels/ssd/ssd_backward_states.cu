@@ -54,7 +54,7 @@ struct BackwardStates {
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), GATE = FLAGS & GATED;
     // elements of a stage (gout, z, C), then floats (c in two parts)
     static constexpr int z_at = Q * PS, C_at = z_at + GATE * Q * PS, sums_at = C_at + Q * NS, stage_bytes = sums_at * sizeof(T) + 2 * Q * 4;
-    static constexpr int bytes = STAGES * stage_bytes + PARTS * Q * PS * sizeof(T);
+    static constexpr int scratch_at = STAGES * stage_bytes + PARTS * Q * PS * sizeof(T), bytes = scratch_at + 16;
     using State = typename StateType<T>::type;
 
     const SsdBackwardParams& p;
@@ -84,33 +84,46 @@ struct BackwardStates {
         const int i = threadIdx.x;
         if (i < Q / 2) copy_async16(sums + 4 * i, steps + i / (Q / 4) * plane + i % (Q / 4) * 4, true);
     }
-    // 2^-k of the first token's decay, so that fp16 has room for the decays behind it
-    DEVICE static float lift(const T* from, float& back) {
+    static constexpr int LANES = Element<T>::lanes, ACROSS = P / LANES;
+    // gy e^c of some neighbouring channels
+    DEVICE void decayed(const T* from, int i, int limit, float (&g)[LANES]) const {
+        const float* sums = reinterpret_cast<const float*>(from + sums_at);
+        const int row = i / ACROSS, at = row * PS + i % ACROSS * LANES;
+        const float into = zero_or(row < limit, exp2_of<T>(sums[row] + sums[Q + row]));
+        Packed<T>::from(from + at).unpack(g);
+        if constexpr (GATE) {
+            float z[LANES];
+            Packed<T>::from(from + z_at + at).unpack(z);
+#pragma unroll
+            for (int e = 0; e < LANES; ++e) g[e] *= z[e] * sigmoid(z[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < LANES; ++e) g[e] *= into;
+    }
+    // what makes gy e^c 2^8 at the most, for which fp16 has room, and what undoes it
+    DEVICE float lift(const T* from, int limit, float& back) const {
         float by = back = 1.f;
         if constexpr (is_fp16<T>) {
-            const float* sums = reinterpret_cast<const float*>(from + sums_at);
-            normal_range(exp2_of<T>(sums[0] + sums[Q]), 0, by, back);
+            float largest = 0.f;
+            for (int i = threadIdx.x; i < Q * ACROSS; i += THREADS) {
+                float g[LANES];
+                decayed(from, i, limit, g);
+#pragma unroll
+                for (int e = 0; e < LANES; ++e) largest = fmaxf(largest, fabsf(g[e]));
+            }
+            normal_range(block_max(largest, reinterpret_cast<float*>(memory + scratch_at)), 8, by, back);
         }
         return by;
     }
     // gy e^c, of 16 bits as a sum of two
     DEVICE void scale(const T* from, T* to, int limit, float by) const {
-        const float* sums = reinterpret_cast<const float*>(from + sums_at);
-        constexpr int LANES = Element<T>::lanes, ACROSS = P / LANES;
 #pragma unroll
         for (int i = threadIdx.x; i < Q * ACROSS; i += THREADS) {
-            const int row = i / ACROSS, at = row * PS + i % ACROSS * LANES;
-            const float into = zero_or(row < limit, exp2_of<T>(sums[row] + sums[Q + row]) * by);
+            const int at = i / ACROSS * PS + i % ACROSS * LANES;
             float g[LANES], big[LANES];
-            Packed<T>::from(from + at).unpack(g);
-            if constexpr (GATE) {
-                float z[LANES];
-                Packed<T>::from(from + z_at + at).unpack(z);
+            decayed(from, i, limit, g);
 #pragma unroll
-                for (int e = 0; e < LANES; ++e) g[e] *= z[e] * sigmoid(z[e]);
-            }
-#pragma unroll
-            for (int e = 0; e < LANES; ++e) g[e] *= into;
+            for (int e = 0; e < LANES; ++e) g[e] *= by;
             const Packed<T> packed = Packed<T>::pack(g);
             packed.template store<true>(to + at, LANES);
             if constexpr (PARTS == 2) {
@@ -168,7 +181,7 @@ struct BackwardStates {
             const float* sums = reinterpret_cast<const float*>(from + sums_at);
             const int limit = rows(chunk);
             float back;
-            const float by = lift(from, back);
+            const float by = lift(from, limit, back);
             scale(from, scaled, limit, by);
             // nothing passes the start of a document
             const bool whole = limit == all_rows(chunk);
