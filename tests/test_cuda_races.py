@@ -95,7 +95,13 @@ def sanitized(*flags):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.parametrize(
     "flags",
-    [(), ("-DHZ_WALKS",), ("-DHZ_WITHOUT_WAITS",), ("-DHZ_SSD",), pytest.param(("-DHZ_SSD_BACKWARD",), marks=pytest.mark.slow)],
+    [
+        (),
+        ("-DHZ_WALKS",),
+        ("-DHZ_WITHOUT_WAITS",),
+        ("-DHZ_SSD",),
+        pytest.param(("-DHZ_SSD_BACKWARD",), marks=pytest.mark.slow),
+    ],
     ids=["as they are", "walks", "without waiting", "ssd", "ssd backward"],
 )
 def test_the_sanitizer_finds_a_race_where_nobody_waits_and_nowhere_else(flags):

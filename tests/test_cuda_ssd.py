@@ -288,7 +288,7 @@ def test_the_public_function_takes_it(monkeypatch):
 
 @needs_compiler
 def test_a_call_that_looks_like_another_takes_its_plan(monkeypatch):
-    monkeypatch.setitem(dispatch.TABLES["ssd"], "cuda", dispatch.Backend("cuda", "emulated", run=cuda.ssd))
+    monkeypatch.setitem(dispatch.TABLES["ssd"], "cuda", dispatch.Backend("cuda", "emulated", run=cuda_backward.ssd))
     i = operands(1, 70, 2, 16, 1, 16, BF16)
     options = dict(dt_bias=i.dt_bias, dt_softplus=True, backend="cuda")
     want = ssd(*i[:7], **options)

@@ -18,7 +18,6 @@ from ..gpu.operands import (
     UNALIGNED,
     alignment,
     ceil_div,
-    common_type,
     eager,
     in_one_piece,
     in_rows,
@@ -26,20 +25,10 @@ from ..gpu.operands import (
 )
 from ..operators import custom_op, filled, like
 from . import cuda
-from .backward_plans import GATED, Look, Plan, chunk_shape, plan
+from .backward_plans import GATED, Look, chunk_shape, plan
 from .chunked import _OPTIONS, _TENSORS
-from .cuda import CHUNK, _strides, forward, saved_dtype, ssd_op
+from .cuda import CHUNK, _strides, forward, readable, saved_dtype, ssd_op
 from .inputs import SsdInputs, SsdOptions
-
-
-def readable(i: SsdInputs) -> SsdInputs:
-    """The inputs as the kernels read them: one type but for dt, which may be float32, and unit strides along channels and states."""
-    dtype = common_type(i.x, i.B, i.C, i.z)
-    x, B, C, z = (in_rows(m, dtype) for m in (i.x, i.B, i.C, i.z))
-    dt = i.dt if i.dt.dtype in (dtype, torch.float32) else i.dt.float()
-    A, D, dt_bias, state = (in_one_piece(m) for m in (i.A, i.D, i.dt_bias, i.initial_state))
-    reset, valid = (in_one_piece(m, torch.bool) for m in (i.reset, i.valid))
-    return SsdInputs(x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
 
 
 def look_of(i: SsdInputs, gout: Tensor, saved: Tensor, options: SsdOptions) -> Look:
@@ -61,9 +50,7 @@ def look_of(i: SsdInputs, gout: Tensor, saved: Tensor, options: SsdOptions) -> L
     )
 
 
-def backward(
-    i: SsdInputs, options: SsdOptions, gout: Tensor, glast: Tensor | None, saved: Tensor, cut: Plan | None = None
-) -> SsdInputs:
+def backward(i: SsdInputs, options: SsdOptions, gout: Tensor, glast: Tensor | None, saved: Tensor) -> SsdInputs:
     """Gradients of readable inputs, those of A, D, dt_bias and the initial state in float32.
 
     ``saved`` holds the states before chunks, (b, chunks, h, p, n) in their :func:`saved_dtype`.
@@ -72,7 +59,7 @@ def backward(
     (b, l, h, p), (g, n) = x.shape, i.B.shape[2:]
     gout, glast = in_rows(gout, x.dtype), in_one_piece(glast)
     look = look_of(i, gout, saved, options)
-    cut = cut or plan(look, processors(device), shared_memory(device) - DRIVERS)
+    cut = plan(look, processors(device), shared_memory(device) - DRIVERS)
     chunks, q = ceil_div(l, CHUNK[x.element_size()]), CHUNK[x.element_size()]
 
     def wide(*shape: int) -> Tensor:
@@ -159,8 +146,8 @@ class _Eager(torch.autograd.Function):
     """The op without the dispatcher, which costs a small call more time than the kernels."""
 
     @staticmethod
-    def forward(ctx: Any, options: SsdOptions, *tensors: Any) -> tuple[Tensor, Tensor]:
-        out, last, saved = forward(SsdInputs(*tensors), options, True)
+    def forward(ctx: Any, options: SsdOptions, plan: cuda.Plan | None, *tensors: Any) -> tuple[Tensor, Tensor]:
+        out, last, saved = forward(SsdInputs(*tensors), options, True, plan)
         ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, saved)
@@ -172,13 +159,16 @@ class _Eager(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         if gout is None:
             gout = torch.zeros_like(tensors[0])
-        return (None, *_gradients(gout, glast, saved, SsdInputs(*tensors), ctx.options), None, None)
+        return (None, None, *_gradients(gout, glast, saved, SsdInputs(*tensors), ctx.options), None, None)
 
 
-def ssd(i: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
-    """:func:`.reference.ssd` on an NVIDIA GPU; the same arguments and results."""
+def ssd(i: SsdInputs, options: SsdOptions, plan: cuda.Plan | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.ssd` on an NVIDIA GPU; the same arguments and results.
+
+    ``plan`` are the forward's launches of a call like this (:mod:`hybridzoo.kernels.gpu.launch_plans`).
+    """
     save = torch.is_grad_enabled() and any([m is not None and m.requires_grad for m in i])
     # what is traced, or is not a plain tensor, needs the registered op
     if not eager(i.x):
         return torch.ops.hybridzoo.ssd_cuda(*i, *options, save)[:2]
-    return _Eager.apply(options, *i) if save else forward(i, options, False)[:2]
+    return _Eager.apply(options, plan, *i) if save else forward(i, options, False, plan)[:2]
