@@ -62,9 +62,12 @@ for b, l, d, n, g, dtype in CASES:
 for l, h, p, n, dtype in ((70, 2, 24, 33, torch.bfloat16), (130, 2, 64, 128, torch.float16), (200, 2, 64, 32, torch.float32), (700, 1, 40, 200, torch.bfloat16)):
     (x, z), (B, C) = torch.randn(2, 2, l, h, p).to(dtype).cuda(), torch.randn(2, 2, l, 1, n).to(dtype).cuda()
     dt, A, D, h0 = torch.randn(2, l, h).cuda(), -torch.rand(h).cuda(), torch.randn(h, p).cuda(), torch.randn(2, h, p, n).cuda()
+    leaves = [m.requires_grad_() for m in (x, dt, A, B, C, D, z, h0)]
     doc = (torch.arange(l) // 50).expand(2, l).contiguous().cuda()
     for seq in (None, Seq.from_documents(doc)):
-        ssd(x, dt, A, B, C, D, z, dt_softplus=True, initial_state=h0, seq=seq, return_final_state=True, backend="cuda")
+        out, last = ssd(x, dt, A, B, C, D, z, dt_softplus=True, initial_state=h0, seq=seq, return_final_state=True, backend="cuda")
+        torch.autograd.grad([out, last], leaves, [torch.ones_like(out), torch.ones_like(last)])
+        ssd(x, dt, A, B, C, D.mean(1), None, dt_softplus=True, seq=seq, backend="cuda").float().sum().backward()
 for layer in (Mamba(64).cuda(), Mamba2(64, headdim=16).cuda()):
     with torch.no_grad():
         state = layer.init_state(3)
