@@ -86,7 +86,7 @@ def compare(i, options=USUAL):
 
 
 CASES = {
-    "bfloat16": dict(l=130, h=3),
+    "more heads than are finished together": dict(l=70, h=9),
     "gated, packed, padded, unaligned": dict(b=2, l=70, h=4, p=20, n=27, g=2, gate=True, skip=2, pack=True),
     "float32": dict(l=70, h=2, g=2, dtype=F32),
 }

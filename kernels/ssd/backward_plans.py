@@ -36,13 +36,16 @@ class SsdBackwardParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class ChunkShape:
-    """The template arguments of ``ssd_backward_chunks``: channels and states of a tile, warps down and across, stages of a pipeline."""
+    """The template arguments of ``ssd_backward_chunks``: channels and states of a tile, warps down and across, stages of a pipeline,
+    and heads that wait for each other to be finished.
+    """
 
     p: int
     n: int
     down: int
     across: int
     stages: int
+    waiting: int
 
     @property
     def threads(self) -> int:
@@ -54,7 +57,7 @@ class ChunkShape:
         q, pad, gate = CHUNK[element], 16 // element, int(gated)
         p, n = self.p + pad, self.n + pad
         stage = (2 + gate) * q * p + 2 * self.p * n + (4 * q + 4) * 4 // element
-        sums = (3 * self.across + self.down + 2) * q + self.down * self.across
+        sums = self.waiting * ((2 * self.across + self.down + 2) * q + self.down * self.across)
         operands = 2 * q * n + (1 + gate) * q * (q + pad) + 2 * gate * q * p + self.stages * stage
         return operands * element + (8 * sums if element == 4 else 4 * (sums + 4 * self.down * self.across))
 
@@ -65,13 +68,14 @@ def chunk_shape(element: int, p: int, n: int, gated: bool, room: int) -> ChunkSh
     if states is None:
         return None
     wide = [64, 32] if p > 32 else [32]
-    for stages in (2, 1):
+    # copies that are under way while a head is worked on are worth more than heads that are finished together
+    for stages, waiting in ((2, 8), (2, 2), (1, 8), (1, 1)):
         for channels in wide:
             if element == 2 and states == 256:
                 channels, grid = 64, (4, 4)
             else:
                 grid = (4, 2) if element == 2 and min(channels, states) == 32 else (2, 4)
-            shape = ChunkShape(channels, states, *grid, stages)
+            shape = ChunkShape(channels, states, *grid, stages, waiting)
             if shape.shared_bytes(element, gated) <= room:
                 return shape
     return None
@@ -142,7 +146,7 @@ def plan(look: Look, count: int, room: int) -> Plan:
         ),
         Launch(
             then,
-            f"ssd_backward_chunks<{T}, {shape.p}, {shape.n}, {shape.down}, {shape.across}, {shape.stages}, {look.flags}>",
+            f"ssd_backward_chunks<{T}, {shape.p}, {shape.n}, {shape.down}, {shape.across}, {shape.stages}, {shape.waiting}, {look.flags}>",
             b * chunks * g * splits,
             shape.threads,
             shape.shared_bytes(element, gated),

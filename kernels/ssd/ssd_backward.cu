@@ -17,8 +17,9 @@
 // zero meets a NaN of another document.  c starts anew with a document.  More than P channels per head come P at a time.
 #include "ssd_backward.cuh"
 
-// What a block of `ssd_backward_chunks` has in shared memory: warps WM x WN, each with Q / WM rows and a WN-th of the columns of every product
-template <class T, int P, int N, int WM, int WN, int STAGES, int FLAGS>
+// What a block of `ssd_backward_chunks` has in shared memory: warps WM x WN, each with Q / WM rows and a WN-th of the columns of every product,
+// and sums of up to HEADS heads that wait: what becomes of them is a chain of shuffles, for as many warps at once as there are heads
+template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
 struct ChunkMemory {
     static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), PS = P + PAD, NS = N + PAD, QS = Q + PAD, THREADS = 32 * WM * WN;
     static constexpr int GATE = FLAGS & GATED ? 1 : 0;
@@ -27,17 +28,17 @@ struct ChunkMemory {
     static constexpr int gout_at = Q * PS, z_at = 2 * Q * PS, H_at = (2 + GATE) * Q * PS, R_at = H_at + P * NS, steps_at = R_at + P * NS;
     // steps, and what undoes the scales of H and R
     static constexpr int stage = steps_at + (4 * Q + 4) * 4 / sizeof(T);
-    // sums
+    // sums of a head: over G's rows and e^c C . (gy H), over its columns, its diagonal, x . gy, e^(c_last - c) B . (X R), R . H
     using Sum = typename SumType<T>::type;
-    static constexpr int row_at = 0, col_at = WN * Q, diag_at = col_at + WM * Q, skip_at = diag_at + Q, read_at = skip_at + Q,
-                         moved_at = read_at + WN * Q, kept_at = moved_at + WN * Q, count = kept_at + WM * WN;
+    static constexpr int row_at = 0, col_at = WN * Q, diag_at = col_at + WM * Q, skip_at = diag_at + Q, moved_at = skip_at + Q,
+                         kept_at = moved_at + WN * Q, count = kept_at + WM * WN;
     static constexpr int scratches = sizeof(T) == 2 ? 4 * WM * WN : 0;  // floats
-    static constexpr int bytes = (stages_at + STAGES * stage) * (int)sizeof(T) + count * (int)sizeof(Sum) + scratches * 4;
+    static constexpr int bytes = (stages_at + STAGES * stage) * (int)sizeof(T) + HEADS * count * (int)sizeof(Sum) + scratches * 4;
 };
 
-template <class T, int P, int N, int WM, int WN, int STAGES, int FLAGS>
-struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
-    using M = ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS>;
+template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
+struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
+    using M = ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS>;
     using M::Q, M::PS, M::NS, M::QS, M::THREADS, M::GATE;
     static constexpr int MT = Q / WM / 16, NN = N / WN / 8, NQ = Q / WN / 8, NP = P / WN / 8, EACH = Q / 32;
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
@@ -54,8 +55,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
 
     DEVICE T* stage(int i) const { return memory + M::stages_at + i % STAGES * M::stage; }
     DEVICE static const float* steps(const T* in) { return reinterpret_cast<const float*>(in + M::steps_at); }
-    DEVICE Sum* sums() const { return reinterpret_cast<Sum*>(memory + M::stages_at + STAGES * M::stage); }
-    DEVICE float* scratch(int which) const { return reinterpret_cast<float*>(sums() + M::count) + which * (WM * WN); }
+    DEVICE Sum* sums(int waiting) const { return reinterpret_cast<Sum*>(memory + M::stages_at + STAGES * M::stage) + waiting * M::count; }
+    DEVICE float* scratch(int which) const { return reinterpret_cast<float*>(sums(HEADS)) + which * (WM * WN); }
     // what undoes the scale of H (0) or R (1), in fp16
     DEVICE static float back(const T* in, int which) { return is_fp16<T> ? steps(in)[4 * Q + which] : 1.f; }
     DEVICE T* gy(T* in) const { return GATE ? memory + M::gy_at : in + M::gout_at; }
@@ -147,7 +148,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
         return {g.x * z.x * sigmoid(z.x), g.y * z.y * sigmoid(z.y)};
     }
     // gy as a sum of two, and what x gy adds up to; returns what undoes the scale that it has in fp16
-    DEVICE float gate(const T* in, T* to, bool first) const {
+    DEVICE float gate(const T* in, T* to, Sum* f, bool first) const {
         float by = 1.f, undo = 1.f;
         if constexpr (is_fp16<T>) {
             float largest = 0.f;
@@ -167,11 +168,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             skip += fmaf(x.x, g.x, x.y * g.y);
         }
         skip = warp_sum(skip);
-        if (lane == 0) put(sums() + M::skip_at + warp, skip, first);
+        if (lane == 0) put(f + M::skip_at + warp, skip, first);
         return undo;
     }
     // S L dt into shared memory, W L dt to the sum over heads, and the sums of G; returns what undoes the scale of the former
-    DEVICE float weigh(const T* in, const T* gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], float undo_gy, bool first) const {
+    DEVICE float weigh(const T* in, const T* gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], float undo_gy, Sum* f, bool first) const {
         const float* s = steps(in);
         float W[MT][NQ][4];
         Sum rows[2 * MT], cols[2 * NQ];
@@ -208,8 +209,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
                 rows[r] += past ? (Sum)G * dt[c] : 0;
                 cols[c] += zero_or(past, G);
                 if (from + k == to) {
-                    put(sums() + M::diag_at + to, G, first);
-                    if (GATE == 0) put(sums() + M::skip_at + to, zero_or(seen, W[i][j][e + k]), first);
+                    put(f + M::diag_at + to, G, first);
+                    if (GATE == 0) put(f + M::skip_at + to, zero_or(seen, W[i][j][e + k]), first);
                 }
                 W[i][j][e + k] = weight;
                 if constexpr (is_fp16<T>) largest = fmaxf(largest, fabsf(weight));
@@ -225,17 +226,17 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
                 write_shared_pair(at + Q * QS, x - big.x, y - big.y);
             }
         });
-        put_rows(rows, sums() + M::row_at, first);
+        put_rows(rows, f + M::row_at, first);
 #pragma unroll
         for (int j = 0; j < 2 * NQ; ++j) {
 #pragma unroll
             for (int m = 4; m < 32; m *= 2) cols[j] += shuffle(cols[j], m);
-            if (lane < 4) put(sums() + M::col_at + warp / WN * Q + (wn * NQ + j / 2) * 8 + lane * 2 + j % 2, cols[j], first);
+            if (lane < 4) put(f + M::col_at + warp / WN * Q + (wn * NQ + j / 2) * 8 + lane * 2 + j % 2, cols[j], first);
         }
         return undo;
     }
     // e^c (gy H) for C
-    DEVICE void read(const T* in, const T* gy, float (&gC)[MT][NN][4], float undo_gy, bool first) const {
+    DEVICE void read(const T* in, const T* gy, float (&gC)[MT][NN][4], float undo_gy, Sum* f) const {
         float decay[2 * MT];
         Sum rows[2 * MT];
 #pragma unroll
@@ -246,10 +247,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             gC[i][j][e] += g0, gC[i][j][e + 1] += g1;
             rows[2 * i + e / 2] += fmaf(C.x, g0, C.y * g1);
         });
-        put_rows(rows, sums() + M::read_at, first);
+        put_rows(rows, f + M::row_at, false);
     }
     // dt e^(c_last - c) (X R) for B
-    DEVICE void write(const T* in, float (&gB)[MT][NN][4], bool first) const {
+    DEVICE void write(const T* in, float (&gB)[MT][NN][4], Sum* f, bool first) const {
         const float* s = steps(in);
         float decay[2 * MT], dt[2 * MT];
         Sum rows[2 * MT];
@@ -264,10 +265,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             gB[i][j][e] = fmaf(dt[2 * i + e / 2], g0, gB[i][j][e]), gB[i][j][e + 1] = fmaf(dt[2 * i + e / 2], g1, gB[i][j][e + 1]);
             rows[2 * i + e / 2] += fmaf(B.x, g0, B.y * g1);
         });
-        put_rows(rows, sums() + M::moved_at, first);
+        put_rows(rows, f + M::moved_at, first);
     }
     // what goes from the state before the chunk to the one behind it
-    DEVICE void keep(const T* in, bool first) const {
+    DEVICE void keep(const T* in, Sum* f, bool first) const {
         Sum sum = 0.f;
         for (int i = threadIdx.x; i < P * N / M::PAD; i += THREADS) {
             const int at = i / (N / M::PAD) * NS + i % (N / M::PAD) * M::PAD;
@@ -278,7 +279,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             for (int k = 0; k < M::PAD; ++k) sum += (Sum)H[k] * R[k];
         }
         sum = warp_sum(sum);
-        if (lane == 0) put(sums() + M::kept_at + warp, sum * (into(steps(in), Q - 1) * back(in, 0) * back(in, 1)), first);
+        if (lane == 0) put(f + M::kept_at + warp, sum * (into(steps(in), Q - 1) * back(in, 0) * back(in, 1)), first);
     }
     DEVICE void inputs(T* in, T* gy, int head, int p0, float undo, float (&gx)[MT][NP][4]) const {
         product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + wn * (8 * NP), PS, Q);
@@ -331,23 +332,20 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
     }
     DEVICE void add_to(float* at, Sum x) const { *at = (float)(again ? *at + x : x); }
 
-    // what the first warp makes of a head's sums, EACH tokens per lane
+    // what a warp makes of a head's sums, EACH tokens per lane
     struct HeadSums {
-        Sum row[EACH], col[EACH], diag[EACH], read[EACH], moved[EACH], kept, skip;
+        Sum row[EACH], col[EACH], diag[EACH], moved[EACH], kept, skip;
     };
-    DEVICE void gather(HeadSums& a) const {
-        const Sum* f = sums();
+    DEVICE void gather(const Sum* f, HeadSums& a) const {
         a.kept = a.skip = 0.f;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int t = lane * EACH + i;
-            const bool mine = t >= lo && t < hi;
-            a.row[i] = a.col[i] = a.diag[i] = a.read[i] = a.moved[i] = 0.f;
-            if (!mine) continue;
+            a.row[i] = a.col[i] = a.diag[i] = a.moved[i] = 0.f;
+            if (t < lo || t >= hi) continue;
 #pragma unroll
             for (int w = 0; w < WN; ++w) {
                 a.row[i] += f[M::row_at + w * Q + t];
-                if (entered) a.read[i] += f[M::read_at + w * Q + t];
                 if (left) a.moved[i] += f[M::moved_at + w * Q + t];
             }
 #pragma unroll
@@ -360,9 +358,12 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             if (GATE && lane == 0) a.skip += f[M::skip_at + w];
         }
     }
-    DEVICE void finish(const float* s, int head) const {
+    DEVICE void finish(const Sum* f, int head) const {
         HeadSums a;
-        gather(a);
+        gather(f, a);
+        // dt, and its derivative behind
+        const float* s = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q;
+        const int64 slopes = 3 * (int64)p.batch * p.h * p.chunks * Q;
         // what flows to a token less what flows from it, and what goes from it to the state behind the chunk
         const float A = finite_rate(reinterpret_cast<const float*>(p.A)[head]), rate = rate_of(A);
         double ahead[EACH], behind[EACH], from_start = 0., to_end = 0.;
@@ -375,7 +376,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             ends[i] = t + 1 < Q && forgets(s[t + 1], rate);
             // of another document, it may not be finite
             dt[i] = t >= lo && t < hi ? s[t] : 0.f;
-            ahead[i] = a.row[i] - (double)dt[i] * a.col[i] + a.read[i];
+            ahead[i] = a.row[i] - (double)dt[i] * a.col[i];
             to_end = ends[i] ? ahead[i] : to_end + ahead[i];
             cut |= ends[i];
         }
@@ -392,7 +393,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
             const int t = lane * EACH + i;
             rest = ends[i] ? ahead[i] : rest + ahead[i];
             const Sum gc = forgets(dt[i], rate) ? (Sum)0 : (Sum)(rest + before + behind[i] + a.kept);
-            const Sum graw = (A * gc + (a.col[i] + a.diag[i] + a.moved[i])) * s[3 * Q + t];
+            const Sum graw = (A * gc + (a.col[i] + a.diag[i] + a.moved[i])) * s[slopes + t];
             if (t >= lo && t < hi) {
                 gA += gc * dt[i], gbias += graw;
                 const int64 at = (b * p.l + (int64)chunk * Q + t) * p.h + head;
@@ -437,35 +438,37 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
             T* in = stage(i);
-            const int head = first_head + i / tiles, tile = i % tiles;
+            const int tile = i % tiles, nth = i / tiles, head = first_head + nth, waiting = nth % HEADS;
+            Sum* f = sums(waiting);
             copy_async_wait<0>();
             __syncthreads();
             if (STAGES > 1 && i + 1 < count) fetch(i + 1);
             if (i == 0) over_states(scores, memory + M::C_at + m0 * NS, memory + wn * (8 * NQ) * NS);
             float undo_gy = 1.f;
             if constexpr (GATE != 0) {
-                undo_gy = gate(in, gy(in), tile == 0);
+                undo_gy = gate(in, gy(in), f, tile == 0);
                 __syncthreads();
             }
-            const float undo = weigh(in, gy(in), scores, gscores, undo_gy, tile == 0);
+            const float undo = weigh(in, gy(in), scores, gscores, undo_gy, f, tile == 0);
             float gx[MT][NP][4];
             clear<NP>(gx);
-            if (entered) read(in, gy(in), gC, undo_gy, tile == 0);
+            if (entered) read(in, gy(in), gC, undo_gy, f);
             if (left) {
-                write(in, gB, tile == 0);
+                write(in, gB, f, tile == 0);
                 over_states(gx, memory + m0 * NS, in + M::R_at + wn * (8 * NP) * NS);
                 const float* s = steps(in);
                 each<NP>([&](int t, int, int i, int j, int e) {
                     const float by = onward(s, t) * s[t] * (back(in, 1) / (undo * undo_gy));
                     gx[i][j][e] *= by, gx[i][j][e + 1] *= by;
                 });
-                if (entered) keep(in, tile == 0);
+                if (entered) keep(in, f, tile == 0);
             }
             __syncthreads();
             inputs(in, gy(in), head, tile * P, undo * undo_gy, gx);
             if constexpr (GATE != 0) gates(in, head, tile * P, undo);
             if (p.D_channel) skips(in, head, tile * P);
-            if (warp == 0 && tile == tiles - 1) finish(steps(in), head);
+            if (tile == tiles - 1 && (waiting == HEADS - 1 || i == count - 1))
+                for (int w = warp; w <= waiting; w += WM * WN) finish(sums(w), head - waiting + w);
             if (STAGES == 1 && i + 1 < count) {
                 __syncthreads();
                 fetch(i + 1);
@@ -518,10 +521,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, FLAGS> {
     }
 };
 
-template <class T, int P, int N, int WM, int WN, int STAGES, int FLAGS>
+template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
 __global__ void __launch_bounds__(32 * WM * WN) ssd_backward_chunks(const SsdBackwardParams p) {
     SHARED_MEMORY(memory);
-    using F = BackwardChunks<T, P, N, WM, WN, STAGES, FLAGS>;
+    using F = BackwardChunks<T, P, N, WM, WN, STAGES, HEADS, FLAGS>;
     const int warp = threadIdx.x / 32, per_group = p.h / p.groups, per_split = (per_group + p.splits - 1) / p.splits;
     int at = blockIdx.x;
     const int split = at % p.splits;
