@@ -10,13 +10,13 @@ transformers = pytest.importorskip("transformers")
 from hybridzoo.zoo.hf import HybridZooForCausalLM, StateCache  # noqa: E402
 
 NAMES = ["mamba-tiny", "jamba-tiny", "samba-tiny", "mamba2attn-tiny", "transformer-tiny"]
-OPTIONS = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+OPTIONS = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 
 
 def adapted(name, seed=0):
     torch.manual_seed(seed)
-    model = zoo.build(name).double().eval()
+    model = zoo.build(name, ["tie_embeddings=false"]).double().eval()  # a tied head says the last token again
     model.lm_head.weight.data.mul_(20)
     return HybridZooForCausalLM.wrap(model).eval()
 
@@ -65,15 +65,17 @@ def test_what_stood_there_before_is_guessed(adapter, length):
 
 @torch.no_grad()
 @pytest.mark.parametrize("helper", ["smaller", "itself", "llama"])
-def test_another_model_guesses(adapter, helper):
+def test_another_model_guesses(adapter, helper, monkeypatch):
     ids = prompt(50)
     want = adapter.generate(ids, **OPTIONS)
     assistant = {"smaller": lambda: adapted("mamba-tiny", 1), "itself": lambda: adapter, "llama": llama}[helper]()
+    monkeypatch.setattr(assistant.generation_config, "assistant_confidence_threshold", 0.0)
+    monkeypatch.setattr(assistant.generation_config, "num_assistant_tokens", 4)
     with Columns(adapter.core) as read:
         got = adapter.generate(ids, assistant_model=assistant, **OPTIONS)
     assert torch.equal(got, want)
     if helper == "itself":  # as one that guesses well: more than a token for a forward of the checking model
-        assert len([n for n in read if n > 1]) < 20
+        assert len([n for n in read if n > 2]) < 20
     sampled = {"do_sample": True, "max_new_tokens": 12}
     torch.manual_seed(0)
     assert adapter.generate(ids, assistant_model=assistant, **{**OPTIONS, **sampled}).shape == (1, 62)
@@ -121,6 +123,11 @@ def test_padding_and_the_next_turn(adapter):
     mask = torch.nn.functional.pad(mask, (0, more.shape[1] - 65), value=1)
     fresh = adapter.generate(more, attention_mask=mask, **OPTIONS)
     length, before = cache.get_seq_length(), cache.state.clone()
+    for columns, rows in ((8, {}), (length + 2, {"attention_mask": torch.ones(1, length + 9)})):
+        with pytest.raises(
+            ValueError, match=rf"input_ids: {columns} columns, and the cache has read {length}. Assisted"
+        ):
+            adapter.generate(more[:, -columns:], cache=cache, prompt_lookup_num_tokens=6, **rows, **OPTIONS)
     for options in ({}, {"prompt_lookup_num_tokens": 6}):
         again = adapter.generate(more, attention_mask=mask, cache=cache, **OPTIONS, **options)
         assert same(again, fresh)

@@ -156,7 +156,24 @@ class Generation(_Next):
             raise ValueError(
                 f"input_ids: shape {tuple(prompts.shape)} holds no token. Give every prompt at least one (BOS, say)."
             )
+        if cache is not None and isinstance(prompts, Tensor):
+            self._check_whole(cache, prompts, kwargs)
         return super().generate(*args, **kwargs, **({} if cache is None else {self.cache_name: cache}))
+
+    def _check_whole(self, cache: StateCache, prompts: Tensor, kwargs: dict[str, Any]) -> None:
+        """Refuse assisted decoding that is to go on from a cache with new columns alone: transformers takes them for the whole text."""
+        config, mask = (
+            kwargs.get("generation_config") or getattr(self, "generation_config", None),
+            kwargs.get("attention_mask"),
+        )
+        lookup = kwargs.get("prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None))
+        assisted = lookup is not None or kwargs.get("assistant_model") is not None
+        columns = prompts.shape[1]
+        if assisted and cache.length and (columns <= cache.length or (mask is not None and mask.shape[1] > columns)):
+            raise ValueError(
+                f"input_ids: {columns} columns, and the cache has read {cache.length}. Assisted decoding goes on from a cache with the text "
+                "from its beginning: pass that, with as long an attention_mask."
+            )
 
     def prepare_inputs_for_generation(
         self,
@@ -167,6 +184,10 @@ class Generation(_Next):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers, but a state before the first token is left out, from which PEFT sees that its prompt is still to be read."""
+        given = kwargs.get(self.cache_name)
+        if next_sequence_length is None and given is not None and given.recording and given.length:
+            # assisted decoding passes the whole text on at first, whatever the cache has read
+            next_sequence_length = input_ids.shape[1] - given.length
         if next_sequence_length is not None and next_sequence_length < 1:
             seen = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             raise ValueError(
