@@ -35,24 +35,36 @@ DEVICE float rounded(float x) {
 // A head of the new token in shared memory, normed, scaled and turned, in the precision of T as operations of their own would leave it; by a warp
 template <class T>
 DEVICE void take_head(const AttendParams& p, const T* from, const T* gain, float multiplier, float position, float* to) {
+    constexpr int EACH = 8;  // up to 256 channels
     const int lane = threadIdx.x % 32;
-    float scale = 1.f;
+    T raw[EACH] = {}, gains[EACH] = {};
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const int e = lane + 32 * j;
+        if (e < p.p) raw[j] = from[e];
+        if (e < p.p && gain != nullptr) gains[j] = gain[e];
+    }
+    float scale = 1.f, squares = 0.f;
     if (p.normed) {
-        float squares = 0.f;
-        for (int e = lane; e < p.p; e += 32) squares = fmaf(read_one(from + e), read_one(from + e), squares);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) squares = fmaf(read_one(raw + j), read_one(raw + j), squares);
 #pragma unroll
         for (int m = 16; m > 0; m /= 2) squares += __shfl_xor_sync(~0u, squares, m);
         scale = 1.f / sqrtf(squares / (float)p.p + p.eps);
     }
-    for (int e = lane; e < p.p; e += 32) {
-        float x = read_one(from + e);
-        if (p.normed) x = rounded<T>(x * scale * (gain == nullptr ? 1.f : read_one(gain + e)));
-        to[e] = multiplier == 1.f ? x : rounded<T>(x * multiplier);
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        float x = read_one(raw + j);
+        if (p.normed) x = rounded<T>(x * scale * (gain == nullptr ? 1.f : read_one(gains + j)));
+        if (lane + 32 * j < p.p) to[lane + 32 * j] = multiplier == 1.f ? x : rounded<T>(x * multiplier);
     }
     __syncwarp();
+#pragma unroll 1
     for (int t = lane; t < p.rotated; t += 32) {
         const int first = p.interleaved ? 2 * t : t, second = p.interleaved ? 2 * t + 1 : t + p.rotated;
-        const float angle = position * p.frequency[t], c = cosf(angle), s = sinf(angle), x = to[first], y = to[second];
+        const float x = to[first], y = to[second];
+        float s, c;
+        sincosf(position * p.frequency[t], &s, &c);
         to[first] = rounded<T>(x * c - y * s), to[second] = rounded<T>(y * c + x * s);
     }
     __syncwarp();
@@ -179,9 +191,12 @@ __global__ void __launch_bounds__(THREADS) attend_split(const AttendParams p) {
 
     for (int e = threadIdx.x; e < (HEADS + 1) * A::P; e += THREADS) heads[e] = 0.f;
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x / 32; i <= HEADS; i += THREADS / 32) {
-        if (i < there) take_head(p, qkv + (first + i) * p.p, (const T*)p.q_gain, 1.f, (float)position, heads + i * A::P);
-        if (i == HEADS && has) take_head(p, qkv + (p.h + kv) * p.p, (const T*)p.k_gain, p.key_multiplier, (float)position, heads + i * A::P);
+        const bool key = i == HEADS;
+        if (key ? !has : i >= there) continue;
+        const T *from = qkv + (key ? p.h + kv : first + i) * p.p, *gain = (const T*)(key ? p.k_gain : p.q_gain);
+        take_head(p, from, gain, key ? p.key_multiplier : 1.f, (float)position, heads + i * A::P);
     }
     __syncthreads();
     if (has && chunk == 0) {
