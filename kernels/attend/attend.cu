@@ -103,6 +103,7 @@ struct Attend {
     const int64 b;
     const int kv, lane, group;
     const int64 position;
+    char* ring;  // the first 16 bytes that this lane has of it
 
     DEVICE void dot(const float (&k)[8], const float (&q)[HEADS][8], float (&score)[HEADS]) const {
 #pragma unroll
@@ -120,27 +121,44 @@ struct Attend {
         const int64 at = p.pos[b * p.pos_b + slot];
         return at >= 0 && at <= position && (p.window == 0 || at > position - p.window);
     }
-    // slots [begin, end) but the new token's
-    DEVICE void along(int begin, int end, int own, const float (&q)[HEADS][8], Sum (&sums)[HEADS]) const {
+    // U slots for every group of lanes of [begin, end), but the new token's, on their way into what a lane has of shared memory for itself
+    DEVICE void fetch(char* to, int first, int end, int own) const {
         const bool mine = lane * 8 < p.p;
-        const T *keys = (const T*)p.k + b * p.k_b + kv * p.k_h + lane * 8, *values = (const T*)p.v + b * p.v_b + kv * p.v_h + lane * 8;
-        for (int first = begin; first < end; first += U * GROUPS) {
-            float scores[U][HEADS], v[U][8];
-            Vec<T, 8> raw_k[U], raw_v[U];
-            bool seen[U];
+        const T *keys = (const T*)p.k + b * p.k_b + kv * p.k_h, *values = (const T*)p.v + b * p.v_b + kv * p.v_h;
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
-                const int slot = first + u * GROUPS + group;
-                seen[u] = slot < end && slot != own;
-                // at once, and not behind what says whether they are seen
-                raw_k[u] = Vec<T, 8>::template load<true>(keys + slot * p.k_s, seen[u] && mine);
-                raw_v[u] = Vec<T, 8>::template load<true>(values + slot * p.v_s, seen[u] && mine);
-                seen[u] = seen[u] && sees(slot);
-            }
+        for (int u = 0; u < U; ++u) {
+            const int slot = first + u * GROUPS + group;
+            const bool there = slot < end && slot != own && mine;
+            copy_async16(to + 2 * u * THREADS * 16, keys + (there ? slot * p.k_s + lane * 8 : 0), there);
+            copy_async16(to + (2 * u + 1) * THREADS * 16, values + (there ? slot * p.v_s + lane * 8 : 0), there);
+        }
+        copy_async_commit();
+    }
+    DEVICE void look(int first, int end, int own, bool (&seen)[U]) const {
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int slot = first + u * GROUPS + group;
+            seen[u] = slot < end && slot != own && sees(slot);
+        }
+    }
+    // two times U slots are on their way, so that nothing is waited for that has not been asked for long before
+    DEVICE void along(int begin, int end, int own, const float (&q)[HEADS][8], Sum (&sums)[HEADS]) const {
+        constexpr int TURN = U * GROUPS, STAGE = 2 * U * THREADS * 16;
+        bool seen[U], then[U];
+        fetch(ring, begin, end, own), fetch(ring + STAGE, begin + TURN, end, own);
+        look(begin, end, own, seen);
+        int odd = 0;
+#pragma unroll 1
+        for (int first = begin; first < end; first += TURN, odd ^= 1) {
+            look(first + TURN, end, own, then);
+            copy_async_wait<1>();
+            char* stage = ring + odd * STAGE;
+            float scores[U][HEADS], v[U][8];
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 float k[8];
-                raw_k[u].unpack(k), raw_v[u].unpack(v[u]);
+                read_packed<T, 8>(reinterpret_cast<const T*>(stage + 2 * u * THREADS * 16), k);
+                read_packed<T, 8>(reinterpret_cast<const T*>(stage + (2 * u + 1) * THREADS * 16), v[u]);
                 dot(k, q, scores[u]);
                 // no number times zero would be none
 #pragma unroll
@@ -153,6 +171,9 @@ struct Attend {
                 for (int u = 0; u < U; ++u) of_head[u] = seen[u] ? scores[u][i] : NOTHING;
                 sums[i].add(of_head, v);
             }
+            fetch(stage, first + 2 * TURN, end, own);
+#pragma unroll
+            for (int u = 0; u < U; ++u) seen[u] = then[u];
         }
     }
     // the new token's key and value
@@ -174,6 +195,7 @@ struct Attend {
 template <class T, int LANES, int HEADS>
 __global__ void __launch_bounds__(THREADS) attend_split(const AttendParams p) {
     using A = Attend<T, LANES, HEADS>;
+    SHARED_MEMORY(ring);
     SHARED_ARRAY(float, heads, (HEADS + 1) * A::P);
     SHARED_ARRAY(float, met, A::GROUPS * HEADS * A::ROOM);
     let_next_begin();
@@ -208,7 +230,7 @@ __global__ void __launch_bounds__(THREADS) attend_split(const AttendParams p) {
         if (kv == 0 && threadIdx.x == 0) p.pos[b * p.pos_b + own] = position;
     }
 
-    const A a{p, heads, b, kv, (int)threadIdx.x % LANES, (int)threadIdx.x / LANES, position};
+    const A a{p, heads, b, kv, (int)threadIdx.x % LANES, (int)threadIdx.x / LANES, position, ring + threadIdx.x * 16};
     float q[HEADS][8];
     Sum sums[HEADS];
 #pragma unroll

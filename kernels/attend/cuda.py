@@ -14,6 +14,8 @@ from ..numerics import HALVES
 from .inputs import StepAttention
 
 THREADS = 128
+# shared memory of a block: keys and values on their way, 16 bytes each, two times four of every thread
+RING = 2 * 4 * 2 * THREADS * 16
 # slots that a block has at least, and blocks that share a row's slots at most
 SLOTS, SPLITS = 256, 64
 # query heads of one block
@@ -98,7 +100,7 @@ def step_attention(i: StepAttention) -> Tensor:
     gains = (None, None) if norm is None else (norm.q, norm.k)
     frequency = None if i.frequency is None else i.frequency.float().contiguous()
     packed = structs.pack(tail, i.qkv, i.k, i.v, *gains, frequency, i.pos, i.length, parts, out)
-    nvrtc.launch("attend.cu", name, packed, blocks, THREADS, 0, out.device, overlaps=True)
+    nvrtc.launch("attend.cu", name, packed, blocks, THREADS, RING, out.device, overlaps=True)
     combine = f"attend_combine<{TYPES[out.dtype]}>"
     nvrtc.launch("attend.cu", combine, packed, b * h, THREADS, 0, out.device, overlaps=True)
     for state in (i.k, i.v, i.pos, i.length):
