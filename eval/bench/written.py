@@ -16,8 +16,8 @@ def sentence(result: Result, link: str) -> str | None:
         return None
     best = max(rows, key=lambda row: (row["params"], -row["shape"]["l"]))
     return (
-        f"- **Generation**: {best['name']} writes {best['write_tokens_s']:,.0f} tokens a second for one prompt of {best['shape']['l']:,} "
-        f"tokens, {best['ratio']:.2f} times mamba-ssm's on the same {result['device']} (both recorded as CUDA graphs; {link})."
+        f"- **Generation**: {best['name']} writes {best['write_tokens_s']:,.0f} tokens a second, {best['ratio']:.2f} times mamba-ssm's "
+        f"(one row on the same {result['device']}; {link})."
     )
 
 

@@ -168,7 +168,8 @@ class Generation:
         state: Where asked for, what the rows have read, all but the last token of each: from there, ``generate(last[:, None], state=...)``
             goes on with the tokens ``last``.
         how: Words for how steps were taken.
-        blocks: Words for how many of the model's blocks take a step in a few launches each, and why the others do not.
+        blocks: Words for how many of the model's blocks take a step in a few launches each, and why the others do not; none where
+            guesses are checked.
     """
 
     sequences: Tensor
