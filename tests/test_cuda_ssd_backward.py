@@ -11,7 +11,7 @@ import torch
 from hybridzoo.kernels.gpu import nvrtc
 from hybridzoo.kernels.gpu.operands import RESET, TYPES, UNALIGNED
 from hybridzoo.kernels.ssd import chunked, cuda, cuda_backward, reference
-from hybridzoo.kernels.ssd.backward_plans import GATED, Look, chunk_shape, plan
+from hybridzoo.kernels.ssd.backward_plans import GATED, ChunkShape, Look, chunk_shape, plan
 from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 
 exhaustive = pytest.mark.skipif(
@@ -96,6 +96,7 @@ MORE = {
     "small values in float16": dict(dtype=F16, gate=True, scale=2**-9),
     "float16, tiles of a head": dict(l=130, h=3, p=80, n=80, dtype=F16, gate=True, pack=True),
     "256 states": dict(h=2, p=64, n=256),
+    "256 states, narrow heads": dict(h=2, p=32, n=256),
     "float32 steps": dict(p=64, n=64, wide_dt=True, skip=0),
     "float32, 256 states": dict(l=40, p=64, n=256, dtype=F32, gate=True),
     "wide heads": dict(p=256, n=16, skip=2),
@@ -240,11 +241,14 @@ def test_every_instance_compiles(dtype, arch):
         for launch in launches(dtype, p, n, flags, room, b)
     }
     spilled = {kernel: resources(*kernel, arch) for kernel in sorted(names)}
-    assert max(spilled.values()) <= 256, spilled
+    # sums over 256 states are all that registers can hold
+    assert not {kernel: size for kernel, size in spilled.items() if size > (512 if ", 256, " in kernel[1] else 64)}
 
 
 def test_shapes_follow_the_room_that_there_is():
-    assert chunk_shape(2, 64, 128, False, ROOM).stages == 2
+    assert chunk_shape(2, 64, 128, False, ROOM) == ChunkShape(64, 128, 2, 4, 2, 8)
+    assert chunk_shape(2, 64, 128, False, 163 << 10) == ChunkShape(64, 128, 2, 4, 2, 2)
+    assert chunk_shape(2, 64, 256, False, 163 << 10) == ChunkShape(32, 256, 4, 2, 1, 8)
     assert chunk_shape(4, 64, 256, True, ROOM).p == 32
     assert chunk_shape(2, 64, 128, False, 99 << 10).stages == 1
     assert chunk_shape(4, 64, 256, False, 99 << 10) is None

@@ -36,8 +36,9 @@ class SsdBackwardParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class ChunkShape:
-    """The template arguments of ``ssd_backward_chunks``: channels and states of a tile, warps down and across, stages of a pipeline,
-    and heads that wait for each other to be finished.
+    """The template arguments of ``ssd_backward_chunks``.
+
+    Channels and states of a tile, warps down and across, stages of operands, and heads that wait for each other to be finished.
     """
 
     p: int
@@ -67,17 +68,15 @@ def chunk_shape(element: int, p: int, n: int, gated: bool, room: int) -> ChunkSh
     states = next((s for s in (32, 64, 128, 256) if s >= n), None)
     if states is None:
         return None
-    wide = [64, 32] if p > 32 else [32]
-    # copies that are under way while a head is worked on are worth more than heads that are finished together
-    for stages, waiting in ((2, 8), (2, 2), (1, 8), (1, 1)):
-        for channels in wide:
-            if element == 2 and states == 256:
-                channels, grid = 64, (4, 4)
-            else:
-                grid = (4, 2) if element == 2 and min(channels, states) == 32 else (2, 4)
-            shape = ChunkShape(channels, states, *grid, stages, waiting)
-            if shape.shared_bytes(element, gated) <= room:
-                return shape
+    # copies that are under way while a head is worked on are worth more than wide tiles, these more than heads that are finished together
+    for stages in (2, 1):
+        # sums over 256 states, by warps that are few enough to have registers for them
+        for channels in (64, 32) if p > 32 and (element == 4 or states < 256) else (32,):
+            grid = (2, 4) if element == 4 or min(channels, states) > 32 else (4, 2)
+            for waiting in (8, 2, 1):
+                shape = ChunkShape(channels, states, *grid, stages, waiting)
+                if shape.shared_bytes(element, gated) <= room:
+                    return shape
     return None
 
 
