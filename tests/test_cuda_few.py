@@ -148,6 +148,8 @@ def test_numbers_that_are_none_stay_in_their_row():
 
 def test_blocks_take_one_tile_after_the_other(monkeypatch):
     monkeypatch.setattr(cuda, "processors", lambda device: 2)
+    # an A100's shared memory, and less
+    monkeypatch.setattr(cuda, "_room", lambda device: 60 << 10)
     check(product(2, 520, 150))
     check(product(2, 264, 300, gated=True, activation="silu"))
 
@@ -162,15 +164,16 @@ def test_how_rows_are_cut(n, most, rows):
 @pytest.mark.parametrize(
     ("b", "k", "n", "part"),
     [
-        (8, 5120, 2560, 8),
-        (32, 768, 50280, 32),
-        (64, 5120, 192, 8),
-        (64, 1536, 768, 32),
+        (8, 5120, 2560, (8, 8)),
+        (16, 5120, 2560, (16, 4)),
+        (32, 768, 50280, (32, 8)),
+        (64, 5120, 192, (16, 4)),
+        (64, 1536, 768, (32, 8)),
         (64, 2560, 10240, "would read a weight of k = 2560 4 times for 64 rows"),
-        (16, 5120, 2560, "would read a weight of k = 5120 2 times for 16 rows"),
-        (16, 5120, None, "would read a weight"),
+        (32, 5120, 2560, "would read a weight of k = 5120 2 times for 32 rows"),
+        (32, 5120, None, "would read a weight"),
         (64, 768, None, "is for 1 to 32 rows, got 64"),
-        (8, 12288, 192, "272896 bytes of shared memory for 8 rows of 12288, and has 232448"),
+        (8, 12288, 192, "240128 bytes of shared memory for 8 rows of 12288, and has 232448"),
     ],
 )
 def test_how_rows_of_the_batch_are_parted(b, k, n, part):

@@ -15,7 +15,7 @@ from hybridzoo.kernels import (
     step_linear,
 )
 from hybridzoo.kernels.few import cuda
-from hybridzoo.kernels.few.op import fits
+from hybridzoo.kernels.few.op import _fits, fits
 from hybridzoo.layers.norm import GatedRMSNorm, LayerNorm, RMSNorm
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -92,6 +92,12 @@ def test_what_does_not_fit_is_named(options, reason):
 
 def test_whether_it_pays_can_be_asked(monkeypatch):
     assert "need CUDA tensors, got cpu" in fits("cpu", BF16, 1, 768)
+    with monkeypatch.context() as m:
+        m.setattr(cuda.nvrtc, "unavailable", lambda: None)
+        m.setattr(cuda, "shared_memory", lambda device: 228 << 10)
+        assert fits("cuda", BF16, 32, 768) is None and fits("cuda", BF16, 16, 5120) is None
+        assert "1 to 32 rows, got 33" in fits("cuda", BF16, 33, 64)
+        _fits.cache_clear()
     monkeypatch.setenv("HYBRIDZOO_BACKEND", "torch")
     assert fits("cpu", BF16, 1, 768) is None
     monkeypatch.setenv("HYBRIDZOO_BACKEND", "chunked")

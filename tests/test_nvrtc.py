@@ -93,7 +93,8 @@ def loss(v, dtype, want_gradient=True):
 def few_rows(dtype, b, stream=None, norm=None, residual=None, **behind):
     types = (dtype, stream or dtype, residual or dtype)
     options = (behind.get("pairs", False), behind.get("activation"), 1.0, 1.0)
-    look = cuda_few.Look(types, (b, 10240, 768), (768, 768, 0, 768, 0, 0), norm, None, options)
+    k = behind.get("k", 768)
+    look = cuda_few.Look(types, (b, 10240, k), (k, k, 0, k, 0, 0), norm, None, options)
     return "few_rows.cu", cuda_few.cut(look, 132, 227 << 10).name
 
 
@@ -165,6 +166,7 @@ USUAL = [
     *(few_rows(BF16, 1, BF16, norm) for norm in (NORMED, LAYER_NORM)),
     *(few_rows(BF16, b, BF16, GATED, F32) for b in (1, 32)),
     *(few_rows(BF16, b, residual=F32) for b in (1, 32)),
+    few_rows(BF16, 16, BF16, GATED, F32, k=5120),
     few_rows(BF16, 1),
     *(("attend.cu", f"attend_split<bf16, {lanes}, {heads}>") for lanes, heads in ((8, 1), (8, 4), (16, 4), (32, 2))),
     ("attend.cu", "attend_split<fp16, 4, 2>"),

@@ -19,7 +19,9 @@ from ..numerics import HALVES
 from .inputs import StepProduct
 
 # as in few_rows.cu
-WARPS, STAGES, STEP, COLUMN = 8, 8, 32, 20
+WARPS, STEP, COLUMN = 8, 32, 20
+# pieces that a warp has on their way: fewer where x takes their place
+STAGES = (8, 4)
 NORM, CENTRED, GATED = 8, 16, 32
 ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
 # rows of a block, of which there are more in parts where blocks of all read so many bytes of the weight together
@@ -51,9 +53,9 @@ def stride(k: int) -> int:
     return ceil_div(k, 64) * 64 + 32
 
 
-def shared_bytes(b: int, k: int) -> int:
+def shared_bytes(b: int, k: int, stages: int) -> int:
     """Shared memory of a block: pieces of the weight on their way, sums of two tiles, and x."""
-    return WARPS * STAGES * 1024 + 2 * WARPS * 8 * columns(b) * COLUMN * 4 + b * stride(k) * 2
+    return WARPS * stages * 1024 + 2 * WARPS * 8 * columns(b) * COLUMN * 4 + b * stride(k) * 2
 
 
 def columns(b: int) -> int:
@@ -61,20 +63,24 @@ def columns(b: int) -> int:
     return next(count for count in (1, 2, 4) if 8 * count >= b)
 
 
-def part_of(b: int, k: int, n: int | None, room: int) -> int | str:
-    """Rows that a block has of ``b``, with ``room`` bytes of shared memory, or why that cannot be; who knows no ``n`` has a large one."""
-    part = next((rows for rows in (min(b, MAX_ROWS), 16, 8) if rows <= b and shared_bytes(rows, k) <= room), 0)
+def part_of(b: int, k: int, n: int | None, room: int) -> tuple[int, int] | str:
+    """Rows that a block has of ``b``, and pieces that a warp has on their way, in ``room`` bytes of shared memory; or why that cannot be.
+
+    Who knows no ``n`` has a large one.
+    """
+    ways = ((rows, stages) for rows in (min(b, MAX_ROWS), 16, 8) if rows <= b for stages in STAGES)
+    part, stages = next(((rows, stages) for rows, stages in ways if shared_bytes(rows, k, stages) <= room), (0, 0))
     if part == b:
-        return part
+        return part, stages
     if b > MAX_ROWS and n is None:
         return f"the CUDA kernel is for 1 to {MAX_ROWS} rows, got {b}"
     if not part:
-        need = shared_bytes(min(b, 8), k)
+        need = shared_bytes(min(b, 8), k, STAGES[-1])
         return f"the CUDA kernel needs {need} bytes of shared memory for {min(b, 8)} rows of {k}, and has {room}"
     parts = ceil_div(b, part)
     if n is None or 2 * n * k * parts > MOST_BYTES:
         return f"the CUDA kernel would read a weight of k = {k} {parts} times for {b} rows"
-    return part
+    return part, stages
 
 
 def refuse(facts: Facts) -> str | None:
@@ -97,9 +103,10 @@ def refuse(facts: Facts) -> str | None:
     if reason := facts.get("misfit", lambda: None)() or nvrtc.unavailable():
         return reason
     # few calls are of a size that some card has no room for
-    part = part_of(b, k, facts.get("n"), SMALLEST)
-    part = part_of(b, k, facts.get("n"), _room(torch.device("cuda"))) if part != b else part
-    return part if isinstance(part, str) else None
+    if b <= MAX_ROWS and shared_bytes(b, k, STAGES[-1]) <= SMALLEST:
+        return None
+    how = part_of(b, k, facts.get("n"), _room(torch.device("cuda")))
+    return how if isinstance(how, str) else None
 
 
 def _room(device: torch.device) -> int:
@@ -164,15 +171,16 @@ def cut(look: Look, count: int, room: int) -> Cut:
     """Cut a product into tiles for ``count`` multiprocessors with ``room`` bytes of shared memory for a block."""
     (b, n, k), (pairs, activation, gate_multiplier, multiplier) = look.sizes, look.behind
     outputs = n // 2 if pairs else n
-    part = part_of(b, k, n, room)
-    if isinstance(part, str):
-        raise ValueError(f"step_linear: {part}.")
+    how = part_of(b, k, n, room)
+    if isinstance(how, str):
+        raise ValueError(f"step_linear: {how}.")
+    part, stages = how
     parts = ceil_div(b, part)
     rows = tiles_of(outputs, 8 if pairs else 16, max(1, count // parts))
     tiles = ceil_div(outputs, rows)
     blocks = min(tiles, max(1, count // parts))
     per = ceil_div(ceil_div(k, STEP), WARPS)  # pieces of a warp in a tile
-    ahead = min(AHEAD // (WARPS * STEP * 2 * rows * (1 + pairs)), max(0, per * ceil_div(tiles, blocks) - STAGES))
+    ahead = min(AHEAD // (WARPS * STEP * 2 * rows * (1 + pairs)), max(0, per * ceil_div(tiles, blocks) - stages))
     names = "x_b weight_n gate_b residual_b state_b state_k".split()
     centred, gated, group_size, gate_behind, eps = look.norm or (False, False, k, False, 0.0)
     first, channels, width, silu = look.conv or (0, 0, 2, False)
@@ -189,8 +197,8 @@ def cut(look: Look, count: int, room: int) -> Cut:
     )  # fmt: skip
     flags = (NORM if look.norm else 0) | (CENTRED if centred else 0) | (GATED if gated else 0)
     types = ", ".join(TYPES[t] for t in look.types)
-    name = f"few_rows<{types}, {columns(part)}, {flags}>"
-    return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k))
+    name = f"few_rows<{types}, {columns(part)}, {stages}, {flags}>"
+    return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k, stages))
 
 
 def step_linear(i: StepProduct) -> Tensor:

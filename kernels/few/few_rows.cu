@@ -29,7 +29,7 @@ struct FewRowsParams {
     float eps, gate_multiplier, multiplier;
 };
 
-constexpr int STAGES = 8, STEP = 32, WIDEST = 8;
+constexpr int STEP = 32, WIDEST = 8;
 constexpr int COLUMN = 20;  // floats of a column of a tile's sums: lanes that store together meet different banks
 enum Activations { NONE, SILU, GELU, RELU, RELU2 };
 
@@ -176,7 +176,8 @@ struct Behind {
     }
 };
 
-template <class T, class X, class O, int NT, int FLAGS>
+// STAGES: pieces that a warp has on their way
+template <class T, class X, class O, int NT, int STAGES, int FLAGS>
 __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     SHARED_MEMORY(shared);
     float* sums = reinterpret_cast<float*>(shared + STAGES * WARPS * 1024);  // twice, in turns
