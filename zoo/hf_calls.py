@@ -171,7 +171,7 @@ class Generation(_Next):
         columns = prompts.shape[1]
         if assisted and cache.length and (columns <= cache.length or (mask is not None and mask.shape[1] > columns)):
             raise ValueError(
-                f"input_ids: {columns} columns, and the cache has read {cache.length}. Assisted decoding goes on from a cache with the text "
+                f"input_ids: {columns} columns, and the cache has read {cache.length}. Assisted decoding goes on from one with the text "
                 "from its beginning: pass that, with as long an attention_mask."
             )
 
