@@ -3,7 +3,7 @@
 // Operands lie in shared memory; a row is (an odd number) x 16 bytes long, so that eight of them fall on different banks.  Accumulators of a
 // 16 x 8 tile: c[0], c[1] are row lane / 4, columns 2 (lane % 4) and the next one; c[2], c[3] the same eight rows below.
 #pragma once
-#include "common.cuh"
+#include "multiply_add.cuh"
 
 template <class T>
 constexpr bool is_bf16 = false;
@@ -27,19 +27,6 @@ DEVICE void ldmatrix(uint32 (&r)[4], const void* row) {
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                      : "r"(at)
                      : "memory");
-}
-
-// c += a b, 16 x 16 by 16 x 8
-template <class T>
-DEVICE void mma16816(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
-    if constexpr (is_bf16<T>)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #endif
 
@@ -74,8 +61,8 @@ DEVICE void product_step(float (&acc)[MT][NT][4], const uint32 (&a)[MT][4], cons
             ldmatrix<B_ROWS>(r, row + (B_ROWS ? 8 * j : 8 * j * b_stride));
 #pragma unroll
             for (int i = 0; i < MT; ++i) {
-                mma16816<T>(acc[i][j], a[i], r[0], r[1]);
-                mma16816<T>(acc[i][j + 1], a[i], r[2], r[3]);
+                multiply_add<T>(acc[i][j], a[i], {r[0], r[1]});
+                multiply_add<T>(acc[i][j + 1], a[i], {r[2], r[3]});
             }
         }
     }

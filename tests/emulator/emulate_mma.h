@@ -72,26 +72,3 @@ inline void ldmatrix(uint32 (&r)[4], const void* row) {
             }
     });
 }
-
-template <class T>
-inline void mma16816(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
-    emulated::together({nullptr, c, a, {b0, b1}, nullptr}, [](emulated::Lane* lanes) {
-        float A[16][16], B[16][8];
-        for (int lane = 0; lane < 32; ++lane) {
-            const int row = lane / 4, column = lane % 4 * 2;
-            for (int i = 0; i < 4; ++i) Element<T>::unpack(lanes[lane].a[i], &A[row + i % 2 * 8][column + i / 2 * 8]);
-            for (int i = 0; i < 2; ++i) {
-                float x[2];
-                Element<T>::unpack(lanes[lane].b[i], x);
-                B[column + 8 * i][row] = x[0], B[column + 8 * i + 1][row] = x[1];
-            }
-        }
-        for (int lane = 0; lane < 32; ++lane)
-            for (int i = 0; i < 4; ++i) {
-                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-                double sum = lanes[lane].c[i];
-                for (int k = 0; k < 16; ++k) sum += (double)A[row][k] * B[k][column];
-                lanes[lane].c[i] = (float)sum;
-            }
-    });
-}
