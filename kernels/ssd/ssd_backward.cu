@@ -522,7 +522,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 };
 
 template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
-__global__ void __launch_bounds__(32 * WM * WN) ssd_backward_chunks(const SsdBackwardParams p) {
+__global__ void __launch_bounds__(32 * WM * WN, 1) ssd_backward_chunks(const SsdBackwardParams p) {
     SHARED_MEMORY(memory);
     using F = BackwardChunks<T, P, N, WM, WN, STAGES, HEADS, FLAGS>;
     const int warp = threadIdx.x / 32, per_group = p.h / p.groups, per_split = (per_group + p.splits - 1) / p.splits;
