@@ -9,13 +9,13 @@ from .conv.op import causal_conv1d
 from .loss.op import cross_entropy
 from .step.op import causal_conv1d_update, conv_ssd_update, selective_state_update, ssd_state_update
 from .norm.op import branch_layer_norm, branch_rms_norm, layer_norm, rms_norm
+from .norm.gated import gated_rms_norm
 from .seq import Seq
 from .step.inputs import ScanNorms
 from .few.inputs import StepConv, StepNorm
 from .few.op import step_linear
 from .attend.inputs import HeadNorm
 from .attend.op import step_attention
-from .norm.gated import gated_rms_norm
 from . import mamba_layer as mamba_layer
 # isort: on
 

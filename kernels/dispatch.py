@@ -79,8 +79,9 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
 
     Args:
         op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``rms_norm``, ``layer_norm``,
-            ``cross_entropy``, ``attention``, ``moe``, ``step_linear`` (a product of few rows), ``choose_token``, ``mamba_layer`` (how
-            autograd sees one); or, of our kernels' ``selective_scan``, ``paths`` and ``dt_weight``: how it takes these arguments.
+            ``gated_rms_norm``, ``cross_entropy``, ``attention``, ``moe``, ``step_linear`` (a product of few rows), ``choose_token``,
+            ``mamba_layer``, ``mamba2_layer`` (how autograd sees one); or, of our kernels' ``selective_scan``, ``paths`` and
+            ``dt_weight``: how it takes these arguments.
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d``, ``rank`` and, as
             booleans, ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``, ``window``; ``length`` of the rows, and

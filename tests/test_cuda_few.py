@@ -15,7 +15,6 @@ from hybridzoo.kernels import (
 )
 from hybridzoo.kernels.few import cuda, plain
 from hybridzoo.kernels.few.inputs import StepConv, StepNorm, StepProduct
-from hybridzoo.kernels.norm import gated
 from hybridzoo.kernels.step import cuda as cuda_update
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -93,17 +92,6 @@ def test_a_gated_norm_in_front(group_size, behind):
     gate = wide[:, 4:140]  # 8-byte borders
     norm = StepNorm(torch.randn(136).to(BF16), 1e-5, gate=gate, group_size=group_size, norm_before_gate=behind)
     check(product(norm=norm)._replace(x=stream_of(3, 136, BF16)))
-
-
-@pytest.mark.parametrize(("size", "behind"), [(68, False), (136, True)])
-def test_the_gated_norm_alone(size, behind):
-    wide = torch.randn(2, 3, 304).to(BF16)
-    x, gate, gain = wide[..., 4:140], wide[..., 144:280], torch.randn(136).to(BF16)
-    got = gated._cuda(x, gate, gain, 1e-5, size, behind)
-    assert gated._misfit(x, gate, gain, size) is None
-    near(got, gated._torch(*map(exactly, (x, gate, gain)), 1e-5, size, behind), BF16)
-    # a row's bits are its own
-    assert torch.equal(got[1, 1:2], gated._cuda(x[1, 1:2], gate[1, 1:2], gain, 1e-5, size, behind))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

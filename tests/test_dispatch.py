@@ -23,6 +23,7 @@ OPS = (
     "update",
     "rms_norm",
     "layer_norm",
+    "gated_rms_norm",
     "cross_entropy",
 )
 

@@ -50,6 +50,7 @@ OPS = SEQUENCES | {
     "causal_conv1d_update": conv_step,
     "rms_norm": lambda b, l: {"x": torch.randn(b, l, 4), "weight": torch.randn(4)},
     "layer_norm": lambda b, l: {"x": torch.randn(b, l, 4), "weight": torch.randn(4), "bias": torch.randn(4)},
+    "gated_rms_norm": lambda b, l: {"x": torch.randn(b, l, 4), "gate": torch.randn(b, l, 4), "weight": torch.randn(4)},
 }
 
 
@@ -137,7 +138,7 @@ def test_token_ids_of_every_integer_type():
 def test_types_that_nothing_is_computed_in(op, dtype):
     for name, x in OPS[op](2, 5).items():
         made = OPS[op](2, 5) | {name: x.to(dtype)}
-        more = {"eps": 1e-5} if op in ("rms_norm", "layer_norm") else {}
+        more = {"eps": 1e-5} if op.endswith("_norm") else {}
         what = f"{op}: ({name}|{name.replace('_', ' ')}) has dtype {dtype}, expected"
         with pytest.raises(ValueError, match=what):
             getattr(kernels, op)(**made, **more)

@@ -14,6 +14,7 @@ from hybridzoo.kernels.gpu import nvrtc
 from hybridzoo.kernels.gpu.operands import RESET, UNALIGNED
 from hybridzoo.kernels.loss import cuda as cuda_loss
 from hybridzoo.kernels.norm import cuda as cuda_norm
+from hybridzoo.kernels.norm import gated_cuda
 from hybridzoo.kernels.norm.cuda import CENTRED
 from hybridzoo.kernels.scan.launches import CUT, LOW_RANK, NARROW, OUTPUTS, WALK
 from hybridzoo.kernels.scan.shapes import ADJOINT, BACKWARD, FORWARD, FULL, PAIRS, STATE
@@ -86,6 +87,14 @@ def norm(types, d, backward, flags=0):
     return "norm.cu", name + cuda_norm.plan(types, 16384, d, (d,) * 4, flags, 1e-5, 132, backward).arguments
 
 
+def gated_norm(types, d, backward, groups=1, before=False, aligned=True):
+    how, name = (
+        gated_cuda.Gating(1e-5, d // groups, before),
+        "gated_norm_backward" if backward else "gated_norm_forward",
+    )
+    return "gated_norm.cu", name + gated_cuda.plan(types, 16384, d, (d,) * 4, how, aligned, 132, backward).arguments
+
+
 def loss(v, dtype, want_gradient=True):
     return "cross_entropy.cu", cuda_loss.plan(v, dtype, want_gradient, 228 << 10)[0]
 
@@ -152,6 +161,9 @@ USUAL = [
     ),
     *(norm((F32, BF16, F32, F32), d, backward, CENTRED) for d in (768, 8192) for backward in (False, True)),
     *(norm((F32, None, F32, F32), 127, backward, CENTRED) for backward in (False, True)),
+    *(gated_norm((BF16, BF16, F32), d, backward) for d in (1536, 2048, 5120, 8192) for backward in (False, True)),
+    *(gated_norm((m,) * 3, 8192, backward, 8, True) for m in (BF16, F32) for backward in (False, True)),
+    *(gated_norm((F16, F16, F32), 8190, backward, before=True, aligned=False) for backward in (False, True)),
     convolution_step((BF16,) * 3, 4),
     state_step((BF16,) * 3, 0, 16, False, b=256),
     state_step((BF16,) * 3, 0, 16, False, b=1),
@@ -171,7 +183,6 @@ USUAL = [
     *(("attend.cu", f"attend_split<bf16, {lanes}, {heads}>") for lanes, heads in ((8, 1), (8, 4), (16, 4), (32, 2))),
     ("attend.cu", "attend_split<fp16, 4, 2>"),
     ("attend.cu", "attend_combine<bf16>"),
-    *(("gated.cu", f"gated_norm<{t}>") for t in ("bf16", "float")),
     *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
     *(loss(v, BF16) for v in (256, 4096, 128256)),
     *(dual(BF16, 64, 128, flags) for flags in (0, RESET, cuda_ssd.STATES)),
@@ -198,6 +209,7 @@ def resources(source, name, arch):
         forward("bf16", 16, FULL, LOW_RANK),
         convolution(BF16, BF16, 4, False),
         norm((F32, BF16, BF16, F32), 768, True),
+        gated_norm((BF16, BF16, F32), 2048, True),
         convolution(BF16, BF16, 4, True),
         state_step((BF16,) * 3, 4, 128, True),
         loss(50280, BF16),
@@ -321,6 +333,26 @@ def test_every_instance_of_ssd_compiles(dtype, arch):
             for space in (100, 164, 228)
         ),
         ("ssd_forward.cu", "ssd_pass_states"),
+    }
+    spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
+    assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}
+
+
+@exhaustive
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_every_instance_of_the_gated_norm_compiles(dtype, arch):
+    # one width for every number of threads in a row and of accesses in a thread
+    widths = {gated_norm((F32,) * 3, d, True): d for d in range(4, 8193, 4)}
+    kernels = {
+        gated_norm((dtype, gate, wide), d, backward, 1, before, aligned)
+        for gate in (dtype, F32)
+        for wide in (dtype, F32)
+        for d in widths.values()
+        for backward in (False, True)
+        for before in (False, True)
+        for aligned in (False, True)
     }
     spilled = {kernel: resources(*kernel, arch)[1] for kernel in sorted(kernels)}
     assert not {kernel: size for kernel, size in spilled.items() if size > SPILLS}

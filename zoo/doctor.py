@@ -25,7 +25,7 @@ _PACKAGES = (
 # what a call of each op usually looks like
 _TYPICAL: dict[str, dict[str, Any]] = {
     "selective_scan": {"d_state": 16}, "ssd": {"d_state": 128}, "causal_conv1d": {"width": 4, "d": 1536}, "rms_norm": {"d": 768},
-    "layer_norm": {"d": 384}, "attention": {"headdim": 64}, "moe": {"widths": (1024, 4096)},
+    "layer_norm": {"d": 384}, "gated_rms_norm": {"d": 1536}, "attention": {"headdim": 64}, "moe": {"widths": (1024, 4096)},
     "step_linear": {"rows": 1, "d": 2560},
 }  # fmt: skip
 

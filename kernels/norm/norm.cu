@@ -8,7 +8,7 @@
 // (backward): one row of partial sums per block, added up by `column_sums` in a fixed order.  The backward forms the sum of squares again:
 // it comes with the one that it needs anyway, and so nothing but x is kept for it.  A mean is summed up before anything else, so that squares
 // are those of what is left: far from zero, sums of x^2 would cancel.
-#include "vector.cuh"
+#include "rows.cuh"
 
 struct NormParams {
     const void *x, *add, *weight, *bias;  // (m, d); (m, d) with ADD, in the forward; (d) or null, the last one with CENTRED alone
@@ -21,33 +21,24 @@ struct NormParams {
     int d, blocks;
 };
 
-constexpr int N = 4;
 enum NormFlags {
     ADD = 8,       // what is added to x comes in, or its gradient goes out
     CENTRED = 16,  // less the mean
 };
-template <int LANES>
-constexpr int threads = LANES > 256 ? LANES : 256;
 
 template <class X, class A, class H, class W, int LANES, int V, int FLAGS>
-struct Rows {
+struct Rows : RowThreads<LANES, V, FLAGS & CENTRED ? 3 : 2> {
+    using Threads = RowThreads<LANES, V, FLAGS & CENTRED ? 3 : 2>;
+    using Threads::add_up, Threads::channel;
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
     static constexpr bool MEAN = FLAGS & CENTRED;
-    static constexpr int THREADS = threads<LANES>, GROUPS = THREADS / LANES, WARPS = LANES > 32 ? LANES / 32 : 1;
-    static constexpr int SUMS = MEAN ? 3 : 2, SLOTS = 2 * GROUPS * WARPS * SUMS;
     using VX = Vec<X, N>;
     using VA = Vec<A, N>;
     using VH = Vec<H, N>;
 
     const NormParams& p;
-    float* slots;  // two times, in turns, up to SUMS sums of each warp
-    const int lane, group;
-    int turn = 0;
 
-    DEVICE Rows(const NormParams& p, float* slots)
-        : p(p), slots(slots), lane(threadIdx.x % LANES), group(threadIdx.x / LANES) {}
-
-    DEVICE int channel(int v) const { return (v * LANES + lane) * N; }
+    DEVICE Rows(const NormParams& p, float* slots) : Threads(slots), p(p) {}
 
     template <class T>
     DEVICE void load(const void* from, int64 stride, int64 row, Vec<T, N> (&to)[V]) const {
@@ -86,30 +77,6 @@ struct Rows {
         Vec<W, N>::template load<ALIGNED>((const W*)p.weight + channel(v), p.d - channel(v)).unpack(w);
     }
 
-    // over the threads of a row, in the same order for all of them; slots of this turn are free again when the next turn's are full
-    template <int K>
-    DEVICE void add_up(float (&sums)[K]) {
-#pragma unroll
-        for (int mask = 1; mask < (LANES < 32 ? LANES : 32); mask *= 2)
-#pragma unroll
-            for (int k = 0; k < K; ++k) sums[k] += __shfl_xor_sync(~0u, sums[k], mask);
-        if constexpr (WARPS > 1) {
-            static_assert(K <= SUMS, "room for so many");
-            float* own = slots + (turn * GROUPS + group) * WARPS * SUMS;
-            turn ^= 1;
-#pragma unroll
-            for (int k = 0; k < K; ++k)
-                if (lane % 32 == 0) own[lane / 32 * K + k] = sums[k];
-            barrier_wait(1 + group, LANES);
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                sums[k] = 0.f;
-#pragma unroll
-                for (int i = 0; i < WARPS; ++i) sums[k] += own[i * K + k];
-            }
-        }
-    }
-
     // what is to be taken off a row's values
     DEVICE float centre(const VX (&xs)[V]) {
         if constexpr (!MEAN) return 0.f;
@@ -130,27 +97,6 @@ struct Rows {
         if constexpr (MEAN) {
 #pragma unroll
             for (int c = 0; c < N; ++c) x[c] = channel(v) + (ALIGNED ? 0 : c) < p.d ? x[c] - centre : 0.f;
-        }
-    }
-
-    // what the rows of a block have summed up for each channel, added up in the order of the groups
-    DEVICE void write_sums(const float (&sums)[V][N], float* part, float* shared) const {
-        if constexpr (GROUPS > 1) {
-            constexpr int wide = LANES * V * N;
-#pragma unroll
-            for (int v = 0; v < V; ++v)
-#pragma unroll
-                for (int c = 0; c < N; ++c) shared[group * wide + channel(v) + c] = sums[v][c];
-            __syncthreads();
-            for (int at = threadIdx.x; at < p.d; at += THREADS) {
-                float sum = 0.f;
-#pragma unroll
-                for (int i = 0; i < GROUPS; ++i) sum += shared[i * wide + at];
-                part[at] = sum;
-            }
-        } else {
-#pragma unroll
-            for (int v = 0; v < V; ++v) Vec<float, N>::pack(sums[v]).template store<ALIGNED>(part + channel(v), p.d - channel(v));
         }
     }
 
@@ -252,9 +198,9 @@ __global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) norm_backward(cons
     }
     if (p.part == nullptr) return;
     float* part = p.part + blockIdx.x * (int64)p.d * (R::MEAN ? 2 : 1);
-    f.write_sums(gw, part, shared);
+    f.template write_sums<R::ALIGNED>(gw, p.d, part, shared);
     if constexpr (R::MEAN) {
         __syncthreads();
-        f.write_sums(gb, part + p.d, shared);
+        f.template write_sums<R::ALIGNED>(gb, p.d, part + p.d, shared);
     }
 }
