@@ -200,6 +200,44 @@ def test_walks_are_compared_with_four_copies(monkeypatch):
     assert workloads.counts(case, "forward") == (18 * 4 * (2 * 4 + 4 * 8), 18 * 4 * 4 * 3)
 
 
+def test_ssd_is_compared_with_simple_gla(monkeypatch):
+    def chunk_simple_gla(q, k, v, g, scale):
+        state, out = torch.zeros(*v.shape[:1], *v.shape[2:], k.shape[-1]), []
+        for t in range(v.shape[1]):
+            state = state * g[:, t].exp()[..., None, None] + v[:, t, :, :, None] * k[:, t, :, None]
+            out.append(scale * (state @ q[:, t, :, :, None]).squeeze(-1))
+        return torch.stack(out, 1), None
+
+    library = types.SimpleNamespace(chunk_simple_gla=chunk_simple_gla)
+    monkeypatch.setattr(peers, "import_module", lambda name: library)
+    inputs = workloads.Workload("x", "ssd", {"b": 2, "l": 9, "h": 4, "p": 3, "n": 5}).inputs()
+    errors = bench_ops.agreement(peers.ours("ssd", inputs), peers.PEERS["ssd"]["fla-core"](inputs), gradients=True)
+    assert len(errors) == 1 + len(inputs) and max(errors.values()) < 1e-5
+    for there, want in ((None, ["mamba_ssm"]), (library, ["mamba_ssm", "fla-core"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(peers, "find_spec", lambda name, there=there: there)
+        assert peers.default_peers("ssd") == want and peers.default_peers("scan") == ["mamba_ssm"]
+
+
+def test_ssd_has_its_cases_goals_and_page(tmp_path):
+    cases = [c for c in workloads.WORKLOADS["ssd"] if c.device == "cuda"]
+    assert [tuple(c.shape[k] for k in "blhpn") + tuple(c.goals.values()) for c in cases] == [
+        (8, 2048, 64, 64, 128, 3, 2.5), (4, 2048, 80, 64, 128, 3, 2.5), (8, 2048, 24, 64, 128, 4, 4),
+        (1, 16384, 64, 64, 128, 2.5, 2.5), (1, 2048, 24, 64, 128, 5, 4),
+    ]  # fmt: skip
+    assert all(
+        (c.part, c.dtype, set(c.goals)) == ("table", torch.bfloat16, {("mamba_ssm", p) for p in c.passes})
+        for c in cases
+    )
+    named = [c.name for works in workloads.WORKLOADS.values() for c in works if c.device == "cuda"]
+    assert len(named) == len(set(named))
+    rows = [bench_ops._row(cases[0], what, "mamba_ssm", [[2.0] * 3, [5.0] * 3], CEILINGS) for what in cases[0].passes]
+    rows.append(rows[0] | {"peer": "fla-core", "goal_ratio": None})
+    _, text = readme._gpu_ssd(tmp_path / "ssd.json", result_of(rows, what="ssd"))
+    assert "| Mamba-2 1.3B, training | forward | mamba-ssm | 2.50x | 83 % of 3x | 2.000 | 5.000 |" in text
+    assert "| fla-core | 2.50x |  | 2.000 |" in text and "8 x 2048 x 64 x 64 x 128" in text
+
+
 def test_a_wrong_gradient_is_found():
     inputs = workloads.Workload("x", "conv", {"b": 2, "l": 9, "d": 6, "k": 3}).inputs()
     mine, theirs = (peers.ours("conv", inputs) for _ in range(2))
@@ -418,8 +456,10 @@ def test_parts_of_training_are_run_in_turn_and_survive_a_failure(monkeypatch):
     assert ran[0] == ("mamba_ssm", "mamba-130m", None) and ran.count(("mamba_ssm", "mamba-370m", None)) == 1
     assert [row["variant"] for row in rows] == [
         *("default", "graph", "one-thread", "logits", "mamba_ssm-scan"),
-        *("default", "graph", "one-thread"),
+        *(("default", "graph", "one-thread") * 3),
     ]
+    goals = {row["name"]: row["goal_ratio"] for row in rows if row["variant"] == "default"}
+    assert goals == {"mamba-130m": 2.0, "mamba-370m": 2.0, "mamba2-130m": 2.5, "mamba2-370m": 2.0}
     assert failed == ["no compiler", "no compiler"] and [row["goal_ratio"] for row in rows[:4]] == [2.0, 2.0, 2.0, None]
     assert bench_train.measure(["mamba_ssm"], ["mamba-130m"], lambda text: None, profile=True) == ([], [])
 

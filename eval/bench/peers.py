@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -215,6 +216,22 @@ def _ssd_mamba_ssm(i: Inputs) -> Timed:
     return Timed(leaves, lambda: scan(x, dt, A, B, C, 256, D=D, z=z, dt_bias=bias, dt_softplus=True))
 
 
+def _ssd_fla(i: Inputs) -> Timed:
+    """flash-linear-attention's Triton kernels of simple GLA, the same recurrence; step sizes, skip and gate are PyTorch's around it."""
+    scan = import_module("fla.ops.simple_gla").chunk_simple_gla
+    leaves = _leaves(i, *_SCAN)
+    heads = i["u"].shape[2]
+
+    def call() -> Tensor:
+        x, dt, A, B, C, D, z, bias = leaves.values()
+        B, C = (m.repeat_interleave(heads // m.shape[2], 2) for m in (B, C))
+        dt = F.softplus(dt.float() + bias)
+        y, _ = scan(C, B, (x * dt[..., None]).to(x.dtype), dt * A, scale=1.0)
+        return ((y + D[:, None] * x) * F.silu(z.float())).to(x.dtype)
+
+    return Timed(leaves, call)
+
+
 def _conv_library(i: Inputs) -> Timed:
     """causal-conv1d's kernel on (b, d, l), the layout that mamba-ssm calls it with."""
     conv = import_module("causal_conv1d").causal_conv1d_fn
@@ -255,7 +272,7 @@ Make = Callable[[Inputs], Timed]
 PEERS: dict[str, dict[str, Make]] = {
     "scan": {"transformers": _scan_transformers, "mambapy": _scan_mambapy, "mamba_ssm": _scan_mamba_ssm},
     "paths": {"mamba_ssm": _paths_mamba_ssm},
-    "ssd": {"transformers": _ssd_transformers, "mamba_ssm": _ssd_mamba_ssm},
+    "ssd": {"transformers": _ssd_transformers, "mamba_ssm": _ssd_mamba_ssm, "fla-core": _ssd_fla},
     "conv": {"causal_conv1d": _conv_library, "causal_conv1d, channels last": _conv_library_last},
     "decode": {"mamba_ssm": _decode_mamba_ssm},
     "attention": {name: partial(_attention, backend=name) for name in dispatch.TABLES["attention"]},
@@ -270,5 +287,5 @@ def default_peers(what: str) -> list[str]:
         able = [name for name, backend in dispatch.TABLES[what].items() if backend.refuse(facts) is None]
         return [name for name in able if name != "math" or device == "cpu"]
     if torch.cuda.is_available():
-        return ["mamba_ssm"]
-    return [name for name in PEERS[what] if name != "mamba_ssm"]
+        return ["mamba_ssm", *(["fla-core"] if what == "ssd" and find_spec("fla") else [])]
+    return [name for name in PEERS[what] if name not in ("mamba_ssm", "fla-core")]

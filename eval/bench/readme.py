@@ -110,6 +110,7 @@ def performance(folder: Path) -> str:
     """Times of ops and training steps beside other implementations, from every result in a folder."""
     pieces = [
         *(piece for path, result in _results(folder, "scan", gpu=True) for piece in _gpu_scan(path, result)),
+        *(piece for path, result in _results(folder, "ssd", gpu=True) for piece in _gpu_ssd(path, result)),
         *(piece for path, result in _results(folder, "train") for piece in _train(path, result)),
         *(piece for path, result in _results(folder, "trainer") for piece in _trainer(path, result)),
         *(piece for path, result in _results(folder, "generate", device="NVIDIA") for piece in _generate(path, result)),
@@ -217,6 +218,25 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
             ],
         ),
         "</details>",
+    ]  # fmt: skip
+
+
+def _gpu_ssd(path: Path, result: Result) -> list[str]:
+    return [
+        f"Mamba-2's scan (SSD) on one {result['device']} ({_versions(result)}), bf16, gate and softplus fused, measured as the selective "
+        f"scan ({_source(path, result)}).",
+        table(
+            ["case", "pass", "beside", "ratio", "of the goal", "ours, ms", "theirs, ms", "saved, MB (theirs)", "b x l x h x p x n"],
+            [
+                [
+                    title(row["name"]), row["op"], peer_name(row["peer"]), f"{row['ratio']:.2f}x",
+                    _of_goal(row) if row["goal_ratio"] else "", f"{row['ours_ms']:.3f}", f"{row['peer_ms']:.3f}",
+                    f"{row['ours_saved_MB']:.0f} ({row['peer_saved_MB']:.0f})" if "ours_saved_MB" in row else "",
+                    " x ".join(str(row["shape"][k]) for k in "blhpn"),
+                ]
+                for row in result["cases"]
+            ],
+        ),
     ]  # fmt: skip
 
 

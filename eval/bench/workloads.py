@@ -207,6 +207,24 @@ _ATTENTION = [
     _attends("window", 4, 4096, 16, 16, 64, w=2048),
     _attends("window", 4, 8192, 32, 8, 128, w=1024),
 ]
+_GPU_SSD = [
+    Workload(
+        name,
+        "ssd",
+        {"b": b, "l": l, "h": h, "p": 64, "n": 128},
+        f"Mamba-2 {words}",
+        BF16,
+        "cuda",
+        {("mamba_ssm", p): goal for p, goal in zip(_PASSES[0], goals, strict=True)},
+    )
+    for name, words, b, l, h, goals in (
+        ("train-1.3b", "1.3B, training", 8, 2048, 64, (3.0, 2.5)),
+        ("train-2.7b", "2.7B, training", 4, 2048, 80, (3.0, 2.5)),
+        ("train-mamba2-130m", "130M, training", 8, 2048, 24, (4.0, 4.0)),
+        ("prefill-1.3b", "1.3B, prompt of 16,384 tokens", 1, 16384, 64, (2.5, 2.5)),
+        ("short-mamba2-130m", "130M, row of 2,048 tokens", 1, 2048, 24, (5.0, 4.0)),
+    )
+]
 _ROW = "one row of 2,048 tokens"
 _CPU_RATIOS = {"transformers": (3.0, 50.0), "mambapy": (2.0, 2.0)}
 _CPU_GOALS = {(peer, p): goal for peer, goals in _CPU_RATIOS.items() for p, goal in zip(_PASSES[0], goals, strict=True)}
@@ -218,9 +236,7 @@ WORKLOADS: dict[str, list[Workload]] = {
     ],
     "ssd": [
         Workload("b1-l2k", "ssd", {"b": 1, "l": 2048, "h": 8, "p": 64, "n": 64}, _ROW),
-        Workload(
-            "train-1.3b", "ssd", {"b": 8, "l": 2048, "h": 64, "p": 64, "n": 128}, "Mamba-2 1.3B, training", BF16, "cuda"
-        ),
+        *_GPU_SSD,
     ],
     "attention": [
         Workload("b1-l2k", "attention", {"b": 1, "l": 2048, "h": 4, "kv": 2, "p": 32, "doc": 256}, _ROW + ", packed"),
