@@ -17,6 +17,7 @@ from .few.op import step_linear
 from .attend.inputs import HeadNorm
 from .attend.op import step_attention
 from . import mamba_layer as mamba_layer
+from . import mamba2_layer as mamba2_layer
 # isort: on
 
 __all__ = [

@@ -5,7 +5,7 @@ which an eager step waits for; the pass that adds up the two gradients of the co
 that adds to the first; and the rounding, and the conversion, of gradients of weights that are float32 themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +14,18 @@ from torch import Tensor
 
 from . import checks
 from .conv import cuda as conv_kernels
-from .conv.inputs import ConvInputs
 from .derivatives import once
-from .dispatch import Backend, BackendError, Facts, choose, register
+from .dispatch import Backend, Facts, register
 from .gpu import nvrtc
 from .gpu.operands import in_one_piece
+from .layer_node import Again, Gradients, Marks, filtered, flat, refuse
 from .norm import cuda as norm_kernels
-from .numerics import add_product, cast, product
+from .numerics import add_product, cast
 from .scan import launches
 from .scan.inputs import ScanInputs
 from .scan.operands import ScanOperands
 from .scan.shapes import keeps_states
 from .seq import Seq
-
-Again = tuple[Callable[[Sequence[Tensor]], Tensor], list[Tensor]]
 
 
 class Weights(NamedTuple):
@@ -52,14 +50,6 @@ class Weights(NamedTuple):
 _NORMS = ("dt_norm", "B_norm", "C_norm")
 
 
-class Marks(NamedTuple):
-    """Documents and padding, ``(b, l)`` each, where there are any."""
-
-    doc: Tensor | None = None
-    reset: Tensor | None = None
-    valid: Tensor | None = None
-
-
 def _split(given: Tensor, n: int) -> list[Tensor]:
     # the step sizes' low-rank form, B and C
     return list(given.split([given.shape[-1] - 2 * n, n, n], dim=-1))
@@ -70,10 +60,6 @@ def _normed(given: Tensor, n: int, norms: Sequence[Tensor | None], eps: float | 
     if eps is None:
         return parts
     return [norm_kernels.forward(x, w, eps, x.dtype)[0] for x, w in zip(parts, norms, strict=True)]
-
-
-def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, marks: Marks) -> ConvInputs:
-    return conv_kernels.readable(ConvInputs(x, weight.squeeze(1), bias, None, marks.doc))
 
 
 class _Layer(torch.autograd.Function):
@@ -88,7 +74,7 @@ class _Layer(torch.autograd.Function):
         x = cast(x, dtype)
         xz = F.linear(x, w_in, b_in)
         u, z = xz.chunk(2, dim=-1)
-        u = conv_kernels.forward(_filter(u, w.conv, w.conv_bias, marks), True)
+        u = conv_kernels.forward(filtered(u, w.conv, w.conv_bias, marks), True)
         given = F.linear(u, w_x)
         A_log, D, bias = map(in_one_piece, (w.A_log, w.D, w.dt_bias))
         A = A_log.exp().neg_()
@@ -113,57 +99,43 @@ class _Layer(torch.autograd.Function):
 def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     xz, given, states, w_in, conv, conv_bias, w_x, w_dt, bias, A, D, w_out, *others = ctx.saved_tensors
     norms, marks, kept, n = others[:3], Marks(*others[3:6]), others[6:], A.shape[1]
-    types = dict(zip(("x", *Weights._fields), ctx.types, strict=True))
-    wanted = dict(zip(types, ctx.needs_input_grad[4:], strict=True))
-    grads: dict[str, Any] = {}
-
-    def weight(name: str, g: Tensor, of: Tensor) -> None:
-        if wanted[name]:
-            grads[name] = product(_flat(g).t(), _flat(of), types[name])
-
-    def offset(name: str, g: Tensor) -> None:
-        if wanted[name]:
-            grads[name] = _flat(g).sum(0, dtype=torch.float32)
-
+    grads = Gradients(("x", *Weights._fields), ctx.types, ctx.needs_input_grad[4:])
+    wanted = grads.wanted
     u, z = xz.chunk(2, dim=-1)
     gxz = torch.empty_like(xz)
     ghalf, gz = gxz.chunk(2, dim=-1)
-    filtered = _filter(u, conv, conv_bias, marks)
-    u, (low, B, C) = conv_kernels.forward(filtered, True), _normed(given, n, norms, ctx.eps)
+    taken = filtered(u, conv, conv_bias, marks)
+    u, (low, B, C) = conv_kernels.forward(taken, True), _normed(given, n, norms, ctx.eps)
     i = ScanInputs(u, F.linear(low, w_dt), A, B, C, D, z, bias, None, marks.reset, marks.valid)
     call = ScanOperands(i, True)
     gout = F.linear(gy, w_out.t())
     out = torch.empty_like(u) if wanted["out_proj"] else None
     scanned = launches.backward(call, gout, None, states, into=call.gradients(z=gz), out=out)
-    grads |= {"A_log": scanned.A.mul_(A), "D": scanned.D, "dt_bias": scanned.dt_bias}
+    grads.found |= {"A_log": scanned.A.mul_(A), "D": scanned.D, "dt_bias": scanned.dt_bias}
     gu, gdt, gB, gC = scanned.u, scanned.dt, scanned.B, scanned.C
     del i, call, scanned, gout  # the step sizes too
     if out is not None:
-        weight("out_proj", gy, out)
-    offset("out_bias", gy)
+        grads.weight("out_proj", gy, out)
+    grads.offset("out_bias", gy)
     del out
-    weight("dt_proj", gdt, low)
+    grads.weight("dt_proj", gdt, low)
     each = [F.linear(gdt, w_dt.t()), gB, gC]
     del gdt
     if ctx.eps is not None:
         for k, (name, x) in enumerate(zip(_NORMS, _split(given, n), strict=True)):
-            each[k], grads[name], *_ = norm_kernels.backward(x, norms[k], ctx.eps, each[k], None, wanted[name])
+            each[k], grads.found[name], *_ = norm_kernels.backward(x, norms[k], ctx.eps, each[k], None, wanted[name])
     ggiven = torch.cat(each, dim=-1)
-    weight("x_proj", ggiven, u)
-    add_product(_flat(gu), _flat(ggiven), w_x)
-    _, gconv, grads["conv_bias"], *_ = conv_kernels.backward(filtered, True, gu, gx=ghalf)
-    grads["conv"] = gconv.unsqueeze(1)
+    grads.weight("x_proj", ggiven, u)
+    add_product(flat(gu), flat(ggiven), w_x)
+    _, gconv, grads.found["conv_bias"], *_ = conv_kernels.backward(taken, True, gu, gx=ghalf)
+    grads.found["conv"] = gconv.unsqueeze(1)
     del u, gu
     if wanted["in_proj"]:
-        weight("in_proj", gxz, cast(ctx.form(kept) if ctx.form else kept[0], ctx.dtype))
-    offset("in_bias", gxz)
+        grads.weight("in_proj", gxz, cast(ctx.form(kept) if ctx.form else kept[0], ctx.dtype))
+    grads.offset("in_bias", gxz)
     if wanted["x"]:
-        grads["x"] = F.linear(gxz, w_in.t())
-    return [cast(grads[m], types[m]) if wanted[m] else None for m in types]
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+        grads.found["x"] = F.linear(gxz, w_in.t())
+    return grads.in_order()
 
 
 def mamba_layer(
@@ -191,19 +163,11 @@ def mamba_layer(
         ValueError: ``seq`` describes other rows.
     """
     checks.fits("Mamba", seq, *x.shape[:2])
-    marks = Marks() if seq is None else Marks(seq.doc if seq.packed else None, *seq.marks())
-    return _Layer.apply(dtype, eps, again, marks, x, *weights)
+    return _Layer.apply(dtype, eps, again, Marks.of(seq), x, *weights)
 
 
 def _refuse(facts: Facts) -> str | None:
-    for op in ("selective_scan", "causal_conv1d", *(["rms_norm"] if facts.get("normed") else [])):
-        try:
-            name = choose(op, **facts).name
-        except BackendError as e:
-            return str(e)
-        if name != "cuda":
-            return f"{op} is not by our kernels (backend: {name})"
-    return None
+    return refuse(("selective_scan", "causal_conv1d", *(["rms_norm"] if facts.get("normed") else [])), facts)
 
 
 register(

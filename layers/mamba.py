@@ -18,30 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import selective_scan, selective_state_update
-from ..kernels.gpu.operands import eager
 from ..kernels.mamba_layer import Weights, mamba_layer
-from ..kernels.torch_private import saved_tensors_are_handled
+from . import one_node
 from .base import Seq, State
-from .common import (
-    Device,
-    Dtype,
-    acc_dtype,
-    called,
-    dtype_read,
-    hooked_everywhere,
-    linear,
-    reset_linear,
-    scaled,
-    upcast,
-    why_called,
-)
+from .common import Device, Dtype, acc_dtype, called, dtype_read, linear, reset_linear, scaled, upcast
 from .conv import CausalConv1d
 from .directions import Directions, RowMixer, silenced
 from .mamba_parts import NAMES, Parts, StepProjection, check_constant
-from .mamba_parts import one_node as _ours
 from .norm import RMSNorm
 from .options import check, check_dt, check_positive
-from .recompute import left_alone, recipe, recomputing
+from .recompute import recomputing
 from .turning import turning
 
 __all__ = ["Mamba", "MambaState"]
@@ -201,9 +187,8 @@ class Mamba(RowMixer):
     def _along(self, x: Tensor, state: Any, seq: Seq | None, return_state: bool) -> Any:
         given, (x, seq) = seq, self._enter(x, state, seq)
         if not return_state and state is None and (weights := self._as_one(x)) is not None:
-            again = None if saved_tensors_are_handled() else recipe(x)
             eps = None if self.dt_norm is None else self.dt_norm.eps
-            y = mamba_layer(x, weights, seq, dtype_read(x), None if again is None else again.parts(), eps)
+            y = mamba_layer(x, weights, seq, dtype_read(x), one_node.again(x), eps)
             return self._leave(y, given)
         with recomputing() as spared:
             u, z = self._gated(self.in_proj(spared(x)))  # (b, l, d_inner)
@@ -243,34 +228,22 @@ class Mamba(RowMixer):
             return selective_scan(u, spared(dt), A, B, C, **options, seq=seq, paths=paths)
 
     def _as_one(self, x: Tensor) -> Weights | None:
-        """The weights, where forward and backward may be one node of autograd: plain tensors, to be differentiated, on a GPU of ours."""
-        if left_alone() or x.dim() != 3 or not x.numel() or self._why_called():
+        """The weights, where forward and backward may be one node of autograd (:mod:`.one_node`)."""
+        if not one_node.may_be_asked(x) or self._why_called():
             return None
         inner, conv, outer = self.in_proj, self.conv1d, self.out_proj
         steps = self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias
         norms = [None if m is None else m.weight for m in (self.dt_norm, self.b_norm, self.c_norm)]
         states = self.A_log, self.D
         w = Weights(inner.weight, inner.bias, conv.weight, conv.bias, *steps, *states, outer.weight, outer.bias, *norms)
-        device, wanted = x.device, x.requires_grad
-        for p in w:
-            if p is not None:
-                if not eager(p) or p.device != device:
-                    return None
-                wanted |= p.requires_grad
-        each = {m.dtype: m for m in (x, w.in_proj, w.x_proj, w.dt_proj, w.out_proj)}
-        dtype, *others = {dtype_read(m) for m in each.values()}
-        if not wanted or not eager(x) or others:
-            return None
-        return w if _ours(device, dtype, self.d_state, w.conv.shape[-1], self.dt_norm is not None) else None
+        facts = {"d_state": self.d_state, "width": w.conv.shape[-1], "normed": self.dt_norm is not None}
+        taken = one_node.may_be("mamba_layer", x, w, (w.in_proj, w.x_proj, w.dt_proj, w.out_proj), **facts)
+        return w if taken else None
 
     def _why_called(self) -> str | None:
         """Say why the parts have to be called one by one; ``None`` if nothing asks for it."""
-        if hooked_everywhere():
-            return "there are hooks on all modules"
-        for name, kind in self.kinds.items():
-            why = why_called(getattr(self, name), kind)
-            if why is not None:
-                return f"{name} {why}"
+        if why := one_node.why_parts_are_called(self, self.kinds):
+            return why
         if self.B is not None or not self.gate:
             return "it is not selective, or has no gate"
         if self.x_proj.bias is not None or self.dt_proj.bias is None or self.dt_offset:

@@ -2,25 +2,30 @@
 
 Same parameters, names and initialisation as mamba-ssm's ``Mamba2``. Different from it: ``step`` and ``forward`` agree
 for every option (upstream's ``step`` ignores ``dt_limit`` and fails with ``D_has_hdim``), the state is float32 and
-can be carried in and out of ``forward`` with gradients, rows may be padded or packed, and the projections are called
-as modules. In both directions, projections and norm are those of both, and the gate comes behind the sum.
+can be carried in and out of ``forward`` with gradients, rows may be padded or packed, and parts with hooks or adapters
+such as LoRA are called as modules. Without any, a GPU trains the layer as one node of autograd. In both directions,
+projections and norm are those of both, and the gate comes behind the sum.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import conv_ssd_update, ssd, ssd_state_update
+from ..kernels.mamba2_layer import Form, Weights, mamba2_layer
+from ..kernels.norm.gated_cuda import Gating
+from . import one_node
 from .base import Seq, State
-from .common import Device, Dtype, acc_dtype, called, linear, reset_dt_bias, reset_linear, scaled, upcast
+from .common import Device, Dtype, acc_dtype, called, dtype_read, linear, reset_dt_bias, reset_linear, scaled, upcast
 from .conv import CausalConv1d
-from .directions import Directions, RowMixer, names_of
+from .directions import Directions, RowMixer
+from .mamba2_parts import NAMES, Parts, check_ranges, check_shapes
 from .norm import GatedRMSNorm
-from .options import check, check_divides, check_dt, check_positive
+from .options import check_dt, check_positive
 from .turning import turning
 
 __all__ = ["Mamba2", "Mamba2State"]
@@ -38,18 +43,6 @@ class Mamba2State(State):
     recurrent = ("ssm",)
     conv: Tensor
     ssm: Tensor
-
-
-class Parts(NamedTuple):
-    """The parts that each way along the rows has of its own, unless both have them in common."""
-
-    conv1d: CausalConv1d
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-
-
-_NAMES = names_of(Parts)
 
 
 class Mamba2(RowMixer):
@@ -144,22 +137,22 @@ class Mamba2(RowMixer):
         width = self._go(ways, d_model)
         what = "d_inner" if d_inner is not None else "expand * d_model" if width == d_model else "expand * d_model / 2"
         d_inner = d_inner or expand * width
-        self._check_shapes(d_inner, what, d_ssm, headdim, ngroups)
-        self._check_ranges(A_init_range, dt_limit, multipliers, norm_eps)
+        check_shapes(d_inner, what, d_ssm, headdim, ngroups)
+        check_ranges(A_init_range, dt_limit, multipliers, norm_eps)
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.d_ssm = d_ssm or d_inner
         self.d_mlp, self.nheads = d_inner - self.d_ssm, self.d_ssm // headdim
         self.A_init_range, self.dt_range = tuple(A_init_range), (dt_min, dt_max, dt_init_floor)
-        self.dt_limit, self.chunk_size, self.D_has_hdim = tuple(dt_limit), chunk_size, D_has_hdim
+        self.dt_limit, self.chunk_size, self.D_has_hdim = (dt_limit[0], dt_limit[1]), chunk_size, D_has_hdim
         self.in_multiplier, self.multipliers, self.out_multiplier = in_multiplier, tuple(multipliers), out_multiplier
         self.rounds_input, self.d_xBC = in_multiplier == 1, self.d_ssm + 2 * ngroups * d_state
 
         self.in_proj = linear(width, 2 * self.d_mlp + self.d_ssm + self.d_xBC + self.nheads, bias, device, dtype)
         self._add_parts(conv_bias, device, dtype)
-        self.norm = None
-        if rmsnorm:
-            self.norm = GatedRMSNorm(self.d_ssm, norm_eps, self.d_ssm // ngroups, norm_before_gate, device, dtype)
+        norm = self.d_ssm, norm_eps, self.d_ssm // ngroups, norm_before_gate, device, dtype
+        self.norm = GatedRMSNorm(*norm) if rmsnorm else None
         self.out_proj = linear(d_inner, width, bias, device, dtype)
+        self.kinds = {name: type(part) for name, part in self.named_children()}  # whatever is put in their place later
         self.reset_parameters(layer_idx, n_layer)
 
     def _add_parts(self, conv_bias: bool, device: Device, dtype: Dtype) -> None:
@@ -167,38 +160,11 @@ class Mamba2(RowMixer):
         pinned: dict[str, Any] = {"device": device, "dtype": acc_dtype(dtype)}
         for own in self.ways.sets:
             conv = self.ways.convolution(self.d_xBC, self.d_conv, conv_bias, device, dtype)
-            self._set(_NAMES[own], Parts(conv, *(nn.Parameter(torch.empty(size, **pinned)) for size in sizes)))
+            self._set(NAMES[own], Parts(conv, *(nn.Parameter(torch.empty(size, **pinned)) for size in sizes)))
 
     def parts(self, own: str = "") -> Parts:
         """The parts of a way, by the end of their names."""
-        return Parts(*(getattr(self, name) for name in _NAMES[own]))
-
-    @staticmethod
-    def _check_shapes(d_inner: int, what: str, d_ssm: int | None, headdim: int, ngroups: int) -> None:
-        check(
-            d_ssm is None or d_ssm <= d_inner,
-            "d_ssm",
-            f"{d_ssm} exceeds {what} = {d_inner}. Use at most {d_inner}, or a larger {what.partition(' ')[0]}.",
-        )
-        width, what = (d_inner, what) if d_ssm is None else (d_ssm, "d_ssm")
-        check_divides("headdim", headdim, what, width)
-        nheads = width // headdim
-        check(
-            nheads % ngroups == 0,
-            "ngroups",
-            f"{nheads} heads ({what} / headdim) cannot form ngroups = {ngroups} equal groups. "
-            f"Pick ngroups from the divisors of {nheads}.",
-        )
-
-    @staticmethod
-    def _check_ranges(A_init_range: tuple, dt_limit: tuple, multipliers: tuple, norm_eps: float) -> None:
-        low, high = A_init_range
-        rates = f"({low}, {high}) is not a range of positive rates. Use 0 < low <= high."
-        check(0 < low <= high, "A_init_range", rates)
-        low, high = dt_limit
-        check(0 <= low < high, "dt_limit", f"({low}, {high}) is not a range of step sizes. Use 0 <= low < high.")
-        check(len(multipliers) == 5, "multipliers", f"{len(multipliers)} numbers. Give 5, for z, x, B, C, dt.")
-        check(norm_eps > 0, "norm_eps", f"{norm_eps} is not positive. The usual value is 1e-5.")
+        return Parts(*(getattr(self, name) for name in NAMES[own]))
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
@@ -228,6 +194,10 @@ class Mamba2(RowMixer):
 
     def _along(self, x: Tensor, state: Any, seq: Seq | None, return_state: bool) -> Any:
         given, (x, seq) = seq, self._enter(x, state, seq)
+        if not return_state and state is None and (weights := self._as_one(x)) is not None:
+            inside = scaled(x, self.in_multiplier)
+            y = mamba2_layer(inside, weights, self._form(), seq, dtype_read(x), one_node.again(inside))
+            return self._leave(scaled(y, self.out_multiplier), given)
         mlp, z, xBC, dt = self._project(x)
         p = self.parts()
         xBC, conv = p.conv1d(xBC, None if state is None else state.conv, seq, return_state)
@@ -242,6 +212,31 @@ class Mamba2(RowMixer):
         y, *ssm = out if return_state else (out,)
         y = self._leave(self._finish(y.flatten(-2), z, mlp), given)
         return (y, Mamba2State(conv, *ssm)) if return_state else y
+
+    def _as_one(self, x: Tensor) -> Weights | None:
+        """The weights, where forward and backward may be one node of autograd (:mod:`.one_node`)."""
+        if not one_node.may_be_asked(x) or self._why_called():
+            return None
+        inner, conv, outer, p = self.in_proj, self.conv1d, self.out_proj, self.parts()
+        norm = None if self.norm is None else self.norm.weight
+        taps = inner.weight, inner.bias, conv.weight, conv.bias
+        w = Weights(*taps, p.dt_bias, p.A_log, p.D, norm, outer.weight, outer.bias)
+        facts: dict[str, Any] = {"d_state": self.d_state, "width": self.d_conv, "normed": norm is not None}
+        facts["d"] = self.norm.group_size if self.norm is not None else self.d_ssm
+        return w if one_node.may_be("mamba2_layer", x, w, (w.in_proj, w.out_proj), **facts) else None
+
+    def _form(self) -> Form:
+        norm = self.norm
+        gating = None if norm is None else Gating(norm.eps, norm.group_size, norm.norm_before_gate)
+        return Form(self.headdim, self.ngroups, self.d_state, self.dt_limit, gating)
+
+    def _why_called(self) -> str | None:
+        """Say why the parts have to be called one by one; ``None`` if nothing asks for it."""
+        if why := one_node.why_parts_are_called(self, self.kinds):
+            return why
+        if self.d_mlp:
+            return "there is an MLP beside the scan"
+        return "the projections have multipliers" if set(self.multipliers) != {1.0} else None
 
     def _both(self, x: Tensor, seq: Seq | None) -> Tensor:
         given, (x, seq), turn = seq, self._enter(x, None, seq), turning(seq)

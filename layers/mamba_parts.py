@@ -1,15 +1,12 @@
 """Mamba's parts between its outer projections (arXiv:2312.00752, Figure 3), of which each way along the rows may have its own."""
 
-import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import BackendError, ScanNorms, selective_state_update, step_linear
-from ..kernels.dispatch import ENV, choose
+from ..kernels import ScanNorms, selective_state_update, step_linear
 from ..kernels.gpu.operands import eager
 from ..kernels.step.cuda import LOW_ROWS
 from .common import Device, Dtype, acc_dtype, autocasts, linear, reset_decays, reset_dt_bias, reset_linear, upcast
@@ -19,23 +16,7 @@ from .norm import RMSNorm
 from .options import check
 from .recompute import repeatable
 
-__all__ = ["NAMES", "Parts", "StepProjection", "check_constant", "one_node"]
-
-
-def one_node(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool) -> bool:
-    """Return whether our kernels take a whole layer with these sizes as one node of autograd."""
-    return _ours(device, dtype, d_state, width, normed, os.environ.get(ENV))
-
-
-@functools.lru_cache(maxsize=256)
-def _ours(device: torch.device, dtype: torch.dtype, d_state: int, width: int, normed: bool, wish: str | None) -> bool:
-    # ``wish`` is what dispatch reads in the environment; asking it takes as long as a product
-    facts: dict[str, Any] = {"d_state": d_state, "width": width, "normed": normed}
-    try:
-        return choose("mamba_layer", device=device.type, dtype=dtype, **facts).name == "cuda"
-    except BackendError:
-        # what was asked for cannot be: the parts say which of them, and why
-        return False
+__all__ = ["NAMES", "Parts", "StepProjection", "check_constant"]
 
 
 class StepProjection(nn.Linear):

@@ -13,7 +13,7 @@ from hybridzoo.kernels import dispatch
 from hybridzoo.kernels.conv import op as conv_op
 from hybridzoo.kernels.norm import op as kernels_norm
 from hybridzoo.kernels.scan import op as scan_op
-from hybridzoo.layers import Mamba, RMSNorm, Seq, mamba, norm
+from hybridzoo.layers import Mamba, RMSNorm, Seq, mamba, norm, one_node
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -34,7 +34,7 @@ def ways(emulated, monkeypatch):
 
     def choose(as_one):
         nodes.clear()
-        monkeypatch.setattr(mamba, "_ours", lambda *_: as_one)
+        monkeypatch.setattr(one_node, "ours", lambda *_, **__: as_one)
         return nodes
 
     return choose
@@ -171,7 +171,7 @@ def test_the_norm_in_front_is_formed_again(ways, monkeypatch):
     nodes = ways(True)
     _, got = run(branch, x, autocast=BF16)
     assert len(nodes) == 1 and len(norms) == 2
-    monkeypatch.setattr(mamba, "recipe", lambda x: None)
+    monkeypatch.setattr(one_node, "recipe", lambda x: None)
     _, want = run(branch, x, autocast=BF16)
     assert len(norms) == 3 and all(torch.equal(got[name], want[name]) for name in want)
 

@@ -9,7 +9,7 @@ from peft import HRAConfig, IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 import hybridzoo as zoo
-from hybridzoo.layers import MLP, Attention, Mamba, Mamba2
+from hybridzoo.layers import MLP, Attention, Mamba, Mamba2, one_node
 from hybridzoo.layers import mamba as mamba_module
 from hybridzoo.layers.mamba import StepProjection
 from hybridzoo.zoo.hf import HybridZooForCausalLM
@@ -103,7 +103,7 @@ def test_a_plain_linear_layer_in_its_place_may_be_cast():
 @pytest.mark.parametrize("name", ["x_proj", "dt_proj"])
 def test_a_bias_more_or_less_is_counted(name, monkeypatch):
     # where a GPU would take the layer as one node, which knows no such bias
-    monkeypatch.setattr(mamba_module, "_ours", lambda *_: True)
+    monkeypatch.setattr(one_node, "ours", lambda *_, **__: True)
     monkeypatch.setattr(mamba_module, "mamba_layer", None)
     layer, x = Mamba(16), torch.randn(1, 5, 16)
     old = layer.get_submodule(name)

@@ -11,7 +11,13 @@ ROOT = Path(zoo.__file__).resolve().parent
 FLOORS = ("kernels", "layers", "zoo", "eval", "")  # from the ground up; "" are the files at the root
 SHARED = ("gpu", "dispatch", "checks", "seq", "numerics", "derivatives", "operators", "contain", "torch_private")
 # what an op is built on besides what all share
-BUILT_ON = {"ssd": {"scan"}, "mamba_layer": {"scan", "conv", "norm"}, "few": {"norm", "step"}}
+BUILT_ON = {
+    "ssd": {"scan"},
+    "layer_node": {"conv"},
+    "mamba_layer": {"layer_node", "scan", "conv", "norm"},
+    "mamba2_layer": {"layer_node", "ssd", "conv", "norm"},
+    "few": {"norm", "step"},
+}
 LINES, FUNCTION, ARGUMENTS = 350, 60, 8
 
 
