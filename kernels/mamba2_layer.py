@@ -124,12 +124,12 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
         grads.weight("out_proj", gy, out)
     grads.offset("out_bias", gy)
     del out
-    scanned: Any = ssd_backward.backward(ssd_backward.readable(i), form.options, gout.view_as(y), None, states)  # type: ignore[arg-type]
+    gfiltered = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
+    room = form.scan(gfiltered, gz, gdt, tuple(parameters), marks)
+    into = room.x, room.dt, room.B, room.C, room.z
+    i = ssd_backward.readable(i)
+    scanned: Any = ssd_backward.backward(i, form.options, gout.view_as(y), None, states, into=into)  # type: ignore[arg-type]
     grads.found |= {"A_log": scanned.A * A, "D": scanned.D.flatten(), "dt_bias": scanned.dt_bias}
-    gdt.copy_(scanned.dt)
-    if scanned.z is not None:
-        gz.copy_(scanned.z.flatten(-2))
-    gfiltered = torch.cat([m.flatten(-2) for m in (scanned.x, scanned.B, scanned.C)], dim=-1)
     del i, y, states, gout, scanned
     _, gconv, grads.found["conv_bias"], *_ = conv_kernels.backward(taken, True, gfiltered, gx=gxBC)
     grads.found["conv"] = gconv.unsqueeze(1)

@@ -14,13 +14,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from hybridzoo.kernels import dispatch
-from hybridzoo.kernels import mamba2_layer as node
 from hybridzoo.kernels.conv import op as conv_op
 from hybridzoo.kernels.norm import gated
 from hybridzoo.kernels.norm import op as norm_op
 from hybridzoo.kernels.ssd import chunked
+from hybridzoo.kernels.ssd import cuda as ssd_forward
+from hybridzoo.kernels.ssd import cuda_backward as ssd_backward
 from hybridzoo.kernels.ssd import op as ssd_op
-from hybridzoo.kernels.ssd.inputs import SsdInputs
+from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 from hybridzoo.layers import Mamba2, RMSNorm, Seq, mamba2, norm, one_node
 
 BF16 = torch.bfloat16
@@ -34,13 +35,17 @@ def forward_in_chunks(i, options, save):
     return out, last, out.new_zeros(1) if save else None
 
 
-def backward_in_chunks(i, options, gout, glast, saved):
+def backward_in_chunks(i, options, gout, glast, saved, into):
     assert saved.shape == (1,) and glast is None
     leaves = [m if m is None else m.detach().requires_grad_() for m in i[:8]]
     with torch.enable_grad():
         out, _ = chunked.ssd(SsdInputs(*leaves, *i[8:]), options)
     found = iter(torch.autograd.grad(out, [m for m in leaves if m is not None], gout))
-    return SsdInputs(*(None if m is None else next(found) for m in leaves), None)
+    grads = SsdInputs(*(None if m is None else next(found) for m in leaves), None)
+    for to, g in zip(into, (grads.x, grads.dt, grads.B, grads.C, grads.z), strict=True):
+        if to is not None:
+            to.copy_(g)
+    return grads
 
 
 @pytest.fixture
@@ -48,8 +53,8 @@ def ways(emulated, monkeypatch, request):
     """Chooses how layers run: ``True`` as one node, ``False`` part by part; the CUDA kernels of convolution and norm either way."""
     scan = getattr(request, "param", "chunked")
     if scan == "chunked":
-        monkeypatch.setattr(node.ssd_forward, "forward", forward_in_chunks)
-        monkeypatch.setattr(node.ssd_backward, "backward", backward_in_chunks)
+        monkeypatch.setattr(ssd_forward, "forward", forward_in_chunks)
+        monkeypatch.setattr(ssd_backward, "backward", backward_in_chunks)
     for module in OPS:
         name = scan if module is ssd_op else "cuda"
         monkeypatch.setattr(module, "choose", lambda op, name=name, **facts: dispatch.TABLES[op][name])
@@ -152,6 +157,27 @@ def test_outputs_and_gradients(case, ways):
 @pytest.mark.parametrize("case", ["autocast", "no norm"])
 def test_with_the_kernels_of_ssd(case, ways):
     compare(CASES[case] | {"headdim": 16, "d_state": 16, "l": 70}, ways)
+
+
+def test_gradients_of_ssd_go_into_slices_of_one_tensor(emulated):
+    b, l, h, p, g, n = 2, 70, 4, 16, 2, 16
+    x, B, C = torch.randn(b, l, h, p).to(BF16), *torch.randn(2, b, l, g, n).to(BF16)
+    dt, A, bias = torch.randn(b, l, h).to(BF16), -torch.rand(h), torch.randn(h)
+    options, gout = SsdOptions(True), torch.randn(b, l, h, p).to(BF16)
+    for z in (None, torch.randn(b, l, h, p).to(BF16)):
+        i = SsdInputs(x, dt, A, B, C, torch.randn(h), z, bias)
+        _, _, saved = ssd_forward.forward(i, options, True)
+        want = ssd_backward.backward(i, options, gout, None, saved)
+        sizes = [8, h * p, g * n, g * n, h * p, h, 4]
+        wide = torch.full((b, l, sum(sizes)), 7.0).to(BF16)
+        before, *slices, behind = wide.split(sizes, -1)
+        gx, gB, gC, gz = (m.unflatten(-1, (k, -1)) for m, k in zip(slices[:4], (h, g, g, h), strict=True))
+        into = gx, slices[4], gB, gC, None if z is None else gz
+        found = ssd_backward.backward(i, options, gout, None, saved, into=into)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, want, strict=True))
+        assert all(a is b for a, b in zip(into, (found.x, found.dt, found.B, found.C, found.z), strict=True))
+        # what lies beside them is left alone
+        assert all((m == 7).all() for m in (before, behind, *([gz] if z is None else [])))
 
 
 def test_run_twice_the_bits_are_the_same(ways):

@@ -29,6 +29,7 @@ class SsdBackwardParams(ctypes.Structure):
         *structs.fields(
             c_longlong, "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h gout_b gout_l gout_h"
         ),
+        *structs.fields(c_longlong, "gx_row gdt_row gz_row gBC_row"),
         *structs.fields(c_int, "batch l h p n groups chunks D_head D_channel softplus wide_dt splits"),
         *structs.fields(c_float, "low high"),
     ]

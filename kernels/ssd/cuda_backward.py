@@ -4,6 +4,7 @@ Four launches: step sizes and their sums; the gradients of the states behind chu
 per chunk and share of a group's heads; and the sums of what those blocks left.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..gpu.operands import (
     in_rows,
     in_types_of,
 )
+from ..numerics import blank
 from ..operators import custom_op, filled, like
 from . import cuda
 from .backward_plans import GATED, Look, chunk_shape, plan
@@ -31,43 +33,52 @@ from .cuda import CHUNK, _strides, forward, readable, saved_dtype, ssd_op
 from .inputs import SsdInputs, SsdOptions
 
 
-def look_of(i: SsdInputs, gout: Tensor, saved: Tensor, options: SsdOptions) -> Look:
-    """All that the launches for readable inputs depend on besides addresses."""
+def look_of(i: SsdInputs, gout: Tensor, saved: Tensor, options: SsdOptions, into: Sequence[Any]) -> Look:
+    """All that the launches for readable inputs depend on besides addresses; ``into`` as for :func:`backward`."""
     (b, l, h, p), (g, n), x = i.x.shape, i.B.shape[2:], i.x
     lanes = 16 // x.element_size()
     strides = [(0, 0, 0) if m is None else _strides(m) for m in (x, i.dt, i.B, i.C, i.z, gout)]
     off = p % lanes or n % lanes or any([s % lanes for k, values in enumerate(strides) if k != 1 for s in values])
-    off = off or min(alignment(m) for m in (x, i.B, i.C, i.z, gout, saved)) < 16
+    gx, gdt, gB, _, gz = into
+    rows = tuple([0 if m is None else m.stride(1) for m in (gx, gdt, gz, gB)])
+    off = off or rows[0] % lanes or rows[2] % lanes
+    off = off or min(alignment(m) for m in (x, i.B, i.C, i.z, gout, saved, gx, gz)) < 16
     flags = bool(off) * UNALIGNED | (i.reset is not None) * RESET | (i.z is not None) * GATED
     return Look(
         x.dtype,
         i.dt.dtype != x.dtype,
         (b, l, h, p, n, g),
-        sum(strides, ()),
+        sum(strides, ()) + rows,
         flags,
         0 if i.D is None else i.D.dim(),
         options,
     )
 
 
-def backward(i: SsdInputs, options: SsdOptions, gout: Tensor, glast: Tensor | None, saved: Tensor) -> SsdInputs:
+def backward(
+    i: SsdInputs,
+    options: SsdOptions,
+    gout: Tensor,
+    glast: Tensor | None,
+    saved: Tensor,
+    into: Sequence[Any] | None = None,
+) -> SsdInputs:
     """Gradients of readable inputs, those of A, D, dt_bias and the initial state in float32.
 
-    ``saved`` holds the states before chunks, (b, chunks, h, p, n) in their :func:`saved_dtype`.
+    ``saved`` holds the states before chunks, (b, chunks, h, p, n) in their :func:`saved_dtype`. ``into``, if it is given, takes those of
+    x, dt, B, C and z: of their shapes and types, in one piece within a token, and tokens at one distance, B's and C's at the same.
     """
     x, device = i.x, i.x.device
     (b, l, h, p), (g, n) = x.shape, i.B.shape[2:]
     gout, glast = in_rows(gout, x.dtype), in_one_piece(glast)
-    look = look_of(i, gout, saved, options)
+    gx, gdt, gB, gC, gz = into = into or [m if m is None else blank(m) for m in (i.x, i.dt, i.B, i.C, i.z)]
+    look = look_of(i, gout, saved, options, into)
     cut = plan(look, processors(device), shared_memory(device) - DRIVERS)
     chunks, q = ceil_div(l, CHUNK[x.element_size()]), CHUNK[x.element_size()]
 
     def wide(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    gx, gB, gC = (torch.empty(m.shape, dtype=x.dtype, device=device) for m in (x, i.B, i.C))
-    gz = None if i.z is None else torch.empty_like(gx)
-    gdt = torch.empty((b, l, h), dtype=i.dt.dtype, device=device)
     gstates = torch.empty((b, chunks, h, p, n), dtype=saved_dtype(x.dtype), device=device)
     ginit = None if i.initial_state is None else wide(b, h, p, n)
     columns = h * (2 + (p if look.D == 2 else 1))

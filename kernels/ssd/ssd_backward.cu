@@ -297,10 +297,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
                 gx[i][j][e] = fmaf(at[0], g.x, gx[i][j][e]);
                 if (count > 1) gx[i][j][e + 1] = fmaf(at[p.D_channel], g.y, gx[i][j][e + 1]);
             }
-            write_pair<T, ALIGNED>((T*)p.gx + place(t, head, p0 + col), gx[i][j][e], gx[i][j][e + 1], count);
+            write_pair<T, ALIGNED>((T*)p.gx + place(t, head, p0 + col, p.gx_row), gx[i][j][e], gx[i][j][e + 1], count);
         });
     }
-    DEVICE int64 place(int t, int head, int channel) const { return ((b * p.l + (int64)chunk * Q + t) * p.h + head) * p.p + channel; }
+    DEVICE int64 token(int t) const { return b * p.l + (int64)chunk * Q + t; }
+    DEVICE int64 place(int t, int head, int channel, int64 row) const { return token(t) * row + (int64)head * p.p + channel; }
     // the gradient of the gate, which needs y
     DEVICE void gates(const T* in, int head, int p0, float undo) const {
         const float* s = steps(in);
@@ -327,7 +328,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             }
             const float s0 = sigmoid(z.x), s1 = sigmoid(z.y);
             const float g0 = g.x * y[i][j][e] * s0 * fmaf(z.x, 1.f - s0, 1.f), g1 = g.y * y[i][j][e + 1] * s1 * fmaf(z.y, 1.f - s1, 1.f);
-            write_pair<T, ALIGNED>((T*)p.gz + place(t, head, p0 + col), g0, g1, count);
+            write_pair<T, ALIGNED>((T*)p.gz + place(t, head, p0 + col, p.gz_row), g0, g1, count);
         });
     }
     DEVICE void add_to(float* at, Sum x) const { *at = (float)(again ? *at + x : x); }
@@ -396,7 +397,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             const Sum graw = (A * gc + (a.col[i] + a.diag[i] + a.moved[i])) * s[slopes + t];
             if (t >= lo && t < hi) {
                 gA += gc * dt[i], gbias += graw;
-                const int64 at = (b * p.l + (int64)chunk * Q + t) * p.h + head;
+                const int64 at = token(t) * p.gdt_row + head;
                 if (p.wide_dt)
                     reinterpret_cast<float*>(p.gdt)[at] = (float)graw;
                 else
@@ -548,7 +549,10 @@ __global__ void __launch_bounds__(256) ssd_backward_sums(const SsdBackwardParams
         if (i >= 2 * plane) return;
         float sum = 0.f;
         for (int s = 0; s < p.splits; ++s) sum += p.gBC[2 * s * plane + i];
-        write_one(i < plane ? (T*)p.gB + i : (T*)p.gC + (i - plane), sum);
+        const int64 at = i < plane ? i : i - plane, wide = p.groups * p.n;
+        // a division of 64 bits takes as long as the sum
+        const int64 token = plane < 1ll << 31 ? (uint32)at / (uint32)wide : at / wide;
+        write_one((T*)(i < plane ? p.gB : p.gC) + token * p.gBC_row + (at - token * wide), sum);
         return;
     }
     // 32 columns per block, eight threads each, whose sums are added in their order

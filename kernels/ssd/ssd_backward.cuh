@@ -14,13 +14,14 @@ struct SsdBackwardParams {
     float* steps;         // (4, b, h, chunks Q): dt, c in two parts, the derivative of dt
     int* cuts;            // (b, chunks): the first token of the chunk that starts a document; Q: none
     void* gstates;        // (b, chunks, h, p, n): gradients of the states behind chunks
-    void *gx, *gdt, *gz;  // in one piece
+    void *gx, *gdt, *gz;  // each in one piece within a token
     float* gBC;           // (splits, 2, b, l, g, n)
     float* gheads;        // (b chunks, h + h + skips): A, dt_bias, D
     float* ginit;         // (b, h, p, n) or null
     void *gB, *gC;
     float *gA, *gbias, *gD;
     int64 x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h, gout_b, gout_l, gout_h;
+    int64 gx_row, gdt_row, gz_row, gBC_row;  // from token to token of all rows, of gB and gC alike
     int batch, l, h, p, n, groups, chunks, D_head, D_channel, softplus, wide_dt, splits;
     float low, high;
 };
