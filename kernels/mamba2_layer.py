@@ -116,6 +116,7 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     i = form.scan(conv_kernels.forward(taken, True), z, dt, tuple(parameters), marks)
     y, _, states = ssd_forward.forward(i, form.options, True)
     gout, out = F.linear(gy, w_out.t()), y.flatten(-2)
+    del y
     if form.norm is not None:
         found = norm_kernels.backward(out, z, w_norm, form.norm, gout, wanted["norm"], gz, wanted["out_proj"])
         gout, out, grads.found["norm"] = found.x, found.out, found.weight  # type: ignore[assignment]
@@ -124,13 +125,14 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
         grads.weight("out_proj", gy, out)
     grads.offset("out_bias", gy)
     del out
+    gout = gout.unflatten(-1, (-1, form.headdim))
     gfiltered = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
     room = form.scan(gfiltered, gz, gdt, tuple(parameters), marks)
     into = room.x, room.dt, room.B, room.C, room.z
     i = ssd_backward.readable(i)
-    scanned: Any = ssd_backward.backward(i, form.options, gout.view_as(y), None, states, into=into)  # type: ignore[arg-type]
+    scanned: Any = ssd_backward.backward(i, form.options, gout, None, states, into=into)  # type: ignore[arg-type]
     grads.found |= {"A_log": scanned.A * A, "D": scanned.D.flatten(), "dt_bias": scanned.dt_bias}
-    del i, y, states, gout, scanned
+    del i, states, gout, scanned
     _, gconv, grads.found["conv_bias"], *_ = conv_kernels.backward(taken, True, gfiltered, gx=gxBC)
     grads.found["conv"] = gconv.unsqueeze(1)
     del gfiltered
