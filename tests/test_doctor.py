@@ -14,6 +14,7 @@ from hybridzoo.zoo import doctor
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     card = types.SimpleNamespace(name="Some GPU", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0)
+    card.shared_memory_per_multiprocessor = 228 << 10
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
