@@ -95,6 +95,8 @@ with torch.no_grad():
 # forward and backward of a layer as one node of autograd
 with torch.autocast("cuda", torch.bfloat16):
     Mamba(33, bcdt_norm=True).cuda()(torch.randn(2, 65, 33).cuda()).sum().backward()
+    for options in ({}, {"norm_before_gate": True, "ngroups": 3}, {"rmsnorm": False}):
+        Mamba2(33, headdim=11, d_state=20, **options).cuda()(torch.randn(2, 65, 33).cuda()).sum().backward()
 for v, dtype in ((1, torch.float32), (257, torch.bfloat16), (9001, torch.float16), (60001, torch.float32)):
     logits, targets = torch.randn(5, v).to(dtype).cuda(), torch.tensor([0, v - 1, -100, v, v // 2]).cuda()
     for want_gradient in (True, False):
