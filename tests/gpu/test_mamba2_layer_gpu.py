@@ -288,6 +288,7 @@ def test_a_sharded_model(nodes, tmp_path):
         exact.backward()
         assert torch.allclose(loss, exact, rtol=1e-2)
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-            assert error(q.grad.full_tensor(), p.grad.double()) < 0.05, name
+            # all parameters in bfloat16, rates and offsets of step sizes too: 0.033 with PyTorch's operations on a CPU
+            assert error(q.grad.full_tensor(), p.grad.double()) < 0.08, name
     finally:
         dist.destroy_process_group()
