@@ -413,8 +413,8 @@ def sides(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_train.dispatch, "installed", dict(bench_train.dispatch.installed))
     weights = str(tmp_path / "w.safetensors")
 
-    def run(side, variant="default"):
-        spec = {"side": side, "model": "mamba-tiny", "weights": weights, "variant": variant}
+    def run(side, variant="default", model="mamba-tiny"):
+        spec = {"side": side, "model": model, "weights": weights, "variant": variant}
         return bench_train.side(spec, "cpu", {"b": 2, "l": 16})
 
     return run
@@ -433,6 +433,13 @@ def test_both_sides_train_from_the_same_weights(sides, tmp_path):
     assert "mamba-tiny" in console.export_text()
     (text,) = readme._train(tmp_path / "train.json", result_of([row], what="train", ceilings={}))[1:]
     assert "| mamba-tiny | a plain loop: forward, loss.backward(), step |" in text and "| 0.50x | 0.7x |" in text
+
+
+def test_mamba2_trains_beside_its_peer_too(sides):
+    theirs, mine = (sides(side, model="mamba2-tiny") for side in ("fake", "ours"))
+    assert mine["backends"] == {"ssd": "chunked", "causal_conv1d": "chunked"} and theirs["backends"] == {}
+    row = bench_train._row("mamba2-130m", "default", mine | {"peak_GiB": 1.0}, "fake", theirs | {"peak_GiB": 2.0})
+    assert row["agree"] and row["goal_ratio"] == 2.5 and row["goal_memory_ratio"] == 0.7
 
 
 def test_losses_that_drift_apart_are_not_agreement(sides):
