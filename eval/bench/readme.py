@@ -10,9 +10,10 @@ from ..demo.overview import overview
 from ..markdown import paragraph, table
 from ..parity.run import table as parity_table
 from ..result_file import Result
-from . import written
+from . import written, written_ssd
 from .show import peer_name, plot, spread
 from .workloads import title
+from .written_ssd import of_goal
 
 __all__ = ["END", "PAGES", "START", "checkpoints", "headline", "performance", "refresh", "section"]
 
@@ -175,10 +176,6 @@ def _versions(result: Result) -> str:
     return ", ".join(f"{peer_name(k)} {v}" for k, v in there.items())
 
 
-def _of_goal(row: Result) -> str:
-    return f"{100 * row['ratio'] / row['goal_ratio']:.0f} % of {row['goal_ratio']:g}x"
-
-
 def _gpu_scan(path: Path, result: Result) -> list[str]:
     top = result["ceilings"]
     rows = [row for row in result["cases"] if row.get("peer")]
@@ -194,7 +191,7 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
             ["case", "pass", "ratio", "of the goal", "ours, ms", "theirs, ms", "of the floor", "saved, MB (theirs)", "b x l x d"],
             [
                 [
-                    title(row["name"]), row["op"], f"{row['ratio']:.2f}x", _of_goal(row), f"{row['ours_ms']:.3f}",
+                    title(row["name"]), row["op"], f"{row['ratio']:.2f}x", of_goal(row), f"{row['ours_ms']:.3f}",
                     f"{row['peer_ms']:.3f}", f"{100 * row['share_of_floor']:.0f} %",
                     f"{row['ours_saved_MB']:.0f} ({row['peer_saved_MB']:.0f})" if "ours_saved_MB" in row else "",
                     " x ".join(str(row["shape"][k]) for k in "bld"),
@@ -222,22 +219,7 @@ def _gpu_scan(path: Path, result: Result) -> list[str]:
 
 
 def _gpu_ssd(path: Path, result: Result) -> list[str]:
-    return [
-        f"Mamba-2's scan (SSD) on one {result['device']} ({_versions(result)}), bf16, gate and softplus fused, measured as the selective "
-        f"scan ({_source(path, result)}).",
-        table(
-            ["case", "pass", "beside", "ratio", "of the goal", "ours, ms", "theirs, ms", "saved, MB (theirs)", "b x l x h x p x n"],
-            [
-                [
-                    title(row["name"]), row["op"], peer_name(row["peer"]), f"{row['ratio']:.2f}x",
-                    _of_goal(row) if row["goal_ratio"] else "", f"{row['ours_ms']:.3f}", f"{row['peer_ms']:.3f}",
-                    f"{row['ours_saved_MB']:.0f} ({row['peer_saved_MB']:.0f})" if "ours_saved_MB" in row else "",
-                    " x ".join(str(row["shape"][k]) for k in "blhpn"),
-                ]
-                for row in result["cases"]
-            ],
-        ),
-    ]  # fmt: skip
+    return written_ssd.pieces(result, _source(path, result), _versions(result))
 
 
 def _train(path: Path, result: Result) -> list[str]:
@@ -252,7 +234,7 @@ def _train(path: Path, result: Result) -> list[str]:
             [
                 [
                     row["name"], row["about"], f"{row['ours_tokens_s']:,}", spread(row, "ours"), f"{row['peer_tokens_s']:,}",
-                    spread(row, "peer"), f"{row['ratio']:.2f}x", _of_goal(row),
+                    spread(row, "peer"), f"{row['ratio']:.2f}x", of_goal(row),
                     f"{row['ours_GiB']:.1f}", f"{row['peer_GiB']:.1f}", f"{row['memory_ratio']:.2f}x",
                     f"{row['goal_memory_ratio']:g}x",
                 ]
@@ -303,7 +285,7 @@ def _vision(path: Path, result: Result) -> list[str]:
                 [
                     row["name"], row["pass"], " x ".join(str(row["shape"][k]) for k in "bhw"), peer_name(row["peer"]),
                     f"{row['ours_images_s']:,.0f}", f"{row['peer_images_s']:,.0f}", f"{row['ratio']:.2f}x",
-                    _of_goal(row) if row.get("goal_ratio") else "",
+                    of_goal(row) if row.get("goal_ratio") else "",
                     *(f"{row[key]:.2f}" if key in row else "" for key in ("ours_GiB", "peer_GiB")),
                     f"{row['memory_ratio']:.2f}x" if "memory_ratio" in row else "",
                 ]
