@@ -111,7 +111,6 @@ def test_where_our_kernels_are_asked_for_what_they_leave_to_pytorch_still_runs(m
     assert "need CUDA tensors, got cpu" in fits("cpu", BF16, 3, 768)
     x, weight, bias = product(dtype=F32)
     assert torch.equal(step_linear(x, weight, bias), F.linear(x, weight, bias))
-    assert GatedRMSNorm(24)(x, x).shape == x.shape
     with pytest.raises(BackendError, match="need CUDA tensors, got cpu"):
         step_linear(x, weight, bias, backend="cuda")
 

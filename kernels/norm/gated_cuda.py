@@ -92,7 +92,8 @@ def forward(x: Tensor, z: Tensor, weight: Tensor | None, how: Gating) -> Tensor:
         cut = plan(types, m, d, (x_row, z_row, d, d), how, aligned, processors(x.device), False)
         packed = structs.pack(cut.tail, x, z, weight, h, None, None, None, None)
         blocks = cut.blocks * (d // how.group_size)
-        nvrtc.launch("gated_norm.cu", "gated_norm_forward" + cut.arguments, packed, blocks, cut.threads, 0, x.device)
+        name = "gated_norm_forward" + cut.arguments
+        nvrtc.launch("gated_norm.cu", name, packed, blocks, cut.threads, 0, x.device, overlaps=True)
     return h
 
 

@@ -4,6 +4,7 @@
 // takes rows of one group alone, so that the gradient of the weight is summed in registers.  The backward forms silu(z) and the mean square
 // again: nothing but x and z is kept for it.  It also gives out h again to who asks for it, for two bytes more where a launch of its own
 // would read four.  Rows of z and of its gradient may be slices of longer ones, of the projection that x, B and C are slices of, too.
+#include "overlap.cuh"
 #include "rows.cuh"
 
 struct GatedNormParams {
@@ -72,6 +73,8 @@ template <class X, class Z, class W, int LANES, int V, int FLAGS, int MIN_BLOCKS
 __global__ void __launch_bounds__(threads<LANES>, MIN_BLOCKS) gated_norm_forward(const GatedNormParams p) {
     using R = GatedRows<X, Z, W, LANES, V, FLAGS>;
     SHARED_ARRAY(float, slots, R::SLOTS);
+    let_next_begin();
+    wait_for_previous();
     R f(p, slots);
     float w[V][N];
 #pragma unroll
