@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import ENV, KERNELS, Backend, Facts, choose, register
+from ..dispatch import ENV, KERNELS, Backend, Facts, choose, register, unproven
 from . import cuda, plain
 from .inputs import StepConv, StepNorm, StepProduct
 
 register(
     "step_linear",
-    Backend("cuda", KERNELS, cuda.refuse, cuda.step_linear),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.step_linear, reserve=unproven),
     Backend("torch", "PyTorch operations", run=plain.step_linear, plain=True),
 )
 
@@ -85,7 +85,8 @@ def fits(device: str, dtype: torch.dtype, b: int, k: int) -> str | None:
 def _fits(device: str, dtype: torch.dtype, b: int, k: int, wish: str | None) -> str | None:
     if wish == "torch":
         return None
-    reason = cuda.refuse(_facts(device, dtype, b, k))
+    facts = _facts(device, dtype, b, k)
+    reason = cuda.refuse(facts) or (unproven(facts) if wish is None else None)
     return reason or (None if wish in (None, "cuda") else f"{ENV}={wish} asks for another")
 
 
