@@ -142,8 +142,8 @@ def bench(
         str,
         typer.Argument(
             help="scan, ssd, attention, train, trainer (zoo train itself), vision (image models), generate (models at growing contexts), "
-            "tutorial (the run of docs/train.md), fields (the picture of docs/vision.md), data or parity; plot draws a result, readme"
-            " writes the figures of our pages."
+            "step (launches of decoding), tutorial (the run of docs/train.md), fields (the picture of docs/vision.md), data or parity; plot"
+            " draws a result, readme writes the figures of our pages."
         ),
     ],
     file: Annotated[
@@ -154,8 +154,9 @@ def bench(
         list[str] | None,
         typer.Option(
             help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
-            " of attention; a model, or model:variant, of train, trainer and vision; walks or bytes of vision; gigabytes, or bpe:gigabytes,"
-            " of data; fuzz of parity, which tries options drawn at random. May be repeated."
+            " of attention; a model, or model:variant, of train, trainer and vision; walks or bytes of vision; linear, choose, attention,"
+            " update or model of step; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which tries options drawn at random. May be"
+            " repeated."
         ),
     ] = None,
     out: Annotated[

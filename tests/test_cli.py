@@ -259,7 +259,7 @@ def test_lm_eval_passes_every_flag_on(monkeypatch):
         (
             ["bench", "nothing"],
             1,
-            "unknown benchmark 'nothing'. Known: scan, ssd, attention, train, trainer, vision, generate, data, fields, parity, plot, readme",
+            "unknown benchmark 'nothing'. Known: scan, ssd, attention, train, trainer, vision, generate, step, data, fields, parity, plot, readme",
         ),
         (["train", "mamba-tiny", "--data", "a file", "--out", "a file/run"], 1, "a file: is a file"),
         (["train", "mamba-tiny", "--data", "a file", "--device", "tpu"], 1, "device='tpu'"),

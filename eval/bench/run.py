@@ -15,6 +15,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from ..result_file import Result, header, merged, same_run, write
 from . import generate as bench_generate
 from . import ops as bench_ops
+from . import step as bench_step
 from . import timing
 from . import train as bench_train
 from . import trainer as bench_trainer
@@ -23,20 +24,22 @@ from .peers import PEERS, default_peers
 from .show import show
 from .workloads import WORKLOADS
 
-BENCHES = (*WORKLOADS, "train", "trainer", "vision", "generate")
+BENCHES = (*WORKLOADS, "train", "trainer", "vision", "generate", "step")
 _TRAINED = {
     "train": bench_train.PARTS,
     "trainer": bench_trainer.PARTS,
     "vision": bench_vision.PARTS,
     "generate": bench_generate.PARTS,
+    "step": bench_step.PARTS,
 }
 _LIBRARIES = {
     "trainer": ["transformers", "mamba_ssm"],
     "vision": ["mamba_ssm", "triton", "timm"],
     "generate": ["mamba_ssm"],
+    "step": [],  # its peers are ours, or torch's
 }
 # the parts that a kind of device is asked for by itself
-_BY_DEVICE = {"vision": bench_vision.parts_of, "generate": bench_generate.parts_of}
+_BY_DEVICE = {"vision": bench_vision.parts_of, "generate": bench_generate.parts_of, "step": bench_step.parts_of}
 # of benchmarks whose peers are parts: one of them
 _PEER_PARTS = {"trainer": "mamba-130m:mamba_ssm", "vision": "vmamba-tiny-s1l8:timm"}
 
@@ -68,7 +71,8 @@ def run_bench(
     vs = vs or (default_peers(what) if what in PEERS else known)
     for name in vs:
         if name not in known:
-            raise ValueError(f"bench: unknown peer {name!r} of {what}. Known: {', '.join(known)}.")
+            names = ", ".join(known) or "none, its peers are given; leave out --vs"
+            raise ValueError(f"bench: unknown peer {name!r} of {what}. Known: {names}.")
     chosen = _parts(what, parts)
     console = Console()
     if not console.is_terminal:
@@ -127,6 +131,11 @@ def bench(
         # the floors under the walks need them
         ceilings = timing.ceilings(device) if "walks" in parts and device == "cuda" else {}
         rows, failed = bench_vision.measure(parts, tick, ceilings, profile, timer)
+    elif what == "step":
+        able = bench_step.parts_of(device)
+        tick("ceilings")
+        ceilings = timing.ceilings(device)
+        rows, failed = bench_step.measure(parts or able, timer or timing.EventTimer(), ceilings, tick)
     else:
         tick("ceilings")
         ceilings = timing.ceilings(device)
@@ -134,6 +143,6 @@ def bench(
         rows, failed = bench_ops.measure(what, vs, parts or ["table"], timer, ceilings, tick)
     named = {row["peer"].split(",")[0] for row in rows if row.get("peer")}
     command = " ".join([f"zoo bench {what}", *(f"--vs {name}" for name in vs)])
-    libraries = _LIBRARIES.get(what) or [*vs, *sorted(named)]
+    libraries = _LIBRARIES[what] if what in _LIBRARIES else [*vs, *sorted(named)]
     result = header(what, command, device, libraries) | {"ceilings": ceilings, "cases": rows}
     return result | {"failed": failed} if failed else result

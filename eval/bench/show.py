@@ -23,7 +23,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(_images(imaged, title))
     timed = [row for row in result["cases"] if "ours_ms" in row and "ours_images_s" not in row]
     if timed:
-        console.print((_steps if "ours_tokens_s" in timed[0] else _timed)(timed, title))
+        table = _steps if "ours_tokens_s" in timed[0] else _launches if "calls" in timed[0] else _timed
+        console.print(table(timed, title))
     if written := [row for row in result["cases"] if "write_tokens_s" in row]:
         console.print(_generated(written, title))
     if trained := [row for row in result["cases"] if "outside_share" in row]:
@@ -73,6 +74,18 @@ def _timed(rows: list[dict[str, Any]], title: str) -> Table:
         times = (f"{row[key]:.3f}" for key in ("ours_ms", "ours_iqr_ms", "peer_ms"))
         more = (format(row[key], form) if key in row else "" for key, form in _DETAILS.items())
         table.add_row(row["name"], shape_text(row["shape"]), op, row["peer"], *times, *_ratio(row), *more)
+    return table
+
+
+def _launches(rows: list[dict[str, Any]], title: str) -> Table:
+    numbers = ("ours us", "spread", "peer us", "spread", "ratio", "goal", "MB", "TB/s", "of copying", "calls", "differ")
+    table = _table(title, ("case", "op", "dtype", "peer"), numbers)
+    for row in rows:
+        cells = [x for side in ("ours", "peer") for x in (f"{1000 * row[f'{side}_ms']:,.1f}", spread(row, side))]
+        cells += [*_ratio(row), f"{row['moved_MB']:,.1f}", f"{row['ours_GBs'] / 1000:.2f}"]
+        cells += [f"{row['share_of_floor']:.0%}", str(row["calls"]), f"{row['error']:.1e}"]
+        table.add_row(row["name"], row["op"], row["dtype"], row["peer"], *cells)
+    table.caption = "\n".join(dict.fromkeys(f"{row['name']}: {row['how']}" for row in rows if "how" in row)) or None
     return table
 
 
