@@ -68,6 +68,7 @@ def why_head_apart(head: nn.Module, norm: nn.Module, x: Tensor) -> str | None:
 
 def _why_products(x: Tensor, norm: nn.Module, linears: list[Any]) -> str | None:
     first = getattr(linears[0], "weight", x)
+    first = first if isinstance(first, Tensor) else x  # a quantised layer's is a method
     # what a CPU answers with no, for every block and token
     if (why := fits(x.device.type, first.dtype, *x.shape)) is not None:
         return why

@@ -4,6 +4,7 @@ compute-sanitizer's racecheck, which watches the other kernels on a GPU (tests/g
 tiles to and fro, one arriving at a barrier that the other waits at, for a race.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,9 @@ else:
 print("done")
 """
 HERE = Path(__file__).parent
+exhaustive = pytest.mark.skipif(
+    "HYBRIDZOO_EXHAUSTIVE" not in os.environ, reason="minutes; HYBRIDZOO_EXHAUSTIVE=1 runs it"
+)
 
 
 def sanitized(*flags):
@@ -99,8 +103,8 @@ def sanitized(*flags):
         (),
         ("-DHZ_WALKS",),
         ("-DHZ_WITHOUT_WAITS",),
-        ("-DHZ_SSD",),
-        pytest.param(("-DHZ_SSD_BACKWARD",), marks=pytest.mark.slow),
+        pytest.param(("-DHZ_SSD",), marks=exhaustive),
+        pytest.param(("-DHZ_SSD_BACKWARD",), marks=exhaustive),
     ],
     ids=["as they are", "walks", "without waiting", "ssd", "ssd backward"],
 )
