@@ -53,7 +53,13 @@ def resolve(app, env, node, content):
     return None
 
 
+def skip(app, what, name, obj, skipped, options):
+    """Leave out the fields of named tuples where they are no more than numbers: their class describes them."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def setup(app):
     """Connect what is above."""
+    app.connect("autodoc-skip-member", skip)
     app.connect("include-read", relink)
     app.connect("missing-reference", resolve)
