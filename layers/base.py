@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from ..kernels import checks
 from ..kernels.seq import Seq
 from .common import Device, Dtype
-from .state import State, copy_state, each_state, map_state, nbytes_of, paired, put_together, shapes, take_apart, tree
+from .state import (
+    State,
+    copy_state,
+    each_state,
+    map_state,
+    nbytes_of,
+    paired,
+    put_together,
+    shapes,
+    states_in,
+    take_apart,
+    tree,
+)
 
 __all__ = [
     "Aux",
@@ -30,6 +42,7 @@ __all__ = [
     "paired",
     "put_together",
     "shapes",
+    "states_in",
     "take_apart",
     "tree",
 ]

@@ -17,6 +17,7 @@ __all__ = [
     "paired",
     "put_together",
     "shapes",
+    "states_in",
     "take_apart",
     "tree",
 ]
@@ -155,13 +156,18 @@ def map_state(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return each_state(state, lambda s: s.map(fn))
 
 
+def states_in(state: Any) -> Iterator[State]:
+    """A state, or all in tuples."""
+    if isinstance(state, State):
+        yield state
+    else:
+        for s in state:
+            yield from states_in(s)
+
+
 def paired(a: Any, b: Any) -> Iterator[tuple[State, State]]:
     """The states of two that are built alike, through tuples."""
-    if isinstance(a, State):
-        yield a, b
-    else:
-        for x, y in zip(a, b, strict=True):
-            yield from paired(x, y)
+    yield from zip(states_in(a), states_in(b), strict=True)
 
 
 def copy_state(into: Any, source: Any) -> None:
@@ -172,9 +178,7 @@ def copy_state(into: Any, source: Any) -> None:
 
 def nbytes_of(state: Any) -> int:
     """Bytes held by a state, a tuple of states, or ``()``."""
-    if isinstance(state, State):
-        return sum(t.numel() * t.element_size() for _, t in state.tensors())
-    return sum(nbytes_of(s) for s in state)
+    return sum(t.numel() * t.element_size() for s in states_in(state) for _, t in s.tensors())
 
 
 def take_apart(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:

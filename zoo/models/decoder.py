@@ -15,7 +15,7 @@ from ...kernels.step.choose import Slots, choose_token
 from .sampling import Sampler
 from .state import ModelState
 
-__all__ = ["AHEAD", "Chosen", "Decoder", "how_taken", "not_finite", "refuse"]
+__all__ = ["AHEAD", "Chosen", "Decoder", "Replayed", "how_taken", "not_finite", "refuse"]
 
 # steps that a GPU takes before somebody looks; on a CPU looking costs nothing
 AHEAD = 16
@@ -97,14 +97,14 @@ class Decoder:
             state.reserve(steps)
         self.ahead = AHEAD if device.type == "cuda" else 1
         self.form: Any = None
-        self._graph: Any = None
+        self._run = Replayed(self._records)
         self._here: tuple[Tensor, ...] | None = None
-        self._warm, self._unread = 0, False
+        self._unread = False
 
     @property
     def recorded(self) -> bool:
         """Tell whether there is a step to be replayed."""
-        return self._graph is not None
+        return self._run.recorded
 
     def begin(self, model: Any, sampler: Sampler) -> None:
         """Serve anew, with all slots free; what was recorded stays, for a model and a sampler of the same form."""
@@ -132,7 +132,7 @@ class Decoder:
             before = self.state.places()
             self.state.put(slots, state)
             if self.state.places() != before:  # it has grown: what was recorded works on memory that is left
-                self._graph, self._warm, self.form = None, 0, None
+                self._run, self.form = Replayed(self._records), None
         self._logits[slots] = logits
         self._chance[slots, : chance.shape[1]] = chance.to(self._chance.device)
         self._count[slots], self._limit[slots] = 0, limit
@@ -153,7 +153,7 @@ class Decoder:
             self._read()
         self._slots.column.zero_()
         for _ in range(steps - last):
-            self._step()
+            self._run(self._once)
         if last:
             self._choose()
         self._unread = last
@@ -173,17 +173,6 @@ class Decoder:
             torch.cuda.current_stream(self._count.device).synchronize()
         return self._here
 
-    def _step(self) -> None:
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._records and self._warm == 2:
-            # what libraries prepare at a first call is there; capturing runs nothing
-            self._graph = _recorded(self._once)
-            self._graph.replay()
-        else:
-            self._warm += 1
-            self._once()
-
     def _once(self) -> None:
         self._choose()
         self._read()
@@ -201,6 +190,34 @@ class Decoder:
 
     def _read(self) -> None:
         self._logits.copy_(self.model.step(self._slots.token, self.state)[:, : self._logits.shape[1]])
+
+
+class Replayed:
+    """The same work on the same memory, again and again: where a GPU records it, from the third time on as a CUDA graph.
+
+    Args:
+        records: Whether it does.
+    """
+
+    def __init__(self, records: bool):
+        self._records, self._times = records, 0
+        self._graph: Any = None
+
+    @property
+    def recorded(self) -> bool:
+        """Tell whether there is a graph to be replayed."""
+        return self._graph is not None
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Do the work; it is not kept, so that who owns it goes when nobody else needs it."""
+        if self._graph is None and self._records and self._times == 2:
+            # what libraries prepare at a first call is there; capturing runs nothing
+            self._graph = _recorded(work)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._times += 1
+            work()
 
 
 def not_finite(logits: Tensor) -> Tensor:

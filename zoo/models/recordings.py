@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.derivatives import ENV
 from ...kernels.gpu.operands import eager
-from ...layers.state import paired
+from ...layers.state import states_in
 from .decoder import Decoder, how_taken
 from .sampling import Sampler
 from .state import ModelState
@@ -90,7 +90,7 @@ class Recordings:
 def _layout(model: Any, slots: tuple) -> tuple:
     b, room, _, *rest = slots
     state = model.init_state(b, room, "meta", *rest)
-    return tuple((t.shape, t.dtype) for mine, _ in paired(state.layers, state.layers) for _, t in mine.tensors())
+    return tuple((t.shape, t.dtype) for mine in states_in(state.layers) for _, t in mine.tensors())
 
 
 def _around() -> tuple:

@@ -22,6 +22,7 @@ from ...layers.base import (
     paired,
     put_together,
     shapes,
+    states_in,
     take_apart,
     tree,
 )
@@ -66,8 +67,7 @@ class ModelState:
     @property
     def recurrent_dtype(self) -> torch.dtype | None:
         """The type that recurrent states are kept in; ``None`` where there are none."""
-        states = (a for a, _ in paired(self.layers, self.layers))
-        return next((getattr(state, name).dtype for state in states for name in state.recurrent), None)
+        return next((getattr(s, name).dtype for s in states_in(self.layers) for name in s.recurrent), None)
 
     def detach(self) -> "ModelState":
         """The same values, cut off from the graph: for truncated backpropagation through time."""
@@ -101,8 +101,7 @@ class ModelState:
 
     def mark(self) -> Mark:
         """Return a mark to go :meth:`back` to, however many steps later: copies of what recurrent layers keep, of attention the length."""
-        self._marks = self._marks or Marks()
-        return self._marks.new(self)
+        return self._own_marks().new(self)
 
     def back(self, mark: Mark, rows: Tensor | None = None) -> None:
         """Go back to a mark of this state, in place and bit for bit.
@@ -114,8 +113,7 @@ class ModelState:
         Raises:
             ValueError: A mark of another state, or of a way that a row has left.
         """
-        self._marks = self._marks or Marks()
-        self._marks.back(self, mark, rows)
+        self._own_marks().back(self, mark, rows)
 
     def keep(self, most: int) -> None:
         """Let up to ``most`` of the coming steps (``model.step``) be taken back, by :meth:`roll_back`; each then costs a :meth:`mark`.
@@ -123,8 +121,7 @@ class ModelState:
         Raises:
             ValueError: ``most`` is negative.
         """
-        self._marks = self._marks or Marks()
-        self._marks.keep(most)
+        self._own_marks().keep(most)
 
     def roll_back(self, steps: int | Tensor) -> None:
         """Take back the last steps in place and bit for bit: a number of them, or of each row its own, ``(b,)`` integers.
@@ -132,8 +129,11 @@ class ModelState:
         Raises:
             ValueError: More of them than are kept.
         """
+        self._own_marks().roll_back(self, steps)
+
+    def _own_marks(self) -> Marks:
         self._marks = self._marks or Marks()
-        self._marks.roll_back(self, steps)
+        return self._marks
 
     def before_step(self) -> None:
         """Make ready for a step; models call it."""
@@ -206,12 +206,12 @@ class ModelState:
 
     def reserve(self, more: int) -> None:
         """Have room for so many more tokens of every row, in place."""
-        for state, _ in paired(self.layers, self.layers):
+        for state in states_in(self.layers):
             state.reserve(more)
 
     def places(self) -> list[int]:
         """The addresses of the layers' tensors."""
-        return [t.data_ptr() for state, _ in paired(self.layers, self.layers) for _, t in state.tensors()]
+        return [t.data_ptr() for state in states_in(self.layers) for _, t in state.tensors()]
 
     def copy_(self, other: "ModelState") -> None:
         """Take over another state's values in place."""

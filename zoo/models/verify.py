@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.seq import Seq
 from ...layers.moe import MoE
-from .decoder import how_taken, not_finite
+from .decoder import Replayed, how_taken, not_finite
 from .state import ModelState
 
 __all__ = ["Verified", "Verifier"]
@@ -63,8 +63,7 @@ class Verifier:
         self._ids = torch.zeros(b, width, dtype=torch.long, device=device)
         self._known, self._lengths = (torch.zeros(b, dtype=torch.long, device=device) for _ in range(2))
         self._found: tuple[Tensor, ...] = ()
-        self._graph: Any = None
-        self._warm = 0
+        self._run = Replayed(self.fixed and device.type == "cuda")
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows alone, in this order; not where forwards are over all rows."""
@@ -83,7 +82,7 @@ class Verifier:
             self._ids[:, : ids.shape[1]].copy_(ids)
             self._known.copy_(known)
             self._lengths.copy_(lengths)
-            self._run()
+            self._run(self._once)
             found = self._found
         elif ids.shape[1] == 1:
             found = self._alone(self.model.step(ids[:, 0].to(self._ids.device), self.state))
@@ -98,20 +97,9 @@ class Verifier:
         """Return what follows where logits, ``(b, v)``, are there already."""
         return Verified(*(t.cpu() for t in self._alone(logits)))
 
-    def _run(self) -> None:
+    def _once(self) -> None:
         """Read what is in the buffers, all of it."""
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._ids.is_cuda and self._warm == 2:
-            # what libraries prepare at a first call is there; capturing runs nothing
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._found = self._read(self._ids, self._known, self._lengths, self.width, True)
-            self._graph = graph
-            graph.replay()
-        else:
-            self._warm += 1
-            self._found = self._read(self._ids, self._known, self._lengths, self.width, True)
+        self._found = self._read(self._ids, self._known, self._lengths, self.width, True)
 
     def _read(self, ids: Tensor, known: Tensor, lengths: Tensor, keep: int, padded: bool) -> tuple[Tensor, ...]:
         width = ids.shape[1]
