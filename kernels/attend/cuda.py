@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..dispatch import Facts
 from ..gpu import nvrtc, structs
-from ..gpu.operands import TYPES, ceil_div, refuse_tensors
-from ..numerics import HALVES
+from ..gpu.operands import TYPES, ceil_div, refuse_step
 from .inputs import StepAttention
 
 THREADS = 128
@@ -35,15 +34,9 @@ class AttendParams(ctypes.Structure):
 
 def refuse(facts: Facts) -> str | None:
     """Say why the CUDA kernel cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
-    reason, dtype, headdim = refuse_tensors(facts), facts.get("dtype", torch.bfloat16), facts.get("headdim", 64)
+    reason, headdim = refuse_step(facts, "reads keys"), facts.get("headdim", 64)
     if reason is not None:
         return reason
-    if dtype not in HALVES:
-        return f"the CUDA kernel reads keys of 16 bits, got {str(dtype).removeprefix('torch.')}"
-    if facts.get("grad"):
-        return "the CUDA kernel has no gradient"
-    if torch.compiler.is_compiling():
-        return "the CUDA kernel would break the compiled graph"
     if headdim % 8 or headdim > 256:
         return f"the CUDA kernel takes multiples of 8 up to 256 as headdim, got {headdim}"
     return facts.get("misfit", lambda: None)() or nvrtc.unavailable()

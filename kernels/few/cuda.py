@@ -14,8 +14,7 @@ from torch import Tensor
 from ..dispatch import Facts
 from ..gpu import nvrtc, structs
 from ..gpu.device import DRIVERS, processors, shared_memory
-from ..gpu.operands import TYPES, ceil_div, refuse_tensors
-from ..numerics import HALVES
+from ..gpu.operands import TYPES, ceil_div, refuse_step
 from .inputs import StepProduct
 
 # as in few_rows.cu
@@ -85,16 +84,9 @@ def part_of(b: int, k: int, n: int | None, room: int) -> tuple[int, int] | str:
 
 def refuse(facts: Facts) -> str | None:
     """Say why the CUDA kernel cannot do a product, or ``None`` if it can; see :class:`.dispatch.Backend`."""
-    reason, dtype = refuse_tensors(facts), facts.get("dtype", torch.bfloat16)
-    b, k = facts.get("rows", 1), facts.get("d", 768)
+    reason, b, k = refuse_step(facts, "multiplies by weights"), facts.get("rows", 1), facts.get("d", 768)
     if reason is not None:
         return reason
-    if dtype not in HALVES:
-        return f"the CUDA kernel multiplies by weights of 16 bits, got {str(dtype).removeprefix('torch.')}"
-    if facts.get("grad"):
-        return "the CUDA kernel has no gradient"
-    if torch.compiler.is_compiling():
-        return "the CUDA kernel would break the compiled graph"
     if not b:
         return "the CUDA kernel needs a row"
     if k % 8:

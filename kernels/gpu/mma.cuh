@@ -5,11 +5,6 @@
 #pragma once
 #include "multiply_add.cuh"
 
-template <class T>
-constexpr bool is_bf16 = false;
-template <>
-constexpr bool is_bf16<bf16> = true;
-
 #ifdef HZ_EMULATE
 #include "emulate_mma.h"
 #else

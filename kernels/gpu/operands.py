@@ -1,12 +1,13 @@
 """Operands in the form that the CUDA kernels read."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..numerics import cast
+from ..numerics import HALVES, cast
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # of the filters that there are kernels for
@@ -57,6 +58,23 @@ def refuse_tensors(facts: dict[str, Any]) -> str | None:
     if dtype not in TYPES:
         return f"the CUDA kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def refuse_step(facts: dict[str, Any], what: str) -> str | None:
+    """Say why a kernel of one token per row, which does ``what`` of 16 bits, cannot read tensors with these facts; ``None`` if it can."""
+    reason, dtype = refuse_tensors(facts), facts.get("dtype", torch.bfloat16)
+    if reason is not None:
+        return reason
+    if dtype not in HALVES:
+        return f"the CUDA kernel {what} of 16 bits, got {str(dtype).removeprefix('torch.')}"
+    if facts.get("grad"):
+        return "the CUDA kernel has no gradient"
+    return "the CUDA kernel would break the compiled graph" if torch.compiler.is_compiling() else None
+
+
+def step_limits(limits: tuple[float, float]) -> tuple[float, float]:
+    """The limits of step sizes as the kernels apply them: none where they are 0 and infinity, which softplus keeps by itself."""
+    return (-math.inf, math.inf) if tuple(limits) == (0.0, math.inf) else (float(limits[0]), float(limits[1]))
 
 
 def in_types_of(operands: Iterable[Tensor | None], grads: Iterable[Tensor | None]) -> list[Tensor | None]:

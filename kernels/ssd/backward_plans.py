@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..gpu import structs
-from ..gpu.operands import TYPES, ceil_div
+from ..gpu.operands import TYPES, ceil_div, step_limits
 from .cuda import CHUNK
 from .inputs import SsdOptions
 
@@ -154,8 +154,7 @@ def plan(look: Look, count: int, room: int) -> Plan:
         Launch(then, f"ssd_backward_sums<{T}>", ceil_div(2 * b * l * g * n, 256) + ceil_div(columns, 32), 256, 0),
     )
     names = [field[0] for field in SsdBackwardParams._fields_ if field[1] is c_longlong]
-    o = look.options
-    free = o.dt_limit == (0.0, torch.inf)
+    low, high = step_limits(look.options.dt_limit)
     rest = SsdBackwardParams(
         **dict(zip(names, look.strides, strict=True)),
         batch=b,
@@ -167,10 +166,10 @@ def plan(look: Look, count: int, room: int) -> Plan:
         chunks=chunks,
         D_head=p if look.D == 2 else 1,
         D_channel=look.D == 2,
-        softplus=o.dt_softplus,
+        softplus=look.options.dt_softplus,
         wide_dt=look.wide_dt,
         splits=splits,
-        low=-torch.inf if free else o.dt_min,
-        high=o.dt_max,
+        low=low,
+        high=high,
     )
     return Plan(launches, structs.tail(rest), splits)

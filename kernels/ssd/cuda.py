@@ -6,7 +6,6 @@ the states are float32 whatever the rest is. The kernels choose their own chunks
 
 import ctypes
 import functools
-import math
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from ..gpu.operands import (
     in_one_piece,
     in_rows,
     refuse_tensors,
+    step_limits,
 )
 from ..numerics import blank, cast
 from ..operators import custom_op
@@ -230,7 +230,7 @@ def planned(i: SsdInputs, options: SsdOptions) -> Plan:
         i.reset is not None,
         i.dt.dtype != x.dtype,
         options.dt_softplus,
-        (-math.inf, math.inf) if options.dt_limit == (0.0, math.inf) else options.dt_limit,
+        step_limits(options.dt_limit),
     )
     return plan_of(look, processors(x.device), shared_memory(x.device))
 

@@ -6,6 +6,10 @@
 constexpr int SSD_THREADS = 128;
 
 template <class T>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+template <class T>
 constexpr bool is_fp16 = false;
 template <>
 constexpr bool is_fp16<fp16> = true;

@@ -27,6 +27,7 @@ from ..gpu.operands import (
     in_rows,
     refuse_tensors,
     refuse_width,
+    step_limits,
 )
 from ..numerics import blank, cast
 from ..operators import custom_op
@@ -113,16 +114,12 @@ def update(conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -
         return ops.causal_conv1d_update_cuda(*conv, options.silu) if ops else _conv(conv, options.silu)
     if ops is None:
         return _scan(conv, scan, options)
-    scan, (low, high) = spelled_out(scan), _limits(options)
+    scan, (low, high) = spelled_out(scan), step_limits(options.dt_limit)
     A = -scan.A.float().exp() if options.log_rates else scan.A
     if conv is None:
         return ops.state_update_cuda(*scan[:3], A, *scan[4:10], options.dt_softplus, low, high)
     behind = (scan.state, scan.dt, A, scan.D, scan.z, scan.dt_bias, scan.rows)
     return ops.conv_ssd_update_cuda(*conv[:4], *behind, options.groups, options.silu, options.dt_softplus, low, high)
-
-
-def _limits(options: StepOptions) -> tuple[float, float]:
-    return (-math.inf, math.inf) if tuple(options.dt_limit) == (0.0, math.inf) else tuple(map(float, options.dt_limit))  # type: ignore[return-value]
 
 
 def _conv(i: ConvStep, silu: bool) -> Tensor:
@@ -192,7 +189,7 @@ def _scan(conv: ConvStep | None, i: ScanStep, options: StepOptions) -> Tensor:
             A.dim() == 1,
             _skip(D),
             (options.dt_softplus, options.silu, rows is not None and rows.dtype == torch.int64, sizes[0]),
-            _limits(options),
+            step_limits(options.dt_limit),
             options.log_rates,
             0 if dt_weight is None else dt_weight.shape[1],
             None if norms is None else norms.eps,

@@ -2,7 +2,7 @@
 #pragma once
 
 namespace emulated {
-struct Lane { const void* row; float* c; const uint32 *a; uint32 b[2], *r; };
+struct Lane { const void* row; uint32* r; };
 inline Lane mine[1024];
 
 // Only what is written is left to the others' threads; what is read of shared memory, the thread sanitizer is to see.
@@ -60,7 +60,7 @@ inline int __syncthreads_or(int x) {
 template <bool TRANSPOSED>
 inline void ldmatrix(uint32 (&r)[4], const void* row) {
     if ((size_t)row % 16) fprintf(stderr, "a row of ldmatrix that is not aligned\n"), abort();
-    emulated::together({row, nullptr, nullptr, {}, r}, [](emulated::Lane* lanes) {
+    emulated::together({row, r}, [](emulated::Lane* lanes) {
         for (int lane = 0; lane < 32; ++lane)
             for (int tile = 0; tile < 4; ++tile) {
                 uint32 both[2];
