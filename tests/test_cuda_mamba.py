@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from layer_runs import error, run, two_rows
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +14,7 @@ from hybridzoo.kernels import dispatch
 from hybridzoo.kernels.conv import op as conv_op
 from hybridzoo.kernels.norm import op as kernels_norm
 from hybridzoo.kernels.scan import op as scan_op
-from hybridzoo.layers import Mamba, RMSNorm, Seq, mamba, norm, one_node
+from hybridzoo.layers import Mamba, RMSNorm, mamba, norm, one_node
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -38,30 +39,6 @@ def ways(emulated, monkeypatch):
         return nodes
 
     return choose
-
-
-def seq_of(kind, b, l):
-    if kind == "packed":
-        doc = torch.tensor([[0] * 3 + [1] * (l - 8) + [2] + [-1] * 4, [0] * (l - 7) + [1] * 7])
-        return Seq.from_documents(doc)
-    if kind == "padded":
-        return Seq.from_mask(torch.arange(l) < torch.tensor([[l], [9]]))
-    return None
-
-
-def run(layer, x, seq=None, autocast=None):
-    """Outputs, and the gradients of a loss that reads all real tokens, in the order of ``x`` and the named parameters."""
-    x = x.detach().requires_grad_()
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        y = layer(x, seq=seq)
-    out = y.double() if seq is None else y.double() * seq.valid[..., None]
-    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=torch.double).view_as(out)).sum()
-    named = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
-    return y.detach(), dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-
-
-def error(got, want):
-    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
 CASES = {
@@ -89,7 +66,7 @@ def test_outputs_and_gradients(case, ways):
     for p in layer.parameters():
         if p.dim() == 1 and p.dtype.is_floating_point and p is not layer.dt_proj.bias:
             nn.init.uniform_(p, 0.5, 1.5)
-    x, seq = torch.randn(2, l, layer.in_proj.in_features, dtype=options.get("dtype")), seq_of(kind, 2, l)
+    x, seq = torch.randn(2, l, layer.in_proj.in_features, dtype=options.get("dtype")), two_rows(kind, 2, l)
     nodes = ways(True)
     y, grads = run(layer, x, seq, autocast)
     assert len(nodes) == 1
@@ -236,7 +213,7 @@ def test_parameters_changed_before_the_backward_are_an_error(name, ways):
 def test_rows_that_do_not_fit_are_an_error(ways):
     ways(True)
     with pytest.raises(ValueError, match=r"Mamba: seq describes \(2, 40\) tokens, the input has \(2, 9\)"):
-        Mamba(16)(torch.randn(2, 9, 16), seq=seq_of("packed", 2, 40))
+        Mamba(16)(torch.randn(2, 9, 16), seq=two_rows("packed", 2, 40))
 
 
 def hooked(layer):

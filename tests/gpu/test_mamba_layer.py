@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from layer_runs import error, four_rows, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,7 @@ from hybridzoo.kernels import mamba_layer as cuda_mamba
 from hybridzoo.kernels.conv import op as conv_op
 from hybridzoo.kernels.scan import launches
 from hybridzoo.kernels.scan import op as scan_op
-from hybridzoo.layers import Mamba, RMSNorm, Seq
+from hybridzoo.layers import Mamba, RMSNorm
 from hybridzoo.zoo.models.block import Stream
 
 pytestmark = pytest.mark.gpu
@@ -37,30 +38,6 @@ def nodes(monkeypatch):
     found, forward = [], cuda_mamba._Layer.forward
     monkeypatch.setattr(cuda_mamba._Layer, "forward", lambda *args: found.append(1) or forward(*args))
     return found
-
-
-def seq_of(kind, l):
-    if kind == "packed":
-        doc = (torch.arange(l, device="cuda") // 300).expand(B, l).clone()
-        doc[1:, l - 70 :] = -1
-        return Seq.from_documents(doc)
-    if kind == "padded":
-        return Seq.from_mask(torch.arange(l, device="cuda") < torch.tensor([[l], [9], [l - 1], [1]], device="cuda"))
-    return None
-
-
-def run(layer, x, seq=None, autocast=None):
-    x = x.detach().requires_grad_()
-    with torch.autocast("cuda", autocast, enabled=autocast is not None):
-        y = layer(x, seq=seq)
-    out = y.double() if seq is None else y.double() * seq.valid[..., None]
-    scale = torch.linspace(-1, 1, out.numel(), dtype=torch.double, device=x.device).view_as(out)
-    grads = torch.autograd.grad((out * scale).sum(), [x, *layer.parameters()])
-    return y.detach(), dict(zip(["x", *dict(layer.named_parameters())], grads, strict=True))
-
-
-def error(got, want):
-    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
 CASES = {
@@ -87,7 +64,7 @@ def test_numbers(case, nodes):
     for p in layer.parameters():
         if p.dim() == 1 and p is not layer.dt_proj.bias:
             nn.init.uniform_(p, 0.5, 1.5)
-    x, seq = torch.randn(B, l, layer.in_proj.in_features, device="cuda", dtype=options.get("dtype")), seq_of(kind, l)
+    x, seq = torch.randn(B, l, layer.in_proj.in_features, device="cuda", dtype=options.get("dtype")), four_rows(kind, l)
     y, grads = run(layer, x, seq, autocast)
     # what is in the allocator's memory must not show
     torch.full((1 << 28,), float("nan"), device="cuda")
