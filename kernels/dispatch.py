@@ -69,11 +69,6 @@ class Backend:
         return self.reserve(facts) or self.refuse(facts)
 
 
-def unproven(facts: Facts) -> str:
-    """Say why a kernel is left to who asks for it: it is right in emulation, and has not run on a GPU yet."""
-    return f"it has not run on a GPU yet; backend='cuda' or {ENV}=cuda takes it"
-
-
 def register(op: str, *backends: Backend) -> None:
     """Make these the backends of ``op``, in order of preference; one of them is plain."""
     TABLES[op] = {backend.name: backend for backend in backends}

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import KERNELS, Backend, choose, register, unproven
+from ..dispatch import KERNELS, Backend, choose, register
 from . import cuda, plain
 from .inputs import HeadNorm, StepAttention
 
 register(
     "step_attention",
-    Backend("cuda", KERNELS, cuda.refuse, cuda.step_attention, reserve=unproven),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.step_attention),
     Backend("torch", "PyTorch operations", run=plain.step_attention, plain=True),
 )
 

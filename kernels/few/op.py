@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import ENV, KERNELS, Backend, Facts, choose, register, unproven
+from ..dispatch import ENV, KERNELS, Backend, Facts, choose, register
 from . import cuda, plain
 from .inputs import StepConv, StepNorm, StepProduct
 
 register(
     "step_linear",
-    Backend("cuda", KERNELS, cuda.refuse, cuda.step_linear, reserve=unproven),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.step_linear),
     Backend("torch", "PyTorch operations", run=plain.step_linear, plain=True),
 )
 
@@ -86,8 +86,7 @@ def _fits(device: str, dtype: torch.dtype, b: int, k: int, wish: str | None) -> 
     if wish == "torch":
         return None
     facts = _facts(device, dtype, b, k)
-    reason = cuda.refuse(facts) or (unproven(facts) if wish is None else None)
-    return reason or (None if wish in (None, "cuda") else f"{ENV}={wish} asks for another")
+    return cuda.refuse(facts) or (None if wish in (None, "cuda") else f"{ENV}={wish} asks for another")
 
 
 def _check(i: StepProduct) -> None:

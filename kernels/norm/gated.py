@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import KERNELS, Backend, choose, register, unproven
+from ..dispatch import KERNELS, Backend, choose, register
 from ..gpu import launch_plans
 from ..numerics import acc_dtype
 from . import cuda, gated_cuda
@@ -77,6 +77,6 @@ def _torch(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, size: int
 
 register(
     "gated_rms_norm",
-    Backend("cuda", KERNELS, cuda.refuse, gated_cuda.gated_rms_norm, reserve=unproven),
+    Backend("cuda", KERNELS, cuda.refuse, gated_cuda.gated_rms_norm),
     Backend("torch", "PyTorch operations", run=_torch, plain=True),
 )

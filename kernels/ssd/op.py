@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register, unproven
+from ..dispatch import CHUNKED, KERNELS, LOOP, Backend, choose, facts_of, register
 from ..gpu import launch_plans
 from ..seq import Seq, clear_padding, marks_of
 from . import chunked, cuda, cuda_backward, library, reference
@@ -15,7 +15,7 @@ from .inputs import SsdInputs, SsdOptions
 
 register(
     "ssd",
-    Backend("cuda", KERNELS, cuda_backward.refuse, cuda_backward.ssd, reserve=unproven),
+    Backend("cuda", KERNELS, cuda_backward.refuse, cuda_backward.ssd),
     Backend("mamba_ssm", "mamba_ssm's Triton SSD", library.refuse, library.ssd, reserve=library.reserve),
     Backend("chunked", CHUNKED, run=chunked.ssd),
     Backend("reference", LOOP, run=reference.ssd, plain=True),

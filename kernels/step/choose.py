@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import KERNELS, Backend, Facts, choose, register, unproven
+from ..dispatch import KERNELS, Backend, Facts, choose, register
 from ..gpu import nvrtc, structs
 from ..gpu.operands import refuse_tensors
 
@@ -125,6 +125,6 @@ def _cuda(logits: Tensor, s: Slots, pad: int, given: Tensor | None) -> None:
 
 register(
     "choose_token",
-    Backend("cuda", KERNELS, refuse, _cuda, reserve=unproven),
+    Backend("cuda", KERNELS, refuse, _cuda),
     Backend("torch", "PyTorch operations", run=_plain, plain=True),
 )
