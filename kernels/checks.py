@@ -47,10 +47,14 @@ def groups(where: str, channels: int, g: int, letter: str) -> None:
         raise ValueError(f"{where}: {letter} = {channels} is not a multiple of the {g} groups of B and C.")
 
 
-def fits(where: str, seq: Seq | None, b: int, l: int) -> None:
-    """Raise unless ``seq`` describes ``b`` rows of ``l`` tokens."""
-    if seq is not None and seq.doc.shape != (b, l):
-        raise ValueError(f"{where}: seq describes {tuple(seq.doc.shape)} tokens, the input has {(b, l)} (b, l).")
+def fits(where: str, seq: Seq | None, x: Tensor) -> None:
+    """Raise unless ``seq`` describes the rows of ``x``, ``(b, l, ...)``, and is where they are, if it says anything of them."""
+    if seq is None:
+        return
+    if seq.doc.shape != x.shape[:2]:
+        raise ValueError(f"{where}: seq describes {tuple(seq.doc.shape)} tokens, the input has {tuple(x.shape[:2])} (b, l).")
+    if (seq.packed or seq.padded) and seq.doc.device != x.device:
+        raise ValueError(f"{where}: seq is on {seq.doc.device}, the input on {x.device}. Make it with device={str(x.device)!r}.")
 
 
 def is_silu(where: str, activation: str | None) -> bool:

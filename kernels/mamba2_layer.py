@@ -163,7 +163,7 @@ def mamba2_layer(
     Raises:
         ValueError: ``seq`` describes other rows.
     """
-    checks.fits("Mamba2", seq, *x.shape[:2])
+    checks.fits("Mamba2", seq, x)
     return _Layer.apply(dtype, form, again, Marks.of(seq), x, *weights)
 
 

@@ -162,7 +162,7 @@ def mamba_layer(
     Raises:
         ValueError: ``seq`` describes other rows.
     """
-    checks.fits("Mamba", seq, *x.shape[:2])
+    checks.fits("Mamba", seq, x)
     return _Layer.apply(dtype, eps, again, Marks.of(seq), x, *weights)
 
 

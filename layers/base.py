@@ -201,7 +201,7 @@ class Mixer(Sharing):
         """
         if seq is not None and (seq.packed or seq.padded):
             self.require("packing" if seq.packed else "padding")
-        checks.fits(type(self).__name__, seq, *x.shape[:2])
+        checks.fits(type(self).__name__, seq, x)
         if seq is None or seq.grid is None:
             raise ValueError(
                 f"{type(self).__name__}: mixes maps, and got rows of {x.shape[1]} tokens. Pass seq=Seq.from_grid((h, w), b, l)."
@@ -217,7 +217,7 @@ class Mixer(Sharing):
                 f"{type(self).__name__}: a packed row (packed=True) starts fresh documents and cannot continue a state. "
                 "Pass the state without packing, or pack without a state."
             )
-        checks.fits(type(self).__name__, seq, *x.shape[:2])
+        checks.fits(type(self).__name__, seq, x)
         if not (seq.packed or seq.padded):
             return x, None
         return seq.clear(x), seq.cleared

@@ -131,9 +131,9 @@ def test_outputs_and_gradients(case, ways):
 
 
 @pytest.mark.parametrize("ways", ["cuda"], indirect=True)
-@pytest.mark.parametrize("case", ["autocast", "no norm"])
-def test_with_the_kernels_of_ssd(case, ways):
-    compare(CASES[case] | {"headdim": 16, "d_state": 16, "l": 70}, ways)
+@pytest.mark.parametrize(("case", "l"), [("autocast", 70), ("no norm", 70), ("autocast", 1), ("no norm", 1)])
+def test_with_the_kernels_of_ssd(case, l, ways):
+    compare(CASES[case] | {"headdim": 16, "d_state": 16, "l": l}, ways)
 
 
 def test_gradients_of_ssd_go_into_slices_of_one_tensor(emulated):

@@ -53,12 +53,10 @@ def exactly(i):
 
 
 def errors(got, want, real=None):
-    pairs = zip(got, want, strict=True)
-    real = torch.ones((), dtype=torch.bool) if real is None else real[..., None, None]
-    return [
-        ((x.double() - y).masked_fill(~r, 0).norm() / y.masked_fill(~r, 0).norm()).item()
-        for (x, y), r in zip(pairs, (real, torch.ones((), dtype=torch.bool)), strict=True)
-    ]
+    """Relative errors of outputs, of those the ones of real tokens, and of states."""
+    if real is not None:
+        got, want = ((out.masked_fill(~real[..., None, None], 0), last) for out, last in (got, want))
+    return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, want, strict=True)]
 
 
 def compare(i, options=USUAL, save=False):

@@ -359,6 +359,10 @@ def test_saved_memory_is_inputs_and_chunk_states():
         ({"dt_limit": (0.5, 0.1)}, r"dt_limit is \(0.5, 0.1\)"),
         ({"chunk_size": 0}, "chunk_size is 0, expected at least 1"),
         ({"seq": Seq.from_documents(torch.zeros(1, 65))}, r"seq describes \(1, 65\) tokens, the input has \(2, 65\)"),
+        (
+            {"seq": Seq.from_documents(torch.zeros(2, 65), device="meta")},
+            "ssd: seq is on meta, the input on cpu. Make it with device='cpu'",
+        ),
     ],
 )
 def test_wrong_arguments_name_both_sizes(change, message):

@@ -63,7 +63,7 @@ def causal_conv1d(
     checks.shape(where, "initial_state", initial_state, (b, k - 1, d), "(b, k-1, d)")
     checks.floats(where, **given._asdict())
     checks.same_device(where, "x", **given._asdict())
-    checks.fits(where, seq, b, l)
+    checks.fits(where, seq, x)
     silu = checks.is_silu(where, activation)
     (x,) = clear_padding(seq, x)
     # rows of one document read nothing behind padding, which stands at their end

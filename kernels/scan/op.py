@@ -102,7 +102,7 @@ def selective_scan(
     checks.shape(where, "z", z, (b, l, d), "(b, l, d) like u")
     checks.floats(where, **given._asdict())
     checks.same_device(where, "u", **given._asdict())
-    checks.fits(where, seq, b, l)
+    checks.fits(where, seq, u)
     u, dt, B, C, z = clear_padding(seq, u, dt, B, C, z)
     leaves = (dt, A, B, C, dt_bias, initial_state, dt_weight)
     facts = facts_of(u, initial_state, seq, return_final_state, *leaves, d_state=A.shape[-1])

@@ -40,7 +40,8 @@ def look_of(i: SsdInputs, gout: Tensor, saved: Tensor, options: SsdOptions, into
     strides = [(0, 0, 0) if m is None else _strides(m) for m in (x, i.dt, i.B, i.C, i.z, gout)]
     off = p % lanes or n % lanes or any([s % lanes for k, values in enumerate(strides) if k != 1 for s in values])
     gx, gdt, gB, _, gz = into
-    rows = tuple([0 if m is None else m.stride(1) for m in (gx, gdt, gz, gB)])
+    # of a single token torch may say anything, so of rows of one the distance is that of the rows
+    rows = tuple([0 if m is None else m.stride(0 if l == 1 else 1) for m in (gx, gdt, gz, gB)])
     off = off or rows[0] % lanes or rows[2] % lanes
     off = off or min(alignment(m) for m in (x, i.B, i.C, i.z, gout, saved, gx, gz)) < 16
     flags = bool(off) * UNALIGNED | (i.reset is not None) * RESET | (i.z is not None) * GATED

@@ -76,7 +76,7 @@ def ssd(
         out, state = cuda_backward.ssd(given, options, plan)
         return (out, state) if return_final_state else out
     _check(where, given, options)
-    checks.fits(where, seq, *x.shape[:2])
+    checks.fits(where, seq, x)
     x, dt, B, C, z = clear_padding(seq, x, dt, B, C, z)
     leaves = (dt, A, B, C, dt_bias, initial_state)
     facts = facts_of(x, initial_state, seq, return_final_state, *leaves, d_state=B.shape[3], grad=grad)

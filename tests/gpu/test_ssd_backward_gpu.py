@@ -150,7 +150,7 @@ def test_parts_of_a_projection_are_read_where_they_lie():
 @pytest.mark.parametrize("hurt", ["x", "dt", "B", "C"])
 def test_what_is_not_finite_stays_in_its_document(hurt):
     made, where = leaves(1, 300, 4, 64, 128), slice(100, 190)
-    seq = Seq.from_cu_seqlens([0, 100, 150, 190, 300], 1, 300)
+    seq = Seq.from_cu_seqlens([0, 100, 150, 190, 300], 1, 300, device="cuda")
     weights = weights_for(made)
     want = gradients(made, "cuda", weights, seq=seq)
     for value, at in ((math.nan, 160), (math.inf, 120)):
