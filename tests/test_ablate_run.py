@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -70,6 +71,16 @@ def test_results_of_another_version_of_the_study_are_counted_and_left_out(tmp_pa
     assert changed.results() == [] and changed.summary().stale == 5
     assert changed.run(quiet=True).stale == 5 and len(changed.results()) == 5
     assert "left out: 5 results of other code or of an earlier version" in str(changed.summary())
+
+
+def test_a_config_may_hold_what_json_has_no_number_for(tmp_path):
+    """As Mamba-2's limits of step sizes, 0 and infinity."""
+    point = dataclasses.replace(points(1)[0], config={"mixers": {"mamba2": {"dt_limit": [0.0, math.inf]}}})
+    study = a_study(tmp_path, [point])
+    assert study.run(quiet=True).done == 5
+    assert len(a_study(tmp_path, [point]).results()) == 5
+    kept = json.loads(study.results()[0].path.read_text(), parse_constant=pytest.fail)
+    assert kept["cell"]["point"]["config"] == {"mixers": {"mamba2": {"dt_limit": [0.0, "inf"]}}}
 
 
 def test_a_point_with_a_problem_is_reported_and_not_trained(tmp_path):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...zoo.checkpoint.publish import write_whole
 from ...zoo.report.blocks import page
+from ...zoo.train.manifest import plain
 from .cells import Point
 from .curves import losses, relative_to_best, slices, speeds
 from .drawing import alone
@@ -238,7 +239,7 @@ def _json(
         "about": facts,
         "file": spec.data,
     }
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
 
 
 def _asset(name: str) -> str:

@@ -130,7 +130,7 @@ class Store:
         _check(result, "train_cell's result")
         facts = header(cell.study, "", device, ["transformers", "hybridzoo"])
         about = {name: facts[name] for name in ("commit", "versions", "device", "date")}
-        content = {"cell": cell.plain(), "code": self.code, **about, "result": plain(result)}
+        content = plain({"cell": cell.plain(), "code": self.code, **about, "result": result})
         write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         self._known[key] = Result(cell, content["result"], path)
         return self._known[key]
