@@ -1,289 +1,307 @@
 // One token's attention: norms and rotation of its heads, its key and value into the cache, and the sum of values by scaled dot products.
 //
-// Memory-bound: every key and value that the token sees is read once.  The slots of a row are split among blocks, a few query heads of one key
-// head each; in a block, LANES lanes share a key, 16 bytes each, and keep a sum of their own, rescaled as larger scores come (a softmax of
-// base 2).  Sums meet in a fixed order: those of a block in shared memory, those of the blocks in `attend_combine`.  The number of splits
-// depends on the slots alone, so a row's bits do not depend on the other rows.
+// Memory-bound: every key and value that the token sees is read once, and products of tensor cores leave nothing else to wait for.  The slots
+// of a row are split among blocks, each with up to 8 query heads of one key head; in a block, warps take 16 slots in turn, and keep sums of
+// their own, rescaled as larger scores come (a softmax of base 2).  Sums meet in a fixed order: those of a block in shared memory, those of
+// the blocks where the last of them arrives.  The number of splits depends on slots and heads alone, so a row's bits do not depend on the
+// other rows.
 //
-// The new key and value are not read back: who has their slot among its own takes them as they are.
-#include "overlap.cuh"
-#include "vector.cuh"
+// A product does not care about the order in which its terms or its rows stand.  A lane takes 16 bytes of a key, and its eight elements stand
+// where two products want eight of their 32 channels; of a value, they stand in the rows of four products.  So a lane reads back what it has
+// fetched itself, and no lane waits for another.  What two products share is fixed by that: lane 4 g + i has scores of head g and slots
+// 2 i, 2 i + 1, 2 i + 8, 2 i + 9, which is the place that the product by values wants them in, and it has values of these four slots.
+//
+// The new key and value are not read back: they take the place of what has been fetched.
+#include "mma.cuh"
+#include "new_token.cuh"
 
-struct AttendParams {
-    const void* qkv;                      // (b, (h + 2 h_kv) p)
-    void *k, *v;                          // (b, cap, h_kv, p)
-    const void *q_gain, *k_gain;          // (p), each may be null
-    const float* frequency;               // (rotated)
-    int64 *pos, *length;                  // (b, cap), the position in a slot, -1 where it is empty; (b), tokens before this one
-    float* parts;                         // (b, h, splits, p + 2): sums, their largest exponent, and the sum of weights
-    void* out;                            // (b, h p)
-    int64 qkv_b, k_b, k_s, k_h, v_b, v_s, v_h, pos_b;
-    int h, h_kv, p, cap, splits, chunks, window, rotated, interleaved, normed;
-    float scale, key_multiplier, eps;
-};
+template <class T, int HALVES, int STAGES>
+struct Attend {
+    static constexpr int P = 64 * HALVES, KEYS = P / 16, PIECE = 512, STAGE = 2 * KEYS * PIECE;  // pieces of keys, and as many of values
+    const AttendParams& p;
+    const Place& at;
+    const T* heads;
+    char* ring;         // the first 16 bytes that this lane has of it
+    const int g, i, from;  // lane 4 g + i, and its warp's first slots
+    const T *k, *v;
+    int64 positions[4];                  // what stands in the slots that are next
+    float most = NOTHING, weight = 0.f;  // of head g: over the four lanes that share it, and of this lane's slots
+    float sums[4 * HALVES][4] = {};      // channels 64 half + 8 g + 2 m and the next one of heads 2 i and 2 i + 1
 
-constexpr int THREADS = 128, LEAST = 16;  // slots of a block, if there are any
-constexpr float NOTHING = -3e38f;         // a score below all scores
+    DEVICE Attend(const AttendParams& p, const Place& at, const T* heads, char* shared)
+        : p(p), at(at), heads(heads), ring(shared + threadIdx.x / 32 * STAGES * STAGE + threadIdx.x % 32 * 16), g(threadIdx.x % 32 / 4),
+          i(threadIdx.x % 4), from(at.begin + threadIdx.x / 32 * SLOTS), k((const T*)p.k + at.b * p.k_b + at.kv * p.k_h + 8 * i),
+          v((const T*)p.v + at.b * p.v_b + at.kv * p.v_h + 8 * g) {}
 
-template <class T>
-DEVICE float rounded(float x) {
-    T to;
-    write_one(&to, x);
-    return read_one(&to);
-}
+    // the slot of this lane's m-th score
+    DEVICE int slot(int m) const { return 2 * i + m % 2 + m / 2 * 8; }
 
-// A head of the new token in shared memory, normed, scaled and turned, in the precision of T as operations of their own would leave it; by a warp
-template <class T>
-DEVICE void take_head(const AttendParams& p, const T* from, const T* gain, float multiplier, float position, float* to) {
-    constexpr int EACH = 8;  // up to 256 channels
-    const int lane = threadIdx.x % 32;
-    T raw[EACH] = {}, gains[EACH] = {};
+    // 16 slots, but the new token's, on their way into what a lane has of shared memory for itself, or into L2
+    template <bool INTO_L2>
+    DEVICE void fetch(char* to, int first) const {
 #pragma unroll
-    for (int j = 0; j < EACH; ++j) {
-        const int e = lane + 32 * j;
-        if (e < p.p) raw[j] = from[e];
-        if (e < p.p && gain != nullptr) gains[j] = gain[e];
+        for (int t = 0; t < 2; ++t) {
+            const int s = first + g + 8 * t;
+            const bool there = s < at.end && s != at.own;
+#pragma unroll
+            for (int j = 0; j < KEYS / 2; ++j) bring<INTO_L2>(to + (t * KEYS / 2 + j) * PIECE, k + s * p.k_s + 32 * j, there && 32 * j + 8 * i < p.p);
+        }
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const int s = first + slot(m);
+            const bool there = s < at.end && s != at.own;
+#pragma unroll
+            for (int h = 0; h < HALVES; ++h)
+                bring<INTO_L2>(to + (KEYS + m * HALVES + h) * PIECE, v + s * p.v_s + 64 * h, there && 64 * h + 8 * g < p.p);
+        }
+        if constexpr (!INTO_L2) copy_async_commit();
     }
-    float scale = 1.f, squares = 0.f;
-    if (p.normed) {
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) squares = fmaf(read_one(raw + j), read_one(raw + j), squares);
-#pragma unroll
-        for (int m = 16; m > 0; m /= 2) squares += __shfl_xor_sync(~0u, squares, m);
-        scale = 1.f / sqrtf(squares / (float)p.p + p.eps);
+    template <bool INTO_L2>
+    static DEVICE void bring(char* to, const T* at, bool there) {
+        if constexpr (!INTO_L2) copy_async16(to, at, there);
+        if constexpr (INTO_L2)
+            if (there) prefetch(at);
     }
+    DEVICE void look(int first) {
 #pragma unroll
-    for (int j = 0; j < EACH; ++j) {
-        float x = read_one(raw + j);
-        if (p.normed) x = rounded<T>(x * scale * (gain == nullptr ? 1.f : read_one(gains + j)));
-        if (lane + 32 * j < p.p) to[lane + 32 * j] = multiplier == 1.f ? x : rounded<T>(x * multiplier);
+        for (int m = 0; m < 4; ++m) {
+            const int s = first + slot(m);
+            positions[m] = s < at.end ? p.pos[at.b * p.pos_b + s] : -1;
+        }
     }
-    __syncwarp();
+    // several stages are on their way, so that nothing is waited for that has not been asked for long before
+    template <bool INTO_L2>
+    DEVICE void begin() const {
+#pragma unroll
+        for (int s = 0; s < STAGES; ++s) fetch<INTO_L2>(ring + s * STAGE, from + s * TURN);
+    }
+    DEVICE void along() {
+        uint4 q[KEYS / 2];
+#pragma unroll
+        for (int j = 0; j < KEYS / 2; ++j) q[j] = *reinterpret_cast<const uint4*>(heads + g * P + 32 * j + 8 * i);
+        int stage = 0;
 #pragma unroll 1
-    for (int t = lane; t < p.rotated; t += 32) {
-        const int first = p.interleaved ? 2 * t : t, second = p.interleaved ? 2 * t + 1 : t + p.rotated;
-        const float x = to[first], y = to[second];
-        float s, c;
-        sincosf(position * p.frequency[t], &s, &c);
-        to[first] = rounded<T>(x * c - y * s), to[second] = rounded<T>(y * c + x * s);
+        for (int first = from; first < at.end; first += TURN) {
+            bool seen[4];
+#pragma unroll
+            for (int m = 0; m < 4; ++m) seen[m] = sees(positions[m]) || first + slot(m) == at.own;
+            look(first + TURN);
+            copy_async_wait<STAGES - 1>();
+            char* here = ring + stage * STAGE;
+            mend(here, first, seen);
+            take(here, seen, q);
+            fetch<false>(here, first + STAGES * TURN);
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+        }
+        copy_async_wait<0>();
     }
-    __syncwarp();
-}
+    // The new token's key and value where they are missing; of slots that are not seen no values, as no number times zero would be none
+    DEVICE void mend(char* stage, int first, const bool (&seen)[4]) const {
+        if (at.own == first + g || at.own == first + g + 8) {
+#pragma unroll
+            for (int j = 0; j < KEYS / 2; ++j)
+                copy16(stage + ((at.own - first) / 8 * KEYS / 2 + j) * PIECE, heads + KEY * P + 32 * j + 8 * i);
+        }
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const bool is_own = at.own == first + slot(m);
+            if (seen[m] && !is_own) continue;
+#pragma unroll
+            for (int h = 0; h < HALVES; ++h) {
+                char* to = stage + (KEYS + m * HALVES + h) * PIECE;
+                if (is_own)
+                    copy16(to, heads + VALUE * P + 64 * h + 8 * g);
+                else
+                    *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+    static DEVICE void copy16(void* to, const T* from) { *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); }
 
-// What a group of lanes has summed up of a head: 8 channels of it per lane
-struct Sum {
-    float most = NOTHING, weight = 0.f, y[8] = {};
+    DEVICE bool sees(int64 x) const { return x >= 0 && x <= at.position && (p.window == 0 || x > at.position - p.window); }
 
-    // U more keys; a score of NOTHING is one that is not seen
-    template <int U>
-    DEVICE void add(const float (&score)[U], const float (&v)[U][8]) {
+    DEVICE void take(const char* stage, const bool (&seen)[4], const uint4 (&q)[KEYS / 2]) {
+        float products[2][4] = {}, score[4], keep[2];
+#pragma unroll
+        for (int j = 0; j < KEYS / 2; ++j)
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const Packed<T> key = Packed<T>::from(stage + (t * KEYS / 2 + j) * PIECE);
+                multiply_add<T>(products[t], {q[j].x, 0, q[j].y, 0}, {key.w[0], key.w[1]});
+                multiply_add<T>(products[t], {q[j].z, 0, q[j].w, 0}, {key.w[2], key.w[3]});
+            }
+#pragma unroll
+        for (int m = 0; m < 4; ++m) score[m] = seen[m] ? products[m / 2][m % 2] * (p.scale * LOG2E) : NOTHING;
+        weigh(score, keep);
+        const uint32 weights[2] = {Element<T>::pack(score), Element<T>::pack(score + 2)};
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h) {
+            Packed<T> value[4];
+#pragma unroll
+            for (int m = 0; m < 4; ++m) value[m] = Packed<T>::from(stage + (KEYS + m * HALVES + h) * PIECE);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                float(&sum)[4] = sums[4 * h + c];
+                sum[0] *= keep[0], sum[1] *= keep[1], sum[2] *= keep[0], sum[3] *= keep[1];
+                uint32 a[4];
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    a[2 * m] = __byte_perm(value[2 * m].w[c], value[2 * m + 1].w[c], 0x5410);
+                    a[2 * m + 1] = __byte_perm(value[2 * m].w[c], value[2 * m + 1].w[c], 0x7632);
+                }
+                multiply_add<T>(sum, a, weights);
+            }
+        }
+    }
+    // scores become weights; what is left of heads 2 i and 2 i + 1 so far
+    DEVICE void weigh(float (&score)[4], float (&keep)[2]) {
         float top = most;
 #pragma unroll
-        for (int u = 0; u < U; ++u) top = score[u] > top ? score[u] : top;
-        const float keep = exp2_fast(most - top);
-        most = top, weight *= keep;
+        for (int m = 0; m < 4; ++m) top = score[m] > top ? score[m] : top;
 #pragma unroll
-        for (int c = 0; c < 8; ++c) y[c] *= keep;
+        for (int m = 1; m < 4; m *= 2) {
+            const float other = __shfl_xor_sync(~0u, top, m);
+            top = other > top ? other : top;
+        }
+        const float kept = exp2_fast(most - top);
+        most = top, weight *= kept;
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
+        for (int m = 0; m < 4; ++m) {
             // a score that is no number is no smaller than any
-            const float w = score[u] <= NOTHING ? 0.f : exp2_fast(score[u] - top);
-            weight += w;
-#pragma unroll
-            for (int c = 0; c < 8; ++c) y[c] = fmaf(w, v[u][c], y[c]);
+            score[m] = score[m] <= NOTHING ? 0.f : exp2_fast(score[m] - top + ROOM);
+            weight += score[m];
         }
+        keep[0] = __shfl_sync(~0u, kept, 8 * i), keep[1] = __shfl_sync(~0u, kept, 8 * i + 4);
+    }
+    // (WARPS, HEADS, P + 4): what a warp has summed up, for the block
+    DEVICE void leave(float* met) {
+        float* mine = met + threadIdx.x / 32 * HEADS * (P + 4);
+#pragma unroll
+        for (int m = 1; m < 4; m *= 2) weight += __shfl_xor_sync(~0u, weight, m);
+        if (i == 0) mine[g * (P + 4) + P] = most, mine[g * (P + 4) + P + 1] = weight;
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+            for (int o = 0; o < 2; ++o) {
+                float y[8];
+#pragma unroll
+                for (int c = 0; c < 8; ++c) y[c] = sums[4 * h + c / 2][c % 2 * 2 + o];
+                store_shared<8>(mine + (2 * i + o) * (P + 4) + 64 * h + 8 * g, y);
+            }
     }
 };
 
-template <class T, int LANES, int HEADS>
-struct Attend {
-    static constexpr int P = LANES * 8, GROUPS = THREADS / LANES, U = 4, ROOM = P + 2;
-    const AttendParams& p;
-    const float* heads;  // HEADS query heads and the new key, P floats each, zeros behind p
-    const int64 b;
-    const int kv, lane, group;
-    const int64 position;
-    char* ring;  // the first 16 bytes that this lane has of it
+// Four channels of a head, summed up over parts, which lie `apart` floats from each other; several are read before any is used
+struct Sum {
+    float most = NOTHING, weight = 0.f, y[4] = {};
 
-    DEVICE void dot(const float (&k)[8], const float (&q)[HEADS][8], float (&score)[HEADS]) const {
-#pragma unroll
-        for (int i = 0; i < HEADS; ++i) {
-            score[i] = 0.f;
-#pragma unroll
-            for (int c = 0; c < 8; ++c) score[i] = fmaf(q[i][c], k[c], score[i]);
-        }
-#pragma unroll
-        for (int m = LANES / 2; m > 0; m /= 2)
-#pragma unroll
-            for (int i = 0; i < HEADS; ++i) score[i] += __shfl_xor_sync(~0u, score[i], m);
-    }
-    DEVICE bool sees(int slot) const {
-        const int64 at = p.pos[b * p.pos_b + slot];
-        return at >= 0 && at <= position && (p.window == 0 || at > position - p.window);
-    }
-    // U slots for every group of lanes of [begin, end), but the new token's, on their way into what a lane has of shared memory for itself
-    DEVICE void fetch(char* to, int first, int end, int own) const {
-        const bool mine = lane * 8 < p.p;
-        const T *keys = (const T*)p.k + b * p.k_b + kv * p.k_h, *values = (const T*)p.v + b * p.v_b + kv * p.v_h;
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const int slot = first + u * GROUPS + group;
-            const bool there = slot < end && slot != own && mine;
-            copy_async16(to + 2 * u * THREADS * 16, keys + (there ? slot * p.k_s + lane * 8 : 0), there);
-            copy_async16(to + (2 * u + 1) * THREADS * 16, values + (there ? slot * p.v_s + lane * 8 : 0), there);
-        }
-        copy_async_commit();
-    }
-    DEVICE void look(int first, int end, int own, bool (&seen)[U]) const {
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const int slot = first + u * GROUPS + group;
-            seen[u] = slot < end && slot != own && sees(slot);
-        }
-    }
-    // two times U slots are on their way, so that nothing is waited for that has not been asked for long before
-    DEVICE void along(int begin, int end, int own, const float (&q)[HEADS][8], Sum (&sums)[HEADS]) const {
-        constexpr int TURN = U * GROUPS, STAGE = 2 * U * THREADS * 16;
-        bool seen[U], then[U];
-        fetch(ring, begin, end, own), fetch(ring + STAGE, begin + TURN, end, own);
-        look(begin, end, own, seen);
-        int odd = 0;
+    // `from`: a part's channels, behind `p` of which lie its largest exponent and sum of weights
+    template <int TOGETHER>
+    DEVICE void add(const float* from, int channel, int p, int apart, int count) {
 #pragma unroll 1
-        for (int first = begin; first < end; first += TURN, odd ^= 1) {
-            look(first + TURN, end, own, then);
-            copy_async_wait<1>();
-            char* stage = ring + odd * STAGE;
-            float scores[U][HEADS], v[U][8];
+        for (int first = 0; first < count; first += TOGETHER, from += TOGETHER * apart) {
+            float part[TOGETHER][4], tops[TOGETHER], weights[TOGETHER], top = most;
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
-                float k[8];
-                read_packed<T, 8>(reinterpret_cast<const T*>(stage + 2 * u * THREADS * 16), k);
-                read_packed<T, 8>(reinterpret_cast<const T*>(stage + (2 * u + 1) * THREADS * 16), v[u]);
-                dot(k, q, scores[u]);
-                // no number times zero would be none
-#pragma unroll
-                for (int c = 0; c < 8; ++c) v[u][c] = seen[u] ? v[u][c] : 0.f;
+            for (int s = 0; s < TOGETHER; ++s) {
+                const float* at = from + (first + s < count ? s : 0) * apart;
+                load_shared<4>(at + channel, part[s]);
+                tops[s] = at[p], weights[s] = at[p + 1];
+                top = tops[s] > top ? tops[s] : top;
             }
+            const float keep = exp2_fast(most - top);
+            most = top, weight *= keep;
 #pragma unroll
-            for (int i = 0; i < HEADS; ++i) {
-                float of_head[U];
+            for (int c = 0; c < 4; ++c) y[c] *= keep;
 #pragma unroll
-                for (int u = 0; u < U; ++u) of_head[u] = seen[u] ? scores[u][i] : NOTHING;
-                sums[i].add(of_head, v);
+            for (int s = 0; s < TOGETHER; ++s) {
+                if (first + s < count) {
+                    const float by = exp2_fast(tops[s] - top);
+                    weight = fmaf(by, weights[s], weight);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) y[c] = fmaf(by, part[s][c], y[c]);
+                }
             }
-            fetch(stage, first + 2 * TURN, end, own);
-#pragma unroll
-            for (int u = 0; u < U; ++u) seen[u] = then[u];
         }
     }
-    // the new token's key and value
-    DEVICE void own(const float (&q)[HEADS][8], Sum (&sums)[HEADS]) const {
-        float k[8], v[1][8], scores[HEADS];
-        load_shared<8>(heads + HEADS * P + lane * 8, k);
-        const T* from = (const T*)p.qkv + b * p.qkv_b + (p.h + p.h_kv + kv) * p.p + lane * 8;
-#pragma unroll
-        for (int c = 0; c < 8; ++c) v[0][c] = lane * 8 < p.p ? read_one(from + (lane * 8 < p.p ? c : 0)) : 0.f;
-        dot(k, q, scores);
-#pragma unroll
-        for (int i = 0; i < HEADS; ++i) {
-            const float one[1] = {group == 0 ? scores[i] : NOTHING};
-            sums[i].add(one, v);
-        }
+    template <class T>
+    DEVICE void write(T* out) const {
+        const float by = 1.f / weight, x[4] = {y[0] * by, y[1] * by, y[2] * by, y[3] * by};
+        Vec<T, 4>::pack(x).template store<true>(out, 4);
     }
 };
 
-template <class T, int LANES, int HEADS>
-__global__ void __launch_bounds__(THREADS) attend_split(const AttendParams p) {
-    using A = Attend<T, LANES, HEADS>;
-    SHARED_MEMORY(ring);
-    SHARED_ARRAY(float, heads, (HEADS + 1) * A::P);
-    SHARED_ARRAY(float, met, A::GROUPS * HEADS * A::ROOM);
-    let_next_begin();
-    const int split = blockIdx.x % p.splits, chunk = blockIdx.x / p.splits % p.chunks, row = blockIdx.x / p.splits / p.chunks;
-    const int kv = row % p.h_kv, per_kv = p.h / p.h_kv, first = kv * per_kv + chunk * HEADS;
-    const int there = per_kv - chunk * HEADS < HEADS ? per_kv - chunk * HEADS : HEADS;
-    const int64 b = row / p.h_kv;
-    wait_for_previous();
-    const int64 position = p.length[b];
-    const int own = (int)(position % p.cap), used = position + 1 < p.cap ? (int)position + 1 : p.cap;
-    const int even = (used + p.splits - 1) / p.splits, per = even < LEAST ? LEAST : even;
-    const int begin = split * per < used ? split * per : used, end = begin + per < used ? begin + per : used;
-    const T* qkv = (const T*)p.qkv + b * p.qkv_b;
-    const bool has = begin <= own && own < end;
-
-    for (int e = threadIdx.x; e < (HEADS + 1) * A::P; e += THREADS) heads[e] = 0.f;
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x / 32; i <= HEADS; i += THREADS / 32) {
-        const bool key = i == HEADS;
-        if (key ? !has : i >= there) continue;
-        const T *from = qkv + (key ? p.h + kv : first + i) * p.p, *gain = (const T*)(key ? p.k_gain : p.q_gain);
-        take_head(p, from, gain, key ? p.key_multiplier : 1.f, (float)position, heads + i * A::P);
-    }
-    __syncthreads();
-    if (has && chunk == 0) {
-        for (int e = threadIdx.x; e < p.p; e += THREADS) {
-            write_one((T*)p.k + b * p.k_b + own * p.k_s + kv * p.k_h + e, heads[HEADS * A::P + e]);
-            write_one((T*)p.v + b * p.v_b + own * p.v_s + kv * p.v_h + e, read_one(qkv + (p.h + p.h_kv + kv) * p.p + e));
-        }
-        // other key heads' blocks may read the old one: they know the slot, and leave it out
-        if (kv == 0 && threadIdx.x == 0) p.pos[b * p.pos_b + own] = position;
-    }
-
-    const A a{p, heads, b, kv, (int)threadIdx.x % LANES, (int)threadIdx.x / LANES, position, ring + threadIdx.x * 16};
-    float q[HEADS][8];
-    Sum sums[HEADS];
-#pragma unroll
-    for (int i = 0; i < HEADS; ++i) {
-        load_shared<8>(heads + i * A::P + a.lane * 8, q[i]);
-#pragma unroll
-        for (int c = 0; c < 8; ++c) q[i][c] *= p.scale * LOG2E;
-    }
-    a.along(begin, end, own, q, sums);
-    if (has) a.own(q, sums);
-#pragma unroll
-    for (int i = 0; i < HEADS; ++i) {
-        float* to = met + (a.group * HEADS + i) * A::ROOM;
-#pragma unroll
-        for (int c = 0; c < 8; ++c) to[a.lane * 8 + c] = sums[i].y[c];
-        if (a.lane == 0) to[A::P] = sums[i].most, to[A::P + 1] = sums[i].weight;
-    }
-    __syncthreads();
-    for (int o = threadIdx.x; o < there * p.p; o += THREADS) {
-        const int i = o / p.p, e = o % p.p;
-        float most = NOTHING, weight = 0.f, y = 0.f;
-        for (int g = 0; g < A::GROUPS; ++g) {
-            const float m = met[(g * HEADS + i) * A::ROOM + A::P];
-            most = m > most ? m : most;
-        }
-        for (int g = 0; g < A::GROUPS; ++g) {
-            const float* from = met + (g * HEADS + i) * A::ROOM;
-            const float keep = exp2_fast(from[A::P] - most);
-            weight = fmaf(keep, from[A::P + 1], weight), y = fmaf(keep, from[e], y);
-        }
-        float* to = p.parts + (((int64)b * p.h + first + i) * p.splits + split) * (p.p + 2);
-        to[e] = y;
-        if (e == 0) to[p.p] = most, to[p.p + 1] = weight;
-    }
+// f(head, channel) for each four channels of a block's heads
+template <class F>
+DEVICE void each_quad(const AttendParams& p, const Place& at, F f) {
+    for (int o = threadIdx.x; o < at.there * (p.p / 4); o += THREADS) f(o / (p.p / 4), o % (p.p / 4) * 4);
 }
 
-template <class T>
-__global__ void __launch_bounds__(THREADS) attend_combine(const AttendParams p) {
-    let_next_begin();
-    wait_for_previous();
-    const float* from = p.parts + (int64)blockIdx.x * p.splits * (p.p + 2);
-    for (int e = threadIdx.x; e < p.p; e += THREADS) {
-        float most = NOTHING, weight = 0.f, y = 0.f;
-        for (int s = 0; s < p.splits; ++s) {
-            const float m = from[s * (p.p + 2) + p.p];
-            most = m > most ? m : most;
-        }
-        for (int s = 0; s < p.splits; ++s) {
-            const float* part = from + s * (p.p + 2);
-            const float keep = exp2_fast(part[p.p] - most);
-            weight = fmaf(keep, part[p.p + 1], weight), y = fmaf(keep, part[e], y);
-        }
-        write_one((T*)p.out + (int64)blockIdx.x * p.p + e, y / weight);
+// Whether all other blocks that draw from these tickets have been here before this one, which then sees what they wrote
+DEVICE bool is_last(uint32* tickets, int blocks, int* shared) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        shared[0] = atomicInc(tickets, blocks - 1) == blocks - 1;
+        __threadfence();
     }
-    if (blockIdx.x % p.h == 0 && threadIdx.x == 0) p.length[blockIdx.x / p.h] += 1;
+    __syncthreads();
+    return shared[0];
+}
+
+template <class T, int HALVES, int STAGES>
+__global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
+    using A = Attend<T, HALVES, STAGES>;
+    constexpr int ROW = A::P + 4;
+    SHARED_MEMORY(ring);
+    SHARED_ARRAY(T, heads, ROWS * A::P);
+    SHARED_ARRAY(int, last, 1);
+    let_next_begin();
+    Place at(p);
+    NewHeads<T, A::P> token(p, at, heads);
+    token.look_ahead();
+    if (blockIdx.x < p.ahead) {
+        // a length that may be old, and must not stay in L1, is good enough for that
+        at.share_out(p, *(const volatile int64*)(p.length + at.b));
+        A(p, at, heads, ring).template begin<true>();
+    }
+    wait_for_previous();
+    const int64 position = p.length[at.b];
+    token.look();
+    at.share_out(p, position);
+    const int64 head = at.b * p.h + at.first;
+    if (at.begin < at.end) {
+        A a(p, at, heads, ring);
+        a.template begin<false>();
+        a.look(a.from);
+        token.form();
+        __syncthreads();
+        if (at.has_own() && at.chunk == 0) token.keep();
+        a.along();
+        __syncthreads();
+        float* met = reinterpret_cast<float*>(ring);
+        a.leave(met);
+        __syncthreads();
+        each_quad(p, at, [&](int i, int channel) {
+            Sum sum;
+            sum.template add<WARPS>(met + i * ROW, channel, A::P, HEADS * ROW, WARPS);
+            if (at.splits == 1) return sum.write((T*)p.out + (head + i) * p.p + channel);
+            float* to = p.parts + ((head + i) * p.splits + at.split) * (p.p + 4);
+            store_shared<4>(to + channel, sum.y);
+            if (channel == 0) to[p.p] = sum.most, to[p.p + 1] = sum.weight;
+        });
+    }
+    const int of_row = p.h_kv * p.chunks;
+    uint32* tickets = p.tickets + at.b * (of_row + 1);
+    if (p.splits > 1 && !is_last(tickets + at.group % of_row, p.splits, last)) return;
+    uint32 ticket = 0;
+    if (threadIdx.x == 0) ticket = atomicInc(tickets + of_row, of_row - 1);
+    if (at.splits > 1) {
+        each_quad(p, at, [&](int i, int channel) {
+            Sum sum;
+            sum.template add<16>(p.parts + (head + i) * p.splits * (p.p + 4), channel, p.p, p.p + 4, at.splits);
+            sum.write((T*)p.out + (head + i) * p.p + channel);
+        });
+    }
+    // all blocks of the row have read it
+    if (threadIdx.x == 0 && ticket == of_row - 1) p.length[at.b] = position + 1;
 }

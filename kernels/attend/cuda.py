@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from ctypes import c_float, c_int, c_longlong, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +11,26 @@ from torch import Tensor
 from ..dispatch import Facts
 from ..gpu import nvrtc, structs
 from ..gpu.operands import TYPES, ceil_div, refuse_step
+from ..gpu.tickets import tickets
 from .inputs import StepAttention
 
-THREADS = 128
-# shared memory of a block: keys and values on their way, 16 bytes each, two times four of every thread
-RING = 2 * 4 * 2 * THREADS * 16
-# slots that a block has at least, and blocks that share a row's slots at most
-SLOTS, SPLITS = 256, 64
-# query heads of one block
-HEADS = (1, 2, 4)
+WARPS, HEADS = 4, 8
+THREADS = 32 * WARPS
+# shared memory of a block holds so many times 16 slots of every warp
+STAGES = 2
+# slots that a block has at least if they are taken; blocks for a row, which should keep a GPU busy that has no other row
+SLOTS, BLOCKS = 128, 256
+# blocks that fetch into L2 what they will read while the launch before still runs, about as many as run at once
+AHEAD = 512
 
 
 class AttendParams(ctypes.Structure):
     """``AttendParams`` of ``attend.cu``."""
 
     _fields_ = [
-        *structs.fields(c_void_p, "qkv k v q_gain k_gain frequency pos length parts out"),
+        *structs.fields(c_void_p, "qkv k v q_gain k_gain frequency pos length parts tickets out"),
         *structs.fields(c_longlong, "qkv_b k_b k_s k_h v_b v_s v_h pos_b"),
-        *structs.fields(c_int, "h h_kv p cap splits chunks window rotated interleaved normed"),
+        *structs.fields(c_int, "h h_kv p cap splits chunks window rotated interleaved normed ahead"),
         *structs.fields(c_float, "scale key_multiplier eps"),
     ]
 
@@ -59,43 +62,54 @@ def misfit(i: StepAttention) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _cut(
     dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], how: tuple[int, ...], numbers: tuple
-) -> tuple[bytes, str, int, int]:
-    """The struct behind its pointers, the kernel, its blocks, and splits of a row's slots."""
+) -> tuple[bytes, str, "Shares"]:
+    """The struct behind its pointers, the kernel, and how its work is shared out."""
     b, cap, h_kv, p, h = sizes
-    lanes = next(n for n in (1, 2, 4, 8, 16, 32) if 8 * n >= p)
-    heads = next((n for n in HEADS if n >= h // h_kv), HEADS[-1])
-    # of the slots alone: a row's bits must not depend on how many rows there are
-    splits, chunks = min(SPLITS, ceil_div(cap, SLOTS)), ceil_div(h // h_kv, heads)
+    chunks = ceil_div(h // h_kv, HEADS)
+    # of a row alone: its bits must not depend on how many rows there are
+    splits = max(1, min(BLOCKS // (h_kv * chunks), ceil_div(cap, SLOTS)))
     window, rotated, interleaved, normed = how
     scale, key_multiplier, eps = numbers
     names = "qkv_b k_b k_s k_h v_b v_s v_h pos_b".split()
     rest = AttendParams(
         **dict(zip(names, strides, strict=True)), h=h, h_kv=h_kv, p=p, cap=cap, splits=splits, chunks=chunks, window=window,
-        rotated=rotated, interleaved=interleaved, normed=normed, scale=scale, key_multiplier=key_multiplier, eps=eps,
+        rotated=rotated, interleaved=interleaved, normed=normed, ahead=AHEAD, scale=scale, key_multiplier=key_multiplier, eps=eps,
     )  # fmt: skip
-    return structs.tail(rest), f"attend_split<{TYPES[dtype]}, {lanes}, {heads}>", b * h_kv * chunks * splits, splits
+    halves = ceil_div(p, 64)
+    # 16 slots of every warp, keys and values of two bytes
+    ring = STAGES * WARPS * 16 * 2 * 2 * 64 * halves
+    shares = Shares(b * h_kv * chunks * splits, splits, h_kv * chunks, ring)
+    return structs.tail(rest), f"attend_slots<{TYPES[dtype]}, {halves}, {STAGES}>", shares
+
+
+class Shares(NamedTuple):
+    """Blocks of a launch, splits of a row's slots, chunks of a row's heads, and a block's shared memory."""
+
+    blocks: int
+    splits: int
+    chunks: int
+    ring: int
 
 
 def step_attention(i: StepAttention) -> Tensor:
-    """Two launches: blocks of slots, and what they have summed up."""
+    """One launch: blocks of slots, and what they have summed up where the last of them arrives."""
     (b, cap, h_kv, p), h, norm = i.k.shape, i.nheads, i.norm
     out = torch.empty((b, h * p), dtype=i.qkv.dtype, device=i.qkv.device)
     if not out.numel():
         return out
-    tail, name, blocks, splits = _cut(
+    tail, name, shares = _cut(
         i.qkv.dtype,
         (b, cap, h_kv, p, h),
         (i.qkv.stride(0), *i.k.stride()[:3], *i.v.stride()[:3], i.pos.stride(0)),
         (i.window or 0, 0 if i.frequency is None else i.frequency.shape[0], i.interleaved, norm is not None),
         (p**-0.5 if i.scale is None else i.scale, i.key_multiplier, 0.0 if norm is None else norm.eps),
     )
-    parts = torch.empty((b, h, splits, p + 2), dtype=torch.float32, device=out.device)
+    parts = torch.empty((b, h, shares.splits, p + 4), dtype=torch.float32, device=out.device)
     gains = (None, None) if norm is None else (norm.q, norm.k)
     frequency = None if i.frequency is None else i.frequency.float().contiguous()
-    packed = structs.pack(tail, i.qkv, i.k, i.v, *gains, frequency, i.pos, i.length, parts, out)
-    nvrtc.launch("attend.cu", name, packed, blocks, THREADS, RING, out.device, overlaps=True)
-    combine = f"attend_combine<{TYPES[out.dtype]}>"
-    nvrtc.launch("attend.cu", combine, packed, b * h, THREADS, 0, out.device, overlaps=True)
+    drawn = tickets(i.k, (b, shares.chunks + 1))
+    packed = structs.pack(tail, i.qkv, i.k, i.v, *gains, frequency, i.pos, i.length, parts, drawn, out)
+    nvrtc.launch("attend.cu", name, packed, shares.blocks, THREADS, shares.ring, out.device, overlaps=True)
     for state in (i.k, i.v, i.pos, i.length):
         if not state.is_inference():
             torch.autograd.graph.increment_version(state)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..dispatch import Facts
 from ..gpu import nvrtc, structs
@@ -29,6 +28,7 @@ from ..gpu.operands import (
     refuse_width,
     step_limits,
 )
+from ..gpu.tickets import tickets
 from ..numerics import blank, cast
 from ..operators import custom_op
 from .chunked import spelled_out
@@ -90,20 +90,6 @@ def _changed(*states: Tensor) -> None:
     for state in states:
         if not state.is_inference():
             torch.autograd.graph.increment_version(state)
-
-
-_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _tickets(conv_state: Tensor, groups: int) -> Tensor:
-    """A counter per row and group, zero between launches, that lives as long as the state: launches that run at once must not share one."""
-    counters = _counters.get(conv_state)
-    if counters is None or counters.shape != (conv_state.shape[0], groups):
-        counters = torch.zeros((conv_state.shape[0], groups), dtype=torch.int32, device=conv_state.device)
-        # what is made while a graph is captured is zero only when the graph runs
-        if not (conv_state.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _counters[conv_state] = counters
-    return counters
 
 
 def update(conv: ConvStep | None, scan: ScanStep | None, options: StepOptions) -> Tensor:
@@ -195,9 +181,9 @@ def _scan(conv: ConvStep | None, i: ScanStep, options: StepOptions) -> Tensor:
             None if norms is None else norms.eps,
         )
         tail, name, blocks, tiles = _scan_launch(look, processors(x.device))
-        tickets = _tickets(conv.state, options.groups) if conv is not None and tiles > 1 else None
+        drawn = tickets(conv.state, (conv.state.shape[0], options.groups)) if conv is not None and tiles > 1 else None
         of_dt = (dt_bias, dt_weight, *gains, rows)
-        packed = structs.pack(tail, state, x, dt, B, C, z, A, D, *of_dt, *convolved, tickets, out)
+        packed = structs.pack(tail, state, x, dt, B, C, z, A, D, *of_dt, *convolved, drawn, out)
         nvrtc.launch("update.cu", name, packed, blocks, THREADS, 0, x.device, overlaps=True)
         _changed(state, *(() if conv is None else (conv.state,)))
     return cast(out, first.dtype)

@@ -227,6 +227,11 @@ void copy_async_wait() {
 inline int keep_in_register(int x) { return x; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }
+inline uint32 __byte_perm(uint32 lo, uint32 hi, uint32 which) {
+    uint32 y = 0;
+    for (int i = 0; i < 4; ++i) y |= (uint32)((((uint64_t)hi << 32 | lo) >> ((which >> 4 * i & 7) * 8)) & 255) << 8 * i;
+    return y;
+}
 inline float __uint_as_float(uint32 x) { float y; memcpy(&y, &x, 4); return y; }
 inline uint32 __float_as_uint(float x) { uint32 y; memcpy(&y, &x, 4); return y; }
 inline float half_bits_to_float(uint16 x) { _Float16 h; memcpy(&h, &x, 2); return (float)h; }

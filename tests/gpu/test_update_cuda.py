@@ -150,7 +150,7 @@ def test_no_block_reads_what_another_has_shifted():
         )
         assert torch.equal(got, want), t
     assert torch.equal(conv_state, two_conv) and torch.equal(state, two_state)
-    assert not cuda_update._tickets(conv_state, 1).any()
+    assert not cuda_update.tickets(conv_state, (len(conv_state), 1)).any()
 
 
 @pytest.mark.parametrize("warm", [True, False])

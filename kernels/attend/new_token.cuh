@@ -1,0 +1,160 @@
+// What a block of one token's attention begins with: its share of heads and slots, and the new token's heads.
+#pragma once
+#include "overlap.cuh"
+#include "vector.cuh"
+
+struct AttendParams {
+    const void* qkv;                      // (b, (h + 2 h_kv) p)
+    void *k, *v;                          // (b, cap, h_kv, p)
+    const void *q_gain, *k_gain;          // (p), each may be null
+    const float* frequency;               // (rotated)
+    int64 *pos, *length;                  // (b, cap), the position in a slot, -1 where it is empty; (b), tokens before this one
+    float* parts;                         // (b, h, splits, p + 4): sums, their largest exponent, and the sum of weights
+    uint32* tickets;                      // (b, h_kv chunks + 1): blocks that are done of heads, and heads of a row; zero between launches
+    void* out;                            // (b, h p)
+    int64 qkv_b, k_b, k_s, k_h, v_b, v_s, v_h, pos_b;
+    int h, h_kv, p, cap, splits, chunks, window, rotated, interleaved, normed, ahead;
+    float scale, key_multiplier, eps;
+};
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS, SLOTS = 16, TURN = WARPS * SLOTS, HEADS = 8;
+constexpr int KEY = HEADS, VALUE = HEADS + 1, ROWS = HEADS + 2;  // of the new token: query heads, a key, a value
+constexpr float NOTHING = -3e38f;                                // a score below all scores
+constexpr float ROOM = 10.f;                                     // the largest weight is 2^10: fp16 has digits for smaller ones, too
+
+template <class T>
+DEVICE float rounded(float x) {
+    T to;
+    write_one(&to, x);
+    return read_one(&to);
+}
+
+// A block's place, and the slots that are its own
+struct Place {
+    int split, chunk, kv, first, there;  // of the query heads
+    int64 b, group;
+    int64 position;
+    int own, begin, end, splits;         // the new token's slot; of those that have any slots, one at least
+
+    DEVICE Place(const AttendParams& p) {
+        split = blockIdx.x % p.splits, group = blockIdx.x / p.splits;
+        chunk = (int)(group % p.chunks), kv = (int)(group / p.chunks % p.h_kv), b = group / p.chunks / p.h_kv;
+        const int per_kv = p.h / p.h_kv, left = per_kv - chunk * HEADS;
+        first = kv * per_kv + chunk * HEADS, there = left < HEADS ? left : HEADS;
+    }
+    DEVICE void share_out(const AttendParams& p, int64 at) {
+        position = at;
+        own = (int)(position % p.cap);
+        const int used = position + 1 < p.cap ? (int)position + 1 : p.cap;
+        const int even = (used + p.splits - 1) / p.splits, per = (even + TURN - 1) / TURN * TURN;
+        begin = split * per < used ? split * per : used, end = begin + per < used ? begin + per : used;
+        splits = (used + per - 1) / per;
+    }
+    DEVICE bool has_own() const { return begin <= own && own < end; }
+};
+
+// |angle| may be as large as a long text: the period is taken off in double, where the CUDA library's function goes through local memory
+DEVICE void sine_and_cosine(float angle, float& s, float& c) {
+    const double quarters = rint((double)angle * 0.6366197723675814);
+    const float x = (float)fma(quarters, -1.5707963267948966, (double)angle), square = x * x;
+    float sine = fmaf(-1.9515295891e-4f, square, 8.3321608736e-3f), cosine = fmaf(2.443315711809948e-5f, square, -1.388731625493765e-3f);
+    sine = fmaf(fmaf(sine, square, -1.6666654611e-1f), square * x, x);
+    cosine = fmaf(fmaf(cosine, square, 4.166664568298827e-2f), square * square, fmaf(-0.5f, square, 1.f));
+    const int64 quarter = (int64)quarters;
+    s = quarter & 1 ? cosine : sine, c = quarter & 1 ? sine : cosine;
+    s = quarter & 2 ? -s : s, c = (quarter + 1) & 2 ? -c : c;
+}
+
+// The new token's heads in shared memory, in the precision of T as operations of their own would leave them; a warp has every fourth of them
+template <class T, int P>
+struct NewHeads {
+    static constexpr int EACH = P / 32, MINE = (ROWS + WARPS - 1) / WARPS;
+    const AttendParams& p;
+    const Place& at;
+    T* heads;  // (ROWS, P)
+    const int lane, warp;
+    T raw[MINE][EACH] = {}, gains[2][EACH] = {};
+    float frequency[EACH / 2] = {};
+
+    DEVICE NewHeads(const AttendParams& p, const Place& at, T* heads) : p(p), at(at), heads(heads), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+
+    DEVICE bool is_there(int row) const { return row < HEADS ? row < at.there : row < ROWS; }
+    // what nobody writes while models decode
+    DEVICE void look_ahead() {
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int e = lane + 32 * j;
+            if (e < p.p && p.q_gain != nullptr) gains[0][j] = ((const T*)p.q_gain)[e];
+            if (e < p.p && p.k_gain != nullptr) gains[1][j] = ((const T*)p.k_gain)[e];
+            if (j < EACH / 2 && e < p.rotated) frequency[j] = p.frequency[e];
+        }
+    }
+    DEVICE void look() {
+        const T* qkv = (const T*)p.qkv + at.b * p.qkv_b;
+#pragma unroll
+        for (int m = 0; m < MINE; ++m) {
+            const int row = warp + m * WARPS;
+            const T* from = qkv + (row < HEADS ? at.first + row : p.h + at.kv + (row == VALUE ? p.h_kv : 0)) * p.p;
+#pragma unroll
+            for (int j = 0; j < EACH; ++j)
+                if (is_there(row) && lane + 32 * j < p.p) raw[m][j] = from[lane + 32 * j];
+        }
+    }
+    DEVICE void form() {
+#pragma unroll
+        for (int m = 0; m < MINE; ++m)
+#pragma unroll
+            for (int j = 0; j < EACH; ++j)
+                if (warp + m * WARPS < ROWS) heads[(warp + m * WARPS) * P + lane + 32 * j] = raw[m][j];
+        __syncwarp();
+#pragma unroll 1
+        for (int row = warp; row < VALUE; row += WARPS) {
+            if (!is_there(row)) continue;
+            T* x = heads + row * P;
+            if (p.normed || (row == KEY && p.key_multiplier != 1.f)) scale(x, row == KEY);
+            if (p.rotated > 0) turn(x);
+        }
+    }
+    DEVICE void scale(T* x, bool key) {
+        const bool bare = (key ? p.k_gain : p.q_gain) == nullptr;
+        float by = 1.f, squares = 0.f;
+        if (p.normed) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) squares = fmaf(read_one(x + lane + 32 * j), read_one(x + lane + 32 * j), squares);
+#pragma unroll
+            for (int m = 16; m > 0; m /= 2) squares += __shfl_xor_sync(~0u, squares, m);
+            by = 1.f / sqrtf(squares / (float)p.p + p.eps);
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int e = lane + 32 * j;
+            float y = read_one(x + e);
+            if (p.normed) y = rounded<T>(y * by * (bare ? 1.f : read_one(gains[key] + j)));
+            write_one(x + e, key && p.key_multiplier != 1.f ? y * p.key_multiplier : y);
+        }
+        __syncwarp();
+    }
+    DEVICE void turn(T* x) {
+#pragma unroll
+        for (int j = 0; j < EACH / 2; ++j) {
+            const int t = lane + 32 * j;
+            if (t >= p.rotated) continue;
+            const int first = p.interleaved ? 2 * t : t, second = p.interleaved ? 2 * t + 1 : t + p.rotated;
+            const float a = read_one(x + first), b = read_one(x + second);
+            float s, c;
+            sine_and_cosine((float)at.position * frequency[j], s, c);
+            write_one(x + first, a * c - b * s), write_one(x + second, b * c + a * s);
+        }
+        __syncwarp();
+    }
+    DEVICE void keep() const {
+        T* to[2] = {(T*)p.k + at.b * p.k_b + at.own * p.k_s + at.kv * p.k_h, (T*)p.v + at.b * p.v_b + at.own * p.v_s + at.kv * p.v_h};
+        for (int e = threadIdx.x; e < p.p / 4; e += THREADS) {
+            const int which = e % 2, c = e / 2 * 8;
+            Packed<T>::from(heads + (KEY + which) * P + c).template store<true>(to[which] + c, 8);
+        }
+        // other key heads' blocks may read the old one: they know the slot, and do not ask
+        if (at.kv == 0 && threadIdx.x == 0) p.pos[at.b * p.pos_b + at.own] = at.position;
+    }
+};
+

@@ -1,0 +1,18 @@
+"""Counters with which the blocks of a launch find out who is the last of them."""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def tickets(state: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Counters, zero between launches, that live as long as the state which these change: launches that run at once must not share them."""
+    counters = _counters.get(state)
+    if counters is None or counters.shape != shape:
+        counters = torch.zeros(shape, dtype=torch.int32, device=state.device)
+        # what is made while a graph is captured is zero only when the graph runs
+        if not (state.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _counters[state] = counters
+    return counters
