@@ -14,6 +14,7 @@
 // The new key and value are not read back: they take the place of what has been fetched.
 #include "mma.cuh"
 #include "new_token.cuh"
+#include "tickets.cuh"
 
 template <class T, int HALVES, int STAGES>
 struct Attend {
@@ -205,7 +206,9 @@ struct Sum {
             for (int s = 0; s < TOGETHER; ++s) {
                 const float* at = from + (first + s < count ? s : 0) * apart;
                 load_shared<4>(at + channel, part[s]);
-                tops[s] = at[p], weights[s] = at[p + 1];
+                float of[2];
+                load_shared<2>(at + p, of);
+                tops[s] = of[0], weights[s] = of[1];
                 top = tops[s] > top ? tops[s] : top;
             }
             const float keep = exp2_fast(most - top);
@@ -234,18 +237,6 @@ struct Sum {
 template <class F>
 DEVICE void each_quad(const AttendParams& p, const Place& at, F f) {
     for (int o = threadIdx.x; o < at.there * (p.p / 4); o += THREADS) f(o / (p.p / 4), o % (p.p / 4) * 4);
-}
-
-// Whether all other blocks that draw from these tickets have been here before this one, which then sees what they wrote
-DEVICE bool is_last(uint32* tickets, int blocks, int* shared) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        shared[0] = atomicInc(tickets, blocks - 1) == blocks - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    return shared[0];
 }
 
 template <class T, int HALVES, int STAGES>
@@ -292,7 +283,7 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
     }
     const int of_row = p.h_kv * p.chunks;
     uint32* tickets = p.tickets + at.b * (of_row + 1);
-    if (p.splits > 1 && !is_last(tickets + at.group % of_row, p.splits, last)) return;
+    if (p.splits > 1 && !is_last(tickets + at.group, p.splits, last)) return;
     uint32 ticket = 0;
     if (threadIdx.x == 0) ticket = atomicInc(tickets + of_row, of_row - 1);
     if (at.splits > 1) {
@@ -303,5 +294,5 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
         });
     }
     // all blocks of the row have read it
-    if (threadIdx.x == 0 && ticket == of_row - 1) p.length[at.b] = position + 1;
+    if (threadIdx.x == 0 && ticket == (uint32)of_row - 1) p.length[at.b] = position + 1;
 }

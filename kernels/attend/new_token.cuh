@@ -31,21 +31,22 @@ DEVICE float rounded(float x) {
 
 // A block's place, and the slots that are its own
 struct Place {
-    int split, chunk, kv, first, there;  // of the query heads
-    int64 b, group;
-    int64 position;
-    int own, begin, end, splits;         // the new token's slot; of those that have any slots, one at least
+    int split, group, chunk, kv, first, there;  // group: of the row's blocks, those of its query heads, `there` of them from the first on
+    int64 b, position;
+    int own, begin, end, splits;                // the new token's slot; of those that have any slots, one at least
 
     DEVICE Place(const AttendParams& p) {
-        split = blockIdx.x % p.splits, group = blockIdx.x / p.splits;
-        chunk = (int)(group % p.chunks), kv = (int)(group / p.chunks % p.h_kv), b = group / p.chunks / p.h_kv;
+        const int blocks = blockIdx.x / p.splits, of_row = p.h_kv * p.chunks;
+        split = blockIdx.x % p.splits, group = blocks % of_row, b = blocks / of_row;
+        chunk = group % p.chunks, kv = group / p.chunks;
         const int per_kv = p.h / p.h_kv, left = per_kv - chunk * HEADS;
         first = kv * per_kv + chunk * HEADS, there = left < HEADS ? left : HEADS;
     }
     DEVICE void share_out(const AttendParams& p, int64 at) {
         position = at;
-        own = (int)(position % p.cap);
+        own = (int)(position < p.cap ? position : position % p.cap);
         const int used = position + 1 < p.cap ? (int)position + 1 : p.cap;
+        // whole turns: behind a block's last slot are no other block's
         const int even = (used + p.splits - 1) / p.splits, per = (even + TURN - 1) / TURN * TURN;
         begin = split * per < used ? split * per : used, end = begin + per < used ? begin + per : used;
         splits = (used + per - 1) / per;
@@ -129,7 +130,7 @@ struct NewHeads {
         for (int j = 0; j < EACH; ++j) {
             const int e = lane + 32 * j;
             float y = read_one(x + e);
-            if (p.normed) y = rounded<T>(y * by * (bare ? 1.f : read_one(gains[key] + j)));
+            if (p.normed) y = rounded<T>(y * by * (bare ? 1.f : key ? read_one(gains[1] + j) : read_one(gains[0] + j)));
             write_one(x + e, key && p.key_multiplier != 1.f ? y * p.key_multiplier : y);
         }
         __syncwarp();
@@ -148,10 +149,10 @@ struct NewHeads {
         __syncwarp();
     }
     DEVICE void keep() const {
-        T* to[2] = {(T*)p.k + at.b * p.k_b + at.own * p.k_s + at.kv * p.k_h, (T*)p.v + at.b * p.v_b + at.own * p.v_s + at.kv * p.v_h};
+        T *k = (T*)p.k + at.b * p.k_b + at.own * p.k_s + at.kv * p.k_h, *v = (T*)p.v + at.b * p.v_b + at.own * p.v_s + at.kv * p.v_h;
         for (int e = threadIdx.x; e < p.p / 4; e += THREADS) {
-            const int which = e % 2, c = e / 2 * 8;
-            Packed<T>::from(heads + (KEY + which) * P + c).template store<true>(to[which] + c, 8);
+            const int c = e / 2 * 8;
+            Packed<T>::from(heads + (KEY + e % 2) * P + c).template store<true>((e % 2 ? v : k) + c, 8);
         }
         // other key heads' blocks may read the old one: they know the slot, and do not ask
         if (at.kv == 0 && threadIdx.x == 0) p.pos[at.b * p.pos_b + at.own] = at.position;
