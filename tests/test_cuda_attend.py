@@ -48,6 +48,10 @@ CASES = {
     "a window less than the slots": dict(window=7, scale=0.3, interleaved=True, frequency=frequencies(64)),
     "normed": dict(p=32, dtype=F16, frequency=frequencies(32), key_multiplier=0.5, norm=True),
     "the first token": dict(lengths=(0, 0), frequency=frequencies(64)),
+    "more splits than are read at once": dict(h=1, h_kv=1, p=16, cap=2200, lengths=(2190, 1500), dtype=F16),
+    "as many heads as a block has": dict(h=8, h_kv=1, p=256, cap=150, lengths=(149, 64), scale=1.0),
+    "no whole number of halves": dict(h=2, h_kv=1, p=136, lengths=(39, 39), frequency=frequencies(136)),
+    "angles that float32 hardly tells apart": dict(lengths=(1 << 20, 3 << 18), frequency=frequencies(64)),
 }
 
 
@@ -77,6 +81,19 @@ def test_a_rows_bits_do_not_depend_on_the_others(emulated):
     alone = StepAttention(*(m[1:2].clone() for m in i[:5]), *i[5:])
     assert torch.equal(cuda.step_attention(i)[1:2], cuda.step_attention(alone))
     assert torch.equal(alone.k[0, 3], i.k[1, 3])
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_where_it_is(emulated):
+    i = operands(2, cap=200, lengths=(180, 190), window=100)
+    other = StepAttention(*(m.clone() for m in i[:5]), *i[5:])
+    # behind the window, nowhere; before it, in one key head of one row
+    other.k[:, :50], other.v[:, 50:80], other.k[1, 150, 0] = float("nan"), float("inf"), float("nan")
+    clean, marred = (cuda.step_attention(m).view(2, 4, 64) for m in (i, other))
+    assert torch.equal(clean[0], marred[0]) and torch.equal(clean[1, 2:], marred[1, 2:])
+    assert marred[1, :2].isnan().all()
+    # the blocks that came last left the counters as they found them
+    assert not any(cuda.tickets(m.k, (2, 3)).any() for m in (i, other))
 
 
 def test_what_does_not_fit_is_named():

@@ -272,10 +272,11 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
         float* met = reinterpret_cast<float*>(ring);
         a.leave(met);
         __syncthreads();
+        const int splits = at.splits();
         each_quad(p, at, [&](int i, int channel) {
             Sum sum;
             sum.template add<WARPS>(met + i * ROW, channel, A::P, HEADS * ROW, WARPS);
-            if (at.splits == 1) return sum.write((T*)p.out + (head + i) * p.p + channel);
+            if (splits == 1) return sum.write((T*)p.out + (head + i) * p.p + channel);
             float* to = p.parts + ((head + i) * p.splits + at.split) * (p.p + 4);
             store_shared<4>(to + channel, sum.y);
             if (channel == 0) to[p.p] = sum.most, to[p.p + 1] = sum.weight;
@@ -284,12 +285,13 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
     const int of_row = p.h_kv * p.chunks;
     uint32* tickets = p.tickets + at.b * (of_row + 1);
     if (p.splits > 1 && !is_last(tickets + at.group, p.splits, last)) return;
+    const int splits = at.splits();
     uint32 ticket = 0;
     if (threadIdx.x == 0) ticket = atomicInc(tickets + of_row, of_row - 1);
-    if (at.splits > 1) {
+    if (splits > 1) {
         each_quad(p, at, [&](int i, int channel) {
             Sum sum;
-            sum.template add<16>(p.parts + (head + i) * p.splits * (p.p + 4), channel, p.p, p.p + 4, at.splits);
+            sum.template add<16>(p.parts + (head + i) * p.splits * (p.p + 4), channel, p.p, p.p + 4, splits);
             sum.write((T*)p.out + (head + i) * p.p + channel);
         });
     }

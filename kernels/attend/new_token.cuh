@@ -29,11 +29,13 @@ DEVICE float rounded(float x) {
     return read_one(&to);
 }
 
+DEVICE int ceil_div(uint32 a, uint32 b) { return (int)((a + b - 1) / b); }
+
 // A block's place, and the slots that are its own
 struct Place {
     int split, group, chunk, kv, first, there;  // group: of the row's blocks, those of its query heads, `there` of them from the first on
     int64 b, position;
-    int own, begin, end, splits;                // the new token's slot; of those that have any slots, one at least
+    int own, used, per, begin, end;             // the new token's slot; slots of the row, of a block, and of this one
 
     DEVICE Place(const AttendParams& p) {
         const int blocks = blockIdx.x / p.splits, of_row = p.h_kv * p.chunks;
@@ -45,12 +47,13 @@ struct Place {
     DEVICE void share_out(const AttendParams& p, int64 at) {
         position = at;
         own = (int)(position < p.cap ? position : position % p.cap);
-        const int used = position + 1 < p.cap ? (int)position + 1 : p.cap;
-        // whole turns: behind a block's last slot are no other block's
-        const int even = (used + p.splits - 1) / p.splits, per = (even + TURN - 1) / TURN * TURN;
+        used = position + 1 < p.cap ? (int)position + 1 : p.cap;
+        // whole turns: no turn goes into another block's slots
+        per = ceil_div(ceil_div(used, p.splits), TURN) * TURN;
         begin = split * per < used ? split * per : used, end = begin + per < used ? begin + per : used;
-        splits = (used + per - 1) / per;
     }
+    // blocks that have any slots, one at least
+    DEVICE int splits() const { return ceil_div(used, per); }
     DEVICE bool has_own() const { return begin <= own && own < end; }
 };
 
@@ -79,7 +82,7 @@ struct NewHeads {
 
     DEVICE NewHeads(const AttendParams& p, const Place& at, T* heads) : p(p), at(at), heads(heads), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
 
-    DEVICE bool is_there(int row) const { return row < HEADS ? row < at.there : row < ROWS; }
+    DEVICE bool is_there(int row) const { return row < at.there || (row >= HEADS && row < ROWS); }
     // what nobody writes while models decode
     DEVICE void look_ahead() {
 #pragma unroll
@@ -95,10 +98,11 @@ struct NewHeads {
 #pragma unroll
         for (int m = 0; m < MINE; ++m) {
             const int row = warp + m * WARPS;
+            const int count = is_there(row) ? p.p : 0;
             const T* from = qkv + (row < HEADS ? at.first + row : p.h + at.kv + (row == VALUE ? p.h_kv : 0)) * p.p;
 #pragma unroll
             for (int j = 0; j < EACH; ++j)
-                if (is_there(row) && lane + 32 * j < p.p) raw[m][j] = from[lane + 32 * j];
+                if (lane + 32 * j < count) raw[m][j] = from[lane + 32 * j];
         }
     }
     DEVICE void form() {
