@@ -1,4 +1,4 @@
-"""One token's attention in two launches, where nothing but an attention layer's options decides about it."""
+"""One token's attention in one launch, where nothing but an attention layer's options decides about it."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""One token's attention on an NVIDIA GPU: launches of ``attend.cu``."""
+"""One token's attention on an NVIDIA GPU: the launch of ``attend.cu``."""
 
 import ctypes
 import functools

@@ -38,8 +38,9 @@ struct Place {
     int own, used, per, begin, end;             // the new token's slot; slots of the row, of a block, and of this one
 
     DEVICE Place(const AttendParams& p) {
-        const int blocks = blockIdx.x / p.splits, of_row = p.h_kv * p.chunks;
-        split = blockIdx.x % p.splits, group = blocks % of_row, b = blocks / of_row;
+        // who reads the same slots comes at the same time: chunks the same bytes, key heads those beside them
+        const int of_row = p.h_kv * p.chunks, rest = blockIdx.x / of_row;
+        group = blockIdx.x % of_row, split = rest % p.splits, b = rest / p.splits;
         chunk = group % p.chunks, kv = group / p.chunks;
         const int per_kv = p.h / p.h_kv, left = per_kv - chunk * HEADS;
         first = kv * per_kv + chunk * HEADS, there = left < HEADS ? left : HEADS;

@@ -34,6 +34,7 @@ def _on_the_gpu():
         (64, 16, 16, 64, 640, None),
         (1, 16, 1, 256, 65536, None),
         (2, 40, 8, 128, 700, 300),
+        (2, 40, 2, 96, 3000, None),
     ],
 )
 @torch.no_grad()
@@ -67,3 +68,14 @@ def test_the_same_bits_apart_overlapping_and_as_a_graph(monkeypatch):
     recorded = run(True, lambda: graph.replay() or out)
     for other in (overlapping, recorded):
         assert all(torch.equal(a, b) for a, b in zip(apart, other, strict=True))
+
+
+@torch.no_grad()
+def test_a_rows_bits_do_not_depend_on_the_others():
+    lengths = torch.randint(1, 2000, (64,)).tolist()
+    i = _attend.operands(64, 32, 8, 128, 2048, lengths, frequency=_attend.frequencies(128))
+    alone = i._replace(**{name: getattr(i, name)[5:6].clone() for name in ("qkv", "k", "v", "pos", "length")})
+    for _ in range(20):
+        assert torch.equal(cuda.step_attention(i)[5:6], cuda.step_attention(alone))
+    # the blocks that came last left the counters as they found them
+    assert not any(cuda.tickets(m.k, (len(m.k), 9)).any() for m in (i, alone))
