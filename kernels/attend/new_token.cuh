@@ -91,11 +91,13 @@ struct NewHeads {
             const int e = lane + 32 * j;
             if (e < p.p && p.q_gain != nullptr) gains[0][j] = ((const T*)p.q_gain)[e];
             if (e < p.p && p.k_gain != nullptr) gains[1][j] = ((const T*)p.k_gain)[e];
-            if (j < EACH / 2 && e < p.rotated) frequency[j] = p.frequency[e];
         }
     }
     DEVICE void look() {
         const T* qkv = (const T*)p.qkv + at.b * p.qkv_b;
+#pragma unroll
+        for (int j = 0; j < EACH / 2; ++j)
+            if (lane + 32 * j < p.rotated) frequency[j] = p.frequency[lane + 32 * j];
 #pragma unroll
         for (int m = 0; m < MINE; ++m) {
             const int row = warp + m * WARPS;
@@ -115,7 +117,7 @@ struct NewHeads {
         __syncwarp();
 #pragma unroll 1
         for (int row = warp; row < VALUE; row += WARPS) {
-            if (!is_there(row)) continue;
+            if (!is_there(row) || (row == KEY && !at.has_own())) continue;
             T* x = heads + row * P;
             if (p.normed || (row == KEY && p.key_multiplier != 1.f)) scale(x, row == KEY);
             if (p.rotated > 0) turn(x);
