@@ -52,9 +52,13 @@ def fits(where: str, seq: Seq | None, x: Tensor) -> None:
     if seq is None:
         return
     if seq.doc.shape != x.shape[:2]:
-        raise ValueError(f"{where}: seq describes {tuple(seq.doc.shape)} tokens, the input has {tuple(x.shape[:2])} (b, l).")
+        raise ValueError(
+            f"{where}: seq describes {tuple(seq.doc.shape)} tokens, the input has {tuple(x.shape[:2])} (b, l)."
+        )
     if (seq.packed or seq.padded) and seq.doc.device != x.device:
-        raise ValueError(f"{where}: seq is on {seq.doc.device}, the input on {x.device}. Make it with device={str(x.device)!r}.")
+        raise ValueError(
+            f"{where}: seq is on {seq.doc.device}, the input on {x.device}. Make it with device={str(x.device)!r}."
+        )
 
 
 def is_silu(where: str, activation: str | None) -> bool:
