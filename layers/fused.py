@@ -75,7 +75,8 @@ def _why_products(x: Tensor, norm: nn.Module, linears: list[Any]) -> str | None:
     why = next((why for m in linears if (why := why_called(m, nn.Linear)) is not None), None)
     if why is not None:
         return f"a projection {why}"
-    if (why := fits(x.device.type, first.dtype, x.shape[0], max(m.in_features for m in linears))) is not None:
+    k, most = max(m.in_features for m in linears), max(m.in_features * m.out_features for m in linears)
+    if (why := fits(x.device.type, first.dtype, x.shape[0], k, most // k)) is not None:
         return why
     if type(norm) not in NORMS.values() or why_called(norm, type(norm)) is not None:
         return "the norm is none of ours, or has hooks"

@@ -137,7 +137,7 @@ def test_numbers_that_are_none_stay_in_their_row():
 def test_blocks_take_one_tile_after_the_other(monkeypatch):
     monkeypatch.setattr(cuda, "processors", lambda device: 2)
     # an A100's shared memory, and less
-    monkeypatch.setattr(cuda, "_room", lambda device: 60 << 10)
+    monkeypatch.setattr(cuda, "_room", lambda device: 64 << 10)
     check(product(2, 520, 150))
     check(product(2, 264, 300, gated=True, activation="silu"))
 
@@ -152,11 +152,13 @@ def test_how_rows_are_cut(n, most, rows):
 @pytest.mark.parametrize(
     ("b", "k", "n", "part"),
     [
-        (8, 5120, 2560, (8, 8)),
-        (16, 5120, 2560, (16, 4)),
-        (32, 768, 50280, (32, 8)),
-        (64, 5120, 192, (16, 4)),
-        (64, 1536, 768, (32, 8)),
+        (1, 2560, 10240, (1, (2, 6))),
+        (1, 5120, 2560, (1, (5, 2))),
+        (8, 5120, 2560, (8, (4, 3))),
+        (16, 5120, 2560, (16, (2, 2))),
+        (32, 768, 50280, (32, (3, 4))),
+        (64, 5120, 192, (16, (2, 2))),
+        (64, 1536, 768, (32, (2, 5))),
         (64, 2560, 10240, "would read a weight of k = 2560 4 times for 64 rows"),
         (32, 5120, 2560, "would read a weight of k = 5120 2 times for 32 rows"),
         (32, 5120, None, "would read a weight"),

@@ -18,18 +18,22 @@ from ..gpu.operands import TYPES, ceil_div, refuse_step
 from .inputs import StepProduct
 
 # as in few_rows.cu
-WARPS, STEP, COLUMN = 8, 32, 20
-# pieces that a warp has on their way: fewer where x takes their place
-STAGES = (8, 4)
+WARPS, STEP, PIECE, COLUMN = 8, 32, 1024, 20
+# pieces that a warp takes at a time, and has on their way: fewer of these where x takes their place
+GROUPS, RINGS = (5, 4, 3, 2), (12, 10, 8, 6, 4)
+# whether pieces on their way count for more than pieces at a time
+DEEP = True
 NORM, CENTRED, GATED = 8, 16, 32
 ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
 # rows of a block, of which there are more in parts where blocks of all read so many bytes of the weight together
 MAX_ROWS, MOST_BYTES = 32, 16 << 20
+# rows up to which the kernel was seen to pay for weights of any size, and bytes of the weight from which on it is taken for more
+SURE_ROWS, LARGE_BYTES = 8, 16 << 20
 # bytes of shared memory that every GPU of ours has for a block
 SMALLEST = 99 << 10
 # bytes of the weight that a block has fetched into L2, beyond those into its shared memory, before it may read what the last kernel wrote:
-# what memory delivers in the time that the two or three small kernels between two large products take
-AHEAD = 128 << 10
+# all of them or, where there are more, none, for they are in the way of what the last kernel itself reads
+AHEAD = 32 << 10
 # what a tile costs beside its rows, in rows
 OVERHEAD = 2
 
@@ -40,21 +44,45 @@ class FewRowsParams(ctypes.Structure):
     _fields_ = [
         *structs.fields(c_void_p, "x weight bias gain shift gate residual conv_state conv_weight conv_bias out"),
         *structs.fields(c_longlong, "x_b weight_n gate_b residual_b state_b state_k"),
-        *structs.fields(c_int, "b n k part rows tiles blocks stride ahead"),
+        *structs.fields(c_int, "b n k part rows tiles blocks per ahead stride"),
         *structs.fields(c_int, "group_size gate_behind pairs activation"),
         *structs.fields(c_int, "conv_first conv_channels conv_width silu"),
         *structs.fields(c_float, "eps gate_multiplier multiplier"),
     ]
 
 
-def stride(k: int) -> int:
+class Ring(NamedTuple):
+    """Pieces that a warp takes at a time, and how many such groups it has on their way."""
+
+    group: int
+    groups: int
+
+
+def pieces(k: int) -> int:
+    """Pieces that a warp has of a tile: as ``k`` alone has it, for so are sums ordered."""
+    per = ceil_div(ceil_div(k, STEP), WARPS)
+    return per + (per % 2 if per != 3 else 0)
+
+
+@functools.cache
+def rings(k: int) -> tuple[Ring, ...]:
+    """List what a warp may have on its way, from most to least."""
+    found = []
+    for most in RINGS:
+        ways = [Ring(g, most // g) for g in GROUPS if pieces(k) % g == 0 and most // g > 1]
+        found += [max(ways, key=lambda r: (r.group * r.groups * DEEP, r.group))] if ways else []
+    return tuple(dict.fromkeys(found))
+
+
+def stride(k: int, group: int) -> int:
     """Elements from row to row of x in shared memory: rows that are read together begin 64 bytes apart, modulo the 128 of all banks."""
-    return ceil_div(k, 64) * 64 + 32
+    return ceil_div(ceil_div(k, group * STEP) * group * STEP, 64) * 64 + 32
 
 
-def shared_bytes(b: int, k: int, stages: int) -> int:
+def shared_bytes(b: int, k: int, ring: Ring) -> int:
     """Shared memory of a block: pieces of the weight on their way, sums of two tiles, and x."""
-    return WARPS * stages * 1024 + 2 * WARPS * 8 * columns(b) * COLUMN * 4 + b * stride(k) * 2
+    sums = 2 * WARPS * 8 * columns(b) * COLUMN * 4
+    return WARPS * ring.group * ring.groups * PIECE + sums + b * stride(k, ring.group) * 2
 
 
 def columns(b: int) -> int:
@@ -62,24 +90,30 @@ def columns(b: int) -> int:
     return next(count for count in (1, 2, 4) if 8 * count >= b)
 
 
-def part_of(b: int, k: int, n: int | None, room: int) -> tuple[int, int] | str:
-    """Rows that a block has of ``b``, and pieces that a warp has on their way, in ``room`` bytes of shared memory; or why that cannot be.
+def part_of(b: int, k: int, n: int | None, room: int) -> tuple[int, Ring] | str:
+    """Rows that a block has of ``b``, and what is on its way, in ``room`` bytes of shared memory; or why that cannot be.
 
     Who knows no ``n`` has a large one.
     """
-    ways = ((rows, stages) for rows in (min(b, MAX_ROWS), 16, 8) if rows <= b for stages in STAGES)
-    part, stages = next(((rows, stages) for rows, stages in ways if shared_bytes(rows, k, stages) <= room), (0, 0))
-    if part == b:
-        return part, stages
+    parts = [rows for rows in (min(b, MAX_ROWS), 16, 8) if rows <= b]
+    found = next(((rows, ring) for rows in parts if (ring := _ring(rows, k, room)) is not None), None)
+    if found is not None and found[0] == b:
+        return found
     if b > MAX_ROWS and n is None:
         return f"the CUDA kernel is for 1 to {MAX_ROWS} rows, got {b}"
-    if not part:
-        need = shared_bytes(min(b, 8), k, STAGES[-1])
+    if found is None:
+        need = shared_bytes(min(b, 8), k, rings(k)[-1])
         return f"the CUDA kernel needs {need} bytes of shared memory for {min(b, 8)} rows of {k}, and has {room}"
-    parts = ceil_div(b, part)
-    if n is None or 2 * n * k * parts > MOST_BYTES:
-        return f"the CUDA kernel would read a weight of k = {k} {parts} times for {b} rows"
-    return part, stages
+    count = ceil_div(b, found[0])
+    if n is None or 2 * n * k * count > MOST_BYTES:
+        return f"the CUDA kernel would read a weight of k = {k} {count} times for {b} rows"
+    return found
+
+
+def _ring(b: int, k: int, room: int) -> Ring | None:
+    """The largest ring with which two blocks, this launch's and the next one's, stand beside each other; or else one alone."""
+    most = ((room - DRIVERS) // 2, room)
+    return next((ring for size in most for ring in rings(k) if shared_bytes(b, k, ring) <= size), None)
 
 
 def refuse(facts: Facts) -> str | None:
@@ -95,10 +129,19 @@ def refuse(facts: Facts) -> str | None:
     if reason := facts.get("misfit", lambda: None)() or nvrtc.unavailable():
         return reason
     # few calls are of a size that some card has no room for
-    if b <= MAX_ROWS and shared_bytes(b, k, STAGES[-1]) <= SMALLEST:
+    if b <= MAX_ROWS and shared_bytes(b, k, rings(k)[-1]) <= SMALLEST:
         return None
     how = part_of(b, k, facts.get("n"), _room(torch.device("cuda")))
     return how if isinstance(how, str) else None
+
+
+def reserve(facts: Facts) -> str | None:
+    """Say why the CUDA kernel would rather leave a product to cuBLAS, or ``None``; see :class:`.dispatch.Backend`."""
+    b, n, k = facts.get("rows", 1), facts.get("n"), facts.get("d", 768)
+    if b <= SURE_ROWS or n is None or 2 * n * k > LARGE_BYTES:
+        return None
+    # seen on an H200: 64 rows by weights of 2 to 5 MB take 1.4 to 2.3 times as long as cuBLAS does with what stands around them
+    return f"the CUDA kernel reads a weight of {n} x {k} too often for {b} rows: cuBLAS is faster, ours is taken where it is asked for"
 
 
 def _room(device: torch.device) -> int:
@@ -166,13 +209,14 @@ def cut(look: Look, count: int, room: int) -> Cut:
     how = part_of(b, k, n, room)
     if isinstance(how, str):
         raise ValueError(f"step_linear: {how}.")
-    part, stages = how
+    part, ring = how
     parts = ceil_div(b, part)
     rows = tiles_of(outputs, 8 if pairs else 16, max(1, count // parts))
     tiles = ceil_div(outputs, rows)
     blocks = min(tiles, max(1, count // parts))
-    per = ceil_div(ceil_div(k, STEP), WARPS)  # pieces of a warp in a tile
-    ahead = min(AHEAD // (WARPS * STEP * 2 * rows * (1 + pairs)), max(0, per * ceil_div(tiles, blocks) - stages))
+    per = pieces(k)
+    groups = max(0, per // ring.group * ceil_div(tiles, blocks) - ring.groups)  # of a warp, beyond the ring
+    small = groups * ring.group * WARPS * STEP * 2 * rows * (1 + pairs) <= AHEAD
     names = "x_b weight_n gate_b residual_b state_b state_k".split()
     centred, gated, group_size, gate_behind, eps = look.norm or (False, False, k, False, 0.0)
     first, channels, width, silu = look.conv or (0, 0, 2, False)
@@ -182,15 +226,15 @@ def cut(look: Look, count: int, room: int) -> Cut:
         n=n,
         k=k,
         part=part,
-        rows=rows, tiles=tiles, blocks=blocks, stride=stride(k), ahead=ahead,
+        rows=rows, tiles=tiles, blocks=blocks, per=per, ahead=groups if small else 0, stride=stride(k, ring.group),
         group_size=group_size, gate_behind=gate_behind, pairs=pairs, activation=ACTIVATIONS.index(activation),
         conv_first=first, conv_channels=channels, conv_width=width, silu=silu,
         eps=eps, gate_multiplier=gate_multiplier, multiplier=multiplier,
     )  # fmt: skip
     flags = (NORM if look.norm else 0) | (CENTRED if centred else 0) | (GATED if gated else 0)
     types = ", ".join(TYPES[t] for t in look.types)
-    name = f"few_rows<{types}, {columns(part)}, {stages}, {flags}>"
-    return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k, stages))
+    name = f"few_rows<{types}, {columns(part)}, {ring.group}, {ring.groups}, {flags}>"
+    return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k, ring))
 
 
 def step_linear(i: StepProduct) -> Tensor:

@@ -23,13 +23,14 @@ struct FewRowsParams {
     void* out;                                     // (b, n), or (b, n / 2) of pairs
     int64 x_b, weight_n, gate_b, residual_b, state_b, state_k;
     int b, n, k, part;                             // rows of x that a block has
-    int rows, tiles, blocks, stride, ahead;        // rows of W in a tile; blocks of a part; elements from row to row of x in shared memory
+    int rows, tiles, blocks;                       // rows of W in a tile; blocks of a part
+    int per, ahead, stride;                        // pieces of a warp in a tile; groups; elements from row to row of x in shared memory
     int group_size, gate_behind, pairs, activation;
     int conv_first, conv_channels, conv_width, silu;
     float eps, gate_multiplier, multiplier;
 };
 
-constexpr int STEP = 32, WIDEST = 8;
+constexpr int STEP = 32, PIECE = 1024, WIDEST = 8;  // elements and bytes of a piece; taps of a filter
 constexpr int COLUMN = 20;  // floats of a column of a tile's sums: lanes that store together meet different banks
 enum Activations { NONE, SILU, GELU, RELU, RELU2 };
 
@@ -52,50 +53,60 @@ struct Part {
     int first, count;
 };
 
+// all of it on its way at once, like the weights that were asked for before
 template <class T>
 DEVICE void copy_rows(const FewRowsParams& p, Part part, T* to) {
-    const int each = p.k / 8;
-#pragma unroll 2
-    for (int e = threadIdx.x; e < part.count * each; e += THREADS)
-        *reinterpret_cast<uint4*>(to + e / each * p.stride + e % each * 8) =
-            *reinterpret_cast<const uint4*>((const T*)p.x + (part.first + e / each) * p.x_b + e % each * 8);
+    for (int row = 0; row < part.count; ++row) {
+        const T* from = (const T*)p.x + (part.first + row) * p.x_b;
+#pragma unroll 4
+        for (int e = threadIdx.x * 8; e < p.k; e += THREADS * 8) copy_async16(to + row * p.stride + e, from + e, true);
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
 }
 
-// Pieces of W, 16 rows by 32 elements, that a warp goes along: its share of k for one tile after the other.  A lane has 16 bytes of rows g and
-// g + 8 of each; of pairs, rows of the latter lie half of W behind.
-template <class T>
+// Pieces of W, 16 rows by 32 elements, that a warp goes along, G at a time: its share of k for one tile after the other.  A lane has 16 bytes
+// of rows g and g + 8 of each; of pairs, rows of the latter lie half of W behind.
+template <class T, int G>
 struct Pieces {
-    const FewRowsParams& p;
-    const int g, column, per, mine;  // its first element of a row; pieces of a tile, and of those the ones in which it has elements
-    const T *upper, *lower;          // of the next piece
-    bool has_upper, has_lower;
-    int tile, step = 0;
+    const int per, mine;            // pieces of a tile, and of those the ones in which a lane has elements
+    const int row_upper, row_lower; // rows below these are there
+    const int rows_on;              // from tile to tile
+    const int64 on;                 // from the end of a lane's share of a row to its share of the next tile's
+    const T *upper, *lower;         // of the next piece
+    int row, step = 0;
 
-    DEVICE Pieces(const FewRowsParams& p, int warp, int per, int lane)
-        : p(p), g(lane / 4), column(warp * per * STEP + lane % 4 * 8), per(per), mine((p.k - column + STEP - 1) / STEP), tile(blockIdx.x % p.blocks) {
-        begin_tile();
+    DEVICE Pieces(const FewRowsParams& p, int column, int g)
+        : per(p.per), mine((p.k - column + STEP - 1) / STEP), row_upper(g < p.rows ? count(p) : 0),
+          row_lower(p.pairs ? row_upper : g + 8 < p.rows ? count(p) - 8 : 0), rows_on(p.blocks * p.rows), on(rows_on * p.weight_n - per * STEP),
+          row((int)blockIdx.x % p.blocks * p.rows + g) {
+        upper = (const T*)p.weight + row * p.weight_n + column;
+        lower = upper + (p.pairs ? count(p) : 8) * p.weight_n;
     }
-    DEVICE void begin_tile() {
-        const int count = p.pairs ? p.n / 2 : p.n, first = tile * p.rows, apart = p.pairs ? count : 8;
-        has_upper = tile < p.tiles && g < p.rows && first + g < count;
-        has_lower = p.pairs ? has_upper : tile < p.tiles && g + 8 < p.rows && first + g + 8 < count;
-        upper = (const T*)p.weight + (has_upper ? (first + g) * p.weight_n : 0) + column;
-        lower = (const T*)p.weight + (has_lower ? (first + g + apart) * p.weight_n : 0) + column;
-    }
+    static DEVICE int count(const FewRowsParams& p) { return p.pairs ? p.n / 2 : p.n; }
     DEVICE void next() {
-        upper += STEP, lower += STEP;
-        if (++step == per) step = 0, tile += p.blocks, begin_tile();
+        upper += G * STEP, lower += G * STEP;
+        if ((step += G) == per) step = 0, row += rows_on, upper += on, lower += on;
     }
+    DEVICE int left(int rows) const { return row < rows ? mine - step : 0; }
     DEVICE void fetch(char* to) {
-        copy_async16(to, upper, has_upper && step < mine);
-        copy_async16(to + 512, lower, has_lower && step < mine);
+        const int of_upper = left(row_upper), of_lower = left(row_lower);
+#pragma unroll
+        for (int s = 0; s < G; ++s) {
+            copy_async16(to + s * PIECE, upper + s * STEP, s < of_upper);
+            copy_async16(to + s * PIECE + PIECE / 2, lower + s * STEP, s < of_lower);
+        }
         copy_async_commit();
         next();
     }
     // 32 bytes by every other lane
     DEVICE void fetch_into_l2() {
-        if (has_upper && step < mine && column % 16 == 0) prefetch(upper);
-        if (has_lower && step < mine && column % 16 == 0) prefetch(lower);
+        const int odd = threadIdx.x % 2, of_upper = odd ? 0 : left(row_upper), of_lower = odd ? 0 : left(row_lower);
+#pragma unroll
+        for (int s = 0; s < G; ++s) {
+            if (s < of_upper) prefetch(upper + s * STEP);
+            if (s < of_lower) prefetch(lower + s * STEP);
+        }
         next();
     }
 };
@@ -176,24 +187,55 @@ struct Behind {
     }
 };
 
-// STAGES: pieces that a warp has on their way
-template <class T, class X, class O, int NT, int STAGES, int FLAGS>
+// Sums of a warp's pieces: two, of the halves of each, so that a product seldom waits for the one before it.  The order in which they are
+// formed is that of the pieces, however many of them there are at a time.
+template <class T, int NT, int G>
+struct Sums {
+    float c[2][NT][4] = {};
+
+    // a group, all of whose reads are on their way before its products
+    DEVICE void add(const char* group, const T* const (&rows)[NT], int at) {
+        uint4 upper[G], lower[G];
+#pragma unroll
+        for (int s = 0; s < G; ++s)
+            upper[s] = *reinterpret_cast<const uint4*>(group + s * PIECE), lower[s] = *reinterpret_cast<const uint4*>(group + s * PIECE + PIECE / 2);
+#pragma unroll
+        for (int s = 0; s < G; ++s) {
+            const uint32 a[2][4] = {{upper[s].x, lower[s].x, upper[s].y, lower[s].y}, {upper[s].z, lower[s].z, upper[s].w, lower[s].w}};
+#pragma unroll
+            for (int j = 0; j < NT; ++j) {
+                const uint4 x = *reinterpret_cast<const uint4*>(rows[j] + at + s * STEP);
+                const uint32 left[2] = {x.x, x.y}, right[2] = {x.z, x.w};
+                multiply_add<T>(c[0][j], a[0], left);
+                multiply_add<T>(c[1][j], a[1], right);
+            }
+        }
+    }
+    DEVICE void store(float* to, int g, int i) const {
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) to[(j * 8 + i * 2 + e % 2) * COLUMN + g + e / 2 * 8] = c[0][j][e] + c[1][j][e];
+    }
+};
+
+// G: pieces that a warp takes at a time; GROUPS: of them, on their way
+template <class T, class X, class O, int NT, int G, int GROUPS, int FLAGS>
 __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     SHARED_MEMORY(shared);
-    float* sums = reinterpret_cast<float*>(shared + STAGES * WARPS * 1024);  // twice, in turns
+    float* sums = reinterpret_cast<float*>(shared + WARPS * GROUPS * G * PIECE);  // twice, in turns
     constexpr int SUMS = WARPS * 8 * NT * COLUMN;
     T* xs = reinterpret_cast<T*>(sums + 2 * SUMS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, i = lane % 4;
-    const int steps = (p.k + STEP - 1) / STEP, per = (steps + WARPS - 1) / WARPS;
-    const int first_row = (int)blockIdx.x / p.blocks * p.part;
+    const int first_row = (int)blockIdx.x / p.blocks * p.part, column = warp * p.per * STEP + i * 8;
     const Part part{first_row, p.b - first_row < p.part ? p.b - first_row : p.part};
-    char* own = shared + warp * STAGES * 1024 + lane * 16;
+    char* own = shared + warp * GROUPS * G * PIECE + lane * 16;
 
     let_next_begin();
-    Pieces<T> pieces(p, warp, per, lane);
+    Pieces<T, G> pieces(p, column, g);
 #pragma unroll 1
-    for (int s = 0; s < STAGES; ++s) pieces.fetch(own + s * 1024);
-    Pieces<T> later = pieces;
+    for (int s = 0; s < GROUPS; ++s) pieces.fetch(own + s * G * PIECE);
+    Pieces<T, G> later = pieces;
 #pragma unroll 1
     for (int s = 0; s < p.ahead; ++s) later.fetch_into_l2();
     if (p.gain != nullptr) prefetch_all((const T*)p.gain, p.k);
@@ -203,46 +245,32 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
         Front<FewRowsParams, T, X, FLAGS>{p, xs, p.stride, sums, part.first, part.count}.run();
     else
         copy_rows<T>(p, part, xs);
-    // up to a whole step
-    for (int rest = steps * STEP - p.k, e = threadIdx.x; e < part.count * rest; e += THREADS)
-        write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
+    // up to a whole group
+    const int rest = (G * STEP - p.k % (G * STEP)) % (G * STEP);
+    for (int e = threadIdx.x; e < part.count * rest; e += THREADS) write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
     __syncthreads();
 
-    // of a warp, and of those the ones that are no more than zeros
-    const int whole = steps - warp * per < per ? steps - warp * per : per;
     const T* rows[NT];
 #pragma unroll
-    for (int j = 0; j < NT; ++j) rows[j] = xs + (j * 8 + g < part.count ? j * 8 + g : part.count - 1) * p.stride + warp * per * STEP + i * 8;
+    for (int j = 0; j < NT; ++j) rows[j] = xs + (j * 8 + g < part.count ? j * 8 + g : part.count - 1) * p.stride + column;
+    // of a warp, the last ones may be no more than zeros
+    const int whole = (p.k + STEP - 1) / STEP - warp * p.per;
 
-    int stage = 0, turn = 0;
+    int group = 0, turn = 0;
     for (int tile = blockIdx.x % p.blocks; tile < p.tiles; tile += p.blocks, turn ^= 1) {
         const Behind<T, O, NT> behind{p, part, sums + turn * SUMS};
         const Output<T, O> first = behind.look(tile, threadIdx.x);
-        float c[NT][4] = {};
+        Sums<T, NT, G> mine;
 #pragma unroll 1
-        for (int s = 0; s < per; ++s) {
-            copy_async_wait<STAGES - 1>();
-            char* piece = own + stage * 1024;
+        for (int s = 0; s < p.per; s += G) {
+            copy_async_wait<GROUPS - 1>();
+            char* at = own + group * G * PIECE;
             // the same for all lanes of the warp
-            if (s < whole) {
-                const uint4 upper = *reinterpret_cast<const uint4*>(piece), lower = *reinterpret_cast<const uint4*>(piece + 512);
-                const uint32 a[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
-#pragma unroll
-                for (int j = 0; j < NT; ++j) {
-                    const uint4 x = *reinterpret_cast<const uint4*>(rows[j] + s * STEP);
-                    const uint32 left[2] = {x.x, x.y}, right[2] = {x.z, x.w};
-                    multiply_add<T>(c[j], a[0], left);
-                    multiply_add<T>(c[j], a[1], right);
-                }
-            }
-            pieces.fetch(piece);
-            stage = (stage + 1) & (STAGES - 1);
+            if (s < whole) mine.add(at, rows, s * STEP);
+            pieces.fetch(at);
+            group = group + 1 == GROUPS ? 0 : group + 1;
         }
-        float* mine = sums + turn * SUMS + warp * 8 * NT * COLUMN;
-#pragma unroll
-        for (int j = 0; j < NT; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) mine[(j * 8 + i * 2 + e % 2) * COLUMN + g + e / 2 * 8] = c[j][e];
+        mine.store(sums + turn * SUMS + warp * 8 * NT * COLUMN, g, i);
         __syncthreads();
         behind.run(tile, first);
     }

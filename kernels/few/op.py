@@ -16,7 +16,7 @@ from .inputs import StepConv, StepNorm, StepProduct
 
 register(
     "step_linear",
-    Backend("cuda", KERNELS, cuda.refuse, cuda.step_linear),
+    Backend("cuda", KERNELS, cuda.refuse, cuda.step_linear, reserve=cuda.reserve),
     Backend("torch", "PyTorch operations", run=plain.step_linear, plain=True),
 )
 
@@ -76,17 +76,22 @@ def _facts(device: str, dtype: torch.dtype, b: int, k: int) -> Facts:
     return {"device": device, "dtype": dtype, "rows": b, "d": k}
 
 
-def fits(device: str, dtype: torch.dtype, b: int, k: int) -> str | None:
-    """Say why a layer with products of ``(b, k)`` and weights of a dtype should go its ordinary way, or ``None`` if these pay."""
-    return _fits(device, dtype, b, k, os.environ.get(ENV))
+def fits(device: str, dtype: torch.dtype, b: int, k: int, n: int | None = None) -> str | None:
+    """Say why a layer with products of ``(b, k)`` and weights of a dtype should go its ordinary way, or ``None`` if these pay.
+
+    ``n`` is that of a ``(n, k)`` as large as the largest weight, if known: what is small does not pay for many rows.
+    """
+    return _fits(device, dtype, b, k, n, os.environ.get(ENV))
 
 
 @functools.lru_cache(maxsize=1024)
-def _fits(device: str, dtype: torch.dtype, b: int, k: int, wish: str | None) -> str | None:
+def _fits(device: str, dtype: torch.dtype, b: int, k: int, n: int | None, wish: str | None) -> str | None:
     if wish == "torch":
         return None
     facts = _facts(device, dtype, b, k)
-    return cuda.refuse(facts) or (None if wish in (None, "cuda") else f"{ENV}={wish} asks for another")
+    if wish is None:
+        return cuda.refuse(facts) or cuda.reserve(facts | {"n": n})
+    return cuda.refuse(facts) or (None if wish == "cuda" else f"{ENV}={wish} asks for another")
 
 
 def _check(i: StepProduct) -> None:
