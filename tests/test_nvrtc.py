@@ -101,7 +101,7 @@ def loss(v, dtype, want_gradient=True):
 
 def few_rows(dtype, b, stream=None, norm=None, residual=None, **behind):
     types = (dtype, stream or dtype, residual or dtype)
-    options = (behind.get("pairs", False), behind.get("activation"), 1.0, 1.0)
+    options = (behind.get("pairs", False), behind.get("activation"), residual is not None, 1.0, 1.0)
     k = behind.get("k", 768)
     look = cuda_few.Look(types, (b, 10240, k), (k, k, 0, k, 0, 0), norm, None, options)
     return "few_rows.cu", cuda_few.cut(look, 132, 227 << 10).name

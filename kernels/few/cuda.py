@@ -23,7 +23,9 @@ WARPS, STEP, PIECE, COLUMN = 8, 32, 1024, 20
 GROUPS, RINGS = (5, 4, 3, 2), (12, 10, 8, 6, 4)
 # whether pieces on their way count for more than pieces at a time
 DEEP = True
+# in front of a product, and behind it
 NORM, CENTRED, GATED = 8, 16, 32
+CONVOLVED, ACTIVATED, PAIRED, ADDED = 64, 128, 256, 512
 ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
 # rows of a block, of which there are more in parts where blocks of all read so many bytes of the weight together
 MAX_ROWS, MOST_BYTES = 32, 16 << 20
@@ -45,7 +47,7 @@ class FewRowsParams(ctypes.Structure):
         *structs.fields(c_void_p, "x weight bias gain shift gate residual conv_state conv_weight conv_bias out"),
         *structs.fields(c_longlong, "x_b weight_n gate_b residual_b state_b state_k"),
         *structs.fields(c_int, "b n k part rows tiles blocks per ahead stride"),
-        *structs.fields(c_int, "group_size gate_behind pairs activation"),
+        *structs.fields(c_int, "group_size gate_behind activation"),
         *structs.fields(c_int, "conv_first conv_channels conv_width silu"),
         *structs.fields(c_float, "eps gate_multiplier multiplier"),
     ]
@@ -184,7 +186,9 @@ class Look(NamedTuple):
     strides: tuple[int, ...]  # of x, the weight, gate, residual, and the convolution's state twice
     norm: tuple[bool, bool, int, bool, float] | None  # centred, gated, group size, gate behind, eps
     conv: tuple[int, int, int, bool] | None  # first, channels, width, SiLU
-    behind: tuple[bool, str | None, float, float]  # pairs, activation, and the multipliers of gate and product
+    behind: tuple[
+        bool, str | None, bool, float, float
+    ]  # pairs, activation, residual, and the multipliers of gate and product
 
 
 class Cut(NamedTuple):
@@ -204,7 +208,7 @@ def tiles_of(n: int, most: int, count: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def cut(look: Look, count: int, room: int) -> Cut:
     """Cut a product into tiles for ``count`` multiprocessors with ``room`` bytes of shared memory for a block."""
-    (b, n, k), (pairs, activation, gate_multiplier, multiplier) = look.sizes, look.behind
+    (b, n, k), (pairs, activation, added, gate_multiplier, multiplier) = look.sizes, look.behind
     outputs = n // 2 if pairs else n
     how = part_of(b, k, n, room)
     if isinstance(how, str):
@@ -227,11 +231,20 @@ def cut(look: Look, count: int, room: int) -> Cut:
         k=k,
         part=part,
         rows=rows, tiles=tiles, blocks=blocks, per=per, ahead=groups if small else 0, stride=stride(k, ring.group),
-        group_size=group_size, gate_behind=gate_behind, pairs=pairs, activation=ACTIVATIONS.index(activation),
+        group_size=group_size, gate_behind=gate_behind, activation=ACTIVATIONS.index(activation),
         conv_first=first, conv_channels=channels, conv_width=width, silu=silu,
         eps=eps, gate_multiplier=gate_multiplier, multiplier=multiplier,
     )  # fmt: skip
-    flags = (NORM if look.norm else 0) | (CENTRED if centred else 0) | (GATED if gated else 0)
+    asked = {
+        NORM: look.norm,
+        CENTRED: centred,
+        GATED: gated,
+        CONVOLVED: look.conv,
+        ACTIVATED: activation,
+        PAIRED: pairs,
+        ADDED: added,
+    }
+    flags = sum(flag for flag, wanted in asked.items() if wanted)
     types = ", ".join(TYPES[t] for t in look.types)
     name = f"few_rows<{types}, {columns(part)}, {ring.group}, {ring.groups}, {flags}>"
     return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k, ring))
@@ -257,7 +270,7 @@ def step_linear(i: StepProduct) -> Tensor:
         if norm is None
         else (norm.centred, gate is not None, norm.group_size or k, norm.norm_before_gate, norm.eps),
         None if conv is None else (conv.first, *conv.weight.shape, conv.silu),
-        (i.gated, i.activation, i.gate_multiplier, i.multiplier),
+        (i.gated, i.activation, residual is not None, i.gate_multiplier, i.multiplier),
     )
     made = cut(look, processors(i.x.device), _room(i.x.device))
     of_norm = (None, None, None) if norm is None else (norm.weight, norm.bias, gate)

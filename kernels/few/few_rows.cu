@@ -25,7 +25,7 @@ struct FewRowsParams {
     int b, n, k, part;                             // rows of x that a block has
     int rows, tiles, blocks;                       // rows of W in a tile; blocks of a part
     int per, ahead, stride;                        // pieces of a warp in a tile; groups; elements from row to row of x in shared memory
-    int group_size, gate_behind, pairs, activation;
+    int group_size, gate_behind, activation;
     int conv_first, conv_channels, conv_width, silu;
     float eps, gate_multiplier, multiplier;
 };
@@ -33,6 +33,8 @@ struct FewRowsParams {
 constexpr int STEP = 32, PIECE = 1024, WIDEST = 8;  // elements and bytes of a piece; taps of a filter
 constexpr int COLUMN = 20;  // floats of a column of a tile's sums: lanes that store together meet different banks
 enum Activations { NONE, SILU, GELU, RELU, RELU2 };
+// what is behind the product: asked at run time, every question would be a read of constant memory and a branch per tile
+enum BehindFlags { CONVOLVED = 64, ACTIVATED = 128, PAIRED = 256, ADDED = 512 };
 
 DEVICE float activate(float x, int kind) {
     if (kind == SILU) return x * sigmoid(x);
@@ -67,7 +69,7 @@ DEVICE void copy_rows(const FewRowsParams& p, Part part, T* to) {
 
 // Pieces of W, 16 rows by 32 elements, that a warp goes along, G at a time: its share of k for one tile after the other.  A lane has 16 bytes
 // of rows g and g + 8 of each; of pairs, rows of the latter lie half of W behind.
-template <class T, int G>
+template <class T, int G, bool PAIRS>
 struct Pieces {
     const int per, mine;            // pieces of a tile, and of those the ones in which a lane has elements
     const int row_upper, row_lower; // rows below these are there
@@ -78,12 +80,12 @@ struct Pieces {
 
     DEVICE Pieces(const FewRowsParams& p, int column, int g)
         : per(p.per), mine((p.k - column + STEP - 1) / STEP), row_upper(g < p.rows ? count(p) : 0),
-          row_lower(p.pairs ? row_upper : g + 8 < p.rows ? count(p) - 8 : 0), rows_on(p.blocks * p.rows), on(rows_on * p.weight_n - per * STEP),
+          row_lower(PAIRS ? row_upper : g + 8 < p.rows ? count(p) - 8 : 0), rows_on(p.blocks * p.rows), on(rows_on * p.weight_n - per * STEP),
           row((int)blockIdx.x % p.blocks * p.rows + g) {
         upper = (const T*)p.weight + row * p.weight_n + column;
-        lower = upper + (p.pairs ? count(p) : 8) * p.weight_n;
+        lower = upper + (PAIRS ? count(p) : 8) * p.weight_n;
     }
-    static DEVICE int count(const FewRowsParams& p) { return p.pairs ? p.n / 2 : p.n; }
+    static DEVICE int count(const FewRowsParams& p) { return PAIRS ? p.n / 2 : p.n; }
     DEVICE void next() {
         upper += G * STEP, lower += G * STEP;
         if ((step += G) == per) step = 0, row += rows_on, upper += on, lower += on;
@@ -120,13 +122,14 @@ struct Output {
     T bias[2] = {}, level{}, before[WIDEST] = {}, taps[WIDEST] = {};
 };
 
-template <class T, class O, int NT>
+template <class T, class O, int NT, int FLAGS>
 struct Behind {
+    static constexpr bool PAIRS = FLAGS & PAIRED;
     const FewRowsParams& p;
     const Part part;
     const float* sums;  // (WARPS, 8 NT, COLUMN)
 
-    DEVICE int count() const { return p.pairs ? p.n / 2 : p.n; }
+    DEVICE int count() const { return PAIRS ? p.n / 2 : p.n; }
     // all that an output needs, on its way while the tile's products are formed; nobody else writes any of it
     DEVICE Output<T, O> look(int tile, int o) const {
         Output<T, O> e;
@@ -134,10 +137,12 @@ struct Behind {
         e.there = e.column < part.count && e.r < p.rows && e.index < count();
         if (!e.there) return e;
         const int64 row = part.first + e.column;
-        if (p.bias != nullptr) e.bias[0] = ((const T*)p.bias)[e.index];
-        if (p.bias != nullptr && p.pairs) e.bias[1] = ((const T*)p.bias)[e.index + count()];
-        if (p.residual != nullptr) e.residual = ((const O*)p.residual)[row * p.residual_b + e.index];
-        e.convolved = p.conv_state != nullptr && e.channel >= 0 && e.channel < p.conv_channels;
+        if (p.bias != nullptr) {
+            e.bias[0] = ((const T*)p.bias)[e.index];
+            if (PAIRS) e.bias[1] = ((const T*)p.bias)[e.index + count()];
+        }
+        if (FLAGS & ADDED) e.residual = ((const O*)p.residual)[row * p.residual_b + e.index];
+        e.convolved = FLAGS & CONVOLVED && e.channel >= 0 && e.channel < p.conv_channels;
         if (!e.convolved) return e;
         const T *state = (const T*)p.conv_state + row * p.state_b + e.channel, *weight = (const T*)p.conv_weight + e.channel * p.conv_width;
         if (p.conv_bias != nullptr) e.level = ((const T*)p.conv_bias)[e.channel];
@@ -168,12 +173,13 @@ struct Behind {
         return p.silu ? y * sigmoid(y) : y;
     }
     DEVICE void finish(const Output<T, O>& e) const {
-        float y = sum(e.column, e.r) + read_one(e.bias), gate = 1.f;
-        // value and gate, or what an activation is of
-        if (p.pairs) gate = y, y = p.gate_multiplier * (sum(e.column, e.r + 8) + read_one(e.bias + 1));
-        y = gate * activate(y, p.activation);
-        if (p.residual != nullptr) y = fmaf(p.multiplier, y, read_one(&e.residual));
-        if (e.convolved) y = convolve(y, e);
+        float y = sum(e.column, e.r) + read_one(e.bias), gate = y;
+        // value and gate
+        if (PAIRS) y = p.gate_multiplier * (sum(e.column, e.r + 8) + read_one(e.bias + 1));
+        if (FLAGS & ACTIVATED) y = activate(y, p.activation);
+        if (PAIRS) y *= gate;
+        if (FLAGS & ADDED) y = fmaf(p.multiplier, y, read_one(&e.residual));
+        if (FLAGS & CONVOLVED && e.convolved) y = convolve(y, e);
         write_one((O*)p.out + (int64)(part.first + e.column) * count() + e.index, y);
     }
     // a thread's first output, and, where a block has more of them than threads, its others
@@ -232,19 +238,22 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     char* own = shared + warp * GROUPS * G * PIECE + lane * 16;
 
     let_next_begin();
-    Pieces<T, G> pieces(p, column, g);
+    Pieces<T, G, (FLAGS & PAIRED) != 0> pieces(p, column, g);
 #pragma unroll 1
     for (int s = 0; s < GROUPS; ++s) pieces.fetch(own + s * G * PIECE);
-    Pieces<T, G> later = pieces;
+    auto later = pieces;
 #pragma unroll 1
     for (int s = 0; s < p.ahead; ++s) later.fetch_into_l2();
-    if (p.gain != nullptr) prefetch_all((const T*)p.gain, p.k);
-    if (p.shift != nullptr) prefetch_all((const T*)p.shift, p.k);
-    wait_for_previous();
-    if constexpr (FLAGS & NORM)
-        Front<FewRowsParams, T, X, FLAGS>{p, xs, p.stride, sums, part.first, part.count}.run();
-    else
+    if constexpr (FLAGS & NORM) {
+        const Front<FewRowsParams, T, X, FLAGS> front{p, xs, p.stride, sums, part.first, part.count};
+        front.bring_gain();
+        if (p.shift != nullptr) prefetch_all((const T*)p.shift, p.k);
+        wait_for_previous();
+        front.run();
+    } else {
+        wait_for_previous();
         copy_rows<T>(p, part, xs);
+    }
     // up to a whole group
     const int rest = (G * STEP - p.k % (G * STEP)) % (G * STEP);
     for (int e = threadIdx.x; e < part.count * rest; e += THREADS) write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
@@ -258,7 +267,7 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
 
     int group = 0, turn = 0;
     for (int tile = blockIdx.x % p.blocks; tile < p.tiles; tile += p.blocks, turn ^= 1) {
-        const Behind<T, O, NT> behind{p, part, sums + turn * SUMS};
+        const Behind<T, O, NT, FLAGS> behind{p, part, sums + turn * SUMS};
         const Output<T, O> first = behind.look(tile, threadIdx.x);
         Sums<T, NT, G> mine;
 #pragma unroll 1

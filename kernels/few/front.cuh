@@ -37,41 +37,65 @@ struct Front {
         const int64 of = first_row + row;
         return {row, at, (const X*)p.x + of * p.x_b + at, (const T*)p.gate + of * p.gate_b + at};
     }
-    DEVICE void gated(const Group& from, int at, float (&x)[N]) const {
-        float z[N];
-        Vec<T, N>::template load<true>(from.gate + at, 1).unpack(z);
-#pragma unroll
-        for (int c = 0; c < N; ++c) x[c] *= z[c] * sigmoid(z[c]);
-    }
-    // zeros where nothing is there
-    DEVICE void load(const Group& from, int at, bool there, float (&x)[N]) const {
-        Vec<X, N>::template load<true>(from.x + (there ? at : 0), there).unpack(x);
-        if ((FLAGS & GATED) && !p.gate_behind) gated(from, there ? at : 0, x);
-    }
-    // means of x, or of the squares of what is left of it beyond the centre, for U groups from the first one on; V vectors of each are on their
-    // way at once, whether they are all there or not: what is left over would be waited for one by one
-    template <int U, bool SQUARES>
-    DEVICE void add_up(const Group (&from)[U], int first, int all, const float (&centre)[U]) const {
-        constexpr int V = U == 1 ? 4 : 2;
+    // V vectors of U groups, as they lie in memory, all on their way at once, whether they are all there or not: what is left over would be
+    // waited for one by one.  A thread's first ones stay in registers from pass to pass.
+    template <int U>
+    struct Read {
+        static constexpr int V = U == 1 ? 5 : FLAGS & (CENTRED | GATED) ? 2 : 3, ON = V * THREADS;
+        Vec<X, N> x[V][U];
+        Vec<T, N> z[FLAGS & GATED ? V : 1][FLAGS & GATED ? U : 1];
+    };
+    template <int U>
+    DEVICE Read<U> read(const Group (&from)[U], int start) const {
+        Read<U> r;
         const int vectors = p.group_size / N;
-        float sums[U] = {};
-#pragma unroll 1
-        for (int start = threadIdx.x; start < vectors; start += V * THREADS) {
-            float x[V][U][N];
 #pragma unroll
-            for (int i = 0; i < V; ++i)
+        for (int i = 0; i < Read<U>::V; ++i)
 #pragma unroll
-                for (int u = 0; u < U; ++u) load(from[u], (start + i * THREADS) * N, start + i * THREADS < vectors, x[i][u]);
+            for (int u = 0; u < U; ++u) {
+                const int v = start + i * THREADS, at = v < vectors ? v * N : 0;
+                r.x[i][u] = Vec<X, N>::template load<true>(from[u].x + at, v < vectors);
+                if constexpr (FLAGS & GATED) r.z[i][u] = Vec<T, N>::template load<true>(from[u].gate + at, v < vectors);
+            }
+        return r;
+    }
+    template <int U>
+    DEVICE void gated(const Read<U>& r, int i, int u, float (&x)[N]) const {
+        if constexpr (FLAGS & GATED) {
+            float z[N];
+            r.z[i][u].unpack(z);
 #pragma unroll
-            for (int i = 0; i < V; ++i)
-#pragma unroll
-                for (int u = 0; u < U; ++u)
-#pragma unroll
-                    for (int c = 0; c < N; ++c) {
-                        const float left = start + i * THREADS < vectors ? x[i][u][c] - centre[u] : 0.f;
-                        sums[u] = SQUARES ? fmaf(left, left, sums[u]) : sums[u] + left;
-                    }
+            for (int c = 0; c < N; ++c) x[c] *= z[c] * sigmoid(z[c]);
         }
+    }
+    template <int U>
+    DEVICE void unpack(const Read<U>& r, int i, int u, float (&x)[N]) const {
+        r.x[i][u].unpack(x);
+        if (!p.gate_behind) gated(r, i, u, x);
+    }
+    template <int U, bool SQUARES>
+    DEVICE void add(const Read<U>& r, int start, const float (&centre)[U], float (&sums)[U]) const {
+#pragma unroll
+        for (int i = 0; i < Read<U>::V; ++i)
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                float x[N];
+                unpack(r, i, u, x);
+#pragma unroll
+                for (int c = 0; c < N; ++c) {
+                    const float left = start + i * THREADS < p.group_size / N ? x[c] - centre[u] : 0.f;
+                    sums[u] = SQUARES ? fmaf(left, left, sums[u]) : sums[u] + left;
+                }
+            }
+    }
+    // means of x, or of the squares of what is left of it beyond the centre, for U groups from the first one on
+    template <int U, bool SQUARES>
+    DEVICE void add_up(const Group (&from)[U], const Read<U>& held, int first, int all, const float (&centre)[U]) const {
+        float sums[U] = {};
+        add<U, SQUARES>(held, threadIdx.x, centre, sums);
+#pragma unroll 1
+        for (int start = threadIdx.x + Read<U>::ON; start < p.group_size / N; start += Read<U>::ON)
+            add<U, SQUARES>(read(from, start), start, centre, sums);
         add_up_lanes(sums);
 #pragma unroll
         for (int u = 0; u < U; ++u)
@@ -92,49 +116,58 @@ struct Front {
         float centre[U] = {}, scale[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) from[u] = group(first + u < all ? first + u : all - 1);
+        const Read<U> held = read(from, threadIdx.x);
         if constexpr (FLAGS & CENTRED) {
-            add_up<U, false>(from, first, all, centre);
+            add_up<U, false>(from, held, first, all, centre);
 #pragma unroll
             for (int u = 0; u < U; ++u) centre[u] = mean(first + u < all ? first + u : all - 1);
             __syncthreads();
         }
-        add_up<U, true>(from, first, all, centre);
+        add_up<U, true>(from, held, first, all, centre);
 #pragma unroll
         for (int u = 0; u < U; ++u) scale[u] = 1.f / sqrtf(mean(first + u < all ? first + u : all - 1) + p.eps);
-        constexpr int V = U == 1 ? 4 : 1;
-        const int vectors = p.group_size / N;
+        write(from, held, threadIdx.x, all - first, centre, scale);
 #pragma unroll 1
-        for (int start = threadIdx.x; start < vectors; start += V * THREADS) {
-            float x[V][U][N], w[V][U][N], b[V][U][N];
-#pragma unroll
-            for (int i = 0; i < V; ++i)
-#pragma unroll
-                for (int u = 0; u < U; ++u) {
-                    const int v = start + i * THREADS, at = from[u].at + v * N;
-                    load(from[u], v * N, v < vectors, x[i][u]);
-                    Vec<T, N>::template load<true>((const T*)p.gain + at, p.gain != nullptr && v < vectors).unpack(w[i][u]);
-                    if constexpr (FLAGS & CENTRED) load_bias<T, N, true>((const T*)p.shift, at, v < vectors, b[i][u]);
-                }
-#pragma unroll
-            for (int i = 0; i < V; ++i)
-#pragma unroll
-                for (int u = 0; u < U; ++u)
-                    if (start + i * THREADS < vectors && first + u < all)
-                        write(from[u], (start + i * THREADS) * N, centre[u], scale[u], x[i][u], w[i][u], b[i][u]);
-        }
+        for (int start = threadIdx.x + Read<U>::ON; start < p.group_size / N; start += Read<U>::ON)
+            write(from, read(from, start), start, all - first, centre, scale);
     }
+    template <int U>
     DEVICE void write(
-        const Group& from, int at, float centre, float scale, float (&x)[N], const float (&w)[N], const float (&b)[N]
+        const Group (&from)[U], const Read<U>& r, int start, int there, const float (&centre)[U], const float (&scale)[U]
     ) const {
 #pragma unroll
-        for (int c = 0; c < N; ++c) {
-            const float gain = p.gain == nullptr ? 1.f : w[c];
-            x[c] = FLAGS & CENTRED ? fmaf((x[c] - centre) * scale, gain, b[c]) : x[c] * scale * gain;
+        for (int i = 0; i < Read<U>::V; ++i) {
+            const int v = start + i * THREADS;
+            if (v >= p.group_size / N) return;
+            float w[U][N];
+#pragma unroll
+            for (int u = 0; u < U; ++u) Vec<T, N>::template load<true>(place(from[u].row, from[u].at + v * N), 1).unpack(w[u]);
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                float x[N], b[N];
+                unpack(r, i, u, x);
+                if constexpr (FLAGS & CENTRED) load_bias<T, N, true>((const T*)p.shift, from[u].at + v * N, 1, b);
+#pragma unroll
+                for (int c = 0; c < N; ++c)
+                    x[c] = FLAGS & CENTRED ? fmaf((x[c] - centre[u]) * scale[u], w[u][c], b[c]) : x[c] * scale[u] * w[u][c];
+                if (p.gate_behind) gated(r, i, u, x);
+                Vec<T, N>::pack(x).template store<true>(place(from[u].row, from[u].at + v * N), u < there);
+            }
         }
-        if ((FLAGS & GATED) && p.gate_behind) gated(from, at, x);
-        Vec<T, N>::pack(x).template store<true>(to + from.row * stride + from.at + at, 1);
     }
+    DEVICE T* place(int row, int column) const { return to + row * stride + column; }
 
+    // the norm's weight to where rows will lie, by the threads that will read it there: nobody has to wait for it then
+    DEVICE void bring_gain() const {
+        for (int at = 0; at < p.k; at += p.group_size)
+#pragma unroll 4
+            for (int v = threadIdx.x; v < p.group_size / N; v += THREADS) {
+                const float one[N] = {1.f, 1.f, 1.f, 1.f};
+                Vec<T, N> gain = Vec<T, N>::pack(one);
+                if (p.gain != nullptr) gain = Vec<T, N>::template load<true>((const T*)p.gain + at + v * N, 1);
+                for (int row = 0; row < rows; ++row) gain.template store<true>(place(row, at + v * N), 1);
+            }
+    }
     DEVICE void run() const {
         const int all = rows * (p.k / p.group_size);
         if (all == 1)
