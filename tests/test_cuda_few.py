@@ -64,11 +64,37 @@ def check(i, scale=1.0):
 
 @pytest.mark.parametrize(
     ("b", "k", "n", "dtype"),
-    [(1, 8, 3, BF16), (8, 520, 33, BF16), (17, 264, 40, BF16), (39, 264, 40, BF16), (3, 136, 70, F16)],
+    [
+        (1, 8, 3, BF16), (8, 520, 33, BF16), (17, 264, 40, BF16), (39, 264, 40, BF16), (3, 136, 70, F16),
+        (2, 3000, 12, BF16), (1, 5048, 9, BF16),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_sizes(b, k, n, dtype):
+    # every number of pieces at a time, and shares of k that end within
     check(product(b, k, n, dtype))
+
+
+def test_the_order_of_sums_depends_on_k_alone(monkeypatch):
+    i, results = product(2, 5048, 300), []
+    monkeypatch.setattr(cuda, "processors", lambda device: 8)
+    for ring in ((5, 2), (4, 2), (2, 5)):
+        monkeypatch.setattr(cuda, "ring_of", lambda k, most, total, ring=ring: ring)
+        cuda.cut.cache_clear()
+        results.append(cuda.step_linear(i))
+    cuda.cut.cache_clear()
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize(
+    ("k", "most", "total", "ring"),
+    [
+        (2560, 12, 50, (2, 6)), (5120, 10, 40, (2, 5)), (5120, 20, 20, (5, 4)), (768, 12, 6, (3, 4)), (1536, 24, 6, (3, 8)),
+        (2560, 6, 50, (2, 3)), (4096, 10, 32, (2, 5)), (4096, 20, 16, (4, 5)),
+    ],
+)  # fmt: skip
+def test_what_a_warp_takes_at_a_time(k, most, total, ring):
+    assert cuda.ring_of(k, most, total) == ring
 
 
 def stream_of(b, k, dtype):
@@ -152,13 +178,14 @@ def test_how_rows_are_cut(n, most, rows):
 @pytest.mark.parametrize(
     ("b", "k", "n", "part"),
     [
-        (1, 2560, 10240, (1, (2, 6))),
-        (1, 5120, 2560, (1, (5, 2))),
-        (8, 5120, 2560, (8, (4, 3))),
-        (16, 5120, 2560, (16, (2, 2))),
-        (32, 768, 50280, (32, (3, 4))),
-        (64, 5120, 192, (16, (2, 2))),
-        (64, 1536, 768, (32, (2, 5))),
+        (1, 2560, 10240, (1, 12)),
+        (1, 5120, 2560, (1, 10)),
+        (8, 2560, 10240, (8, 6)),
+        (8, 5120, 2560, (8, 12)),
+        (16, 5120, 2560, (16, 4)),
+        (32, 768, 50280, (32, 12)),
+        (64, 5120, 192, (16, 4)),
+        (64, 1536, 768, (32, 10)),
         (64, 2560, 10240, "would read a weight of k = 2560 4 times for 64 rows"),
         (32, 5120, 2560, "would read a weight of k = 5120 2 times for 32 rows"),
         (32, 5120, None, "would read a weight"),

@@ -19,13 +19,14 @@ from .inputs import StepProduct
 
 # as in few_rows.cu
 WARPS, STEP, PIECE, COLUMN = 8, 32, 1024, 20
-# pieces that a warp takes at a time, and has on their way: fewer of these where x takes their place
+# pieces that a warp may take at a time, and have on their way: fewer of these where x takes their place
 GROUPS, RINGS = (5, 4, 3, 2), (12, 10, 8, 6, 4)
-# whether pieces on their way count for more than pieces at a time
+# whether a warp that goes round its ring would rather have more pieces on their way than take more at a time
 DEEP = True
-# in front of a product, and behind it
-NORM, CENTRED, GATED = 8, 16, 32
-CONVOLVED, ACTIVATED, PAIRED, ADDED = 64, 128, 256, 512
+# pieces on their way of which a launch has at least so many if the next one's block shall have room beside its own
+LEAST = 6
+# in front of a product, NORM, CENTRED, GATED; behind it, CONVOLVED, ACTIVATED, PAIRED, ADDED; and HALVED, tiles of up to 8 rows
+FLAGS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ACTIVATIONS = (None, "silu", "gelu", "relu", "relu2")
 # rows of a block, of which there are more in parts where blocks of all read so many bytes of the weight together
 MAX_ROWS, MOST_BYTES = 32, 16 << 20
@@ -33,9 +34,6 @@ MAX_ROWS, MOST_BYTES = 32, 16 << 20
 SURE_ROWS, LARGE_BYTES = 8, 16 << 20
 # bytes of shared memory that every GPU of ours has for a block
 SMALLEST = 99 << 10
-# bytes of the weight that a block has fetched into L2, beyond those into its shared memory, before it may read what the last kernel wrote:
-# all of them or, where there are more, none, for they are in the way of what the last kernel itself reads
-AHEAD = 32 << 10
 # what a tile costs beside its rows, in rows
 OVERHEAD = 2
 
@@ -46,18 +44,11 @@ class FewRowsParams(ctypes.Structure):
     _fields_ = [
         *structs.fields(c_void_p, "x weight bias gain shift gate residual conv_state conv_weight conv_bias out"),
         *structs.fields(c_longlong, "x_b weight_n gate_b residual_b state_b state_k"),
-        *structs.fields(c_int, "b n k part rows tiles blocks per ahead stride"),
+        *structs.fields(c_int, "b n k part rows tiles blocks per stride"),
         *structs.fields(c_int, "group_size gate_behind activation"),
         *structs.fields(c_int, "conv_first conv_channels conv_width silu"),
         *structs.fields(c_float, "eps gate_multiplier multiplier"),
     ]
-
-
-class Ring(NamedTuple):
-    """Pieces that a warp takes at a time, and how many such groups it has on their way."""
-
-    group: int
-    groups: int
 
 
 def pieces(k: int) -> int:
@@ -66,25 +57,29 @@ def pieces(k: int) -> int:
     return per + (per % 2 if per != 3 else 0)
 
 
-@functools.cache
-def rings(k: int) -> tuple[Ring, ...]:
-    """List what a warp may have on its way, from most to least."""
-    found = []
-    for most in RINGS:
-        ways = [Ring(g, most // g) for g in GROUPS if pieces(k) % g == 0 and most // g > 1]
-        found += [max(ways, key=lambda r: (r.group * r.groups * DEEP, r.group))] if ways else []
-    return tuple(dict.fromkeys(found))
+def groups_of(k: int) -> tuple[int, ...]:
+    """Pieces that a warp may take at a time."""
+    return tuple(group for group in GROUPS if pieces(k) % group == 0)
 
 
-def stride(k: int, group: int) -> int:
-    """Elements from row to row of x in shared memory: rows that are read together begin 64 bytes apart, modulo the 128 of all banks."""
-    return ceil_div(ceil_div(k, group * STEP) * group * STEP, 64) * 64 + 32
+def ring_of(k: int, most: int, total: int) -> tuple[int, int]:
+    """Pieces that a warp takes at a time of ``total``, and how many such groups it has on their way, of up to ``most`` pieces."""
+    ways = [(group, most // group) for group in groups_of(k) if most // group > 1]
+    if total <= most:
+        return max(ways, key=lambda w: (min(w[0] * w[1], total), w[0]))
+    # what is on its way while a group is dealt with
+    return max(ways, key=lambda w: (w[0] * (w[1] - 1) * DEEP, w[0]))
 
 
-def shared_bytes(b: int, k: int, ring: Ring) -> int:
+def stride(k: int) -> int:
+    """Elements from row to row of x in shared memory: whole groups, and rows read together 64 bytes apart, modulo the 128 of all banks."""
+    whole = max(ceil_div(k, group * STEP) * group * STEP for group in groups_of(k))
+    return ceil_div(whole, 64) * 64 + 32
+
+
+def shared_bytes(b: int, k: int, most: int) -> int:
     """Shared memory of a block: pieces of the weight on their way, sums of two tiles, and x."""
-    sums = 2 * WARPS * 8 * columns(b) * COLUMN * 4
-    return WARPS * ring.group * ring.groups * PIECE + sums + b * stride(k, ring.group) * 2
+    return WARPS * most * PIECE + 2 * WARPS * 8 * columns(b) * COLUMN * 4 + b * stride(k) * 2
 
 
 def columns(b: int) -> int:
@@ -92,13 +87,13 @@ def columns(b: int) -> int:
     return next(count for count in (1, 2, 4) if 8 * count >= b)
 
 
-def part_of(b: int, k: int, n: int | None, room: int) -> tuple[int, Ring] | str:
-    """Rows that a block has of ``b``, and what is on its way, in ``room`` bytes of shared memory; or why that cannot be.
+def part_of(b: int, k: int, n: int | None, room: int) -> tuple[int, int] | str:
+    """Rows that a block has of ``b``, and pieces that a warp may have on their way, in ``room`` bytes of shared memory; or why not.
 
     Who knows no ``n`` has a large one.
     """
     parts = [rows for rows in (min(b, MAX_ROWS), 16, 8) if rows <= b]
-    found = next(((rows, ring) for rows in parts if (ring := _ring(rows, k, room)) is not None), None)
+    found = next(((rows, most) for rows in parts if (most := _most(rows, k, room))), None)
     if found is not None and found[0] == b:
         return found
     if b > MAX_ROWS and n is None:
@@ -112,10 +107,18 @@ def part_of(b: int, k: int, n: int | None, room: int) -> tuple[int, Ring] | str:
     return found
 
 
-def _ring(b: int, k: int, room: int) -> Ring | None:
-    """The largest ring with which two blocks, this launch's and the next one's, stand beside each other; or else one alone."""
-    most = ((room - DRIVERS) // 2, room)
-    return next((ring for size in most for ring in rings(k) if shared_bytes(b, k, ring) <= size), None)
+def rings(k: int) -> tuple[int, ...]:
+    """Pieces that a warp may have on their way: two groups or more."""
+    return tuple(most for most in RINGS if most >= 2 * groups_of(k)[-1])
+
+
+def _most(b: int, k: int, room: int) -> int:
+    """The largest ring with which two blocks, this launch's and the next one's, stand beside each other; or else one alone; or none."""
+    ways = [
+        *((most, (room - DRIVERS) // 2) for most in rings(k) if most >= LEAST),
+        *((most, room) for most in rings(k)),
+    ]
+    return next((most for most, size in ways if shared_bytes(b, k, most) <= size), 0)
 
 
 def refuse(facts: Facts) -> str | None:
@@ -213,14 +216,11 @@ def cut(look: Look, count: int, room: int) -> Cut:
     how = part_of(b, k, n, room)
     if isinstance(how, str):
         raise ValueError(f"step_linear: {how}.")
-    part, ring = how
+    part, most = how
     parts = ceil_div(b, part)
     rows = tiles_of(outputs, 8 if pairs else 16, max(1, count // parts))
     tiles = ceil_div(outputs, rows)
     blocks = min(tiles, max(1, count // parts))
-    per = pieces(k)
-    groups = max(0, per // ring.group * ceil_div(tiles, blocks) - ring.groups)  # of a warp, beyond the ring
-    small = groups * ring.group * WARPS * STEP * 2 * rows * (1 + pairs) <= AHEAD
     names = "x_b weight_n gate_b residual_b state_b state_k".split()
     centred, gated, group_size, gate_behind, eps = look.norm or (False, False, k, False, 0.0)
     first, channels, width, silu = look.conv or (0, 0, 2, False)
@@ -230,24 +230,18 @@ def cut(look: Look, count: int, room: int) -> Cut:
         n=n,
         k=k,
         part=part,
-        rows=rows, tiles=tiles, blocks=blocks, per=per, ahead=groups if small else 0, stride=stride(k, ring.group),
+        rows=rows, tiles=tiles, blocks=blocks, per=pieces(k), stride=stride(k),
         group_size=group_size, gate_behind=gate_behind, activation=ACTIVATIONS.index(activation),
         conv_first=first, conv_channels=channels, conv_width=width, silu=silu,
         eps=eps, gate_multiplier=gate_multiplier, multiplier=multiplier,
     )  # fmt: skip
-    asked = {
-        NORM: look.norm,
-        CENTRED: centred,
-        GATED: gated,
-        CONVOLVED: look.conv,
-        ACTIVATED: activation,
-        PAIRED: pairs,
-        ADDED: added,
-    }
-    flags = sum(flag for flag, wanted in asked.items() if wanted)
+    halved = rows <= 8 and not pairs
+    asked = (look.norm, centred, gated, look.conv, activation, pairs, added, halved)
+    flags = sum(flag for flag, wanted in zip(FLAGS, asked, strict=True) if wanted)
+    group, groups = ring_of(k, most << halved, pieces(k) * ceil_div(tiles, blocks))
     types = ", ".join(TYPES[t] for t in look.types)
-    name = f"few_rows<{types}, {columns(part)}, {ring.group}, {ring.groups}, {flags}>"
-    return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k, ring))
+    name = f"few_rows<{types}, {columns(part)}, {group}, {groups}, {flags}>"
+    return Cut(structs.tail(rest), name, blocks * parts, shared_bytes(part, k, most))
 
 
 def step_linear(i: StepProduct) -> Tensor:

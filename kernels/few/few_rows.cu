@@ -24,17 +24,21 @@ struct FewRowsParams {
     int64 x_b, weight_n, gate_b, residual_b, state_b, state_k;
     int b, n, k, part;                             // rows of x that a block has
     int rows, tiles, blocks;                       // rows of W in a tile; blocks of a part
-    int per, ahead, stride;                        // pieces of a warp in a tile; groups; elements from row to row of x in shared memory
+    int per, stride;                               // pieces of a warp in a tile; elements from row to row of x in shared memory
     int group_size, gate_behind, activation;
     int conv_first, conv_channels, conv_width, silu;
     float eps, gate_multiplier, multiplier;
 };
 
-constexpr int STEP = 32, PIECE = 1024, WIDEST = 8;  // elements and bytes of a piece; taps of a filter
+constexpr int STEP = 32, WIDEST = 8;  // elements of a row in a piece; taps of a filter
 constexpr int COLUMN = 20;  // floats of a column of a tile's sums: lanes that store together meet different banks
 enum Activations { NONE, SILU, GELU, RELU, RELU2 };
 // what is behind the product: asked at run time, every question would be a read of constant memory and a branch per tile
 enum BehindFlags { CONVOLVED = 64, ACTIVATED = 128, PAIRED = 256, ADDED = 512 };
+// tiles of up to 8 rows: their pieces are half as large
+enum TileFlags { HALVED = 1024 };
+template <int FLAGS>
+constexpr int PIECE = FLAGS & HALVED ? 512 : 1024;
 
 DEVICE float activate(float x, int kind) {
     if (kind == SILU) return x * sigmoid(x);
@@ -68,48 +72,36 @@ DEVICE void copy_rows(const FewRowsParams& p, Part part, T* to) {
 }
 
 // Pieces of W, 16 rows by 32 elements, that a warp goes along, G at a time: its share of k for one tile after the other.  A lane has 16 bytes
-// of rows g and g + 8 of each; of pairs, rows of the latter lie half of W behind.
-template <class T, int G, bool PAIRS>
+// of rows g and g + 8 of each; of pairs, rows of the latter lie half of W behind; of tiles of up to 8 rows, there are none.
+template <class T, int G, int FLAGS>
 struct Pieces {
-    const int per, mine;            // pieces of a tile, and of those the ones in which a lane has elements
-    const int row_upper, row_lower; // rows below these are there
-    const int rows_on;              // from tile to tile
-    const int64 on;                 // from the end of a lane's share of a row to its share of the next tile's
-    const T *upper, *lower;         // of the next piece
-    int row, step = 0;
+    static constexpr bool PAIRS = FLAGS & PAIRED, LOWER = !(FLAGS & HALVED);
+    const int per, mine;             // pieces of a tile, and of those the ones in which a lane has elements
+    const int all, rows_on;          // rows, and from tile to tile
+    const int end_upper, end_lower;  // tiles that begin before these have a lane's rows
+    const int64 on;                  // from the end of a lane's share of a row to its share of the next tile's
+    const T *upper, *lower;          // of the next piece
+    int first, step = 0;             // its tile's first row, and its number there
 
-    DEVICE Pieces(const FewRowsParams& p, int column, int g)
-        : per(p.per), mine((p.k - column + STEP - 1) / STEP), row_upper(g < p.rows ? count(p) : 0),
-          row_lower(PAIRS ? row_upper : g + 8 < p.rows ? count(p) - 8 : 0), rows_on(p.blocks * p.rows), on(rows_on * p.weight_n - per * STEP),
-          row((int)blockIdx.x % p.blocks * p.rows + g) {
-        upper = (const T*)p.weight + row * p.weight_n + column;
-        lower = upper + (PAIRS ? count(p) : 8) * p.weight_n;
+    DEVICE Pieces(const FewRowsParams& p, int tile, int column, int g)
+        : per(p.per), mine((p.k - column + STEP - 1) / STEP), all(PAIRS ? p.n / 2 : p.n), rows_on(p.blocks * p.rows), end_upper(g < p.rows ? all - g : 0),
+          end_lower(PAIRS ? end_upper : g + 8 < p.rows ? all - g - 8 : 0), on(rows_on * p.weight_n - per * STEP), first(tile * p.rows) {
+        upper = (const T*)p.weight + (first + g) * p.weight_n + column;
+        lower = upper + (PAIRS ? all : 8) * p.weight_n;
     }
-    static DEVICE int count(const FewRowsParams& p) { return PAIRS ? p.n / 2 : p.n; }
-    DEVICE void next() {
-        upper += G * STEP, lower += G * STEP;
-        if ((step += G) == per) step = 0, row += rows_on, upper += on, lower += on;
-    }
-    DEVICE int left(int rows) const { return row < rows ? mine - step : 0; }
+    // nothing, if no tile is left
     DEVICE void fetch(char* to) {
-        const int of_upper = left(row_upper), of_lower = left(row_lower);
+        if (first < all) {
+            const int of_upper = first < end_upper ? mine - step : 0, of_lower = first < end_lower ? mine - step : 0;
 #pragma unroll
-        for (int s = 0; s < G; ++s) {
-            copy_async16(to + s * PIECE, upper + s * STEP, s < of_upper);
-            copy_async16(to + s * PIECE + PIECE / 2, lower + s * STEP, s < of_lower);
+            for (int s = 0; s < G; ++s) {
+                copy_async16(to + s * PIECE<FLAGS>, upper + s * STEP, s < of_upper);
+                if (LOWER) copy_async16(to + s * PIECE<FLAGS> + 512, lower + s * STEP, s < of_lower);
+            }
+            upper += G * STEP, lower += G * STEP;
+            if ((step += G) == per) step = 0, first += rows_on, upper += on, lower += on;
         }
         copy_async_commit();
-        next();
-    }
-    // 32 bytes by every other lane
-    DEVICE void fetch_into_l2() {
-        const int odd = threadIdx.x % 2, of_upper = odd ? 0 : left(row_upper), of_lower = odd ? 0 : left(row_lower);
-#pragma unroll
-        for (int s = 0; s < G; ++s) {
-            if (s < of_upper) prefetch(upper + s * STEP);
-            if (s < of_lower) prefetch(lower + s * STEP);
-        }
-        next();
     }
 };
 
@@ -195,16 +187,18 @@ struct Behind {
 
 // Sums of a warp's pieces: two, of the halves of each, so that a product seldom waits for the one before it.  The order in which they are
 // formed is that of the pieces, however many of them there are at a time.
-template <class T, int NT, int G>
+template <class T, int NT, int G, int FLAGS>
 struct Sums {
     float c[2][NT][4] = {};
 
     // a group, all of whose reads are on their way before its products
     DEVICE void add(const char* group, const T* const (&rows)[NT], int at) {
-        uint4 upper[G], lower[G];
+        uint4 upper[G], lower[G] = {};
 #pragma unroll
-        for (int s = 0; s < G; ++s)
-            upper[s] = *reinterpret_cast<const uint4*>(group + s * PIECE), lower[s] = *reinterpret_cast<const uint4*>(group + s * PIECE + PIECE / 2);
+        for (int s = 0; s < G; ++s) {
+            upper[s] = *reinterpret_cast<const uint4*>(group + s * PIECE<FLAGS>);
+            if (!(FLAGS & HALVED)) lower[s] = *reinterpret_cast<const uint4*>(group + s * PIECE<FLAGS> + 512);
+        }
 #pragma unroll
         for (int s = 0; s < G; ++s) {
             const uint32 a[2][4] = {{upper[s].x, lower[s].x, upper[s].y, lower[s].y}, {upper[s].z, lower[s].z, upper[s].w, lower[s].w}};
@@ -221,7 +215,7 @@ struct Sums {
 #pragma unroll
         for (int j = 0; j < NT; ++j)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) to[(j * 8 + i * 2 + e % 2) * COLUMN + g + e / 2 * 8] = c[0][j][e] + c[1][j][e];
+            for (int e = 0; e < (FLAGS & HALVED ? 2 : 4); ++e) to[(j * 8 + i * 2 + e % 2) * COLUMN + g + e / 2 * 8] = c[0][j][e] + c[1][j][e];
     }
 };
 
@@ -229,21 +223,23 @@ struct Sums {
 template <class T, class X, class O, int NT, int G, int GROUPS, int FLAGS>
 __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     SHARED_MEMORY(shared);
-    float* sums = reinterpret_cast<float*>(shared + WARPS * GROUPS * G * PIECE);  // twice, in turns
-    constexpr int SUMS = WARPS * 8 * NT * COLUMN;
+    constexpr int SUMS = WARPS * 8 * NT * COLUMN, GROUP = G * PIECE<FLAGS>, OWN = GROUPS * GROUP;
+    float* sums = reinterpret_cast<float*>(shared + WARPS * OWN);  // twice, in turns
     T* xs = reinterpret_cast<T*>(sums + 2 * SUMS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, i = lane % 4;
-    const int first_row = (int)blockIdx.x / p.blocks * p.part, column = warp * p.per * STEP + i * 8;
+    const int which = (int)blockIdx.x / p.blocks, first_row = which * p.part, first_tile = (int)blockIdx.x - which * p.blocks;
+    const int column = warp * p.per * STEP + i * 8;
     const Part part{first_row, p.b - first_row < p.part ? p.b - first_row : p.part};
-    char* own = shared + warp * GROUPS * G * PIECE + lane * 16;
+    char* own = shared + warp * OWN + lane * 16;
 
     let_next_begin();
-    Pieces<T, G, (FLAGS & PAIRED) != 0> pieces(p, column, g);
+    Pieces<T, G, FLAGS> pieces(p, first_tile, column, g);
 #pragma unroll 1
-    for (int s = 0; s < GROUPS; ++s) pieces.fetch(own + s * G * PIECE);
-    auto later = pieces;
+    for (int s = 0; s < GROUPS; ++s) pieces.fetch(own + s * GROUP);
+    // x up to a whole group
+    const int rest = (G * STEP - p.k % (G * STEP)) % (G * STEP);
 #pragma unroll 1
-    for (int s = 0; s < p.ahead; ++s) later.fetch_into_l2();
+    for (int e = threadIdx.x; e < part.count * rest; e += THREADS) write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
     if constexpr (FLAGS & NORM) {
         const Front<FewRowsParams, T, X, FLAGS> front{p, xs, p.stride, sums, part.first, part.count};
         front.bring_gain();
@@ -254,9 +250,6 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
         wait_for_previous();
         copy_rows<T>(p, part, xs);
     }
-    // up to a whole group
-    const int rest = (G * STEP - p.k % (G * STEP)) % (G * STEP);
-    for (int e = threadIdx.x; e < part.count * rest; e += THREADS) write_one(xs + e / rest * p.stride + p.k + e % rest, 0.f);
     __syncthreads();
 
     const T* rows[NT];
@@ -266,14 +259,14 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     const int whole = (p.k + STEP - 1) / STEP - warp * p.per;
 
     int group = 0, turn = 0;
-    for (int tile = blockIdx.x % p.blocks; tile < p.tiles; tile += p.blocks, turn ^= 1) {
+    for (int tile = first_tile; tile < p.tiles; tile += p.blocks, turn ^= 1) {
         const Behind<T, O, NT, FLAGS> behind{p, part, sums + turn * SUMS};
         const Output<T, O> first = behind.look(tile, threadIdx.x);
-        Sums<T, NT, G> mine;
+        Sums<T, NT, G, FLAGS> mine;
 #pragma unroll 1
         for (int s = 0; s < p.per; s += G) {
             copy_async_wait<GROUPS - 1>();
-            char* at = own + group * G * PIECE;
+            char* at = own + group * GROUP;
             // the same for all lanes of the warp
             if (s < whole) mine.add(at, rows, s * STEP);
             pieces.fetch(at);
