@@ -8,6 +8,17 @@
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 enum FrontFlags { NORM = 8, CENTRED = 16, GATED = 32 };
 
+// one instruction, where a division and a root are some forty, and branches
+#ifdef HZ_EMULATE
+inline float reciprocal_root(float x) { return 1.f / sqrtf(x); }
+#else
+DEVICE float reciprocal_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+
 template <int K>
 DEVICE void add_up_lanes(float (&sums)[K]) {
 #pragma unroll
@@ -102,11 +113,11 @@ struct Front {
             if (threadIdx.x % 32 == 0 && first + u < all) slots[(first + u) * WARPS + threadIdx.x / 32] = sums[u];
         __syncthreads();
     }
-    DEVICE float mean(int i) const {
+    DEVICE float mean(int i, float inverse) const {
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += slots[i * WARPS + w];
-        return sum / (float)p.group_size;
+        return sum * inverse;
     }
 
     // U groups at once; the last of all stands in for those that are not there
@@ -117,15 +128,16 @@ struct Front {
 #pragma unroll
         for (int u = 0; u < U; ++u) from[u] = group(first + u < all ? first + u : all - 1);
         const Read<U> held = read(from, threadIdx.x);
+        const float inverse = 1.f / (float)p.group_size;
         if constexpr (FLAGS & CENTRED) {
             add_up<U, false>(from, held, first, all, centre);
 #pragma unroll
-            for (int u = 0; u < U; ++u) centre[u] = mean(first + u < all ? first + u : all - 1);
+            for (int u = 0; u < U; ++u) centre[u] = mean(first + u < all ? first + u : all - 1, inverse);
             __syncthreads();
         }
         add_up<U, true>(from, held, first, all, centre);
 #pragma unroll
-        for (int u = 0; u < U; ++u) scale[u] = 1.f / sqrtf(mean(first + u < all ? first + u : all - 1) + p.eps);
+        for (int u = 0; u < U; ++u) scale[u] = reciprocal_root(mean(first + u < all ? first + u : all - 1, inverse) + p.eps);
         write(from, held, threadIdx.x, all - first, centre, scale);
 #pragma unroll 1
         for (int start = threadIdx.x + Read<U>::ON; start < p.group_size / N; start += Read<U>::ON)
@@ -159,13 +171,27 @@ struct Front {
 
     // the norm's weight to where rows will lie, by the threads that will read it there: nobody has to wait for it then
     DEVICE void bring_gain() const {
+        constexpr int V = 5;
+        const float ones[N] = {1.f, 1.f, 1.f, 1.f};
+        const int vectors = p.group_size / N;
+#pragma unroll 1
         for (int at = 0; at < p.k; at += p.group_size)
-#pragma unroll 4
-            for (int v = threadIdx.x; v < p.group_size / N; v += THREADS) {
-                const float one[N] = {1.f, 1.f, 1.f, 1.f};
-                Vec<T, N> gain = Vec<T, N>::pack(one);
-                if (p.gain != nullptr) gain = Vec<T, N>::template load<true>((const T*)p.gain + at + v * N, 1);
-                for (int row = 0; row < rows; ++row) gain.template store<true>(place(row, at + v * N), 1);
+#pragma unroll 1
+            for (int start = threadIdx.x; start < vectors; start += V * THREADS) {
+                Vec<T, N> gain[V];
+#pragma unroll
+                for (int i = 0; i < V; ++i) {
+                    const int v = start + i * THREADS;
+                    gain[i] = Vec<T, N>::pack(ones);
+                    if (p.gain != nullptr) gain[i] = Vec<T, N>::template load<true>((const T*)p.gain + at + v * N, v < vectors);
+                }
+#pragma unroll 1
+                for (int row = 0; row < rows; ++row)
+#pragma unroll
+                    for (int i = 0; i < V; ++i) {
+                        const int v = start + i * THREADS;
+                        gain[i].template store<true>(place(row, at + v * N), v < vectors);
+                    }
             }
     }
     DEVICE void run() const {
