@@ -79,27 +79,26 @@ struct Pieces {
     const int per, mine;             // pieces of a tile, and of those the ones in which a lane has elements
     const int all, rows_on;          // rows, and from tile to tile
     const int end_upper, end_lower;  // tiles that begin before these have a lane's rows
-    const int64 on;                  // from the end of a lane's share of a row to its share of the next tile's
-    const T *upper, *lower;          // of the next piece
+    const int64 on, apart;           // from the end of a lane's share of a row to its share of the next tile's; between its two rows
+    const T* upper;                  // of the next piece
     int first, step = 0;             // its tile's first row, and its number there
 
     DEVICE Pieces(const FewRowsParams& p, int tile, int column, int g)
         : per(p.per), mine((p.k - column + STEP - 1) / STEP), all(PAIRS ? p.n / 2 : p.n), rows_on(p.blocks * p.rows), end_upper(g < p.rows ? all - g : 0),
-          end_lower(PAIRS ? end_upper : g + 8 < p.rows ? all - g - 8 : 0), on(rows_on * p.weight_n - per * STEP), first(tile * p.rows) {
-        upper = (const T*)p.weight + (first + g) * p.weight_n + column;
-        lower = upper + (PAIRS ? all : 8) * p.weight_n;
-    }
+          end_lower(PAIRS ? end_upper : g + 8 < p.rows ? all - g - 8 : 0), on(rows_on * p.weight_n - per * STEP), apart((PAIRS ? all : 8) * p.weight_n),
+          upper((const T*)p.weight + (tile * p.rows + g) * p.weight_n + column), first(tile * p.rows) {}
     // nothing, if no tile is left
     DEVICE void fetch(char* to) {
         if (first < all) {
             const int of_upper = first < end_upper ? mine - step : 0, of_lower = first < end_lower ? mine - step : 0;
+            const T* lower = upper + apart;
 #pragma unroll
             for (int s = 0; s < G; ++s) {
                 copy_async16(to + s * PIECE<FLAGS>, upper + s * STEP, s < of_upper);
                 if (LOWER) copy_async16(to + s * PIECE<FLAGS> + 512, lower + s * STEP, s < of_lower);
             }
-            upper += G * STEP, lower += G * STEP;
-            if ((step += G) == per) step = 0, first += rows_on, upper += on, lower += on;
+            upper += G * STEP;
+            if ((step += G) == per) step = 0, first += rows_on, upper += on;
         }
         copy_async_commit();
     }

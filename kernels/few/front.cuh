@@ -40,13 +40,10 @@ struct Front {
     // group i of all rows' groups: its row, and where it begins
     struct Group {
         int row, at;
-        const X* x;
-        const T* gate;
     };
     DEVICE Group group(int i) const {
         const int each = p.k / p.group_size, row = i / each, at = i % each * p.group_size;
-        const int64 of = first_row + row;
-        return {row, at, (const X*)p.x + of * p.x_b + at, (const T*)p.gate + of * p.gate_b + at};
+        return {row, at};
     }
     // V vectors of U groups, as they lie in memory, all on their way at once, whether they are all there or not: what is left over would be
     // waited for one by one.  A thread's first ones stay in registers from pass to pass.
@@ -65,8 +62,8 @@ struct Front {
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 const int v = start + i * THREADS, at = v < vectors ? v * N : 0;
-                r.x[i][u] = Vec<X, N>::template load<true>(from[u].x + at, v < vectors);
-                if constexpr (FLAGS & GATED) r.z[i][u] = Vec<T, N>::template load<true>(from[u].gate + at, v < vectors);
+                r.x[i][u] = Vec<X, N>::template load<true>((const X*)p.x + (first_row + from[u].row) * p.x_b + from[u].at + at, v < vectors);
+                if constexpr (FLAGS & GATED) r.z[i][u] = Vec<T, N>::template load<true>((const T*)p.gate + (first_row + from[u].row) * p.gate_b + from[u].at + at, v < vectors);
             }
         return r;
     }
