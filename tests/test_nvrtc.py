@@ -102,8 +102,8 @@ def loss(v, dtype, want_gradient=True):
 def few_rows(dtype, b, stream=None, norm=None, residual=None, **behind):
     types = (dtype, stream or dtype, residual or dtype)
     options = (behind.get("pairs", False), behind.get("activation"), residual is not None, 1.0, 1.0)
-    k = behind.get("k", 768)
-    look = cuda_few.Look(types, (b, 10240, k), (k, k, 0, k, 0, 0), norm, None, options)
+    k, n = behind.get("k", 768), behind.get("n", 10240)
+    look = cuda_few.Look(types, (b, n, k), (k, k, 0, k, 0, 0), norm, behind.get("conv"), options)
     return "few_rows.cu", cuda_few.cut(look, 132, 227 << 10).name
 
 
@@ -180,6 +180,9 @@ USUAL = [
     *(few_rows(BF16, b, residual=F32) for b in (1, 32)),
     few_rows(BF16, 16, BF16, GATED, F32, k=5120),
     few_rows(BF16, 1),
+    few_rows(BF16, 1, n=192, k=5120),
+    few_rows(BF16, 1, F32, NORMED, k=2560, conv=(0, 5120, 4, True)),
+    few_rows(BF16, 8, F32, LAYER_NORM, k=2560, pairs=True, activation="silu"),
     *(("attend.cu", f"attend_slots<{dtype}, {halves}, 2>") for dtype in ("bf16", "fp16") for halves in (1, 2, 3, 4)),
     *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
     *(loss(v, BF16) for v in (256, 4096, 128256)),
