@@ -241,6 +241,12 @@ def test_a_length_is_cut_where_blocks_are_few():
         assert cuda.cut(blocks, chunks, places) == want
 
 
+def test_two_blocks_of_two_stages_have_shared_memory():
+    for p, n, element in [(64, 128, 2), (64, 64, 2), (32, 32, 2), (64, 64, 4)]:
+        tile = cuda.tile_of(p, n, element, 228 << 10)
+        assert tile.stages == 2 and tile.resident(element, 228 << 10) == 2
+
+
 def test_empty_calls_and_many_states():
     for size in ({"b": 0}, {"h": 0, "g": 1}):
         sizes = dict(b=1, l=5, h=2, p=16, g=1, n=16, dtype=F32) | size

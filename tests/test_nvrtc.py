@@ -186,7 +186,7 @@ USUAL = [
     *(("attend.cu", f"attend_slots<{dtype}, {halves}, 2>") for dtype in ("bf16", "fp16") for halves in (1, 2, 3, 4)),
     *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
     *(loss(v, BF16) for v in (256, 4096, 128256)),
-    *(dual(BF16, 64, 128, flags) for flags in (0, RESET, cuda_ssd.STATES)),
+    *(dual(BF16, 64, 128, flags) for flags in (0, RESET, cuda_ssd.GATED, cuda_ssd.STATES)),
     dual(F32, 64, 128),
 ]
 

@@ -32,12 +32,14 @@ from ..operators import custom_op
 from .chunked import _OPTIONS, _TENSORS
 from .inputs import SsdInputs, SsdOptions
 
-# as in ssd.cuh: threads of a block, and by the bytes of an element the tokens of a chunk
-THREADS = 128
+# as in ssd_forward.cu and ssd.cuh: threads of a block, and by the bytes of an element the tokens of a chunk
+THREADS = 256
 CHUNK = {2: 64, 4: 32}
-# template flag of ssd_forward.cu: only what a segment leaves behind
-STATES = 128
+# template flags of ssd_forward.cu: there is z; only what a segment leaves behind
+GATED, STATES = 2, 128
 MAX_STATE = 256
+# blocks per multiprocessor that have registers
+BLOCKS = 2
 # threads of ssd_pass_states
 PASS = 256
 
@@ -63,26 +65,21 @@ class Tile(NamedTuple):
     def shared_bytes(self, element: int, states: bool = False) -> int:
         """``Layout::BYTES`` of ``ssd_forward.cu``; with ``states``, of the pass that has no outputs."""
         q, pad, halves = CHUNK[element], 16 // element, element == 2
-        C = max(self.n, 2 * self.p + 16 if halves else self.p + 16) + pad
         row, steps = self.n + pad, 7 * 4 * q + 16
-        operands = self.stages * q * (self.p + pad + row + (0 if states else C))
+        operands = self.stages * q * (self.p + pad + row + (0 if states else row))
         if not states:
-            operands += self.p * row + (0 if halves else q * (q + pad))
-        return operands * element + 2 * steps + 16 + 4 * self.p
-
-    @property
-    def blocks(self) -> int:
-        """Blocks per multiprocessor that have registers: ``blocks_of`` of ``ssd_forward.cu``."""
-        return 2 if self.p * self.n > 1024 else 3
+            operands += self.p * self.n + 10 * 256 if halves else self.p * row + q * (q + pad)
+        return operands * element + (THREADS // 16 if states else 2) * steps + 32 + 4 * self.p + 8 * q
 
     def resident(self, element: int, space: int) -> int:
         """Blocks per multiprocessor of ``space`` bytes of shared memory."""
-        return min(self.blocks, space // (self.shared_bytes(element) + DRIVERS))
+        return min(BLOCKS, space // (self.shared_bytes(element) + DRIVERS))
 
 
 def tile_of(p: int, n: int, element: int, space: int) -> Tile:
     """The tile for ``p`` channels and ``n`` states: two stages where they cost no block."""
-    n = next(size for size in (32, 64, 128, 256) if size >= n)
+    # a warp has 16 channels and as many states, at least
+    n = next(size for size in (32 if p > 32 else 64, 64, 128, 256) if size >= n)
     one, two = (Tile(32 if p <= 32 or n == 256 else 64, n, stages) for stages in (1, 2))
     return two if two.resident(element, space) >= 2 else one
 
@@ -96,6 +93,7 @@ class SsdLook(NamedTuple):
     aligned: bool
     skip: tuple[int, int]  # strides of D along heads and their channels
     packed: bool
+    gated: bool
     wide_dt: bool
     softplus: bool
     limits: tuple[float, float]
@@ -177,7 +175,8 @@ def plan_of(look: SsdLook, count: int, space: int) -> Plan:
         or any(s % lanes for k, values in enumerate(look.strides) if k != 1 for s in values)
     )
     flags = (RESET if look.packed else 0) | (UNALIGNED if off else 0)
-    launches = [Launch(walk(look.dtype, tile, flags), blocks * segments, THREADS, tile.shared_bytes(element))]
+    name = walk(look.dtype, tile, flags | (GATED if look.gated else 0))
+    launches = [Launch(name, blocks * segments, THREADS, tile.shared_bytes(element))]
     if segments > 2:
         launches.insert(0, Launch("ssd_pass_states", ceil_div(b * h * p * n, PASS), PASS, 0))
     if segments > 1:
@@ -228,6 +227,7 @@ def planned(i: SsdInputs, options: SsdOptions) -> Plan:
         min(alignment(m) for m in (x, i.B, i.C, i.z)) == 16,
         (0, 0) if D is None else (1, 0) if D.dim() == 1 else (p, 1),
         i.reset is not None,
+        i.z is not None,
         i.dt.dtype != x.dtype,
         options.dt_softplus,
         step_limits(options.dt_limit),

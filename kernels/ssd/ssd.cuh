@@ -138,14 +138,21 @@ DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, int head, Steps<Q>& o
     if (lane == 0) out.through = last == 0 ? decay_by<T>((float)end) : 0.f, out.gain = gain;
 }
 
-// `rows` x `cols` of memory as a tile of ROWS x COLS, zeros beyond; by the whole block, asynchronously where 16 bytes go at once, or 4
-template <class T, int ROWS, int COLS, int STRIDE, bool ALIGNED>
-DEVICE void fill_tile(T* shared, const T* at, int64 stride, int rows, int cols) {
-    constexpr int WIDE = Packed<T>::lanes, PER_WORD = Packed<T>::per_word, PER = COLS / WIDE, ONCE = SSD_THREADS / PER;
-    static_assert(SSD_THREADS % PER == 0 && ROWS % ONCE == 0, "every thread has as many vectors, of one column");
+// A thread's first element of a tile of COLS columns that lies at `at`
+template <class T, int COLS, int THREADS>
+DEVICE const T* own_place(const T* at, int64 stride) {
+    constexpr int WIDE = Packed<T>::lanes, PER = COLS / WIDE;
+    return at + threadIdx.x / PER * stride + threadIdx.x % PER * WIDE;
+}
+
+// `rows` x `cols` of memory as a tile of ROWS x COLS, zeros beyond; by the whole block, asynchronously where 16 bytes go at once, or 4.
+// `from` is the thread's own place.
+template <class T, int ROWS, int COLS, int STRIDE, bool ALIGNED, int THREADS>
+DEVICE void fill_own(T* shared, const T* from, int64 stride, int rows, int cols) {
+    constexpr int WIDE = Packed<T>::lanes, PER_WORD = Packed<T>::per_word, PER = COLS / WIDE, ONCE = THREADS / PER;
+    static_assert(THREADS % PER == 0 && ROWS % ONCE == 0, "every thread has as many vectors, of one column");
     const int first = threadIdx.x / PER, col = threadIdx.x % PER * WIDE, count = cols - col;
-    const T* from = at + first * stride + col;
-    const bool words = !ALIGNED && ((unsigned long long)at | (unsigned long long)stride * sizeof(T)) % 4 == 0;
+    const bool words = !ALIGNED && ((unsigned long long)from | (unsigned long long)stride * sizeof(T)) % 4 == 0;
 #pragma unroll
     for (int i = 0; i < ROWS / ONCE; ++i, from += ONCE * stride) {
         T* to = shared + (first + i * ONCE) * STRIDE + col;
@@ -160,4 +167,9 @@ DEVICE void fill_tile(T* shared, const T* at, int64 stride, int rows, int cols) 
             copy_async4(to + w * PER_WORD, from + w * PER_WORD, left <= 0 ? 0 : left >= PER_WORD ? 4 : 2);
         }
     }
+}
+
+template <class T, int ROWS, int COLS, int STRIDE, bool ALIGNED>
+DEVICE void fill_tile(T* shared, const T* at, int64 stride, int rows, int cols) {
+    fill_own<T, ROWS, COLS, STRIDE, ALIGNED, SSD_THREADS>(shared, own_place<T, COLS, SSD_THREADS>(at, stride), stride, rows, cols);
 }

@@ -4,8 +4,12 @@
 // Where rows and heads are too few to fill the GPU, the length is cut into segments: STATES finds what each leaves behind by itself,
 // ssd_pass_states what enters each, and then every segment is walked with its outputs.
 #include "ssd.cuh"
+#include "vector.cuh"
 
-enum { STATES = 128 };
+// flags: there is z; only what a segment leaves behind
+enum { GATED = 2, STATES = 128 };
+// threads of a block
+constexpr int WALKERS = 256;
 #define NOT_A_NUMBER __uint_as_float(0x7fc00000u)
 
 struct SsdForwardParams {
@@ -27,34 +31,38 @@ struct SsdForwardParams {
     float low, high;
 };
 
-// Shared memory: the stages' tiles X, B, C, then the state as an operand, then (float32) the weights, the step sizes of two chunks, maxima, D.
+// Shared memory: the stages' tiles X, B, C, then the state and the weights as operands, then (float32) step sizes, maxima, D, what rows of
+// weights were divided by.  16-bit states and weights lie as a warp's lanes hold them, 16 bytes each: no conflicts, and no bytes between rows.
 template <class T, int P, int N, int STAGES, int FLAGS>
 struct Layout {
     static constexpr bool HALF = sizeof(T) == 2, OUT = !(FLAGS & STATES);
-    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), ROOM = HALF ? 2 * P + 16 : P + 16;
+    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T);
     static constexpr int X = P + PAD, B = N + PAD, H = B, M = Q + PAD;
-    // rows of C that nobody reads any more hold the outputs in float32
-    static constexpr int C = (N > ROOM ? N : ROOM) + PAD;
-    static constexpr int TILES = Q * (X + B + (OUT ? C : 0));
-    static constexpr int STATE = OUT ? P * H : 0, WEIGHTS = OUT && !HALF ? Q * M : 0;
+    static constexpr int TILES = Q * (X + B + (OUT ? B : 0));
+    // tiles of weights on the diagonal and below
+    static constexpr int STATE = !OUT ? 0 : HALF ? P * N : P * H, WEIGHTS = !OUT ? 0 : HALF ? 10 * 256 : Q * M;
     static constexpr int OPERANDS = (STAGES * TILES + STATE + WEIGHTS) * (int)sizeof(T);
-    static constexpr int MAXIMA = OPERANDS + 2 * (int)sizeof(Steps<Q>), SKIP = MAXIMA + 16, BYTES = SKIP + 4 * P;
+    // warps that form step sizes, each those of a chunk at a time
+    static constexpr int FORMERS = OUT ? 1 : WALKERS / 32;
+    static constexpr int MAXIMA = OPERANDS + 2 * FORMERS * (int)sizeof(Steps<Q>), SKIP = MAXIMA + 32, MOVED = SKIP + 4 * P, BYTES = MOVED + 8 * Q;
 };
 
 template <class T, int P, int N, int STAGES, int FLAGS>
 struct Forward {
     using At = Layout<T, P, N, STAGES, FLAGS>;
-    static constexpr int Q = At::Q, WIDE = Packed<T>::lanes;
-    static constexpr bool HALF = At::HALF, OUT = At::OUT, PACKED = FLAGS & RESET, ALIGNED = !(FLAGS & UNALIGNED);
-    // outputs: a warp has 16 tokens and P / SPLIT channels; states: P / 2 channels and N / 2 states
-    static constexpr int SPLIT = 64 / Q, SPAN = P / SPLIT, YT = SPAN / 8, MT = P / 32, NT = N / 16;
-    static constexpr int PER_ROW = SPAN / WIDE, ROWS = 32 / PER_ROW, VECTORS = 16 / ROWS;
+    static constexpr int Q = At::Q, WIDE = Packed<T>::lanes, WARPS = WALKERS / 32, FORMERS = At::FORMERS;
+    static constexpr bool HALF = At::HALF, OUT = At::OUT, PACKED = FLAGS & RESET, ALIGNED = !(FLAGS & UNALIGNED), GATES = FLAGS & GATED;
+    // outputs: a warp has 16 tokens and P / SPLIT channels; states: 16 channels and N / ACROSS states, of which J tiles are summed at a time
+    static constexpr int SPLIT = WARPS * 16 / Q, SPAN = P / SPLIT, YT = SPAN / 8;
+    static constexpr int DOWN = P / 16, ACROSS = WARPS / DOWN, NT = N / ACROSS / 8, J = NT < 4 ? NT : 4;
 
     const SsdForwardParams& p;
     char* shared;
     int head, group, segment, first, channels, n;
     int64 b;
-    float state[MT][NT][4];
+    const T *next_x, *next_B, *next_C;  // a thread's first elements of the chunk to be fetched next
+    T* out_at;                          // its first token's outputs
+    float state[1][NT][4];
     bool spoiled = false;  // what the state has taken up is not finite
 
     DEVICE Forward(const SsdForwardParams& params, char* memory) : p(params), shared(memory) {
@@ -71,22 +79,32 @@ struct Forward {
     DEVICE T* B(int c) const { return tiles(c) + Q * At::X; }
     DEVICE T* C(int c) const { return tiles(c) + Q * (At::X + At::B); }
     DEVICE T* H() const { return reinterpret_cast<T*>(shared) + STAGES * At::TILES; }
-    DEVICE Steps<Q>& steps(int c) const { return reinterpret_cast<Steps<Q>*>(shared + At::OPERANDS)[c % 2]; }
+    DEVICE T* weights() const { return H() + At::STATE; }
+    DEVICE Steps<Q>& steps(int c) const { return reinterpret_cast<Steps<Q>*>(shared + At::OPERANDS)[c % (2 * FORMERS)]; }
     DEVICE float* maxima() const { return reinterpret_cast<float*>(shared + At::MAXIMA); }
     DEVICE float* skip() const { return reinterpret_cast<float*>(shared + At::SKIP); }
+    DEVICE float* moved(int part) const { return reinterpret_cast<float*>(shared + At::MOVED) + part * Q; }
     // a state's place: the row is a channel, the column one of n
-    DEVICE static int row_of(int i, int e) { return threadIdx.x / 64 * (P / 2) + 16 * i + threadIdx.x % 32 / 4 + e / 2 * 8; }
-    DEVICE static int column_of(int j, int e) { return threadIdx.x / 32 % 2 * (N / 2) + 8 * j + threadIdx.x % 4 * 2 + e % 2; }
+    DEVICE static int row_of(int e) { return threadIdx.x / 32 / ACROSS * 16 + threadIdx.x % 32 / 4 + e / 2 * 8; }
+    DEVICE static int column_of(int j, int e) { return threadIdx.x / 32 % ACROSS * (8 * NT) + 8 * j + threadIdx.x % 4 * 2 + e % 2; }
+    // what a lane has of a 16 x 16 tile
+    DEVICE static uint4& lane_of(T* tiles, int tile) { return reinterpret_cast<uint4*>(tiles)[32 * tile + threadIdx.x % 32]; }
     DEVICE int64 state_at(int64 of) const { return ((of * p.h + head) * p.p + first) * n; }
 
-    DEVICE void fetch(int c) const {
-        const int rows = p.l - c * Q < Q ? p.l - c * Q : Q;
+    // one chunk after the other
+    DEVICE void begin_at(int c) {
         const int64 t = (int64)c * Q;
-        const T* x = reinterpret_cast<const T*>(p.x) + b * p.x_b + t * p.x_l + head * p.x_h + first;
-        fill_tile<T, Q, P, At::X, ALIGNED>(X(c), x, p.x_l, rows, channels);
-        fill_tile<T, Q, N, At::B, ALIGNED>(B(c), reinterpret_cast<const T*>(p.B) + b * p.B_b + t * p.B_l + group * p.B_g, p.B_l, rows, n);
-        if constexpr (OUT)
-            fill_tile<T, Q, N, At::C, ALIGNED>(C(c), reinterpret_cast<const T*>(p.C) + b * p.C_b + t * p.C_l + group * p.C_g, p.C_l, rows, n);
+        next_x = own_place<T, P, WALKERS>(reinterpret_cast<const T*>(p.x) + b * p.x_b + t * p.x_l + head * p.x_h + first, p.x_l);
+        next_B = own_place<T, N, WALKERS>(reinterpret_cast<const T*>(p.B) + b * p.B_b + t * p.B_l + group * p.B_g, p.B_l);
+        if constexpr (OUT) next_C = own_place<T, N, WALKERS>(reinterpret_cast<const T*>(p.C) + b * p.C_b + t * p.C_l + group * p.C_g, p.C_l);
+        out_at = reinterpret_cast<T*>(p.out) + ((b * p.l + t + 16 * tile_of() + threadIdx.x % 32 / 4) * p.h + head) * p.p + first + span_of();
+    }
+    DEVICE void fetch(int c) {
+        const int rows = p.l - c * Q < Q ? p.l - c * Q : Q;
+        fill_own<T, Q, P, At::X, ALIGNED, WALKERS>(X(c), next_x, p.x_l, rows, channels);
+        fill_own<T, Q, N, At::B, ALIGNED, WALKERS>(B(c), next_B, p.B_l, rows, n);
+        if constexpr (OUT) fill_own<T, Q, N, At::B, ALIGNED, WALKERS>(C(c), next_C, p.C_l, rows, n), next_C += Q * p.C_l;
+        next_x += Q * p.x_l, next_B += Q * p.B_l;
         copy_async_commit();
     }
 
@@ -94,8 +112,8 @@ struct Forward {
         const float* from = segment > 0 && OUT ? p.states + state_at(b * p.segments + segment)
                             : segment == 0 && p.initial_state != nullptr ? p.initial_state + state_at(b) : nullptr;
         bool bad = false;
-        each<MT, NT>([&](int i, int j, int e) {
-            const int row = row_of(i, e), column = column_of(j, e);
+        each<1, NT>([&](int i, int j, int e) {
+            const int row = row_of(e), column = column_of(j, e);
             float& x = state[i][j][e];
             x = from != nullptr && row < channels && column < n ? from[row * n + column] : 0.f;
             if (PACKED && !is_finite(x)) bad = true, x = 0.f;
@@ -105,8 +123,8 @@ struct Forward {
 
     template <class S>
     DEVICE void leave(S* to) const {
-        each<MT, NT>([&](int i, int j, int e) {
-            const int row = row_of(i, e), column = column_of(j, e);
+        each<1, NT>([&](int i, int j, int e) {
+            const int row = row_of(e), column = column_of(j, e);
             if (row < channels && column < n) write_one_state(to + row * n + column, PACKED && spoiled ? NOT_A_NUMBER : state[i][j][e]);
         });
     }
@@ -119,7 +137,7 @@ struct Forward {
     // fp16 has no room above: the largest state becomes 2^14
     DEVICE void note_largest() const {
         float largest = 0.f;
-        each<MT, NT>([&](int i, int j, int e) { largest = fmaxf(largest, fabsf(state[i][j][e])); });
+        each<1, NT>([&](int i, int j, int e) { largest = fmaxf(largest, fabsf(state[i][j][e])); });
         largest = warp_max(largest);
         if (threadIdx.x % 32 == 0) maxima()[threadIdx.x / 32] = largest;
     }
@@ -128,15 +146,36 @@ struct Forward {
     DEVICE float place() const {
         float by = 1.f, back = 1.f;
         if constexpr (is_fp16<T>) {
-            const float* m = maxima();
-            normal_range(fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3])), 14, by, back);
+            float largest = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, maxima()[w]);
+            normal_range(largest, 14, by, back);
         }
-        each<MT, NT>([&](int i, int j, int e) {
-            const float x[2] = {state[i][j][e] * by, state[i][j][e | 1] * by};
-            if (e % 2 == 0) write_channels<T, 2>(H() + row_of(i, e) * At::H + column_of(j, e), x);
-        });
+        if constexpr (HALF) {
+            const int first = (row_of(0) / 16 * N + column_of(0, 0)) / 16;
+#pragma unroll
+            for (int j = 0; j < NT; j += 2) {
+                float left[4], right[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) left[e] = state[0][j][e] * by, right[e] = state[0][j + 1][e] * by;
+                lane_of(H(), first + j / 2) = make_uint4(Element<T>::pack(left), Element<T>::pack(right), Element<T>::pack(left + 2), Element<T>::pack(right + 2));
+            }
+        } else {
+            each<1, NT>([&](int, int j, int e) { H()[row_of(e) * At::H + column_of(j, e)] = state[0][j][e]; });
+        }
         return back;
     }
+
+    // Lanes of a quad have two words each, one of the left 8 columns and one of the right 8: then four neighbouring elements each, for 32 bytes
+    // of memory at once.  The first of them is in `column_of_four`.
+    DEVICE static uint2 four(uint32 left, uint32 right) {
+        const bool odd = threadIdx.x % 2;
+        const uint32 got = __shfl_xor_sync(~0u, (int)(odd ? left : right), 1);
+        uint2 words;
+        words.x = odd ? got : left, words.y = odd ? right : got;
+        return words;
+    }
+    DEVICE static int column_of_four() { return threadIdx.x % 2 * 8 + threadIdx.x / 2 % 2 * 4; }
 
     DEVICE void save(int c) const {
         if (p.saved == nullptr) return;
@@ -146,21 +185,23 @@ struct Forward {
         } else if ((PACKED && spoiled) || (!ALIGNED && n % WIDE != 0)) {
             leave(reinterpret_cast<bf16*>(p.saved) + at);
         } else {
-            bf16* to = reinterpret_cast<bf16*>(p.saved) + at;
 #pragma unroll
-            for (int k = threadIdx.x; k < P * N / WIDE; k += SSD_THREADS) {
-                const int row = k / (N / WIDE), column = k % (N / WIDE) * WIDE;
-                if (row < channels) Packed<T>::from(H() + row * At::H + column).template store<true>(to + (int64)row * n + column, n - column);
-            }
+            for (int j = 0; j < NT; j += 2)
+#pragma unroll
+                for (int e = 0; e < 4; e += 2) {
+                    const uint2 states = four(Element<T>::pack(state[0][j] + e), Element<T>::pack(state[0][j + 1] + e));
+                    const int row = row_of(e), column = column_of(j, 0) - threadIdx.x % 4 * 2 + column_of_four();
+                    if (row < channels && column < n) *reinterpret_cast<uint2*>(reinterpret_cast<bf16*>(p.saved) + at + row * n + column) = states;
+                }
         }
     }
 
     // Mark the tokens whose operands are not finite, with zeros in their place: not even a product with zero brings them to another document
     DEVICE bool look(int c) const {
-        constexpr int PARTS = SSD_THREADS / Q;
+        constexpr int PARTS = WALKERS / Q;
         const int row = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
         int bad = clean<P>(X(c) + row * At::X, part, PARTS) | clean<N>(B(c) + row * At::B, part, PARTS);
-        if constexpr (OUT) bad |= 2 * clean<N>(C(c) + row * At::C, part, PARTS);
+        if constexpr (OUT) bad |= 2 * clean<N>(C(c) + row * At::B, part, PARTS);
 #pragma unroll
         for (int m = 1; m < PARTS; m *= 2) bad |= __shfl_xor_sync(~0u, bad, m);
         bad |= steps(c).bad[row];
@@ -191,108 +232,159 @@ struct Forward {
         return doc == 0 && spoiled;
     }
 
-    // C B^T becomes what a token takes of the tokens before it; fp16: in rows that are made 2^14 at the most, and their outputs with them
+    // C of a warp's tokens as a left operand: kept between its two products, or, where registers are few, read 16 columns at a time
+    static constexpr bool KEPT = HALF && N <= 128 && !PACKED && !is_fp16<T>;
+    static constexpr int TOGETHER = KEPT ? N / 16 : 4;
+    struct Rows {
+        uint32 a[KEPT ? N / 16 : 1][1][4];
+    };
+    DEVICE void load_rows(Rows& rows, int c, int tile, int k) const {
+        load_a<T, false, false>(rows.a[KEPT ? k : 0][0], C(c) + 16 * tile * At::B + 16 * k, At::B, nullptr);
+    }
+
+    // C B^T of 16 tokens and 8 S that are not behind them, which becomes what the tokens take of these; fp16: in rows that are made 2^14 at most
     template <int S>
-    DEVICE void weigh(const Steps<Q>& s, float (&scores)[1][S][4], float (&y)[1][YT][4], int rows, int columns, float (&back)[2]) const {
-        const int row = rows + threadIdx.x % 32 / 4, column = columns + threadIdx.x % 4 * 2;
-        float largest[2] = {0.f, 0.f};
+    DEVICE void weigh(int c, int tile, int part, Rows& rows) const {
+        constexpr int WIDTH = HALF ? 32 : 8;
+        const Steps<Q>& s = steps(c);
+        const int row = 16 * tile + threadIdx.x % 32 / 4, column = WIDTH * part + threadIdx.x % 4 * 2;
+        float scores[1][S][4] = {}, largest[2] = {0.f, 0.f};
+        const T* keys = B(c) + WIDTH * part * At::B;
+        if constexpr (HALF) {
+#pragma unroll(TOGETHER)
+            for (int k = 0; k < N / 16; ++k) {
+                if constexpr (!KEPT) load_rows(rows, c, tile, k);
+                product_step<T, 1, S, false>(scores, rows.a[KEPT ? k : 0], keys + 16 * k, At::B);
+            }
+        } else {
+            product<T, 1, S, false, false>(scores, C(c) + 16 * tile * At::B, At::B, keys, At::B, N);
+        }
         each<1, S>([&](int, int j, int e) {
             const int t = row + e / 2 * 8, from = column + 8 * j + e % 2;
+            const float dt = s.dt[from];
+            float log = s.hi[t] - s.hi[from];
             // bf16 has no use for the digits behind those of one float
-            const float log = s.hi[t] - s.hi[from] + (is_bf16<T> ? 0.f : s.lo[t] - s.lo[from]), dt = s.dt[from];
+            if constexpr (!is_bf16<T>) log += s.lo[t] - s.lo[from];
             // of 16-bit types, all columns but the last 16 are behind every row
             const bool keep = ((HALF && j < S - 2) || from <= t) & (!PACKED || s.doc[from] == s.doc[t]);
-            const float weight = decay_by<T>(keep ? log : -200.f) * dt;
             float& x = scores[0][j][e];
-            x = keep ? x * weight : 0.f;
+            x = keep ? x * (decay_by<T>(log) * dt) : 0.f;
             if constexpr (is_fp16<T>) largest[e / 2] = fmaxf(largest[e / 2], fabsf(x));
         });
         if constexpr (is_fp16<T>) {
-            float by[2];
+            float by[2], back;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 for (int m = 1; m < 4; m *= 2) largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], m));
-                normal_range(largest[r], 14, by[r], back[r]);
+                normal_range(largest[r], 14, by[r], back);
+                if (threadIdx.x % 4 == 0) moved(part)[row + 8 * r] = back;
             }
             each<1, S>([&](int, int j, int e) { scores[0][j][e] *= by[e / 2]; });
-            each<1, YT>([&](int, int j, int e) { y[0][j][e] *= by[e / 2]; });
         }
-    }
-
-    // y += weights X
-    template <int S>
-    DEVICE void add_seen(float (&y)[1][YT][4], const float (&weights)[1][S][4], const T* x, int tile, int half) const {
         if constexpr (HALF) {
 #pragma unroll
             for (int j = 0; j < S / 2; ++j) {
-                uint32 a[1][4];
-                pack_a<T>(a[0], weights[0][2 * j], weights[0][2 * j + 1]);
-                product_step<T, 1, YT, true>(y, a, x + 16 * j * At::X, At::X);
+                uint32 a[4];
+                pack_a<T>(a, scores[0][2 * j], scores[0][2 * j + 1]);
+                lane_of(weights(), tile * (tile + 1) / 2 + 2 * part + j) = make_uint4(a[0], a[1], a[2], a[3]);
             }
         } else {
-            T* all = H() + At::STATE;
-            const int row = 16 * tile + threadIdx.x % 32 / 4, column = half * (Q / SPLIT) + threadIdx.x % 4 * 2;
-            each<1, S>([&](int, int j, int e) { all[(row + e / 2 * 8) * At::M + column + 8 * j + e % 2] = weights[0][j][e]; });
-            __syncthreads();
-            product<T, 1, YT, false, true>(y, all + 16 * tile * At::M, At::M, x, At::X, 16 * (tile + 1));
+            each<1, S>([&](int, int j, int e) { weights()[(row + e / 2 * 8) * At::M + column + 8 * j + e % 2] = scores[0][j][e]; });
         }
     }
 
-    // y of a warp's tokens, over `back` for each of the two rows that a thread has, with S tiles of 8 tokens to look back on
-    template <int S>
-    DEVICE void attend(int c, int tile, int half, float unit, float (&y)[1][YT][4], float (&back)[2]) const {
-        const Steps<Q>& s = steps(c);
-        const T *rows = C(c) + 16 * tile * At::C, *state = H() + half * SPAN * At::H, *keys = B(c) + half * S * 8 * At::B;
-        float scores[1][S][4] = {};
+    // What lies on the diagonal and below, by six warps of eight
+    DEVICE void weigh_all(int c, Rows& rows) const {
+        if constexpr (!HALF) {
+            const int warp = threadIdx.x / 32;
+            if (warp < 6) weigh<1>(c, warp < 4, warp % 4, rows);
+        } else {
+            const int tile = tile_of(), part = threadIdx.x / 128;
+            if (tile == (part ? 3 : 1) || (tile > 1 && !part)) weigh<4>(c, tile, part, rows);
+            else if (tile == (part ? 2 : 0)) weigh<2>(c, tile, part, rows);
+        }
+    }
+
+    // y += weights X, of J tiles of tokens; fp16: `back` is what y is over from there on
+    template <int TILES>
+    DEVICE void add_seen(int c, int span, float (&y)[1][YT][4], float (&back)[2]) const {
+        const T* x = X(c) + span;
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            if constexpr (is_fp16<T>) {
+                if (j % 2 == 0) {
+                    float by[2];
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        const float next = moved(j / 2)[16 * (TILES - 1) + threadIdx.x % 32 / 4 + 8 * r];
+                        by[r] = back[r] * __uint_as_float((254u << 23) - __float_as_uint(next)), back[r] = next;
+                    }
+                    each<1, YT>([&](int, int i, int e) { y[0][i][e] *= by[e / 2]; });
+                }
+            }
+            const uint4 w = lane_of(weights(), TILES * (TILES - 1) / 2 + j);
+            const uint32 a[1][4] = {{w.x, w.y, w.z, w.w}};
+            product_step<T, 1, YT, true>(y, a, x + 16 * j * At::X, At::X);
+        }
+    }
+
+    // y of a warp's tokens, over `back` for each of the two rows that a thread has
+    DEVICE void attend(int c, int tile, int span, Rows& rows, float unit, float (&y)[1][YT][4], float (&back)[2]) const {
         if constexpr (HALF) {
-#pragma unroll 4
-            for (int k = 0; k < N; k += 16) {
-                uint32 a[1][4];
-                load_a<T, false, false>(a[0], rows + k, At::C, nullptr);
-                product_step<T, 1, YT, false>(y, a, state + k, At::H);
-                product_step<T, 1, S, false>(scores, a, keys + k, At::B);
+#pragma unroll(TOGETHER)
+            for (int k = 0; k < N / 16; ++k) {
+                if constexpr (!KEPT) load_rows(rows, c, tile, k);
+                const uint32(&a)[4] = rows.a[KEPT ? k : 0][0];
+#pragma unroll
+                for (int j = 0; j < YT; j += 2) {
+                    const uint4 h = lane_of(H(), (span / 16 + j / 2) * (N / 16) + k);
+                    multiply_add<T>(y[0][j], a, {h.x, h.y}), multiply_add<T>(y[0][j + 1], a, {h.z, h.w});
+                }
             }
         } else {
-            product<T, 1, YT, false, false>(y, rows, At::C, state, At::H, N);
-            if (half <= tile) product<T, 1, S, false, false>(scores, rows, At::C, keys, At::B, N);
+            product<T, 1, YT, false, false>(y, C(c) + 16 * tile * At::B, At::B, H() + span * At::H, At::H, N);
         }
-        const float* at = s.into + 16 * tile + threadIdx.x % 32 / 4;
+        const float* at = steps(c).into + 16 * tile + threadIdx.x % 32 / 4;
         const float into[2] = {at[0], at[8]}, by[2] = {into[0] * unit, into[1] * unit};
         each<1, YT>([&](int, int j, int e) { y[0][j][e] = PACKED && into[e / 2] == 0.f ? 0.f : y[0][j][e] * by[e / 2]; });
-        weigh(s, scores, y, 16 * tile, half * S * 8, back);
-        add_seen(y, scores, X(c) + half * SPAN, tile, half);
+        if constexpr (!HALF) product<T, 1, YT, false, true>(y, weights() + 16 * tile * At::M, At::M, X(c) + span, At::X, 16 * (tile + 1));
+        else if (tile == 0) add_seen<1>(c, span, y, back);
+        else if (tile == 1) add_seen<2>(c, span, y, back);
+        else if (tile == 2) add_seen<3>(c, span, y, back);
+        else add_seen<4>(c, span, y, back);
     }
 
-    DEVICE Packed<T> gate(int64 t, int offset) const {
-        const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + first + (t < p.l ? t * p.z_l : 0) + offset;
-        const int count = t < p.l ? channels - offset : 0;
-        if (ALIGNED || (count >= WIDE && (unsigned long long)z % 16 == 0)) return Packed<T>::template load<true>(z, count);
-        return Packed<T>::template load<false>(z, count);
-    }
+    // A warp's tile of tokens, such that those who look back on many and on few share a scheduler, and its channels
+    DEVICE static int tile_of() { return !HALF ? threadIdx.x / 128 : threadIdx.x < 128 ? threadIdx.x / 32 : 7 - threadIdx.x / 32; }
+    DEVICE static int span_of() { return (HALF ? threadIdx.x / 128 : threadIdx.x / 32 % 4) * SPAN; }
 
-    DEVICE void outputs(int c, int warp, float unit, bool& bad) const {
+    DEVICE void outputs(int c, float unit, bool& bad) {
         const Steps<Q>& s = steps(c);
-        const int tile = warp / SPLIT, half = warp % SPLIT, lane = threadIdx.x % 32, part = half * SPAN;
-        const int offset = part + lane % PER_ROW * WIDE, row = 16 * tile + lane / PER_ROW;
-        // asked for now, needed at the end; one by one they would take too many registers
-        Packed<T> gates[VECTORS];
-        if (ALIGNED && p.z != nullptr) {
+        const int tile = tile_of(), span = span_of(), row = 16 * tile + threadIdx.x % 32 / 4, channel = span + threadIdx.x % 4 * 2;
+        // asked for now, needed at the end
+        Vec<T, 2> gates[2][YT];
+        if constexpr (GATES) {
 #pragma unroll
-            for (int v = 0; v < VECTORS; ++v) gates[v] = gate((int64)c * Q + row + v * ROWS, offset);
+            for (int r = 0; r < 2; ++r) {
+                const int64 t = (int64)c * Q + row + 8 * r;
+                const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + t * p.z_l + first + channel;
+#pragma unroll
+                for (int j = 0; j < YT; ++j) gates[r][j] = Vec<T, 2>::template load<ALIGNED>(z + 8 * j, t < p.l ? channels - channel - 8 * j : 0);
+            }
         }
         float y[1][YT][4], back[2];
 #pragma unroll 1
         for (int again = 0; again < 2; ++again) {
+            Rows rows;
+            if constexpr (KEPT) {
+#pragma unroll
+                for (int k = 0; k < N / 16; ++k) load_rows(rows, c, tile, k);
+            }
+            weigh_all(c, rows);
+            __syncthreads();
             each<1, YT>([&](int, int j, int e) { y[0][j][e] = 0.f; });
             back[0] = back[1] = 1.f;
-            if constexpr (HALF) {
-                if (tile == 0) attend<2>(c, tile, half, unit, y, back);
-                else if (tile == 1) attend<4>(c, tile, half, unit, y, back);
-                else if (tile == 2) attend<6>(c, tile, half, unit, y, back);
-                else attend<8>(c, tile, half, unit, y, back);
-            } else {
-                attend<2>(c, tile, half, unit, y, back);
-            }
+            attend(c, tile, span, rows, unit, y, back);
             if (!PACKED || again) break;
             // a token that is not finite shows in its own output: only then is it looked for, and the work done again without it
             float zero = 0.f;
@@ -300,86 +392,96 @@ struct Forward {
             if (!__syncthreads_or(zero != 0.f || s.bad[threadIdx.x % Q])) break;
             bad = look(c);
         }
-        // through shared memory: from the products' order to rows
-        constexpr int STRIDE = SPAN + 8;
-        float* own = reinterpret_cast<float*>(C(c)) + warp * (Q * At::C * (int)sizeof(T) / 16);
-        __syncwarp();
-        each<1, YT>([&](int, int j, int e) {
-            const float pair[2] = {y[0][j][e] * back[e / 2], y[0][j][e | 1] * back[e / 2]};
-            if (e % 2 == 0) store_shared<2>(own + (lane / 4 + e / 2 * 8) * STRIDE + 8 * j + lane % 4 * 2, pair);
-        });
-        __syncwarp();
-        T* out = reinterpret_cast<T*>(p.out) + ((b * p.l + c * Q + row) * p.h + head) * p.p + first + offset;
+        T* to = out_at;
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v, out += (int64)ROWS * p.h * p.p) {
-            const int t = row + v * ROWS;
-            if (!ALIGNED && p.z != nullptr) gates[v] = gate((int64)c * Q + t, offset);
-            if (c * Q + t < p.l && channels > offset)
-                finish(out, X(c) + t * At::X, offset, own + (t - 16 * tile) * STRIDE + offset - part, gates[v], PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t)));
+        for (int r = 0; r < 2; ++r, to += 8 * (int64)p.h * p.p) {
+            const int t = row + 8 * r;
+            float out[YT][2];
+#pragma unroll
+            for (int j = 0; j < YT; ++j) out[j][0] = y[0][j][2 * r] * back[r], out[j][1] = y[0][j][2 * r + 1] * back[r];
+            finish(out, X(c) + t * At::X + channel, skip() + channel, gates[r]);
+            if (PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t))) {
+#pragma unroll
+                for (int j = 0; j < YT; ++j) out[j][0] = out[j][1] = NOT_A_NUMBER;
+            }
+            write_row(to, c * Q + t < p.l ? channels - span : 0, out);
+        }
+        out_at += Q * (int64)p.h * p.p;
+    }
+
+    // The skip and the gate of a token's channels
+    DEVICE void finish(float (&y)[YT][2], const T* skipped, const float* D, const Vec<T, 2> (&gates)[YT]) const {
+        if (p.D != nullptr) {
+#pragma unroll
+            for (int j = 0; j < YT; ++j) {
+                float x[2], by[2];
+                read_channels<T, 2>(skipped + 8 * j, x);
+                load_shared<2>(D + 8 * j, by);
+                y[j][0] = fmaf(by[0], x[0], y[j][0]), y[j][1] = fmaf(by[1], x[1], y[j][1]);
+            }
+        }
+        if constexpr (GATES) {
+#pragma unroll
+            for (int j = 0; j < YT; ++j) {
+                float z[2], gate[2];
+                gates[j].unpack(z);
+                sigmoids<2>(z, gate);
+                y[j][0] *= z[0] * gate[0], y[j][1] *= z[1] * gate[1];
+            }
         }
     }
 
-    // The skip and the gate of neighbouring channels
-    DEVICE void finish(T* out, const T* skipped, int offset, const float* at, const Packed<T>& gates, bool hurt) const {
-        float y[WIDE], x[WIDE];
-        load_shared<WIDE>(at, y);
-        if (p.D != nullptr) {
-            float D[WIDE];
-            Packed<T>::from(skipped + offset).unpack(x);
-            load_shared<WIDE>(skip() + offset, D);
-#pragma unroll
-            for (int i = 0; i < WIDE; ++i) y[i] = fmaf(D[i], x[i], y[i]);
-        }
-        if (p.z != nullptr) {
-            float gate[WIDE];
-            gates.unpack(x);
-            sigmoids<WIDE>(x, gate);
-#pragma unroll
-            for (int i = 0; i < WIDE; ++i) y[i] *= x[i] * gate[i];
-        }
-        if (hurt) {
-#pragma unroll
-            for (int i = 0; i < WIDE; ++i) y[i] = NOT_A_NUMBER;
-        }
+    // A quad's channels of a token, of which `count` are there
+    DEVICE void write_row(T* out, int count, const float (&y)[YT][2]) const {
         // heads of whole vectors lie on 16-byte borders, for they are written in one piece
-        if (ALIGNED || p.p % WIDE == 0)
-            Packed<T>::pack(y).template store<true>(out, channels - offset);
-        else
-            Packed<T>::pack(y).template store<false>(out, channels - offset);
+        const bool aligned = ALIGNED || p.p % WIDE == 0;
+        if constexpr (HALF) {
+            if (aligned) {
+                out += column_of_four(), count -= column_of_four();
+#pragma unroll
+                for (int j = 0; j < YT; j += 2) {
+                    const uint2 neighbours = four(Element<T>::pack(y[j]), Element<T>::pack(y[j + 1]));
+                    if (count > 8 * j) *reinterpret_cast<uint2*>(out + 8 * j) = neighbours;
+                }
+                return;
+            }
+        }
+        out += threadIdx.x % 4 * 2, count -= threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < YT; ++j) {
+            if (aligned) Vec<T, 2>::pack(y[j]).template store<true>(out + 8 * j, count - 8 * j);
+            else Vec<T, 2>::pack(y[j]).template store<false>(out + 8 * j, count - 8 * j);
+        }
     }
 
     // H = through H + X^T diag(onward) B.  A chunk's part is summed by itself: tensor cores cut sums off, which long memories would add up.
     DEVICE void advance(int c, bool bad) {
         const Steps<Q>& s = steps(c);
-        const int warp = threadIdx.x / 32;
-        const T *x = X(c) + warp / 2 * (P / 2), *keys = B(c) + warp % 2 * (N / 2);
+        const T *x = X(c) + row_of(0) / 16 * 16, *keys = B(c) + column_of(0, 0) / 8 * 8;
         if constexpr (PACKED) spoiled = (bad || spoiled) && hurt(s, Q - 1);
         if constexpr (HALF) {
-            uint32 a[Q / 16][MT][4];
+            uint32 a[Q / 16][1][4];
 #pragma unroll
-            for (int k = 0; k < Q / 16; ++k)
+            for (int k = 0; k < Q / 16; ++k) load_a<T, true, true>(a[k][0], x + 16 * k * At::X, At::X, s.onward + 16 * k);
 #pragma unroll
-                for (int i = 0; i < MT; ++i) load_a<T, true, true>(a[k][i], x + 16 * k * At::X + 16 * i, At::X, s.onward + 16 * k);
+            for (int j = 0; j < NT; j += J) {
+                float part[1][J][4] = {};
 #pragma unroll
-            for (int j = 0; j < NT; j += 2) {
-                float part[MT][2][4] = {};
-#pragma unroll
-                for (int k = 0; k < Q / 16; ++k) product_step<T, MT, 2, true>(part, a[k], keys + 16 * k * At::B + 8 * j, At::B);
+                for (int k = 0; k < Q / 16; ++k) product_step<T, 1, J, true>(part, a[k], keys + 16 * k * At::B + 8 * j, At::B);
                 take_up(s, j, part);
             }
         } else {
 #pragma unroll
-            for (int j = 0; j < NT; j += NT / 2) {
-                float part[MT][NT / 2][4] = {};
-                product<T, MT, NT / 2, true, true, true>(part, x, At::X, keys + 8 * j, At::B, Q, NT / 2, s.onward);
+            for (int j = 0; j < NT; j += J) {
+                float part[1][J][4] = {};
+                product<T, 1, J, true, true, true>(part, x, At::X, keys + 8 * j, At::B, Q, J, s.onward);
                 take_up(s, j, part);
             }
         }
     }
-    template <int J>
-    DEVICE void take_up(const Steps<Q>& s, int first, const float (&part)[MT][J][4]) {
+    DEVICE void take_up(const Steps<Q>& s, int first, const float (&part)[1][J][4]) {
         const float through = s.through, gain = is_fp16<T> ? s.gain : 1.f;
-        each<MT, J>([&](int i, int j, int e) {
+        each<1, J>([&](int i, int j, int e) {
             float& x = state[i][first + j][e];
             const float add = is_fp16<T> ? part[i][j][e] * gain : part[i][j][e];
             x = PACKED && through == 0.f ? add : fmaf(x, through, add);
@@ -387,34 +489,39 @@ struct Forward {
     }
 
     DEVICE void run() {
-        const int begin = segment * p.span, end = begin + p.span < p.chunks ? begin + p.span : p.chunks, warp = threadIdx.x / 32;
+        const int begin = segment * p.span, end = begin + p.span < p.chunks ? begin + p.span : p.chunks;
+        // where there are outputs, the last warp forms step sizes, a chunk ahead; else each warp does those of every eighth chunk, eight ahead
+        const int warp = threadIdx.x / 32, ahead = OUT ? warp - WARPS + 1 : warp;
         float passing = 1.f;
         RawSteps<Q> raw;
+        begin_at(begin);
         if (STAGES == 2) fetch(begin);
-        if (warp == 0) raw.template load<T>(p, b, head, begin * Q), form_steps<T, Q, PACKED>(p, raw, head, steps(begin));
+        if (ahead >= 0) {
+            raw.template load<T>(p, b, head, (begin + ahead) * Q), form_steps<T, Q, PACKED>(p, raw, head, steps(begin + ahead));
+            raw.template load<T>(p, b, head, (begin + FORMERS + ahead) * Q);
+        }
         if (OUT && p.D != nullptr && threadIdx.x < P)
             skip()[threadIdx.x] = threadIdx.x < channels ? p.D[head * p.D_head + (first + threadIdx.x) * p.D_channel] : 0.f;
         enter();
         if constexpr (OUT && is_fp16<T>) note_largest();
 #pragma unroll 1
         for (int c = begin; c < end; ++c) {
-            // warps take turns at having the fewest tokens to look back on
-            const int turn = (warp + c) % 4;
-            const bool ahead = turn == 0 && c + 1 < end;
+            const int next = c + FORMERS + ahead;
             float unit = 1.f;
             bool bad = false;
-            __syncthreads();  // the chunk before is done with
-            if (STAGES == 1) fetch(c);
-            if constexpr (OUT) unit = place();
-            copy_async_wait<0>();
-            __syncthreads();
-            if (STAGES == 2 && c + 1 < end) fetch(c + 1);
-            if (ahead) raw.template load<T>(p, b, head, (c + 1) * Q);
+            if (STAGES == 2) copy_async_wait<0>();
+            __syncthreads();  // the chunk before is done with, and what this one needs is there
+            if (STAGES == 1 || c + 1 < end) fetch(c + STAGES - 1);
+            if constexpr (OUT) unit = place(), save(c);
+            if (ahead >= 0 && (c - begin) % FORMERS == 0 && next < end) {
+                form_steps<T, Q, PACKED>(p, raw, head, steps(next));
+                raw.template load<T>(p, b, head, (next + FORMERS) * Q);
+            }
+            if (STAGES == 1) copy_async_wait<0>(), __syncthreads();
             if constexpr (PACKED && !OUT) bad = look(c);
-            if constexpr (OUT) save(c), outputs(c, turn, unit, bad);
+            if constexpr (OUT) outputs(c, unit, bad);
             passing *= steps(c).through;
             advance(c, bad);
-            if (ahead) form_steps<T, Q, PACKED>(p, raw, head, steps(c + 1));
             if constexpr (OUT && is_fp16<T>) note_largest();
         }
         if constexpr (!OUT) {
@@ -427,12 +534,8 @@ struct Forward {
     }
 };
 
-// blocks per multiprocessor, for the registers that the state leaves
-template <int STATE>
-constexpr int blocks_of = STATE > 1024 ? 2 : 3;
-
 template <class T, int P, int N, int STAGES, int FLAGS>
-__global__ void __launch_bounds__(SSD_THREADS, blocks_of<P * N>) ssd_forward(const __grid_constant__ SsdForwardParams p) {
+__global__ void __launch_bounds__(WALKERS, 2) ssd_forward(const __grid_constant__ SsdForwardParams p) {
     SHARED_MEMORY(memory);
     Forward<T, P, N, STAGES, FLAGS>(p, memory).run();
 }
