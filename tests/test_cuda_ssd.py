@@ -117,6 +117,22 @@ def test_a_length_that_is_cut(dtype, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("marked", [False, True])
+def test_blocks_that_take_segments_in_turn_change_no_bit(marked, monkeypatch):
+    # three walks for two places
+    i = operands(1, 515, 3, 16, 3, 16, F32, marked=marked)
+    launches, launch = [], nvrtc.launch
+    monkeypatch.setattr(nvrtc, "launch", lambda source, *rest: launches.append(rest) or launch(source, *rest))
+    got = compare(i, save=True)
+    monkeypatch.setattr(cuda, "share", lambda blocks, chunks, places: chunks)
+    cuda.plan_of.cache_clear()
+    want = cuda.forward(i, USUAL, True)
+    cuda.plan_of.cache_clear()
+    assert [grid for _, _, grid, *_ in launches] == [6, 3]
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_saved_are_the_states_at_the_starts_of_chunks(dtype):
     i = operands(2, 150, 2, 16, 1, 16, dtype, marked=True)
@@ -239,6 +255,17 @@ def test_a_length_is_cut_where_blocks_are_few():
         (1, 1000, 264, 4),
     ]:
         assert cuda.cut(blocks, chunks, places) == want
+
+
+def test_segments_are_taken_in_turn_where_rounds_of_blocks_leave_places_empty():
+    for blocks, chunks, places, want in [
+        (512, 32, 264, 32),  # 1.94 rounds
+        (320, 32, 264, 8),
+        (320, 256, 264, 32),
+        (320, 15, 264, 15),
+        (192, 32, 264, 32),
+    ]:
+        assert cuda.share(blocks, chunks, places) == want
 
 
 def test_two_blocks_of_two_stages_have_shared_memory():

@@ -40,6 +40,8 @@ GATED, STATES = 2, 128
 MAX_STATE = 256
 # blocks per multiprocessor that have registers
 BLOCKS = 2
+# where rounds of blocks leave more than this share of places empty, blocks take segments of the length in turn, of so many chunks at least
+UNEVEN, SHORTEST, MOST = 0.1, 8, 8
 # threads of ssd_pass_states
 PASS = 256
 
@@ -48,7 +50,9 @@ class SsdForwardParams(ctypes.Structure):
     """``SsdForwardParams`` of ``ssd_forward.cu``."""
 
     _fields_ = [
-        *structs.fields(c_void_p, "x dt A B C D z dt_bias reset valid initial_state out last saved states passing"),
+        *structs.fields(
+            c_void_p, "x dt A B C D z dt_bias reset valid initial_state out last saved turns states passing"
+        ),
         *structs.fields(c_longlong, "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h"),
         *structs.fields(c_int, "batch l h p n groups chunks D_head D_channel softplus wide_dt tiles segments span"),
         *structs.fields(c_float, "low high"),
@@ -109,11 +113,15 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The launches of a call, the struct behind its pointers, and into how many segments the length is cut."""
+    """The launches of a call, the struct behind its pointers, and into how many segments the length is cut.
+
+    ``turns`` are the words with which blocks take segments in turn, none where what enters a segment is found first.
+    """
 
     dtype: torch.dtype
     tail: bytes
     segments: int
+    turns: int
     launches: tuple[Launch, ...]
 
 
@@ -131,6 +139,14 @@ def cut(blocks: int, chunks: int, places: int) -> int:
     return ceil_div(chunks, segments) if segments > 1 else chunks
 
 
+def share(blocks: int, chunks: int, places: int) -> int:
+    """Chunks per segment that blocks take in turn, of more walks than ``places``: all, where rounds of walks leave few places empty."""
+    rounds = ceil_div(blocks, places)
+    segments = min(chunks // SHORTEST, MOST)
+    uneven = rounds > 1 and rounds * places - blocks > UNEVEN * rounds * places
+    return ceil_div(chunks, segments) if uneven and segments > 1 else chunks
+
+
 @functools.lru_cache(maxsize=4096)
 def plan_of(look: SsdLook, count: int, space: int) -> Plan:
     """Plan the launches, for ``count`` multiprocessors that have ``space`` bytes of shared memory each."""
@@ -139,7 +155,11 @@ def plan_of(look: SsdLook, count: int, space: int) -> Plan:
     tile = tile_of(p, n, element, space)
     tiles, chunks = ceil_div(p, tile.p), ceil_div(l, CHUNK[element])
     blocks = b * h * tiles
-    span = cut(blocks, chunks, count * tile.resident(element, space))
+    places = count * tile.resident(element, space)
+    span = cut(blocks, chunks, places)
+    in_turn = span == chunks and share(blocks, chunks, places) < chunks
+    if in_turn:
+        span = share(blocks, chunks, places)
     segments = ceil_div(chunks, span)
     names = ("x", "dt", "B", "C", "z")
     strides = {
@@ -177,13 +197,15 @@ def plan_of(look: SsdLook, count: int, space: int) -> Plan:
     flags = (RESET if look.packed else 0) | (UNALIGNED if off else 0)
     name = walk(look.dtype, tile, flags | (GATED if look.gated else 0))
     launches = [Launch(name, blocks * segments, THREADS, tile.shared_bytes(element))]
+    if in_turn:
+        return Plan(look.dtype, structs.tail(rest), segments, 1 + blocks, tuple(launches))
     if segments > 2:
         launches.insert(0, Launch("ssd_pass_states", ceil_div(b * h * p * n, PASS), PASS, 0))
     if segments > 1:
         # the last segment leaves nothing to another
         name, shared = walk(look.dtype, tile, flags | STATES), tile.shared_bytes(element, states=True)
         launches.insert(0, Launch(name, blocks * (segments - 1), THREADS, shared))
-    return Plan(look.dtype, structs.tail(rest), segments, tuple(launches))
+    return Plan(look.dtype, structs.tail(rest), segments, 0, tuple(launches))
 
 
 def refuse(facts: Facts) -> str | None:
@@ -262,12 +284,32 @@ def forward(
     saved = x.new_empty(b, chunks, h, p, n, dtype=saved_dtype(x.dtype)) if save else None
     if not out.numel():
         return out, last.zero_() if start is None else last.copy_(start), saved
-    plan, states, passing = plan or planned(i, options), None, None
-    if plan.segments > 1:
+    plan, turns, states, passing = plan or planned(i, options), None, None, None
+    if plan.turns:
+        turns = i.A.new_zeros(plan.turns, dtype=torch.int32)
+    elif plan.segments > 1:
         # states, then a decay for each
         states = i.A.new_empty(b * plan.segments * h * (p * n + 1))
         passing = states[b * plan.segments * h * p * n :]
-    operands = (x, i.dt, i.A, i.B, i.C, i.D, i.z, i.dt_bias, i.reset, i.valid, start, out, last, saved, states, passing)
+    operands = (
+        x,
+        i.dt,
+        i.A,
+        i.B,
+        i.C,
+        i.D,
+        i.z,
+        i.dt_bias,
+        i.reset,
+        i.valid,
+        start,
+        out,
+        last,
+        saved,
+        turns,
+        states,
+        passing,
+    )
     packed = structs.pack(plan.tail, *operands)
     for launch in plan.launches:
         nvrtc.launch("ssd_forward.cu", launch.name, packed, launch.blocks, launch.threads, launch.shared, x.device)

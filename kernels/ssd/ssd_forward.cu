@@ -2,7 +2,8 @@
 //
 // Within a chunk Y = (C B^T o L) X + diag(into) C H^T, L[t, s] = dt_s exp(sum of dt A from s to t), and H = through H + X^T diag(onward) B.
 // Where rows and heads are too few to fill the GPU, the length is cut into segments: STATES finds what each leaves behind by itself,
-// ssd_pass_states what enters each, and then every segment is walked with its outputs.
+// ssd_pass_states what enters each, and then every segment is walked with its outputs.  Where they fill it, but not evenly, blocks take segments
+// in turn, all the first ones first, and hand the state on in `last`: a block is done early, and no place stays without one for long.
 #include "ssd.cuh"
 #include "vector.cuh"
 
@@ -24,6 +25,7 @@ struct SsdForwardParams {
     void* out;
     float* last;
     void* saved;                // states at chunk starts for a backward, or null
+    uint32* turns;              // null, or segments that blocks have taken, then for each walk those that are done
     float *states, *passing;    // of segments: (b, segments, h, p, n) at their starts, and the decay (b, segments, h) over the one before
     int64 x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h;
     int batch, l, h, p, n, groups, chunks, D_head, D_channel, softplus, wide_dt;
@@ -65,12 +67,10 @@ struct Forward {
     float state[1][NT][4];
     bool spoiled = false;  // what the state has taken up is not finite
 
-    DEVICE Forward(const SsdForwardParams& params, char* memory) : p(params), shared(memory) {
-        int i = blockIdx.x;
-        const int segments = p.segments - (OUT ? 0 : 1);
+    DEVICE Forward(const SsdForwardParams& params, char* memory, int i) : p(params), shared(memory) {
         first = i % p.tiles * P, i /= p.tiles;
         head = i % p.h, i /= p.h, group = head / (p.h / p.groups);
-        segment = i % segments, b = i / segments;
+        b = i % p.batch, segment = i / p.batch;
         channels = p.p - first < P ? p.p - first : P, n = p.n;
     }
 
@@ -109,8 +109,9 @@ struct Forward {
     }
 
     DEVICE void enter() {
-        const float* from = segment > 0 && OUT ? p.states + state_at(b * p.segments + segment)
-                            : segment == 0 && p.initial_state != nullptr ? p.initial_state + state_at(b) : nullptr;
+        const float* from = nullptr;
+        if (segment == 0 && p.initial_state != nullptr) from = p.initial_state + state_at(b);
+        if (OUT && segment > 0) from = p.turns == nullptr ? p.states + state_at(b * p.segments + segment) : p.last + state_at(b);
         bool bad = false;
         each<1, NT>([&](int i, int j, int e) {
             const int row = row_of(e), column = column_of(j, e);
@@ -119,6 +120,22 @@ struct Forward {
             if (PACKED && !is_finite(x)) bad = true, x = 0.f;
         });
         if constexpr (PACKED) spoiled = __syncthreads_or(bad);
+    }
+
+    // Segments that are done of this walk.  They are taken in order: who waits, waits for a block that runs.
+    DEVICE uint32* done() const { return p.turns + 1 + (b * p.h + head) * p.tiles + first / P; }
+    DEVICE void wait_for_turn() const {
+        if (threadIdx.x == 0) {
+            while (*reinterpret_cast<volatile uint32*>(done()) < (uint32)segment) {}
+            __threadfence();
+        }
+        __syncthreads();
+    }
+    DEVICE void pass_turn() const {
+        __syncthreads();
+        if (threadIdx.x != 0) return;
+        __threadfence();
+        *reinterpret_cast<volatile uint32*>(done()) = segment + 1;
     }
 
     template <class S>
@@ -502,6 +519,7 @@ struct Forward {
         }
         if (OUT && p.D != nullptr && threadIdx.x < P)
             skip()[threadIdx.x] = threadIdx.x < channels ? p.D[head * p.D_head + (first + threadIdx.x) * p.D_channel] : 0.f;
+        if (OUT && p.turns != nullptr && segment > 0) wait_for_turn();
         enter();
         if constexpr (OUT && is_fp16<T>) note_largest();
 #pragma unroll 1
@@ -528,8 +546,9 @@ struct Forward {
             const int64 next = b * p.segments + segment + 1;
             leave(p.states + state_at(next));
             if (threadIdx.x == 0 && first == 0) p.passing[next * p.h + head] = passing;
-        } else if (segment == p.segments - 1) {
+        } else if (p.turns != nullptr || segment == p.segments - 1) {
             leave(p.last + state_at(b));
+            if (segment < p.segments - 1) pass_turn();
         }
     }
 };
@@ -537,7 +556,15 @@ struct Forward {
 template <class T, int P, int N, int STAGES, int FLAGS>
 __global__ void __launch_bounds__(WALKERS, 2) ssd_forward(const __grid_constant__ SsdForwardParams p) {
     SHARED_MEMORY(memory);
-    Forward<T, P, N, STAGES, FLAGS>(p, memory).run();
+    int block = blockIdx.x;
+    if (!(FLAGS & STATES) && p.turns != nullptr) {
+        uint32* taken = reinterpret_cast<uint32*>(memory);
+        if (threadIdx.x == 0) *taken = atomicInc(p.turns, ~0u);
+        __syncthreads();
+        block = *taken;
+        __syncthreads();
+    }
+    Forward<T, P, N, STAGES, FLAGS>(p, memory, block).run();
 }
 
 // What enters each segment: the one before by itself, and what entered that one; a thread per state
