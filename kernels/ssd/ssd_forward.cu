@@ -202,14 +202,17 @@ struct Forward {
         } else if ((PACKED && spoiled) || (!ALIGNED && n % WIDE != 0)) {
             leave(reinterpret_cast<bf16*>(p.saved) + at);
         } else {
+            const int row = row_of(0), column = column_of(0, 0) - threadIdx.x % 4 * 2 + column_of_four();
+            bf16* to = reinterpret_cast<bf16*>(p.saved) + at + row * n + column;
 #pragma unroll
-            for (int j = 0; j < NT; j += 2)
+            for (int e = 0; e < 4; e += 2, to += 8 * n) {
+                const int columns = row + 4 * e < channels ? n - column : 0;
 #pragma unroll
-                for (int e = 0; e < 4; e += 2) {
+                for (int j = 0; j < NT; j += 2) {
                     const uint2 states = four(Element<T>::pack(state[0][j] + e), Element<T>::pack(state[0][j + 1] + e));
-                    const int row = row_of(e), column = column_of(j, 0) - threadIdx.x % 4 * 2 + column_of_four();
-                    if (row < channels && column < n) *reinterpret_cast<uint2*>(reinterpret_cast<bf16*>(p.saved) + at + row * n + column) = states;
+                    if (columns > 8 * j) *reinterpret_cast<uint2*>(to + 8 * j) = states;
                 }
+            }
         }
     }
 
