@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridzoo.kernels.gpu import nvrtc
 from hybridzoo.kernels.gpu.operands import RESET, TYPES, UNALIGNED
@@ -204,6 +205,26 @@ def test_the_op_has_a_fake_and_gradients_and_no_second_ones():
     for g in (grads, same):
         with pytest.raises(NotImplementedError, match="backend='reference'"):
             g[0].sum().backward()
+
+
+def test_nothing_but_the_launches_touches_what_has_a_value_per_token(monkeypatch):
+    ran = []
+    monkeypatch.setattr(nvrtc, "launch", lambda source, name, *more: ran.append(name.split("<")[0]))
+
+    class Listed(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ran.append(str(op).split(".")[1])
+            return op(*args, **kwargs or {})
+
+    # bfloat16 around parameters of float32, as the benchmark and layers have them
+    i = operands(l=70, h=2, gate=True)._replace(initial_state=None)
+    leaves = [m if m is None else m.requires_grad_() for m in i[:9]]
+    gout = torch.randn_like(i.x)
+    with Listed():
+        out, _ = cuda_backward.ssd(SsdInputs(*leaves), USUAL)
+        torch.autograd.grad(out, [m for m in leaves if m is not None], gout)
+    kernels = {"ssd_forward", "ssd_steps", "ssd_backward_states", "ssd_backward_chunks", "ssd_backward_sums"}
+    assert kernels < set(ran) <= kernels | {"empty", "new_empty", "view", "slice"}
 
 
 def launches(dtype, p, n, flags, room=ROOM, b=8, l=2048, h=24):
