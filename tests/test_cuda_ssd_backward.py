@@ -228,7 +228,7 @@ def test_nothing_but_the_launches_touches_what_has_a_value_per_token(monkeypatch
 
 
 def launches(dtype, p, n, flags, room=ROOM, b=8, l=2048, h=24):
-    look = Look(dtype, False, (b, l, h, p, n, 1), (0,) * 22, flags, 1, USUAL)
+    look = Look(dtype, False, (b, l, h, p, n, 1), (0,) * 25, flags, 1, USUAL)
     return plan(look, 132, room).launches
 
 
@@ -272,7 +272,7 @@ def test_shapes_follow_the_room_that_there_is():
     assert chunk_shape(2, 64, 256, False, 163 << 10) == ChunkShape(32, 256, 4, 2, 1, 8)
     assert chunk_shape(4, 64, 256, True, ROOM).p == 32
     assert chunk_shape(2, 64, 128, False, 99 << 10).stages == 1
-    assert chunk_shape(4, 64, 256, False, 99 << 10) is None
+    assert chunk_shape(4, 64, 256, True, 99 << 10) is None
     # heads of a group are split where there are few blocks, and not where there are many
-    assert plan(Look(BF16, False, (8, 2048, 64, 64, 128, 1), (0,) * 22, 0, 1, SsdOptions()), 132, ROOM).splits == 1
-    assert plan(Look(BF16, False, (1, 2048, 24, 64, 128, 1), (0,) * 22, 0, 1, SsdOptions()), 132, ROOM).splits == 4
+    assert plan(Look(BF16, False, (8, 2048, 64, 64, 128, 1), (0,) * 25, 0, 1, SsdOptions()), 132, ROOM).splits == 1
+    assert plan(Look(BF16, False, (1, 2048, 24, 64, 128, 1), (0,) * 25, 0, 1, SsdOptions()), 132, ROOM).splits == 4

@@ -1,4 +1,4 @@
-"""Plans of SSD's gradients on a GPU: tiles of blocks, launches of ``ssd_backward_states.cu`` and ``ssd_backward.cu``, and their struct."""
+"""Plans of SSD's gradients on a GPU: tiles of blocks, launches of ``ssd_backward_*.cu``, and their struct."""
 
 import ctypes
 import functools
@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 
 from ..gpu import structs
-from ..gpu.operands import TYPES, ceil_div, step_limits
+from ..gpu.operands import RESET, TYPES, ceil_div, step_limits
 from .cuda import CHUNK
 from .inputs import SsdOptions
 
-GATED = 2
+# template flags: a gate, and heads of more channels than a tile has
+GATED, TILED = 2, 8
+# numbers per token and head that ssd_steps leaves
+PLANES = 7
 # chunks that a walk over states has in shared memory
 STAGES = 3
 # a block's work besides that for its heads, in heads
@@ -24,10 +27,10 @@ class SsdBackwardParams(ctypes.Structure):
     """``SsdBackwardParams`` of ``ssd_backward.cu``."""
 
     _fields_ = [
-        *structs.fields(c_void_p, "x dt A B C D z dt_bias reset valid gout glast saved steps cuts gstates"),
+        *structs.fields(c_void_p, "x dt A B C D z dt_bias reset valid gout gy glast saved steps cuts gstates"),
         *structs.fields(c_void_p, "gx gdt gz gBC gheads ginit gB gC gA gbias gD"),
         *structs.fields(
-            c_longlong, "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h gout_b gout_l gout_h"
+            c_longlong, "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h gout_b gout_l gout_h gy_b gy_l gy_h"
         ),
         *structs.fields(c_longlong, "gx_row gdt_row gz_row gBC_row"),
         *structs.fields(c_int, "batch l h p n groups chunks D_head D_channel softplus wide_dt splits"),
@@ -56,12 +59,12 @@ class ChunkShape:
 
     def shared_bytes(self, element: int, gated: bool) -> int:
         """``ChunkMemory::bytes``."""
-        q, pad, gate = CHUNK[element], 16 // element, int(gated)
+        q, pad = CHUNK[element], 16 // element
         p, n = self.p + pad, self.n + pad
-        stage = (2 + gate) * q * p + 2 * self.p * n + (4 * q + 4) * 4 // element
+        stage = (4 if gated else 2) * q * p + 2 * self.p * n + (6 * q + 4) * 4 // element
         sums = self.waiting * ((2 * self.across + self.down + 2) * q + self.down * self.across)
-        operands = 2 * q * n + (1 + gate) * q * (q + pad) + 2 * gate * q * p + self.stages * stage
-        return operands * element + (8 * sums if element == 4 else 4 * (sums + 4 * self.down * self.across))
+        operands = 2 * q * n + (2 if gated else 1) * q * (q + pad) + self.stages * stage
+        return operands * element + (8 * sums if element == 4 else 4 * (sums + 3 * self.down * self.across))
 
 
 def chunk_shape(element: int, p: int, n: int, gated: bool, room: int) -> ChunkShape | None:
@@ -116,6 +119,13 @@ def _splits(blocks: int, heads: int, slots: int) -> int:
     return min(range(1, heads + 1), key=lambda s: (ceil_div(blocks * s, slots) * (ceil_div(heads, s) + OVERHEAD), s))
 
 
+def _state_tile(heads: int, p: int, n: int, count: int) -> tuple[int, int]:
+    """Channels and states of a block that walks over chunks: as many as give every multiprocessor one."""
+    tiles = [(64, 128), (64, 64), (32, 64), (32, 32)]
+    fit = [(a, c) for a, c in tiles if (a < 2 * p or a == 32) and (c < 2 * n or c == 32)]
+    return next((t for t in fit if heads * ceil_div(p, t[0]) * ceil_div(n, t[1]) >= count), fit[-1])
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(look: Look, count: int, room: int) -> Plan:
     """Plan for ``count`` multiprocessors with ``room`` bytes of shared memory for a block."""
@@ -129,29 +139,34 @@ def plan(look: Look, count: int, room: int) -> Plan:
         raise ValueError(f"ssd: no backward of p = {p}, n = {n} fits {room} bytes of shared memory.")
     at_once = max(1, min(room // shape.shared_bytes(element, gated), 256 // shape.threads))
     splits = _splits(b * chunks * g, h // g, count * at_once)
-    tile_p, tile_n = 32 if p <= 32 else 64, 32 if n <= 32 else 64
-    while b * h * ceil_div(p, tile_p) * ceil_div(n, tile_n) < 2 * count and tile_n + tile_p > 64:
-        tile_p, tile_n = (tile_p, 32) if tile_n == 64 else (32, tile_n)
-    stage = (q * (1 + gated) * (tile_p + pad) + q * (tile_n + pad)) * element + 8 * q
+    tile_p, tile_n = _state_tile(b * h, p, n, count)
+    stage = q * (tile_p + tile_n + 2 * pad) * element + 8 * q
     columns = h * (2 + (p if look.D == 2 else 1))
-    first, then = "ssd_backward_states.cu", "ssd_backward.cu"
+    marks, gate = look.flags & ~GATED, look.flags & ~RESET
     launches = (
-        Launch(first, f"ssd_steps<{T}>", ceil_div(b * chunks * h, 4), 128, 0),
+        Launch("ssd_backward_steps.cu", f"ssd_steps<{T}, {gate if gated else 0}>", ceil_div(b * chunks * h, 4), 128, 0),
         Launch(
-            first,
-            f"ssd_backward_states<{T}, {tile_p}, {tile_n}, {look.flags}>",
+            "ssd_backward_states.cu",
+            f"ssd_backward_states<{T}, {tile_p}, {tile_n}, {marks}>",
             b * h * ceil_div(p, tile_p) * ceil_div(n, tile_n),
             128,
-            STAGES * stage + (2 if element == 2 else 1) * q * (tile_p + pad) * element + 16,
+            STAGES * stage + 16,
         ),
         Launch(
-            then,
-            f"ssd_backward_chunks<{T}, {shape.p}, {shape.n}, {shape.down}, {shape.across}, {shape.stages}, {shape.waiting}, {look.flags}>",
+            "ssd_backward.cu",
+            f"ssd_backward_chunks<{T}, {shape.p}, {shape.n}, {shape.down}, {shape.across}, {shape.stages}, {shape.waiting}, "
+            f"{look.flags | (TILED if p > shape.p else 0)}>",
             b * chunks * g * splits,
             shape.threads,
             shape.shared_bytes(element, gated),
         ),
-        Launch(then, f"ssd_backward_sums<{T}>", ceil_div(2 * b * l * g * n, 256) + ceil_div(columns, 32), 256, 0),
+        Launch(
+            "ssd_backward.cu",
+            f"ssd_backward_sums<{T}>",
+            ceil_div(2 * b * l * g * n, 256) + ceil_div(columns, 32),
+            256,
+            0,
+        ),
     )
     names = [field[0] for field in SsdBackwardParams._fields_ if field[1] is c_longlong]
     low, high = step_limits(look.options.dt_limit)

@@ -1,6 +1,6 @@
 """Gradients of the CUDA SSD: the launches, and the ops and autograd around them.
 
-Four launches: step sizes and their sums; the gradients of the states behind chunks, chunk after chunk from the last; all else, a block
+Four launches: step sizes, their sums and the way through the gate; the gradients of the states behind chunks, chunk after chunk from the last; all else, a block
 per chunk and share of a group's heads; and the sums of what those blocks left.
 """
 
@@ -27,17 +27,19 @@ from ..gpu.operands import (
 from ..numerics import blank
 from ..operators import custom_op, filled, like
 from . import cuda
-from .backward_plans import GATED, Look, chunk_shape, plan
+from .backward_plans import GATED, PLANES, Look, chunk_shape, plan
 from .chunked import _OPTIONS, _TENSORS
 from .cuda import CHUNK, _strides, forward, readable, saved_dtype, ssd_op
 from .inputs import SsdInputs, SsdOptions
 
 
-def look_of(i: SsdInputs, gout: Tensor, saved: Tensor, options: SsdOptions, into: Sequence[Any]) -> Look:
+def look_of(
+    i: SsdInputs, gout: Tensor, gy: Tensor, saved: Tensor, options: SsdOptions, into: Sequence[Any]
+) -> Look:
     """All that the launches for readable inputs depend on besides addresses; ``into`` as for :func:`backward`."""
     (b, l, h, p), (g, n), x = i.x.shape, i.B.shape[2:], i.x
     lanes = 16 // x.element_size()
-    strides = [(0, 0, 0) if m is None else _strides(m) for m in (x, i.dt, i.B, i.C, i.z, gout)]
+    strides = [(0, 0, 0) if m is None else _strides(m) for m in (x, i.dt, i.B, i.C, i.z, gout, gy)]
     off = p % lanes or n % lanes or any([s % lanes for k, values in enumerate(strides) if k != 1 for s in values])
     gx, gdt, gB, _, gz = into
     # of a single token torch may say anything, so of rows of one the distance is that of the rows
@@ -73,7 +75,9 @@ def backward(
     (b, l, h, p), (g, n) = x.shape, i.B.shape[2:]
     gout, glast = in_rows(gout, x.dtype), in_one_piece(glast)
     gx, gdt, gB, gC, gz = into = into or [m if m is None else blank(m) for m in (i.x, i.dt, i.B, i.C, i.z)]
-    look = look_of(i, gout, saved, options, into)
+    # the gradient of what is gated
+    gy = gout if i.z is None else blank(x)
+    look = look_of(i, gout, gy, saved, options, into)
     cut = plan(look, processors(device), shared_memory(device) - DRIVERS)
     chunks, q = ceil_div(l, CHUNK[x.element_size()]), CHUNK[x.element_size()]
 
@@ -85,12 +89,12 @@ def backward(
     columns = h * (2 + (p if look.D == 2 else 1))
     gA, gbias, gD = wide(h), wide(h), wide(columns - 2 * h)
     # one piece of memory for what lies between launches, since asking for it takes a small call longer than a kernel
-    sizes = (4 * b * h * chunks * q, 2 * cut.splits * b * l * g * n, b * chunks * columns, b * chunks)
+    sizes = (PLANES * b * h * chunks * q, 2 * cut.splits * b * l * g * n, b * chunks * columns, b * chunks)
     between = wide(sum(sizes))
     steps, gBC, gheads, cuts = (between.data_ptr() + 4 * sum(sizes[:k]) for k in range(4))
     inputs = (x, i.dt, i.A, i.B, i.C, i.D, i.z, i.dt_bias, i.reset, i.valid)
     outputs = (gx, gdt, gz, gBC, gheads, ginit, gB, gC, gA, gbias, gD)
-    packed = structs.pack(cut.tail, *inputs, gout, glast, saved, steps, cuts, gstates, *outputs)
+    packed = structs.pack(cut.tail, *inputs, gout, gy, glast, saved, steps, cuts, gstates, *outputs)
     for launch in cut.launches:
         nvrtc.launch(launch.source, launch.name, packed, launch.blocks, launch.threads, launch.shared, device)
     return SsdInputs(gx, gdt, gA, gB, gC, None if i.D is None else gD.view(i.D.shape), gz, gbias, ginit)

@@ -1,7 +1,7 @@
 // Gradients of SSD:  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t,  out = y silu(z).
 //
-// Four launches.  `ssd_steps` forms step sizes and the running sums c of dt A within chunks of Q tokens.  `ssd_backward_states` walks each
-// head's chunks from the last to the first with the gradient of the state in registers, and leaves, per chunk, the gradient R of the state
+// Four launches.  `ssd_steps` forms step sizes, the running sums c of dt A within chunks of Q tokens, and behind a gate gy = gout silu(z).
+// `ssd_backward_states` walks each head's chunks from the last to the first with the gradient of the state in registers, and leaves, per chunk, the gradient R of the state
 // behind it.  `ssd_backward_chunks` has all that a chunk needs then: H, the state before it, which the forward saved, and R.  With
 // L_ts = exp(c_t - c_s), s <= t, and S = C B^T, W = gy X^T, G = S L W:
 //
@@ -23,16 +23,16 @@ template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAG
 struct ChunkMemory {
     static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), PS = P + PAD, NS = N + PAD, QS = Q + PAD, THREADS = 32 * WM * WN;
     static constexpr int GATE = FLAGS & GATED ? 1 : 0;
-    // elements: B, C, a matrix (Q, Q), with a gate in two parts, and gy, in two parts, too; then stages of x, gout, z, H, R and the steps' floats; then sums
-    static constexpr int C_at = Q * NS, M_at = 2 * Q * NS, gy_at = M_at + (1 + GATE) * Q * QS, stages_at = gy_at + 2 * GATE * Q * PS;
-    static constexpr int gout_at = Q * PS, z_at = 2 * Q * PS, H_at = (2 + GATE) * Q * PS, R_at = H_at + P * NS, steps_at = R_at + P * NS;
+    // elements: B, C, a matrix (Q, Q), with a gate in two parts; then stages of x, gy, gout and z, H, R and the steps' floats; then sums
+    static constexpr int C_at = Q * NS, M_at = 2 * Q * NS, stages_at = M_at + (1 + GATE) * Q * QS;
+    static constexpr int gy_at = Q * PS, gout_at = 2 * Q * PS, z_at = 3 * Q * PS, H_at = (2 + 2 * GATE) * Q * PS, R_at = H_at + P * NS, steps_at = R_at + P * NS;
     // steps, and what undoes the scales of H and R
-    static constexpr int stage = steps_at + (4 * Q + 4) * 4 / sizeof(T);
+    static constexpr int stage = steps_at + (SLOPE * Q + 4) * 4 / sizeof(T);
     // sums of a head: over G's rows and e^c C . (gy H), over its columns, its diagonal, x . gy, e^(c_last - c) B . (X R), R . H
     using Sum = typename SumType<T>::type;
     static constexpr int row_at = 0, col_at = WN * Q, diag_at = col_at + WM * Q, skip_at = diag_at + Q, moved_at = skip_at + Q,
                          kept_at = moved_at + WN * Q, count = kept_at + WM * WN;
-    static constexpr int scratches = sizeof(T) == 2 ? 4 * WM * WN : 0;  // floats
+    static constexpr int scratches = sizeof(T) == 2 ? 3 * WM * WN : 0;  // floats
     static constexpr int bytes = (stages_at + STAGES * stage) * (int)sizeof(T) + HEADS * count * (int)sizeof(Sum) + scratches * 4;
 };
 
@@ -41,7 +41,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     using M = ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS>;
     using M::Q, M::PS, M::NS, M::QS, M::THREADS, M::GATE;
     static constexpr int MT = Q / WM / 16, NN = N / WN / 8, NQ = Q / WN / 8, NP = P / WN / 8, EACH = Q / 32;
-    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
+    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), WHOLE = !(FLAGS & TILED);
     using State = typename StateType<T>::type;
     using Sum = typename M::Sum;
 
@@ -58,12 +58,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     DEVICE Sum* sums(int waiting) const { return reinterpret_cast<Sum*>(memory + M::stages_at + STAGES * M::stage) + waiting * M::count; }
     DEVICE float* scratch(int which) const { return reinterpret_cast<float*>(sums(HEADS)) + which * (WM * WN); }
     // what undoes the scale of H (0) or R (1), in fp16
-    DEVICE static float back(const T* in, int which) { return is_fp16<T> ? steps(in)[4 * Q + which] : 1.f; }
-    DEVICE T* gy(T* in) const { return GATE ? memory + M::gy_at : in + M::gout_at; }
-    // log2 of the decay from behind token s to token t
-    DEVICE static float between(const float* s, int from, int to) { return (s[Q + to] - s[Q + from]) + (s[2 * Q + to] - s[2 * Q + from]); }
-    DEVICE static float onward(const float* s, int from) { return exp2_of<T>(between(s, from, Q - 1)); }
-    DEVICE static float into(const float* s, int to) { return exp2_of<T>(s[Q + to] + s[2 * Q + to]); }
+    DEVICE static float back(const T* in, int which) { return is_fp16<T> ? steps(in)[SLOPE * Q + which] : 1.f; }
 
     template <int COLS, class F>
     DEVICE void each(F f) const {
@@ -89,7 +84,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         for (int k = 0; k < N; k += AT_ONCE) product<T, MT, COLS, false, false>(acc, a + k, NS, b + k, NS, AT_ONCE);
     }
     // the pairs of a product of channels with a state, some columns at a time
-    template <bool TWICE, class F>
+    template <class F>
     DEVICE void in_parts(const T* a, const T* state, F f) const {
         constexpr int SOME = NN > 4 ? NN / 2 : NN;
 #pragma unroll
@@ -101,7 +96,6 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             for (int k = 0; k < P; k += AT_ONCE) {
                 const T* b = state + k * NS + (wn * NN + j0) * 8;
                 product<T, MT, SOME, false, true>(part, a + m0 * PS + k, PS, b, NS, AT_ONCE);
-                if (TWICE) product<T, MT, SOME, false, true>(part, a + (Q + m0) * PS + k, PS, b, NS, AT_ONCE);
             }
 #pragma unroll
             for (int i = 0; i < 2 * MT; ++i)
@@ -113,107 +107,122 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         }
     }
     // of the tiles of a head, sums are those of all
-    DEVICE static void put(Sum* to, Sum x, bool first) { *to = first ? x : *to + x; }
-    // every row's sum over the warp's columns
-    DEVICE void put_rows(Sum (&sum)[2 * MT], Sum* to, bool first) const {
+    DEVICE static void put(Sum* to, Sum x, bool first) { *to = WHOLE || first ? x : *to + x; }
+    // COUNT values of each lane, summed over lanes whose numbers differ by STEP, 2 STEP, ... 2^(BITS - 1) STEP; every lane has one of the sums in the end, or,
+    // where there are more lanes than values, several have the same: that with zeros in the other bits counts.
+    // Returns which.
+    template <int COUNT, int STEP, int BITS>
+    DEVICE int share(const Sum (&x)[COUNT], Sum& sum) const {
+        if constexpr (BITS == 0) {
+            sum = x[0];
+            return 0;
+        } else if constexpr (COUNT == 1) {
+            const Sum one[1] = {x[0] + shuffle(x[0], STEP)};
+            return share<1, 2 * STEP, BITS - 1>(one, sum);
+        } else {
+            const bool high = lane & STEP;
+            Sum half[COUNT / 2];
 #pragma unroll
-        for (int i = 0; i < 2 * MT; ++i) {
-            sum[i] += shuffle(sum[i], 1);
-            sum[i] += shuffle(sum[i], 2);
-            if (lane % 4 == 0) put(to + wn * Q + m0 + lane / 4 + 8 * i, sum[i], first);
+            for (int i = 0; i < COUNT / 2; ++i) half[i] = (high ? x[COUNT / 2 + i] : x[i]) + shuffle(high ? x[i] : x[COUNT / 2 + i], STEP);
+            return share<COUNT / 2, 2 * STEP, BITS - 1>(half, sum) + (high ? COUNT / 2 : 0);
         }
     }
-
+    // every row's sum over the warp's columns
+    DEVICE void put_rows(const Sum (&rows)[2 * MT], Sum* to, bool first) const {
+        Sum sum;
+        const int i = share<2 * MT, 1, 2>(rows, sum);
+        if ((lane & (4 - 2 * MT)) == 0) put(to + wn * Q + m0 + lane / 4 + 8 * i, sum, first);
+    }
     DEVICE void fetch(int i) const {
         T* to = stage(i);
-        const int head = first_head + i / tiles, p0 = i % tiles * P;
+        const int head = first_head + (WHOLE ? i : i / tiles), p0 = WHOLE ? 0 : i % tiles * P;
         const int64 t = (int64)chunk * Q;
         fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to, (const T*)p.x + b * p.x_b + t * p.x_l + head * p.x_h + p0, p.x_l, lo, hi, p.p - p0);
-        fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + M::gout_at, (const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l, lo, hi, p.p - p0);
-        if constexpr (GATE != 0)
+        fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + M::gy_at, (const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l, lo, hi, p.p - p0);
+        if constexpr (GATE != 0) {
+            fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + M::gout_at, (const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l, lo, hi, p.p - p0);
             fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + M::z_at, (const T*)p.z + b * p.z_b + t * p.z_l + head * p.z_h + p0, p.z_l, lo, hi, p.p - p0);
+        }
         const int64 state = (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n;
-        float* undo = reinterpret_cast<float*>(to + M::steps_at) + 4 * Q;
+        float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q;
         if (entered) fetch_state<T, P, N, NS, THREADS, ALIGNED>(to + M::H_at, (const State*)p.saved + state, p.p - p0, p.n, undo, scratch(0));
         if (left) fetch_state<T, P, N, NS, THREADS, ALIGNED>(to + M::R_at, (const State*)p.gstates + state, p.p - p0, p.n, undo + 1, scratch(1));
         const int64 plane = (int64)p.batch * p.h * p.chunks * Q;
         const float* from = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q;
-        if (threadIdx.x < Q) copy_async16(to + M::steps_at + threadIdx.x * M::PAD, from + threadIdx.x / (Q / 4) * plane + threadIdx.x % (Q / 4) * 4, true);
+        constexpr int EACH16 = Q / 4, COUNT = (is_fp16<T> ? UNDO + 1 : UNDO) * EACH16;
+        const int at = threadIdx.x;
+        if (at < COUNT) copy_async16(to + M::steps_at + at * M::PAD, from + at / EACH16 * plane + at % EACH16 * 4, true);
         copy_async_commit();
     }
 
-    // gout silu(z)
-    DEVICE float2 gated(const T* in, int at) const {
-        const float2 g = read_pair(in + M::gout_at + at), z = read_pair(in + M::z_at + at);
-        return {g.x * z.x * sigmoid(z.x), g.y * z.y * sigmoid(z.y)};
-    }
-    // gy as a sum of two, and what x gy adds up to; returns what undoes the scale that it has in fp16
-    DEVICE float gate(const T* in, T* to, Sum* f, bool first) const {
-        float by = 1.f, undo = 1.f;
-        if constexpr (is_fp16<T>) {
-            float largest = 0.f;
-            for (int i = threadIdx.x; i < Q * P / 2; i += THREADS) {
-                const float2 g = gated(in, i / (P / 2) * PS + i % (P / 2) * 2);
-                largest = fmaxf(largest, fmaxf(fabsf(g.x), fabsf(g.y)));
-            }
-            normal_range(block_max(largest, scratch(3)), 8, by, undo);
-        }
-        Sum skip = 0.f;
+    // fp16, behind a gate: gy of all tokens at one scale, for sums over them; returns what undoes it
+    DEVICE float level(T* in) const {
+        if constexpr (!is_fp16<T> || GATE == 0) return 1.f;
+        const float* undo = steps(in) + UNDO * Q;
+        float most = 0.f;
+        for (int t = lo; t < hi; ++t) most = fmaxf(most, undo[t]);
         for (int i = threadIdx.x; i < Q * P / 2; i += THREADS) {
-            const int at = i / (P / 2) * PS + i % (P / 2) * 2;
-            const float2 g = gated(in, at), x = read_pair(in + at);
-            write_shared_pair(to + at, g.x * by, g.y * by);
-            const float2 big = read_pair(to + at);
-            write_shared_pair(to + Q * PS + at, g.x * by - big.x, g.y * by - big.y);
-            skip += fmaf(x.x, g.x, x.y * g.y);
+            const int t = i / (P / 2);
+            T* at = in + M::gy_at + t * PS + i % (P / 2) * 2;
+            const float by = zero_or(t >= lo && t < hi, undo[t] / most);
+            const float2 g = read_pair(at);
+            write_shared_pair(at, g.x * by, g.y * by);
         }
-        skip = warp_sum(skip);
-        if (lane == 0) put(f + M::skip_at + warp, skip, first);
-        return undo;
+        __syncthreads();
+        return most;
     }
-    // S L dt into shared memory, W L dt to the sum over heads, and the sums of G; returns what undoes the scale of the former
-    DEVICE float weigh(const T* in, const T* gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], float undo_gy, Sum* f, bool first) const {
+    // S L dt into shared memory, W L dt to the sum over heads, and the sums of G, those of rows to `rows`; returns what undoes the scale of the
+    // first
+    DEVICE float weigh(const T* in, float undo_gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], Sum (&rows)[2 * MT], Sum* f, bool first) const {
         const float* s = steps(in);
         float W[MT][NQ][4];
-        Sum rows[2 * MT], cols[2 * NQ];
+        Sum cols[2 * NQ];
         clear<NQ>(W);
         // else all columns are behind all rows
         const bool some = wn * (8 * NQ) < m0 + 16 * MT;
-        if (some) {
-            product<T, MT, NQ, false, false>(W, gy + m0 * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
-            if (GATE != 0) product<T, MT, NQ, false, false>(W, gy + (Q + m0) * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
-        }
+        if (some) product<T, MT, NQ, false, false>(W, in + M::gy_at + m0 * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
+        // bfloat16 has not the digits that the second part of a difference would save
+        constexpr bool PARTS = !is_bf16<T>;
         float dt[2 * NQ], from_hi[2 * NQ], from_lo[2 * NQ], to_hi[2 * MT], to_lo[2 * MT];
+        bool there[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
             const int t = m0 + lane / 4 + 8 * i;
-            rows[i] = 0.f, to_hi[i] = s[Q + t], to_lo[i] = s[2 * Q + t];
+            rows[i] = 0.f, to_hi[i] = s[HI * Q + t], to_lo[i] = PARTS ? s[LO * Q + t] : 0.f;
+            there[i] = !(FLAGS & RESET) || t < hi;
         }
 #pragma unroll
         for (int j = 0; j < 2 * NQ; ++j) {
             const int t = (wn * NQ + j / 2) * 8 + lane % 4 * 2 + j % 2;
-            cols[j] = 0.f, dt[j] = s[t], from_hi[j] = s[Q + t], from_lo[j] = s[2 * Q + t];
+            // of another document, it may not be finite
+            dt[j] = !(FLAGS & RESET) || (t >= lo && t < hi) ? s[t] : 0.f;
+            cols[j] = 0.f, from_hi[j] = s[HI * Q + t], from_lo[j] = PARTS ? s[LO * Q + t] : 0.f;
         }
         float largest = 0.f, by = 1.f, undo = 1.f;
+        // how far the first column is behind the first row
+        const int behind = wn * (8 * NQ) + lane % 4 * 2 - m0 - lane / 4;
         if (some) each<NQ>([&](int to, int from, int i, int j, int e) {
             const int r = 2 * i + e / 2;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                W[i][j][e + k] *= undo_gy;
-                const int c = 2 * j + k;
-                const bool seen = from + k <= to && from + k >= lo && to < hi, past = seen && from + k < to;
-                const float L = exp2_of<T>(zero_or(seen, (to_hi[r] - from_hi[c]) + (to_lo[r] - from_lo[c])));
-                const float G = zero_or(seen, W[i][j][e + k] * scores[i][j][e + k] * L);
-                const float weight = zero_or(seen, scores[i][j][e + k] * L * dt[c]);
-                gscores[i][j][e + k] += zero_or(seen, W[i][j][e + k] * L * dt[c]);
-                rows[r] += past ? (Sum)G * dt[c] : 0;
-                cols[c] += zero_or(past, G);
-                if (from + k == to) {
+                const int c = 2 * j + k, far = 8 * (r - j) - k;
+                const bool seen = behind <= far && there[r] && (!(FLAGS & RESET) || from + k >= lo), own = behind == far;
+                float log = to_hi[r] - from_hi[c];
+                if (PARTS) log += to_lo[r] - from_lo[c];
+                const float L = zero_or(seen, exp2_of<T>(log)), SL = scores[i][j][e + k] * L;
+                if (is_fp16<T>) W[i][j][e + k] *= undo_gy;
+                const float w = W[i][j][e + k];
+                float G = w * SL;
+                gscores[i][j][e + k] = fmaf(w, L * dt[c], gscores[i][j][e + k]);
+                if (own) {
                     put(f + M::diag_at + to, G, first);
-                    if (GATE == 0) put(f + M::skip_at + to, zero_or(seen, W[i][j][e + k]), first);
+                    put(f + M::skip_at + to, w, first);
+                    G = 0.f;
                 }
-                W[i][j][e + k] = weight;
-                if constexpr (is_fp16<T>) largest = fmaxf(largest, fabsf(weight));
+                rows[r] += (Sum)G * dt[c];
+                cols[c] += G;
+                W[i][j][e + k] = SL * dt[c];
+                if (is_fp16<T>) largest = fmaxf(largest, fabsf(W[i][j][e + k]));
             }
         });
         if constexpr (is_fp16<T>) normal_range(block_max(largest, scratch(2)), 8, by, undo);
@@ -226,45 +235,48 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
                 write_shared_pair(at + Q * QS, x - big.x, y - big.y);
             }
         });
-        put_rows(rows, f + M::row_at, first);
-#pragma unroll
-        for (int j = 0; j < 2 * NQ; ++j) {
-#pragma unroll
-            for (int m = 4; m < 32; m *= 2) cols[j] += shuffle(cols[j], m);
-            if (lane < 4) put(f + M::col_at + warp / WN * Q + (wn * NQ + j / 2) * 8 + lane * 2 + j % 2, cols[j], first);
-        }
+        Sum sum;
+        const int c = share<2 * NQ, 4, 3>(cols, sum);
+        if ((lane / 4 & (8 - 2 * NQ)) == 0) put(f + M::col_at + warp / WN * Q + (wn * NQ + c / 2) * 8 + lane % 4 * 2 + c % 2, sum, first);
         return undo;
     }
     // e^c (gy H) for C
-    DEVICE void read(const T* in, const T* gy, float (&gC)[MT][NN][4], float undo_gy, Sum* f) const {
+    DEVICE void read(const T* in, float undo_gy, float (&gC)[MT][NN][4], Sum (&rows)[2 * MT]) const {
         float decay[2 * MT];
-        Sum rows[2 * MT];
+        Sum sum[2 * MT];
+        const float* s = steps(in);
 #pragma unroll
-        for (int i = 0; i < 2 * MT; ++i) rows[i] = 0.f, decay[i] = into(steps(in), m0 + lane / 4 + 8 * i) * (back(in, 0) * undo_gy);
-        in_parts<GATE != 0>(gy, in + M::H_at, [&](int t, int col, int i, int j, int e, float x0, float x1) {
-            const float by = decay[2 * i + e / 2], g0 = by * x0, g1 = by * x1;
+        for (int i = 0; i < 2 * MT; ++i) {
+            const int t = m0 + lane / 4 + 8 * i;
+            sum[i] = 0.f, decay[i] = s[INTO * Q + t] * (back(in, 0) * undo_gy);
+        }
+        in_parts(in + M::gy_at, in + M::H_at, [&](int t, int col, int i, int j, int e, float x0, float x1) {
+            const float by = decay[2 * i + e / 2];
             const float2 C = read_pair(memory + M::C_at + t * NS + col);
-            gC[i][j][e] += g0, gC[i][j][e + 1] += g1;
-            rows[2 * i + e / 2] += fmaf(C.x, g0, C.y * g1);
+            gC[i][j][e] = fmaf(by, x0, gC[i][j][e]), gC[i][j][e + 1] = fmaf(by, x1, gC[i][j][e + 1]);
+            sum[2 * i + e / 2] += fmaf(C.x, x0, C.y * x1);
         });
-        put_rows(rows, f + M::row_at, false);
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) rows[i] += sum[i] * decay[i];
     }
     // dt e^(c_last - c) (X R) for B
     DEVICE void write(const T* in, float (&gB)[MT][NN][4], Sum* f, bool first) const {
         const float* s = steps(in);
-        float decay[2 * MT], dt[2 * MT];
+        float decay[2 * MT], weight[2 * MT];
         Sum rows[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
             const int t = m0 + lane / 4 + 8 * i;
-            rows[i] = 0.f, decay[i] = onward(s, t) * back(in, 1), dt[i] = s[t];
+            rows[i] = 0.f, decay[i] = s[ONWARD * Q + t] * back(in, 1), weight[i] = decay[i] * s[t];
         }
-        in_parts<false>(in, in + M::R_at, [&](int t, int col, int i, int j, int e, float x0, float x1) {
-            const float by = decay[2 * i + e / 2], g0 = by * x0, g1 = by * x1;
+        in_parts(in, in + M::R_at, [&](int t, int col, int i, int j, int e, float x0, float x1) {
+            const float by = weight[2 * i + e / 2];
             const float2 B = read_pair(memory + t * NS + col);
-            gB[i][j][e] = fmaf(dt[2 * i + e / 2], g0, gB[i][j][e]), gB[i][j][e + 1] = fmaf(dt[2 * i + e / 2], g1, gB[i][j][e + 1]);
-            rows[2 * i + e / 2] += fmaf(B.x, g0, B.y * g1);
+            gB[i][j][e] = fmaf(by, x0, gB[i][j][e]), gB[i][j][e + 1] = fmaf(by, x1, gB[i][j][e + 1]);
+            rows[2 * i + e / 2] += fmaf(B.x, x0, B.y * x1);
         });
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) rows[i] *= decay[i];
         put_rows(rows, f + M::moved_at, first);
     }
     // what goes from the state before the chunk to the one behind it
@@ -279,56 +291,68 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             for (int k = 0; k < M::PAD; ++k) sum += (Sum)H[k] * R[k];
         }
         sum = warp_sum(sum);
-        if (lane == 0) put(f + M::kept_at + warp, sum * (into(steps(in), Q - 1) * back(in, 0) * back(in, 1)), first);
+        if (lane == 0) put(f + M::kept_at + warp, sum * (steps(in)[INTO * Q + Q - 1] * back(in, 0) * back(in, 1)), first);
     }
-    DEVICE void inputs(T* in, T* gy, int head, int p0, float undo, float (&gx)[MT][NP][4]) const {
-        product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + wn * (8 * NP), PS, Q);
-        if (GATE != 0) {
-            product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + Q * PS + wn * (8 * NP), PS, Q);
-            product<T, MT, NP, true, true>(gx, memory + M::M_at + Q * QS + m0, QS, gy + wn * (8 * NP), PS, Q);
+    // dt e^(c_last - c) (B R^T) for x, over `undo`
+    DEVICE void outward(const T* in, float undo, float (&gx)[MT][NP][4]) const {
+        over_states(gx, memory + m0 * NS, in + M::R_at + wn * (8 * NP) * NS);
+        const float* s = steps(in);
+        float weight[2 * MT];
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) {
+            const int t = m0 + lane / 4 + 8 * i;
+            weight[i] = s[ONWARD * Q + t] * s[t] * (back(in, 1) / undo);
         }
-        const float* D = reinterpret_cast<const float*>(p.D);
+        each<NP>([&](int, int, int i, int j, int e) { gx[i][j][e] *= weight[2 * i + e / 2], gx[i][j][e + 1] *= weight[2 * i + e / 2]; });
+    }
+    // gx over `undo`, a part of it that of gy
+    DEVICE void inputs(const T* in, int head, int p0, float undo, float undo_gy, float (&gx)[MT][NP][4]) const {
+        const T* gy = in + M::gy_at;
+        product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + wn * (8 * NP), PS, Q);
+        float D[2 * NP];
+#pragma unroll
+        for (int j = 0; j < 2 * NP; ++j) {
+            const int col = p0 + (wn * NP + j / 2) * 8 + lane % 4 * 2 + j % 2;
+            D[j] = p.D != nullptr && col < p.p ? reinterpret_cast<const float*>(p.D)[(int64)head * p.D_head + col * p.D_channel] * (undo_gy / undo) : 0.f;
+        }
+        T* to = (T*)p.gx + place(m0 + lane / 4, head, p0 + wn * (8 * NP) + lane % 4 * 2, p.gx_row);
         each<NP>([&](int t, int col, int i, int j, int e) {
-            const int count = t >= lo && t < hi ? p.p - p0 - col : 0;
-            gx[i][j][e] *= undo, gx[i][j][e + 1] *= undo;
-            if (D != nullptr && count > 0) {
-                const float2 g = GATE ? gated(in, t * PS + col) : read_pair(gy + t * PS + col);
-                const float* at = D + (int64)head * p.D_head + (p0 + col) * p.D_channel;
-                gx[i][j][e] = fmaf(at[0], g.x, gx[i][j][e]);
-                if (count > 1) gx[i][j][e + 1] = fmaf(at[p.D_channel], g.y, gx[i][j][e + 1]);
-            }
-            write_pair<T, ALIGNED>((T*)p.gx + place(t, head, p0 + col, p.gx_row), gx[i][j][e], gx[i][j][e + 1], count);
+            const float2 g = read_pair(gy + t * PS + col);
+            const float x0 = fmaf(D[2 * j], g.x, gx[i][j][e]) * undo, x1 = fmaf(D[2 * j + 1], g.y, gx[i][j][e + 1]) * undo;
+            write_pair<T, ALIGNED>(to + (8 * (2 * i + e / 2)) * p.gx_row + 8 * j, x0, x1, t >= lo && t < hi ? p.p - p0 - col : 0);
         });
     }
     DEVICE int64 token(int t) const { return b * p.l + (int64)chunk * Q + t; }
     DEVICE int64 place(int t, int head, int channel, int64 row) const { return token(t) * row + (int64)head * p.p + channel; }
-    // the gradient of the gate, which needs y
+    // the gradient of the gate, gout y silu'(z), for which y is formed again
     DEVICE void gates(const T* in, int head, int p0, float undo) const {
-        const float* s = steps(in);
         float y[MT][NP][4];
         clear<NP>(y);
         if (entered) {
             over_states(y, memory + M::C_at + m0 * NS, in + M::H_at + wn * (8 * NP) * NS);
-            const float by = back(in, 0) / undo;
-            each<NP>([&](int t, int, int i, int j, int e) { y[i][j][e] *= into(s, t) * by, y[i][j][e + 1] *= into(s, t) * by; });
+            each<NP>([&](int t, int, int i, int j, int e) {
+                const float by = steps(in)[INTO * Q + t] * (back(in, 0) / undo);
+                y[i][j][e] *= by, y[i][j][e + 1] *= by;
+            });
         }
 #pragma unroll
         for (int part = 0; part < 2; ++part)
-            product<T, MT, NP, false, true>(y, memory + M::M_at + (part * Q + m0) * QS, QS, in + wn * (8 * NP), PS, Q);
-        const float* D = reinterpret_cast<const float*>(p.D);
+            product<T, MT, NP, false, true>(y, memory + M::M_at + (part * Q + m0) * QS, QS, in + wn * (8 * NP), PS, m0 + 16 * MT);
+        float D[2 * NP];
+#pragma unroll
+        for (int j = 0; j < 2 * NP; ++j) {
+            const int col = p0 + (wn * NP + j / 2) * 8 + lane % 4 * 2 + j % 2;
+            D[j] = p.D != nullptr && col < p.p ? reinterpret_cast<const float*>(p.D)[(int64)head * p.D_head + col * p.D_channel] : 0.f;
+        }
+        T* to = (T*)p.gz + place(m0 + lane / 4, head, p0 + wn * (8 * NP) + lane % 4 * 2, p.gz_row);
         each<NP>([&](int t, int col, int i, int j, int e) {
-            const int count = t >= lo && t < hi ? p.p - p0 - col : 0;
-            if (count <= 0) return;
-            y[i][j][e] *= undo, y[i][j][e + 1] *= undo;
-            const float2 x = read_pair(in + t * PS + col), g = read_pair(in + M::gout_at + t * PS + col), z = read_pair(in + M::z_at + t * PS + col);
-            const float* at = D + (int64)head * p.D_head + (p0 + col) * p.D_channel;
-            if (D != nullptr) {
-                y[i][j][e] = fmaf(at[0], x.x, y[i][j][e]);
-                if (count > 1) y[i][j][e + 1] = fmaf(at[p.D_channel], x.y, y[i][j][e + 1]);
-            }
-            const float s0 = sigmoid(z.x), s1 = sigmoid(z.y);
-            const float g0 = g.x * y[i][j][e] * s0 * fmaf(z.x, 1.f - s0, 1.f), g1 = g.y * y[i][j][e + 1] * s1 * fmaf(z.y, 1.f - s1, 1.f);
-            write_pair<T, ALIGNED>((T*)p.gz + place(t, head, p0 + col, p.gz_row), g0, g1, count);
+            const int at = t * PS + col;
+            const float2 x = read_pair(in + at), g = read_pair(in + M::gout_at + at), z = read_pair(in + M::z_at + at);
+            float s0, s1;
+            sigmoid2(z.x, z.y, s0, s1);
+            const float y0 = fmaf(D[2 * j], x.x, y[i][j][e] * undo), y1 = fmaf(D[2 * j + 1], x.y, y[i][j][e + 1] * undo);
+            const float g0 = g.x * y0 * s0 * fmaf(z.x, 1.f - s0, 1.f), g1 = g.y * y1 * s1 * fmaf(z.y, 1.f - s1, 1.f);
+            write_pair<T, ALIGNED>(to + (8 * (2 * i + e / 2)) * p.gz_row + 8 * j, g0, g1, t >= lo && t < hi ? p.p - p0 - col : 0);
         });
     }
     DEVICE void add_to(float* at, Sum x) const { *at = (float)(again ? *at + x : x); }
@@ -352,11 +376,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll
             for (int w = 0; w < WM; ++w) a.col[i] += f[M::col_at + w * Q + t];
             a.diag[i] = f[M::diag_at + t];
-            if (GATE == 0) a.skip += f[M::skip_at + t];
+            a.skip += f[M::skip_at + t];
         }
         for (int w = 0; w < WM * WN; ++w) {
             if (entered && left) a.kept += f[M::kept_at + w];
-            if (GATE && lane == 0) a.skip += f[M::skip_at + w];
         }
     }
     DEVICE void finish(const Sum* f, int head) const {
@@ -364,7 +387,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         gather(f, a);
         // dt, and its derivative behind
         const float* s = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q;
-        const int64 slopes = 3 * (int64)p.batch * p.h * p.chunks * Q;
+        const int64 slopes = SLOPE * (int64)p.batch * p.h * p.chunks * Q;
         // what flows to a token less what flows from it, and what goes from it to the state behind the chunk
         const float A = finite_rate(reinterpret_cast<const float*>(p.A)[head]), rate = rate_of(A);
         double ahead[EACH], behind[EACH], from_start = 0., to_end = 0.;
@@ -413,14 +436,13 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         }
     }
     // D of every channel
-    DEVICE void skips(const T* in, int head, int p0) const {
+    DEVICE void skips(const T* in, int head, int p0, float undo_gy) const {
         float* to = p.gheads + row * (2 * p.h + (int64)p.h * p.p) + 2 * p.h + (int64)head * p.p;
         for (int col = threadIdx.x; col < P && p0 + col < p.p; col += THREADS) {
             Sum sum = 0.f;
             for (int t = lo; t < hi; ++t) {
                 const int at = t * PS + col;
-                const float g = read_one(in + M::gout_at + at), z = GATE ? read_one(in + M::z_at + at) : 0.f;
-                sum += (GATE ? g * z * sigmoid(z) : g) * read_one(in + at);
+                sum += read_one(in + M::gy_at + at) * read_one(in + at) * undo_gy;
             }
             add_to(to + p0 + col, sum);
         }
@@ -439,36 +461,28 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
             T* in = stage(i);
-            const int tile = i % tiles, nth = i / tiles, head = first_head + nth, waiting = nth % HEADS;
+            const int tile = WHOLE ? 0 : i % tiles, nth = WHOLE ? i : i / tiles, head = first_head + nth, waiting = nth % HEADS;
             Sum* f = sums(waiting);
             copy_async_wait<0>();
             __syncthreads();
             if (STAGES > 1 && i + 1 < count) fetch(i + 1);
             if (i == 0) over_states(scores, memory + M::C_at + m0 * NS, memory + wn * (8 * NQ) * NS);
-            float undo_gy = 1.f;
-            if constexpr (GATE != 0) {
-                undo_gy = gate(in, gy(in), f, tile == 0);
-                __syncthreads();
-            }
-            const float undo = weigh(in, gy(in), scores, gscores, undo_gy, f, tile == 0);
+            Sum rows[2 * MT];
+            const float undo_gy = level(in), undo = weigh(in, undo_gy, scores, gscores, rows, f, tile == 0);
+            if (entered) read(in, undo_gy, gC, rows);
+            put_rows(rows, f + M::row_at, tile == 0);
             float gx[MT][NP][4];
             clear<NP>(gx);
-            if (entered) read(in, gy(in), gC, undo_gy, f);
             if (left) {
                 write(in, gB, f, tile == 0);
-                over_states(gx, memory + m0 * NS, in + M::R_at + wn * (8 * NP) * NS);
-                const float* s = steps(in);
-                each<NP>([&](int t, int, int i, int j, int e) {
-                    const float by = onward(s, t) * s[t] * (back(in, 1) / (undo * undo_gy));
-                    gx[i][j][e] *= by, gx[i][j][e + 1] *= by;
-                });
+                outward(in, undo * undo_gy, gx);
                 if (entered) keep(in, f, tile == 0);
             }
             __syncthreads();
-            inputs(in, gy(in), head, tile * P, undo * undo_gy, gx);
+            inputs(in, head, tile * P, undo * undo_gy, undo_gy, gx);
             if constexpr (GATE != 0) gates(in, head, tile * P, undo);
-            if (p.D_channel) skips(in, head, tile * P);
-            if (tile == tiles - 1 && (waiting == HEADS - 1 || i == count - 1))
+            if (p.D_channel) skips(in, head, tile * P, undo_gy);
+            if ((WHOLE || tile == tiles - 1) && (waiting == HEADS - 1 || i == count - 1))
                 for (int w = warp; w <= waiting; w += WM * WN) finish(sums(w), head - waiting + w);
             if (STAGES == 1 && i + 1 < count) {
                 __syncthreads();
@@ -481,17 +495,26 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         if constexpr (is_fp16<T>) {
             float largest = 0.f;
             each<NQ>([&](int, int, int i, int j, int e) { largest = fmaxf(largest, fmaxf(fabsf(gscores[i][j][e]), fabsf(gscores[i][j][e + 1]))); });
-            normal_range(block_max(largest, scratch(3)), 8, by, undo);
+            normal_range(block_max(largest, scratch(2)), 8, by, undo);
             each<NN>([&](int, int, int i, int j, int e) {
                 gB[i][j][e] *= by, gB[i][j][e + 1] *= by, gC[i][j][e] *= by, gC[i][j][e + 1] *= by;
             });
         }
-        each<NQ>([&](int to, int from, int i, int j, int e) {
-            write_shared_pair(memory + M::M_at + to * QS + from, gscores[i][j][e] * by, gscores[i][j][e + 1] * by);
-        });
-        __syncthreads();
-        product<T, MT, NN, false, true>(gC, memory + M::M_at + m0 * QS, QS, memory + wn * (8 * NN), NS, Q);
-        product<T, MT, NN, true, true>(gB, memory + M::M_at + m0, QS, memory + M::C_at + wn * (8 * NN), NS, Q);
+        // of 16 bits a sum of two, one after the other: gy has been rounded, and rounding this, too, would show in B's gradient
+#pragma unroll 1
+        for (int part = 0; part < (sizeof(T) == 2 ? 2 : 1); ++part) {
+            each<NQ>([&](int to, int from, int i, int j, int e) {
+                T* at = memory + M::M_at + to * QS + from;
+                if (part == 0) gscores[i][j][e] *= by, gscores[i][j][e + 1] *= by;
+                write_shared_pair(at, gscores[i][j][e], gscores[i][j][e + 1]);
+                const float2 big = read_pair(at);
+                gscores[i][j][e] -= big.x, gscores[i][j][e + 1] -= big.y;
+            });
+            __syncthreads();
+            product<T, MT, NN, false, true>(gC, memory + M::M_at + m0 * QS, QS, memory + wn * (8 * NN), NS, Q);
+            product<T, MT, NN, true, true>(gB, memory + M::M_at + m0, QS, memory + M::C_at + wn * (8 * NN), NS, Q);
+            __syncthreads();
+        }
         const int64 plane = (int64)p.batch * p.l * p.groups * p.n;
         float* to = p.gBC + 2 * split * plane;
         each<NN>([&](int t, int col, int i, int j, int e) {

@@ -3,15 +3,17 @@
 #include "ssd.cuh"
 #include "vector.cuh"
 
-enum SsdFlags { GATED = 2 };  // RESET and UNALIGNED as elsewhere
+// RESET and UNALIGNED as elsewhere; TILED: heads of more channels than a tile has
+enum SsdFlags { GATED = 2, TILED = 8 };
 
 struct SsdBackwardParams {
     const void *x, *dt, *A, *B, *C, *D, *z, *dt_bias;
     const uint8 *reset, *valid;
     const void* gout;
+    void* gy;             // gradient of what is gated, (b, l, h, p); gout without a gate
     const float* glast;   // (b, h, p, n) or null
     const void* saved;    // (b, chunks, h, p, n): states before chunks
-    float* steps;         // (4, b, h, chunks Q): dt, c in two parts, the derivative of dt
+    float* steps;         // (planes, b, h, chunks Q), see Planes
     int* cuts;            // (b, chunks): the first token of the chunk that starts a document; Q: none
     void* gstates;        // (b, chunks, h, p, n): gradients of the states behind chunks
     void *gx, *gdt, *gz;  // each in one piece within a token
@@ -20,11 +22,15 @@ struct SsdBackwardParams {
     float* ginit;         // (b, h, p, n) or null
     void *gB, *gC;
     float *gA, *gbias, *gD;
-    int64 x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h, gout_b, gout_l, gout_h;
+    int64 x_b, x_l, x_h, dt_b, dt_l, dt_h, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, z_h, gout_b, gout_l, gout_h, gy_b, gy_l, gy_h;
     int64 gx_row, gdt_row, gz_row, gBC_row;  // from token to token of all rows, of gB and gC alike
     int batch, l, h, p, n, groups, chunks, D_head, D_channel, softplus, wide_dt, splits;
     float low, high;
 };
+
+// planes of `steps`: step sizes, c in two parts, decays from the chunk's start (0 where a document starts in between) and to its end, what undoes
+// the scale of gy, and, which `ssd_backward_chunks` alone reads where it lies, the derivative of the step size
+enum Planes { DT, HI, LO, INTO, ONWARD, UNDO, SLOPE };
 
 // states as they lie in memory: fp16 has not their range
 template <class T>
@@ -98,13 +104,17 @@ DEVICE double sum_before(double x, bool mark, int lane) {
 template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
 DEVICE void fetch_tile(T* shared, const T* from, int64 stride, int lo, int hi, int cols) {
     constexpr int LANES = Element<T>::lanes, ACROSS = COLS / LANES;
-    static_assert(ROWS * ACROSS % THREADS == 0 || ROWS * ACROSS < THREADS, "every thread has as many vectors, or one");
+    constexpr int ONCE = THREADS / ACROSS, TIMES = (ROWS + ONCE - 1) / ONCE;
+    static_assert(THREADS % ACROSS == 0 && (ROWS % ONCE == 0 || ROWS < ONCE), "every thread has as many vectors of one column, or one");
+    const int first = threadIdx.x / ACROSS, col = threadIdx.x % ACROSS * LANES;
+    // strides along the length have 31 bits
+    const T* at = from + (int64)first * (int)stride + col;
+    T* to = shared + first * STRIDE + col;
 #pragma unroll
-    for (int j = 0; j < (ROWS * ACROSS + THREADS - 1) / THREADS; ++j) {
-        const int i = j * THREADS + threadIdx.x, row = i / ACROSS, col = i % ACROSS * LANES;
-        if (ROWS * ACROSS < THREADS && i >= ROWS * ACROSS) break;
-        const bool there = row >= lo && row < hi && col < cols;
-        Packed<T>::template fetch<ALIGNED>(shared + row * STRIDE + col, there ? from + row * stride + col : from, there ? cols - col : 0);
+    for (int j = 0; j < TIMES; ++j, at += ONCE * stride) {
+        const int row = first + j * ONCE;
+        if (ROWS < ONCE && row >= ROWS) break;
+        Packed<T>::template fetch<ALIGNED>(to + j * ONCE * STRIDE, at, row >= lo && row < hi ? cols - col : 0);
     }
 }
 
@@ -136,6 +146,54 @@ DEVICE void fetch_state(T* shared, const F* from, int rows, int cols, float* bac
             const F* at = from + (int64)row * cols + col;
             const float x[2] = {row < rows && col < cols ? at[0] * by : 0.f, row < rows && col + 1 < cols ? at[1] * by : 0.f};
             write_channels<T, 2>(shared + row * STRIDE + col, x);
+        }
+    }
+}
+
+// Four tiles' words of a quad of lanes: before, lane i has those of columns 2 i, after, all of tile i
+DEVICE void turn_quad(uint32 (&w)[4]) {
+#pragma unroll
+    for (int m = 1; m < 4; m *= 2) {
+        const bool high = threadIdx.x & m;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            if (k & m) continue;
+            const uint32 other = __float_as_uint(shuffle(__uint_as_float(high ? w[k] : w[k + m]), m));
+            (high ? w[k] : w[k + m]) = other;
+        }
+    }
+}
+
+// acc += A B for 16 rows, 8 NT columns and K of what is summed over; A lies as [k][m], column k times scale[k], B as [k][n].  Of 16 bits, A times
+// its scale is a sum of two, since it has been rounded once before, behind a gate.
+template <class T, int NT, int K>
+DEVICE void product_of_scaled(float (&acc)[1][NT][4], const T* a, int a_stride, const T* b, int b_stride, const float* scale) {
+    if constexpr (sizeof(T) == 4) {
+        product<T, 1, NT, true, true, true>(acc, a, a_stride, b, b_stride, K, NT, scale);
+    } else {
+        const int lane = threadIdx.x % 32, in = lane % 16, high = lane / 16 * 8;
+#pragma unroll
+        for (int s = 0; s < K; s += 16) {
+            uint32 left[4], rest[4];
+            load_a<T, true, false>(left, a + s * a_stride, a_stride, nullptr);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 by = *reinterpret_cast<const float2*>(scale + s + lane % 4 * 2 + i / 2 * 8);
+                float x[2], big[2];
+                Element<T>::unpack(left[i], x);
+                x[0] *= by.x, x[1] *= by.y;
+                left[i] = Element<T>::pack(x);
+                Element<T>::unpack(left[i], big);
+                x[0] -= big[0], x[1] -= big[1];
+                rest[i] = Element<T>::pack(x);
+            }
+#pragma unroll
+            for (int j = 0; j < NT; j += 2) {
+                uint32 r[4];
+                ldmatrix<true>(r, b + (s + in) * b_stride + high + 8 * j);
+                multiply_add<T>(acc[0][j], left, {r[0], r[1]}), multiply_add<T>(acc[0][j + 1], left, {r[2], r[3]});
+                multiply_add<T>(acc[0][j], rest, {r[0], r[1]}), multiply_add<T>(acc[0][j + 1], rest, {r[2], r[3]});
+            }
         }
     }
 }

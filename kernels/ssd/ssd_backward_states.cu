@@ -1,60 +1,15 @@
-// Gradients of SSD, first part: step sizes, and the gradients of the states behind chunks; see ssd_backward.cu.
+// Gradients of SSD, second part: the gradients of the states behind chunks; see ssd_backward.cu.
 #include "ssd_backward.cuh"
 
-// Step sizes of a chunk and a head: a warp each
-template <class T>
-__global__ void __launch_bounds__(128) ssd_steps(const SsdBackwardParams p) {
-    constexpr int Q = Chunk<T>::q, EACH = Q / 32;
-    const int lane = threadIdx.x % 32;
-    const int64 at = (int64)blockIdx.x * 4 + threadIdx.x / 32;
-    if (at >= (int64)p.batch * p.chunks * p.h) return;
-    const int head = (int)(at % p.h), chunk = (int)(at / p.h % p.chunks);
-    const int64 b = at / p.h / p.chunks;
-    const float rate = rate_of(reinterpret_cast<const float*>(p.A)[head]);
-    const float bias = p.dt_bias == nullptr ? 0.f : reinterpret_cast<const float*>(p.dt_bias)[head];
-    float dt[EACH], slope[EACH];
-    double log[EACH], sum = 0.;
-    bool starts[EACH], mark = false;
-    float first = Q;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const int in = lane * EACH + i, t = chunk * Q + in;
-        const bool there = t < p.l && (p.valid == nullptr || p.valid[b * p.l + t]);
-        starts[i] = t < p.l && p.reset != nullptr && p.reset[b * p.l + t];
-        dt[i] = slope[i] = 0.f;
-        if (there) {
-            const int64 from = b * p.dt_b + t * p.dt_l + head * p.dt_h;
-            const float raw = bias + (p.wide_dt ? reinterpret_cast<const float*>(p.dt)[from] : read_one((const T*)p.dt + from));
-            const float open = p.softplus ? softplus<sizeof(T) == 2>(raw) : raw;
-            dt[i] = open < p.low ? p.low : open > p.high ? p.high : open;
-            slope[i] = open < p.low || open > p.high ? 0.f : p.softplus ? sigmoid(raw) : 1.f;
-        }
-        log[i] = forgets(dt[i], rate) ? FORGOTTEN : dt[i] * rate;
-        sum = starts[i] ? log[i] : sum + log[i];
-        mark |= starts[i];
-        if (starts[i] && first == Q) first = (float)in;
-    }
-    first = warp_min(first);
-    if (head == 0 && lane == 0) p.cuts[b * p.chunks + chunk] = (int)first;
-    double c = sum_before(sum, mark, lane);
-    const int64 plane = (int64)p.batch * p.h * p.chunks * Q;
-    float* to = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q + lane * EACH;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        c = starts[i] ? log[i] : c + log[i];
-        const float hi = (float)c;
-        to[i] = dt[i], to[plane + i] = hi, to[2 * plane + i] = (float)(c - hi), to[3 * plane + i] = slope[i];
-    }
-}
-
-// A tile of P channels and N states of a head, walked from the last chunk to the first: four warps, two by two
+// A tile of P channels and N states of a head, walked from the last chunk to the first: four warps with 16 channels each of all states, or two
+// by two
 template <class T, int P, int N, int FLAGS>
 struct BackwardStates {
-    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), PS = P + PAD, NS = N + PAD, MT = P / 32, NT = N / 16, STAGES = 3, THREADS = 128, PARTS = sizeof(T) == 2 ? 2 : 1;
-    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), GATE = FLAGS & GATED;
-    // elements of a stage (gout, z, C), then floats (c in two parts)
-    static constexpr int z_at = Q * PS, C_at = z_at + GATE * Q * PS, sums_at = C_at + Q * NS, stage_bytes = sums_at * sizeof(T) + 2 * Q * 4;
-    static constexpr int scratch_at = STAGES * stage_bytes + PARTS * Q * PS * sizeof(T), bytes = scratch_at + 16;
+    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), PS = P + PAD, NS = N + PAD, STAGES = 3, THREADS = 128;
+    static constexpr int DOWN = P / 16, ACROSS = 4 / DOWN, NT = N / ACROSS / 8, LANES = Element<T>::lanes;
+    static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
+    // elements of a stage (gy, C), then floats (decays from the chunk's start, what undoes the scales of gy)
+    static constexpr int C_at = Q * PS, decays_at = C_at + Q * NS, stage_bytes = decays_at * sizeof(T) + 2 * Q * 4, scratch_at = STAGES * stage_bytes;
     using State = typename StateType<T>::type;
 
     const SsdBackwardParams& p;
@@ -70,98 +25,73 @@ struct BackwardStates {
         return there < cut ? there : cut;
     }
     DEVICE void fetch(int chunk) const {
-        const int limit = rows(chunk);
+        const int limit = rows(chunk), group = head / (p.h / p.groups);
         T* to = stage(chunk);
         const int64 t = (int64)chunk * Q;
-        fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to, (const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l, 0, limit, p.p - p0);
-        if constexpr (GATE)
-            fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + z_at, (const T*)p.z + b * p.z_b + t * p.z_l + head * p.z_h + p0, p.z_l, 0, limit, p.p - p0);
-        const int group = head / (p.h / p.groups);
+        fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to, (const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l, 0, limit, p.p - p0);
         fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(to + C_at, (const T*)p.C + b * p.C_b + t * p.C_l + group * p.C_g + n0, p.C_l, 0, limit, p.n - n0);
         const int64 plane = (int64)p.batch * p.h * p.chunks * Q;
-        const float* steps = p.steps + plane + (b * p.h + head) * p.chunks * Q + t;
-        float* sums = reinterpret_cast<float*>(to + sums_at);
-        const int i = threadIdx.x;
-        if (i < Q / 2) copy_async16(sums + 4 * i, steps + i / (Q / 4) * plane + i % (Q / 4) * 4, true);
+        const float* steps = p.steps + (b * p.h + head) * p.chunks * Q + t;
+        float* decays = reinterpret_cast<float*>(to + decays_at);
+        const int i = threadIdx.x, which = i / (Q / 4) ? UNDO : INTO;
+        if (i < (is_fp16<T> ? Q / 2 : Q / 4)) copy_async16(decays + 4 * i, steps + which * plane + i % (Q / 4) * 4, true);
     }
-    static constexpr int LANES = Element<T>::lanes, ACROSS = P / LANES;
-    // gy e^c of some neighbouring channels
-    DEVICE void decayed(const T* from, int i, int limit, float (&g)[LANES]) const {
-        const float* sums = reinterpret_cast<const float*>(from + sums_at);
-        const int row = i / ACROSS, at = row * PS + i % ACROSS * LANES;
-        const float into = zero_or(row < limit, exp2_of<T>(sums[row] + sums[Q + row]));
-        Packed<T>::from(from + at).unpack(g);
-        if constexpr (GATE) {
-            float z[LANES];
-            Packed<T>::from(from + z_at + at).unpack(z);
+    // fp16: what makes gy e^c 2^8 at the most, for which it has room, and what undoes it; decays are those to multiply gy with then
+    DEVICE float lift(T* from, int limit, float& back) const {
+        float by, largest = 0.f, *decays = reinterpret_cast<float*>(from + decays_at);
+        for (int i = threadIdx.x; i < Q * P / LANES; i += THREADS) {
+            const int row = i / (P / LANES);
+            float g[LANES];
+            Packed<T>::from(from + row * PS + i % (P / LANES) * LANES).unpack(g);
+            const float decay = zero_or(row < limit, decays[row] * decays[Q + row]);
 #pragma unroll
-            for (int e = 0; e < LANES; ++e) g[e] *= z[e] * sigmoid(z[e]);
+            for (int e = 0; e < LANES; ++e) largest = fmaxf(largest, fabsf(g[e] * decay));
         }
-#pragma unroll
-        for (int e = 0; e < LANES; ++e) g[e] *= into;
-    }
-    // what makes gy e^c 2^8 at the most, for which fp16 has room, and what undoes it
-    DEVICE float lift(const T* from, int limit, float& back) const {
-        float by = back = 1.f;
-        if constexpr (is_fp16<T>) {
-            float largest = 0.f;
-            for (int i = threadIdx.x; i < Q * ACROSS; i += THREADS) {
-                float g[LANES];
-                decayed(from, i, limit, g);
-#pragma unroll
-                for (int e = 0; e < LANES; ++e) largest = fmaxf(largest, fabsf(g[e]));
-            }
-            normal_range(block_max(largest, reinterpret_cast<float*>(memory + scratch_at)), 8, by, back);
-        }
+        normal_range(block_max(largest, reinterpret_cast<float*>(memory + scratch_at)), 8, by, back);
+        for (int t = threadIdx.x; t < Q; t += THREADS) decays[t] = zero_or(t < limit, decays[t] * decays[Q + t] * by);
+        __syncthreads();
         return by;
     }
-    // gy e^c, of 16 bits as a sum of two
-    DEVICE void scale(const T* from, T* to, int limit, float by) const {
-#pragma unroll
-        for (int i = threadIdx.x; i < Q * ACROSS; i += THREADS) {
-            const int at = i / ACROSS * PS + i % ACROSS * LANES;
-            float g[LANES], big[LANES];
-            decayed(from, i, limit, g);
-#pragma unroll
-            for (int e = 0; e < LANES; ++e) g[e] *= by;
-            const Packed<T> packed = Packed<T>::pack(g);
-            packed.template store<true>(to + at, LANES);
-            if constexpr (PARTS == 2) {
-                packed.unpack(big);
-#pragma unroll
-                for (int e = 0; e < LANES; ++e) g[e] -= big[e];
-                Packed<T>::pack(g).template store<true>(to + Q * PS + at, LANES);
-            }
-        }
-    }
-    DEVICE static void times(float (&acc)[MT][NT][4], float by) {
-#pragma unroll
-        for (int i = 0; i < MT; ++i)
-#pragma unroll
-            for (int j = 0; j < NT; ++j)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) acc[i][j][e] *= by;
-    }
+    DEVICE int row() const { return p0 + threadIdx.x / 32 % DOWN * 16 + threadIdx.x % 32 / 4; }
+    DEVICE int col() const { return n0 + threadIdx.x / 32 / DOWN * (8 * NT) + threadIdx.x % 4 * 2; }
     template <class F>
     DEVICE void each(F f) const {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const int row = p0 + warp / 2 * (P / 2) + lane / 4, col = n0 + warp % 2 * (N / 2) + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 2 * MT; ++i)
+        for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int j = 0; j < NT; ++j)
-                f(row + 8 * i, col + 8 * j, row + 8 * i < p.p ? p.n - col - 8 * j : 0, i / 2, j, i % 2 * 2);
+            for (int j = 0; j < NT; ++j) f(row() + 8 * i, col() + 8 * j, row() + 8 * i < p.p ? p.n - col() - 8 * j : 0, j, 2 * i);
+    }
+    DEVICE void store(const float (&acc)[1][NT][4], int chunk) const {
+        State* to = (State*)p.gstates + ((b * p.chunks + chunk) * p.h + head) * p.p * p.n;
+        if constexpr (ALIGNED && sizeof(State) == 2 && NT % 4 == 0) {
+            // 16 bytes per lane: pairs would take four times as many passes over lines
+            const int lane = threadIdx.x % 4;
+            State* at = to + (int64)row() * p.n + col() + 6 * lane;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int j = 0; j < NT; j += 4) {
+                    Packed<State> words;
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) words.w[k] = Element<State>::pack(acc[0][j + k] + 2 * i);
+                    turn_quad(words.w);
+                    if (row() + 8 * i < p.p) words.template store<true>(at + 8 * i * p.n + 8 * j, p.n - col() - 6 * lane - 8 * j);
+                }
+        } else {
+            each([&](int row, int col, int count, int j, int e) {
+                write_pair<State, ALIGNED>(to + (int64)row * p.n + col, acc[0][j][e], acc[0][j][e + 1], count);
+            });
+        }
     }
     DEVICE void run() const {
         const int warp = threadIdx.x / 32;
         const int64 size = (int64)p.p * p.n;
-        float acc[MT][NT][4];
-        each([&](int row, int col, int count, int i, int j, int e) {
+        float acc[1][NT][4];
+        each([&](int row, int col, int count, int j, int e) {
             const float* from = p.glast + (b * p.h + head) * size + (int64)row * p.n + col;
-            acc[i][j][e] = p.glast != nullptr && count > 0 ? from[0] : 0.f;
-            acc[i][j][e + 1] = p.glast != nullptr && count > 1 ? from[1] : 0.f;
+            acc[0][j][e] = p.glast != nullptr && count > 0 ? from[0] : 0.f;
+            acc[0][j][e + 1] = p.glast != nullptr && count > 1 ? from[1] : 0.f;
         });
-        T* scaled = reinterpret_cast<T*>(memory + STAGES * stage_bytes);
         for (int ahead = 1; ahead < STAGES; ++ahead) {
             if (p.chunks >= ahead) fetch(p.chunks - ahead);
             copy_async_commit();
@@ -172,37 +102,31 @@ struct BackwardStates {
             __syncthreads();
             if (chunk >= STAGES - 1) fetch(chunk - STAGES + 1);
             copy_async_commit();
-            State* to = (State*)p.gstates + ((b * p.chunks + chunk) * p.h + head) * size;
-            each([&](int row, int col, int count, int i, int j, int e) {
-                write_pair<State, ALIGNED>(to + (int64)row * p.n + col, acc[i][j][e], acc[i][j][e + 1], count);
-            });
+            store(acc, chunk);
             if (chunk == 0 && p.ginit == nullptr) break;
-            const T* from = stage(chunk);
-            const float* sums = reinterpret_cast<const float*>(from + sums_at);
+            T* from = stage(chunk);
+            const float* decays = reinterpret_cast<const float*>(from + decays_at);
             const int limit = rows(chunk);
-            float back;
-            const float by = lift(from, limit, back);
-            scale(from, scaled, limit, by);
             // nothing passes the start of a document
-            const bool whole = limit == all_rows(chunk);
-            const float through = exp2_of<T>(sums[Q - 1] + sums[2 * Q - 1]);
+            const bool whole = !(FLAGS & RESET) || limit == all_rows(chunk);
+            float through = decays[Q - 1], by = 1.f, back = 1.f;
+            if constexpr (is_fp16<T>) by = lift(from, limit, back);
 #pragma unroll
-            for (int i = 0; i < MT; ++i)
+            for (int j = 0; j < NT; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[0][j][e] = whole ? acc[0][j][e] * (through * by) : 0.f;
+            product_of_scaled<T, NT, Q>(acc, from + warp % DOWN * 16, PS, from + C_at + warp / DOWN * (8 * NT), NS, decays);
+            if constexpr (is_fp16<T>)
 #pragma unroll
                 for (int j = 0; j < NT; ++j)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) acc[i][j][e] = whole ? acc[i][j][e] * through * by : 0.f;
-            __syncthreads();
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part)
-                product<T, MT, NT, true, true>(acc, scaled + part * Q * PS + warp / 2 * (P / 2), PS, from + C_at + warp % 2 * (N / 2), NS, Q);
-            if constexpr (is_fp16<T>) times(acc, back);
+                    for (int e = 0; e < 4; ++e) acc[0][j][e] *= back;
         }
         if (p.ginit != nullptr)
-            each([&](int row, int col, int count, int i, int j, int e) {
+            each([&](int row, int col, int count, int j, int e) {
                 float* at = p.ginit + (b * p.h + head) * size + (int64)row * p.n + col;
-                if (count > 0) at[0] = acc[i][j][e];
-                if (count > 1) at[1] = acc[i][j][e + 1];
+                if (count > 0) at[0] = acc[0][j][e];
+                if (count > 1) at[1] = acc[0][j][e + 1];
             });
     }
 };
