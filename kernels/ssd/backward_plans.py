@@ -30,7 +30,8 @@ class SsdBackwardParams(ctypes.Structure):
         *structs.fields(c_void_p, "x dt A B C D z dt_bias reset valid gout gy glast saved steps cuts gstates"),
         *structs.fields(c_void_p, "gx gdt gz gBC gheads ginit gB gC gA gbias gD"),
         *structs.fields(
-            c_longlong, "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h gout_b gout_l gout_h gy_b gy_l gy_h"
+            c_longlong,
+            "x_b x_l x_h dt_b dt_l dt_h B_b B_l B_g C_b C_l C_g z_b z_l z_h gout_b gout_l gout_h gy_b gy_l gy_h",
         ),
         *structs.fields(c_longlong, "gx_row gdt_row gz_row gBC_row"),
         *structs.fields(c_int, "batch l h p n groups chunks D_head D_channel softplus wide_dt splits"),
@@ -163,7 +164,7 @@ def plan(look: Look, count: int, room: int) -> Plan:
         Launch(
             "ssd_backward.cu",
             f"ssd_backward_sums<{T}>",
-            ceil_div(2 * b * l * g * n, 256) + ceil_div(columns, 32),
+            ceil_div(2 * b * l * g * n, 1024) + ceil_div(columns, 32),
             256,
             0,
         ),

@@ -1,7 +1,7 @@
 """Gradients of the CUDA SSD: the launches, and the ops and autograd around them.
 
-Four launches: step sizes, their sums and the way through the gate; the gradients of the states behind chunks, chunk after chunk from the last; all else, a block
-per chunk and share of a group's heads; and the sums of what those blocks left.
+Four launches: step sizes, their sums and the way through the gate; the gradients of the states behind chunks, chunk after chunk from the
+last; all else, a block per chunk and share of a group's heads; and the sums of what those blocks left.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,7 @@ from .cuda import CHUNK, _strides, forward, readable, saved_dtype, ssd_op
 from .inputs import SsdInputs, SsdOptions
 
 
-def look_of(
-    i: SsdInputs, gout: Tensor, gy: Tensor, saved: Tensor, options: SsdOptions, into: Sequence[Any]
-) -> Look:
+def look_of(i: SsdInputs, gout: Tensor, gy: Tensor, saved: Tensor, options: SsdOptions, into: Sequence[Any]) -> Look:
     """All that the launches for readable inputs depend on besides addresses; ``into`` as for :func:`backward`."""
     (b, l, h, p), (g, n), x = i.x.shape, i.B.shape[2:], i.x
     lanes = 16 // x.element_size()

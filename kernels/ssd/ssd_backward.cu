@@ -133,26 +133,57 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         const int i = share<2 * MT, 1, 2>(rows, sum);
         if ((lane & (4 - 2 * MT)) == 0) put(to + wn * Q + m0 + lane / 4 + 8 * i, sum, first);
     }
-    DEVICE void fetch(int i) const {
-        T* to = stage(i);
-        const int head = first_head + (WHOLE ? i : i / tiles), p0 = WHOLE ? 0 : i % tiles * P;
-        const int64 t = (int64)chunk * Q;
-        fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to, (const T*)p.x + b * p.x_b + t * p.x_l + head * p.x_h + p0, p.x_l, lo, hi, p.p - p0);
-        fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + M::gy_at, (const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l, lo, hi, p.p - p0);
-        if constexpr (GATE != 0) {
-            fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + M::gout_at, (const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l, lo, hi, p.p - p0);
-            fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to + M::z_at, (const T*)p.z + b * p.z_b + t * p.z_l + head * p.z_h + p0, p.z_l, lo, hi, p.p - p0);
+    // where this thread's first vector of the next head (or tile of it) lies: to form the addresses anew for each took as long as a product
+    struct Next {
+        const T *x, *gy, *gout, *z;
+        const State *H, *R;
+        const float* steps;
+    };
+    static constexpr bool COPIED = sizeof(State) == sizeof(T);  // else states are converted
+    static constexpr int EACH16 = Q / 4, STEPS = (is_fp16<T> ? UNDO + 1 : UNDO) * EACH16;
+    DEVICE Next start() const {
+        const int64 t = (int64)chunk * Q, state = ((b * p.chunks + chunk) * p.h + first_head) * p.p * p.n, plane = (int64)p.batch * p.h * p.chunks * Q;
+        Next at;
+        at.x = own_vector<T, P, THREADS>((const T*)p.x + b * p.x_b + t * p.x_l + first_head * p.x_h, p.x_l);
+        at.gy = own_vector<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + first_head * p.gy_h, p.gy_l);
+        if (GATE != 0) {
+            at.gout = own_vector<T, P, THREADS>((const T*)p.gout + b * p.gout_b + t * p.gout_l + first_head * p.gout_h, p.gout_l);
+            at.z = own_vector<T, P, THREADS>((const T*)p.z + b * p.z_b + t * p.z_l + first_head * p.z_h, p.z_l);
         }
-        const int64 state = (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n;
-        float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q;
-        if (entered) fetch_state<T, P, N, NS, THREADS, ALIGNED>(to + M::H_at, (const State*)p.saved + state, p.p - p0, p.n, undo, scratch(0));
-        if (left) fetch_state<T, P, N, NS, THREADS, ALIGNED>(to + M::R_at, (const State*)p.gstates + state, p.p - p0, p.n, undo + 1, scratch(1));
-        const int64 plane = (int64)p.batch * p.h * p.chunks * Q;
-        const float* from = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q;
-        constexpr int EACH16 = Q / 4, COUNT = (is_fp16<T> ? UNDO + 1 : UNDO) * EACH16;
-        const int at = threadIdx.x;
-        if (at < COUNT) copy_async16(to + M::steps_at + at * M::PAD, from + at / EACH16 * plane + at % EACH16 * 4, true);
+        at.H = (const State*)p.saved + state, at.R = (const State*)p.gstates + state;
+        if (COPIED) at.H = own_vector<State, N, THREADS>(at.H, p.n), at.R = own_vector<State, N, THREADS>(at.R, p.n);
+        const int i = threadIdx.x < STEPS ? threadIdx.x : 0;
+        at.steps = p.steps + ((b * p.h + first_head) * p.chunks + chunk) * Q + i / EACH16 * plane + i % EACH16 * 4;
+        return at;
+    }
+    DEVICE void fetch_state_of(T* to, const State* from, int rows, int which) const {
+        float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q + which;
+        if constexpr (COPIED)
+            fetch_vectors<T, P, N, NS, THREADS, ALIGNED>(to + (which ? M::R_at : M::H_at), from, p.n, 0, rows, p.n);
+        else
+            fetch_state<T, P, N, NS, THREADS, ALIGNED>(to + (which ? M::R_at : M::H_at), from, rows, p.n, undo, scratch(which));
+    }
+    DEVICE void fetch(int i, Next& at) const {
+        T* to = stage(i);
+        const int tile = WHOLE ? 0 : i % tiles, cols = p.p - tile * P;
+        fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to, at.x, p.x_l, lo, hi, cols);
+        fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gy_at, at.gy, p.gy_l, lo, hi, cols);
+        if constexpr (GATE != 0) {
+            fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gout_at, at.gout, p.gout_l, lo, hi, cols);
+            fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::z_at, at.z, p.z_l, lo, hi, cols);
+        }
+        if (entered) fetch_state_of(to, at.H, cols, 0);
+        if (left) fetch_state_of(to, at.R, cols, 1);
+        if (threadIdx.x < STEPS) copy_async16(to + M::steps_at + threadIdx.x * M::PAD, at.steps, true);
         copy_async_commit();
+        // on to the next tile, or from a head's last to the next head
+        const bool last = WHOLE || tile == tiles - 1;
+        const int back = WHOLE ? 0 : (tiles - 1) * P;
+        at.x += last ? p.x_h - back : P, at.gy += last ? p.gy_h - back : P;
+        if (GATE != 0) at.gout += last ? p.gout_h - back : P, at.z += last ? p.z_h - back : P;
+        const int64 rows = (int64)(last ? p.p - back : P) * p.n;
+        at.H += rows, at.R += rows;
+        if (last) at.steps += (int64)p.chunks * Q;
     }
 
     // fp16, behind a gate: gy of all tokens at one scale, for sums over them; returns what undoes it
@@ -240,6 +271,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         if ((lane / 4 & (8 - 2 * NQ)) == 0) put(f + M::col_at + warp / WN * Q + (wn * NQ + c / 2) * 8 + lane % 4 * 2 + c % 2, sum, first);
         return undo;
     }
+    DEVICE static void add_products(float& sum, float2 a, float b0, float b1) { sum = fmaf(a.y, b1, fmaf(a.x, b0, sum)); }
+    DEVICE static void add_products(double& sum, float2 a, float b0, float b1) { sum += fmaf(a.x, b0, a.y * b1); }
     // e^c (gy H) for C
     DEVICE void read(const T* in, float undo_gy, float (&gC)[MT][NN][4], Sum (&rows)[2 * MT]) const {
         float decay[2 * MT];
@@ -254,7 +287,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             const float by = decay[2 * i + e / 2];
             const float2 C = read_pair(memory + M::C_at + t * NS + col);
             gC[i][j][e] = fmaf(by, x0, gC[i][j][e]), gC[i][j][e + 1] = fmaf(by, x1, gC[i][j][e + 1]);
-            sum[2 * i + e / 2] += fmaf(C.x, x0, C.y * x1);
+            add_products(sum[2 * i + e / 2], C, x0, x1);
         });
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) rows[i] += sum[i] * decay[i];
@@ -273,7 +306,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             const float by = weight[2 * i + e / 2];
             const float2 B = read_pair(memory + t * NS + col);
             gB[i][j][e] = fmaf(by, x0, gB[i][j][e]), gB[i][j][e + 1] = fmaf(by, x1, gB[i][j][e + 1]);
-            rows[2 * i + e / 2] += fmaf(B.x, x0, B.y * x1);
+            add_products(rows[2 * i + e / 2], B, x0, x1);
         });
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) rows[i] *= decay[i];
@@ -282,13 +315,15 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     // what goes from the state before the chunk to the one behind it
     DEVICE void keep(const T* in, Sum* f, bool first) const {
         Sum sum = 0.f;
-        for (int i = threadIdx.x; i < P * N / M::PAD; i += THREADS) {
-            const int at = i / (N / M::PAD) * NS + i % (N / M::PAD) * M::PAD;
-            float H[M::PAD], R[M::PAD];
-            Packed<T>::from(in + M::H_at + at).unpack(H);
-            Packed<T>::from(in + M::R_at + at).unpack(R);
-#pragma unroll
-            for (int k = 0; k < M::PAD; ++k) sum += (Sum)H[k] * R[k];
+        if constexpr (sizeof(T) == 2) {
+            // the diagonal of H R^T: a sixteenth of what is multiplied, and a third of the instructions that one by one would take
+            constexpr int DOWN = P / 16, MOST = WM * WN / DOWN, PARTS = MOST < N / 16 ? MOST : N / 16;
+            const int at = warp / PARTS * 16 * NS + warp % PARTS * (N / PARTS), off = lane / 4 - lane % 4 * 2;
+            float both[1][2][4] = {};
+            if (warp < DOWN * PARTS) product<T, 1, 2, false, false>(both, in + M::H_at + at, NS, in + M::R_at + at, NS, N / PARTS);
+            sum = zero_or(off == 0, both[0][0][0] + both[0][1][2]) + zero_or(off == 1, both[0][0][1] + both[0][1][3]);
+        } else {
+            for (int i = threadIdx.x; i < P * N; i += THREADS) sum += (Sum)in[M::H_at + i / N * NS + i % N] * in[M::R_at + i / N * NS + i % N];
         }
         sum = warp_sum(sum);
         if (lane == 0) put(f + M::kept_at + warp, sum * (steps(in)[INTO * Q + Q - 1] * back(in, 0) * back(in, 1)), first);
@@ -456,7 +491,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         __syncthreads();
         fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(memory, (const T*)p.B + b * p.B_b + t0 * p.B_l + group * p.B_g, p.B_l, lo, hi, p.n);
         fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(memory + M::C_at, (const T*)p.C + b * p.C_b + t0 * p.C_l + group * p.C_g, p.C_l, lo, hi, p.n);
-        fetch(0);
+        Next next = start();
+        fetch(0, next);
         const int count = heads * tiles;
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
@@ -465,7 +501,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             Sum* f = sums(waiting);
             copy_async_wait<0>();
             __syncthreads();
-            if (STAGES > 1 && i + 1 < count) fetch(i + 1);
+            if (STAGES > 1 && i + 1 < count) fetch(i + 1, next);
             if (i == 0) over_states(scores, memory + M::C_at + m0 * NS, memory + wn * (8 * NQ) * NS);
             Sum rows[2 * MT];
             const float undo_gy = level(in), undo = weigh(in, undo_gy, scores, gscores, rows, f, tile == 0);
@@ -486,7 +522,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
                 for (int w = warp; w <= waiting; w += WM * WN) finish(sums(w), head - waiting + w);
             if (STAGES == 1 && i + 1 < count) {
                 __syncthreads();
-                fetch(i + 1);
+                fetch(i + 1, next);
             }
         }
         // the matrix is done with when all have come here
@@ -566,16 +602,31 @@ __global__ void __launch_bounds__(32 * WM * WN, 1) ssd_backward_chunks(const Ssd
 template <class T>
 __global__ void __launch_bounds__(256) ssd_backward_sums(const SsdBackwardParams p) {
     SHARED_ARRAY(double, shared, 256);
-    const int64 plane = (int64)p.batch * p.l * p.groups * p.n, blocks = (2 * plane + 255) / 256;
+    const int64 plane = (int64)p.batch * p.l * p.groups * p.n, blocks = (2 * plane + 1023) / 1024;
     if (blockIdx.x < blocks) {
-        const int64 i = (int64)blockIdx.x * 256 + threadIdx.x;
-        if (i >= 2 * plane) return;
-        float sum = 0.f;
-        for (int s = 0; s < p.splits; ++s) sum += p.gBC[2 * s * plane + i];
-        const int64 at = i < plane ? i : i - plane, wide = p.groups * p.n;
+        const int64 i = ((int64)blockIdx.x * 256 + threadIdx.x) * 4, wide = p.groups * p.n;
         // a division of 64 bits takes as long as the sum
-        const int64 token = plane < 1ll << 31 ? (uint32)at / (uint32)wide : at / wide;
-        write_one((T*)(i < plane ? p.gB : p.gC) + token * p.gBC_row + (at - token * wide), sum);
+        const auto place = [&](int64 i) {
+            const int64 at = i < plane ? i : i - plane, token = plane < 1ll << 31 ? (uint32)at / (uint32)wide : at / wide;
+            return (T*)(i < plane ? p.gB : p.gC) + token * p.gBC_row + (at - token * wide);
+        };
+        if (wide % 4 == 0) {
+            if (i >= 2 * plane) return;
+            float sum[4] = {0.f, 0.f, 0.f, 0.f};
+            for (int s = 0; s < p.splits; ++s) {
+                const float4 x = *reinterpret_cast<const float4*>(p.gBC + 2 * s * plane + i);
+                sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+            }
+            T* to = place(i);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) write_one(to + k, sum[k]);
+        } else {
+            for (int64 k = i; k < i + 4 && k < 2 * plane; ++k) {
+                float sum = 0.f;
+                for (int s = 0; s < p.splits; ++s) sum += p.gBC[2 * s * plane + k];
+                write_one(place(k), sum);
+            }
+        }
         return;
     }
     // 32 columns per block, eight threads each, whose sums are added in their order

@@ -100,15 +100,18 @@ DEVICE double sum_before(double x, bool mark, int lane) {
     return before;
 }
 
-// A tile of ROWS x COLS elements into shared memory: rows lo to hi - 1 and the first `cols` columns, zeros elsewhere
-template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
-DEVICE void fetch_tile(T* shared, const T* from, int64 stride, int lo, int hi, int cols) {
+// A tile of ROWS x COLS elements into shared memory: rows lo to hi - 1 and the first `cols` columns, zeros elsewhere; `at` is where this thread's
+// first vector lies
+template <class T, int COLS, int THREADS>
+DEVICE const T* own_vector(const T* from, int64 stride) {
     constexpr int LANES = Element<T>::lanes, ACROSS = COLS / LANES;
-    constexpr int ONCE = THREADS / ACROSS, TIMES = (ROWS + ONCE - 1) / ONCE;
+    return from + (int64)(threadIdx.x / ACROSS) * (int)stride + threadIdx.x % ACROSS * LANES;
+}
+template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
+DEVICE void fetch_vectors(T* shared, const T* at, int64 stride, int lo, int hi, int cols) {
+    constexpr int LANES = Element<T>::lanes, ACROSS = COLS / LANES, ONCE = THREADS / ACROSS, TIMES = (ROWS + ONCE - 1) / ONCE;
     static_assert(THREADS % ACROSS == 0 && (ROWS % ONCE == 0 || ROWS < ONCE), "every thread has as many vectors of one column, or one");
     const int first = threadIdx.x / ACROSS, col = threadIdx.x % ACROSS * LANES;
-    // strides along the length have 31 bits
-    const T* at = from + (int64)first * (int)stride + col;
     T* to = shared + first * STRIDE + col;
 #pragma unroll
     for (int j = 0; j < TIMES; ++j, at += ONCE * stride) {
@@ -116,6 +119,10 @@ DEVICE void fetch_tile(T* shared, const T* from, int64 stride, int lo, int hi, i
         if (ROWS < ONCE && row >= ROWS) break;
         Packed<T>::template fetch<ALIGNED>(to + j * ONCE * STRIDE, at, row >= lo && row < hi ? cols - col : 0);
     }
+}
+template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
+DEVICE void fetch_tile(T* shared, const T* from, int64 stride, int lo, int hi, int cols) {
+    fetch_vectors<T, ROWS, COLS, STRIDE, THREADS, ALIGNED>(shared, own_vector<T, COLS, THREADS>(from, stride), stride, lo, hi, cols);
 }
 
 // the largest of 32 bits' magnitude over all threads of a block; `scratch` has a float per warp
