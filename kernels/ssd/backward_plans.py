@@ -121,10 +121,10 @@ def _splits(blocks: int, heads: int, slots: int) -> int:
 
 
 def _state_tile(heads: int, p: int, n: int, count: int) -> tuple[int, int]:
-    """Channels and states of a block that walks over chunks: as many as give every multiprocessor one."""
+    """Channels and states of a block that walks over chunks: as many as leave three blocks for two multiprocessors."""
     tiles = [(64, 128), (64, 64), (32, 64), (32, 32)]
     fit = [(a, c) for a, c in tiles if (a < 2 * p or a == 32) and (c < 2 * n or c == 32)]
-    return next((t for t in fit if heads * ceil_div(p, t[0]) * ceil_div(n, t[1]) >= count), fit[-1])
+    return next((t for t in fit if 2 * heads * ceil_div(p, t[0]) * ceil_div(n, t[1]) >= 3 * count), fit[-1])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -293,24 +293,18 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         for (int i = 0; i < 2 * MT; ++i) rows[i] += sum[i] * decay[i];
     }
     // dt e^(c_last - c) (X R) for B
-    DEVICE void write(const T* in, float (&gB)[MT][NN][4], Sum* f, bool first) const {
+    DEVICE void write(const T* in, float (&gB)[MT][NN][4]) const {
         const float* s = steps(in);
-        float decay[2 * MT], weight[2 * MT];
-        Sum rows[2 * MT];
+        float weight[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
             const int t = m0 + lane / 4 + 8 * i;
-            rows[i] = 0.f, decay[i] = s[ONWARD * Q + t] * back(in, 1), weight[i] = decay[i] * s[t];
+            weight[i] = s[ONWARD * Q + t] * s[t] * back(in, 1);
         }
-        in_parts(in, in + M::R_at, [&](int t, int col, int i, int j, int e, float x0, float x1) {
+        in_parts(in, in + M::R_at, [&](int, int, int i, int j, int e, float x0, float x1) {
             const float by = weight[2 * i + e / 2];
-            const float2 B = read_pair(memory + t * NS + col);
             gB[i][j][e] = fmaf(by, x0, gB[i][j][e]), gB[i][j][e + 1] = fmaf(by, x1, gB[i][j][e + 1]);
-            add_products(rows[2 * i + e / 2], B, x0, x1);
         });
-#pragma unroll
-        for (int i = 0; i < 2 * MT; ++i) rows[i] *= decay[i];
-        put_rows(rows, f + M::moved_at, first);
     }
     // what goes from the state before the chunk to the one behind it
     DEVICE void keep(const T* in, Sum* f, bool first) const {
@@ -328,39 +322,48 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         sum = warp_sum(sum);
         if (lane == 0) put(f + M::kept_at + warp, sum * (steps(in)[INTO * Q + Q - 1] * back(in, 0) * back(in, 1)), first);
     }
-    // dt e^(c_last - c) (B R^T) for x, over `undo`
-    DEVICE void outward(const T* in, float undo, float (&gx)[MT][NP][4]) const {
+    // dt e^(c_last - c) (B R^T) for x, over `undo`; and e^(c_last - c) B . (X R), which is that of x and B R^T
+    DEVICE void outward(const T* in, float undo, float (&gx)[MT][NP][4], Sum* f, bool first) const {
         over_states(gx, memory + m0 * NS, in + M::R_at + wn * (8 * NP) * NS);
         const float* s = steps(in);
-        float weight[2 * MT];
+        float decay[2 * MT], dt[2 * MT];
+        Sum rows[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
             const int t = m0 + lane / 4 + 8 * i;
-            weight[i] = s[ONWARD * Q + t] * s[t] * (back(in, 1) / undo);
+            rows[i] = 0.f, decay[i] = s[ONWARD * Q + t] * back(in, 1), dt[i] = s[t] / undo;
         }
-        each<NP>([&](int, int, int i, int j, int e) { gx[i][j][e] *= weight[2 * i + e / 2], gx[i][j][e + 1] *= weight[2 * i + e / 2]; });
+        each<NP>([&](int t, int col, int i, int j, int e) {
+            const int r = 2 * i + e / 2;
+            add_products(rows[r], read_pair(in + t * PS + col), gx[i][j][e], gx[i][j][e + 1]);
+            gx[i][j][e] *= decay[r] * dt[r], gx[i][j][e + 1] *= decay[r] * dt[r];
+        });
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) rows[i] *= decay[i];
+        put_rows(rows, f + M::moved_at, first);
     }
-    // gx over `undo`, a part of it that of gy
-    DEVICE void inputs(const T* in, int head, int p0, float undo, float undo_gy, float (&gx)[MT][NP][4]) const {
-        const T* gy = in + M::gy_at;
-        product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + wn * (8 * NP), PS, Q);
-        float D[2 * NP];
+    // the skip of this thread's columns
+    DEVICE void skip_of(int head, int p0, float (&D)[2 * NP]) const {
 #pragma unroll
         for (int j = 0; j < 2 * NP; ++j) {
             const int col = p0 + (wn * NP + j / 2) * 8 + lane % 4 * 2 + j % 2;
-            D[j] = p.D != nullptr && col < p.p ? reinterpret_cast<const float*>(p.D)[(int64)head * p.D_head + col * p.D_channel] * (undo_gy / undo) : 0.f;
+            D[j] = p.D != nullptr && col < p.p ? reinterpret_cast<const float*>(p.D)[(int64)head * p.D_head + col * p.D_channel] : 0.f;
         }
+    }
+    DEVICE void inputs(const T* in, int head, int p0, float undo, float undo_gy, const float (&D)[2 * NP], float (&gx)[MT][NP][4]) const {
+        const T* gy = in + M::gy_at;
+        product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + wn * (8 * NP), PS, Q);
         T* to = (T*)p.gx + place(m0 + lane / 4, head, p0 + wn * (8 * NP) + lane % 4 * 2, p.gx_row);
         each<NP>([&](int t, int col, int i, int j, int e) {
             const float2 g = read_pair(gy + t * PS + col);
-            const float x0 = fmaf(D[2 * j], g.x, gx[i][j][e]) * undo, x1 = fmaf(D[2 * j + 1], g.y, gx[i][j][e + 1]) * undo;
+            const float x0 = fmaf(D[2 * j] * undo_gy, g.x, gx[i][j][e] * undo), x1 = fmaf(D[2 * j + 1] * undo_gy, g.y, gx[i][j][e + 1] * undo);
             write_pair<T, ALIGNED>(to + (8 * (2 * i + e / 2)) * p.gx_row + 8 * j, x0, x1, t >= lo && t < hi ? p.p - p0 - col : 0);
         });
     }
     DEVICE int64 token(int t) const { return b * p.l + (int64)chunk * Q + t; }
     DEVICE int64 place(int t, int head, int channel, int64 row) const { return token(t) * row + (int64)head * p.p + channel; }
     // the gradient of the gate, gout y silu'(z), for which y is formed again
-    DEVICE void gates(const T* in, int head, int p0, float undo) const {
+    DEVICE void gates(const T* in, int head, int p0, float undo, const float (&D)[2 * NP]) const {
         float y[MT][NP][4];
         clear<NP>(y);
         if (entered) {
@@ -373,12 +376,6 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll
         for (int part = 0; part < 2; ++part)
             product<T, MT, NP, false, true>(y, memory + M::M_at + (part * Q + m0) * QS, QS, in + wn * (8 * NP), PS, m0 + 16 * MT);
-        float D[2 * NP];
-#pragma unroll
-        for (int j = 0; j < 2 * NP; ++j) {
-            const int col = p0 + (wn * NP + j / 2) * 8 + lane % 4 * 2 + j % 2;
-            D[j] = p.D != nullptr && col < p.p ? reinterpret_cast<const float*>(p.D)[(int64)head * p.D_head + col * p.D_channel] : 0.f;
-        }
         T* to = (T*)p.gz + place(m0 + lane / 4, head, p0 + wn * (8 * NP) + lane % 4 * 2, p.gz_row);
         each<NP>([&](int t, int col, int i, int j, int e) {
             const int at = t * PS + col;
@@ -510,13 +507,15 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             float gx[MT][NP][4];
             clear<NP>(gx);
             if (left) {
-                write(in, gB, f, tile == 0);
-                outward(in, undo * undo_gy, gx);
+                write(in, gB);
+                outward(in, undo * undo_gy, gx, f, tile == 0);
                 if (entered) keep(in, f, tile == 0);
             }
+            float D[2 * NP];
+            skip_of(head, tile * P, D);
             __syncthreads();
-            inputs(in, head, tile * P, undo * undo_gy, undo_gy, gx);
-            if constexpr (GATE != 0) gates(in, head, tile * P, undo);
+            inputs(in, head, tile * P, undo * undo_gy, undo_gy, D, gx);
+            if constexpr (GATE != 0) gates(in, head, tile * P, undo, D);
             if (p.D_channel) skips(in, head, tile * P, undo_gy);
             if ((WHOLE || tile == tiles - 1) && (waiting == HEADS - 1 || i == count - 1))
                 for (int w = warp; w <= waiting; w += WM * WN) finish(sums(w), head - waiting + w);
