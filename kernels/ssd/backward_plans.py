@@ -19,6 +19,8 @@ GATED, TILED = 2, 8
 PLANES = 7
 # chunks that a walk over states has in shared memory
 STAGES = 3
+# warps down and across of a block with 64 channels and states or more, of 16 bits; (4, 4): twice the warps, half the registers of each
+WARPS = (2, 4)
 # a block's work besides that for its heads, in heads
 OVERHEAD = 1.5
 
@@ -77,7 +79,7 @@ def chunk_shape(element: int, p: int, n: int, gated: bool, room: int) -> ChunkSh
     for stages in (2, 1):
         # sums over 256 states, by warps that are few enough to have registers for them
         for channels in (64, 32) if p > 32 and (element == 4 or states < 256) else (32,):
-            grid = (2, 4) if element == 4 or min(channels, states) > 32 else (4, 2)
+            grid = (2, 4) if element == 4 else WARPS if min(channels, states) > 32 else (4, 2)
             for waiting in (8, 2, 1):
                 shape = ChunkShape(channels, states, *grid, stages, waiting)
                 if shape.shared_bytes(element, gated) <= room:

@@ -375,7 +375,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         }
 #pragma unroll
         for (int part = 0; part < 2; ++part)
-            product<T, MT, NP, false, true>(y, memory + M::M_at + (part * Q + m0) * QS, QS, in + wn * (8 * NP), PS, m0 + 16 * MT);
+            product<T, MT, NP, false, true>(y, memory + M::M_at + (part * Q + m0) * QS, QS, in + wn * (8 * NP), PS, Q);
         T* to = (T*)p.gz + place(m0 + lane / 4, head, p0 + wn * (8 * NP) + lane % 4 * 2, p.gz_row);
         each<NP>([&](int t, int col, int i, int j, int e) {
             const int at = t * PS + col;
