@@ -24,17 +24,25 @@ struct BackwardStates {
         const int there = all_rows(chunk), cut = FLAGS & RESET ? p.cuts[b * p.chunks + chunk] : Q;
         return there < cut ? there : cut;
     }
-    DEVICE void fetch(int chunk) const {
-        const int limit = rows(chunk), group = head / (p.h / p.groups);
+    // where this thread's first vectors of the chunk that is fetched next lie
+    struct Next {
+        const T *gy, *C;
+        const float* decays;
+    };
+    DEVICE Next start() const {
+        const int64 t = (int64)(p.chunks - 1) * Q, plane = (int64)p.batch * p.h * p.chunks * Q;
+        const int group = head / (p.h / p.groups), i = threadIdx.x % (Q / 2), which = i / (Q / 4) ? UNDO : INTO;
+        return {own_vector<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l),
+                own_vector<T, N, THREADS>((const T*)p.C + b * p.C_b + t * p.C_l + group * p.C_g + n0, p.C_l),
+                p.steps + (b * p.h + head) * p.chunks * Q + t + which * plane + i % (Q / 4) * 4};
+    }
+    DEVICE void fetch(int chunk, Next& at) const {
+        const int limit = rows(chunk), i = threadIdx.x;
         T* to = stage(chunk);
-        const int64 t = (int64)chunk * Q;
-        fetch_tile<T, Q, P, PS, THREADS, ALIGNED>(to, (const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l, 0, limit, p.p - p0);
-        fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(to + C_at, (const T*)p.C + b * p.C_b + t * p.C_l + group * p.C_g + n0, p.C_l, 0, limit, p.n - n0);
-        const int64 plane = (int64)p.batch * p.h * p.chunks * Q;
-        const float* steps = p.steps + (b * p.h + head) * p.chunks * Q + t;
-        float* decays = reinterpret_cast<float*>(to + decays_at);
-        const int i = threadIdx.x, which = i / (Q / 4) ? UNDO : INTO;
-        if (i < (is_fp16<T> ? Q / 2 : Q / 4)) copy_async16(decays + 4 * i, steps + which * plane + i % (Q / 4) * 4, true);
+        fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to, at.gy, p.gy_l, 0, limit, p.p - p0);
+        fetch_vectors<T, Q, N, NS, THREADS, ALIGNED>(to + C_at, at.C, p.C_l, 0, limit, p.n - n0);
+        if (i < (is_fp16<T> ? Q / 2 : Q / 4)) copy_async16(reinterpret_cast<float*>(to + decays_at) + 4 * i, at.decays, true);
+        at.gy -= Q * p.gy_l, at.C -= Q * p.C_l, at.decays -= Q;
     }
     // fp16: what makes gy e^c 2^8 at the most, for which it has room, and what undoes it; decays are those to multiply gy with then
     DEVICE float lift(T* from, int limit, float& back) const {
@@ -92,15 +100,17 @@ struct BackwardStates {
             acc[0][j][e] = p.glast != nullptr && count > 0 ? from[0] : 0.f;
             acc[0][j][e + 1] = p.glast != nullptr && count > 1 ? from[1] : 0.f;
         });
+        Next next = start();
+#pragma unroll 1
         for (int ahead = 1; ahead < STAGES; ++ahead) {
-            if (p.chunks >= ahead) fetch(p.chunks - ahead);
+            if (p.chunks >= ahead) fetch(p.chunks - ahead, next);
             copy_async_commit();
         }
 #pragma unroll 1
         for (int chunk = p.chunks - 1; chunk >= 0; --chunk) {
             copy_async_wait<STAGES - 2>();
             __syncthreads();
-            if (chunk >= STAGES - 1) fetch(chunk - STAGES + 1);
+            if (chunk >= STAGES - 1) fetch(chunk - STAGES + 1, next);
             copy_async_commit();
             store(acc, chunk);
             if (chunk == 0 && p.ginit == nullptr) break;
