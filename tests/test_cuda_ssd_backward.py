@@ -240,7 +240,9 @@ def resources(source, name, arch):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("launch", launches(BF16, 64, 128, 0), ids=lambda launch: launch.name)
+@pytest.mark.parametrize(
+    "launch", dict.fromkeys(launches(BF16, 64, 128, 0) + launches(BF16, 64, 128, GATED)), ids=lambda launch: launch.name
+)
 def test_usual_kernels_fit_their_registers(launch, arch):
     assert resources(launch.source, launch.name, arch) <= 16
 

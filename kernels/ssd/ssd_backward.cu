@@ -141,19 +141,19 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     };
     static constexpr bool COPIED = sizeof(State) == sizeof(T);  // else states are converted
     static constexpr int EACH16 = Q / 4, STEPS = (is_fp16<T> ? UNDO + 1 : UNDO) * EACH16;
-    DEVICE Next start() const {
-        const int64 t = (int64)chunk * Q, state = ((b * p.chunks + chunk) * p.h + first_head) * p.p * p.n, plane = (int64)p.batch * p.h * p.chunks * Q;
+    DEVICE Next start(int head, int p0) const {
+        const int64 t = (int64)chunk * Q, state = (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n, plane = (int64)p.batch * p.h * p.chunks * Q;
         Next at;
-        at.x = own_vector<T, P, THREADS>((const T*)p.x + b * p.x_b + t * p.x_l + first_head * p.x_h, p.x_l);
-        at.gy = own_vector<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + first_head * p.gy_h, p.gy_l);
+        at.x = own_vector<T, P, THREADS>((const T*)p.x + b * p.x_b + t * p.x_l + head * p.x_h + p0, p.x_l);
+        at.gy = own_vector<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l);
         if (GATE != 0) {
-            at.gout = own_vector<T, P, THREADS>((const T*)p.gout + b * p.gout_b + t * p.gout_l + first_head * p.gout_h, p.gout_l);
-            at.z = own_vector<T, P, THREADS>((const T*)p.z + b * p.z_b + t * p.z_l + first_head * p.z_h, p.z_l);
+            at.gout = own_vector<T, P, THREADS>((const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l);
+            at.z = own_vector<T, P, THREADS>((const T*)p.z + b * p.z_b + t * p.z_l + head * p.z_h + p0, p.z_l);
         }
         at.H = (const State*)p.saved + state, at.R = (const State*)p.gstates + state;
         if (COPIED) at.H = own_vector<State, N, THREADS>(at.H, p.n), at.R = own_vector<State, N, THREADS>(at.R, p.n);
         const int i = threadIdx.x < STEPS ? threadIdx.x : 0;
-        at.steps = p.steps + ((b * p.h + first_head) * p.chunks + chunk) * Q + i / EACH16 * plane + i % EACH16 * 4;
+        at.steps = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q + i / EACH16 * plane + i % EACH16 * 4;
         return at;
     }
     DEVICE void fetch_state_of(T* to, const State* from, int rows, int which) const {
@@ -166,6 +166,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     DEVICE void fetch(int i, Next& at) const {
         T* to = stage(i);
         const int tile = WHOLE ? 0 : i % tiles, cols = p.p - tile * P;
+        // sums over 256 states leave no registers to keep addresses in
+        if constexpr (N > 128) at = start(first_head + (WHOLE ? i : i / tiles), tile * P);
         fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to, at.x, p.x_l, lo, hi, cols);
         fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gy_at, at.gy, p.gy_l, lo, hi, cols);
         if constexpr (GATE != 0) {
@@ -488,7 +490,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         __syncthreads();
         fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(memory, (const T*)p.B + b * p.B_b + t0 * p.B_l + group * p.B_g, p.B_l, lo, hi, p.n);
         fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(memory + M::C_at, (const T*)p.C + b * p.C_b + t0 * p.C_l + group * p.C_g, p.C_l, lo, hi, p.n);
-        Next next = start();
+        Next next = start(first_head, 0);
         fetch(0, next);
         const int count = heads * tiles;
 #pragma unroll 1
