@@ -99,13 +99,13 @@ def test_whether_it_pays_can_be_asked(monkeypatch):
         assert fits("cuda", BF16, 32, 768) is None and fits("cuda", BF16, 16, 5120) is None
         assert "1 to 32 rows, got 33" in fits("cuda", BF16, 33, 64)
         # many rows by what is small do not pay, and are done where the kernel is asked for
-        assert fits("cuda", BF16, 8, 768, 3072) is None and fits("cuda", BF16, 9, 2560, 10240) is None
-        assert "weight of 3072 x 768 too often for 9 rows" in fits("cuda", BF16, 9, 768, 3072)
-        facts = {"device": "cuda", "dtype": BF16, "rows": 16, "d": 768, "n": 3072}
+        assert fits("cuda", BF16, 16, 768, 3072) is None and fits("cuda", BF16, 17, 2560, 10240) is None
+        assert "weight of 3072 x 768 too often for 17 rows" in fits("cuda", BF16, 17, 768, 3072)
+        facts = {"device": "cuda", "dtype": BF16, "rows": 17, "d": 768, "n": 3072}
         assert dispatch.choose("step_linear", **facts).name == "torch"
         assert dispatch.choose("step_linear", backend="cuda", **facts).name == "cuda"
         m.setenv("HYBRIDZOO_BACKEND", "cuda")
-        assert fits("cuda", BF16, 9, 768, 3072) is None
+        assert fits("cuda", BF16, 17, 768, 3072) is None
         _fits.cache_clear()
     monkeypatch.setenv("HYBRIDZOO_BACKEND", "torch")
     assert fits("cpu", BF16, 1, 768) is None
