@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 from hybridzoo.eval.ablate.curves import excess, slices
 from hybridzoo.eval.ablate.report import sentences, write_report
+from hybridzoo.eval.ablate.series import series_of
 from hybridzoo.eval.ablate.statistics import choose, comparisons
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -34,6 +35,21 @@ def made(tmp_path_factory):
     page = write_report(spec(), points, results, [failure(points[3])], folder / "report")
     assert page == folder / "report" / "report.html"
     return page, points, results
+
+
+def test_two_mixers_and_nothing_between_them_have_a_report(tmp_path):
+    """Both are pure ends, which other lines would share, and there is no other line."""
+    points = [point("mixer=mamba", 0.0, mixer="mamba"), point("mixer=attention", 1.0, mixer="attention")]
+    scores = {"mixer=mamba": 0.9, "mixer=attention": 0.4}
+    results = [result(p, 1e-2, seed, scores[p.name] + seed / 100, folder=tmp_path) for p in points for seed in range(3)]
+    write_report(spec(), points, results, [], tmp_path)
+    (comparison,) = comparisons(choose(results))
+    lines = series_of(comparison, points, [])
+    assert [(line.name, len(line.points), line.shared) for line in lines] == [
+        ("mixer=mamba", 1, ()),
+        ("mixer=attention", 1, ()),
+    ]
+    assert (tmp_path / "score-state.svg").is_file()
 
 
 def asked(page, questions, dark=False):

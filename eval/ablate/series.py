@@ -87,8 +87,9 @@ def series_of(comparison: Comparison, points: Sequence[Point], along: Sequence[s
     for c in comparison.chosen:
         lines.setdefault(tuple(on_axis(c.point.axes.get(axis)) for axis in apart), []).append(c)
     only = {end: c for c in comparison.chosen if (end := fraction(c)) in (0.0, 1.0) and _is_only(c, points)}
-    # a line of its own would hold the end alone
-    lines = {key: many for key, many in lines.items() if not (len(lines) > 1 and all(c in only.values() for c in many))}
+    # a line of its own would hold the end alone, unless there is nothing but ends
+    others = {key: many for key, many in lines.items() if not all(c in only.values() for c in many)}
+    lines, only = (others, only) if others else (lines, {})
     out = []
     for key, many in lines.items():
         shared = tuple(
