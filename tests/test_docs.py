@@ -1,9 +1,11 @@
 """README and docs are true: their snippets run, links lead somewhere, commands exist, tables name what ships, figures are committed ones."""
 
+import csv
 import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -258,3 +260,31 @@ def test_the_table_of_checkpoints_covers_every_case():
     for row in rows:
         assert row["logit_error"] < 1e-4 and row["decoding_error"] < 1e-4 and row["gradient_error"] < 1e-3, row
         assert row["export_is_bitwise"] and row["transformers_reads_it"], row
+
+
+def test_known_results_are_those_of_the_trainings():
+    page, front = TEXTS["docs/ablate.md"], README
+
+    def points(name):
+        result = json.loads((ROOT / "eval/results/ablate" / f"{name}.json").read_text(encoding="utf-8"))
+        return {p["point"]: [round(100 * p[key], 1) for key in ("mean", "sd")] for p in result["points"]}
+
+    recall = points("recall-ratio")
+    shares = [f"{recall[f'attention={share}'][0]}" for share in ("0", "0.25", "1")]
+    assert f"attention in 0, 1, 4 of 4 mixers recalls {', '.join(shares)} %" in front
+    mamba, hybrid, attention = (recall[f"attention={share}"] for share in ("0", "0.25", "1"))
+    said = f"{hybrid[0]} ± {hybrid[1]} % beside {mamba[0]} ± {mamba[1]:.0f} %, attention alone {attention[0]} ± {attention[1]} %"
+    assert said in page
+    copying = points("selective-copy-smoke")
+    selective, invariant = copying["scan=selective gate=true"], copying["scan=invariant gate=true"]
+    assert f"{selective[0]} ± {selective[1]} % beside {invariant[0]} ± {invariant[1]} %" in page
+    assert f"selective scan {selective[0]:.0f} %, time-invariant {invariant[0]:.0f} %" in front
+    with (ROOT / "eval/results/ablate/recall-ratio-cells.csv").open(encoding="utf-8") as f:
+        rows = [row for row in csv.DictReader(f) if row["chosen"] == "True"]
+
+    def mean(point, column):
+        return round(100 * statistics.mean(float(row[column]) for row in rows if row["point"] == point), 1)
+
+    assert len(rows) == 15 and f"| {mean('attention=1', 'test pairs=4')} % |" in page
+    most = [mean(f"attention={share}", "test pairs=64") for share in ("0.25", "0")]
+    assert f"{most[0]} % beside {most[1]} %" in page
