@@ -194,7 +194,8 @@ class ModelState:
                         f"{path}: is the state of a model of another config ({about['pattern']}; this one is {_named(model)['pattern']}). "
                         "Load it for that model."
                     )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                # where they begin in the file depends on what it says in front, and bits of sums on where an operand begins
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             layers = tuple(
                 put_together(layer, f"layers.{i}", tensors) for i, layer in enumerate(json.loads(about["layers"]))
             )
