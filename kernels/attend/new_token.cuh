@@ -22,13 +22,6 @@ constexpr int KEY = HEADS, VALUE = HEADS + 1, ROWS = HEADS + 2;  // of the new t
 constexpr float NOTHING = -3e38f;                                // a score below all scores
 constexpr float ROOM = 10.f;                                     // the largest weight is 2^10: fp16 has digits for smaller ones, too
 
-template <class T>
-DEVICE float rounded(float x) {
-    T to;
-    write_one(&to, x);
-    return read_one(&to);
-}
-
 DEVICE int ceil_div(uint32 a, uint32 b) { return (int)((a + b - 1) / b); }
 
 // A block's place, and the slots that are its own

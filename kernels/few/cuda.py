@@ -21,8 +21,6 @@ from .inputs import StepProduct
 WARPS, STEP, PIECE, COLUMN = 8, 32, 1024, 20
 # pieces that a warp may take at a time, and have on their way: fewer of these where x takes their place
 GROUPS, RINGS = (5, 4, 3, 2), (12, 10, 8, 6, 4)
-# whether a warp that goes round its ring would rather have more pieces on their way than take more at a time
-DEEP = True
 # pieces on their way of which a launch has at least so many if the next one's block shall have room beside its own
 LEAST = 8
 # in front of a product, NORM, CENTRED, GATED; behind it, CONVOLVED, ACTIVATED, PAIRED, ADDED; and HALVED, tiles of up to 8 rows
@@ -68,7 +66,7 @@ def ring_of(k: int, most: int, total: int) -> tuple[int, int]:
     if total <= most:
         return max(ways, key=lambda w: (min(w[0] * w[1], total), w[0]))
     # what is on its way while a group is dealt with
-    return max(ways, key=lambda w: (w[0] * (w[1] - 1) * DEEP, w[0]))
+    return max(ways, key=lambda w: (w[0] * (w[1] - 1), w[0]))
 
 
 def stride(k: int) -> int:
@@ -189,9 +187,7 @@ class Look(NamedTuple):
     strides: tuple[int, ...]  # of x, the weight, gate, residual, and the convolution's state twice
     norm: tuple[bool, bool, int, bool, float] | None  # centred, gated, group size, gate behind, eps
     conv: tuple[int, int, int, bool] | None  # first, channels, width, SiLU
-    behind: tuple[
-        bool, str | None, bool, float, float
-    ]  # pairs, activation, residual, and the multipliers of gate and product
+    behind: tuple[bool, str | None, bool, float, float]  # pairs, activation, residual, multipliers of gate and product
 
 
 class Cut(NamedTuple):

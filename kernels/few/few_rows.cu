@@ -47,13 +47,6 @@ DEVICE float activate(float x, int kind) {
     return kind == RELU2 ? x * x : x;
 }
 
-template <class T>
-DEVICE float rounded(float x) {
-    T to;
-    write_one(&to, x);
-    return read_one(&to);
-}
-
 // The rows of x that a block has
 struct Part {
     int first, count;

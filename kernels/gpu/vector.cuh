@@ -127,3 +127,10 @@ DEVICE void write_one(T* at, float x) {
     const float one[1] = {x};
     write_channels<T, 1>(at, one);
 }
+// to the precision of T
+template <class T>
+DEVICE float rounded(float x) {
+    T to;
+    write_one(&to, x);
+    return read_one(&to);
+}

@@ -10,11 +10,11 @@ import torch
 
 from ..gpu import structs
 from ..gpu.operands import RESET, TYPES, ceil_div, step_limits
-from .cuda import CHUNK
+from .cuda import CHUNK, GATED
 from .inputs import SsdOptions
 
-# template flags: a gate, and heads of more channels than a tile has
-GATED, TILED = 2, 8
+# template flag: heads of more channels than a tile has
+TILED = 8
 # numbers per token and head that ssd_steps leaves
 PLANES = 7
 # chunks that a walk over states has in shared memory

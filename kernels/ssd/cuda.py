@@ -157,9 +157,9 @@ def plan_of(look: SsdLook, count: int, space: int) -> Plan:
     blocks = b * h * tiles
     places = count * tile.resident(element, space)
     span = cut(blocks, chunks, places)
-    in_turn = span == chunks and share(blocks, chunks, places) < chunks
-    if in_turn:
-        span = share(blocks, chunks, places)
+    shared_out = share(blocks, chunks, places)
+    in_turn = span == chunks and shared_out < chunks
+    span = min(span, shared_out)
     segments = ceil_div(chunks, span)
     names = ("x", "dt", "B", "C", "z")
     strides = {
@@ -291,25 +291,7 @@ def forward(
         # states, then a decay for each
         states = i.A.new_empty(b * plan.segments * h * (p * n + 1))
         passing = states[b * plan.segments * h * p * n :]
-    operands = (
-        x,
-        i.dt,
-        i.A,
-        i.B,
-        i.C,
-        i.D,
-        i.z,
-        i.dt_bias,
-        i.reset,
-        i.valid,
-        start,
-        out,
-        last,
-        saved,
-        turns,
-        states,
-        passing,
-    )
+    operands = (*i[:8], i.reset, i.valid, start, out, last, saved, turns, states, passing)
     packed = structs.pack(plan.tail, *operands)
     for launch in plan.launches:
         nvrtc.launch("ssd_forward.cu", launch.name, packed, launch.blocks, launch.threads, launch.shared, x.device)

@@ -27,9 +27,9 @@ from ..gpu.operands import (
 from ..numerics import blank
 from ..operators import custom_op, filled, like
 from . import cuda
-from .backward_plans import GATED, PLANES, Look, chunk_shape, plan
+from .backward_plans import PLANES, Look, chunk_shape, plan
 from .chunked import _OPTIONS, _TENSORS
-from .cuda import CHUNK, _strides, forward, readable, saved_dtype, ssd_op
+from .cuda import CHUNK, GATED, _strides, forward, readable, saved_dtype, ssd_op
 from .inputs import SsdInputs, SsdOptions
 
 
@@ -90,7 +90,7 @@ def backward(
     sizes = (PLANES * b * h * chunks * q, 2 * cut.splits * b * l * g * n, b * chunks * columns, b * chunks)
     between = wide(sum(sizes))
     steps, gBC, gheads, cuts = (between.data_ptr() + 4 * sum(sizes[:k]) for k in range(4))
-    inputs = (x, i.dt, i.A, i.B, i.C, i.D, i.z, i.dt_bias, i.reset, i.valid)
+    inputs = (*i[:8], i.reset, i.valid)
     outputs = (gx, gdt, gz, gBC, gheads, ginit, gB, gC, gA, gbias, gD)
     packed = structs.pack(cut.tail, *inputs, gout, gy, glast, saved, steps, cuts, gstates, *outputs)
     for launch in cut.launches:

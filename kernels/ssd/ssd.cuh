@@ -2,8 +2,8 @@
 #pragma once
 #include "mma.cuh"
 
-// threads of a block
-constexpr int SSD_THREADS = 128;
+// template flag: there is z
+enum { GATED = 2 };
 
 template <class T>
 constexpr bool is_bf16 = false;
@@ -167,9 +167,4 @@ DEVICE void fill_own(T* shared, const T* from, int64 stride, int rows, int cols)
             copy_async4(to + w * PER_WORD, from + w * PER_WORD, left <= 0 ? 0 : left >= PER_WORD ? 4 : 2);
         }
     }
-}
-
-template <class T, int ROWS, int COLS, int STRIDE, bool ALIGNED>
-DEVICE void fill_tile(T* shared, const T* at, int64 stride, int rows, int cols) {
-    fill_own<T, ROWS, COLS, STRIDE, ALIGNED, SSD_THREADS>(shared, own_place<T, COLS, SSD_THREADS>(at, stride), stride, rows, cols);
 }

@@ -1,9 +1,9 @@
 // Gradients of SSD:  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t,  out = y silu(z).
 //
 // Four launches.  `ssd_steps` forms step sizes, the running sums c of dt A within chunks of Q tokens, and behind a gate gy = gout silu(z).
-// `ssd_backward_states` walks each head's chunks from the last to the first with the gradient of the state in registers, and leaves, per chunk, the gradient R of the state
-// behind it.  `ssd_backward_chunks` has all that a chunk needs then: H, the state before it, which the forward saved, and R.  With
-// L_ts = exp(c_t - c_s), s <= t, and S = C B^T, W = gy X^T, G = S L W:
+// `ssd_backward_states` walks each head's chunks from the last to the first with the gradient of the state in registers, and leaves, per
+// chunk, the gradient R of the state behind it.  `ssd_backward_chunks` has all that a chunk needs then: H, the state before it, which the
+// forward saved, and R.  With L_ts = exp(c_t - c_s), s <= t, and S = C B^T, W = gy X^T, G = S L W:
 //
 //   gX = dt (S L)^T gy + dt e^(c_last - c) (B R^T) + D gy        gC = (sum over heads of W L dt) B   + sum over heads of e^c (gy H)
 //                                                                gB = (sum over heads of W L dt)^T C + sum over heads of dt e^(c_last - c) (X R)
@@ -156,12 +156,12 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         at.steps = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q + i / EACH16 * plane + i % EACH16 * 4;
         return at;
     }
-    DEVICE void fetch_state_of(T* to, const State* from, int rows, int which) const {
+    DEVICE void fetch_state(T* to, const State* from, int rows, int which) const {
         float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q + which;
         if constexpr (COPIED)
             fetch_vectors<T, P, N, NS, THREADS, ALIGNED>(to + (which ? M::R_at : M::H_at), from, p.n, 0, rows, p.n);
         else
-            fetch_state<T, P, N, NS, THREADS, ALIGNED>(to + (which ? M::R_at : M::H_at), from, rows, p.n, undo, scratch(which));
+            convert_state<T, P, N, NS, THREADS>(to + (which ? M::R_at : M::H_at), from, rows, p.n, undo, scratch(which));
     }
     DEVICE void fetch(int i, Next& at) const {
         T* to = stage(i);
@@ -174,8 +174,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gout_at, at.gout, p.gout_l, lo, hi, cols);
             fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::z_at, at.z, p.z_l, lo, hi, cols);
         }
-        if (entered) fetch_state_of(to, at.H, cols, 0);
-        if (left) fetch_state_of(to, at.R, cols, 1);
+        if (entered) fetch_state(to, at.H, cols, 0);
+        if (left) fetch_state(to, at.R, cols, 1);
         if (threadIdx.x < STEPS) copy_async16(to + M::steps_at + threadIdx.x * M::PAD, at.steps, true);
         copy_async_commit();
         // on to the next tile, or from a head's last to the next head

@@ -3,8 +3,8 @@
 #include "ssd.cuh"
 #include "vector.cuh"
 
-// RESET and UNALIGNED as elsewhere; TILED: heads of more channels than a tile has
-enum SsdFlags { GATED = 2, TILED = 8 };
+// RESET, UNALIGNED and GATED as elsewhere; heads of more channels than a tile has
+enum { TILED = 8 };
 
 struct SsdBackwardParams {
     const void *x, *dt, *A, *B, *C, *D, *z, *dt_bias;
@@ -134,26 +134,22 @@ DEVICE float block_max(float x, float* scratch) {
     return x;
 }
 
-// A state of F into shared memory as T.  fp16 has not the range: the tile is made 2^8 at the most, and `back` gets what undoes it.
-template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED, class F>
-DEVICE void fetch_state(T* shared, const F* from, int rows, int cols, float* back, float* scratch) {
-    if constexpr (sizeof(T) == sizeof(F)) {
-        fetch_tile<T, ROWS, COLS, STRIDE, THREADS, ALIGNED>(shared, from, cols, 0, rows, cols);
-    } else {
-        constexpr int PAIRS = COLS / 2;
-        float largest = 0.f, by, undo;
-        for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
-            const int row = i / COLS, col = i % COLS;
-            if (row < rows && col < cols) largest = fmaxf(largest, fabsf(from[(int64)row * cols + col]));
-        }
-        normal_range(block_max(largest, scratch), 8, by, undo);
-        if (threadIdx.x == 0) *back = undo;
-        for (int i = threadIdx.x; i < ROWS * PAIRS; i += THREADS) {
-            const int row = i / PAIRS, col = i % PAIRS * 2;
-            const F* at = from + (int64)row * cols + col;
-            const float x[2] = {row < rows && col < cols ? at[0] * by : 0.f, row < rows && col + 1 < cols ? at[1] * by : 0.f};
-            write_channels<T, 2>(shared + row * STRIDE + col, x);
-        }
+// A float32 state into shared memory as fp16, which has not the range: the tile is made 2^8 at the most, and `back` gets what undoes it
+template <class T, int ROWS, int COLS, int STRIDE, int THREADS>
+DEVICE void convert_state(T* shared, const float* from, int rows, int cols, float* back, float* scratch) {
+    constexpr int PAIRS = COLS / 2;
+    float largest = 0.f, by, undo;
+    for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
+        const int row = i / COLS, col = i % COLS;
+        if (row < rows && col < cols) largest = fmaxf(largest, fabsf(from[(int64)row * cols + col]));
+    }
+    normal_range(block_max(largest, scratch), 8, by, undo);
+    if (threadIdx.x == 0) *back = undo;
+    for (int i = threadIdx.x; i < ROWS * PAIRS; i += THREADS) {
+        const int row = i / PAIRS, col = i % PAIRS * 2;
+        const float* at = from + (int64)row * cols + col;
+        const float x[2] = {row < rows && col < cols ? at[0] * by : 0.f, row < rows && col + 1 < cols ? at[1] * by : 0.f};
+        write_channels<T, 2>(shared + row * STRIDE + col, x);
     }
 }
 

@@ -7,8 +7,8 @@
 #include "ssd.cuh"
 #include "vector.cuh"
 
-// flags: there is z; only what a segment leaves behind
-enum { GATED = 2, STATES = 128 };
+// only what a segment leaves behind
+enum { STATES = 128 };
 // threads of a block
 constexpr int WALKERS = 256;
 #define NOT_A_NUMBER __uint_as_float(0x7fc00000u)

@@ -221,8 +221,12 @@ def test_recurrent_states_in_bfloat16(name):
     ids = torch.randint(1, 256, (2, 40), device="cuda")
     states = [model.init_state(2, 48, state_dtype=dtype) for dtype in (None, torch.bfloat16)]
     wide, small = (torch.stack([model.step(c, s) for c in ids.unbind(1)], 1).float() for s in states)
-    # of most tokens: where a rounded state changes a router's choice, the rest of that token is another
-    assert ((small - wide).norm(dim=-1) / wide.norm(dim=-1)).median() < 2e-2 and not torch.equal(small, wide)
+    assert not torch.equal(small, wide)
+    if name == "jamba-tiny":
+        # of most tokens: where a rounded state changes a router's choice, the rest of that token is another
+        assert ((small - wide).norm(dim=-1) / wide.norm(dim=-1)).median() < 2e-2
+    else:
+        assert (small - wide).norm() < 2e-2 * wide.norm()
     halved = [s for s in states[1].layers if getattr(s, "recurrent", ())]
     assert halved and all(s.ssm.dtype == torch.bfloat16 for s in halved) and states[1].nbytes < states[0].nbytes
     found = [
