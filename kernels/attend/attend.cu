@@ -7,9 +7,10 @@
 // other rows.
 //
 // A product does not care about the order in which its terms or its rows stand.  A lane takes 16 bytes of a key, and its eight elements stand
-// where two products want eight of their 32 channels; of a value, they stand in the rows of four products.  So a lane reads back what it has
-// fetched itself, and no lane waits for another.  What two products share is fixed by that: lane 4 g + i has scores of head g and slots
-// 2 i, 2 i + 1, 2 i + 8, 2 i + 9, which is the place that the product by values wants them in, and it has values of these four slots.
+// where two products want eight of their 32 channels; of a value, they stand in the rows of four products.  So shared memory holds rows as they
+// come, whole lines of memory at a time, and lanes take what they need from where no two of them meet on a bank.  What two products share is
+// fixed by that: lane 4 g + i has scores of head g and slots 2 i, 2 i + 1, 2 i + 8, 2 i + 9, which is the place that the product by values wants
+// them in, and it has values of these four slots.
 //
 // The new key and value are not read back: they take the place of what has been fetched.
 #include "mma.cuh"
@@ -18,11 +19,12 @@
 
 template <class T, int HALVES, int STAGES>
 struct Attend {
-    static constexpr int P = 64 * HALVES, KEYS = P / 16, PIECE = 512, STAGE = 2 * KEYS * PIECE;  // pieces of keys, and as many of values
+    // a head has P / 8 pieces of 16 bytes; a stage, 16 slots' keys and as many values
+    static constexpr int P = 64 * HALVES, PIECES = P / 8, KEYS = P / 32, ROW = 2 * P, STAGE = 32 * ROW;
     const AttendParams& p;
     const Place& at;
     const T* heads;
-    char* ring;         // the first 16 bytes that this lane has of it
+    char* ring;            // the warp's stages
     const int g, i, from;  // lane 4 g + i, and its warp's first slots
     const T *k, *v;
     int64 positions[4];                  // what stands in the slots that are next
@@ -30,30 +32,29 @@ struct Attend {
     float sums[4 * HALVES][4] = {};      // channels 64 half + 8 g + 2 m and the next one of heads 2 i and 2 i + 1
 
     DEVICE Attend(const AttendParams& p, const Place& at, const T* heads, char* shared)
-        : p(p), at(at), heads(heads), ring(shared + threadIdx.x / 32 * STAGES * STAGE + threadIdx.x % 32 * 16), g(threadIdx.x % 32 / 4),
-          i(threadIdx.x % 4), from(at.begin + threadIdx.x / 32 * SLOTS), k((const T*)p.k + at.b * p.k_b + at.kv * p.k_h + 8 * i),
-          v((const T*)p.v + at.b * p.v_b + at.kv * p.v_h + 8 * g) {}
+        : p(p), at(at), heads(heads), ring(shared + threadIdx.x / 32 * STAGES * STAGE), g(threadIdx.x % 32 / 4), i(threadIdx.x % 4),
+          from(at.begin + threadIdx.x / 32 * SLOTS), k((const T*)p.k + at.b * p.k_b + at.kv * p.k_h),
+          v((const T*)p.v + at.b * p.v_b + at.kv * p.v_h) {}
 
     // the slot of this lane's m-th score
     DEVICE int slot(int m) const { return 2 * i + m % 2 + m / 2 * 8; }
 
-    // 16 slots, but the new token's, on their way into what a lane has of shared memory for itself, or into L2
+    // Where a stage has a piece of a slot's key or value.  Eight lanes that read together meet eight groups of banks: of keys they want four
+    // pieces of two neighbouring slots, of values two pieces of every other slot of eight.
+    static DEVICE int key_at(int s, int piece) { return s * ROW + (piece ^ s % 2 * 4) * 16; }
+    static DEVICE int value_at(int s, int piece) { return (SLOTS + s) * ROW + (piece ^ (s & 6)) * 16; }
+
+    // 16 slots, but the new token's, on their way into shared memory, or into L2: neighbouring lanes ask for neighbouring pieces, since L2 takes
+    // as long for a part of a line as for all of it
     template <bool INTO_L2>
     DEVICE void fetch(char* to, int first) const {
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-            const int s = first + g + 8 * t;
-            const bool there = s < at.end && s != at.own;
-#pragma unroll
-            for (int j = 0; j < KEYS / 2; ++j) bring<INTO_L2>(to + (t * KEYS / 2 + j) * PIECE, k + s * p.k_s + 32 * j, there && 32 * j + 8 * i < p.p);
-        }
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-            const int s = first + slot(m);
-            const bool there = s < at.end && s != at.own;
-#pragma unroll
-            for (int h = 0; h < HALVES; ++h)
-                bring<INTO_L2>(to + (KEYS + m * HALVES + h) * PIECE, v + s * p.v_s + 64 * h, there && 64 * h + 8 * g < p.p);
+        constexpr int TIMES = SLOTS * PIECES / 32, TOGETHER = 32 % PIECES ? PIECES / 8 : TIMES;
+#pragma unroll(TOGETHER)
+        for (int n = 0; n < TIMES; ++n) {
+            const int e = 32 * n + threadIdx.x % 32, slot = e / PIECES, piece = e % PIECES, s = first + slot;
+            const bool there = s < at.end && s != at.own && 8 * piece < p.p;
+            bring<INTO_L2>(to + key_at(slot, piece), k + s * p.k_s + 8 * piece, there);
+            bring<INTO_L2>(to + value_at(slot, piece), v + s * p.v_s + 8 * piece, there);
         }
         if constexpr (!INTO_L2) copy_async_commit();
     }
@@ -77,9 +78,9 @@ struct Attend {
         for (int s = 0; s < STAGES; ++s) fetch<INTO_L2>(ring + s * STAGE, from + s * TURN);
     }
     DEVICE void along() {
-        uint4 q[KEYS / 2];
+        uint4 q[KEYS];
 #pragma unroll
-        for (int j = 0; j < KEYS / 2; ++j) q[j] = *reinterpret_cast<const uint4*>(heads + g * P + 32 * j + 8 * i);
+        for (int j = 0; j < KEYS; ++j) q[j] = *reinterpret_cast<const uint4*>(heads + g * P + 32 * j + 8 * i);
         int stage = 0;
 #pragma unroll 1
         for (int first = from; first < at.end; first += TURN) {
@@ -88,9 +89,11 @@ struct Attend {
             for (int m = 0; m < 4; ++m) seen[m] = sees(positions[m]) || first + slot(m) == at.own;
             look(first + TURN);
             copy_async_wait<STAGES - 1>();
+            __syncwarp();  // what other lanes have fetched is there
             char* here = ring + stage * STAGE;
             mend(here, first, seen);
             take(here, seen, q);
+            __syncwarp();  // and has been read by all
             fetch<false>(here, first + STAGES * TURN);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
@@ -100,8 +103,7 @@ struct Attend {
     DEVICE void mend(char* stage, int first, const bool (&seen)[4]) const {
         if (at.own == first + g || at.own == first + g + 8) {
 #pragma unroll
-            for (int j = 0; j < KEYS / 2; ++j)
-                copy16(stage + ((at.own - first) / 8 * KEYS / 2 + j) * PIECE, heads + KEY * P + 32 * j + 8 * i);
+            for (int j = 0; j < KEYS; ++j) copy16(stage + key_at(at.own - first, 4 * j + i), heads + KEY * P + 32 * j + 8 * i);
         }
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
@@ -109,7 +111,7 @@ struct Attend {
             if (seen[m] && !is_own) continue;
 #pragma unroll
             for (int h = 0; h < HALVES; ++h) {
-                char* to = stage + (KEYS + m * HALVES + h) * PIECE;
+                char* to = stage + value_at(slot(m), 8 * h + g);
                 if (is_own)
                     copy16(to, heads + VALUE * P + 64 * h + 8 * g);
                 else
@@ -121,13 +123,13 @@ struct Attend {
 
     DEVICE bool sees(int64 x) const { return x >= 0 && x <= at.position && (p.window == 0 || x > at.position - p.window); }
 
-    DEVICE void take(const char* stage, const bool (&seen)[4], const uint4 (&q)[KEYS / 2]) {
+    DEVICE void take(const char* stage, const bool (&seen)[4], const uint4 (&q)[KEYS]) {
         float products[2][4] = {}, score[4], keep[2];
 #pragma unroll
-        for (int j = 0; j < KEYS / 2; ++j)
+        for (int j = 0; j < KEYS; ++j)
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-                const Packed<T> key = Packed<T>::from(stage + (t * KEYS / 2 + j) * PIECE);
+                const Packed<T> key = Packed<T>::from(stage + key_at(g + 8 * t, 4 * j + i));
                 multiply_add<T>(products[t], {q[j].x, 0, q[j].y, 0}, {key.w[0], key.w[1]});
                 multiply_add<T>(products[t], {q[j].z, 0, q[j].w, 0}, {key.w[2], key.w[3]});
             }
@@ -139,7 +141,7 @@ struct Attend {
         for (int h = 0; h < HALVES; ++h) {
             Packed<T> value[4];
 #pragma unroll
-            for (int m = 0; m < 4; ++m) value[m] = Packed<T>::from(stage + (KEYS + m * HALVES + h) * PIECE);
+            for (int m = 0; m < 4; ++m) value[m] = Packed<T>::from(stage + value_at(slot(m), 8 * h + g));
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
                 float(&sum)[4] = sums[4 * h + c];

@@ -73,7 +73,8 @@ class Tile(NamedTuple):
         operands = self.stages * q * (self.p + pad + row + (0 if states else row))
         if not states:
             operands += self.p * self.n + 10 * 256 if halves else self.p * row + q * (q + pad)
-        return operands * element + (THREADS // 16 if states else 2) * steps + 32 + 4 * self.p + 8 * q
+        formers = THREADS // 32 if states else 1
+        return operands * element + formers * (2 * steps + 16) + 32 + 4 * self.p + 8 * q
 
     def resident(self, element: int, space: int) -> int:
         """Blocks per multiprocessor of ``space`` bytes of shared memory."""

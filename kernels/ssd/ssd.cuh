@@ -56,56 +56,69 @@ DEVICE float warp_max(float x) {
 
 DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// What a warp's lane reads of a chunk's step sizes, Q / 32 neighbouring tokens, before there is time to work on it
+// What a warp's lane reads of a chunk's step sizes, Q / 32 neighbouring tokens, before there is time to work on it: as it lies in memory, for to
+// convert or to compare it is to wait for it
 template <int Q>
 struct RawSteps {
     static constexpr int PER = Q / 32;
-    float dt[PER];
-    bool valid[PER], reset[PER];
+    uint32 dt[PER], valid[PER], reset[PER];
 
-    template <class T, class P>
+    template <class T, bool RESET, class P>
     DEVICE void load(const P& p, int64 b, int head, int start) {
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
             const int t = start + threadIdx.x % 32 * PER + i;
             const bool there = t < p.l;
             const int64 at = b * p.dt_b + (there ? t : 0) * p.dt_l + head * p.dt_h, token = b * p.l + (there ? t : 0);
-            float x[1] = {0.f};
-            if (there && p.wide_dt) x[0] = reinterpret_cast<const float*>(p.dt)[at];
-            if (there && !p.wide_dt) read_channels<T, 1>(reinterpret_cast<const T*>(p.dt) + at, x);
-            dt[i] = x[0];
-            valid[i] = there && (p.valid == nullptr || p.valid[token]);
-            reset[i] = there && p.reset != nullptr && p.reset[token];
+            dt[i] = valid[i] = reset[i] = 0;
+            if (there) dt[i] = is_wide<T>(p) ? reinterpret_cast<const uint32*>(p.dt)[at] : reinterpret_cast<const uint16*>(p.dt)[at];
+            if (there) valid[i] = p.valid == nullptr ? 1 : p.valid[token];
+            if (RESET && there) reset[i] = p.reset[token];
         }
     }
+    template <class T, class P>
+    DEVICE static bool is_wide(const P& p) {
+        return sizeof(T) == 4 || p.wide_dt;
+    }
     // a step that is not finite is one of zero that is marked, where there are documents which it must not reach
-    template <bool RESET, class P>
+    template <class T, bool RESET, class P>
     DEVICE float step(const P& p, int i, float bias, int& bad) const {
-        float x = dt[i];
+        float x[2];
+        if (is_wide<T>(p)) Element<float>::unpack(dt[i], x);
+        else Element<T>::unpack(dt[i], x);
         bad = 0;
-        if (RESET && !(is_finite(x) || (p.softplus && x < 0.f))) bad = 1, x = 0.f;
-        x += bias;
-        if (p.softplus) x = softplus<false>(x);
-        x = x < p.low ? p.low : x > p.high ? p.high : x;
-        return valid[i] ? x : 0.f;
+        if (RESET && !(is_finite(x[0]) || (p.softplus && x[0] < 0.f))) bad = 1, x[0] = 0.f;
+        float y = x[0] + bias;
+        if (p.softplus) y = softplus<false>(y);
+        y = y < p.low ? p.low : y > p.high ? p.high : y;
+        return valid[i] ? y : 0.f;
+    }
+};
+
+// What all steps of a head have in common: its decay rate times log2(e), and the bias
+struct Rate {
+    double rate;
+    float bias;
+
+    template <class P>
+    DEVICE static Rate of(const P& p, int head) {
+        return {(double)finite_rate(p.A[head]) * 1.4426950408889634, p.dt_bias == nullptr ? 0.f : p.dt_bias[head]};
     }
 };
 
 // A chunk's step sizes by one warp.  Sums are formed in double: a float has 24 bits for all steps of a chunk together.
 template <class T, int Q, bool RESET, class P>
-DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, int head, Steps<Q>& out) {
+DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, const Rate& of, Steps<Q>& out) {
     constexpr int PER = Q / 32;
     constexpr double FLOOR = -150.;  // beyond it a step forgets all
     const int lane = threadIdx.x % 32;
-    const float bias = p.dt_bias == nullptr ? 0.f : p.dt_bias[head];
-    const double rate = (double)finite_rate(p.A[head]) * 1.4426950408889634;
     double sums[PER], all = 0.;
     float dt[PER];
     int docs[PER], bad[PER], count = 0;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-        dt[i] = raw.template step<RESET>(p, i, bias, bad[i]);
-        const double log = dt[i] * rate;
+        dt[i] = raw.template step<T, RESET>(p, i, of.bias, bad[i]);
+        const double log = dt[i] * of.rate;
         sums[i] = all += log < FLOOR ? FLOOR : log;
         docs[i] = count += raw.reset[i];
     }

@@ -136,13 +136,12 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     // where this thread's first vector of the next head (or tile of it) lies: to form the addresses anew for each took as long as a product
     struct Next {
         const T *x, *gy, *gout, *z;
-        const State *H, *R;
-        const float* steps;
+        const State* H;
     };
     static constexpr bool COPIED = sizeof(State) == sizeof(T);  // else states are converted
     static constexpr int EACH16 = Q / 4, STEPS = (is_fp16<T> ? UNDO + 1 : UNDO) * EACH16;
     DEVICE Next start(int head, int p0) const {
-        const int64 t = (int64)chunk * Q, state = (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n, plane = (int64)p.batch * p.h * p.chunks * Q;
+        const int64 t = (int64)chunk * Q, state = (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n;
         Next at;
         at.x = own_vector<T, P, THREADS>((const T*)p.x + b * p.x_b + t * p.x_l + head * p.x_h + p0, p.x_l);
         at.gy = own_vector<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l);
@@ -150,11 +149,16 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             at.gout = own_vector<T, P, THREADS>((const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l);
             at.z = own_vector<T, P, THREADS>((const T*)p.z + b * p.z_b + t * p.z_l + head * p.z_h + p0, p.z_l);
         }
-        at.H = (const State*)p.saved + state, at.R = (const State*)p.gstates + state;
-        if (COPIED) at.H = own_vector<State, N, THREADS>(at.H, p.n), at.R = own_vector<State, N, THREADS>(at.R, p.n);
-        const int i = threadIdx.x < STEPS ? threadIdx.x : 0;
-        at.steps = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q + i / EACH16 * plane + i % EACH16 * 4;
+        at.H = (const State*)p.saved + state;
+        if (COPIED) at.H = own_vector<State, N, THREADS>(at.H, p.n);
         return at;
+    }
+    // R lies as H does
+    DEVICE const State* beside(const State* H) const { return (const State*)((const char*)H + ((const char*)p.gstates - (const char*)p.saved)); }
+    DEVICE void fetch_steps(T* to, int head) const {
+        if (threadIdx.x >= STEPS) return;
+        const int64 plane = (int64)p.batch * p.h * p.chunks * Q, first = ((b * p.h + head) * p.chunks + chunk) * Q;
+        copy_async16(to + M::steps_at + threadIdx.x * M::PAD, p.steps + first + threadIdx.x / EACH16 * plane + threadIdx.x % EACH16 * 4, true);
     }
     DEVICE void fetch_state(T* to, const State* from, int rows, int which) const {
         float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q + which;
@@ -165,9 +169,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     }
     DEVICE void fetch(int i, Next& at) const {
         T* to = stage(i);
-        const int tile = WHOLE ? 0 : i % tiles, cols = p.p - tile * P;
+        const int tile = WHOLE ? 0 : i % tiles, cols = p.p - tile * P, head = first_head + (WHOLE ? i : i / tiles);
         // sums over 256 states leave no registers to keep addresses in
-        if constexpr (N > 128) at = start(first_head + (WHOLE ? i : i / tiles), tile * P);
+        if constexpr (N > 128) at = start(head, tile * P);
+        fetch_steps(to, head);
         fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to, at.x, p.x_l, lo, hi, cols);
         fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gy_at, at.gy, p.gy_l, lo, hi, cols);
         if constexpr (GATE != 0) {
@@ -175,17 +180,14 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::z_at, at.z, p.z_l, lo, hi, cols);
         }
         if (entered) fetch_state(to, at.H, cols, 0);
-        if (left) fetch_state(to, at.R, cols, 1);
-        if (threadIdx.x < STEPS) copy_async16(to + M::steps_at + threadIdx.x * M::PAD, at.steps, true);
+        if (left) fetch_state(to, beside(at.H), cols, 1);
         copy_async_commit();
         // on to the next tile, or from a head's last to the next head
         const bool last = WHOLE || tile == tiles - 1;
         const int back = WHOLE ? 0 : (tiles - 1) * P;
         at.x += last ? p.x_h - back : P, at.gy += last ? p.gy_h - back : P;
         if (GATE != 0) at.gout += last ? p.gout_h - back : P, at.z += last ? p.z_h - back : P;
-        const int64 rows = (int64)(last ? p.p - back : P) * p.n;
-        at.H += rows, at.R += rows;
-        if (last) at.steps += (int64)p.chunks * Q;
+        at.H += (int64)(last ? p.p - back : P) * p.n;
     }
 
     // fp16, behind a gate: gy of all tokens at one scale, for sums over them; returns what undoes it

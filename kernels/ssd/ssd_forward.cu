@@ -33,8 +33,8 @@ struct SsdForwardParams {
     float low, high;
 };
 
-// Shared memory: the stages' tiles X, B, C, then the state and the weights as operands, then (float32) step sizes, maxima, D, what rows of
-// weights were divided by.  16-bit states and weights lie as a warp's lanes hold them, 16 bytes each: no conflicts, and no bytes between rows.
+// Shared memory: the stages' tiles X, B, C, then the state and the weights as operands, then step sizes, what forms them, maxima, D, what
+// rows of weights were divided by.  16-bit states and weights lie as a warp's lanes hold them, 16 bytes each: no conflicts, and no bytes between rows.
 template <class T, int P, int N, int STAGES, int FLAGS>
 struct Layout {
     static constexpr bool HALF = sizeof(T) == 2, OUT = !(FLAGS & STATES);
@@ -46,7 +46,8 @@ struct Layout {
     static constexpr int OPERANDS = (STAGES * TILES + STATE + WEIGHTS) * (int)sizeof(T);
     // warps that form step sizes, each those of a chunk at a time
     static constexpr int FORMERS = OUT ? 1 : WALKERS / 32;
-    static constexpr int MAXIMA = OPERANDS + 2 * FORMERS * (int)sizeof(Steps<Q>), SKIP = MAXIMA + 32, MOVED = SKIP + 4 * P, BYTES = MOVED + 8 * Q;
+    static constexpr int RATES = OPERANDS + 2 * FORMERS * (int)sizeof(Steps<Q>), MAXIMA = RATES + FORMERS * (int)sizeof(Rate), SKIP = MAXIMA + 32,
+                         MOVED = SKIP + 4 * P, BYTES = MOVED + 8 * Q;
 };
 
 template <class T, int P, int N, int STAGES, int FLAGS>
@@ -81,6 +82,8 @@ struct Forward {
     DEVICE T* H() const { return reinterpret_cast<T*>(shared) + STAGES * At::TILES; }
     DEVICE T* weights() const { return H() + At::STATE; }
     DEVICE Steps<Q>& steps(int c) const { return reinterpret_cast<Steps<Q>*>(shared + At::OPERANDS)[c % (2 * FORMERS)]; }
+    // read from memory, it would be waited for again for every chunk
+    DEVICE Rate& rate(int former) const { return reinterpret_cast<Rate*>(shared + At::RATES)[former]; }
     DEVICE float* maxima() const { return reinterpret_cast<float*>(shared + At::MAXIMA); }
     DEVICE float* skip() const { return reinterpret_cast<float*>(shared + At::SKIP); }
     DEVICE float* moved(int part) const { return reinterpret_cast<float*>(shared + At::MOVED) + part * Q; }
@@ -381,17 +384,7 @@ struct Forward {
     DEVICE void outputs(int c, float unit, bool& bad) {
         const Steps<Q>& s = steps(c);
         const int tile = tile_of(), span = span_of(), row = 16 * tile + threadIdx.x % 32 / 4, channel = span + threadIdx.x % 4 * 2;
-        // asked for now, needed at the end
         Vec<T, 2> gates[2][YT];
-        if constexpr (GATES) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int64 t = (int64)c * Q + row + 8 * r;
-                const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + t * p.z_l + first + channel;
-#pragma unroll
-                for (int j = 0; j < YT; ++j) gates[r][j] = Vec<T, 2>::template load<ALIGNED>(z + 8 * j, t < p.l ? channels - channel - 8 * j : 0);
-            }
-        }
         float y[1][YT][4], back[2];
 #pragma unroll 1
         for (int again = 0; again < 2; ++again) {
@@ -401,6 +394,16 @@ struct Forward {
                 for (int k = 0; k < N / 16; ++k) load_rows(rows, c, tile, k);
             }
             weigh_all(c, rows);
+            // asked for now, needed at the end
+            if constexpr (GATES) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int64 t = (int64)c * Q + row + 8 * r;
+                    const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + t * p.z_l + first + channel;
+#pragma unroll
+                    for (int j = 0; j < YT; ++j) gates[r][j] = Vec<T, 2>::template load<ALIGNED>(z + 8 * j, t < p.l ? channels - channel - 8 * j : 0);
+                }
+            }
             __syncthreads();
             each<1, YT>([&](int, int j, int e) { y[0][j][e] = 0.f; });
             back[0] = back[1] = 1.f;
@@ -517,8 +520,10 @@ struct Forward {
         begin_at(begin);
         if (STAGES == 2) fetch(begin);
         if (ahead >= 0) {
-            raw.template load<T>(p, b, head, (begin + ahead) * Q), form_steps<T, Q, PACKED>(p, raw, head, steps(begin + ahead));
-            raw.template load<T>(p, b, head, (begin + FORMERS + ahead) * Q);
+            const Rate of = Rate::of(p, head);
+            if (threadIdx.x % 32 == 0) rate(ahead) = of;
+            raw.template load<T, PACKED>(p, b, head, (begin + ahead) * Q), form_steps<T, Q, PACKED>(p, raw, of, steps(begin + ahead));
+            raw.template load<T, PACKED>(p, b, head, (begin + FORMERS + ahead) * Q);
         }
         if (OUT && p.D != nullptr && threadIdx.x < P)
             skip()[threadIdx.x] = threadIdx.x < channels ? p.D[head * p.D_head + (first + threadIdx.x) * p.D_channel] : 0.f;
@@ -535,8 +540,8 @@ struct Forward {
             if (STAGES == 1 || c + 1 < end) fetch(c + STAGES - 1);
             if constexpr (OUT) unit = place(), save(c);
             if (ahead >= 0 && (c - begin) % FORMERS == 0 && next < end) {
-                form_steps<T, Q, PACKED>(p, raw, head, steps(next));
-                raw.template load<T>(p, b, head, (next + FORMERS) * Q);
+                form_steps<T, Q, PACKED>(p, raw, rate(ahead), steps(next));
+                raw.template load<T, PACKED>(p, b, head, (next + FORMERS) * Q);
             }
             if (STAGES == 1) copy_async_wait<0>(), __syncthreads();
             if constexpr (PACKED && !OUT) bad = look(c);
