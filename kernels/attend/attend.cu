@@ -44,25 +44,18 @@ struct Attend {
     static DEVICE int key_at(int s, int piece) { return s * ROW + (piece ^ s % 2 * 4) * 16; }
     static DEVICE int value_at(int s, int piece) { return (SLOTS + s) * ROW + (piece ^ (s & 6)) * 16; }
 
-    // 16 slots, but the new token's, on their way into shared memory, or into L2: neighbouring lanes ask for neighbouring pieces, since L2 takes
-    // as long for a part of a line as for all of it
-    template <bool INTO_L2>
+    // 16 slots, but the new token's, on their way into shared memory: neighbouring lanes ask for neighbouring pieces, since L2 takes as long for
+    // a part of a line as for all of it
     DEVICE void fetch(char* to, int first) const {
         constexpr int TIMES = SLOTS * PIECES / 32, TOGETHER = 32 % PIECES ? PIECES / 8 : TIMES;
 #pragma unroll(TOGETHER)
         for (int n = 0; n < TIMES; ++n) {
             const int e = 32 * n + threadIdx.x % 32, slot = e / PIECES, piece = e % PIECES, s = first + slot;
             const bool there = s < at.end && s != at.own && 8 * piece < p.p;
-            bring<INTO_L2>(to + key_at(slot, piece), k + s * p.k_s + 8 * piece, there);
-            bring<INTO_L2>(to + value_at(slot, piece), v + s * p.v_s + 8 * piece, there);
+            copy_async16(to + key_at(slot, piece), k + s * p.k_s + 8 * piece, there);
+            copy_async16(to + value_at(slot, piece), v + s * p.v_s + 8 * piece, there);
         }
-        if constexpr (!INTO_L2) copy_async_commit();
-    }
-    template <bool INTO_L2>
-    static DEVICE void bring(char* to, const T* at, bool there) {
-        if constexpr (!INTO_L2) copy_async16(to, at, there);
-        if constexpr (INTO_L2)
-            if (there) prefetch(at);
+        copy_async_commit();
     }
     DEVICE void look(int first) {
 #pragma unroll
@@ -72,10 +65,9 @@ struct Attend {
         }
     }
     // several stages are on their way, so that nothing is waited for that has not been asked for long before
-    template <bool INTO_L2>
     DEVICE void begin() const {
 #pragma unroll
-        for (int s = 0; s < STAGES; ++s) fetch<INTO_L2>(ring + s * STAGE, from + s * TURN);
+        for (int s = 0; s < STAGES; ++s) fetch(ring + s * STAGE, from + s * TURN);
     }
     DEVICE void along() {
         uint4 q[KEYS];
@@ -94,7 +86,7 @@ struct Attend {
             mend(here, first, seen);
             take(here, seen, q);
             __syncwarp();  // and has been read by all
-            fetch<false>(here, first + STAGES * TURN);
+            fetch(here, first + STAGES * TURN);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         copy_async_wait<0>();
@@ -252,11 +244,6 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
     Place at(p);
     NewHeads<T, A::P> token(p, at, heads);
     token.look_ahead();
-    if (blockIdx.x < p.ahead) {
-        // a length that may be old, and must not stay in L1, is good enough for that
-        at.share_out(p, *(const volatile int64*)(p.length + at.b));
-        A(p, at, heads, ring).template begin<true>();
-    }
     wait_for_previous();
     const int64 position = p.length[at.b];
     token.look();
@@ -264,7 +251,7 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
     const int64 head = at.b * p.h + at.first;
     if (at.begin < at.end) {
         A a(p, at, heads, ring);
-        a.template begin<false>();
+        a.begin();
         a.look(a.from);
         token.form();
         __syncthreads();

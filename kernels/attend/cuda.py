@@ -19,9 +19,7 @@ THREADS = 32 * WARPS
 # shared memory of a block holds so many times 16 slots of every warp
 STAGES = 2
 # slots that a block has at least if they are taken; blocks for a row, which should keep a GPU busy that has no other row
-SLOTS, BLOCKS = 128, 256
-# blocks that fetch into L2 what they will read while the launch before still runs, about as many as run at once
-AHEAD = 512
+SLOTS, BLOCKS = 256, 256
 
 
 class AttendParams(ctypes.Structure):
@@ -30,7 +28,7 @@ class AttendParams(ctypes.Structure):
     _fields_ = [
         *structs.fields(c_void_p, "qkv k v q_gain k_gain frequency pos length parts tickets out"),
         *structs.fields(c_longlong, "qkv_b k_b k_s k_h v_b v_s v_h pos_b"),
-        *structs.fields(c_int, "h h_kv p cap splits chunks window rotated interleaved normed ahead"),
+        *structs.fields(c_int, "h h_kv p cap splits chunks window rotated interleaved normed"),
         *structs.fields(c_float, "scale key_multiplier eps"),
     ]
 
@@ -73,7 +71,7 @@ def _cut(
     names = "qkv_b k_b k_s k_h v_b v_s v_h pos_b".split()
     rest = AttendParams(
         **dict(zip(names, strides, strict=True)), h=h, h_kv=h_kv, p=p, cap=cap, splits=splits, chunks=chunks, window=window,
-        rotated=rotated, interleaved=interleaved, normed=normed, ahead=AHEAD, scale=scale, key_multiplier=key_multiplier, eps=eps,
+        rotated=rotated, interleaved=interleaved, normed=normed, scale=scale, key_multiplier=key_multiplier, eps=eps,
     )  # fmt: skip
     halves = ceil_div(p, 64)
     # 16 slots of every warp, keys and values of two bytes

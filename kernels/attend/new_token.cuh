@@ -13,7 +13,7 @@ struct AttendParams {
     uint32* tickets;                      // (b, h_kv chunks + 1): blocks that are done of heads, and heads of a row; zero between launches
     void* out;                            // (b, h p)
     int64 qkv_b, k_b, k_s, k_h, v_b, v_s, v_h, pos_b;
-    int h, h_kv, p, cap, splits, chunks, window, rotated, interleaved, normed, ahead;
+    int h, h_kv, p, cap, splits, chunks, window, rotated, interleaved, normed;
     float scale, key_multiplier, eps;
 };
 

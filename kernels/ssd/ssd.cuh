@@ -181,3 +181,14 @@ DEVICE void fill_own(T* shared, const T* from, int64 stride, int rows, int cols)
         }
     }
 }
+
+// Lanes of a quad have two words each, one of the left 8 columns of a tile of 16 and one of the right 8: then four neighbouring elements each, for
+// whole sectors of 32 bytes of memory at once; and back.  The first of them is in `column_of_four`.
+DEVICE uint2 four(uint32 left, uint32 right) {
+    const bool odd = threadIdx.x % 2;
+    const uint32 got = __shfl_xor_sync(~0u, (int)(odd ? left : right), 1);
+    uint2 words;
+    words.x = odd ? got : left, words.y = odd ? right : got;
+    return words;
+}
+DEVICE int column_of_four() { return threadIdx.x % 2 * 8 + threadIdx.x / 2 % 2 * 4; }

@@ -136,34 +136,31 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     // where this thread's first vector of the next head (or tile of it) lies: to form the addresses anew for each took as long as a product
     struct Next {
         const T *x, *gy, *gout, *z;
-        const State* H;
     };
     static constexpr bool COPIED = sizeof(State) == sizeof(T);  // else states are converted
     static constexpr int EACH16 = Q / 4, STEPS = (is_fp16<T> ? UNDO + 1 : UNDO) * EACH16;
     DEVICE Next start(int head, int p0) const {
-        const int64 t = (int64)chunk * Q, state = (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n;
+        const int64 t = (int64)chunk * Q;
         Next at;
-        at.x = own_vector<T, P, THREADS>((const T*)p.x + b * p.x_b + t * p.x_l + head * p.x_h + p0, p.x_l);
-        at.gy = own_vector<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l);
+        at.x = own_place<T, P, THREADS>((const T*)p.x + b * p.x_b + t * p.x_l + head * p.x_h + p0, p.x_l);
+        at.gy = own_place<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l);
         if (GATE != 0) {
-            at.gout = own_vector<T, P, THREADS>((const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l);
-            at.z = own_vector<T, P, THREADS>((const T*)p.z + b * p.z_b + t * p.z_l + head * p.z_h + p0, p.z_l);
+            at.gout = own_place<T, P, THREADS>((const T*)p.gout + b * p.gout_b + t * p.gout_l + head * p.gout_h + p0, p.gout_l);
+            at.z = own_place<T, P, THREADS>((const T*)p.z + b * p.z_b + t * p.z_l + head * p.z_h + p0, p.z_l);
         }
-        at.H = (const State*)p.saved + state;
-        if (COPIED) at.H = own_vector<State, N, THREADS>(at.H, p.n);
         return at;
     }
-    // R lies as H does
-    DEVICE const State* beside(const State* H) const { return (const State*)((const char*)H + ((const char*)p.gstates - (const char*)p.saved)); }
     DEVICE void fetch_steps(T* to, int head) const {
         if (threadIdx.x >= STEPS) return;
         const int64 plane = (int64)p.batch * p.h * p.chunks * Q, first = ((b * p.h + head) * p.chunks + chunk) * Q;
         copy_async16(to + M::steps_at + threadIdx.x * M::PAD, p.steps + first + threadIdx.x / EACH16 * plane + threadIdx.x % EACH16 * 4, true);
     }
-    DEVICE void fetch_state(T* to, const State* from, int rows, int which) const {
+    DEVICE void fetch_state(T* to, const void* states, int head, int p0, int which) const {
+        const State* from = (const State*)states + (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n;
+        const int rows = p.p - p0;
         float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q + which;
         if constexpr (COPIED)
-            fetch_vectors<T, P, N, NS, THREADS, ALIGNED>(to + (which ? M::R_at : M::H_at), from, p.n, 0, rows, p.n);
+            fetch_tile<T, P, N, NS, THREADS, ALIGNED>(to + (which ? M::R_at : M::H_at), from, p.n, 0, rows, p.n);
         else
             convert_state<T, P, N, NS, THREADS>(to + (which ? M::R_at : M::H_at), from, rows, p.n, undo, scratch(which));
     }
@@ -179,15 +176,14 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gout_at, at.gout, p.gout_l, lo, hi, cols);
             fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::z_at, at.z, p.z_l, lo, hi, cols);
         }
-        if (entered) fetch_state(to, at.H, cols, 0);
-        if (left) fetch_state(to, beside(at.H), cols, 1);
+        if (entered) fetch_state(to, p.saved, head, tile * P, 0);
+        if (left) fetch_state(to, p.gstates, head, tile * P, 1);
         copy_async_commit();
         // on to the next tile, or from a head's last to the next head
         const bool last = WHOLE || tile == tiles - 1;
         const int back = WHOLE ? 0 : (tiles - 1) * P;
         at.x += last ? p.x_h - back : P, at.gy += last ? p.gy_h - back : P;
         if (GATE != 0) at.gout += last ? p.gout_h - back : P, at.z += last ? p.z_h - back : P;
-        at.H += (int64)(last ? p.p - back : P) * p.n;
     }
 
     // fp16, behind a gate: gy of all tokens at one scale, for sums over them; returns what undoes it
@@ -357,12 +353,32 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     DEVICE void inputs(const T* in, int head, int p0, float undo, float undo_gy, const float (&D)[2 * NP], float (&gx)[MT][NP][4]) const {
         const T* gy = in + M::gy_at;
         product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + wn * (8 * NP), PS, Q);
-        T* to = (T*)p.gx + place(m0 + lane / 4, head, p0 + wn * (8 * NP) + lane % 4 * 2, p.gx_row);
         each<NP>([&](int t, int col, int i, int j, int e) {
             const float2 g = read_pair(gy + t * PS + col);
-            const float x0 = fmaf(D[2 * j] * undo_gy, g.x, gx[i][j][e] * undo), x1 = fmaf(D[2 * j + 1] * undo_gy, g.y, gx[i][j][e + 1] * undo);
-            write_pair<T, ALIGNED>(to + (8 * (2 * i + e / 2)) * p.gx_row + 8 * j, x0, x1, t >= lo && t < hi ? p.p - p0 - col : 0);
+            gx[i][j][e] = fmaf(D[2 * j] * undo_gy, g.x, gx[i][j][e] * undo), gx[i][j][e + 1] = fmaf(D[2 * j + 1] * undo_gy, g.y, gx[i][j][e + 1] * undo);
         });
+        write_tile((T*)p.gx, head, p0, p.gx_row, gx);
+    }
+    // a warp's rows and columns of the head's channels from p0 on
+    DEVICE void write_tile(T* to, int head, int p0, int64 row, const float (&x)[MT][NP][4]) const {
+        constexpr int TOGETHER = sizeof(T) == 2 ? 2 : 1;
+        const int first = p0 + wn * (8 * NP), column = TOGETHER == 2 ? column_of_four() : lane % 4 * 2;
+        to += place(m0 + lane / 4, head, first + column, row);
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i, to += 8 * row) {
+            const int t = m0 + lane / 4 + 8 * i, there = t >= lo && t < hi ? p.p - first - column : 0;
+#pragma unroll
+            for (int j = 0; j < NP; j += TOGETHER) {
+                const float* at = x[i / 2][j] + i % 2 * 2;
+                if constexpr (TOGETHER == 2) {
+                    const uint2 words = four(Element<T>::pack(at), Element<T>::pack(at + 4));
+                    const Vec<T, 4> quad{{words.x, words.y}};
+                    quad.template store<ALIGNED>(to + 8 * j, there - 8 * j);
+                } else {
+                    write_pair<T, ALIGNED>(to + 8 * j, at[0], at[1], there - 8 * j);
+                }
+            }
+        }
     }
     DEVICE int64 token(int t) const { return b * p.l + (int64)chunk * Q + t; }
     DEVICE int64 place(int t, int head, int channel, int64 row) const { return token(t) * row + (int64)head * p.p + channel; }
@@ -380,16 +396,15 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll
         for (int part = 0; part < 2; ++part)
             product<T, MT, NP, false, true>(y, memory + M::M_at + (part * Q + m0) * QS, QS, in + wn * (8 * NP), PS, Q);
-        T* to = (T*)p.gz + place(m0 + lane / 4, head, p0 + wn * (8 * NP) + lane % 4 * 2, p.gz_row);
         each<NP>([&](int t, int col, int i, int j, int e) {
             const int at = t * PS + col;
             const float2 x = read_pair(in + at), g = read_pair(in + M::gout_at + at), z = read_pair(in + M::z_at + at);
             float s0, s1;
             sigmoid2(z.x, z.y, s0, s1);
             const float y0 = fmaf(D[2 * j], x.x, y[i][j][e] * undo), y1 = fmaf(D[2 * j + 1], x.y, y[i][j][e + 1] * undo);
-            const float g0 = g.x * y0 * s0 * fmaf(z.x, 1.f - s0, 1.f), g1 = g.y * y1 * s1 * fmaf(z.y, 1.f - s1, 1.f);
-            write_pair<T, ALIGNED>(to + (8 * (2 * i + e / 2)) * p.gz_row + 8 * j, g0, g1, t >= lo && t < hi ? p.p - p0 - col : 0);
+            y[i][j][e] = g.x * y0 * s0 * fmaf(z.x, 1.f - s0, 1.f), y[i][j][e + 1] = g.y * y1 * s1 * fmaf(z.y, 1.f - s1, 1.f);
         });
+        write_tile((T*)p.gz, head, p0, p.gz_row, y);
     }
     DEVICE void add_to(float* at, Sum x) const { *at = (float)(again ? *at + x : x); }
 

@@ -100,13 +100,8 @@ DEVICE double sum_before(double x, bool mark, int lane) {
     return before;
 }
 
-// A tile of ROWS x COLS elements into shared memory: rows lo to hi - 1 and the first `cols` columns, zeros elsewhere; `at` is where this thread's
-// first vector lies
-template <class T, int COLS, int THREADS>
-DEVICE const T* own_vector(const T* from, int64 stride) {
-    constexpr int LANES = Element<T>::lanes, ACROSS = COLS / LANES;
-    return from + (int64)(threadIdx.x / ACROSS) * (int)stride + threadIdx.x % ACROSS * LANES;
-}
+// A tile of ROWS x COLS elements into shared memory: rows lo to hi - 1 and the first `cols` columns, zeros elsewhere; `at` is the
+// thread's own place
 template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
 DEVICE void fetch_vectors(T* shared, const T* at, int64 stride, int lo, int hi, int cols) {
     constexpr int LANES = Element<T>::lanes, ACROSS = COLS / LANES, ONCE = THREADS / ACROSS, TIMES = (ROWS + ONCE - 1) / ONCE;
@@ -122,7 +117,7 @@ DEVICE void fetch_vectors(T* shared, const T* at, int64 stride, int lo, int hi, 
 }
 template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
 DEVICE void fetch_tile(T* shared, const T* from, int64 stride, int lo, int hi, int cols) {
-    fetch_vectors<T, ROWS, COLS, STRIDE, THREADS, ALIGNED>(shared, own_vector<T, COLS, THREADS>(from, stride), stride, lo, hi, cols);
+    fetch_vectors<T, ROWS, COLS, STRIDE, THREADS, ALIGNED>(shared, own_place<T, COLS, THREADS>(from, stride), stride, lo, hi, cols);
 }
 
 // the largest of 32 bits' magnitude over all threads of a block; `scratch` has a float per warp

@@ -32,8 +32,8 @@ struct BackwardStates {
     DEVICE Next start() const {
         const int64 t = (int64)(p.chunks - 1) * Q, plane = (int64)p.batch * p.h * p.chunks * Q;
         const int group = head / (p.h / p.groups), i = threadIdx.x % (Q / 2), which = i / (Q / 4) ? UNDO : INTO;
-        return {own_vector<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l),
-                own_vector<T, N, THREADS>((const T*)p.C + b * p.C_b + t * p.C_l + group * p.C_g + n0, p.C_l),
+        return {own_place<T, P, THREADS>((const T*)p.gy + b * p.gy_b + t * p.gy_l + head * p.gy_h + p0, p.gy_l),
+                own_place<T, N, THREADS>((const T*)p.C + b * p.C_b + t * p.C_l + group * p.C_g + n0, p.C_l),
                 p.steps + (b * p.h + head) * p.chunks * Q + t + which * plane + i % (Q / 4) * 4};
     }
     DEVICE void fetch(int chunk, Next& at) const {

@@ -57,6 +57,9 @@ struct Forward {
     static constexpr bool HALF = At::HALF, OUT = At::OUT, PACKED = FLAGS & RESET, ALIGNED = !(FLAGS & UNALIGNED), GATES = FLAGS & GATED;
     // outputs: a warp has 16 tokens and P / SPLIT channels; states: 16 channels and N / ACROSS states, of which J tiles are summed at a time
     static constexpr int SPLIT = WARPS * 16 / Q, SPAN = P / SPLIT, YT = SPAN / 8;
+    // of the gate, a lane reads four neighbouring channels of 16 bits at once, or two of 32
+    using Gate = Vec<T, HALF ? 4 : 2>;
+    static constexpr int GT = SPAN / (HALF ? 16 : 8);
     static constexpr int DOWN = P / 16, ACROSS = WARPS / DOWN, NT = N / ACROSS / 8, J = NT < 4 ? NT : 4;
 
     const SsdForwardParams& p;
@@ -185,17 +188,6 @@ struct Forward {
         }
         return back;
     }
-
-    // Lanes of a quad have two words each, one of the left 8 columns and one of the right 8: then four neighbouring elements each, for 32 bytes
-    // of memory at once.  The first of them is in `column_of_four`.
-    DEVICE static uint2 four(uint32 left, uint32 right) {
-        const bool odd = threadIdx.x % 2;
-        const uint32 got = __shfl_xor_sync(~0u, (int)(odd ? left : right), 1);
-        uint2 words;
-        words.x = odd ? got : left, words.y = odd ? right : got;
-        return words;
-    }
-    DEVICE static int column_of_four() { return threadIdx.x % 2 * 8 + threadIdx.x / 2 % 2 * 4; }
 
     DEVICE void save(int c) const {
         if (p.saved == nullptr) return;
@@ -384,7 +376,7 @@ struct Forward {
     DEVICE void outputs(int c, float unit, bool& bad) {
         const Steps<Q>& s = steps(c);
         const int tile = tile_of(), span = span_of(), row = 16 * tile + threadIdx.x % 32 / 4, channel = span + threadIdx.x % 4 * 2;
-        Vec<T, 2> gates[2][YT];
+        Gate gates[2][GT];
         float y[1][YT][4], back[2];
 #pragma unroll 1
         for (int again = 0; again < 2; ++again) {
@@ -399,9 +391,10 @@ struct Forward {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const int64 t = (int64)c * Q + row + 8 * r;
-                    const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + t * p.z_l + first + channel;
+                    const int at = span + (HALF ? column_of_four() : threadIdx.x % 4 * 2);
+                    const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + t * p.z_l + first + at;
 #pragma unroll
-                    for (int j = 0; j < YT; ++j) gates[r][j] = Vec<T, 2>::template load<ALIGNED>(z + 8 * j, t < p.l ? channels - channel - 8 * j : 0);
+                    for (int j = 0; j < GT; ++j) gates[r][j] = Gate::template load<ALIGNED>(z + SPAN / GT * j, t < p.l ? channels - at - SPAN / GT * j : 0);
                 }
             }
             __syncthreads();
@@ -433,7 +426,7 @@ struct Forward {
     }
 
     // The skip and the gate of a token's channels
-    DEVICE void finish(float (&y)[YT][2], const T* skipped, const float* D, const Vec<T, 2> (&gates)[YT]) const {
+    DEVICE void finish(float (&y)[YT][2], const T* skipped, const float* D, const Gate (&gates)[GT]) const {
         if (p.D != nullptr) {
 #pragma unroll
             for (int j = 0; j < YT; ++j) {
@@ -445,11 +438,22 @@ struct Forward {
         }
         if constexpr (GATES) {
 #pragma unroll
-            for (int j = 0; j < YT; ++j) {
-                float z[2], gate[2];
-                gates[j].unpack(z);
-                sigmoids<2>(z, gate);
-                y[j][0] *= z[0] * gate[0], y[j][1] *= z[1] * gate[1];
+            for (int j = 0; j < GT; ++j) {
+                Vec<T, 2> parts[YT / GT];
+                if constexpr (HALF) {
+                    const uint2 both = four(gates[j].w[0], gates[j].w[1]);
+                    parts[0].w[0] = both.x, parts[1].w[0] = both.y;
+                } else {
+                    parts[0] = gates[j];
+                }
+#pragma unroll
+                for (int i = 0; i < YT / GT; ++i) {
+                    float z[2], gate[2];
+                    parts[i].unpack(z);
+                    sigmoids<2>(z, gate);
+                    float(&at)[2] = y[YT / GT * j + i];
+                    at[0] *= z[0] * gate[0], at[1] *= z[1] * gate[1];
+                }
             }
         }
     }
