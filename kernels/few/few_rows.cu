@@ -4,8 +4,8 @@
 // up to 16 rows of W in turn, its warps share out k, and their sums meet in shared memory in a fixed order: an output's bits depend on
 // nothing but its own rows.  Products are those of tensor cores, W on the left, so that 8 rows of x cost what one costs.  A sum does not care
 // about the order of its terms: a lane takes 16 bytes of a row, and its eight elements stand where two products want eight of their 32.
-// What a warp takes it has fetched itself, whole lines of memory at a time, and no warp waits for another but at the end of a tile.  More rows of
-// x than fit into shared memory are taken in parts, by blocks of their own, which read W from L2.
+// So a lane reads back what it has fetched itself, and no warp waits for another but at the end of a tile.  More rows of x than fit into shared
+// memory are taken in parts, by blocks of their own, which read W from L2.
 //
 // In front: x as it is, or its norm (of a group of channels; gated), formed by every block for itself, rounded to W's type.
 // Behind: an activation, a gate by the other half of the rows, the residual stream, or a step of a causal convolution.
@@ -64,54 +64,34 @@ DEVICE void copy_rows(const FewRowsParams& p, Part part, T* to) {
     copy_async_wait<0>();
 }
 
-// How the G pieces that a warp takes at a time lie in shared memory: row by row, 16 bytes after 16 bytes.  Eight lanes that read together want
-// four neighbouring ones of two rows: where rows begin at the same bank, halves of every other 128 bytes change places.
-template <int G>
-struct Group {
-    static constexpr int ACROSS = 4 * G, ROW = 16 * ACROSS, LOWER = 8 * ROW, CROSSED = G % 2 ? 0 : 4;
-    DEVICE static int at(int row, int vector) { return row * ROW + (vector ^ row % 2 * CROSSED) * 16; }
-    // a lane's j-th of the 16 bytes of 8 rows that it fetches
-    DEVICE static int row_of(int j) {
-        const int lane = threadIdx.x % 32;
-        return 32 % ACROSS ? (32 * j + lane) / ACROSS : lane / ACROSS + j * (32 / ACROSS);
-    }
-    DEVICE static int vector_of(int j) { return 32 % ACROSS ? (32 * j + (int)threadIdx.x % 32) % ACROSS : threadIdx.x % 32 % ACROSS; }
-};
-
-// Pieces of W, 16 rows by 32 elements, that a warp goes along, G at a time: its share of k for one tile after the other.  Of G pieces and 8 rows a
-// lane fetches G times 16 bytes, neighbouring lanes neighbouring ones: L2 takes as long for a part of a line as for all of it.  Then the same of
-// rows 8 to 15, which of pairs lie half of W behind; tiles of up to 8 rows have none.
+// Pieces of W, 16 rows by 32 elements, that a warp goes along, G at a time: its share of k for one tile after the other.  A lane has 16 bytes
+// of rows g and g + 8 of each; of pairs, rows of the latter lie half of W behind; of tiles of up to 8 rows, there are none.
 template <class T, int G, int FLAGS>
 struct Pieces {
     static constexpr bool PAIRS = FLAGS & PAIRED, LOWER = !(FLAGS & HALVED);
-    using At = Group<G>;
-    const FewRowsParams& p;
-    const int width;     // elements that the warp has of a row
-    const T* upper;      // this lane's first of the next group
-    int first, step = 0; // its tile's first row, and its first piece
+    const int per, mine;             // pieces of a tile, and of those the ones in which a lane has elements
+    const int all, rows_on;          // rows, and from tile to tile
+    const int end_upper, end_lower;  // tiles that begin before these have a lane's rows
+    const int64 on, apart;           // from the end of a lane's share of a row to its share of the next tile's; between its two rows
+    const T* upper;                  // of the next piece
+    int first, step = 0;             // its tile's first row, and its number there
 
-    DEVICE Pieces(const FewRowsParams& p, int tile, int column)
-        : p(p), width(p.k - column), first(tile * p.rows) {
-        upper = (const T*)p.weight + (first + At::row_of(0)) * p.weight_n + column + At::vector_of(0) * 8;
-    }
+    DEVICE Pieces(const FewRowsParams& p, int tile, int column, int g)
+        : per(p.per), mine((p.k - column + STEP - 1) / STEP), all(PAIRS ? p.n / 2 : p.n), rows_on(p.blocks * p.rows), end_upper(g < p.rows ? all - g : 0),
+          end_lower(PAIRS ? end_upper : g + 8 < p.rows ? all - g - 8 : 0), on(rows_on * p.weight_n - per * STEP), apart((PAIRS ? all : 8) * p.weight_n),
+          upper((const T*)p.weight + (tile * p.rows + g) * p.weight_n + column), first(tile * p.rows) {}
     // nothing, if no tile is left
     DEVICE void fetch(char* to) {
-        const int all = PAIRS ? p.n / 2 : p.n;
         if (first < all) {
-            const int there = all - first < p.rows ? all - first : p.rows, left = width - step * STEP;
+            const int of_upper = first < end_upper ? mine - step : 0, of_lower = first < end_lower ? mine - step : 0;
+            const T* lower = upper + apart;
 #pragma unroll
-            for (int j = 0; j < G; ++j) {
-                const int row = At::row_of(j), vector = At::vector_of(j);
-                const T* from = upper + (row - At::row_of(0)) * p.weight_n + (vector - At::vector_of(0)) * 8;
-                const bool in_row = vector * 8 < left;
-                copy_async16(to + At::at(row, vector), from, in_row && row < there);
-                if (LOWER) copy_async16(to + At::at(row, vector) + At::LOWER, from + (PAIRS ? all : 8) * p.weight_n, in_row && (PAIRS ? row : row + 8) < there);
+            for (int s = 0; s < G; ++s) {
+                copy_async16(to + s * PIECE<FLAGS>, upper + s * STEP, s < of_upper);
+                if (LOWER) copy_async16(to + s * PIECE<FLAGS> + 512, lower + s * STEP, s < of_lower);
             }
             upper += G * STEP;
-            if ((step += G) == p.per) {
-                const int rows_on = p.blocks * p.rows;
-                step = 0, first += rows_on, upper += rows_on * p.weight_n - p.per * STEP;
-            }
+            if ((step += G) == per) step = 0, first += rows_on, upper += on;
         }
         copy_async_commit();
     }
@@ -203,14 +183,13 @@ template <class T, int NT, int G, int FLAGS>
 struct Sums {
     float c[2][NT][4] = {};
 
-    // a group, all of whose reads are on their way before its products; lane 4 g + i has rows g and g + 8
-    DEVICE void add(const char* group, int g, int i, const T* const (&rows)[NT], int at) {
+    // a group, all of whose reads are on their way before its products
+    DEVICE void add(const char* group, const T* const (&rows)[NT], int at) {
         uint4 upper[G], lower[G] = {};
 #pragma unroll
         for (int s = 0; s < G; ++s) {
-            const char* from = group + Group<G>::at(g, 4 * s + i);
-            upper[s] = *reinterpret_cast<const uint4*>(from);
-            if (!(FLAGS & HALVED)) lower[s] = *reinterpret_cast<const uint4*>(from + Group<G>::LOWER);
+            upper[s] = *reinterpret_cast<const uint4*>(group + s * PIECE<FLAGS>);
+            if (!(FLAGS & HALVED)) lower[s] = *reinterpret_cast<const uint4*>(group + s * PIECE<FLAGS> + 512);
         }
 #pragma unroll
         for (int s = 0; s < G; ++s) {
@@ -241,12 +220,12 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
     T* xs = reinterpret_cast<T*>(sums + 2 * SUMS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, i = lane % 4;
     const int which = (int)blockIdx.x / p.blocks, first_row = which * p.part, first_tile = (int)blockIdx.x - which * p.blocks;
-    const int column = warp * p.per * STEP;  // of the warp's share of k
+    const int column = warp * p.per * STEP + i * 8;
     const Part part{first_row, p.b - first_row < p.part ? p.b - first_row : p.part};
-    char* own = shared + warp * OWN;
+    char* own = shared + warp * OWN + lane * 16;
 
     let_next_begin();
-    Pieces<T, G, FLAGS> pieces(p, first_tile, column);
+    Pieces<T, G, FLAGS> pieces(p, first_tile, column, g);
 #pragma unroll 1
     for (int s = 0; s < GROUPS; ++s) pieces.fetch(own + s * GROUP);
     // x up to a whole group
@@ -267,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
 
     const T* rows[NT];
 #pragma unroll
-    for (int j = 0; j < NT; ++j) rows[j] = xs + (j * 8 + g < part.count ? j * 8 + g : part.count - 1) * p.stride + column + i * 8;
+    for (int j = 0; j < NT; ++j) rows[j] = xs + (j * 8 + g < part.count ? j * 8 + g : part.count - 1) * p.stride + column;
     // of a warp, the last ones may be no more than zeros
     const int whole = (p.k + STEP - 1) / STEP - warp * p.per;
 
@@ -279,11 +258,9 @@ __global__ void __launch_bounds__(THREADS, 2) few_rows(const FewRowsParams p) {
 #pragma unroll 1
         for (int s = 0; s < p.per; s += G) {
             copy_async_wait<GROUPS - 1>();
-            __syncwarp();  // what other lanes have fetched is there
             char* at = own + group * GROUP;
             // the same for all lanes of the warp
-            if (s < whole) mine.add(at, g, i, rows, s * STEP);
-            __syncwarp();  // and has been read by all
+            if (s < whole) mine.add(at, rows, s * STEP);
             pieces.fetch(at);
             group = group + 1 == GROUPS ? 0 : group + 1;
         }
