@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import hybridzoo as zoo
 from hybridzoo.__main__ import app
+from hybridzoo.zoo.models.causal_lm import CausalLM
 from hybridzoo.zoo.tokenizer import ByteTokenizer
 
 COMMANDS = [
@@ -81,6 +82,18 @@ def test_generate_continues_the_prompt_and_is_reproducible(folder):
     assert invoke(*arguments).stdout == first.stdout
     assert json.loads(invoke(*arguments, "--json").stdout)["prompt"] == "ab"
     assert invoke(*arguments, "--seed", 1).stdout != first.stdout
+
+
+def test_generate_takes_types_of_weights_and_states(folder, monkeypatch):
+    seen = []
+    plain = CausalLM.stream
+    monkeypatch.setattr(
+        CausalLM, "stream", lambda self, *a, **k: seen.append((self.some_weight().dtype, k)) or plain(self, *a, **k)
+    )
+    arguments = ("generate", folder, "--prompt", "ab", "--max-new-tokens", 2, "--device", "cpu")
+    invoke(*arguments)
+    invoke(*arguments, "--dtype", "bfloat16", "--state-dtype", "bfloat16")
+    assert [(dtype, k["state_dtype"]) for dtype, k in seen] == [(torch.float32, None), (torch.bfloat16, torch.bfloat16)]
 
 
 def test_generate_continues_files_of_prompts(folder, tmp_path):

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .terminal import Device, Json, counted, print_json, print_report, say, with_options
+from .terminal import Device, Dtype, Json, counted, print_json, print_report, say, with_options
 from .train.options import TrainOptions
 
 __all__ = ["app"]
@@ -27,7 +27,6 @@ Overrides = Annotated[
     typer.Argument(help="Changes to the config: d_model=256 mixers.mamba.d_state=8", show_default=False),
 ]
 Format = enum.StrEnum("Format", ["hf", "mamba_ssm", "hybridzoo", "vmamba", "vim"])
-Dtype = enum.StrEnum("Dtype", ["float32", "bfloat16", "float16"])
 
 
 @app.command("list", epilog="Example: [bold]zoo list jamba[/bold], or zoo list 'mamba2-*'")

@@ -1,6 +1,7 @@
 """The frame around every command: options that several have, printing, and errors turned into exit statuses."""
 
 import contextlib
+import enum
 import inspect
 import json
 import re
@@ -20,6 +21,7 @@ from .options import parameters_of
 
 __all__ = [
     "Device",
+    "Dtype",
     "Json",
     "ModelName",
     "counted",
@@ -36,6 +38,7 @@ __all__ = [
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default, if there is one.", show_default=False)]
+Dtype = enum.StrEnum("Dtype", ["float32", "bfloat16", "float16"])
 ModelName = Annotated[str, typer.Argument(help="A saved folder, a hub id, or a name from `zoo list` (untrained).")]
 
 _TRAIN, _DATA, _ABLATE = "'hybridzoo[train]'", "'hybridzoo[data]'", "'hybridzoo[ablate]'"

@@ -10,7 +10,7 @@ import typer
 
 from .options import at_least, option
 from .sampling_options import SamplingOptions
-from .terminal import Device, ModelName, print_json, print_text, say, with_options
+from .terminal import Device, Dtype, ModelName, print_json, print_text, say, with_options
 
 __all__ = ["app"]
 
@@ -47,6 +47,14 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts that are continued at once.", min=1)] = 16,
     device: Device = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the weights; a GPU has kernels for steps in 16 bits.", show_default="as they are stored"),
+    ] = None,
+    state_dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="In which recurrent states are kept from step to step.", show_default="float32"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: an object, or for --prompts one in each line, as they come.")
     ] = False,
@@ -58,25 +66,18 @@ def generate(
     usual = 0.0 if assistant else 0.8
     given["temperature"] = usual if given["temperature"] is None else given["temperature"]
     options = _Sampling(**given).values() | {"max_new_tokens": max_new_tokens, "n": n, "stop": stop or None}
+    options["state_dtype"] = _of_torch(state_dtype)
+    how = {"device": device, "dtype": _of_torch(dtype), "seed": options["seed"]}
     if prompt is not None and prompts is not None:
         raise ValueError("generate(--prompt, --prompts): give one of them.")
     check_model(model)
     if prompts is not None and str(prompts) != "-":
         check_there(prompts, "Give a file of prompts, one in each line, or - for standard input.")
     asked = None if prompts is None else _read(prompts)
-    text = (
-        prompt
-        if prompt is not None
-        else ""
-        if sys.stdin is None or sys.stdin.isatty() or asked is not None
-        else sys.stdin.read()
-    )
-    if assistant not in (None, "lookup"):
-        check_model(assistant)
-        options["assistant"] = _opened(assistant, device, options["seed"])
-    elif assistant:
-        options["assistant"] = assistant
-    writer = _Writer(_opened(model, device, options["seed"]), model, options)
+    text = _piped() if prompt is None and asked is None else prompt or ""
+    if assistant:
+        options["assistant"] = _assistant(assistant, how)
+    writer = _Writer(_opened(model, **how), model, options)
     if asked is None and n == 1 and not as_json:
         writer.stream(text)
     elif asked is None:
@@ -85,6 +86,10 @@ def generate(
         for start in range(0, len(asked), batch_size):
             for found in writer.batch(asked[start : start + batch_size]):
                 print_text(json.dumps(found, ensure_ascii=False) if as_json else f"{found['prompt']}{found['text']}\n")
+
+
+def _piped() -> str:
+    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
 
 
 def _show(found: list[dict[str, Any]], as_json: bool) -> None:
@@ -115,7 +120,24 @@ def _read(path: Path) -> list[str]:
     return asked
 
 
-def _opened(model: str, device: Any, seed: int) -> Any:
+def _assistant(name: str, how: dict[str, Any]) -> Any:
+    from .named import check_model
+
+    if name == "lookup":
+        return name
+    check_model(name)
+    return _opened(name, **how)
+
+
+def _of_torch(dtype: Dtype | None) -> Any:
+    if dtype is None:
+        return None
+    import torch
+
+    return getattr(torch, dtype.value)
+
+
+def _opened(model: str, device: Any, dtype: Any, seed: int) -> Any:
     import torch
 
     from .checkpoint import load
@@ -129,11 +151,11 @@ def _opened(model: str, device: Any, seed: int) -> Any:
     at = pick_device(device)
     torch.manual_seed(seed)
     if Path(model).is_dir() or holds_weights(model) or file_in(Path(model)):
-        built = load(model, device=at)
+        built = load(model, device=at, dtype=dtype)
         check_language_model(built, model)
         check_finite(built, model)
         return built
-    built = build(model, device=at).eval()
+    built = build(model, device=at, dtype=dtype).eval()
     check_language_model(built, model)
     say(f"{model} is a config: the model is untrained, and babbles")
     return built
