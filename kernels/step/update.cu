@@ -15,6 +15,8 @@
 #include "vector.cuh"
 
 constexpr int THREADS = 128, SPAN = 512, RANKS = 512;
+// states of so many bytes are asked for while the launch before still runs: more would be gone from L2 again, and stand in front of what that reads
+constexpr int64 AHEAD = 32ll << 20;
 // one A per head; B and C do not lie on borders of four elements; step sizes in low-rank form; norms of these, B and C
 enum UpdateFlags { HEADS = 8, SPLIT = 16, LOW_DT = 32, NORMS = 64 };
 
@@ -355,7 +357,8 @@ __global__ void __launch_bounds__(THREADS) state_update(const StateUpdateParams 
     const int ch_end = end - ch0 < p.span ? end : ch0 + p.span;
     const int64 b = rest / p.groups;
     let_next_begin();
-    if (p.rows == nullptr) prefetch_all((const H*)p.state + b * p.state_b + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
+    if (p.rows == nullptr && (int64)gridDim.x * p.span * p.n * (int)sizeof(H) <= AHEAD)
+        prefetch_all((const H*)p.state + b * p.state_b + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
     if constexpr (!U::ONE_A) prefetch_all(p.A + (int64)ch0 * p.n, (ch_end - ch0) * p.n);
     U u{p, b, 0, nullptr, group, ch0, ch_end, (int)threadIdx.x % LANES};
     if constexpr (U::LOW) u.hold(ch0 + threadIdx.x / LANES);

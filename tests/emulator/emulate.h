@@ -37,7 +37,7 @@ inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, 
 #define SHARED_ARRAY(T, name, size) alignas(16) static T name[size]
 
 struct Dim { int x; };
-inline Dim threadIdx, blockIdx, blockDim;
+inline Dim threadIdx, blockIdx, blockDim, gridDim;
 
 #ifdef __SANITIZE_THREAD__
 // the thread sanitizer takes every fiber for a thread, and barriers, the start and the end of a block for all that orders them
@@ -126,7 +126,7 @@ inline void run(int grid, int block, int shared_bytes, std::function<void()> ker
     static int launches = 0;
     const char fill = launches++ % 2 ? 0x3f : 0xff;
     body = kernel;
-    blockDim.x = block;
+    blockDim.x = block, gridDim.x = grid;
     watched_scheduler = __tsan_get_current_fiber();
     for (int b = 0; b < grid; ++b) {
         blockIdx.x = b;
