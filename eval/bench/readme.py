@@ -104,7 +104,8 @@ def headline(folder: Path) -> str:
             f"- **Checkpoints**: {len(families)} families of transformers' give its logits within {max(errors):.0e}, and are written "
             f"back bit for bit ([figures](eval/results/{path.name}))."
         )
-    return "\n".join(lines)
+    tables = [written.claims(result) for _, result in _results(folder, "generate", device="NVIDIA")]
+    return "\n\n".join(["\n".join(lines), *filter(None, tables)])
 
 
 def performance(folder: Path) -> str:

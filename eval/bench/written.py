@@ -6,12 +6,12 @@ from ...zoo.report.charts import Chart, line_chart, picture
 from ..markdown import table
 from ..result_file import Result, Row
 
-__all__ = ["drawn", "pieces", "sentence"]
+__all__ = ["claims", "drawn", "pieces", "sentence"]
 
 
 def sentence(result: Result, link: str) -> str | None:
     """Say how fast the largest model writes beside mamba-ssm's; ``None`` where nothing was measured beside it."""
-    rows = [row for row in result["cases"] if "ratio" in row and row["shape"]["b"] == 1]
+    rows = [row for row in result["cases"] if row.get("peer") == "mamba_ssm" and row["shape"]["b"] == 1]
     if not rows:
         return None
     best = max(rows, key=lambda row: (row["params"], -row["shape"]["l"]))
@@ -19,6 +19,26 @@ def sentence(result: Result, link: str) -> str | None:
         f"- **Generation**: {best['name']} writes {best['write_tokens_s']:,.0f} tokens a second, {best['ratio']:.2f} times mamba-ssm's "
         f"(one row on the same {result['device']}; {link})."
     )
+
+
+def claims(result: Result) -> str | None:
+    """Tabulate what the largest models write and keep of one row at up to three contexts; ``None`` where one was measured."""
+    rows = [row for row in result["cases"] if row["shape"]["b"] == 1 and row.get("peer") != "no guesses"]
+    if rows:
+        part = max(rows, key=lambda row: row["params"])["part"]
+        rows = [row for row in rows if row["part"] == part]
+    contexts = sorted({row["shape"]["l"] for row in rows})
+    if len(contexts) < 2:
+        return None
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    cells = {
+        (row["name"], row["shape"]["l"]): f"{row['write_tokens_s']:,.0f}/s, {row['state_MiB']:,.0f} MiB" for row in rows
+    }
+    lines = [
+        [f"{l:,}", *(cells.get((name, l), "") for name in names)]
+        for l in dict.fromkeys((contexts[0], contexts[len(contexts) // 2], contexts[-1]))
+    ]
+    return table(["tokens/s, state at", *names], lines)
 
 
 def pieces(result: Result, source: str, versions: str, image: str) -> list[str]:
