@@ -54,6 +54,12 @@ def test_a_peer_writes_the_same_number_of_tokens(tiny, monkeypatch):
     assert "1.5x" in console.export_text()
 
 
+def test_a_peer_that_cannot_be_had_is_named_and_ours_is_measured(tiny, monkeypatch):
+    monkeypatch.setattr(generate, "_peer", lambda model: (_ for _ in ()).throw(RuntimeError("other sizes")))
+    rows, failed = generate.measure(["tiny"], lambda text: None)
+    assert len(rows) == 4 and failed == [f"{name}, mamba-ssm: other sizes" for name in tiny.models]
+
+
 def test_guesses_gain_where_text_repeats(monkeypatch):
     case = generate.Case("again", ("samba-tiny",), ((2, 64),), 90, "cpu", {"samba-tiny": 1.6}, repeats=True)
     monkeypatch.setattr(generate, "CASES", [case])

@@ -91,7 +91,12 @@ def measure(parts: list[str], tick: Tick) -> tuple[list[Row], list[str]]:
     for case, name in [(x, name) for x in CASES if x.part in parts for name in x.models]:
         torch.manual_seed(0)
         model = build(name, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32).eval()
-        peer, error = _peer(model) if device == "cuda" and not case.repeats else (None, None)
+        peer = error = None
+        try:
+            if not case.repeats:
+                peer, error = _peer(model)
+        except (ImportError, RuntimeError, ValueError) as e:
+            failed.append(f"{name}, mamba-ssm: {e}")
         for b, l in case.shapes:
             tick(f"{name}, {b} x {l:,}")
             try:
@@ -192,9 +197,10 @@ def _speeds(read_ms: float, step_ms: list[float], b: int, l: int) -> dict[str, A
 
 
 def _peer(model: Any) -> tuple[Any, float | None]:
-    """mamba-ssm's model with the weights of ours, and how far its logits are from ours; ``None`` where it has no such model."""
+    """mamba-ssm's model with the weights of ours, and how far its logits are from ours; ``None`` where it has no such model, or no GPU."""
     mixers = set(model.cfg.layers.replace("(", " ").replace(")", " ").split()) - {"*"}
-    if not ({x for x in mixers if not x.isdigit()} <= {"mamba", "mamba2"} and find_spec("mamba_ssm")):
+    has_it = model.some_weight().is_cuda and {x for x in mixers if not x.isdigit()} <= {"mamba", "mamba2"}
+    if not (has_it and find_spec("mamba_ssm")):
         return None, None
     theirs = mamba_ssm_model(model.cfg, "cuda").to(torch.bfloat16).eval()
     theirs.load_state_dict(model.state_dict())

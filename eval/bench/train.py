@@ -184,7 +184,9 @@ def mamba_ssm_model(config: Any, device: str | None = None) -> nn.Module:
     same = build(config, device="meta")
     cfg, n_layer = same.cfg, len(same.backbone.layers)
     second = {"layer": "Mamba2"} if "mamba2" in cfg.layers else {}
-    theirs = MambaConfig(d_model=cfg.d_model, n_layer=n_layer, vocab_size=cfg.vocab_size, ssm_cfg=second)
+    # as many rows as ours has, which may be padded to another multiple than theirs
+    rows = same.get_parameter("backbone.embedding.weight").shape[0]
+    theirs = MambaConfig(d_model=cfg.d_model, n_layer=n_layer, vocab_size=rows, pad_vocab_size_multiple=1, ssm_cfg=second)
     return MambaLMHeadModel(theirs, device=device)
 
 
