@@ -129,7 +129,6 @@ def _gradients(ctx: Any, gy: Tensor) -> list[Tensor | None]:
     gfiltered = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
     room = form.scan(gfiltered, gz, gdt, tuple(parameters), marks)
     into = room.x, room.dt, room.B, room.C, room.z
-    i = ssd_backward.readable(i)
     scanned: Any = ssd_backward.backward(i, form.options, gout, None, states, into=into)  # type: ignore[arg-type]
     grads.found |= {"A_log": scanned.A * A, "D": scanned.D.flatten(), "dt_bias": scanned.dt_bias}
     del i, states, gout, scanned

@@ -9,8 +9,8 @@ import torch
 from torch.utils import deterministic
 
 from hybridzoo.kernels import Seq, dispatch, ssd
-from hybridzoo.kernels.gpu import nvrtc
-from hybridzoo.kernels.ssd import chunked, cuda, cuda_backward, reference
+from hybridzoo.kernels.gpu import launch_plans, nvrtc
+from hybridzoo.kernels.ssd import chunked, cuda, cuda_backward, op, reference
 from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -125,6 +125,7 @@ def test_blocks_that_take_segments_in_turn_change_no_bit(marked, monkeypatch):
     monkeypatch.setattr(nvrtc, "launch", lambda source, *rest: launches.append(rest) or launch(source, *rest))
     got = compare(i, save=True)
     monkeypatch.setattr(cuda, "share", lambda blocks, chunks, places: chunks)
+    monkeypatch.setattr(launch_plans, "_known", {})
     cuda.plan_of.cache_clear()
     want = cuda.forward(i, USUAL, True)
     cuda.plan_of.cache_clear()
@@ -324,7 +325,7 @@ def test_a_call_that_looks_like_another_takes_its_plan(monkeypatch):
     options = dict(dt_bias=i.dt_bias, dt_softplus=True, backend="cuda")
     want = ssd(*i[:7], **options)
 
-    def planned(*_):
+    def planned(*_, **facts):
         raise LookupError
 
     monkeypatch.setattr(cuda, "planned", planned)
@@ -332,7 +333,8 @@ def test_a_call_that_looks_like_another_takes_its_plan(monkeypatch):
     for change in ({"dt_softplus": False}, {"dt_limit": (0.0, 1.0)}, {"initial_state": i.initial_state}):
         with pytest.raises(LookupError):
             ssd(*i[:7], **options | change)
-    # one that needs gradients is another call
+    # one that needs gradients is another call, for which another backend may be chosen
+    monkeypatch.setattr(op, "choose", planned)
     with pytest.raises(LookupError):
         ssd(i.x.clone().requires_grad_(), *i[1:7], **options)
 

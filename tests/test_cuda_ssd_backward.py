@@ -4,15 +4,16 @@ import math
 import os
 import re
 import shutil
+import struct
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridzoo.kernels.gpu import nvrtc
+from hybridzoo.kernels.gpu import launch_plans, nvrtc
 from hybridzoo.kernels.gpu.operands import RESET, TYPES, UNALIGNED
 from hybridzoo.kernels.ssd import chunked, cuda, cuda_backward, reference
-from hybridzoo.kernels.ssd.backward_plans import GATED, ChunkShape, Look, chunk_shape, plan
+from hybridzoo.kernels.ssd.backward_plans import GATED, ChunkShape, Look, SsdBackwardParams, chunk_shape, plan
 from hybridzoo.kernels.ssd.inputs import SsdInputs, SsdOptions
 
 exhaustive = pytest.mark.skipif(
@@ -224,7 +225,78 @@ def test_nothing_but_the_launches_touches_what_has_a_value_per_token(monkeypatch
         out, _ = cuda_backward.ssd(SsdInputs(*leaves), USUAL)
         torch.autograd.grad(out, [m for m in leaves if m is not None], gout)
     kernels = {"ssd_forward", "ssd_steps", "ssd_backward_states", "ssd_backward_chunks", "ssd_backward_sums"}
-    assert kernels < set(ran) <= kernels | {"empty", "new_empty", "view", "slice"}
+    assert kernels < set(ran) <= kernels | {"empty_like", "new_empty", "slice"}
+
+
+def shifted(m):
+    """The same off 16-byte borders."""
+    return torch.cat([m.flatten()[:1], m.flatten()])[1:].view(m.shape)
+
+
+def sliced(m):
+    """The same in rows of twice the length."""
+    return torch.cat([m, m], 2)[:, :, : m.shape[2]]
+
+
+ALIKE = {
+    "as usual": {},
+    "without a gate": dict(i=lambda i: i._replace(z=None)),
+    "a skip for every channel": dict(i=lambda i: i._replace(D=torch.randn(2, 32))),
+    "no bias, skip or state": dict(i=lambda i: i._replace(D=None, dt_bias=None, initial_state=None)),
+    "documents": dict(i=marked),
+    "rows of a projection": dict(i=lambda i: i._replace(x=sliced(i.x), dt=sliced(i.dt), z=sliced(i.z))),
+    "off 16-byte borders": dict(i=lambda i: i._replace(C=shifted(i.C))),
+    "float32 steps": dict(i=lambda i: i._replace(dt=i.dt.float())),
+    "gout off 16-byte borders": dict(gout=shifted),
+    "gout in rows": dict(gout=sliced),
+    "gout across heads": dict(gout=lambda g: g.transpose(1, 2).contiguous().transpose(1, 2)),
+    "a fixed x": dict(fixed="x"),
+    "another x in the backward": dict(unpack=lambda m: sliced(m) if m.shape[1:3] == (70, 2) else m),
+}
+CONVERTED = {
+    "types that differ": dict(i=lambda i: i._replace(B=i.B.float())),
+    "rates in 16 bits": dict(i=lambda i: i._replace(A=i.A.to(BF16))),
+    "one gout for all": dict(gout=lambda g: g[:1, :1, :1, :1].expand_as(g)),
+}
+
+
+@pytest.mark.parametrize("case", [*ALIKE, *CONVERTED])
+def test_a_backward_like_one_before_is_launched_as_it_was_and_not_looked_at(case, monkeypatch):
+    launched, looked, first, change = [], [], SsdBackwardParams.x_b.offset, (ALIKE | CONVERTED)[case]
+
+    def launch(source, name, params, *rest):
+        if source.startswith("ssd_backward"):
+            pointers = [address and 1 + address % 16 for address in struct.unpack(f"{first // 8}Q", params[:first])]
+            launched.append((source, name, pointers, params[first:], *rest))
+
+    def look_of(*operands, look_of=cuda_backward.look_of):
+        looked.append(operands)
+        return look_of(*operands)
+
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(cuda_backward, "look_of", look_of)
+    i = operands(b=2, l=70, gate=True)
+    i, gout = change.get("i", lambda i: i)(i), change.get("gout", lambda g: g)(torch.randn_like(i.x))
+    given = [m if m is None else m.detach() for m in i]
+    named = dict(zip(NAMES, given, strict=False))
+    leaves = [m.requires_grad_() for name, m in named.items() if m is not None and name != change.get("fixed")]
+
+    def run(gout, unpack):
+        launched.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda m: m, unpack):
+            out, last = cuda_backward.ssd(SsdInputs(*given), USUAL)
+        grads = torch.autograd.grad([out, last], leaves, [gout, torch.ones_like(last)])
+        assert all(g.shape == m.shape and g.dtype == m.dtype for g, m in zip(grads, leaves, strict=True))
+        return list(launched)
+
+    # what comes in is as usual, at first
+    run(torch.randn_like(i.x), lambda m: m)
+    looked.clear()
+    how = gout, change.get("unpack", lambda m: m)
+    runs = [run(*how), run(*how)]
+    assert len(looked) == (2 if case in CONVERTED else 1 if change.keys() & {"gout", "unpack"} else 0)
+    monkeypatch.setattr(launch_plans, "find", lambda *_: None)
+    assert runs == [run(*how)] * 2 and len(runs[0]) == 4
 
 
 def launches(dtype, p, n, flags, room=ROOM, b=8, l=2048, h=24):

@@ -6,13 +6,14 @@ the plan, an op's launch or launches; nothing of the tensors.
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..derivatives import ENV, transformed
 from .operands import eager
 
+T = TypeVar("T", bound=tuple)
 # more looks than a program has, unless every call has its own
 MOST = 4096
 _known: dict[tuple, Any] = {}
@@ -45,3 +46,13 @@ def keep(op: str, operands: tuple, plan_of: Callable[[], tuple[tuple, Any]], *op
     if len(_known) >= MOST:
         _known.clear()
     _known[_look(op, operands, options)] = plan
+
+
+def planned(op: str, operands: T, plan_of: Callable[[], tuple[T, Any]], *options: object) -> tuple[T, Any]:
+    """Find, or else form and keep, the plan of a call; what the CUDA kernels read in place of the operands comes with it."""
+    plan = find(op, operands, *options)
+    if plan is not None:
+        return operands, plan
+    made = plan_of()
+    keep(op, operands, lambda: made, *options)
+    return made

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 
 from ..gpu import structs
 from ..gpu.operands import RESET, TYPES, ceil_div, step_limits
-from .cuda import CHUNK, GATED
+from .cuda import CHUNK, GATED, saved_dtype
 from .inputs import SsdOptions
 
 # template flag: heads of more channels than a tile has
@@ -19,6 +20,8 @@ TILED = 8
 PLANES = 7
 # chunks that a walk over states has in shared memory
 STAGES = 3
+# bytes at multiples of which parts of one piece of memory start: two lines of L2
+LINE = 256
 # warps down and across of a block with 64 channels and states or more, of 16 bits; (4, 4): twice the warps, half the registers of each
 WARPS = (2, 4)
 # a block's work besides that for its heads, in heads
@@ -110,11 +113,17 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The launches of a backward, the struct behind its pointers, and into how many shares heads of a group are split."""
+    """The launches of a backward, the struct behind its pointers, and into how many shares heads of a group are split.
+
+    ``floats`` is the memory for all that lies between launches, and ``places`` are the bytes before each part of it: steps, cuts, gstates,
+    gBC, gheads and, behind a gate, gy.
+    """
 
     launches: tuple[Launch, ...]
     tail: bytes
     splits: int
+    floats: int
+    places: tuple[int, ...]
 
 
 def _splits(blocks: int, heads: int, slots: int) -> int:
@@ -127,6 +136,23 @@ def _state_tile(heads: int, p: int, n: int, count: int) -> tuple[int, int]:
     tiles = [(64, 128), (64, 64), (32, 64), (32, 32)]
     fit = [(a, c) for a, c in tiles if (a < 2 * p or a == 32) and (c < 2 * n or c == 32)]
     return next((t for t in fit if 2 * heads * ceil_div(p, t[0]) * ceil_div(n, t[1]) >= 3 * count), fit[-1])
+
+
+def _between(look: Look, splits: int, columns: int) -> tuple[int, tuple[int, ...]]:
+    """Floats for what lies between launches, and the bytes before each part, each at a whole line of L2."""
+    b, l, h, p, n, g = look.sizes
+    element, q = look.dtype.itemsize, CHUNK[look.dtype.itemsize]
+    chunks = ceil_div(l, q)
+    sizes = (
+        4 * PLANES * b * h * chunks * q,
+        4 * b * chunks,
+        saved_dtype(look.dtype).itemsize * b * chunks * h * p * n,
+        4 * 2 * splits * b * l * g * n,
+        4 * b * chunks * columns,
+        element * b * l * h * p if look.flags & GATED else 0,
+    )
+    ends = list(itertools.accumulate(LINE * ceil_div(size, LINE) for size in sizes))
+    return ends[-1] // 4, (0, *ends[:-1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,6 +197,12 @@ def plan(look: Look, count: int, room: int) -> Plan:
             0,
         ),
     )
+    return Plan(launches, _tail(look, splits), splits, *_between(look, splits, columns))
+
+
+def _tail(look: Look, splits: int) -> bytes:
+    """The struct behind its pointers."""
+    b, l, h, p, n, g = look.sizes
     names = [field[0] for field in SsdBackwardParams._fields_ if field[1] is c_longlong]
     low, high = step_limits(look.options.dt_limit)
     rest = SsdBackwardParams(
@@ -181,7 +213,7 @@ def plan(look: Look, count: int, room: int) -> Plan:
         p=p,
         n=n,
         groups=g,
-        chunks=chunks,
+        chunks=ceil_div(l, CHUNK[look.dtype.itemsize]),
         D_head=p if look.D == 2 else 1,
         D_channel=look.D == 2,
         softplus=look.options.dt_softplus,
@@ -190,4 +222,4 @@ def plan(look: Look, count: int, room: int) -> Plan:
         low=low,
         high=high,
     )
-    return Plan(launches, structs.tail(rest), splits)
+    return structs.tail(rest)

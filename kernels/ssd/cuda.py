@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Facts
-from ..gpu import nvrtc, structs
+from ..gpu import launch_plans, nvrtc, structs
 from ..gpu.device import DRIVERS, processors, shared_memory
 from ..gpu.operands import (
     RESET,
@@ -22,6 +22,7 @@ from ..gpu.operands import (
     alignment,
     ceil_div,
     common_type,
+    eager,
     in_one_piece,
     in_rows,
     refuse_tensors,
@@ -263,10 +264,21 @@ def _strides(m: Tensor) -> tuple[int, ...]:
     return tuple(s if size > 1 else 0 for s, size in zip(m.stride()[:3], m.shape[:3], strict=True))
 
 
-def plan_of_call(i: SsdInputs, options: SsdOptions) -> tuple[SsdInputs, Plan]:
-    """The inputs that a call reads in place of these, and its plan, for :mod:`hybridzoo.kernels.gpu.launch_plans`."""
-    i = readable(i)
-    return i, planned(i, options)
+def known(i: SsdInputs, options: SsdOptions) -> Plan | None:
+    """Find the plan of a forward like this one, if there was one that read its inputs as they were."""
+    if not eager(i.x):
+        return None
+    device = i.x.device
+    return launch_plans.find("ssd_forward", i, options, processors(device), shared_memory(device))
+
+
+def _planned(i: SsdInputs, options: SsdOptions) -> tuple[SsdInputs, Plan]:
+    def plan_of() -> tuple[SsdInputs, Plan]:
+        read = readable(i)
+        return read, planned(read, options)
+
+    device = i.x.device
+    return launch_plans.planned("ssd_forward", i, plan_of, options, processors(device), shared_memory(device))
 
 
 def forward(
@@ -277,15 +289,17 @@ def forward(
     ``plan`` is that of a call like this one, whose inputs are readable.
     """
     first, (b, l, h, p), n = i.x, i.x.shape, i.B.shape[3]
-    if plan is None:
+    if not first.numel():
         i = readable(i)
+    elif plan is None:
+        i, plan = _planned(i, options)
     x, start = i.x, i.initial_state
-    out, last = torch.empty(x.shape, dtype=x.dtype, device=x.device), i.A.new_empty(b, h, p, n)
+    out, last = blank(x), i.A.new_empty((b, h, p, n))
     chunks = ceil_div(l, CHUNK[x.dtype.itemsize])
     saved = x.new_empty(b, chunks, h, p, n, dtype=saved_dtype(x.dtype)) if save else None
-    if not out.numel():
+    if plan is None:
         return out, last.zero_() if start is None else last.copy_(start), saved
-    plan, turns, states, passing = plan or planned(i, options), None, None, None
+    turns, states, passing = None, None, None
     if plan.turns:
         turns = i.A.new_zeros(plan.turns, dtype=torch.int32)
     elif plan.segments > 1:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ..derivatives import differentiable_once, once
 from ..dispatch import Facts
-from ..gpu import nvrtc, structs
+from ..gpu import launch_plans, nvrtc, structs
 from ..gpu.device import DRIVERS, processors, shared_memory
 from ..gpu.operands import (
     RESET,
     UNALIGNED,
     alignment,
-    ceil_div,
     eager,
     in_one_piece,
     in_rows,
@@ -27,21 +26,26 @@ from ..gpu.operands import (
 from ..numerics import blank
 from ..operators import custom_op, filled, like
 from . import cuda
-from .backward_plans import PLANES, Look, chunk_shape, plan
+from .backward_plans import Look, Plan, chunk_shape, plan
 from .chunked import _OPTIONS, _TENSORS
-from .cuda import CHUNK, GATED, _strides, forward, readable, saved_dtype, ssd_op
+from .cuda import GATED, _strides, forward, readable, ssd_op
 from .inputs import SsdInputs, SsdOptions
 
 
-def look_of(i: SsdInputs, gout: Tensor, gy: Tensor, saved: Tensor, options: SsdOptions, into: Sequence[Any]) -> Look:
-    """All that the launches for readable inputs depend on besides addresses; ``into`` as for :func:`backward`."""
+def look_of(i: SsdInputs, gout: Tensor, saved: Tensor, options: SsdOptions, into: Sequence[Any]) -> Look:
+    """All that the launches for readable inputs depend on besides addresses; ``into`` as for :func:`backward`, or empty."""
     (b, l, h, p), (g, n), x = i.x.shape, i.B.shape[2:], i.x
     lanes = 16 // x.element_size()
-    strides = [(0, 0, 0) if m is None else _strides(m) for m in (x, i.dt, i.B, i.C, i.z, gout, gy)]
+    strides = [(0, 0, 0) if m is None else _strides(m) for m in (x, i.dt, i.B, i.C, i.z, gout)]
+    # the gradient of what is gated is in one piece, and that of what is not is gout
+    gated = tuple(s if size > 1 else 0 for s, size in zip((l * h * p, h * p, p), (b, l, h), strict=True))
+    strides.append(strides[-1] if i.z is None else gated)
     off = p % lanes or n % lanes or any([s % lanes for k, values in enumerate(strides) if k != 1 for s in values])
-    gx, gdt, gB, _, gz = into
-    # of a single token torch may say anything, so of rows of one the distance is that of the rows
-    rows = tuple([0 if m is None else m.stride(0 if l == 1 else 1) for m in (gx, gdt, gz, gB)])
+    gx, gdt, gB, _, gz = into or [None] * 5
+    rows: tuple[int, ...] = (h * p, h, 0 if i.z is None else h * p, g * n)
+    if into:
+        # of a single token torch may say anything, so of rows of one the distance is that of the rows
+        rows = tuple([0 if m is None else m.stride(0 if l == 1 else 1) for m in (gx, gdt, gz, gB)])
     off = off or rows[0] % lanes or rows[2] % lanes
     off = off or min(alignment(m) for m in (x, i.B, i.C, i.z, gout, saved, gx, gz)) < 16
     flags = bool(off) * UNALIGNED | (i.reset is not None) * RESET | (i.z is not None) * GATED
@@ -62,40 +66,37 @@ def backward(
     gout: Tensor,
     glast: Tensor | None,
     saved: Tensor,
-    into: Sequence[Any] | None = None,
+    into: Sequence[Any] = (),
 ) -> SsdInputs:
-    """Gradients of readable inputs, those of A, D, dt_bias and the initial state in float32.
+    """Gradients of the inputs in the types that they are read in, those of A, D, dt_bias and the initial state in float32.
 
     ``saved`` holds the states before chunks, (b, chunks, h, p, n) in their :func:`saved_dtype`. ``into``, if it is given, takes those of
     x, dt, B, C and z: of their shapes and types, in one piece within a token, and tokens at one distance, B's and C's at the same.
     """
-    x, device = i.x, i.x.device
-    (b, l, h, p), (g, n) = x.shape, i.B.shape[2:]
-    gout, glast = in_rows(gout, x.dtype), in_one_piece(glast)
-    gx, gdt, gB, gC, gz = into = into or [m if m is None else blank(m) for m in (i.x, i.dt, i.B, i.C, i.z)]
-    # the gradient of what is gated
-    gy = gout if i.z is None else blank(x)
-    look = look_of(i, gout, gy, saved, options, into)
-    cut = plan(look, processors(device), shared_memory(device) - DRIVERS)
-    chunks, q = ceil_div(l, CHUNK[x.element_size()]), CHUNK[x.element_size()]
+    device = i.x.device
+    count, space = processors(device), shared_memory(device) - DRIVERS
 
-    def wide(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    def plan_of() -> tuple[tuple, Plan]:
+        read = readable(i)
+        grads = in_rows(gout, read.x.dtype), in_one_piece(glast)
+        return (*grads, saved, *read, *into), plan(look_of(read, grads[0], saved, options, into), count, space)
 
-    gstates = torch.empty((b, chunks, h, p, n), dtype=saved_dtype(x.dtype), device=device)
-    ginit = None if i.initial_state is None else wide(b, h, p, n)
-    columns = h * (2 + (p if look.D == 2 else 1))
-    gA, gbias, gD = wide(h), wide(h), wide(columns - 2 * h)
+    given = (gout, glast, saved, *i, *into)
+    (gout, glast, saved, *read), cut = launch_plans.planned("ssd_backward", given, plan_of, options, count, space)
+    i = SsdInputs(*read[: len(i)])
+    gx, gdt, gB, gC, gz = into or [m if m is None else blank(m) for m in (i.x, i.dt, i.B, i.C, i.z)]
+    ginit = None if i.initial_state is None else blank(i.initial_state)
+    gA, gbias, gD = blank(i.A), blank(i.A), blank(i.A if i.D is None else i.D)
     # one piece of memory for what lies between launches, since asking for it takes a small call longer than a kernel
-    sizes = (PLANES * b * h * chunks * q, 2 * cut.splits * b * l * g * n, b * chunks * columns, b * chunks)
-    between = wide(sum(sizes))
-    steps, gBC, gheads, cuts = (between.data_ptr() + 4 * sum(sizes[:k]) for k in range(4))
-    inputs = (*i[:8], i.reset, i.valid)
+    memory = i.A.new_empty(cut.floats)
+    start = memory.data_ptr()
+    steps, cuts, gstates, gBC, gheads, gy = [start + place for place in cut.places]
+    inputs = (*i[:8], i.reset, i.valid, gout, gout if i.z is None else gy, glast, saved)
     outputs = (gx, gdt, gz, gBC, gheads, ginit, gB, gC, gA, gbias, gD)
-    packed = structs.pack(cut.tail, *inputs, gout, gy, glast, saved, steps, cuts, gstates, *outputs)
+    packed = structs.pack(cut.tail, *inputs, steps, cuts, gstates, *outputs)
     for launch in cut.launches:
         nvrtc.launch(launch.source, launch.name, packed, launch.blocks, launch.threads, launch.shared, device)
-    return SsdInputs(gx, gdt, gA, gB, gC, None if i.D is None else gD.view(i.D.shape), gz, gbias, ginit)
+    return SsdInputs(gx, gdt, gA, gB, gC, None if i.D is None else gD, gz, gbias, ginit)
 
 
 def refuse(facts: Facts) -> str | None:
@@ -114,7 +115,7 @@ def _gradients(gout: Tensor, glast: Tensor | None, saved: Tensor, i: SsdInputs, 
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state in their types."""
     given = i[:9]
     if i.x.numel() and i.B.numel():
-        return tuple(in_types_of(given, backward(readable(i), options, gout, glast, saved)[:9]))
+        return tuple(in_types_of(given, backward(i, options, gout, glast, saved)[:9]))
     grads = [None if m is None else torch.zeros_like(m) for m in given]
     if grads[-1] is not None and glast is not None:
         grads[-1].copy_(glast)

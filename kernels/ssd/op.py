@@ -83,8 +83,9 @@ def ssd(
     chosen = choose(where, backend=backend if x.shape[1] else "reference", **facts)
     i = SsdInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, *marks_of(seq))
     out, state = chosen.run(i, options)
-    if chosen.name == "cuda" and seq is None and out.numel():
-        launch_plans.keep(where, given, lambda: cuda.plan_of_call(given, options), options, backend, grad)
+    plan = cuda.known(given, options) if chosen.name == "cuda" and seq is None else None
+    if plan is not None:
+        launch_plans.keep(where, given, lambda: (given, plan), options, backend, grad)
     (out,) = clear_padding(seq, out)
     return (out, state) if return_final_state else out
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels import Seq, dispatch, ssd
+from hybridzoo.kernels.gpu import launch_plans
 from hybridzoo.kernels.ssd import backward_plans, cuda_backward
 from hybridzoo.kernels.ssd.backward_plans import ChunkShape
 from hybridzoo.layers import Mamba2
@@ -107,6 +108,7 @@ def test_small_gradients_keep_their_digits(dtype):
 def test_other_shapes_of_blocks_give_the_same(shape, monkeypatch):
     made = leaves(2, 300, 8, 64, 128)
     cuda_backward.plan.cache_clear()
+    monkeypatch.setattr(launch_plans, "_known", {})
     monkeypatch.setattr(backward_plans, "chunk_shape", lambda *_: shape)
     compare(made)
     cuda_backward.plan.cache_clear()
