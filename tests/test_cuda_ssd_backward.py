@@ -343,9 +343,9 @@ def test_every_instance_compiles(dtype, arch):
 def test_shapes_follow_the_room_that_there_is():
     assert chunk_shape(2, 64, 128, False, ROOM) == ChunkShape(64, 128, 2, 4, 2, 8)
     assert chunk_shape(2, 64, 128, False, 163 << 10) == ChunkShape(64, 128, 2, 4, 2, 2)
-    assert chunk_shape(2, 64, 256, False, 163 << 10) == ChunkShape(32, 256, 4, 2, 1, 8)
+    assert chunk_shape(2, 64, 256, False, 163 << 10) == ChunkShape(32, 256, 4, 2, 2, 2)
     assert chunk_shape(4, 64, 256, True, ROOM).p == 32
-    assert chunk_shape(2, 64, 128, False, 99 << 10).stages == 1
+    assert chunk_shape(2, 64, 128, True, 99 << 10).stages == 1
     assert chunk_shape(4, 64, 256, True, 99 << 10) is None
     # heads of a group are split where there are few blocks, and not where there are many
     assert plan(Look(BF16, False, (8, 2048, 64, 64, 128, 1), (0,) * 25, 0, 1, SsdOptions()), 132, ROOM).splits == 1

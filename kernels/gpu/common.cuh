@@ -10,7 +10,8 @@ typedef unsigned short uint16;
 typedef unsigned int uint32;
 
 #define DEVICE __device__ __forceinline__
-#define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
+// on a border of 128 bytes, as a `Tile` needs it
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
 
 DEVICE float exp2_fast(float x) {
     float y;

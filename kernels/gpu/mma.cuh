@@ -1,7 +1,7 @@
 // Products of small tiles by a whole warp: 16-bit operands on tensor cores, float32 ones by fused multiply-adds, sums in float32.
 //
-// Operands lie in shared memory; a row is (an odd number) x 16 bytes long, so that eight of them fall on different banks.  Accumulators of a
-// 16 x 8 tile: c[0], c[1] are row lane / 4, columns 2 (lane % 4) and the next one; c[2], c[3] the same eight rows below.
+// Operands lie in shared memory, as a `Tile`.  Accumulators of a 16 x 8 tile: c[0], c[1] are row lane / 4, columns 2 (lane % 4) and the next one;
+// c[2], c[3] the same eight rows below.
 #pragma once
 #include "multiply_add.cuh"
 
@@ -23,7 +23,42 @@ DEVICE void ldmatrix(uint32 (&r)[4], const void* row) {
                      : "r"(at)
                      : "memory");
 }
+// An address in shared memory with some of its bits turned over
+template <class T>
+DEVICE T* turned(T* at, int bits) {
+    return (T*)__cvta_shared_to_generic((uint32)__cvta_generic_to_shared(at) ^ bits);
+}
 #endif
+
+// A place in a tile of COLS columns, in which 16 bytes each of eight rows fall on different banks, for copies and for ldmatrix alike.  Of 16 bits,
+// vector v of row r lies where v ^ (r % 8) would, within 128 bytes, or, of rows of 64 bytes, v ^ (r / 2 % 4): tiles begin at multiples of 128 bytes,
+// and to go on by some columns is an XOR with a constant.  Of 32 bits, rows are 16 bytes apart.
+template <class T, int COLS>
+struct Tile {
+    static constexpr bool SWIZZLED = sizeof(T) == 2;
+    static constexpr int STRIDE = SWIZZLED ? COLS : COLS + 4;
+    static_assert(COLS == 32 || COLS % 64 == 0, "rows of 64 bytes, or of whole 128");
+    T* at;
+
+    // a corner, from which on others count: the row is a multiple of 8
+    DEVICE Tile corner(int row, int col) const { return {at + row * STRIDE + col}; }
+    // from a corner on
+    DEVICE Tile place(int row, int col) const {
+        T* plain = at + row * STRIDE + col;
+        return {SWIZZLED ? turned(plain, (COLS == 32 ? row / 2 % 4 : row % 8) * 16) : plain};
+    }
+    // from a place on: a multiple of 8 rows, and columns of which its own has no bit
+    DEVICE Tile on(int rows, int cols) const {
+        return {SWIZZLED ? turned(at, cols % 64 * 2) + (cols / 64 * 64 + rows * STRIDE) : at + rows * STRIDE + cols};
+    }
+};
+
+// Where a lane begins with ldmatrix at a corner: the second of its four tiles of 8 x 8 lies below the first (DOWN) or to the right of it
+template <bool DOWN, class T, int COLS>
+DEVICE Tile<T, COLS> lane_place(Tile<T, COLS> corner) {
+    const int lane = threadIdx.x % 32, in = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+    return DOWN ? corner.place(in + second, third) : corner.place(in + third, second);
+}
 
 // f(i, j, e) for every accumulator
 template <int MT, int NT, class F>
@@ -43,17 +78,16 @@ DEVICE void pack_a(uint32 (&a)[4], const float (&left)[4], const float (&right)[
     a[2] = Element<T>::pack(right), a[3] = Element<T>::pack(right + 2);
 }
 
-// acc += A B for 16 rows of k, A in registers, and the first `nt` (even) column tiles.  B lies as [n][k], or, B_ROWS, as [k][n].
-template <class T, int MT, int NT, bool B_ROWS>
-DEVICE void product_step(float (&acc)[MT][NT][4], const uint32 (&a)[MT][4], const T* b, int b_stride, int nt = NT) {
+// acc += A B for 16 rows of k, A in registers, and the first `nt` (even) column tiles.  B lies as [n][k], or, B_ROWS, as [k][n]; `b` is
+// lane_place<B_ROWS> of it.
+template <class T, int MT, int NT, bool B_ROWS, int COLS>
+DEVICE void product_step(float (&acc)[MT][NT][4], const uint32 (&a)[MT][4], Tile<T, COLS> b, int nt = NT) {
     static_assert(NT % 2 == 0, "two column tiles come at once");
-    const int lane = threadIdx.x % 32, in = lane % 8, odd = lane / 8 % 2 * 8, high = lane / 16 * 8;
-    const T* row = B_ROWS ? b + (in + odd) * b_stride + high : b + (in + high) * b_stride + odd;
 #pragma unroll
     for (int j = 0; j < NT; j += 2) {
         if (j < nt) {
             uint32 r[4];
-            ldmatrix<B_ROWS>(r, row + (B_ROWS ? 8 * j : 8 * j * b_stride));
+            ldmatrix<B_ROWS>(r, (B_ROWS ? b.on(0, 8 * j) : b.on(8 * j, 0)).at);
 #pragma unroll
             for (int i = 0; i < MT; ++i) {
                 multiply_add<T>(acc[i][j], a[i], {r[0], r[1]});
@@ -63,11 +97,11 @@ DEVICE void product_step(float (&acc)[MT][NT][4], const uint32 (&a)[MT][4], cons
     }
 }
 
-// 16 rows and 16 columns of A, which lies as [m][k] or, A_COLS, as [k][m]; SCALED: column k times scale[k]
-template <class T, bool A_COLS, bool SCALED>
-DEVICE void load_a(uint32 (&a)[4], const T* at, int stride, const float* scale) {
-    const int lane = threadIdx.x % 32, in = lane % 8, odd = lane / 8 % 2 * 8, high = lane / 16 * 8;
-    ldmatrix<A_COLS>(a, A_COLS ? at + (in + high) * stride + odd : at + (in + odd) * stride + high);
+// 16 rows and 16 columns of A, which lies as [m][k] or, A_COLS, as [k][m], from lane_place<!A_COLS> of it on; SCALED: column k times scale[k]
+template <class T, bool A_COLS, bool SCALED, int COLS>
+DEVICE void load_a(uint32 (&a)[4], Tile<T, COLS> place, const float* scale) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix<A_COLS>(a, place.at);
     if constexpr (SCALED) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -122,19 +156,19 @@ DEVICE void product_fma(float (&acc)[MT][NT][4], const float* a, int a_stride, c
     }
 }
 
-// acc += A B for 16 MT rows, 8 NT columns (of which the first `nt`, even) and `k` (a multiple of 16); operands as above
-template <class T, int MT, int NT, bool A_COLS, bool B_ROWS, bool SCALED = false>
-DEVICE void product(float (&acc)[MT][NT][4], const T* a, int a_stride, const T* b, int b_stride, int k, int nt = NT, const float* scale = nullptr) {
+// acc += A B for 16 MT rows, 8 NT columns (of which the first `nt`, even) and `k` (a multiple of 16); operands as above, from corners on
+template <class T, int MT, int NT, bool A_COLS, bool B_ROWS, bool SCALED = false, int A, int B>
+DEVICE void product(float (&acc)[MT][NT][4], Tile<T, A> a, Tile<T, B> b, int k, int nt = NT, const float* scale = nullptr) {
     if constexpr (sizeof(T) == 4) {
-        product_fma<MT, NT, A_COLS, B_ROWS, SCALED>(acc, a, a_stride, b, b_stride, k, nt, scale);
+        product_fma<MT, NT, A_COLS, B_ROWS, SCALED>(acc, a.at, a.STRIDE, b.at, b.STRIDE, k, nt, scale);
     } else {
+        a = lane_place<!A_COLS>(a), b = lane_place<B_ROWS>(b);
 #pragma unroll 4
         for (int s = 0; s < k; s += 16) {
             uint32 left[MT][4];
 #pragma unroll
-            for (int i = 0; i < MT; ++i)
-                load_a<T, A_COLS, SCALED>(left[i], a + (A_COLS ? s * a_stride + 16 * i : 16 * i * a_stride + s), a_stride, scale + s);
-            product_step<T, MT, NT, B_ROWS>(acc, left, b + (B_ROWS ? s * b_stride : s), b_stride, nt);
+            for (int i = 0; i < MT; ++i) load_a<T, A_COLS, SCALED>(left[i], A_COLS ? a.on(s, 16 * i) : a.on(16 * i, s), scale + s);
+            product_step<T, MT, NT, B_ROWS>(acc, left, B_ROWS ? b.on(s, 0) : b.on(0, s), nt);
         }
     }
 }

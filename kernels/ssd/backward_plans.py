@@ -11,7 +11,7 @@ import torch
 
 from ..gpu import structs
 from ..gpu.operands import RESET, TYPES, ceil_div, step_limits
-from .cuda import CHUNK, GATED, saved_dtype
+from .cuda import CHUNK, GATED, padding, saved_dtype
 from .inputs import SsdOptions
 
 # template flag: heads of more channels than a tile has
@@ -65,9 +65,9 @@ class ChunkShape:
 
     def shared_bytes(self, element: int, gated: bool) -> int:
         """``ChunkMemory::bytes``."""
-        q, pad = CHUNK[element], 16 // element
+        q, pad = CHUNK[element], padding(element)
         p, n = self.p + pad, self.n + pad
-        stage = (4 if gated else 2) * q * p + 2 * self.p * n + (6 * q + 4) * 4 // element
+        stage = (4 if gated else 2) * q * p + 2 * self.p * n + (6 * q + 32) * 4 // element
         sums = self.waiting * ((2 * self.across + self.down + 2) * q + self.down * self.across)
         operands = 2 * q * n + (2 if gated else 1) * q * (q + pad) + self.stages * stage
         return operands * element + (8 * sums if element == 4 else 4 * (sums + 3 * self.down * self.across))
@@ -161,7 +161,7 @@ def plan(look: Look, count: int, room: int) -> Plan:
     b, l, h, p, n, g = look.sizes
     element, T = look.dtype.itemsize, TYPES[look.dtype]
     gated = bool(look.flags & GATED)
-    q, pad = CHUNK[element], 16 // element
+    q, pad = CHUNK[element], padding(element)
     chunks = ceil_div(l, q)
     shape = chunk_shape(element, p, n, gated, room)
     if shape is None:

@@ -60,6 +60,11 @@ class SsdForwardParams(ctypes.Structure):
     ]
 
 
+def padding(element: int) -> int:
+    """Elements between the rows of a ``Tile`` of ``mma.cuh``."""
+    return 0 if element == 2 else 16 // element
+
+
 class Tile(NamedTuple):
     """A block's part of a head: channels and states, rounded up, and how many chunks' operands are in shared memory."""
 
@@ -69,11 +74,11 @@ class Tile(NamedTuple):
 
     def shared_bytes(self, element: int, states: bool = False) -> int:
         """``Layout::BYTES`` of ``ssd_forward.cu``; with ``states``, of the pass that has no outputs."""
-        q, pad, halves = CHUNK[element], 16 // element, element == 2
+        q, pad, halves = CHUNK[element], padding(element), element == 2
         row, steps = self.n + pad, 7 * 4 * q + 16
         operands = self.stages * q * (self.p + pad + row + (0 if states else row))
         if not states:
-            operands += self.p * self.n + 10 * 256 if halves else self.p * row + q * (q + pad)
+            operands += self.p * row + (10 * 256 if halves else q * (q + pad))
         formers = THREADS // 32 if states else 1
         return operands * element + formers * (2 * steps + 16) + 32 + 4 * self.p + 8 * q
 

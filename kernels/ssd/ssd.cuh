@@ -160,15 +160,16 @@ DEVICE const T* own_place(const T* at, int64 stride) {
 
 // `rows` x `cols` of memory as a tile of ROWS x COLS, zeros beyond; by the whole block, asynchronously where 16 bytes go at once, or 4.
 // `from` is the thread's own place.
-template <class T, int ROWS, int COLS, int STRIDE, bool ALIGNED, int THREADS>
-DEVICE void fill_own(T* shared, const T* from, int64 stride, int rows, int cols) {
+template <class T, int ROWS, bool ALIGNED, int THREADS, int COLS>
+DEVICE void fill_own(Tile<T, COLS> tile, const T* from, int64 stride, int rows, int cols) {
     constexpr int WIDE = Packed<T>::lanes, PER_WORD = Packed<T>::per_word, PER = COLS / WIDE, ONCE = THREADS / PER;
-    static_assert(THREADS % PER == 0 && ROWS % ONCE == 0, "every thread has as many vectors, of one column");
+    static_assert(THREADS % PER == 0 && ROWS % ONCE == 0 && (ONCE % 8 == 0 || !tile.SWIZZLED), "every thread has as many vectors, of one column");
     const int first = threadIdx.x / PER, col = threadIdx.x % PER * WIDE, count = cols - col;
+    const Tile<T, COLS> own = tile.place(first, col);
     const bool words = !ALIGNED && ((unsigned long long)from | (unsigned long long)stride * sizeof(T)) % 4 == 0;
 #pragma unroll
     for (int i = 0; i < ROWS / ONCE; ++i, from += ONCE * stride) {
-        T* to = shared + (first + i * ONCE) * STRIDE + col;
+        T* to = own.at + i * ONCE * tile.STRIDE;
         const int there = first + i * ONCE < rows ? count : 0;
         if (!words) {
             Packed<T>::template fetch<ALIGNED>(to, from, there);

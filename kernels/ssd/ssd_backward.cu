@@ -21,13 +21,15 @@
 // and sums of up to HEADS heads that wait: what becomes of them is a chain of shuffles, for as many warps at once as there are heads
 template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
 struct ChunkMemory {
-    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), PS = P + PAD, NS = N + PAD, QS = Q + PAD, THREADS = 32 * WM * WN;
+    static constexpr int Q = Chunk<T>::q, THREADS = 32 * WM * WN;
     static constexpr int GATE = FLAGS & GATED ? 1 : 0;
     // elements: B, C, a matrix (Q, Q), with a gate in two parts; then stages of x, gy, gout and z, H, R and the steps' floats; then sums
+    static constexpr int PS = Tile<T, P>::STRIDE, NS = Tile<T, N>::STRIDE, QS = Tile<T, Q>::STRIDE;
     static constexpr int C_at = Q * NS, M_at = 2 * Q * NS, stages_at = M_at + (1 + GATE) * Q * QS;
-    static constexpr int gy_at = Q * PS, gout_at = 2 * Q * PS, z_at = 3 * Q * PS, H_at = (2 + 2 * GATE) * Q * PS, R_at = H_at + P * NS, steps_at = R_at + P * NS;
-    // steps, and what undoes the scales of H and R
-    static constexpr int stage = steps_at + (SLOPE * Q + 4) * 4 / sizeof(T);
+    static constexpr int gy_at = Q * PS, gout_at = 2 * Q * PS, z_at = 3 * Q * PS;
+    static constexpr int H_at = (2 + 2 * GATE) * Q * PS, R_at = H_at + P * NS, steps_at = R_at + P * NS;
+    // steps, what undoes the scales of H and R, and nothing up to where a tile can begin
+    static constexpr int stage = steps_at + (SLOPE * Q + 32) * 4 / sizeof(T);
     // sums of a head: over G's rows and e^c C . (gy H), over its columns, its diagonal, x . gy, e^(c_last - c) B . (X R), R . H
     using Sum = typename SumType<T>::type;
     static constexpr int row_at = 0, col_at = WN * Q, diag_at = col_at + WM * Q, skip_at = diag_at + Q, moved_at = skip_at + Q,
@@ -39,11 +41,14 @@ struct ChunkMemory {
 template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
 struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     using M = ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS>;
-    using M::Q, M::PS, M::NS, M::QS, M::THREADS, M::GATE;
+    using M::Q, M::THREADS, M::GATE;
     static constexpr int MT = Q / WM / 16, NN = N / WN / 8, NQ = Q / WN / 8, NP = P / WN / 8, EACH = Q / 32;
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), WHOLE = !(FLAGS & TILED);
     using State = typename StateType<T>::type;
     using Sum = typename M::Sum;
+    using Channels = Tile<T, P>;
+    using States = Tile<T, N>;
+    using Tokens = Tile<T, Q>;
 
     const SsdBackwardParams& p;
     T* memory;
@@ -54,11 +59,20 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     bool entered, left, again;
 
     DEVICE T* stage(int i) const { return memory + M::stages_at + i % STAGES * M::stage; }
+    DEVICE States B() const { return {memory}; }
+    DEVICE States C() const { return {memory + M::C_at}; }
+    // (S L), or what it leaves when rounded.  With a gate there are no registers to hold places in it for all heads: they are formed anew, for the
+    // compiler does not know this zero.
+    DEVICE Tokens matrix(int part) const { return {memory + (GATE != 0 ? keep_in_register(0) : 0) + M::M_at + part * (Q * Tokens::STRIDE)}; }
+    DEVICE static Channels x(T* in) { return {in}; }
+    DEVICE static Channels gy(T* in) { return {in + M::gy_at}; }
+    DEVICE static States H(T* in) { return {in + M::H_at}; }
+    DEVICE static States R(T* in) { return {in + M::R_at}; }
     DEVICE static const float* steps(const T* in) { return reinterpret_cast<const float*>(in + M::steps_at); }
     DEVICE Sum* sums(int waiting) const { return reinterpret_cast<Sum*>(memory + M::stages_at + STAGES * M::stage) + waiting * M::count; }
     DEVICE float* scratch(int which) const { return reinterpret_cast<float*>(sums(HEADS)) + which * (WM * WN); }
     // what undoes the scale of H (0) or R (1), in fp16
-    DEVICE static float back(const T* in, int which) { return is_fp16<T> ? steps(in)[SLOPE * Q + which] : 1.f; }
+    DEVICE static float back(T* in, int which) { return is_fp16<T> ? steps(in)[SLOPE * Q + which] : 1.f; }
 
     template <int COLS, class F>
     DEVICE void each(F f) const {
@@ -66,6 +80,15 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         for (int i = 0; i < 2 * MT; ++i)
 #pragma unroll
             for (int j = 0; j < COLS; ++j) f(m0 + lane / 4 + 8 * i, (wn * COLS + j) * 8 + lane % 4 * 2, i / 2, j, i % 2 * 2);
+    }
+    // where the first of those pairs lies in a tile; then `pair` of it has that of i, j and e
+    template <int COLS, class In>
+    DEVICE In own(In tile) const {
+        return tile.place(m0 + lane / 4, wn * (8 * COLS) + lane % 4 * 2);
+    }
+    template <class In>
+    DEVICE static T* pair(In own, int i, int j, int e) {
+        return own.on(16 * i + 4 * e, 8 * j).at;
     }
     template <int COLS>
     DEVICE static void clear(float (&acc)[MT][COLS][4]) {
@@ -78,14 +101,14 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     }
     // acc += a b over states, `AT_ONCE` of them unrolled, for which there are registers
     template <int COLS>
-    DEVICE static void over_states(float (&acc)[MT][COLS][4], const T* a, const T* b) {
-        constexpr int AT_ONCE = 32;
+    DEVICE static void over_states(float (&acc)[MT][COLS][4], States a, States b) {
+        constexpr int AT_ONCE = N < 64 ? N : 64;
 #pragma unroll 1
-        for (int k = 0; k < N; k += AT_ONCE) product<T, MT, COLS, false, false>(acc, a + k, NS, b + k, NS, AT_ONCE);
+        for (int k = 0; k < N; k += AT_ONCE) product<T, MT, COLS, false, false>(acc, a.corner(0, k), b.corner(0, k), AT_ONCE);
     }
     // the pairs of a product of channels with a state, some columns at a time
     template <class F>
-    DEVICE void in_parts(const T* a, const T* state, F f) const {
+    DEVICE void in_parts(Channels a, States state, F f) const {
         constexpr int SOME = NN > 4 ? NN / 2 : NN;
 #pragma unroll
         for (int j0 = 0; j0 < NN; j0 += SOME) {
@@ -93,10 +116,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             clear<SOME>(part);
             constexpr int AT_ONCE = N > 128 && sizeof(T) == 2 ? 16 : P;
 #pragma unroll 1
-            for (int k = 0; k < P; k += AT_ONCE) {
-                const T* b = state + k * NS + (wn * NN + j0) * 8;
-                product<T, MT, SOME, false, true>(part, a + m0 * PS + k, PS, b, NS, AT_ONCE);
-            }
+            for (int k = 0; k < P; k += AT_ONCE)
+                product<T, MT, SOME, false, true>(part, a.corner(m0, k), state.corner(k, (wn * NN + j0) * 8), AT_ONCE);
 #pragma unroll
             for (int i = 0; i < 2 * MT; ++i)
 #pragma unroll
@@ -153,16 +174,16 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     DEVICE void fetch_steps(T* to, int head) const {
         if (threadIdx.x >= STEPS) return;
         const int64 plane = (int64)p.batch * p.h * p.chunks * Q, first = ((b * p.h + head) * p.chunks + chunk) * Q;
-        copy_async16(to + M::steps_at + threadIdx.x * M::PAD, p.steps + first + threadIdx.x / EACH16 * plane + threadIdx.x % EACH16 * 4, true);
+        copy_async16(to + M::steps_at + threadIdx.x * Element<T>::lanes, p.steps + first + threadIdx.x / EACH16 * plane + threadIdx.x % EACH16 * 4, true);
     }
     DEVICE void fetch_state(T* to, const void* states, int head, int p0, int which) const {
         const State* from = (const State*)states + (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n;
         const int rows = p.p - p0;
         float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q + which;
         if constexpr (COPIED)
-            fetch_tile<T, P, N, NS, THREADS, ALIGNED>(to + (which ? M::R_at : M::H_at), from, p.n, 0, rows, p.n);
+            fetch_tile<T, P, THREADS, ALIGNED>(which ? R(to) : H(to), from, p.n, 0, rows, p.n);
         else
-            convert_state<T, P, N, NS, THREADS>(to + (which ? M::R_at : M::H_at), from, rows, p.n, undo, scratch(which));
+            convert_state<T, P, THREADS>(which ? R(to) : H(to), from, rows, p.n, undo, scratch(which));
     }
     DEVICE void fetch(int i, Next& at) const {
         T* to = stage(i);
@@ -170,11 +191,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         // sums over 256 states leave no registers to keep addresses in
         if constexpr (N > 128) at = start(head, tile * P);
         fetch_steps(to, head);
-        fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to, at.x, p.x_l, lo, hi, cols);
-        fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gy_at, at.gy, p.gy_l, lo, hi, cols);
+        fetch_vectors<T, Q, THREADS, ALIGNED>(x(to), at.x, p.x_l, lo, hi, cols);
+        fetch_vectors<T, Q, THREADS, ALIGNED>(gy(to), at.gy, p.gy_l, lo, hi, cols);
         if constexpr (GATE != 0) {
-            fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::gout_at, at.gout, p.gout_l, lo, hi, cols);
-            fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to + M::z_at, at.z, p.z_l, lo, hi, cols);
+            fetch_vectors<T, Q, THREADS, ALIGNED>(Channels{to + M::gout_at}, at.gout, p.gout_l, lo, hi, cols);
+            fetch_vectors<T, Q, THREADS, ALIGNED>(Channels{to + M::z_at}, at.z, p.z_l, lo, hi, cols);
         }
         if (entered) fetch_state(to, p.saved, head, tile * P, 0);
         if (left) fetch_state(to, p.gstates, head, tile * P, 1);
@@ -194,7 +215,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         for (int t = lo; t < hi; ++t) most = fmaxf(most, undo[t]);
         for (int i = threadIdx.x; i < Q * P / 2; i += THREADS) {
             const int t = i / (P / 2);
-            T* at = in + M::gy_at + t * PS + i % (P / 2) * 2;
+            T* at = gy(in).place(t, i % (P / 2) * 2).at;
             const float by = zero_or(t >= lo && t < hi, undo[t] / most);
             const float2 g = read_pair(at);
             write_shared_pair(at, g.x * by, g.y * by);
@@ -204,14 +225,14 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     }
     // S L dt into shared memory, W L dt to the sum over heads, and the sums of G, those of rows to `rows`; returns what undoes the scale of the
     // first
-    DEVICE float weigh(const T* in, float undo_gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], Sum (&rows)[2 * MT], Sum* f, bool first) const {
+    DEVICE float weigh(T* in, float undo_gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], Sum (&rows)[2 * MT], Sum* f, bool first) const {
         const float* s = steps(in);
         float W[MT][NQ][4];
         Sum cols[2 * NQ];
         clear<NQ>(W);
         // else all columns are behind all rows
         const bool some = wn * (8 * NQ) < m0 + 16 * MT;
-        if (some) product<T, MT, NQ, false, false>(W, in + M::gy_at + m0 * PS, PS, in + wn * (8 * NQ) * PS, PS, P);
+        if (some) product<T, MT, NQ, false, false>(W, gy(in).corner(m0, 0), x(in).corner(wn * (8 * NQ), 0), P);
         // bfloat16 has not the digits that the second part of a difference would save
         constexpr bool PARTS = !is_bf16<T>;
         float dt[2 * NQ], from_hi[2 * NQ], from_lo[2 * NQ], to_hi[2 * MT], to_lo[2 * MT];
@@ -257,13 +278,14 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             }
         });
         if constexpr (is_fp16<T>) normal_range(block_max(largest, scratch(2)), 8, by, undo);
-        each<NQ>([&](int to, int from, int i, int j, int e) {
-            T* at = memory + M::M_at + to * QS + from;
+        const Tokens own = this->template own<NQ>(matrix(0));
+        each<NQ>([&](int, int, int i, int j, int e) {
+            T* at = pair(own, i, j, e);
             const float x = W[i][j][e] * by, y = W[i][j][e + 1] * by;
             write_shared_pair(at, x, y);
             if (GATE != 0) {
                 const float2 big = read_pair(at);
-                write_shared_pair(at + Q * QS, x - big.x, y - big.y);
+                write_shared_pair(at + Q * Tokens::STRIDE, x - big.x, y - big.y);
             }
         });
         Sum sum;
@@ -274,7 +296,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     DEVICE static void add_products(float& sum, float2 a, float b0, float b1) { sum = fmaf(a.y, b1, fmaf(a.x, b0, sum)); }
     DEVICE static void add_products(double& sum, float2 a, float b0, float b1) { sum += fmaf(a.x, b0, a.y * b1); }
     // e^c (gy H) for C
-    DEVICE void read(const T* in, float undo_gy, float (&gC)[MT][NN][4], Sum (&rows)[2 * MT]) const {
+    DEVICE void read(T* in, float undo_gy, float (&gC)[MT][NN][4], Sum (&rows)[2 * MT]) const {
         float decay[2 * MT];
         Sum sum[2 * MT];
         const float* s = steps(in);
@@ -283,9 +305,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             const int t = m0 + lane / 4 + 8 * i;
             sum[i] = 0.f, decay[i] = s[INTO * Q + t] * (back(in, 0) * undo_gy);
         }
-        in_parts(in + M::gy_at, in + M::H_at, [&](int t, int col, int i, int j, int e, float x0, float x1) {
+        const States keys = own<NN>(C());
+        in_parts(gy(in), H(in), [&](int, int, int i, int j, int e, float x0, float x1) {
             const float by = decay[2 * i + e / 2];
-            const float2 C = read_pair(memory + M::C_at + t * NS + col);
+            const float2 C = read_pair(pair(keys, i, j, e));
             gC[i][j][e] = fmaf(by, x0, gC[i][j][e]), gC[i][j][e + 1] = fmaf(by, x1, gC[i][j][e + 1]);
             add_products(sum[2 * i + e / 2], C, x0, x1);
         });
@@ -293,7 +316,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         for (int i = 0; i < 2 * MT; ++i) rows[i] += sum[i] * decay[i];
     }
     // dt e^(c_last - c) (X R) for B
-    DEVICE void write(const T* in, float (&gB)[MT][NN][4]) const {
+    DEVICE void write(T* in, float (&gB)[MT][NN][4]) const {
         const float* s = steps(in);
         float weight[2 * MT];
 #pragma unroll
@@ -301,30 +324,30 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             const int t = m0 + lane / 4 + 8 * i;
             weight[i] = s[ONWARD * Q + t] * s[t] * back(in, 1);
         }
-        in_parts(in, in + M::R_at, [&](int, int, int i, int j, int e, float x0, float x1) {
+        in_parts(x(in), R(in), [&](int, int, int i, int j, int e, float x0, float x1) {
             const float by = weight[2 * i + e / 2];
             gB[i][j][e] = fmaf(by, x0, gB[i][j][e]), gB[i][j][e + 1] = fmaf(by, x1, gB[i][j][e + 1]);
         });
     }
     // what goes from the state before the chunk to the one behind it
-    DEVICE void keep(const T* in, Sum* f, bool first) const {
+    DEVICE void keep(T* in, Sum* f, bool first) const {
         Sum sum = 0.f;
         if constexpr (sizeof(T) == 2) {
             // the diagonal of H R^T: a sixteenth of what is multiplied, and a third of the instructions that one by one would take
             constexpr int DOWN = P / 16, MOST = WM * WN / DOWN, PARTS = MOST < N / 16 ? MOST : N / 16;
-            const int at = warp / PARTS * 16 * NS + warp % PARTS * (N / PARTS), off = lane / 4 - lane % 4 * 2;
+            const int row = warp / PARTS * 16, col = warp % PARTS * (N / PARTS), off = lane / 4 - lane % 4 * 2;
             float both[1][2][4] = {};
-            if (warp < DOWN * PARTS) product<T, 1, 2, false, false>(both, in + M::H_at + at, NS, in + M::R_at + at, NS, N / PARTS);
+            if (warp < DOWN * PARTS) product<T, 1, 2, false, false>(both, H(in).corner(row, col), R(in).corner(row, col), N / PARTS);
             sum = zero_or(off == 0, both[0][0][0] + both[0][1][2]) + zero_or(off == 1, both[0][0][1] + both[0][1][3]);
         } else {
-            for (int i = threadIdx.x; i < P * N; i += THREADS) sum += (Sum)in[M::H_at + i / N * NS + i % N] * in[M::R_at + i / N * NS + i % N];
+            for (int i = threadIdx.x; i < P * N; i += THREADS) sum += (Sum)*H(in).place(i / N, i % N).at * *R(in).place(i / N, i % N).at;
         }
         sum = warp_sum(sum);
         if (lane == 0) put(f + M::kept_at + warp, sum * (steps(in)[INTO * Q + Q - 1] * back(in, 0) * back(in, 1)), first);
     }
     // dt e^(c_last - c) (B R^T) for x, over `undo`; and e^(c_last - c) B . (X R), which is that of x and B R^T
-    DEVICE void outward(const T* in, float undo, float (&gx)[MT][NP][4], Sum* f, bool first) const {
-        over_states(gx, memory + m0 * NS, in + M::R_at + wn * (8 * NP) * NS);
+    DEVICE void outward(T* in, float undo, float (&gx)[MT][NP][4], Sum* f, bool first) const {
+        over_states(gx, B().corner(m0, 0), R(in).corner(wn * (8 * NP), 0));
         const float* s = steps(in);
         float decay[2 * MT], dt[2 * MT];
         Sum rows[2 * MT];
@@ -333,9 +356,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             const int t = m0 + lane / 4 + 8 * i;
             rows[i] = 0.f, decay[i] = s[ONWARD * Q + t] * back(in, 1), dt[i] = s[t] / undo;
         }
-        each<NP>([&](int t, int col, int i, int j, int e) {
+        const Channels own = this->template own<NP>(x(in));
+        each<NP>([&](int, int, int i, int j, int e) {
             const int r = 2 * i + e / 2;
-            add_products(rows[r], read_pair(in + t * PS + col), gx[i][j][e], gx[i][j][e + 1]);
+            add_products(rows[r], read_pair(pair(own, i, j, e)), gx[i][j][e], gx[i][j][e + 1]);
             gx[i][j][e] *= decay[r] * dt[r], gx[i][j][e + 1] *= decay[r] * dt[r];
         });
 #pragma unroll
@@ -350,11 +374,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             D[j] = p.D != nullptr && col < p.p ? reinterpret_cast<const float*>(p.D)[(int64)head * p.D_head + col * p.D_channel] : 0.f;
         }
     }
-    DEVICE void inputs(const T* in, int head, int p0, float undo, float undo_gy, const float (&D)[2 * NP], float (&gx)[MT][NP][4]) const {
-        const T* gy = in + M::gy_at;
-        product<T, MT, NP, true, true>(gx, memory + M::M_at + m0, QS, gy + wn * (8 * NP), PS, Q);
-        each<NP>([&](int t, int col, int i, int j, int e) {
-            const float2 g = read_pair(gy + t * PS + col);
+    DEVICE void inputs(T* in, int head, int p0, float undo, float undo_gy, const float (&D)[2 * NP], float (&gx)[MT][NP][4]) const {
+        product<T, MT, NP, true, true>(gx, matrix(0).corner(0, m0), gy(in).corner(0, wn * (8 * NP)), Q);
+        const Channels own = this->template own<NP>(gy(in));
+        each<NP>([&](int, int, int i, int j, int e) {
+            const float2 g = read_pair(pair(own, i, j, e));
             gx[i][j][e] = fmaf(D[2 * j] * undo_gy, g.x, gx[i][j][e] * undo), gx[i][j][e + 1] = fmaf(D[2 * j + 1] * undo_gy, g.y, gx[i][j][e + 1] * undo);
         });
         write_tile((T*)p.gx, head, p0, p.gx_row, gx);
@@ -383,11 +407,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     DEVICE int64 token(int t) const { return b * p.l + (int64)chunk * Q + t; }
     DEVICE int64 place(int t, int head, int channel, int64 row) const { return token(t) * row + (int64)head * p.p + channel; }
     // the gradient of the gate, gout y silu'(z), for which y is formed again
-    DEVICE void gates(const T* in, int head, int p0, float undo, const float (&D)[2 * NP]) const {
+    DEVICE void gates(T* in, int head, int p0, float undo, const float (&D)[2 * NP]) const {
         float y[MT][NP][4];
         clear<NP>(y);
         if (entered) {
-            over_states(y, memory + M::C_at + m0 * NS, in + M::H_at + wn * (8 * NP) * NS);
+            over_states(y, C().corner(m0, 0), H(in).corner(wn * (8 * NP), 0));
             each<NP>([&](int t, int, int i, int j, int e) {
                 const float by = steps(in)[INTO * Q + t] * (back(in, 0) / undo);
                 y[i][j][e] *= by, y[i][j][e + 1] *= by;
@@ -395,10 +419,11 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         }
 #pragma unroll
         for (int part = 0; part < 2; ++part)
-            product<T, MT, NP, false, true>(y, memory + M::M_at + (part * Q + m0) * QS, QS, in + wn * (8 * NP), PS, Q);
-        each<NP>([&](int t, int col, int i, int j, int e) {
-            const int at = t * PS + col;
-            const float2 x = read_pair(in + at), g = read_pair(in + M::gout_at + at), z = read_pair(in + M::z_at + at);
+            product<T, MT, NP, false, true>(y, matrix(part).corner(m0, 0), x(in).corner(0, wn * (8 * NP)), Q);
+        const Channels own = this->template own<NP>(x(in));
+        each<NP>([&](int, int, int i, int j, int e) {
+            const T* at = pair(own, i, j, e);
+            const float2 x = read_pair(at), g = read_pair(at + M::gout_at), z = read_pair(at + M::z_at);
             float s0, s1;
             sigmoid2(z.x, z.y, s0, s1);
             const float y0 = fmaf(D[2 * j], x.x, y[i][j][e] * undo), y1 = fmaf(D[2 * j + 1], x.y, y[i][j][e + 1] * undo);
@@ -487,13 +512,13 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         }
     }
     // D of every channel
-    DEVICE void skips(const T* in, int head, int p0, float undo_gy) const {
+    DEVICE void skips(T* in, int head, int p0, float undo_gy) const {
         float* to = p.gheads + row * (2 * p.h + (int64)p.h * p.p) + 2 * p.h + (int64)head * p.p;
         for (int col = threadIdx.x; col < P && p0 + col < p.p; col += THREADS) {
             Sum sum = 0.f;
             for (int t = lo; t < hi; ++t) {
-                const int at = t * PS + col;
-                sum += read_one(in + M::gy_at + at) * read_one(in + at) * undo_gy;
+                const T* at = x(in).place(t, col).at;
+                sum += read_one(at + M::gy_at) * read_one(at) * undo_gy;
             }
             add_to(to + p0 + col, sum);
         }
@@ -505,8 +530,8 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         clear<NN>(gB), clear<NN>(gC), clear<NQ>(scores), clear<NQ>(gscores);
         const int64 t0 = (int64)chunk * Q;
         __syncthreads();
-        fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(memory, (const T*)p.B + b * p.B_b + t0 * p.B_l + group * p.B_g, p.B_l, lo, hi, p.n);
-        fetch_tile<T, Q, N, NS, THREADS, ALIGNED>(memory + M::C_at, (const T*)p.C + b * p.C_b + t0 * p.C_l + group * p.C_g, p.C_l, lo, hi, p.n);
+        fetch_tile<T, Q, THREADS, ALIGNED>(B(), (const T*)p.B + b * p.B_b + t0 * p.B_l + group * p.B_g, p.B_l, lo, hi, p.n);
+        fetch_tile<T, Q, THREADS, ALIGNED>(C(), (const T*)p.C + b * p.C_b + t0 * p.C_l + group * p.C_g, p.C_l, lo, hi, p.n);
         Next next = start(first_head, 0);
         fetch(0, next);
         const int count = heads * tiles;
@@ -518,7 +543,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             copy_async_wait<0>();
             __syncthreads();
             if (STAGES > 1 && i + 1 < count) fetch(i + 1, next);
-            if (i == 0) over_states(scores, memory + M::C_at + m0 * NS, memory + wn * (8 * NQ) * NS);
+            if (i == 0) over_states(scores, C().corner(m0, 0), B().corner(wn * (8 * NQ), 0));
             Sum rows[2 * MT];
             const float undo_gy = level(in), undo = weigh(in, undo_gy, scores, gscores, rows, f, tile == 0);
             if (entered) read(in, undo_gy, gC, rows);
@@ -557,16 +582,17 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         // of 16 bits a sum of two, one after the other: gy has been rounded, and rounding this, too, would show in B's gradient
 #pragma unroll 1
         for (int part = 0; part < (sizeof(T) == 2 ? 2 : 1); ++part) {
-            each<NQ>([&](int to, int from, int i, int j, int e) {
-                T* at = memory + M::M_at + to * QS + from;
+            const Tokens own = this->template own<NQ>(matrix(0));
+            each<NQ>([&](int, int, int i, int j, int e) {
+                T* at = pair(own, i, j, e);
                 if (part == 0) gscores[i][j][e] *= by, gscores[i][j][e + 1] *= by;
                 write_shared_pair(at, gscores[i][j][e], gscores[i][j][e + 1]);
                 const float2 big = read_pair(at);
                 gscores[i][j][e] -= big.x, gscores[i][j][e + 1] -= big.y;
             });
             __syncthreads();
-            product<T, MT, NN, false, true>(gC, memory + M::M_at + m0 * QS, QS, memory + wn * (8 * NN), NS, Q);
-            product<T, MT, NN, true, true>(gB, memory + M::M_at + m0, QS, memory + M::C_at + wn * (8 * NN), NS, Q);
+            product<T, MT, NN, false, true>(gC, matrix(0).corner(m0, 0), B().corner(0, wn * (8 * NN)), Q);
+            product<T, MT, NN, true, true>(gB, matrix(0).corner(0, m0), C().corner(0, wn * (8 * NN)), Q);
             __syncthreads();
         }
         const int64 plane = (int64)p.batch * p.l * p.groups * p.n;

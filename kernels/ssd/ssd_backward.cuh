@@ -102,22 +102,23 @@ DEVICE double sum_before(double x, bool mark, int lane) {
 
 // A tile of ROWS x COLS elements into shared memory: rows lo to hi - 1 and the first `cols` columns, zeros elsewhere; `at` is the
 // thread's own place
-template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
-DEVICE void fetch_vectors(T* shared, const T* at, int64 stride, int lo, int hi, int cols) {
+template <class T, int ROWS, int THREADS, bool ALIGNED, int COLS>
+DEVICE void fetch_vectors(Tile<T, COLS> tile, const T* at, int64 stride, int lo, int hi, int cols) {
     constexpr int LANES = Element<T>::lanes, ACROSS = COLS / LANES, ONCE = THREADS / ACROSS, TIMES = (ROWS + ONCE - 1) / ONCE;
     static_assert(THREADS % ACROSS == 0 && (ROWS % ONCE == 0 || ROWS < ONCE), "every thread has as many vectors of one column, or one");
+    static_assert(ONCE % 8 == 0 || !tile.SWIZZLED, "whose rows are a multiple of 8 apart");
     const int first = threadIdx.x / ACROSS, col = threadIdx.x % ACROSS * LANES;
-    T* to = shared + first * STRIDE + col;
+    T* to = tile.place(first, col).at;
 #pragma unroll
     for (int j = 0; j < TIMES; ++j, at += ONCE * stride) {
         const int row = first + j * ONCE;
         if (ROWS < ONCE && row >= ROWS) break;
-        Packed<T>::template fetch<ALIGNED>(to + j * ONCE * STRIDE, at, row >= lo && row < hi ? cols - col : 0);
+        Packed<T>::template fetch<ALIGNED>(to + j * ONCE * tile.STRIDE, at, row >= lo && row < hi ? cols - col : 0);
     }
 }
-template <class T, int ROWS, int COLS, int STRIDE, int THREADS, bool ALIGNED>
-DEVICE void fetch_tile(T* shared, const T* from, int64 stride, int lo, int hi, int cols) {
-    fetch_vectors<T, ROWS, COLS, STRIDE, THREADS, ALIGNED>(shared, own_place<T, COLS, THREADS>(from, stride), stride, lo, hi, cols);
+template <class T, int ROWS, int THREADS, bool ALIGNED, int COLS>
+DEVICE void fetch_tile(Tile<T, COLS> tile, const T* from, int64 stride, int lo, int hi, int cols) {
+    fetch_vectors<T, ROWS, THREADS, ALIGNED>(tile, own_place<T, COLS, THREADS>(from, stride), stride, lo, hi, cols);
 }
 
 // the largest of 32 bits' magnitude over all threads of a block; `scratch` has a float per warp
@@ -130,8 +131,8 @@ DEVICE float block_max(float x, float* scratch) {
 }
 
 // A float32 state into shared memory as fp16, which has not the range: the tile is made 2^8 at the most, and `back` gets what undoes it
-template <class T, int ROWS, int COLS, int STRIDE, int THREADS>
-DEVICE void convert_state(T* shared, const float* from, int rows, int cols, float* back, float* scratch) {
+template <class T, int ROWS, int THREADS, int COLS>
+DEVICE void convert_state(Tile<T, COLS> tile, const float* from, int rows, int cols, float* back, float* scratch) {
     constexpr int PAIRS = COLS / 2;
     float largest = 0.f, by, undo;
     for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
@@ -144,7 +145,7 @@ DEVICE void convert_state(T* shared, const float* from, int rows, int cols, floa
         const int row = i / PAIRS, col = i % PAIRS * 2;
         const float* at = from + (int64)row * cols + col;
         const float x[2] = {row < rows && col < cols ? at[0] * by : 0.f, row < rows && col + 1 < cols ? at[1] * by : 0.f};
-        write_channels<T, 2>(shared + row * STRIDE + col, x);
+        write_channels<T, 2>(tile.place(row, col).at, x);
     }
 }
 
@@ -164,16 +165,17 @@ DEVICE void turn_quad(uint32 (&w)[4]) {
 
 // acc += A B for 16 rows, 8 NT columns and K of what is summed over; A lies as [k][m], column k times scale[k], B as [k][n].  Of 16 bits, A times
 // its scale is a sum of two, since it has been rounded once before, behind a gate.
-template <class T, int NT, int K>
-DEVICE void product_of_scaled(float (&acc)[1][NT][4], const T* a, int a_stride, const T* b, int b_stride, const float* scale) {
+template <class T, int NT, int K, int A, int B>
+DEVICE void product_of_scaled(float (&acc)[1][NT][4], Tile<T, A> a, Tile<T, B> b, const float* scale) {
     if constexpr (sizeof(T) == 4) {
-        product<T, 1, NT, true, true, true>(acc, a, a_stride, b, b_stride, K, NT, scale);
+        product<T, 1, NT, true, true, true>(acc, a, b, K, NT, scale);
     } else {
-        const int lane = threadIdx.x % 32, in = lane % 16, high = lane / 16 * 8;
+        const int lane = threadIdx.x % 32;
+        a = lane_place<false>(a), b = lane_place<true>(b);
 #pragma unroll
         for (int s = 0; s < K; s += 16) {
             uint32 left[4], rest[4];
-            load_a<T, true, false>(left, a + s * a_stride, a_stride, nullptr);
+            load_a<T, true, false>(left, a.on(s, 0), nullptr);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float2 by = *reinterpret_cast<const float2*>(scale + s + lane % 4 * 2 + i / 2 * 8);
@@ -188,7 +190,7 @@ DEVICE void product_of_scaled(float (&acc)[1][NT][4], const T* a, int a_stride, 
 #pragma unroll
             for (int j = 0; j < NT; j += 2) {
                 uint32 r[4];
-                ldmatrix<true>(r, b + (s + in) * b_stride + high + 8 * j);
+                ldmatrix<true>(r, b.on(s, 8 * j).at);
                 multiply_add<T>(acc[0][j], left, {r[0], r[1]}), multiply_add<T>(acc[0][j + 1], left, {r[2], r[3]});
                 multiply_add<T>(acc[0][j], rest, {r[0], r[1]}), multiply_add<T>(acc[0][j + 1], rest, {r[2], r[3]});
             }

@@ -5,11 +5,12 @@
 // by two
 template <class T, int P, int N, int FLAGS>
 struct BackwardStates {
-    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T), PS = P + PAD, NS = N + PAD, STAGES = 3, THREADS = 128;
+    static constexpr int Q = Chunk<T>::q, STAGES = 3, THREADS = 128;
     static constexpr int DOWN = P / 16, ACROSS = 4 / DOWN, NT = N / ACROSS / 8, LANES = Element<T>::lanes;
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED);
     // elements of a stage (gy, C), then floats (decays from the chunk's start, what undoes the scales of gy)
-    static constexpr int C_at = Q * PS, decays_at = C_at + Q * NS, stage_bytes = decays_at * sizeof(T) + 2 * Q * 4, scratch_at = STAGES * stage_bytes;
+    static constexpr int C_at = Q * Tile<T, P>::STRIDE, decays_at = C_at + Q * Tile<T, N>::STRIDE;
+    static constexpr int stage_bytes = decays_at * sizeof(T) + 2 * Q * 4, scratch_at = STAGES * stage_bytes;
     using State = typename StateType<T>::type;
 
     const SsdBackwardParams& p;
@@ -39,8 +40,8 @@ struct BackwardStates {
     DEVICE void fetch(int chunk, Next& at) const {
         const int limit = rows(chunk), i = threadIdx.x;
         T* to = stage(chunk);
-        fetch_vectors<T, Q, P, PS, THREADS, ALIGNED>(to, at.gy, p.gy_l, 0, limit, p.p - p0);
-        fetch_vectors<T, Q, N, NS, THREADS, ALIGNED>(to + C_at, at.C, p.C_l, 0, limit, p.n - n0);
+        fetch_vectors<T, Q, THREADS, ALIGNED>(Tile<T, P>{to}, at.gy, p.gy_l, 0, limit, p.p - p0);
+        fetch_vectors<T, Q, THREADS, ALIGNED>(Tile<T, N>{to + C_at}, at.C, p.C_l, 0, limit, p.n - n0);
         if (i < (is_fp16<T> ? Q / 2 : Q / 4)) copy_async16(reinterpret_cast<float*>(to + decays_at) + 4 * i, at.decays, true);
         at.gy -= Q * p.gy_l, at.C -= Q * p.C_l, at.decays -= Q;
     }
@@ -50,7 +51,7 @@ struct BackwardStates {
         for (int i = threadIdx.x; i < Q * P / LANES; i += THREADS) {
             const int row = i / (P / LANES);
             float g[LANES];
-            Packed<T>::from(from + row * PS + i % (P / LANES) * LANES).unpack(g);
+            Packed<T>::from(Tile<T, P>{from}.place(row, i % (P / LANES) * LANES).at).unpack(g);
             const float decay = zero_or(row < limit, decays[row] * decays[Q + row]);
 #pragma unroll
             for (int e = 0; e < LANES; ++e) largest = fmaxf(largest, fabsf(g[e] * decay));
@@ -125,7 +126,7 @@ struct BackwardStates {
             for (int j = 0; j < NT; ++j)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) acc[0][j][e] = whole ? acc[0][j][e] * (through * by) : 0.f;
-            product_of_scaled<T, NT, Q>(acc, from + warp % DOWN * 16, PS, from + C_at + warp / DOWN * (8 * NT), NS, decays);
+            product_of_scaled<T, NT, Q>(acc, Tile<T, P>{from + warp % DOWN * 16}, Tile<T, N>{from + C_at + warp / DOWN * (8 * NT)}, decays);
             if constexpr (is_fp16<T>)
 #pragma unroll
                 for (int j = 0; j < NT; ++j)

@@ -38,11 +38,10 @@ struct SsdForwardParams {
 template <class T, int P, int N, int STAGES, int FLAGS>
 struct Layout {
     static constexpr bool HALF = sizeof(T) == 2, OUT = !(FLAGS & STATES);
-    static constexpr int Q = Chunk<T>::q, PAD = 16 / sizeof(T);
-    static constexpr int X = P + PAD, B = N + PAD, H = B, M = Q + PAD;
-    static constexpr int TILES = Q * (X + B + (OUT ? B : 0));
+    static constexpr int Q = Chunk<T>::q;
+    static constexpr int X = Q * Tile<T, P>::STRIDE, B = Q * Tile<T, N>::STRIDE, TILES = X + B + (OUT ? B : 0);
     // tiles of weights on the diagonal and below
-    static constexpr int STATE = !OUT ? 0 : HALF ? P * N : P * H, WEIGHTS = !OUT ? 0 : HALF ? 10 * 256 : Q * M;
+    static constexpr int STATE = !OUT ? 0 : HALF ? P * N : P * Tile<T, N>::STRIDE, WEIGHTS = !OUT ? 0 : HALF ? 10 * 256 : Q * Tile<T, Q>::STRIDE;
     static constexpr int OPERANDS = (STAGES * TILES + STATE + WEIGHTS) * (int)sizeof(T);
     // warps that form step sizes, each those of a chunk at a time
     static constexpr int FORMERS = OUT ? 1 : WALKERS / 32;
@@ -79,9 +78,9 @@ struct Forward {
     }
 
     DEVICE T* tiles(int c) const { return reinterpret_cast<T*>(shared) + (STAGES == 2 ? c % 2 * At::TILES : 0); }
-    DEVICE T* X(int c) const { return tiles(c); }
-    DEVICE T* B(int c) const { return tiles(c) + Q * At::X; }
-    DEVICE T* C(int c) const { return tiles(c) + Q * (At::X + At::B); }
+    DEVICE Tile<T, P> X(int c) const { return {tiles(c)}; }
+    DEVICE Tile<T, N> B(int c) const { return {tiles(c) + At::X}; }
+    DEVICE Tile<T, N> C(int c) const { return {tiles(c) + At::X + At::B}; }
     DEVICE T* H() const { return reinterpret_cast<T*>(shared) + STAGES * At::TILES; }
     DEVICE T* weights() const { return H() + At::STATE; }
     DEVICE Steps<Q>& steps(int c) const { return reinterpret_cast<Steps<Q>*>(shared + At::OPERANDS)[c % (2 * FORMERS)]; }
@@ -107,9 +106,9 @@ struct Forward {
     }
     DEVICE void fetch(int c) {
         const int rows = p.l - c * Q < Q ? p.l - c * Q : Q;
-        fill_own<T, Q, P, At::X, ALIGNED, WALKERS>(X(c), next_x, p.x_l, rows, channels);
-        fill_own<T, Q, N, At::B, ALIGNED, WALKERS>(B(c), next_B, p.B_l, rows, n);
-        if constexpr (OUT) fill_own<T, Q, N, At::B, ALIGNED, WALKERS>(C(c), next_C, p.C_l, rows, n), next_C += Q * p.C_l;
+        fill_own<T, Q, ALIGNED, WALKERS>(X(c), next_x, p.x_l, rows, channels);
+        fill_own<T, Q, ALIGNED, WALKERS>(B(c), next_B, p.B_l, rows, n);
+        if constexpr (OUT) fill_own<T, Q, ALIGNED, WALKERS>(C(c), next_C, p.C_l, rows, n), next_C += Q * p.C_l;
         next_x += Q * p.x_l, next_B += Q * p.B_l;
         copy_async_commit();
     }
@@ -184,7 +183,7 @@ struct Forward {
                 lane_of(H(), first + j / 2) = make_uint4(Element<T>::pack(left), Element<T>::pack(right), Element<T>::pack(left + 2), Element<T>::pack(right + 2));
             }
         } else {
-            each<1, NT>([&](int, int j, int e) { H()[row_of(e) * At::H + column_of(j, e)] = state[0][j][e]; });
+            each<1, NT>([&](int, int j, int e) { *Tile<T, N>{H()}.place(row_of(e), column_of(j, e)).at = state[0][j][e]; });
         }
         return back;
     }
@@ -215,8 +214,8 @@ struct Forward {
     DEVICE bool look(int c) const {
         constexpr int PARTS = WALKERS / Q;
         const int row = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
-        int bad = clean<P>(X(c) + row * At::X, part, PARTS) | clean<N>(B(c) + row * At::B, part, PARTS);
-        if constexpr (OUT) bad |= 2 * clean<N>(C(c) + row * At::B, part, PARTS);
+        int bad = clean(X(c), row, part, PARTS) | clean(B(c), row, part, PARTS);
+        if constexpr (OUT) bad |= 2 * clean(C(c), row, part, PARTS);
 #pragma unroll
         for (int m = 1; m < PARTS; m *= 2) bad |= __shfl_xor_sync(~0u, bad, m);
         bad |= steps(c).bad[row];
@@ -225,17 +224,18 @@ struct Forward {
         return __syncthreads_or(bad);
     }
     template <int COLUMNS>
-    DEVICE static int clean(T* row, int part, int parts) {
+    DEVICE static int clean(Tile<T, COLUMNS> tile, int row, int part, int parts) {
         int bad = 0;
         for (int k = part; k < COLUMNS / WIDE; k += parts) {
+            T* at = tile.place(row, k * WIDE).at;
             float x[WIDE];
-            Packed<T>::from(row + k * WIDE).unpack(x);
+            Packed<T>::from(at).unpack(x);
             bool all = true;
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) all = all && is_finite(x[i]);
             if (all) continue;
             bad = 1;
-            Packed<T>{{0, 0, 0, 0}}.template store<true>(row + k * WIDE, WIDE);
+            Packed<T>{{0, 0, 0, 0}}.template store<true>(at, WIDE);
         }
         return bad;
     }
@@ -254,7 +254,7 @@ struct Forward {
         uint32 a[KEPT ? N / 16 : 1][1][4];
     };
     DEVICE void load_rows(Rows& rows, int c, int tile, int k) const {
-        load_a<T, false, false>(rows.a[KEPT ? k : 0][0], C(c) + 16 * tile * At::B + 16 * k, At::B, nullptr);
+        load_a<T, false, false>(rows.a[KEPT ? k : 0][0], lane_place<true>(C(c).corner(16 * tile, 0)).on(0, 16 * k), nullptr);
     }
 
     // C B^T of 16 tokens and 8 S that are not behind them, which becomes what the tokens take of these; fp16: in rows that are made 2^14 at most
@@ -264,15 +264,15 @@ struct Forward {
         const Steps<Q>& s = steps(c);
         const int row = 16 * tile + threadIdx.x % 32 / 4, column = WIDTH * part + threadIdx.x % 4 * 2;
         float scores[1][S][4] = {}, largest[2] = {0.f, 0.f};
-        const T* keys = B(c) + WIDTH * part * At::B;
+        const Tile<T, N> keys = B(c).corner(WIDTH * part, 0);
         if constexpr (HALF) {
 #pragma unroll(TOGETHER)
             for (int k = 0; k < N / 16; ++k) {
                 if constexpr (!KEPT) load_rows(rows, c, tile, k);
-                product_step<T, 1, S, false>(scores, rows.a[KEPT ? k : 0], keys + 16 * k, At::B);
+                product_step<T, 1, S, false>(scores, rows.a[KEPT ? k : 0], lane_place<false>(keys).on(0, 16 * k));
             }
         } else {
-            product<T, 1, S, false, false>(scores, C(c) + 16 * tile * At::B, At::B, keys, At::B, N);
+            product<T, 1, S, false, false>(scores, C(c).corner(16 * tile, 0), keys, N);
         }
         each<1, S>([&](int, int j, int e) {
             const int t = row + e / 2 * 8, from = column + 8 * j + e % 2;
@@ -304,7 +304,7 @@ struct Forward {
                 lane_of(weights(), tile * (tile + 1) / 2 + 2 * part + j) = make_uint4(a[0], a[1], a[2], a[3]);
             }
         } else {
-            each<1, S>([&](int, int j, int e) { weights()[(row + e / 2 * 8) * At::M + column + 8 * j + e % 2] = scores[0][j][e]; });
+            each<1, S>([&](int, int j, int e) { *Tile<T, Q>{weights()}.place(row + e / 2 * 8, column + 8 * j + e % 2).at = scores[0][j][e]; });
         }
     }
 
@@ -323,7 +323,7 @@ struct Forward {
     // y += weights X, of J tiles of tokens; fp16: `back` is what y is over from there on
     template <int TILES>
     DEVICE void add_seen(int c, int span, float (&y)[1][YT][4], float (&back)[2]) const {
-        const T* x = X(c) + span;
+        const Tile<T, P> x = lane_place<true>(X(c).corner(0, span));
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
             if constexpr (is_fp16<T>) {
@@ -339,7 +339,7 @@ struct Forward {
             }
             const uint4 w = lane_of(weights(), TILES * (TILES - 1) / 2 + j);
             const uint32 a[1][4] = {{w.x, w.y, w.z, w.w}};
-            product_step<T, 1, YT, true>(y, a, x + 16 * j * At::X, At::X);
+            product_step<T, 1, YT, true>(y, a, x.on(16 * j, 0));
         }
     }
 
@@ -357,12 +357,12 @@ struct Forward {
                 }
             }
         } else {
-            product<T, 1, YT, false, false>(y, C(c) + 16 * tile * At::B, At::B, H() + span * At::H, At::H, N);
+            product<T, 1, YT, false, false>(y, C(c).corner(16 * tile, 0), Tile<T, N>{H()}.corner(span, 0), N);
         }
         const float* at = steps(c).into + 16 * tile + threadIdx.x % 32 / 4;
         const float into[2] = {at[0], at[8]}, by[2] = {into[0] * unit, into[1] * unit};
         each<1, YT>([&](int, int j, int e) { y[0][j][e] = PACKED && into[e / 2] == 0.f ? 0.f : y[0][j][e] * by[e / 2]; });
-        if constexpr (!HALF) product<T, 1, YT, false, true>(y, weights() + 16 * tile * At::M, At::M, X(c) + span, At::X, 16 * (tile + 1));
+        if constexpr (!HALF) product<T, 1, YT, false, true>(y, Tile<T, Q>{weights()}.corner(16 * tile, 0), X(c).corner(0, span), 16 * (tile + 1));
         else if (tile == 0) add_seen<1>(c, span, y, back);
         else if (tile == 1) add_seen<2>(c, span, y, back);
         else if (tile == 2) add_seen<3>(c, span, y, back);
@@ -409,13 +409,14 @@ struct Forward {
             bad = look(c);
         }
         T* to = out_at;
+        const Tile<T, P> skipped = X(c).place(row, channel);
 #pragma unroll
         for (int r = 0; r < 2; ++r, to += 8 * (int64)p.h * p.p) {
             const int t = row + 8 * r;
             float out[YT][2];
 #pragma unroll
             for (int j = 0; j < YT; ++j) out[j][0] = y[0][j][2 * r] * back[r], out[j][1] = y[0][j][2 * r + 1] * back[r];
-            finish(out, X(c) + t * At::X + channel, skip() + channel, gates[r]);
+            finish(out, skipped.on(8 * r, 0), skip() + channel, gates[r]);
             if (PACKED && (bad || spoiled) && (s.bad[t] & 2 || hurt(s, t))) {
 #pragma unroll
                 for (int j = 0; j < YT; ++j) out[j][0] = out[j][1] = NOT_A_NUMBER;
@@ -426,12 +427,12 @@ struct Forward {
     }
 
     // The skip and the gate of a token's channels
-    DEVICE void finish(float (&y)[YT][2], const T* skipped, const float* D, const Gate (&gates)[GT]) const {
+    DEVICE void finish(float (&y)[YT][2], Tile<T, P> skipped, const float* D, const Gate (&gates)[GT]) const {
         if (p.D != nullptr) {
 #pragma unroll
             for (int j = 0; j < YT; ++j) {
                 float x[2], by[2];
-                read_channels<T, 2>(skipped + 8 * j, x);
+                read_channels<T, 2>(skipped.on(0, 8 * j).at, x);
                 load_shared<2>(D + 8 * j, by);
                 y[j][0] = fmaf(by[0], x[0], y[j][0]), y[j][1] = fmaf(by[1], x[1], y[j][1]);
             }
@@ -484,24 +485,25 @@ struct Forward {
     // H = through H + X^T diag(onward) B.  A chunk's part is summed by itself: tensor cores cut sums off, which long memories would add up.
     DEVICE void advance(int c, bool bad) {
         const Steps<Q>& s = steps(c);
-        const T *x = X(c) + row_of(0) / 16 * 16, *keys = B(c) + column_of(0, 0) / 8 * 8;
+        const Tile<T, P> x = X(c).corner(0, row_of(0) / 16 * 16);
+        const Tile<T, N> keys = B(c).corner(0, column_of(0, 0) / 8 * 8);
         if constexpr (PACKED) spoiled = (bad || spoiled) && hurt(s, Q - 1);
         if constexpr (HALF) {
             uint32 a[Q / 16][1][4];
 #pragma unroll
-            for (int k = 0; k < Q / 16; ++k) load_a<T, true, true>(a[k][0], x + 16 * k * At::X, At::X, s.onward + 16 * k);
+            for (int k = 0; k < Q / 16; ++k) load_a<T, true, true>(a[k][0], lane_place<false>(x).on(16 * k, 0), s.onward + 16 * k);
 #pragma unroll
             for (int j = 0; j < NT; j += J) {
                 float part[1][J][4] = {};
 #pragma unroll
-                for (int k = 0; k < Q / 16; ++k) product_step<T, 1, J, true>(part, a[k], keys + 16 * k * At::B + 8 * j, At::B);
+                for (int k = 0; k < Q / 16; ++k) product_step<T, 1, J, true>(part, a[k], lane_place<true>(keys).on(16 * k, 8 * j));
                 take_up(s, j, part);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < NT; j += J) {
                 float part[1][J][4] = {};
-                product<T, 1, J, true, true, true>(part, x, At::X, keys + 8 * j, At::B, Q, J, s.onward);
+                product<T, 1, J, true, true, true>(part, x, keys.corner(0, 8 * j), Q, J, s.onward);
                 take_up(s, j, part);
             }
         }

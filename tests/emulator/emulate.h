@@ -33,7 +33,7 @@ inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, 
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
-#define SHARED_MEMORY(name) char* name = emulated::shared.data()
+#define SHARED_MEMORY(name) char* name = emulated::shared
 #define SHARED_ARRAY(T, name, size) alignas(16) static T name[size]
 
 struct Dim { int x; };
@@ -79,7 +79,8 @@ struct Fiber {
 };
 inline std::vector<Fiber> fibers;
 inline std::vector<int> arrived;  // per barrier: 16 named ones, then one per warp
-inline std::vector<char> shared;
+inline std::vector<char> space;
+inline char* shared;  // in it, on a border of 128 bytes
 inline std::vector<uint32> lanes;
 inline std::vector<int> turns;    // how often each barrier has opened
 inline char orders[2][1024], start, end;
@@ -130,7 +131,8 @@ inline void run(int grid, int block, int shared_bytes, std::function<void()> ker
     watched_scheduler = __tsan_get_current_fiber();
     for (int b = 0; b < grid; ++b) {
         blockIdx.x = b;
-        shared.assign(shared_bytes + GUARD, fill);
+        space.assign(shared_bytes + GUARD + 127, fill);
+        shared = (char*)(((size_t)space.data() + 127) / 128 * 128);
         lanes.assign(block, 0);
         arrived.assign(16 + (block + 31) / 32, 0);
         turns.assign(arrived.size(), 0);

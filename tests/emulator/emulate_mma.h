@@ -57,6 +57,8 @@ inline int __syncthreads_or(int x) {
     return found;
 }
 
+template <class T>
+inline T* turned(T* at, int bits) { return (T*)((size_t)at ^ bits); }
 template <bool TRANSPOSED>
 inline void ldmatrix(uint32 (&r)[4], const void* row) {
     if ((size_t)row % 16) fprintf(stderr, "a row of ldmatrix that is not aligned\n"), abort();
