@@ -102,7 +102,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     // acc += a b over states, `AT_ONCE` of them unrolled, for which there are registers
     template <int COLS>
     DEVICE static void over_states(float (&acc)[MT][COLS][4], States a, States b) {
-        constexpr int AT_ONCE = N < 64 ? N : 64;
+        constexpr int AT_ONCE = sizeof(T) == 2 && N % 64 == 0 && N <= 128 ? 64 : 32;
 #pragma unroll 1
         for (int k = 0; k < N; k += AT_ONCE) product<T, MT, COLS, false, false>(acc, a.corner(0, k), b.corner(0, k), AT_ONCE);
     }

@@ -380,12 +380,14 @@ struct Forward {
         float y[1][YT][4], back[2];
 #pragma unroll 1
         for (int again = 0; again < 2; ++again) {
+            // else the compiler forms places in tiles in front of this loop, more than there are registers for
+            const int own = PACKED ? keep_in_register(c) : c;
             Rows rows;
             if constexpr (KEPT) {
 #pragma unroll
                 for (int k = 0; k < N / 16; ++k) load_rows(rows, c, tile, k);
             }
-            weigh_all(c, rows);
+            weigh_all(own, rows);
             // asked for now, needed at the end
             if constexpr (GATES) {
 #pragma unroll
@@ -400,7 +402,7 @@ struct Forward {
             __syncthreads();
             each<1, YT>([&](int, int j, int e) { y[0][j][e] = 0.f; });
             back[0] = back[1] = 1.f;
-            attend(c, tile, span, rows, unit, y, back);
+            attend(own, tile, span, rows, unit, y, back);
             if (!PACKED || again) break;
             // a token that is not finite shows in its own output: only then is it looked for, and the work done again without it
             float zero = 0.f;
