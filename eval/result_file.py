@@ -56,7 +56,7 @@ def merged(before: Result, after: Result) -> Result:
 
 
 def _identity(row: dict[str, Any]) -> tuple:
-    return tuple(row.get(key) for key in ("name", "op", "dtype", "peer"))
+    return tuple(row.get(key) for key in ("part", "name", "op", "dtype", "peer"))
 
 
 def same_run(path: Path, result: Result) -> Result | None:

@@ -280,12 +280,22 @@ def test_known_results_are_those_of_the_trainings():
     assert f"{selective[0]} ± {selective[1]} % beside {invariant[0]} ± {invariant[1]} %" in page
     assert f"selective scan {selective[0]:.0f} %, time-invariant {invariant[0]:.0f} %" in front
     learned = points("in-context")
-    for task, names in {"parity": ("mambaformer", "attention", "mamba"), "retrieval": ("mambaformer", "mamba", "attention")}.items():
+    for task, names in {
+        "parity": ("mambaformer", "attention", "mamba"),
+        "retrieval": ("mambaformer", "mamba", "attention"),
+    }.items():
         means = [learned[f"model={name} problem={task}"] for name in names]
         first, second, third = (f"{mean} ± {sd:.0f}" if sd > 10 else f"{mean} ± {sd}" for mean, sd in means)
         assert re.search(rf"{first} % beside \w+'s {second} % \([^)]*\), \w+ {third} %", page)
     assert "MambaFormer 100 and 100 %, attention 61 and 61 %, Mamba 100 and 3 %" in front
-    assert [round(learned[f"model={m} problem={t}"][0]) for m in names for t in ("parity", "retrieval")] == [100, 100, 100, 3, 61, 61]
+    assert [round(learned[f"model={m} problem={t}"][0]) for m in names for t in ("parity", "retrieval")] == [
+        100,
+        100,
+        100,
+        3,
+        61,
+        61,
+    ]
     with (ROOT / "eval/results/ablate/recall-ratio-cells.csv").open(encoding="utf-8") as f:
         rows = [row for row in csv.DictReader(f) if row["chosen"] == "True"]
 

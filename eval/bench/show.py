@@ -152,7 +152,7 @@ def _generated(rows: list[dict[str, Any]], title: str) -> Table:
     table = _table(title, ("model",), ("state", *numbers, "peer", "its tokens/s", "ratio", "goal", "read ratio"))
     for row in rows:
         cells = [
-            row.get("state_dtype", ""),
+            row.get("state_dtype") or "",
             f"{row['params'] / 1e6:,.1f} M",
             str(row["shape"]["b"]),
             f"{row['shape']['l']:,}",

@@ -186,7 +186,9 @@ def mamba_ssm_model(config: Any, device: str | None = None) -> nn.Module:
     second = {"layer": "Mamba2"} if "mamba2" in cfg.layers else {}
     # as many rows as ours has, which may be padded to another multiple than theirs
     rows = same.get_parameter("backbone.embedding.weight").shape[0]
-    theirs = MambaConfig(d_model=cfg.d_model, n_layer=n_layer, vocab_size=rows, pad_vocab_size_multiple=1, ssm_cfg=second)
+    theirs = MambaConfig(
+        d_model=cfg.d_model, n_layer=n_layer, vocab_size=rows, pad_vocab_size_multiple=1, ssm_cfg=second
+    )
     return MambaLMHeadModel(theirs, device=device)
 
 

@@ -22,7 +22,7 @@ def sentence(result: Result, link: str) -> str | None:
 
 
 def claims(result: Result) -> str | None:
-    """Tabulate what the largest models write and keep of one row at up to three contexts; ``None`` where one was measured."""
+    """Tabulate what the largest models write and keep of one row at the ends of the contexts; ``None`` where there is one."""
     rows = [row for row in result["cases"] if row["shape"]["b"] == 1 and row.get("peer") != "no guesses"]
     if rows:
         part = max(rows, key=lambda row: row["params"])["part"]
@@ -34,10 +34,7 @@ def claims(result: Result) -> str | None:
     cells = {
         (row["name"], row["shape"]["l"]): f"{row['write_tokens_s']:,.0f}/s, {row['state_MiB']:,.0f} MiB" for row in rows
     }
-    lines = [
-        [f"{l:,}", *(cells.get((name, l), "") for name in names)]
-        for l in dict.fromkeys((contexts[0], contexts[len(contexts) // 2], contexts[-1]))
-    ]
+    lines = [[f"{l:,}", *(cells.get((name, l), "") for name in names)] for l in (contexts[0], contexts[-1])]
     return table(["tokens/s, state at", *names], lines)
 
 
@@ -67,7 +64,7 @@ def _table(rows: list[Row]) -> str:
          "of the goal", "reading", "peak GiB"],
         [
             [
-                row["name"], f"{row['params'] / 1e6:,.0f} M", f"{row['shape']['b']} x {row['shape']['l']:,}", row["state_dtype"],
+                row["name"], f"{row['params'] / 1e6:,.0f} M", f"{row['shape']['b']} x {row['shape']['l']:,}", row["state_dtype"] or "",
                 f"{row['state_MiB']:,.0f}", f"{row['read_tokens_s']:,.0f}", f"{row['write_tokens_s']:,.0f}", f"{row['write_ms']:.2f}",
                 *_beside(row), "" if row["peak_GiB"] is None else f"{row['peak_GiB']:.1f}",
             ]

@@ -68,7 +68,7 @@ class GenerateCall(SamplingOptions):
     prefill_chunk: int | None = option(
         None,
         "Columns of the prompts that are read at once.",
-        unset="all up to 16,384, else 8,192 at a time",
+        unset="16,384",
         bound=at_least(1),
     )
     state_dtype: torch.dtype | None = option(  # noqa: RUF009

@@ -9,7 +9,7 @@ from .state import ModelState
 
 __all__ = ["prefill"]
 
-# columns that are read at once, and the length from which prompts are read in pieces of half of it
+# columns that are read at once: of half as many a small model's kernels take less time than the host takes to launch them
 _LONG = 16384
 
 
@@ -33,7 +33,7 @@ def prefill(
         ValueError: A mask of another shape, a row without a real token, or a state of another number of rows.
     """
     b, l = input_ids.shape
-    chunk = chunk or (l if l <= _LONG else _LONG // 2)
+    chunk = chunk or _LONG
     last = _last(input_ids, mask)
     if state is None:
         state = model.init_state(b, l + more, device=input_ids.device)  # weights may be elsewhere until they are called

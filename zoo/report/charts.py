@@ -129,7 +129,8 @@ def line_chart(
         link = f'<path class="rule" style="fill:none;stroke:{colour(i)}" d="M2,{end:.1f} L12,{at:.1f}"/>'
         parts.append(f'<svg x="100%" overflow="visible">{link}</svg>')
         parts.append(_text(100, at + 4, names[i], "strong", dx=16, fill=colour(i)))
-    right = _width(*names) + 20 if any(names) else 14
+    # they are bold, and where a page's fonts are missing, wider
+    right = 1.25 * _width(*names) + 20 if any(names) else 14
     return Chart(label, "".join(parts), bottom + (46 if x_label else 24), left, right)
 
 
