@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from ..kernels import contain, dispatch
 from ..kernels.derivatives import ENV, plain, refused_after, refused_beyond
@@ -25,11 +26,14 @@ from ..kernels.dispatch import Backend, Facts, refuse_library, register
 from ..kernels.numerics import HALVES
 from ..kernels.seq import Seq
 from ..kernels.torch_private import constant_when_compiled
+from .common import is_captured
 
 Span = tuple[int, int]
 
 # tokens of a row from which on flash-attn 4 was measured to pay: with 64 channels per head or more, and within a window
 _LONG, _WIDE, _LONG_WINDOWED = 4096, 64, 2048
+# queries that are worth a look at where they stand
+_MANY = 256
 
 
 def dot_product(
@@ -37,18 +41,40 @@ def dot_product(
 ) -> Tensor:
     """Sum ``v`` (b, lk, h_kv, p) by the scaled dot products of ``q`` (b, lq, h, p) and ``k``, to (b, lq, h * p).
 
-    ``mask`` is true where a query sees a key, ([b,] lq, lk); or says whether none sees a later one.
+    ``mask`` is true where a query sees a key, ([b,] lq, lk); or says whether none sees a later one, from the first or the last ones on.
     """
     math = plain() or (backend or os.environ.get(ENV)) == "math"
     # the fused kernels have first derivatives only, and none in forward mode
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    options |= {"is_causal": mask} if isinstance(mask, bool) else {"attn_mask": mask.unsqueeze(-3)}
+    if isinstance(mask, bool):
+        options["is_causal"] = mask
+    else:
+        options["attn_mask"] = mask if isinstance(mask, CausalBias) else mask.unsqueeze(-3)
     with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, **options)
     if torch.is_grad_enabled() and not math and not torch.compiler.is_compiling():
         y = refused_beyond("attention", y)
     return y.transpose(1, 2).flatten(-2)
+
+
+def follow(q: Tensor, pos: Tensor, past: int) -> bool:
+    """Tell whether the queries of all rows, at ``pos`` (b, lq), stand right behind as many keys: then no mask is needed.
+
+    It asks the device, and so only where that is little beside what is read, and nothing is differentiated or traced.
+    """
+    if not _is_much(q) or q.requires_grad or plain() or torch.compiler.is_compiling() or is_captured(q):
+        return False
+    return bool((pos[:, 0] == past).all())
+
+
+def behind(q: Tensor, k: Tensor) -> CausalBias:
+    """The mask of queries that are the last ones of as many tokens as there are keys; nothing is allocated for it."""
+    return causal_lower_right(q.shape[1], k.shape[1])
+
+
+def _is_much(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in HALVES and q.shape[1] >= _MANY
 
 
 def _refuse_rows(name: str, facts: Facts) -> str | None:

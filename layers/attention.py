@@ -1,12 +1,11 @@
 """Attention with grouped keys and values, causal or not, on PyTorch's scaled dot product.
 
-Multi-query and grouped-query heads (arXiv:1911.02150, arXiv:2305.13245), rotary positions, sliding windows
-(arXiv:2004.05150) and a convolution over q, k and v as in mamba-ssm's ``MHA``, whose parameter names and row order
-(q, k, v) this layer follows. Different from it: no flash-attn needed, one masking rule for every case, and the
-convolution's state holds its inputs (upstream stores its outputs).
+Multi-query and grouped-query heads (arXiv:1911.02150, arXiv:2305.13245), rotary positions, sliding windows (arXiv:2004.05150) and a
+convolution over q, k and v as in mamba-ssm's ``MHA``, whose parameter names and row order (q, k, v) this layer follows. Unlike there, no
+flash-attn is needed, and the convolution's state holds its inputs.
 
-The rule: a query sees a key of the same document if ``0 <= pos_k <= pos_q``, and ``pos_k > pos_q - window`` where
-there is one. Without causality it sees all of them, or those with ``|pos_k - pos_q| < window``.
+The rule: a query sees a key of the same document if ``0 <= pos_k <= pos_q``, and ``pos_k > pos_q - window`` where there is one. Without
+causality it sees all of them, or those with ``|pos_k - pos_q| < window``.
 """
 
 import functools
@@ -217,8 +216,7 @@ class Attention(Mixer):
     def _sees(self, pos_q: Tensor, pos_k: Tensor) -> Tensor:
         # (..., lq), (..., lk) -> (..., lq, lk)
         before, (left, right) = pos_q[..., :, None] - pos_k[..., None, :], self.span
-        sees = (pos_k >= 0)[..., None, :]
-        sees = sees if right < 0 else sees & (before >= -right)
+        sees = (pos_k >= 0)[..., None, :] if right < 0 else (pos_k >= 0)[..., None, :] & (before >= -right)
         return sees if left < 0 else sees & (before <= left)
 
     @property
@@ -273,6 +271,8 @@ class Attention(Mixer):
                 return chosen.run(q, k, v, None, self.softmax_scale, self.span).flatten(-2)
         if plain and (window is None or window >= length):
             return self._attend(q, k, v, None, backend)
+        if past and not docs and window is None and attend.follow(q, pos, past):
+            return self._attend(q, k, v, attend.behind(q, k), backend)
         # block by block, so that neither the mask nor the work grows with the square of the length under a window
         block = _BLOCK if window is None else min(_BLOCK, max(window, 256))
         ys = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels import Seq
-from hybridzoo.layers import Attention
+from hybridzoo.layers import Attention, attend
 from hybridzoo.layers.base import copy_state, map_state
 from hybridzoo.layers.rope import rotate
 
@@ -181,6 +181,29 @@ def test_rows_of_different_length_decode_side_by_side():
             y = layer.step(token, state)
         for row, skip in enumerate((0, 5, 8)):
             assert worst(y[row], layer(x[row : row + 1, skip:])[0, -1]) < 1e-9
+
+
+@pytest.mark.parametrize("kv", [2, 4])
+@pytest.mark.parametrize("skips", [(0, 0), (3, 0)])
+def test_long_pieces_need_no_mask_where_all_rows_are_as_far(kv, skips, monkeypatch):
+    asked = []
+    monkeypatch.setattr(attend, "_is_much", lambda q: q.shape[1] >= 8)
+    monkeypatch.setattr(attend, "behind", lambda q, k, plain=attend.behind: asked.append(k.shape[1]) or plain(q, k))
+    layer, x = Attention(32, 4, kv).double(), torch.randn(2, 40, 32).double()
+    mask = torch.ones(2, 12, dtype=torch.long)
+    for row, skip in enumerate(skips):
+        mask[row, :skip] = 0
+    seq = Seq.from_mask(mask)
+    with torch.no_grad():
+        first = x[:, :12] if seq is None else seq.align(x[:, :12])
+        _, state = layer(first, layer.init_state(2, 64), seq, return_state=True)
+        ys = []
+        for piece in x[:, 12:].split([8, 13, 7], 1):
+            y, state = layer(piece, state, return_state=True)
+            ys.append(y)
+        for row, skip in enumerate(skips):
+            assert worst(torch.cat(ys, 1)[row], layer(x[row : row + 1, skip:])[0, 12 - skip :]) < 1e-9
+    assert asked == ([20, 33] if skips == (0, 0) else [])
 
 
 def test_a_state_can_be_reordered_and_copied():
