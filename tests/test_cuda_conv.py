@@ -186,7 +186,13 @@ def test_a_convolution_like_one_before_is_not_looked_at_again(monkeypatch):
     assert all(map(torch.equal, run(), want)) and not looked
     with torch.no_grad():
         y = causal_conv1d(x, weight, bias, initial_state=state, activation="silu")
-    assert torch.equal(y, want[0]) and not looked
+        both = causal_conv1d(x, weight, bias, initial_state=state, activation="silu", return_final_state=True)
+        short = causal_conv1d(x[:, :2], weight, bias, initial_state=state, activation="silu", return_final_state=True)
+        again = causal_conv1d(x[:, :2], weight, bias, initial_state=state, activation="silu", return_final_state=True)
+    assert torch.equal(y, want[0]) and torch.equal(both[0], y) and torch.equal(both[1], x[:, -3:])
+    assert all(map(torch.equal, short, again)) and torch.equal(short[1], torch.cat([state[:, 2:], x[:, :2]], 1))
+    assert len(looked) == 1
+    looked.clear()
     run(activation=None), run(bias=None), run(x[:, 1:].detach().requires_grad_())
     assert len(looked) == 3
     assert torch.allclose(run(backend="chunked")[0], want[0], atol=1e-5) and len(looked) == 4

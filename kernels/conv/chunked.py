@@ -113,10 +113,12 @@ def causal_conv1d(i: ConvInputs, silu: bool) -> Tensor:
 def last_inputs(x: Tensor, k: int, initial_state: Tensor | None, seq: Seq | None) -> Tensor:
     """The last k-1 real inputs of each row's last document, ``(b, k-1, d)``, zeros before its start; those before the row come first."""
     b, l, d = x.shape
+    if seq is None and l >= k - 1:
+        # a state must not keep the whole row alive
+        return x[:, l - k + 1 :].clone(memory_format=torch.contiguous_format)
     before = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state.to(x.dtype)
     if seq is None:
-        # a state must not keep the whole row alive
-        return torch.cat([before[:, min(l, k - 1) :], x[:, max(0, l - k + 1) :]], 1)
+        return torch.cat([before[:, l:], x], 1)
     # places in the row; negative ones stand before it
     at = seq.lengths[:, None] + torch.arange(1 - k, 0, device=x.device)
 

@@ -51,10 +51,10 @@ def causal_conv1d(
         BackendError: The backend asked for cannot do this call.
     """
     where, given = "causal_conv1d", ConvInputs(x, weight, bias, initial_state)
-    plain = seq is None and not return_final_state
-    plan = launch_plans.find(where, given, activation, backend) if plain else None
+    plan = launch_plans.find(where, given, activation, backend) if seq is None else None
     if plan is not None:
-        return cuda.causal_conv1d(given, activation == "silu", plan)
+        out = cuda.causal_conv1d(given, activation == "silu", plan)
+        return (out, chunked.last_inputs(x, weight.shape[1], initial_state, seq)) if return_final_state else out
     checks.floating(where, "x", x, 3, "(b, l, d)")
     checks.floating(where, "weight", weight, 2, "(d, k)")
     (b, l, d), k = x.shape, weight.shape[1]
@@ -71,6 +71,6 @@ def causal_conv1d(
     facts = facts_of(x, initial_state, seq, return_final_state, width=k, d=d)
     chosen = choose(where, backend=backend if l else "reference", **facts)
     (out,) = clear_padding(seq, chosen.run(i, silu))
-    if chosen.name == "cuda" and plain:
+    if chosen.name == "cuda" and seq is None:
         launch_plans.keep(where, i, lambda: cuda.plan_of(i, silu), activation, backend)
     return (out, chunked.last_inputs(x, k, initial_state, seq)) if return_final_state else out
