@@ -138,8 +138,9 @@ class AttentionState(State):
     def reserve(self, more: int) -> None:
         """As :meth:`State.reserve`; slots that a window has come round to are taken again and again."""
         cap, bound = self.k.shape[1], self.longest if self.bound < 0 else self.bound
-        if bound <= cap < bound + more:
-            self._grow(bound + more - cap)
+        want = min(bound + more, self.window or bound + more)
+        if bound <= cap < want:
+            self._grow(want - cap)
 
     def piece(self, start: int) -> "AttentionState":
         """As :meth:`State.piece`: the keys and values of these tokens alone, unless a window has put them into earlier ones' slots."""

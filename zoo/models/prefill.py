@@ -34,35 +34,37 @@ def prefill(
     """
     b, l = input_ids.shape
     chunk = chunk or _LONG
-    last = _last(input_ids, mask)
-    if state is None:
-        state = model.init_state(b, l + more, device=input_ids.device)  # weights may be elsewhere until they are called
-    elif state.tokens.shape[0] != b:
+    last = None if mask is None else _last(input_ids, mask)
+    begins = state is None
+    if state is not None and state.tokens.shape[0] != b:
         raise ValueError(
             f"state: is of {state.tokens.shape[0]} rows, and there are {b} prompts. Use state.reorder(rows)."
         )
     logits = None
     for start in range(0, l, chunk):
         at = slice(start, min(start + chunk, l))
-        here = ((last >= at.start) & (last < at.stop)).nonzero().squeeze(1)
-        # of the logits, only those of positions that some row ends at
-        ends = (last[here] - start).unique()
-        out = model(
-            input_ids[:, at], None, None if mask is None else mask[:, at], state=state, return_state=True,
-            logits_to_keep=ends if len(ends) else 1,
-        )  # fmt: skip
+        ids, tokens = input_ids[:, at], None if mask is None else mask[:, at]
+        # of the logits, only those of positions that some row ends at: without a mask nobody has to ask the device for these
+        ends: Any = 1
+        if last is not None:
+            here = ((last >= at.start) & (last < at.stop)).nonzero().squeeze(1)
+            ends = (last[here] - start).unique() if len(here) else 1
+        out = model(ids, None, tokens, state=state, return_state=True, logits_to_keep=ends)
         state = out.state
-        if len(here):
+        if begins and not start:
+            # a layer that begins without a state reads none, and has as much room behind as one that was made with it
+            state.reserve(l - at.stop + more)
+        if last is None:
+            logits = out.logits[:, 0]
+        elif len(here):
             logits = out.logits.new_empty(b, out.logits.shape[-1]) if logits is None else logits
             logits[here] = out.logits[here, torch.searchsorted(ends, last[here] - start)]
-    assert logits is not None
+    assert logits is not None and state is not None
     return logits, state
 
 
-def _last(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+def _last(input_ids: Tensor, mask: Tensor) -> Tensor:
     b, l = input_ids.shape
-    if mask is None:
-        return torch.full((b,), l - 1, device=input_ids.device)
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: shape {tuple(mask.shape)} differs from the prompts' {tuple(input_ids.shape)}."
