@@ -232,8 +232,7 @@ class Attention(Mixer):
         """
         if seq is None or not self._apart(seq):
             # padding stands behind the real tokens, where causality hides it anyway
-            pos = torch.arange(q.shape[1], device=q.device)
-            return self._mix(q, k, v, pos, pos, backend=backend)
+            return self._mix(q, k, v, backend=backend)
         chosen = choose("attention", backend=backend, **self.facts(q, seq))
         if chosen.run is not None and q.shape[1]:
             return chosen.run(q, k, v, seq, self.softmax_scale, self.span).flatten(-2)
@@ -256,14 +255,13 @@ class Attention(Mixer):
         # whether a row has tokens that must not see each other, though they could
         return seq.packed or (seq.padded and not self.causal)
 
-    def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, pos_k: Tensor, *docs: Tensor, backend: str | None = None
-    ) -> Tensor:
-        # (b, lq, h, p), (b, lk, h_kv, p), and the position of each, perhaps the document; the last lq keys are the queries' own
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, *where: Tensor, backend: str | None = None) -> Tensor:
+        # (b, lq, h, p), (b, lk, h_kv, p), and the position of each, which their order says by default, perhaps the document; the last lq
+        # keys are the queries' own
         length, window = q.shape[1], self.window
         if not length:
             return q.flatten(-2)
-        past = k.shape[1] - length
+        past, docs = k.shape[1] - length, where[2:]
         plain = not past and len(docs) == 0
         if past or not docs:  # packed rows have asked
             chosen = choose("attention", backend=backend, masked=not plain, **self.facts(q))
@@ -274,6 +272,7 @@ class Attention(Mixer):
         if past and not docs and window is None and attend.follow(q, pos, past):
             return self._attend(q, k, v, attend.behind(q, k), backend)
         # block by block, so that neither the mask nor the work grows with the square of the length under a window
+        pos, pos_k = where[:2] or (torch.arange(length, device=q.device),) * 2
         block = _BLOCK if window is None else min(_BLOCK, max(window, 256))
         ys = []
         for i in range(0, length, block):

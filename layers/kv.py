@@ -221,6 +221,11 @@ def remember(
     b, total = k.shape[:2]
     old = total - length
     cap, bound = _capacity(state, length, window)
+    if not old and seq is None and cap >= length:
+        # the first tokens of whole rows lie in the first slots as they are
+        at = torch.arange(length, device=k.device)
+        k, v, pos = _grown(k, v, at.expand(b, length), cap - length)
+        return AttentionState(k, v, pos, at.new_full((b,), length), conv, bound, window or 0)
     past = torch.zeros(b, dtype=torch.long, device=k.device) if state is None else state.length
     new = torch.full_like(past, length) if seq is None else seq.lengths
     skip = torch.zeros_like(past)
