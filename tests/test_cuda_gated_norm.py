@@ -58,6 +58,20 @@ def compare(x, z, weight, how, gh):
     assert [m.dtype for m in found[:3]] == [m.dtype for m in (x, z, weight)]
 
 
+def test_a_norm_like_one_before_is_launched_as_that_was(monkeypatch):
+    cuda = dispatch.Backend("cuda", "emulated", run=gated_cuda.gated_rms_norm)
+    monkeypatch.setitem(dispatch.TABLES["gated_rms_norm"], "cuda", cuda)
+    planned, plan_of = [], gated_cuda.plan_of
+    monkeypatch.setattr(gated_cuda, "plan_of", lambda *given: planned.append(given) or plan_of(*given))
+    weight = torch.randn(24)
+    for lie, copied in ((lambda m: m[..., 8:32], False), (lambda m: m[..., :48:2], True)):
+        gated_rms_norm(torch.randn(2, 5, 24), lie(torch.randn(2, 5, 60)), weight, EPS, 12)
+        x, z = torch.randn(2, 5, 24), lie(torch.randn(2, 5, 60))
+        want = forward(x, z, weight, Gating(EPS, 12, False))
+        planned.clear()
+        assert torch.equal(gated_rms_norm(x, z, weight, EPS, 12), want) and bool(planned) == copied
+
+
 @pytest.mark.parametrize(
     ("d", "size", "before"),
     [(1, 1, False), (24, 24, False), (24, 8, True), (30, 10, False), (1536, 1536, True), (2560, 2560, False)],

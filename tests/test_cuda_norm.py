@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import hybridzoo as zoo
+from hybridzoo import kernels
 from hybridzoo.kernels import dispatch
 from hybridzoo.kernels.norm import cuda as cuda_norm
 from hybridzoo.kernels.norm.cuda import backward, branch_rms_norm, forward, plan
@@ -125,6 +126,26 @@ def test_rows_are_read_where_they_lie():
     compare(heads[:, :, 2], weight, gh, past)
     compare(torch.randn(24, 5, 2).transpose(0, 2), weight, gh, past)
     compare(torch.randn(3, 2)[:, 1:], torch.ones(1), torch.randn(3, 1), torch.randn(3, 1))
+
+
+def test_a_norm_like_one_before_is_launched_as_that_was(monkeypatch):
+    monkeypatch.setitem(dispatch.TABLES["rms_norm"], "cuda", dispatch.Backend("cuda", "emulated", run=branch_rms_norm))
+    planned, plan_of = [], cuda_norm.plan_of
+    monkeypatch.setattr(cuda_norm, "plan_of", lambda *given: planned.append(given) or plan_of(*given))
+    wide, weight = torch.randn(2, 5, 60), torch.randn(25)
+    for lie, gains, copied in (
+        (lambda m: m[..., :24].contiguous(), weight[:24], False),
+        (lambda m: m[..., 8:32], None, False),
+        (lambda m: m[..., :24].contiguous(), weight[1:], True),
+        (lambda m: m[..., :48:2], weight[:24], True),
+    ):
+        for add in (None, torch.randn(2, 5, 24)):
+            kernels.branch_rms_norm(lie(wide), gains, EPS, BF16, add=add)
+            other = lie(torch.randn(2, 5, 60))
+            want = forward(other, gains, EPS, BF16, add)
+            planned.clear()
+            got = kernels.branch_rms_norm(other, gains, EPS, BF16, add=add)
+            assert all(map(torch.equal, got, want)) and bool(planned) == copied
 
 
 def test_large_small_and_broken_rows():

@@ -39,6 +39,16 @@ def in_one_piece(x: Any, dtype: torch.dtype = torch.float32, aligned: bool = Fal
     return x.clone() if aligned and x.data_ptr() % 16 else x
 
 
+def same_places(read: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> bool:
+    """Tell whether what a kernel reads lies where the operands do: perhaps in another shape, and no copies."""
+    return all(
+        [
+            a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
+            for a, b in zip(read, given, strict=True)
+        ]
+    )
+
+
 def common_type(first: Tensor, *others: Tensor | None) -> torch.dtype:
     """The type that operands are read in: theirs, if it is one and the kernels have it; float32 otherwise."""
     same = first.dtype in TYPES and all([x is None or x.dtype == first.dtype for x in others])

@@ -17,7 +17,7 @@ from ..derivatives import differentiable_once, once
 from ..dispatch import Facts
 from ..gpu import nvrtc, structs
 from ..gpu.device import processors
-from ..gpu.operands import TYPES, UNALIGNED, ceil_div, eager, in_one_piece, refuse_tensors
+from ..gpu.operands import TYPES, UNALIGNED, ceil_div, eager, in_one_piece, refuse_tensors, same_places
 from ..gpu.sums import add_up
 from ..numerics import blank
 from ..operators import custom_op, filled, like
@@ -109,6 +109,42 @@ def _flags(centred: bool, *tensors: Tensor | None) -> int:
     return (CENTRED if centred else 0) | (0 if aligned else UNALIGNED)
 
 
+def plan_of(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    centred: bool,
+) -> tuple[tuple[Tensor | None, ...], NormPlan]:
+    """The rows of ``x`` and ``add``, the weight and the bias as a forward reads them, and its launch."""
+    d = x.shape[-1]
+    m = x.numel() // d
+    (rows, x_row), (more, add_row) = _rows(x, m, d), _rows(add, m, d)
+    weight, bias = (None if g is None else in_one_piece(g, g.dtype, aligned=True) for g in (weight, bias))
+    types = (x.dtype, None if add is None else add.dtype, dtype, torch.float32 if weight is None else weight.dtype)
+    strides, flags = (x_row, add_row, d, d), _flags(centred, rows, more)
+    return (rows, more, weight, bias), plan(types, m, d, strides, flags, eps, processors(x.device), False)
+
+
+def known(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    centred: bool,
+) -> tuple[NormPlan | None]:
+    """Form what :mod:`hybridzoo.kernels.gpu.launch_plans` keeps of a forward that is checked: its launch, if it copies nothing."""
+    given = (x, add, weight, bias)
+    if not x.numel() or (bias is not None and weight is not None and bias.dtype != weight.dtype):
+        return (None,)
+    read, cut = plan_of(x, weight, bias, add, eps, dtype, centred)
+    return (cut if same_places(read, given) else None,)
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -117,24 +153,19 @@ def forward(
     add: Tensor | None = None,
     bias: Tensor | None = None,
     centred: bool = False,
+    cut: NormPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The outputs (..., d), in ``dtype``, and x, or the sum of x and ``add`` in x's type, whose norm it is.
 
-    ``centred`` takes off the mean, and goes with a bias of the weight's type, or none.
+    ``centred`` takes off the mean, and goes with a bias of the weight's type, or none. ``cut`` is what is :func:`known` of such a call.
     """
-    d, device = x.shape[-1], x.device
-    h = torch.empty(x.shape, dtype=dtype, device=device)
-    past = x if add is None else blank(x)
-    m = h.numel() // d
-    if m:
-        (rows, x_row), (more, add_row) = _rows(x, m, d), _rows(add, m, d)
-        weight, bias = (None if g is None else in_one_piece(g, g.dtype, aligned=True) for g in (weight, bias))
-        added, total = (None, None) if add is None else (add.dtype, past)
-        types = (x.dtype, added, dtype, torch.float32 if weight is None else weight.dtype)
-        strides, flags = (x_row, add_row, d, d), _flags(centred, rows, more)
-        cut = plan(types, m, d, strides, flags, eps, processors(device), False)
-        packed = structs.pack(cut.tail, rows, more, weight, bias, h, total, None, None, None, None, None)
-        nvrtc.launch("norm.cu", "norm_forward" + cut.arguments, packed, cut.blocks, cut.threads, 0, device)
+    h, past = blank(x, dtype), x if add is None else blank(x)
+    if h.numel():
+        read: tuple = (x, add, weight, bias)
+        if cut is None:
+            read, cut = plan_of(x, weight, bias, add, eps, dtype, centred)
+        packed = structs.pack(cut.tail, *read, h, None if add is None else past, None, None, None, None, None)
+        nvrtc.launch("norm.cu", "norm_forward" + cut.arguments, packed, cut.blocks, cut.threads, 0, x.device)
     return h, past
 
 
@@ -255,10 +286,15 @@ class _Eager(torch.autograd.Function):
 
 
 def branch_rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, add: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+    cut: NormPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`.op.branch_rms_norm` on an NVIDIA GPU; the same arguments and results."""
-    return _branch(x, weight, None, add, eps, dtype, False)
+    """:func:`.op.branch_rms_norm` on an NVIDIA GPU; the same arguments and results. ``cut`` is what is :func:`known` of such a call."""
+    return _branch(x, weight, None, add, eps, dtype, False, cut)
 
 
 def branch_layer_norm(
@@ -268,11 +304,12 @@ def branch_layer_norm(
     eps: float,
     dtype: torch.dtype,
     add: Tensor | None = None,
+    cut: NormPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`.op.branch_layer_norm` on an NVIDIA GPU; the same arguments and results."""
+    """:func:`.op.branch_layer_norm` on an NVIDIA GPU; the same arguments and results. ``cut`` is what is :func:`known` of such a call."""
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         weight, bias = weight.float(), bias.float()
-    return _branch(x, weight, bias, add, eps, dtype, True)
+    return _branch(x, weight, bias, add, eps, dtype, True, cut)
 
 
 def _branch(
@@ -283,6 +320,7 @@ def _branch(
     eps: float,
     dtype: torch.dtype,
     centred: bool,
+    cut: NormPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     # what is traced, or is not a plain tensor, needs the registered op; a compiler puts the sum where it likes
     if not eager(x) or (add is not None and not eager(add)):
@@ -292,4 +330,4 @@ def _branch(
     if torch.is_grad_enabled() and (passed or any(g is not None and g.requires_grad for g in (weight, bias))):
         h, past = _Eager.apply(x, weight, bias, add, eps, dtype, centred)
         return h, past if passed else x if add is None else past.detach()
-    return forward(x, weight, eps, dtype, add, bias, centred)
+    return forward(x, weight, eps, dtype, add, bias, centred, cut)

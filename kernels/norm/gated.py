@@ -44,8 +44,8 @@ def gated_rms_norm(
     if x.dim() == 0:
         raise ValueError(f"{where}: x has no dimensions, expected (..., d).")
     d, size = x.shape[-1], group_size or x.shape[-1]
-    if launch_plans.find(where, given, *how):
-        return gated_cuda.gated_rms_norm(x, gate, weight, eps, size, norm_before_gate)
+    if (plan := launch_plans.find(where, given, *how)) is not None:
+        return gated_cuda.gated_rms_norm(x, gate, weight, eps, size, norm_before_gate, *plan)
     checks.floating(where, "x", x, x.dim(), "(..., d)")
     checks.floating(where, "gate", gate, x.dim(), "(..., d)")
     checks.shape(where, "gate", gate, tuple(x.shape), "(..., d) like x")
@@ -59,7 +59,8 @@ def gated_rms_norm(
     facts: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, "dtypes": dtypes, "d": size}
     chosen = choose(where, backend=backend, **facts)
     if not chosen.plain:
-        launch_plans.keep(where, given, lambda: (given, True), *how)
+        gating = gated_cuda.Gating(eps, size, norm_before_gate)
+        launch_plans.keep(where, given, lambda: (given, gated_cuda.known(x, gate, weight, gating)), *how)
     return chosen.run(x, gate, weight, eps, size, norm_before_gate)
 
 

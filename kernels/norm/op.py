@@ -3,6 +3,7 @@
 What the branch before adds to x may come in with it, so that the sum and its norm are one pass.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,11 +55,12 @@ def branch_rms_norm(
         BackendError: The backend asked for cannot do this call.
     """
     where, given = "rms_norm", (x, weight, add)
-    if launch_plans.find(where, given, eps, dtype, backend):
-        return cuda.branch_rms_norm(x, weight, eps, dtype or x.dtype, add)
+    if (plan := launch_plans.find(where, given, eps, dtype, backend)) is not None:
+        return cuda.branch_rms_norm(x, weight, eps, dtype or x.dtype, add, *plan)
     x, add, chosen = _chosen(where, x, weight, None, add, dtype, backend)
     if chosen.name == "cuda":
-        launch_plans.keep(where, given, lambda: ((x, weight, add), True), eps, dtype, backend)
+        known = functools.partial(cuda.known, x, weight, None, add, eps, dtype or x.dtype, False)
+        launch_plans.keep(where, given, lambda: ((x, weight, add), known()), eps, dtype, backend)
     return chosen.run(x, weight, eps, dtype or x.dtype, add)
 
 
@@ -106,12 +108,13 @@ def branch_layer_norm(
         BackendError: The backend asked for cannot do this call.
     """
     where, given = "layer_norm", (x, weight, bias, add)
-    if launch_plans.find(where, given, eps, dtype, backend):
-        return cuda.branch_layer_norm(x, weight, bias, eps, dtype or x.dtype, add)
+    if (plan := launch_plans.find(where, given, eps, dtype, backend)) is not None:
+        return cuda.branch_layer_norm(x, weight, bias, eps, dtype or x.dtype, add, *plan)
     x, add, chosen = _chosen(where, x, weight, bias, add, dtype, backend)
     if chosen.plain:
         return _torch_layer_norm(x, weight, bias, eps, dtype or x.dtype, add, plain or plain_layer_norm)
-    launch_plans.keep(where, given, lambda: ((x, weight, bias, add), True), eps, dtype, backend)
+    known = functools.partial(cuda.known, x, weight, bias, add, eps, dtype or x.dtype, True)
+    launch_plans.keep(where, given, lambda: ((x, weight, bias, add), known()), eps, dtype, backend)
     return chosen.run(x, weight, bias, eps, dtype or x.dtype, add)
 
 
