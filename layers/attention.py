@@ -203,7 +203,7 @@ class Attention(Mixer):
     def _heads(self, qkv: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv.unflatten(-1, (-1, self.headdim))  # (b, l, h + 2 h_kv, p)
         sizes = [self.nheads, self.nheads_kv]
-        qk, v = heads.split([sum(sizes), self.nheads_kv], dim=2)
+        qk, v = heads.split_with_sizes([sum(sizes), self.nheads_kv], dim=2)
         if (self.q_norm is not None and self.k_norm is not None) or self.key_multiplier != 1:
             q, k = qk.split(sizes, dim=2)
             if self.q_norm is not None and self.k_norm is not None:
@@ -211,7 +211,7 @@ class Attention(Mixer):
             qk = torch.cat([q, scaled(k, self.key_multiplier)], dim=2)
         if self.rope is not None:
             qk = rotate(qk, pos, self.rope, self.rotary_dim, self.rope_interleaved, self.rope_scaling)
-        return *qk.split(sizes, dim=2), v
+        return *qk.split_with_sizes(sizes, dim=2), v
 
     def _sees(self, pos_q: Tensor, pos_k: Tensor) -> Tensor:
         # (..., lq), (..., lk) -> (..., lq, lk)

@@ -23,7 +23,7 @@ def acc_dtype(dtype: torch.dtype | None) -> torch.dtype:
 
 def upcast(x: Tensor) -> Tensor:
     """``x`` in at least float32."""
-    return x.to(acc_dtype(x.dtype))
+    return numerics.cast(x, acc_dtype(x.dtype))
 
 
 def dtype_read(x: Tensor) -> torch.dtype:

@@ -163,7 +163,7 @@ class Mamba(RowMixer):
 
     def parts(self, own: str = "") -> Parts:
         """The parts of a way, by the end of their names."""
-        return Parts(*(getattr(self, name) for name in NAMES[own]))
+        return Parts(*[getattr(self, name) for name in NAMES[own]])
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
@@ -272,19 +272,20 @@ class Mamba(RowMixer):
             B, C = (m.to(u.dtype).expand(*u.shape[:-1], *m.shape) for m in (p.B, p.C))
             options = {"D": p.D, "z": z, "dt_bias": p.dt_bias, "dt_softplus": True}
             return u.new_zeros(()).expand(u.shape), -upcast(p.A_log).exp(), B, C, options
-        dt, B, C = p.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = p.x_proj(u).split_with_sizes([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if p.dt_norm is not None and p.b_norm is not None and p.c_norm is not None:
             dt, B, C = p.dt_norm(dt), p.b_norm(B), p.c_norm(C)
         steps: Any = p.dt_proj
         # a bias of somebody else's may be adapted, quantised, or elsewhere until the module is called
-        whole = bool(self.dt_offset) or called(steps, StepProjection) or steps.bias is None
+        bias = None if self.dt_offset or called(steps, StepProjection) else steps.bias
+        whole = bias is None
         dt = steps(dt) if whole else steps.product(dt)
         if self.dt_offset:
             dt = (F.softplus(upcast(dt)) + self.dt_offset).to(u.dtype)
         options = {
             "D": p.D,
             "z": z,
-            "dt_bias": None if whole else upcast(steps.bias),
+            "dt_bias": None if bias is None else upcast(bias),
             "dt_softplus": not self.dt_offset,
         }
         return dt, -upcast(p.A_log).exp(), B, C, options

@@ -164,7 +164,7 @@ class Mamba2(RowMixer):
 
     def parts(self, own: str = "") -> Parts:
         """The parts of a way, by the end of their names."""
-        return Parts(*(getattr(self, name) for name in NAMES[own]))
+        return Parts(*[getattr(self, name) for name in NAMES[own]])
 
     @classmethod
     def effective_options(cls, options: dict[str, Any], d_model: int) -> dict[str, Any]:
@@ -281,7 +281,7 @@ class Mamba2(RowMixer):
 
     def split(self, projected: Tensor) -> Any:
         """The parts of what ``in_proj`` gives: the MLP's gate and value, z, xBC and dt."""
-        return projected.split([self.d_mlp, self.d_mlp, self.d_ssm, self.d_xBC, self.nheads], dim=-1)
+        return projected.split_with_sizes([self.d_mlp, self.d_mlp, self.d_ssm, self.d_xBC, self.nheads], dim=-1)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gate, value, z, xBC, dt = self.split(self.in_proj(scaled(x, self.in_multiplier)))
@@ -291,11 +291,12 @@ class Mamba2(RowMixer):
             parts = xBC.split([self.d_ssm, bc, bc], dim=-1)
             xBC = torch.cat([part * factor for part, factor in zip(parts, for_xBC, strict=True)], dim=-1)
             z, dt = z * for_z, dt * for_dt
-        return F.silu(gate) * value, z, xBC, dt
+        # two operations take the host as long on nothing as on something
+        return F.silu(gate) * value if self.d_mlp else gate, z, xBC, dt
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bc = self.ngroups * self.d_state
-        u, B, C = xBC.split([self.d_ssm, bc, bc], dim=-1)
+        u, B, C = xBC.split_with_sizes([self.d_ssm, bc, bc], dim=-1)
         per_group = (self.ngroups, self.d_state)
         return u.unflatten(-1, (self.nheads, self.headdim)), B.unflatten(-1, per_group), C.unflatten(-1, per_group)
 

@@ -115,7 +115,7 @@ def last_inputs(x: Tensor, k: int, initial_state: Tensor | None, seq: Seq | None
     b, l, d = x.shape
     if seq is None and l >= k - 1:
         # a state must not keep the whole row alive
-        return x[:, l - k + 1 :].clone(memory_format=torch.contiguous_format)
+        return x.narrow(1, l - k + 1, k - 1).clone(memory_format=torch.contiguous_format)
     before = x.new_zeros(b, k - 1, d) if initial_state is None else initial_state.to(x.dtype)
     if seq is None:
         return torch.cat([before[:, l:], x], 1)

@@ -188,9 +188,10 @@ class Block(Sharing):
 
     def _normed(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """The mixer's input, and the residual stream to go on with."""
-        plain = is_plain_norm(self.norm)
+        norm: Any = self.norm
+        plain = is_plain_norm(norm)
         if self.reads == "residual" and plain:
-            return self.norm(stream.x, self._dtype_read(self.norm.weight), branch=True, add=stream.add)
+            return norm(stream.x, self._dtype_read(norm.weight), branch=True, add=stream.add)
         x = read = stream.sum()
         side: Any = stream.side
         if self.reads == "residual_and_embedding":
@@ -200,10 +201,10 @@ class Block(Sharing):
         elif self.side_proj is not None:
             read = x + self.side_proj(side)
         if plain:
-            return self.norm(read, self._dtype_read(self.norm.weight), branch=True)[0], x
+            return norm(read, self._dtype_read(norm.weight), branch=True)[0], x
         # hooks, and what somebody has put in the norm's place, are given one tensor and give one
-        h = self.norm(read)
-        return h.to(self._dtype_read(next(self.norm.parameters(), h))), x
+        h = norm(read)
+        return h.to(self._dtype_read(next(norm.parameters(), h))), x
 
     def _dtype_read(self, weight: Any) -> torch.dtype:
         # a float32 residual stream meets half-precision weights, or autocast, here

@@ -64,12 +64,11 @@ def prefill(
 
 
 def _last(input_ids: Tensor, mask: Tensor) -> Tensor:
-    b, l = input_ids.shape
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: shape {tuple(mask.shape)} differs from the prompts' {tuple(input_ids.shape)}."
         )
-    last = ((mask != 0) * torch.arange(1, l + 1, device=input_ids.device)).amax(1) - 1
+    last = ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=input_ids.device)).amax(1) - 1
     if bool((last < 0).any()):
         row = int((last < 0).nonzero()[0])
         raise ValueError(
