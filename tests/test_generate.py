@@ -175,6 +175,24 @@ def test_prompts_are_read_in_chunks(model, chunk):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [None, 3, 9, 40])
+@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prompt_begins_without_a_state_and_leaves_what_a_state_of_zeros_leaves(window, chunk, padded):
+    model = zoo.build(CFG, {"mixers.attention.window": window}, dtype=torch.float64).eval()
+    ids = torch.randint(0, 50, (2, 7))
+    mask = torch.tensor([[1] * 7, [0, 0] + [1] * 5]) if padded else None
+    want, zeros = prefill(model, ids, mask, model.init_state(2, 7 + 9), 9, chunk)
+    got, state = prefill(model, ids, mask, None, 9, chunk)
+    for _ in range(12):
+        assert torch.allclose(got, want)
+        assert [(t.shape, t.dtype) for t in leaves(state)] == [(t.shape, t.dtype) for t in leaves(zeros)]
+        assert all(map(torch.allclose, leaves(state), leaves(zeros)))
+        token = want.argmax(-1) % 50
+        got, want = model.step(token, state), model.step(token, zeros)
+
+
+@torch.no_grad()
 def test_texts_end_rows_where_they_are_spelled(model, monkeypatch):
     class Letters:
         def decode(self, ids):
