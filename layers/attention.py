@@ -269,10 +269,10 @@ class Attention(Mixer):
                 return chosen.run(q, k, v, None, self.softmax_scale, self.span).flatten(-2)
         if plain and (window is None or window >= length):
             return self._attend(q, k, v, None, backend)
+        pos, pos_k = where[:2] or (torch.arange(length, device=q.device),) * 2
         if past and not docs and window is None and attend.follow(q, pos, past):
             return self._attend(q, k, v, attend.behind(q, k), backend)
         # block by block, so that neither the mask nor the work grows with the square of the length under a window
-        pos, pos_k = where[:2] or (torch.arange(length, device=q.device),) * 2
         block = _BLOCK if window is None else min(_BLOCK, max(window, 256))
         ys = []
         for i in range(0, length, block):

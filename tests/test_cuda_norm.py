@@ -148,6 +148,21 @@ def test_a_norm_like_one_before_is_launched_as_that_was(monkeypatch):
             assert all(map(torch.equal, got, want)) and bool(planned) == copied
 
 
+def test_a_norm_of_rows_off_16_byte_borders_is_looked_at_every_time(monkeypatch):
+    # 8 bytes off them four elements are read at once, 2 bytes off one by one, and both look the same to who asks for 16
+    monkeypatch.setitem(dispatch.TABLES["rms_norm"], "cuda", dispatch.Backend("cuda", "emulated", run=branch_rms_norm))
+    used, plan_of = [], cuda_norm.plan_of
+    monkeypatch.setattr(cuda_norm, "plan_of", lambda *given: used.append(plan_of(*given)) or used[-1])
+    kernels_of = set()
+    for off in (4, 1):
+        for _ in range(2):
+            x = torch.randn(2 * 24 + off).to(BF16)[off:].view(2, 24)
+            used.clear()
+            kernels.branch_rms_norm(x, None, EPS, BF16)
+            kernels_of.add((off, used[-1][1].arguments))
+    assert len(kernels_of) == 2 and len({arguments for _, arguments in kernels_of}) == 2
+
+
 def test_large_small_and_broken_rows():
     x = torch.stack(
         [torch.full((40,), 3e15), torch.full((40,), 1e-3), torch.zeros(40), torch.full((40,), float("nan"))]
