@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from ..kernels import contain, dispatch
 from ..kernels.derivatives import ENV, plain, refused_after, refused_beyond
@@ -50,7 +49,8 @@ def dot_product(
     if isinstance(mask, bool):
         options["is_causal"] = mask
     else:
-        options["attn_mask"] = mask if isinstance(mask, CausalBias) else mask.unsqueeze(-3)
+        # torch's bias has no heads, and is known by this alone without an import of its compiler
+        options["attn_mask"] = mask if hasattr(mask, "variant") else mask.unsqueeze(-3)
     with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, **options)
     if torch.is_grad_enabled() and not math and not torch.compiler.is_compiling():
@@ -68,8 +68,11 @@ def follow(q: Tensor, pos: Tensor, past: int) -> bool:
     return bool((pos[:, 0] == past).all())
 
 
-def behind(q: Tensor, k: Tensor) -> CausalBias:
+def behind(q: Tensor, k: Tensor) -> Tensor:
     """The mask of queries that are the last ones of as many tokens as there are keys; nothing is allocated for it."""
+    # it brings torch's compiler along
+    from torch.nn.attention.bias import causal_lower_right
+
     return causal_lower_right(q.shape[1], k.shape[1])
 
 
