@@ -43,7 +43,7 @@ def test_options_mean_what_they_mean_in_transformers(chosen, penalised):
     assert torch.equal(processed(logits, ids, **options), expected)
 
 
-def plain(logits, counts, o):
+def plain(logits, counts, o, apart=0.0):
     """The probabilities of every token of one row, one by one."""
     z = [x - o["frequency_penalty"] * c - o["presence_penalty"] * (c > 0) for x, c in zip(logits, counts, strict=True)]
     z = [x / o["temperature"] for x in z]
@@ -62,7 +62,7 @@ def plain(logits, counts, o):
             alive = {i for i in alive if p[i] >= o["min_p"] * max(p.values())}
             continue
         entropy = -math.fsum(q * math.log(q) for q in p.values())
-        order = {i: -q if name == "top_p" else abs(-math.log(q) - entropy) for i, q in p.items()}
+        order = {i: (-q if name == "top_p" else abs(-math.log(q) - entropy)) + apart * i for i, q in p.items()}
         for i in sorted(alive, key=order.__getitem__):
             if reached < o[name]:
                 kept.add(i)
@@ -97,7 +97,8 @@ def test_probabilities_are_those_of_the_definitions(options, seed):
 def _at_a_bound(logits, counts, options):
     def moved(by):
         o = {name: value if name == "top_k" else value * (1 + by) for name, value in options.items()}
-        return [p > 0 for p in plain(logits[0].tolist(), counts[0].tolist(), o)]
+        # nor is it known who comes first of two that are as likely, or as typical
+        return [p > 0 for p in plain(logits[0].tolist(), counts[0].tolist(), o, by)]
 
     return moved(1e-6) != moved(-1e-6)
 
