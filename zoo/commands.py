@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
-from .terminal import Device, Dtype, Json, counted, print_json, print_report, say, with_options
+from .terminal import Device, Dtype, Json, counted, print_json, print_report, say, torch_dtype, with_options
 from .train.options import TrainOptions
 
 __all__ = ["app"]
@@ -74,8 +74,6 @@ def show(
     from .named import check_model
 
     check_model(model, hub=False)
-    import torch
-
     from .checkpoint import load
     from .checkpoint.inspect import config_of, stored_dtype
     from .checkpoint.single import file_in
@@ -83,7 +81,7 @@ def show(
     from .models.stats import stats
 
     saved, file = Path(model).is_dir(), file_in(Path(model))
-    kind = getattr(torch, dtype.value) if dtype else stored_dtype(model) if saved else None
+    kind = torch_dtype(dtype) or (stored_dtype(model) if saved else None)
     if file is not None and overrides:
         raise ValueError(
             f"{overrides[0]}: cannot be changed in a file of weights, {file}. Leave it out, or name a config."

@@ -33,6 +33,7 @@ __all__ = [
     "progress_bar",
     "say",
     "stderr",
+    "torch_dtype",
     "with_options",
 ]
 
@@ -187,6 +188,15 @@ def print_text(text: str, end: str = "\n") -> None:
         text = _CONTROLS.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
     sys.stdout.write(f"{text}{end}")
     sys.stdout.flush()
+
+
+def torch_dtype(dtype: Dtype | None) -> Any:
+    """Return torch's type of this name; torch is imported only if there is one."""
+    if dtype is None:
+        return None
+    import torch
+
+    return getattr(torch, dtype.value)
 
 
 def with_options(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -10,7 +10,7 @@ import typer
 
 from .options import at_least, option
 from .sampling_options import SamplingOptions
-from .terminal import Device, Dtype, ModelName, print_json, print_text, say, with_options
+from .terminal import Device, Dtype, ModelName, print_json, print_text, say, torch_dtype, with_options
 
 __all__ = ["app"]
 
@@ -66,8 +66,8 @@ def generate(
     usual = 0.0 if assistant else 0.8
     given["temperature"] = usual if given["temperature"] is None else given["temperature"]
     options = _Sampling(**given).values() | {"max_new_tokens": max_new_tokens, "n": n, "stop": stop or None}
-    options["state_dtype"] = _of_torch(state_dtype)
-    how = {"device": device, "dtype": _of_torch(dtype), "seed": options["seed"]}
+    options["state_dtype"] = torch_dtype(state_dtype)
+    how = {"device": device, "dtype": torch_dtype(dtype), "seed": options["seed"]}
     if prompt is not None and prompts is not None:
         raise ValueError("generate(--prompt, --prompts): give one of them.")
     check_model(model)
@@ -127,14 +127,6 @@ def _assistant(name: str, how: dict[str, Any]) -> Any:
         return name
     check_model(name)
     return _opened(name, **how)
-
-
-def _of_torch(dtype: Dtype | None) -> Any:
-    if dtype is None:
-        return None
-    import torch
-
-    return getattr(torch, dtype.value)
 
 
 def _opened(model: str, device: Any, dtype: Any, seed: int) -> Any:

@@ -50,6 +50,10 @@ def refuse(facts: Facts) -> str | None:
     return reason or nvrtc.unavailable()
 
 
+# x, what is added to it, the weight and the bias
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 @dataclass(frozen=True)
 class NormPlan:
     """A launch: the struct behind its pointers, the template arguments, blocks, and threads in each."""
@@ -110,15 +114,10 @@ def _flags(centred: bool, *tensors: Tensor | None) -> int:
 
 
 def plan_of(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    add: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    centred: bool,
+    given: Operands, eps: float, dtype: torch.dtype, centred: bool
 ) -> tuple[tuple[Tensor | None, ...], NormPlan]:
-    """The rows of ``x`` and ``add``, the weight and the bias as a forward reads them, and its launch."""
+    """The rows of x and of what is added, the weight and the bias as a forward reads them, and its launch."""
+    x, add, weight, bias = given
     d = x.shape[-1]
     m = x.numel() // d
     (rows, x_row), (more, add_row) = _rows(x, m, d), _rows(add, m, d)
@@ -128,20 +127,12 @@ def plan_of(
     return (rows, more, weight, bias), plan(types, m, d, strides, flags, eps, processors(x.device), False)
 
 
-def known(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    add: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    centred: bool,
-) -> tuple[NormPlan | None]:
+def known(given: Operands, eps: float, dtype: torch.dtype, centred: bool) -> tuple[NormPlan | None]:
     """Form what :mod:`hybridzoo.kernels.gpu.launch_plans` keeps of a forward that is checked: its launch, if it copies nothing."""
-    given = (x, add, weight, bias)
+    x, _, weight, bias = given
     if not x.numel() or (bias is not None and weight is not None and bias.dtype != weight.dtype):
         return (None,)
-    read, cut = plan_of(x, weight, bias, add, eps, dtype, centred)
+    read, cut = plan_of(given, eps, dtype, centred)
     return (cut if same_places(read, given) else None,)
 
 
@@ -163,7 +154,7 @@ def forward(
     if h.numel():
         read: tuple = (x, add, weight, bias)
         if cut is None:
-            read, cut = plan_of(x, weight, bias, add, eps, dtype, centred)
+            read, cut = plan_of(read, eps, dtype, centred)
         packed = structs.pack(cut.tail, *read, h, None if add is None else past, None, None, None, None, None)
         nvrtc.launch("norm.cu", "norm_forward" + cut.arguments, packed, cut.blocks, cut.threads, 0, x.device)
     return h, past

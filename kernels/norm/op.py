@@ -59,7 +59,7 @@ def branch_rms_norm(
         return cuda.branch_rms_norm(x, weight, eps, dtype or x.dtype, add, *plan)
     x, add, chosen = _chosen(where, x, weight, None, add, dtype, backend)
     if chosen.name == "cuda":
-        known = functools.partial(cuda.known, x, weight, None, add, eps, dtype or x.dtype, False)
+        known = functools.partial(cuda.known, (x, add, weight, None), eps, dtype or x.dtype, False)
         launch_plans.keep(where, given, lambda: ((x, weight, add), known()), eps, dtype, backend)
     return chosen.run(x, weight, eps, dtype or x.dtype, add)
 
@@ -113,7 +113,7 @@ def branch_layer_norm(
     x, add, chosen = _chosen(where, x, weight, bias, add, dtype, backend)
     if chosen.plain:
         return _torch_layer_norm(x, weight, bias, eps, dtype or x.dtype, add, plain or plain_layer_norm)
-    known = functools.partial(cuda.known, x, weight, bias, add, eps, dtype or x.dtype, True)
+    known = functools.partial(cuda.known, (x, add, weight, bias), eps, dtype or x.dtype, True)
     launch_plans.keep(where, given, lambda: ((x, weight, bias, add), known()), eps, dtype, backend)
     return chosen.run(x, weight, bias, eps, dtype or x.dtype, add)
 
