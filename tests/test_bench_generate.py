@@ -67,8 +67,12 @@ def test_guesses_gain_where_text_repeats(monkeypatch):
     assert not failed and row["how"].endswith("checked by 13 forwards") and row["goal_ratio"] == 1.6
     assert row["ratio"] == row["write_tokens_s"] / row["peer_write_tokens_s"] > 1
     console = Console(width=200, record=True)
-    show.show({"what": "generate", "device": "x", "commit": "y", "ceilings": {}, "cases": [row]}, console)
+    result = {"what": "generate", "device": "x", "commit": "y", "ceilings": {}, "cases": [row]}
+    show.show(result, console)
     assert "no guesses" in console.export_text()
+    lines = written.pieces(result, "", "", "")[-1].splitlines()
+    assert lines[0].startswith("| model | rows x context | write, tokens/s | without guesses |") and len(lines) == 3
+    assert f"| {row['ratio']:.2f}x | {row['ratio'] / 0.016:.0f} % of 1.6x |" in lines[2]
 
 
 def test_a_model_that_mamba_ssm_has_not_stands_alone(monkeypatch):

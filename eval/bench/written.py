@@ -23,7 +23,7 @@ def sentence(result: Result, link: str) -> str | None:
 
 def claims(result: Result) -> str | None:
     """Tabulate what the largest models write and keep of one row at the ends of the contexts; ``None`` where there is one."""
-    rows = [row for row in result["cases"] if row["shape"]["b"] == 1 and row.get("peer") != "no guesses"]
+    rows = [row for row in result["cases"] if row["shape"]["b"] == 1 and not _guessed(row)]
     if rows:
         part = max(rows, key=lambda row: row["params"])["part"]
         rows = [row for row in rows if row["part"] == part]
@@ -40,7 +40,7 @@ def claims(result: Result) -> str | None:
 
 def pieces(result: Result, source: str, versions: str, image: str) -> list[str]:
     """Return the section: what was measured, one table per number of rows, and the picture."""
-    rows = result["cases"]
+    rows, guessed = ([row for row in result["cases"] if _guessed(row) is it] for it in (False, True))
     judged = [row for row in rows if row.get("goal_ratio")]
     met = sum(row["ratio"] >= row["goal_ratio"] for row in judged)
     text = (
@@ -55,6 +55,11 @@ def pieces(result: Result, source: str, versions: str, image: str) -> list[str]:
     for several in (False, True):
         if chosen := [row for row in rows if (row["shape"]["b"] > 1) is several]:
             found.append(_table(chosen))
+    if guessed:
+        found += [
+            "On text that repeats its prompt, with guesses looked up in it (`assistant=\"lookup\"`) and without:",
+            _guesses(guessed),
+        ]
     return [*found, f"![Tokens a second over the context]({image})"] if _panels(result) else found
 
 
@@ -76,9 +81,29 @@ def _table(rows: list[Row]) -> str:
 def _beside(row: Row) -> list[str]:
     if "ratio" not in row:
         return [""] * 4
+    return [f"{row['peer_write_tokens_s']:,.0f}", f"{row['ratio']:.2f}x", _of_goal(row), f"{row['read_ratio']:.2f}x"]
+
+
+def _of_goal(row: Row) -> str:
     goal = row.get("goal_ratio")
-    of = f"{100 * row['ratio'] / goal:.0f} % of {goal:g}x" if goal else ""
-    return [f"{row['peer_write_tokens_s']:,.0f}", f"{row['ratio']:.2f}x", of, f"{row['read_ratio']:.2f}x"]
+    return f"{100 * row['ratio'] / goal:.0f} % of {goal:g}x" if goal else ""
+
+
+def _guessed(row: Row) -> bool:
+    return row.get("peer") == "no guesses"
+
+
+def _guesses(rows: list[Row]) -> str:
+    return table(
+        ["model", "rows x context", "write, tokens/s", "without guesses", "ratio", "of the goal"],
+        [
+            [
+                row["name"], f"{row['shape']['b']} x {row['shape']['l']:,}", f"{row['write_tokens_s']:,.0f}",
+                f"{row['peer_write_tokens_s']:,.0f}", f"{row['ratio']:.2f}x", _of_goal(row),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
 
 
 def drawn(result: Result) -> str | None:
@@ -90,7 +115,7 @@ def drawn(result: Result) -> str | None:
 def _panels(result: Result) -> list[tuple[str, Chart]]:
     found = []
     for part in dict.fromkeys(row["part"] for row in result["cases"]):
-        rows = [row for row in result["cases"] if row["part"] == part and row["shape"]["b"] == 1]
+        rows = [row for row in result["cases"] if row["part"] == part and row["shape"]["b"] == 1 and not _guessed(row)]
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             _put(lines, row["name"], row, "write_tokens_s")
