@@ -131,3 +131,9 @@ def test_it_is_what_the_layer_does_between_its_projections(options):
         torch.testing.assert_close(layer.out_proj(y), layer.step(x, state))
         for (_, a), (_, b) in zip(mine.tensors(), state.tensors(), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_launches_of_another_form_leave_a_graph_its_counters():
+    k = torch.zeros(2, 3)
+    first, second = cuda.tickets(k, (2, 3)), cuda.tickets(k, (2, 5))
+    assert second.shape == (2, 5) and cuda.tickets(k, (2, 3)) is first and cuda.tickets(k, (2, 5)) is second
