@@ -15,7 +15,7 @@ from .step.inputs import ScanNorms
 from .few.inputs import StepConv, StepNorm
 from .few.op import step_linear
 from .attend.inputs import HeadNorm
-from .attend.op import step_attention
+from .attend.op import read_attention, step_attention
 from . import mamba_layer as mamba_layer
 from . import mamba2_layer as mamba2_layer
 # isort: on
@@ -35,6 +35,7 @@ __all__ = [
     "cross_entropy",
     "gated_rms_norm",
     "layer_norm",
+    "read_attention",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

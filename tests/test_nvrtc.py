@@ -183,7 +183,12 @@ USUAL = [
     few_rows(BF16, 1, n=192, k=5120),
     few_rows(BF16, 1, F32, NORMED, k=2560, conv=(0, 5120, 4, True)),
     few_rows(BF16, 8, F32, LAYER_NORM, k=2560, pairs=True, activation="silu"),
-    *(("attend.cu", f"attend_slots<{dtype}, {halves}, 2>") for dtype in ("bf16", "fp16") for halves in (1, 2, 3, 4)),
+    *(
+        ("attend.cu", f"attend_{kernel}>".replace("T", dtype).replace("H", str(halves)))
+        for kernel in ("slots<T, H, 2", "slots<T, H, 2, true", "keep<T, H")
+        for dtype in ("bf16", "fp16")
+        for halves in (1, 2, 3, 4)
+    ),
     *(loss(50280, dtype, want_gradient) for dtype in (BF16, F16, F32) for want_gradient in (True, False)),
     *(loss(v, BF16) for v in (256, 4096, 128256)),
     *(dual(BF16, 64, 128, flags) for flags in (0, RESET, cuda_ssd.GATED, cuda_ssd.STATES)),

@@ -1,10 +1,11 @@
-// One token's attention: norms and rotation of its heads, its key and value into the cache, and the sum of values by scaled dot products.
+// Attention over a cache, of one token a row or of several: norms and rotation of its heads, its key and value into the cache, and the sum
+// of values by scaled dot products.
 //
-// Memory-bound: every key and value that the token sees is read once, and products of tensor cores leave nothing else to wait for.  The slots
-// of a row are split among blocks, each with up to 8 query heads of one key head; in a block, warps take 16 slots in turn, and keep sums of
-// their own, rescaled as larger scores come (a softmax of base 2).  Sums meet in a fixed order: those of a block in shared memory, those of
-// the blocks where the last of them arrives.  The number of splits depends on slots and heads alone, so a row's bits do not depend on the
-// other rows.
+// Memory-bound: every key and value that the token sees is read once, and products of tensor cores leave nothing else to wait for.  The
+// slots of a row are split among blocks, each with up to 8 queries of one key head: heads, or heads of several tokens.  In a block, warps
+// take 16 slots in turn, and keep sums of their own, rescaled as larger scores come (a softmax of base 2).  Sums meet in a fixed order:
+// those of a block in shared memory, those of the blocks where the last of them arrives.  The number of splits depends on slots and heads
+// alone, so a row's bits do not depend on the other rows, nor on how many tokens those have.
 //
 // A product does not care about the order in which its terms or its rows stand.  A lane takes 16 bytes of a key, and its eight elements stand
 // where two products want eight of their 32 channels; of a value, they stand in the rows of four products.  So shared memory holds rows as they
@@ -12,24 +13,25 @@
 // fixed by that: lane 4 g + i has scores of head g and slots 2 i, 2 i + 1, 2 i + 8, 2 i + 9, which is the place that the product by values wants
 // them in, and it has values of these four slots.
 //
-// The new key and value are not read back: they take the place of what has been fetched.
+// One token's key and value are not read back: they take the place of what has been fetched.  Those of several tokens are seen by blocks
+// that have not formed them: a launch of its own comes first (`attend_keep`), and with TOKENS what it left is read like all the rest.
 #include "mma.cuh"
 #include "new_token.cuh"
 #include "tickets.cuh"
 
-template <class T, int HALVES, int STAGES>
+template <class T, int HALVES, int STAGES, bool TOKENS>
 struct Attend {
     // a head has P / 8 pieces of 16 bytes; a stage, 16 slots' keys and as many values
     static constexpr int P = 64 * HALVES, PIECES = P / 8, KEYS = P / 32, ROW = 2 * P, STAGE = 32 * ROW;
     const AttendParams& p;
     const Place& at;
-    const T* heads;
+    const T* heads;        // the new token's
     char* ring;            // the warp's stages
     const int g, i, from;  // lane 4 g + i, and its warp's first slots
     const T *k, *v;
     int64 positions[4];                  // what stands in the slots that are next
-    float most = NOTHING, weight = 0.f;  // of head g: over the four lanes that share it, and of this lane's slots
-    float sums[4 * HALVES][4] = {};      // channels 64 half + 8 g + 2 m and the next one of heads 2 i and 2 i + 1
+    float most = NOTHING, weight = 0.f;  // of query g: over the four lanes that share it, and of this lane's slots
+    float sums[4 * HALVES][4] = {};      // channels 64 half + 8 g + 2 m and the next one of queries 2 i and 2 i + 1
 
     DEVICE Attend(const AttendParams& p, const Place& at, const T* heads, char* shared)
         : p(p), at(at), heads(heads), ring(shared + threadIdx.x / 32 * STAGES * STAGE), g(threadIdx.x % 32 / 4), i(threadIdx.x % 4),
@@ -69,21 +71,33 @@ struct Attend {
 #pragma unroll
         for (int s = 0; s < STAGES; ++s) fetch(ring + s * STAGE, from + s * TURN);
     }
+    // channels 32 j + 8 i and the next ones of query g
+    DEVICE void queries(uint4 (&q)[KEYS]) const {
+        const T* from = heads + g * P;
+        if constexpr (TOKENS) from = (const T*)p.queries + at.query<true>(p, g < at.there ? g : 0, 0) * p.p;
+#pragma unroll
+        for (int j = 0; j < KEYS; ++j) {
+            q[j] = make_uint4(0, 0, 0, 0);
+            if (!TOKENS || 32 * j + 8 * i < p.p) q[j] = *reinterpret_cast<const uint4*>(from + 32 * j + 8 * i);
+        }
+    }
     DEVICE void along() {
         uint4 q[KEYS];
-#pragma unroll
-        for (int j = 0; j < KEYS; ++j) q[j] = *reinterpret_cast<const uint4*>(heads + g * P + 32 * j + 8 * i);
+        queries(q);
+        // the tokens' positions are slots
+        int last = at.end - 1;
+        if constexpr (TOKENS) last = at.position + at.token(p, g) < last ? (int)at.position + at.token(p, g) : last;
         int stage = 0;
 #pragma unroll 1
         for (int first = from; first < at.end; first += TURN) {
             bool seen[4];
 #pragma unroll
-            for (int m = 0; m < 4; ++m) seen[m] = sees(positions[m]) || first + slot(m) == at.own;
-            look(first + TURN);
+            for (int m = 0; m < 4; ++m) seen[m] = TOKENS ? first + slot(m) <= last : sees(positions[m]) || first + slot(m) == at.own;
+            if constexpr (!TOKENS) look(first + TURN);
             copy_async_wait<STAGES - 1>();
             __syncwarp();  // what other lanes have fetched is there
             char* here = ring + stage * STAGE;
-            mend(here, first, seen);
+            if constexpr (!TOKENS) mend(here, first, seen);
             take(here, seen, q);
             __syncwarp();  // and has been read by all
             fetch(here, first + STAGES * TURN);
@@ -148,7 +162,7 @@ struct Attend {
             }
         }
     }
-    // scores become weights; what is left of heads 2 i and 2 i + 1 so far
+    // scores become weights; what is left of queries 2 i and 2 i + 1 so far
     DEVICE void weigh(float (&score)[4], float (&keep)[2]) {
         float top = most;
 #pragma unroll
@@ -227,35 +241,74 @@ struct Sum {
     }
 };
 
-// f(head, channel) for each four channels of a block's heads
+// f(query, channel) for each four channels of a block's queries
 template <class F>
 DEVICE void each_quad(const AttendParams& p, const Place& at, F f) {
     for (int o = threadIdx.x; o < at.there * (p.p / 4); o += THREADS) f(o / (p.p / 4), o % (p.p / 4) * 4);
 }
 
-template <class T, int HALVES, int STAGES>
-__global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
-    using A = Attend<T, HALVES, STAGES>;
-    constexpr int ROW = A::P + 4;
-    SHARED_MEMORY(ring);
-    SHARED_ARRAY(T, heads, ROWS * A::P);
-    SHARED_ARRAY(int, last, 1);
+// Several tokens' heads: a block has up to 8 queries of a token and a key head, and, if they are the first ones, its key and value
+template <class T, int HALVES>
+__global__ void __launch_bounds__(THREADS) attend_keep(const AttendParams p) {
+    constexpr int P = 64 * HALVES, PIECES = P / 8;
+    SHARED_ARRAY(T, heads, ROWS * P);
     let_next_begin();
-    Place at(p);
-    NewHeads<T, A::P> token(p, at, heads);
+    const int per_kv = p.h / p.h_kv;
+    Place at(p, ceil_div(per_kv, HEADS), p.w, per_kv);
+    NewHeads<T, P> token(p, at, heads);
     token.look_ahead();
     wait_for_previous();
-    const int64 position = p.length[at.b];
-    token.look();
-    at.share_out(p, position);
+    at.position = p.length[at.b] + at.split, at.begin = 0, at.end = p.cap;
+    // of padding nothing is read: its queries are zero, and their answers finite
+    if (at.split < p.counts[at.b]) {
+        token.look(at.split);
+        if (at.chunk == 0 && at.position < p.cap) at.own = (int)at.position;
+    }
+    token.form();
+    __syncthreads();
+    if (at.has_own()) token.keep();
+    T* to = (T*)p.queries + ((at.b * p.w + at.split) * p.h + at.first) * p.p;
+    for (int e = threadIdx.x; e < at.there * PIECES; e += THREADS) {
+        const int n = e / PIECES, c = e % PIECES * 8;
+        if (c < p.p) Packed<T>::from(heads + n * P + c).template store<true>(to + n * p.p + c, 8);
+    }
+}
+
+template <class T, int HALVES, int STAGES, bool TOKENS = false>
+__global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
+    using A = Attend<T, HALVES, STAGES, TOKENS>;
+    constexpr int ROW = A::P + 4;
+    SHARED_MEMORY(ring);
+    SHARED_ARRAY(T, heads, TOKENS ? 8 : ROWS * A::P);
+    SHARED_ARRAY(int, last, 1);
+    let_next_begin();
+    Place at(p, p.chunks, p.splits, TOKENS ? p.w * (p.h / p.h_kv) : p.h / p.h_kv);
+    NewHeads<T, A::P> token(p, at, heads);
+    if constexpr (!TOKENS) token.look_ahead();
+    wait_for_previous();
+    const int64 position = at.position = p.length[at.b];
+    if constexpr (TOKENS) {
+        const int64 stand = position + p.counts[at.b];
+        at.share_out(p, stand > 1 ? stand : 1);
+    } else {
+        token.look();
+        at.own = (int)(position < p.cap ? position : position % p.cap);
+        at.share_out(p, position + 1);
+    }
     const int64 head = at.b * p.h + at.first;
     if (at.begin < at.end) {
         A a(p, at, heads, ring);
         a.begin();
-        a.look(a.from);
-        token.form();
-        __syncthreads();
-        if (at.has_own() && at.chunk == 0) token.keep();
+        if constexpr (!TOKENS) {
+            a.look(a.from);
+            token.form();
+            __syncthreads();
+            if (at.has_own() && at.chunk == 0) {
+                token.keep();
+                // other key heads' blocks may read the old one: they know the slot, and do not ask
+                if (at.kv == 0 && threadIdx.x == 0) p.pos[at.b * p.pos_b + at.own] = position;
+            }
+        }
         a.along();
         __syncthreads();
         float* met = reinterpret_cast<float*>(ring);
@@ -265,8 +318,9 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
         each_quad(p, at, [&](int i, int channel) {
             Sum sum;
             sum.template add<WARPS>(met + i * ROW, channel, A::P, HEADS * ROW, WARPS);
-            if (splits == 1) return sum.write((T*)p.out + (head + i) * p.p + channel);
-            float* to = p.parts + ((head + i) * p.splits + at.split) * (p.p + 4);
+            const int64 query = at.query<TOKENS>(p, i, head);
+            if (splits == 1) return sum.write((T*)p.out + query * p.p + channel);
+            float* to = p.parts + (query * p.splits + at.split) * (p.p + 4);
             store_shared<4>(to + channel, sum.y);
             if (channel == 0) to[p.p] = sum.most, to[p.p + 1] = sum.weight;
         });
@@ -276,14 +330,15 @@ __global__ void __launch_bounds__(THREADS) attend_slots(const AttendParams p) {
     if (p.splits > 1 && !is_last(tickets + at.group, p.splits, last)) return;
     const int splits = at.splits();
     uint32 ticket = 0;
-    if (threadIdx.x == 0) ticket = atomicInc(tickets + of_row, of_row - 1);
+    if (!TOKENS && threadIdx.x == 0) ticket = atomicInc(tickets + of_row, of_row - 1);
     if (splits > 1) {
         each_quad(p, at, [&](int i, int channel) {
+            const int64 query = at.query<TOKENS>(p, i, head);
             Sum sum;
-            sum.template add<16>(p.parts + (head + i) * p.splits * (p.p + 4), channel, p.p, p.p + 4, splits);
-            sum.write((T*)p.out + (head + i) * p.p + channel);
+            sum.template add<16>(p.parts + query * p.splits * (p.p + 4), channel, p.p, p.p + 4, splits);
+            sum.write((T*)p.out + query * p.p + channel);
         });
     }
     // all blocks of the row have read it
-    if (threadIdx.x == 0 && ticket == (uint32)of_row - 1) p.length[at.b] = position + 1;
+    if (!TOKENS && threadIdx.x == 0 && ticket == (uint32)of_row - 1) p.length[at.b] = position + 1;
 }

@@ -1,4 +1,4 @@
-"""The tensors and options of one token's attention, as values which all backends take."""
+"""The tensors and options of attention over a cache, as values which all backends take."""
 
 from typing import NamedTuple
 
@@ -30,6 +30,22 @@ class StepAttention(NamedTuple):
     nheads: int
     scale: float | None = None
     window: int | None = None
+    frequency: Tensor | None = None
+    interleaved: bool = False
+    key_multiplier: float = 1.0
+    norm: HeadNorm | None = None
+
+
+class ReadAttention(NamedTuple):
+    """The arguments of :func:`.op.read_attention`."""
+
+    qkv: Tensor
+    k: Tensor
+    v: Tensor
+    length: Tensor
+    counts: Tensor
+    nheads: int
+    scale: float | None = None
     frequency: Tensor | None = None
     interleaved: bool = False
     key_multiplier: float = 1.0

@@ -1,19 +1,21 @@
-// What a block of one token's attention begins with: its share of heads and slots, and the new token's heads.
+// What a block of attention over a cache begins with: its share of heads and slots, and a new token's heads.
 #pragma once
 #include "overlap.cuh"
 #include "vector.cuh"
 
 struct AttendParams {
-    const void* qkv;                      // (b, (h + 2 h_kv) p)
+    const void* qkv;                      // (b, w, (h + 2 h_kv) p)
     void *k, *v;                          // (b, cap, h_kv, p)
     const void *q_gain, *k_gain;          // (p), each may be null
     const float* frequency;               // (rotated)
-    int64 *pos, *length;                  // (b, cap), the position in a slot, -1 where it is empty; (b), tokens before this one
-    float* parts;                         // (b, h, splits, p + 4): sums, their largest exponent, and the sum of weights
+    int64 *pos, *length;                  // (b, cap), the position in a slot, -1 if empty, absent with several tokens; (b), tokens before these
+    const int64* counts;                  // (b), tokens of a row that are no padding; with one token alone, absent, as `queries` is
+    void* queries;                        // (b, w, h, p), with their norms and turned
+    float* parts;                         // (b, w, h, splits, p + 4): sums, their largest exponent, and the sum of weights
     uint32* tickets;                      // (b, h_kv chunks + 1): blocks that are done of heads, and heads of a row; zero between launches
-    void* out;                            // (b, h p)
-    int64 qkv_b, k_b, k_s, k_h, v_b, v_s, v_h, pos_b;
-    int h, h_kv, p, cap, splits, chunks, window, rotated, interleaved, normed;
+    void* out;                            // (b, w, h p)
+    int64 qkv_b, qkv_w, k_b, k_s, k_h, v_b, v_s, v_h, pos_b;
+    int w, h, h_kv, p, cap, splits, chunks, window, rotated, interleaved, normed;
     float scale, key_multiplier, eps;
 };
 
@@ -26,22 +28,31 @@ DEVICE int ceil_div(uint32 a, uint32 b) { return (int)((a + b - 1) / b); }
 
 // A block's place, and the slots that are its own
 struct Place {
-    int split, group, chunk, kv, first, there;  // group: of the row's blocks, those of its query heads, `there` of them from the first on
-    int64 b, position;
-    int own, used, per, begin, end;             // the new token's slot; slots of the row, of a block, and of this one
+    // group: of the row's blocks, those of its queries, `there` of them, of one token from head `first` on; split: of the slots, or a token
+    int split, group, chunk, kv, first, there;
+    int64 b, position;                    // of the (first) new token
+    int own = -1, used, per, begin, end;  // the new token's slot, if any; slots of the row, of a block, and of this one
 
-    DEVICE Place(const AttendParams& p) {
+    // `queries`: of a key head, heads or, of several tokens, the first token's heads, then the next one's
+    DEVICE Place(const AttendParams& p, int chunks, int splits, int queries) {
         // who reads the same slots comes at the same time: chunks the same bytes, key heads those beside them
-        const int of_row = p.h_kv * p.chunks, rest = blockIdx.x / of_row;
-        group = blockIdx.x % of_row, split = rest % p.splits, b = rest / p.splits;
-        chunk = group % p.chunks, kv = group / p.chunks;
-        const int per_kv = p.h / p.h_kv, left = per_kv - chunk * HEADS;
-        first = kv * per_kv + chunk * HEADS, there = left < HEADS ? left : HEADS;
+        const int of_row = p.h_kv * chunks, rest = blockIdx.x / of_row;
+        group = blockIdx.x % of_row, split = rest % splits, b = rest / splits;
+        chunk = group % chunks, kv = group / chunks;
+        const int left = queries - chunk * HEADS;
+        first = kv * (p.h / p.h_kv) + chunk * HEADS, there = left < HEADS ? left : HEADS;
     }
-    DEVICE void share_out(const AttendParams& p, int64 at) {
-        position = at;
-        own = (int)(position < p.cap ? position : position % p.cap);
-        used = position + 1 < p.cap ? (int)position + 1 : p.cap;
+    // the n-th query's token, and its place among the heads of all tokens; `head`: of one token, the first query's
+    DEVICE int token(const AttendParams& p, int n) const { return (chunk * HEADS + n) / (p.h / p.h_kv); }
+    template <bool TOKENS>
+    DEVICE int64 query(const AttendParams& p, int n, int64 head) const {
+        if constexpr (!TOKENS) return head + n;
+        const int per_kv = p.h / p.h_kv;
+        return (b * p.w + token(p, n)) * p.h + kv * per_kv + (chunk * HEADS + n) % per_kv;
+    }
+    // `stand`: positions that have a token
+    DEVICE void share_out(const AttendParams& p, int64 stand) {
+        used = stand < p.cap ? (int)stand : p.cap;
         // whole turns: no turn goes into another block's slots
         per = ceil_div(ceil_div(used, p.splits), TURN) * TURN;
         begin = split * per < used ? split * per : used, end = begin + per < used ? begin + per : used;
@@ -63,7 +74,7 @@ DEVICE void sine_and_cosine(float angle, float& s, float& c) {
     s = quarter & 2 ? -s : s, c = (quarter + 1) & 2 ? -c : c;
 }
 
-// The new token's heads in shared memory, in the precision of T as operations of their own would leave them; a warp has every fourth of them
+// A new token's heads in shared memory, in the precision of T as operations of their own would leave them; a warp has every fourth of them
 template <class T, int P>
 struct NewHeads {
     static constexpr int EACH = P / 32, MINE = (ROWS + WARPS - 1) / WARPS;
@@ -86,8 +97,9 @@ struct NewHeads {
             if (e < p.p && p.k_gain != nullptr) gains[1][j] = ((const T*)p.k_gain)[e];
         }
     }
-    DEVICE void look() {
-        const T* qkv = (const T*)p.qkv + at.b * p.qkv_b;
+    // `token`: of the row
+    DEVICE void look(int token = 0) {
+        const T* qkv = (const T*)p.qkv + at.b * p.qkv_b + token * p.qkv_w;
 #pragma unroll
         for (int j = 0; j < EACH / 2; ++j)
             if (lane + 32 * j < p.rotated) frequency[j] = p.frequency[lane + 32 * j];
@@ -154,8 +166,6 @@ struct NewHeads {
             const int c = e / 2 * 8;
             Packed<T>::from(heads + (KEY + e % 2) * P + c).template store<true>((e % 2 ? v : k) + c, 8);
         }
-        // other key heads' blocks may read the old one: they know the slot, and do not ask
-        if (at.kv == 0 && threadIdx.x == 0) p.pos[at.b * p.pos_b + at.own] = at.position;
     }
 };
 

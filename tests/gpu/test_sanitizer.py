@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # small, odd, and between them every kernel: one block and several, a split length, documents, groups, few and many states
 PROGRAM = """
 import torch
-from hybridzoo.kernels import ScanNorms, Seq, StepConv, StepNorm, branch_layer_norm, branch_rms_norm, causal_conv1d, cross_entropy
-from hybridzoo.kernels import gated_rms_norm, selective_scan, selective_state_update, ssd, step_attention, step_linear
+from hybridzoo.kernels import HeadNorm, ScanNorms, Seq, StepConv, StepNorm, branch_layer_norm, branch_rms_norm, causal_conv1d, cross_entropy
+from hybridzoo.kernels import gated_rms_norm, selective_scan, selective_state_update, ssd, read_attention, step_attention, step_linear
 from hybridzoo.kernels.scan import launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
@@ -92,6 +92,10 @@ with torch.no_grad():
         last = length[:, None] - 1
         pos = (last - (last - torch.arange(700).cuda()) % 700).clamp(min=-1)
         step_attention(half(b, 10 * 64), *k, pos, length, nheads=6, window=600, frequency=torch.rand(32).cuda(), backend="cuda")
+        # some rows have no slot left, some tokens are padding
+        length, counts = torch.randint(0, 705, (b,)).cuda(), torch.randint(0, 6, (b,)).cuda()
+        read_attention(half(b, 5, 10 * 64), *k, length, counts, nheads=6, frequency=torch.rand(32).cuda(), backend="cuda")
+        read_attention(half(b, 5, 11 * 72), *half(2, b, 700, 1, 72), length, counts, nheads=9, norm=HeadNorm(1e-5), backend="cuda")
 # forward and backward of a layer as one node of autograd
 with torch.autocast("cuda", torch.bfloat16):
     Mamba(33, bcdt_norm=True).cuda()(torch.randn(2, 65, 33).cuda()).sum().backward()
