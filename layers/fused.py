@@ -25,7 +25,7 @@ from .mamba2 import Mamba2
 from .mlp import MLP
 from .norm import NORMS, GatedRMSNorm, LayerNorm
 
-__all__ = ["Token", "fused_step", "head_step", "step_norm", "why_apart", "why_head_apart"]
+__all__ = ["Token", "fused_step", "gated_step_norm", "head_step", "step_norm", "why_apart", "why_head_apart"]
 
 
 class Token(NamedTuple):
@@ -49,6 +49,11 @@ def step_norm(norm: Any) -> StepNorm:
     if isinstance(norm, LayerNorm):
         return StepNorm(norm.weight, norm.eps, norm.bias, centred=True)
     return StepNorm(norm.weight, norm.eps)
+
+
+def gated_step_norm(norm: GatedRMSNorm, gate: Tensor) -> StepNorm:
+    """A scan's gated norm, with its gate ``(b, d)``, as a product takes it along."""
+    return StepNorm(norm.weight, norm.eps, None, False, gate, norm.group_size, norm.norm_before_gate)
 
 
 def why_apart(mixer: nn.Module, norm: nn.Module, x: Tensor, state: Any) -> str | None:
@@ -154,8 +159,7 @@ def _mamba2(m: Mamba2, token: Token, state: Any) -> Tensor:
     if m.d_mlp:
         y = torch.cat([F.silu(gate) * value, y if m.norm is None else m.norm(y, z)], dim=-1)
     elif m.norm is not None:
-        own = m.norm
-        norm = StepNorm(own.weight, own.eps, None, False, z, own.group_size, own.norm_before_gate)
+        norm = gated_step_norm(m.norm, z)
     multiplier *= m.out_multiplier
     return step_linear(y, m.out_proj.weight, m.out_proj.bias, norm=norm, residual=residual, multiplier=multiplier)
 

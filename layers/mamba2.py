@@ -279,6 +279,14 @@ class Mamba2(RowMixer):
         (u, B, C), options = self._heads(xBC), self._scan_options(z, self.parts())
         return ssd_state_update(state.ssm, u, dt, self.A_log, B, C, log_rates=True, **options).flatten(-2)
 
+    def scan_read(
+        self, xBC: Tensor, z: Tensor, dt: Tensor, A: Tensor, state: Tensor, seq: Seq
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`scan_step`, of a few tokens per row, ``(b, w, d_ssm)``; also give the new state."""
+        (u, B, C), options = self._heads(xBC), self._scan_options(z, self.parts()) | {"chunk_size": self.chunk_size}
+        y, ssm = ssd(u, dt, A, B, C, **options, initial_state=state, seq=seq, return_final_state=True)
+        return y.flatten(-2), ssm
+
     def split(self, projected: Tensor) -> Any:
         """The parts of what ``in_proj`` gives: the MLP's gate and value, z, xBC and dt."""
         return projected.split_with_sizes([self.d_mlp, self.d_mlp, self.d_ssm, self.d_xBC, self.nheads], dim=-1)

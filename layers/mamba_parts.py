@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import ScanNorms, selective_state_update, step_linear
+from ..kernels import ScanNorms, Seq, selective_scan, selective_state_update, step_linear
 from ..kernels.gpu.operands import eager
 from ..kernels.step.cuda import LOW_ROWS
 from .common import Device, Dtype, acc_dtype, autocasts, linear, reset_decays, reset_dt_bias, reset_linear, upcast
@@ -43,7 +43,7 @@ def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of one token per row, by the kernel of few rows where that can and pays: of weights this small, with any number."""
+    """The product of a token, ``(b, k)``, by the kernel of few rows where that can and pays: of weights this small, with any number."""
     if x.is_cuda and x.dtype == weight.dtype and eager(x) and not autocasts(x):
         return step_linear(x, weight)
     return F.linear(x, weight)
@@ -105,8 +105,8 @@ class Parts(NamedTuple):
 
         The kernel norms, and forms rates and, of a few rows, step sizes.
         """
-        (r, n), norms, weight = (self.dt_proj.weight.shape[1], self.A_log.shape[1]), None, self.dt_proj.weight
-        dt, B, C = _product(u, self.x_proj.weight).split([r, n, n], dim=-1)
+        norms, weight = None, self.dt_proj.weight
+        dt, B, C = self._projected(u)
         if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
             norms = ScanNorms(self.dt_norm.eps, self.dt_norm.weight, self.b_norm.weight, self.c_norm.weight)
         elif len(u) > LOW_ROWS:
@@ -115,6 +115,22 @@ class Parts(NamedTuple):
             state, u, dt, self.A_log, B, C, self.D, z, dt_weight=weight, norms=norms, log_rates=True,
             dt_bias=upcast(self.dt_proj.bias), dt_softplus=True,
         )  # fmt: skip
+
+    def read(self, u: Tensor, z: Tensor, A: Tensor, state: Tensor, seq: Seq) -> tuple[Tensor, Tensor]:
+        """Scan a few tokens per row and gate them, ``(b, w, d_inner)``, where no part has to be called; also give the new state."""
+        rows = u.shape[:2]
+        dt, B, C = self._projected(u.flatten(0, 1))
+        if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
+            dt, B, C = self.dt_norm(dt), self.b_norm(B), self.c_norm(C)
+        dt, B, C = (x.unflatten(0, rows) for x in (_product(dt, self.dt_proj.weight), B, C))
+        return selective_scan(
+            u, dt, A, B, C, self.D, z, dt_bias=upcast(self.dt_proj.bias), dt_softplus=True, initial_state=state, seq=seq,
+            return_final_state=True,
+        )  # fmt: skip
+
+    def _projected(self, u: Tensor) -> tuple[Tensor, ...]:
+        (r, n) = self.dt_proj.weight.shape[1], self.A_log.shape[1]
+        return _product(u, self.x_proj.weight).split([r, n, n], dim=-1)
 
     @torch.no_grad()
     def reset(self, dt_range: tuple[float, float, float], bound: float) -> None:

@@ -78,14 +78,14 @@ def test_guesses_are_checked_without_asking_and_in_place(name, monkeypatch):
     monkeypatch.setattr("hybridzoo.kernels.seq.readable", lambda x: False)
     monkeypatch.setattr("hybridzoo.kernels.contain.finite", lambda *tensors: False)
     monkeypatch.setattr("hybridzoo.layers.kv.is_captured", lambda x: True)
-    checks._ids.copy_(ids), checks._known.copy_(known), checks._lengths.copy_(lengths)
+    checks._sent.put(ids, known, lengths)
     places = []
     state.map(lambda t: places.append(t.data_ptr()) or t)
     with Deaf():
-        checks._once()
+        checks._read_once()
     again = []
     state.map(lambda t: again.append(t.data_ptr()) or t)
-    tokens, logprobs, whole, broken = checks._found
+    tokens, logprobs, whole, broken = checks._found[False]
     assert again == places and not broken.any() and whole.tolist() == answer.whole.tolist()
     for row, columns in ((0, slice(2, 5)), (1, slice(0, 1))):
         assert torch.equal(tokens[row, columns], answer.tokens[row, columns])

@@ -144,6 +144,7 @@ USUAL = [
     convolution(BF16, F32, 8, True, packed=True, aligned=1),
     ("sums.cu", "column_sums<bf16>"),
     *(("choose.cu", f"choose<{flags}>") for flags in (1, 3)),
+    ("take.cu", "take_rows"),
     *(
         norm((F32, add, BF16, F32), d, backward)
         for add in (None, BF16)

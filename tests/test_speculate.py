@@ -55,10 +55,21 @@ class Oracle:
         return [(g + 1) % 40 if swap else g for g, swap in zip(guesses, swaps.tolist(), strict=True)]
 
 
-@pytest.fixture(params=["as-wide-as-needed", "of-one-width"])
+class Silent:
+    """Guesses nothing."""
+
+    most = 4
+
+    def __call__(self, row, tokens, most):
+        return []
+
+
+@pytest.fixture(params=["as-wide-as-needed", "of-one-width", "in-few-launches"])
 def width(request, monkeypatch):
-    """Forwards as a CPU runs them, and as a GPU records them: all of one width, over all rows."""
-    if request.param == "of-one-width":
+    """Forwards as a CPU runs them, and as a GPU records them: all of one width, over all rows; in the end by its operations."""
+    if request.param == "in-few-launches":
+        monkeypatch.setenv("HYBRIDZOO_BACKEND", "torch")
+    if request.param != "as-wide-as-needed":
         monkeypatch.setattr(verify, "how_taken", lambda *_: ("of one width", True))
         monkeypatch.setattr(verify, "_gathers", lambda model: False)
 
@@ -116,6 +127,21 @@ def test_text_that_repeats_takes_few_forwards():
     text = model.generate(ids, 300)  # of an untrained model, soon a circle
     got = model.generate(ids, 300, assistant="lookup", details=True)
     assert torch.equal(got.sequences, text) and int(got.how.split()[-2]) < 60
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("width")
+def test_where_nothing_is_guessed_a_token_costs_a_step(monkeypatch):
+    model, steps = built("mamba attention"), []
+    step = type(model).step
+    ids = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(4))
+    want = model.generate(ids, 20)
+    monkeypatch.setattr(type(model), "step", lambda self, *a: steps.append(1) or step(self, *a))
+    logits, state = prefill(model, ids, None, None, 20, None)
+    speculator = Speculator(verify.Verifier(model, state, 8), logits, ids.tolist(), Silent(), [], 0, 20)
+    while not speculator.advance().finished.all():
+        pass
+    assert torch.equal(torch.tensor(speculator.texts), want) and len(steps) == 19
 
 
 def test_lookup_takes_the_longest_match_and_of_these_the_latest():

@@ -75,6 +75,7 @@ CASES = [
     Case("2.8b:half", ("mamba-2.8b", "mamba2-2.7b"), ((64, 512),), goals={"mamba2-2.7b": 1.5}, state_dtype=torch.bfloat16),
     Case("tiny", _TINY, ((1, 256), (1, 1024), (1, 4096)), 32, "cpu"),
     Case("130m:repeats", _SMALL, ((1, 1024), (8, 1024)), goals=dict.fromkeys(_SMALL, 1.6), repeats=True),
+    Case("2.8b:repeats", _LARGE, ((1, 1024),), goals=dict.fromkeys(_LARGE, 1.6), repeats=True),
     Case("tiny:repeats", _TINY, ((1, 256),), 128, "cpu", dict.fromkeys(_TINY, 1.6), repeats=True),
 ]  # fmt: skip
 PARTS = [case.part for case in CASES]

@@ -57,7 +57,7 @@ def pieces(result: Result, source: str, versions: str, image: str) -> list[str]:
             found.append(_table(chosen))
     if guessed:
         found += [
-            "On text that repeats its prompt, with guesses looked up in it (`assistant=\"lookup\"`) and without:",
+            'On text that repeats its prompt, with guesses looked up in it (`assistant="lookup"`) and without:',
             _guesses(guessed),
         ]
     return [*found, f"![Tokens a second over the context]({image})"] if _panels(result) else found

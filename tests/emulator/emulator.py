@@ -33,6 +33,7 @@ PARAMS = {
     "cross_entropy": "CrossEntropyParams",
     "few_rows": "FewRowsParams",
     "choose": "ChooseParams",
+    "take_rows": "TakeParams",
     "attend_keep": "AttendParams",
     "attend_slots": "AttendParams",
     "ssd_forward": "SsdForwardParams",

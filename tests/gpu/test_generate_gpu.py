@@ -9,6 +9,7 @@ import hybridzoo as zoo
 from hybridzoo.kernels.dispatch import ENV
 from hybridzoo.kernels.few.cuda import SURE_ROWS
 from hybridzoo.layers import fused
+from hybridzoo.layers.reading import Reading
 from hybridzoo.zoo.models import decoder as decoding
 from hybridzoo.zoo.models.decoder import AHEAD, Decoder
 from hybridzoo.zoo.models.prefill import prefill
@@ -93,6 +94,50 @@ def test_a_recorded_check_takes_over_the_rows_that_are_right(model):
     assert recorded._run.recorded and recorded.state.tokens.max() > 20
     last = text[:, 100]
     torch.testing.assert_close(model.step(last, recorded.state), model.step(last, eager.state), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("b", "w"), [(1, 8), (4, 16)])  # norms with and without the products behind them
+def test_tokens_are_read_in_few_launches_as_rightly_as_by_a_forward(name, b, w):
+    """Beside float64: logits of a few tokens in bfloat16, and of those behind the states that they leave."""
+    torch.manual_seed(0)
+    model = zoo.build(name, device="cuda", dtype=torch.bfloat16).eval()
+    exact = zoo.build(name, device="cuda", dtype=torch.float64).eval()
+    exact.load_state_dict(model.state_dict())
+    ids, lengths = torch.randint(1, 256, (b, 60), device="cuda"), torch.tensor([w, 9, 1, 12][:b], device="cuda")
+    state = model(ids[:, :20], state=model.init_state(b, 60)).state
+    start = exact(ids[:, :20], state=exact.init_state(b, 60)).state
+    reading, go_on = Reading(lengths, w, {}), torch.tensor([True, True, True, False][:b], device="cuda")
+    together = [
+        block.may_read(model.backbone.embed(ids[:, :w]), s)
+        for block, s in zip(model.backbone.blocks, state.layers, strict=True)
+    ]
+    # the others have experts, windows, shared adapters, or heads of 12 channels
+    assert any(together) and (all(together) or name in ("jamba-tiny", "samba-tiny", "zamba2-tiny", "transformer-tiny"))
+    before = state.clone()
+    found = {"read": model.read(ids[:, 20 : 20 + w], state, reading)}
+    state.read_on(reading, go_on)
+    assert state.tokens.tolist() == (20 + lengths * go_on).tolist()
+    for row in range(b):
+        n, own = int(lengths[row]), torch.tensor([row])
+        out, want = (
+            m(ids[row : row + 1, 20 : 20 + n], state=s.reorder(own)) for m, s in ((model, before), (exact, start))
+        )
+        found["forward"] = out.logits[0]
+        ends = (want.state, out.state) if go_on[row] else (start.reorder(own), before.reorder(own))
+        pairs = [(want.logits[0], found["read"][row, :n], found["forward"])]
+        last = ids[row : row + 1, 50:53]
+        pairs.append(
+            (
+                exact(last, state=ends[0]).logits[0],
+                model(last, state=state.reorder(own)).logits[0],
+                model(last, state=ends[1]).logits[0],
+            )
+        )
+        for right, read, forward in pairs:
+            errors = [(x.double() - right).norm() / right.norm() for x in (read, forward)]
+            assert errors[0] <= 2 * errors[1] + 2e-3, (row, errors)
 
 
 @torch.no_grad()

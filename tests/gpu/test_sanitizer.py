@@ -22,6 +22,7 @@ from hybridzoo.kernels.scan import launches
 from hybridzoo.kernels.scan.inputs import ScanInputs
 from hybridzoo.kernels.scan.operands import ScanOperands
 from hybridzoo.kernels.scan.shapes import Cut
+from hybridzoo.kernels.step.take import TakenInputs, TakenKeys, TakenValues, take_rows
 from hybridzoo.layers import Mamba, Mamba2
 torch.manual_seed(0)
 CASES = [(2, 65, 33, 16, 1, torch.float32), (1, 130, 72, 16, 3, torch.bfloat16), (2, 7, 8, 3, 1, torch.float16), (1, 70, 40, 100, 1, torch.bfloat16)]
@@ -96,6 +97,14 @@ with torch.no_grad():
         length, counts = torch.randint(0, 705, (b,)).cuda(), torch.randint(0, 6, (b,)).cuda()
         read_attention(half(b, 5, 10 * 64), *k, length, counts, nheads=6, frequency=torch.rand(32).cuda(), backend="cuda")
         read_attention(half(b, 5, 11 * 72), *half(2, b, 700, 1, 72), length, counts, nheads=9, norm=HeadNorm(1e-5), backend="cuda")
+# what tokens have left behind, of every kind
+for dtype, d in ((torch.bfloat16, 9), (torch.float32, 64)):
+    values, filters = torch.randn(2, 3, 1030, d).to(dtype).cuda(), torch.randn(2, 3, 5, d).to(dtype).cuda()
+    cache, pos = torch.randn(2, 3, 20, 2, d).to(dtype).cuda(), torch.arange(20).expand(3, 20).contiguous().cuda()
+    for rows in (True, False):
+        keys = TakenKeys(*cache, pos, torch.tensor([0, 7, 18]).cuda())
+        what = [TakenValues(*values), TakenInputs(filters[0, :, :3].contiguous(), filters[1]), keys]
+        take_rows(what * 20, torch.tensor([rows, True, rows]).cuda(), torch.tensor([5, 1, 4]).cuda(), backend="cuda")
 # forward and backward of a layer as one node of autograd
 with torch.autocast("cuda", torch.bfloat16):
     Mamba(33, bcdt_norm=True).cuda()(torch.randn(2, 65, 33).cuda()).sum().backward()
@@ -120,6 +129,7 @@ KERNELS = (
     "gated_norm",
     "attend_",
     "ssd_",
+    "take_rows",
 )
 
 

@@ -12,6 +12,7 @@ from ...layers.base import Mixer, Seq, Sharing
 from ...layers.common import drop_rows, dtype_read, linear, reset_linear, scaled
 from ...layers.fused import Token, fused_step, step_norm, why_apart
 from ...layers.norm import NORMS, make_norm
+from ...layers.reading import Reading, like_rows, mixed, mixed_and_added, why_not_read
 from ..config.resolve import Resolved
 from ..registry import build_mixer
 from .hooks import is_hooked
@@ -167,6 +168,22 @@ class Block(Sharing):
         h, x = self._normed(stream)
         shared = self._shared(stream)
         return self._written(stream, x, self.mixer.step(h, state, **given_to(self, shared)), shared)
+
+    def may_read(self, x: Tensor, state: Any) -> bool:
+        """Tell whether :meth:`read` can read tokens such as ``x``, ``(b, w, d)``, from a state; else :meth:`forward` does."""
+        whole = self.why_apart(x[:1, 0], state) is None
+        return whole and all(why_not_read(mixer, own) is None for mixer, own in self._mixers(state))
+
+    def read(self, stream: Stream, state: Any, reading: Reading) -> Stream:
+        """Some tokens per row, ``(b, w, d)``, to the new stream; ``state`` stays as it is until ``reading`` is taken over."""
+        if self.why_apart(like_rows(stream.x), state) is None:
+            x = after = stream.sum()
+            for mixer, own in self._mixers(state):
+                after = mixed_and_added(mixer, Token(x, step_norm(self.norm), after, self.multiplier), own, reading)
+            return stream._replace(x=after, add=None)
+        h, x = self._normed(stream)
+        ys = [mixed(mixer, h, own, reading) for mixer, own in self._mixers(state)]
+        return self._written(stream, x, sum(ys[1:], ys[0]), None)
 
     def why_apart(self, x: Tensor, state: Any) -> str | None:
         """Say why norm, mixer and residual addition are taken apart in a step from ``x``; ``None`` if they are done together."""

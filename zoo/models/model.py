@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...layers.base import Mixer, Seq, copy_state
 from ...layers.common import is_captured
 from ...layers.moe import balance_loss
+from ...layers.reading import Reading
 from ..config.resolve import resolve
 from ..config.schema import ConfigSchema, TrunkSchema
 from .hooks import Hooks
@@ -205,6 +206,14 @@ class Model(nn.Module):
         copy_state(state.layers, out.state.layers)
         state.tokens.copy_(out.state.tokens)
         return out.logits.squeeze(1)
+
+    def read(self, tokens: Tensor, state: ModelState, reading: Reading) -> Tensor:
+        """Read some tokens per row, ``(b, w, ...)`` as the embedding reads them, to their logits, ``(b, w, v)``.
+
+        The state stays as it is until ``reading`` is taken over, by :meth:`~hybridzoo.zoo.models.state.ModelState.read_on`. There are no
+        hooks (:meth:`hooked`).
+        """
+        return self.backbone.read(self.backbone.embed(tokens), state, self.head, reading)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute every block in the backward instead of keeping its activations (training mode only)."""

@@ -26,6 +26,7 @@ from ...layers.base import (
     take_apart,
     tree,
 )
+from ...layers.reading import Reading
 from ..config.stages import pattern_of
 from ..errors import CheckpointError
 from .marks import Mark, Marks
@@ -98,6 +99,14 @@ class ModelState:
         for mine, theirs in paired(self.layers, other.layers):
             mine.take(rows, theirs)
         self.tokens.copy_(torch.where(rows, other.tokens, self.tokens))
+
+    def read_on(self, reading: Reading, rows: Tensor) -> None:
+        """Be behind the tokens of a :meth:`~hybridzoo.zoo.models.model.Model.read` in the rows where ``rows``, ``(b,)`` bool, is true.
+
+        As :meth:`take`.
+        """
+        reading.take(rows)
+        self.tokens.add_(torch.where(rows, reading.lengths, 0))
 
     def mark(self) -> Mark:
         """Return a mark to go :meth:`back` to, however many steps later: copies of what recurrent layers keep, of attention the length."""

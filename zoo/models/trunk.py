@@ -19,6 +19,7 @@ from ...layers.common import dtype_read, is_captured, scaled, upcast
 from ...layers.fused import head_step, step_norm, why_head_apart
 from ...layers.norm import make_norm
 from ...layers.patches import Map
+from ...layers.reading import Reading
 from ..config.resolve import Resolved
 from .block import Block, Stream, is_plain_norm, is_sharded, keep_sharing, share
 from .hooks import has_backward_hooks
@@ -146,6 +147,22 @@ class Backbone(nn.Module):
         state.tokens += 1
         if self.why_head_apart(stream.x, head) is None:
             return head_step(cast(nn.Linear, head), stream.sum(), step_norm(cast(Any, self.norm_f)))
+        return head(self._final(stream)[1])
+
+    def read(self, x: Tensor, state: ModelState, head: nn.Module, reading: Reading) -> Tensor:
+        """Some embedded tokens per row, ``(b, w, d)``, to their logits; ``state`` stays as it is until ``reading`` is taken over."""
+        x = reading.seq.clear(upcast(x) if self.residual_in_fp32 else x)
+        stream = Stream(x, embedding=x)
+        for block, call, s in zip(self.blocks, self._callables(), state.layers, strict=True):
+            if isinstance(block, Block) and block.may_read(stream.x, s):
+                stream = block.read(stream, s, reading)
+            else:
+                value, new, _, after = call(stream, s, reading.seq.cleared, True)
+                stream = after.replaced_by(value)
+                reading.form(s, new)
+        if self.why_head_apart(stream.x.flatten(0, 1), head) is None:
+            normed = step_norm(cast(Any, self.norm_f))
+            return head_step(cast(nn.Linear, head), stream.sum().flatten(0, 1), normed).unflatten(0, x.shape[:2])
         return head(self._final(stream)[1])
 
     @torch.no_grad()

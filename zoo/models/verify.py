@@ -1,7 +1,8 @@
 """The checking of guesses: tokens that may be wrong are read in one forward, and a state takes over the rows in which none was.
 
 On a GPU the forward is of one width and recorded as a CUDA graph: rows are padded behind their tokens, what is right is found out on the
-device, and the state is written in place, so that the host waits once for what was chosen.
+device, and the state is written in place (:mod:`hybridzoo.layers.reading`), so that the host waits once for what was chosen. Where nothing
+is guessed, a step is recorded beside it.
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ...kernels.seq import Seq
 from ...layers.moe import MoE
-from .decoder import Replayed, how_taken, not_finite
+from ...layers.reading import Rates, Reading
+from .decoder import Replayed, how_taken
 from .state import ModelState
 
 __all__ = ["Verified", "Verifier"]
@@ -60,10 +62,11 @@ class Verifier:
         self.how, self.fixed = how_taken(model, device, record)
         if self.fixed and record is None and _gathers(model):
             self.how, self.fixed = "one operation after the other (experts would copy a matrix for every token)", False
-        self._ids = torch.zeros(b, width, dtype=torch.long, device=device)
-        self._known, self._lengths = (torch.zeros(b, dtype=torch.long, device=device) for _ in range(2))
-        self._found: tuple[Tensor, ...] = ()
-        self._run = Replayed(self.fixed and device.type == "cuda")
+        self._sent = _Sent(b, width, device)
+        self._rates: Rates = {}
+        self._found: dict[bool, tuple[Tensor, ...]] = {}
+        records = self.fixed and device.type == "cuda"
+        self._run, self._step = Replayed(records), Replayed(records)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows alone, in this order; not where forwards are over all rows."""
@@ -78,34 +81,49 @@ class Verifier:
             lengths: ``(b,)`` int64, known tokens and guesses.
         """
         self.forwards += 1
+        one = ids.shape[1] == 1
         if self.fixed:
-            self._ids[:, : ids.shape[1]].copy_(ids)
-            self._known.copy_(known)
-            self._lengths.copy_(lengths)
-            self._run(self._once)
-            found = self._found
-        elif ids.shape[1] == 1:
-            found = self._alone(self.model.step(ids[:, 0].to(self._ids.device), self.state))
+            self._sent.put(ids, known, lengths)
+            # a step is a fraction of a forward; in a row that is over it would go on
+            if alone := one and bool((lengths == 1).all()):
+                self._step(self._step_once)
+            else:
+                self._run(self._read_once)
+            return Verified(*self._sent.back(self._found[alone]))
+        device = self._sent.ids.device
+        if one:
+            found = self._alone(self.model.step(ids[:, 0].to(device), self.state))
         else:
-            device, keep = self._ids.device, ids.shape[1] + 1 - max(1, int(known.min()))
-            found = self._read(
-                ids.to(device), known.to(device), lengths.to(device), keep, bool((lengths < ids.shape[1]).any())
-            )
+            keep, padded = ids.shape[1] + 1 - max(1, int(known.min())), bool((lengths < ids.shape[1]).any())
+            found = self._forward(ids.to(device), known.to(device), lengths.to(device), keep, padded)
         return Verified(*(t.cpu() for t in found))
 
     def chosen(self, logits: Tensor) -> Verified:
         """Return what follows where logits, ``(b, v)``, are there already."""
         return Verified(*(t.cpu() for t in self._alone(logits)))
 
-    def _once(self) -> None:
+    def _read_once(self) -> None:
         """Read what is in the buffers, all of it."""
-        self._found = self._read(self._ids, self._known, self._lengths, self.width, True)
+        ids, lengths = self._sent.ids, self._sent.lengths
+        reading = Reading(lengths, self.width, self._rates)
+        logits = self.model.read(ids, self.state, reading)
+        self._found[False] = found = self._judged(logits, ids, self._sent.known, lengths)
+        self.state.read_on(reading, found[2])
 
-    def _read(self, ids: Tensor, known: Tensor, lengths: Tensor, keep: int, padded: bool) -> tuple[Tensor, ...]:
-        width = ids.shape[1]
-        seq = Seq.from_lengths(lengths, width) if padded else None
+    def _step_once(self) -> None:
+        self._found[True] = self._alone(self.model.step(self._sent.ids[:, 0], self.state))
+
+    def _forward(self, ids: Tensor, known: Tensor, lengths: Tensor, keep: int, padded: bool) -> tuple[Tensor, ...]:
+        seq = Seq.from_lengths(lengths, ids.shape[1]) if padded else None
         out = self.model(ids, state=self.state, return_state=True, seq=seq, logits_to_keep=keep)
-        tokens, logprobs, wrong = self._chosen(out.logits)
+        found = self._judged(out.logits, ids, known, lengths)
+        self.state.take(found[2], out.state)
+        return found
+
+    def _judged(self, logits: Tensor, ids: Tensor, known: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """Judge guesses by the logits of the last tokens, ``(b, keep, v)``: all that a :class:`Verified` says."""
+        keep, width = logits.shape[1], ids.shape[1]
+        tokens, logprobs, wrong = self._chosen(logits)
         # column i says what follows token i
         tokens, logprobs = (F.pad(t, (width - keep, 0)) for t in (tokens, logprobs))
         at = torch.arange(width, device=ids.device)[width - keep :]
@@ -114,7 +132,6 @@ class Verifier:
         guessed = asked & (at < lengths[:, None] - 1)
         follows = F.pad(ids, (0, 1))[:, width - keep + 1 :]
         whole = ((tokens[:, width - keep :] == follows) | ~guessed).all(1) & (known > 0)
-        self.state.take(whole, out.state)
         return tokens, logprobs, whole, broken
 
     def _alone(self, logits: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +141,41 @@ class Verifier:
     def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits[..., : self.model.cfg.vocab_size].float()
         best, token = logits.max(-1)
-        return token, best - logits.logsumexp(-1), not_finite(logits)
+        # NaN is the largest of all; -inf may be somebody's way to forbid a token
+        return token, -(logits - best[..., None]).exp().sum(-1).log(), ~best.isfinite()
+
+
+class _Sent:
+    """Tokens on the device: they get there at once, and so does what was found come back."""
+
+    def __init__(self, b: int, width: int, device: torch.device):
+        self._there = torch.zeros(b * (2 + width), dtype=torch.long, device=device)
+        self._here = torch.zeros(self._there.shape, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._found: dict[int, list[Tensor]] = {}
+        self.known, self.lengths, self.ids = self._parts(self._there, b)
+
+    @staticmethod
+    def _parts(flat: Tensor, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        return flat[:b], flat[b : 2 * b], flat[2 * b :].view(b, -1)
+
+    def put(self, ids: Tensor, known: Tensor, lengths: Tensor) -> None:
+        """Send tokens, ``(b, w)``, at most ``width`` of a row; the last ones that were sent have been looked at."""
+        mine = self._parts(self._here, len(ids))
+        for to, new in zip(mine, (known, lengths, ids), strict=True):
+            to[..., : new.shape[-1]] = new
+        self._there.copy_(self._here, non_blocking=True)
+
+    def back(self, found: tuple[Tensor, ...]) -> list[Tensor]:
+        """Copies on the CPU; the device is waited for once."""
+        if not self._there.is_cuda:
+            return [t.clone() for t in found]
+        width = found[0].shape[1]
+        if width not in self._found:
+            self._found[width] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in found]
+        for mine, theirs in zip(self._found[width], found, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        torch.cuda.current_stream(self._there.device).synchronize()
+        return [t.clone() for t in self._found[width]]
 
 
 def _gathers(model: Any) -> bool:
