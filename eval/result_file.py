@@ -23,6 +23,7 @@ __all__ = ["Result", "Row", "Tick", "header", "merged", "same_run", "version", "
 Result = dict[str, Any]
 Row = dict[str, Any]  # one of a result's ``cases``
 Tick = Callable[[str], None]  # told of every step of a measurement
+_ABSENT = "not installed"
 
 
 def header(what: str, command: str, device: str, libraries: list[str]) -> Result:
@@ -48,8 +49,9 @@ def merged(before: Result, after: Result) -> Result:
     cases = [fresh.pop(_identity(row), earlier | row) for row in before["cases"]]
     cases += fresh.values()
     runs = [{key: r[key] for key in ("command", "date", "commit", "ceilings")} for r in (before, after)]
+    newer = {name: text for name, text in after["versions"].items() if text != _ABSENT}
     return after | {
-        "versions": before["versions"] | after["versions"],
+        "versions": after["versions"] | before["versions"] | newer,
         "cases": cases,
         "runs": [*before.get("runs", runs[:1]), runs[1]],
     }
@@ -62,6 +64,8 @@ def _identity(row: dict[str, Any]) -> tuple:
 def same_run(path: Path, result: Result) -> Result | None:
     """The result in a file, if it is of the same benchmark, on the same device and versions; it may be of another commit.
 
+    A library that one of the two did without is no other version of it.
+
     Raises:
         ValueError: The file holds no JSON.
     """
@@ -73,7 +77,8 @@ def same_run(path: Path, result: Result) -> Result | None:
         raise ValueError(f"{path}: is not JSON ({e}). Move it away, or give another --out.") from e
     same = all(before.get(key) == result[key] for key in ("what", "device"))
     theirs = before.get("versions", {})
-    return before if same and all(theirs.get(name, text) == text for name, text in result["versions"].items()) else None
+    pairs = [(text, theirs.get(name, text)) for name, text in result["versions"].items()]
+    return before if same and all(a == b or _ABSENT in (a, b) for a, b in pairs) else None
 
 
 def write(result: Result, path: Path) -> None:
@@ -113,4 +118,4 @@ def version(name: str) -> str:
     try:
         return str(getattr(import_module(name), "__version__", "unknown"))
     except ImportError:
-        return "not installed"
+        return _ABSENT

@@ -350,6 +350,14 @@ def test_cases_of_an_earlier_commit_say_so(gpu_rows, tmp_path):
     third = result_file.merged(both, after | {"commit": "ghi"})
     assert [row.get("commit") for row in third["cases"] if row["part"] == "conv"] == ["abc", "abc"]
     assert result_file.same_run(path, after | {"versions": {"torch": "3"}}) is None
+    # a run beside nobody says nothing about the peer's version, nor does one before it
+    alone, beside = ({"versions": {"torch": "2", "peer": text}} for text in ("not installed", "1"))
+    for one, other in ((alone, beside), (beside, alone)):
+        result_file.write(after | one, path)
+        assert (
+            result_file.merged(result_file.same_run(path, after | other), after | other)["versions"]
+            == beside["versions"]
+        )
 
 
 def test_results_are_shown_and_drawn(gpu_rows, tmp_path, monkeypatch):
