@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,7 +90,7 @@ def generate(
 
 
 def _piped() -> str:
-    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    return "" if sys.stdin is None or sys.stdin.isatty() else _text_of(None)
 
 
 def _show(found: list[dict[str, Any]], as_json: bool) -> None:
@@ -99,12 +100,10 @@ def _show(found: list[dict[str, Any]], as_json: bool) -> None:
 
 def _read(path: Path) -> list[str]:
     """The prompts of a file, with the number of a line that cannot be read."""
-    if str(path) == "-":
-        lines, where = sys.stdin.read().splitlines(), "standard input"
-    else:
-        lines, where = path.read_text(encoding="utf-8").splitlines(), str(path)
+    where = "standard input" if str(path) == "-" else str(path)
     asked = []
-    for number, line in enumerate(lines, 1):
+    # by newlines alone: str.splitlines would also cut at U+0085, U+2028 and others that may stand inside a prompt
+    for number, line in enumerate(_text_of(None if str(path) == "-" else path).split("\n"), 1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
@@ -114,10 +113,25 @@ def _read(path: Path) -> list[str]:
                 raise ValueError(f"{where}, line {number}: no object with a 'prompt' ({type(e).__name__}: {e}).") from e
             if not isinstance(line, str):
                 raise ValueError(f"{where}, line {number}: the prompt is a {type(line).__name__}, expected a text.")
+            if half := re.search("[\ud800-\udfff]", line):
+                raise ValueError(
+                    f"{where}, line {number}: the prompt holds {half[0]!a}, half of a surrogate pair, which is no character. Leave it out."
+                )
         asked.append(line)
     if not asked:
         raise ValueError(f"{where}: holds no prompts. Write one in each line.")
     return asked
+
+
+def _text_of(path: Path | None) -> str:
+    """The text of a file, or of standard input, as training reads it: UTF-8 without a byte-order mark, every end of a line a newline."""
+    from .corpus.text_files import decoded
+
+    if path is None and sys.stdin is None:
+        raise ValueError("standard input: is closed. Pipe prompts into it, or name a file of them (--prompts).")
+    raw = sys.stdin.buffer.read() if path is None else path.read_bytes()
+    text = decoded(raw, "standard input" if path is None else str(path), 0, instead="")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _assistant(name: str, how: dict[str, Any]) -> Any:

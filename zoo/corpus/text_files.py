@@ -81,8 +81,8 @@ def _cut(raw: bytes) -> int:
     return (end if raw[end - 1 : end] != b"\r" else end - 1) or len(raw)
 
 
-def decoded(raw: bytes, where: str, offset: int) -> str:
-    """Return the text of ``raw``, which begins at byte ``offset`` of its file."""
+def decoded(raw: bytes, where: str, offset: int, instead: str = ", or give token ids") -> str:
+    """Return the text of ``raw``, which begins at byte ``offset`` of its file; an error ends with what else could be given ``instead``."""
     if offset == 0:
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise SourceError(f"{where}: is UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(where)}")
@@ -92,7 +92,7 @@ def decoded(raw: bytes, where: str, offset: int) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
         raise SourceError(
-            f"{where}: is not UTF-8 text (byte {offset + e.start} is {raw[e.start]:#04x}). Convert it, or give token ids."
+            f"{where}: is not UTF-8 text (byte {offset + e.start} is {raw[e.start]:#04x}). Convert it{instead}."
         ) from e
 
 
