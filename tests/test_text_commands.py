@@ -51,9 +51,46 @@ def test_prompts_that_are_no_text_are_named_before_anything_is_written(folder, t
         assert "standard input: is not UTF-8 text" in refused.stderr and refused.stdout == ""
 
 
-def test_a_standard_input_that_is_closed_is_an_error_of_one_line(folder):
-    closed = "import sys; sys.stdin = None; from hybridzoo.__main__ import main; main()"
-    asked = [sys.executable, "-c", closed, "generate", str(folder), "--device", "cpu", "--prompts", "-"]
-    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: standard input: is closed") and done.stderr.count("\n") == 1
+def program(before, *arguments, stdout=subprocess.PIPE, unbuffered=""):
+    """The command line in a process of its own, after a line of Python."""
+    code = f"import sys; {before}; from hybridzoo.__main__ import main; main()"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    asked = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(asked, text=True, stdout=stdout, stderr=subprocess.PIPE, env=env)
+
+
+@pytest.mark.parametrize(
+    ("stream", "options", "words"),
+    [
+        ("stdin", ("--prompts", "-"), "standard input: is closed"),
+        ("stdout", ("--prompt", "ab"), "standard output: is closed"),
+        ("stdout", ("--prompt", "ab", "--json"), "standard output: is closed"),
+    ],
+)
+def test_a_stream_that_is_closed_is_an_error_of_one_line(folder, stream, options, words):
+    asked = program(f"sys.{stream} = None", "generate", folder, "--device", "cpu", "--max-new-tokens", 2, *options)
+    told, said = asked.communicate()
+    assert (asked.returncode, told) == (1, "")
+    assert said.startswith(f"error: {words}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_who_has_read_enough_hears_no_more(folder, tmp_path, as_json, unbuffered):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("ab\n" * 100)
+    options = ("--max-new-tokens", 2, "--batch-size", 1, "--prompts", prompts, *(("--json",) if as_json else ()))
+    asked = program("pass", "generate", folder, "--device", "cpu", *options, unbuffered=unbuffered)
+    assert "ab" in asked.stdout.readline()
+    asked.stdout.close()
+    assert (asked.wait(), asked.stderr.read()) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full is Linux's")
+def test_a_full_disk_is_an_error_of_one_line(folder):
+    for options in ((), ("--json",)):
+        with open("/dev/full", "w") as full:
+            asked = ("generate", folder, "--device", "cpu", "--max-new-tokens", 2, "--prompt", "ab", *options)
+            there = program("pass", *asked, stdout=full)
+            said = there.communicate()[1]
+        assert there.returncode == 1 and "No space left on device" in said and said.count("\n") == 1

@@ -4,6 +4,7 @@ import contextlib
 import enum
 import inspect
 import json
+import os
 import re
 import sys
 import time
@@ -184,10 +185,9 @@ def say(text: str) -> None:
 
 def print_text(text: str, end: str = "\n") -> None:
     """Print at once what a model says, which may be somebody else's, and is no command to a terminal."""
-    if _is_terminal():
+    if sys.stdout is not None and _is_terminal():
         text = _CONTROLS.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
-    sys.stdout.write(f"{text}{end}")
-    sys.stdout.flush()
+    _write(f"{text}{end}")
 
 
 def torch_dtype(dtype: Dtype | None) -> Any:
@@ -232,7 +232,22 @@ def print_report(report: object) -> None:
 def print_json(content: Any) -> None:
     """Print JSON, with control characters as escapes."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    sys.stdout.write(_CONTROLS.sub(lambda c: f"\\u{ord(c[0]):04x}", text) + "\n")
+    _write(_CONTROLS.sub(lambda c: f"\\u{ord(c[0]):04x}", text) + "\n")
+
+
+def _write(text: str) -> None:
+    if sys.stdout is None:
+        raise OSError("standard output: is closed. Send it to a file, or to /dev/null.")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as e:
+        # what is held back would be tried again, and complained of again, when Python ends
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            raise typer.Exit(1) from None  # who reads has left (`| head -1`), which needs no words
+        raise
 
 
 def _is_terminal() -> bool:
