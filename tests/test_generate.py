@@ -287,6 +287,9 @@ def test_the_penalty_does_not_count_padding(model):
         ({"min_p": 1.0}, "min_p=1.0"), ({"typical_p": 0}, "typical_p=0"), ({"seed": -1}, "seed=-1"), ({"top_k": 2.5}, "top_k=2.5"),
         ({"frequency_penalty": torch.nan}, "frequency_penalty=nan"), ({"logit_bias": {50: 1.0}}, "ids 0 to 49"),
         ({"logit_bias": dict.fromkeys(range(50), -torch.inf)}, "forbids all 50"), ({"logit_bias": [1]}, "is a list"),
+        ({"temperature": 1e-42}, "temperature=1e-42.*at least 1e-30, or 0"), ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40"),
+        ({"frequency_penalty": -1e39}, r"frequency_penalty=-1e\+39"), ({"presence_penalty": -1e39}, r"presence_penalty=-1e\+39"),
+        ({"logit_bias": {3: 1e39}}, r"3: 1e\+39.*up to 1e\+30"), ({"logit_bias": {1.5: 1.0}}, r"1\.5: 1\.0"),
         ({"logit_bias": {"x": 1}}, "'x'"), ({"logit_bias": "{"}, "is not JSON"), ({"logit_bias": {3: torch.inf}}, "3: inf"),
         ({"attention_mask": torch.ones(1, 3)}, r"\(1, 3\)"), ({"attention_mask": torch.zeros(2, 4)}, "row 0 has no real token"),
     ],
@@ -333,3 +336,16 @@ def test_minus_infinity_forbids_a_token(model):
     kept = copy.deepcopy(model)
     kept.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.arange(25), -torch.inf))
     assert kept.generate(torch.randint(0, 50, (2, 4)), 8)[:, 4:].min() >= 25
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({"temperature": 1e-30}, [2, 2, 2]), ({"repetition_penalty": 1e30}, [2, 3, 1]), ({"repetition_penalty": 1e-30}, [2, 2, 2]),
+        ({"frequency_penalty": -1e30}, [2, 2, 2]), ({"presence_penalty": 1e30}, [2, 3, 1]), ({"logit_bias": {4: 1e30, 2: -1e30}}, [4, 4, 4]),
+    ],
+)  # fmt: skip
+def test_the_largest_options_leave_a_choice(options, chosen):
+    sampler = Sampler(SamplingOptions(**({"temperature": 1e-2} | options)), 2, 5, torch.device("cpu"))
+    logits, chance = torch.tensor([[-2e4, 1.0, 3e4, 2.0, 0.0]]).repeat(2, 1), torch.tensor([0.99, 0.5]).double()
+    assert [sampler(logits, chance).tolist() for _ in chosen] == [[token, token] for token in chosen]

@@ -94,3 +94,8 @@ def test_a_full_disk_is_an_error_of_one_line(folder):
             there = program("pass", *asked, stdout=full)
             said = there.communicate()[1]
         assert there.returncode == 1 and "No space left on device" in said and said.count("\n") == 1
+
+
+def test_a_seed_may_be_larger_than_those_of_torch(folder):
+    asked = ("generate", folder, "--device", "cpu", "--max-new-tokens", 4, "--prompt", "ab", "--seed")
+    assert invoke(*asked, 10**26).stdout.startswith("ab")

@@ -94,7 +94,7 @@ def check_options(options: Any, where: str) -> None:
         elif int in kinds and not allowed(value):
             wrong = f"{words}." + (" Leave it out for the default." if type(None) in kinds else "")
         elif float in kinds and not (isinstance(value, numbers.Real) and math.isfinite(value) and allowed(value)):
-            wrong = f"a number {words}, and finite."
+            wrong = f"a number {words}, and finite." if words else "a finite number."
         if wrong:
             raise ValueError(f"{where}({name}={value!r}): must be {wrong}")
         object.__setattr__(options, name, int(value) if int in kinds else float(value))

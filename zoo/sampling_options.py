@@ -8,9 +8,12 @@ from typing import Any
 
 from .options import at_least, check_options, option, within
 
-__all__ = ["SamplingOptions"]
+__all__ = ["TEMPERATURES", "SamplingOptions"]
 
 _PANEL = "Sampling"
+# of what logits are changed by: beyond it, those of float32 are no numbers any more, and text is chosen by nothing
+_LARGEST = 1e30
+TEMPERATURES = (f"at least {1 / _LARGEST:g}, or 0", lambda value: value == 0 or value >= 1 / _LARGEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +30,22 @@ class SamplingOptions:
     )  # fmt: skip
     repetition_penalty: float = option(
         1.0, "Above 1, tokens that stand in the prompt or were chosen become less likely (arXiv:1909.05858, section 4.1).",
-        bound=("above 0", lambda x: x > 0), panel=_PANEL,
+        bound=within(1 / _LARGEST, _LARGEST, closed=True), panel=_PANEL,
     )  # fmt: skip
-    frequency_penalty: float = option(0.0, "Taken off a token's logit for each time that it was chosen.", panel=_PANEL)
-    presence_penalty: float = option(0.0, "Taken off the logit of a token that was chosen.", panel=_PANEL)
+    frequency_penalty: float = option(
+        0.0,
+        "Taken off a token's logit for each time that it was chosen.",
+        bound=within(-_LARGEST, _LARGEST, closed=True),
+        panel=_PANEL,
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Taken off the logit of a token that was chosen.",
+        bound=within(-_LARGEST, _LARGEST, closed=True),
+        panel=_PANEL,
+    )
     temperature: float = option(
-        0.0, "Logits are divided by it; 0 chooses the likeliest.", bound=at_least(0), panel=_PANEL
+        0.0, "Logits are divided by it; 0 chooses the likeliest.", bound=TEMPERATURES, panel=_PANEL
     )
     top_k: int = option(0, "Choose among the k likeliest tokens; 0 for all.", bound=at_least(0), panel=_PANEL)
     top_p: float = option(
@@ -70,7 +83,7 @@ class SamplingOptions:
 
 
 def _biases(given: Any) -> dict[int, float]:
-    wanted = "Give token ids with a number each, or -inf."
+    wanted = f"Give token ids with a number up to {_LARGEST:g} each, or -inf."
     if isinstance(given, str):
         try:
             given = json.loads(given.replace("-inf", "-Infinity"))
@@ -84,7 +97,8 @@ def _biases(given: Any) -> dict[int, float]:
             number, value = int(token), float(bias)
         except (TypeError, ValueError):
             number, value = -1, math.nan
-        if number < 0 or math.isnan(value) or value == math.inf:
+        whole = isinstance(token, str) or number == token
+        if number < 0 or not whole or not (value == -math.inf or abs(value) <= _LARGEST):
             raise ValueError(f"generate(logit_bias={{{token!r}: {bias!r}}}): {wanted}")
         biases[number] = value
     return biases

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import at_least, option
-from .sampling_options import SamplingOptions
+from .options import option
+from .sampling_options import TEMPERATURES, SamplingOptions
 from .terminal import Device, Dtype, ModelName, print_json, print_text, say, torch_dtype, with_options
 
 __all__ = ["app"]
@@ -21,7 +21,7 @@ app = typer.Typer()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sampling(SamplingOptions):
     temperature: Any = option(  # noqa: RUF009  # a field, as the others
-        None, "Logits are divided by it; 0 is greedy.", unset="0.8, or 0 with --assistant", typed=float | None, bound=at_least(0),
+        None, "Logits are divided by it; 0 is greedy.", unset="0.8, or 0 with --assistant", typed=float | None, bound=TEMPERATURES,
         panel="Sampling",
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def _opened(model: str, device: Any, dtype: Any, seed: int) -> Any:
     from .train.options import holds_weights
 
     at = pick_device(device)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)  # draws take any, torch no larger ones
     if Path(model).is_dir() or holds_weights(model) or file_in(Path(model)):
         built = load(model, device=at, dtype=dtype)
         check_language_model(built, model)
