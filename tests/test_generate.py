@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -291,6 +292,10 @@ def test_the_penalty_does_not_count_padding(model):
         ({"frequency_penalty": -1e39}, r"frequency_penalty=-1e\+39"), ({"presence_penalty": -1e39}, r"presence_penalty=-1e\+39"),
         ({"logit_bias": {3: 1e39}}, r"3: 1e\+39.*up to 1e\+30"), ({"logit_bias": {1.5: 1.0}}, r"1\.5: 1\.0"),
         ({"logit_bias": {"x": 1}}, "'x'"), ({"logit_bias": "{"}, "is not JSON"), ({"logit_bias": {3: torch.inf}}, "3: inf"),
+        ({"pad_token_id": -100}, r"pad_token_id=-100.*ids 0 to 63"), ({"pad_token_id": 64, "assistant": "lookup"}, "pad_token_id=64"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"), ({"eos_token_id": 1.5}, r"eos_token_id=1\.5"), ({"stop": 5}, "stop=5"),
+        ({"state": (torch.zeros(2),)}, r"state=.*got a tuple.*out\.state"), ({"attention_mask": [[1] * 4] * 2}, "attention_mask.*a list"),
+        ({"assistant": "mamba-tiny"}, "got 'mamba-tiny'"), ({"assistant": torch.nn.Linear(2, 2)}, "got a Linear, expected a language model"),
         ({"attention_mask": torch.ones(1, 3)}, r"\(1, 3\)"), ({"attention_mask": torch.zeros(2, 4)}, "row 0 has no real token"),
     ],
 )  # fmt: skip
@@ -349,3 +354,21 @@ def test_the_largest_options_leave_a_choice(options, chosen):
     sampler = Sampler(SamplingOptions(**({"temperature": 1e-2} | options)), 2, 5, torch.device("cpu"))
     logits, chance = torch.tensor([[-2e4, 1.0, 3e4, 2.0, 0.0]]).repeat(2, 1), torch.tensor([0.99, 0.5]).double()
     assert [sampler(logits, chance).tolist() for _ in chosen] == [[token, token] for token in chosen]
+
+
+def test_tokens_of_every_kind_that_people_have_are_taken(model):
+    ids = torch.randint(0, 50, (2, 4))
+    eos = int(model.generate(ids, 6)[0, 6])
+    want = model.generate(ids, 6, eos_token_id=eos, repetition_penalty=1.2)
+    for given in (np.int64(eos), np.array([eos]), torch.tensor(eos), torch.tensor([eos]), (eos,), {eos}):
+        assert torch.equal(model.generate(ids, 6, eos_token_id=given, repetition_penalty=1.2), want)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(model.generate(ids.to(dtype), 6, eos_token_id=eos, repetition_penalty=1.2), want)
+    # an end of text that the model has no row for ends nothing, and is not read behind the end of a row
+    assert torch.equal(model.generate(ids, 6, eos_token_id=[999, eos], pad_token_id=eos, repetition_penalty=1.2), want)
+    assert model.generate(ids, 6, eos_token_id=[999, eos], repetition_penalty=1.2).max() < 64
+
+
+def test_a_stream_says_what_is_wrong_before_the_first_token_is_asked_for(model):
+    with pytest.raises(ValueError, match="ids 0 to 49"):
+        model.stream(torch.ones(2, 4, dtype=torch.long), 3, logit_bias={50: 1.0})

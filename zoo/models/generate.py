@@ -1,7 +1,8 @@
 """Text from a language model: the prompts are read in one forward, or in chunks, then a token is chosen and read at a time."""
 
 import dataclasses
-from collections.abc import Iterator
+import numbers
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from .decoder import Chosen, Decoder
 from .ends import Ends
 from .prefill import prefill
 from .recordings import room_for
-from .rows import rectangle
+from .rows import integers, rectangle
 from .sampling import Sampler, uniforms
 from .speculate import DraftModel, PromptLookup, Speculator
 from .state import ModelState
+from .text import padded_vocab
 from .verify import Verifier
 
 __all__ = ["GenerateCall", "Generation", "generate", "stream"]
@@ -104,14 +106,34 @@ class GenerateCall(SamplingOptions):
                 f"generate(max_length={self.max_length}): the prompts have {ids.shape[1]} columns. Enlarge it."
             )
         self._check_assistant()
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        mask, state, rows = self.attention_mask, self.state, padded_vocab(self.model.cfg)
         if any(not isinstance(text, str) or not text for text in self.stops):
             raise ValueError(f"generate(stop={self.stop!r}): expected texts that are not empty.")
+        if any(not isinstance(token, int) for token in self.ends):
+            raise ValueError(f"generate(eos_token_id={self.eos_token_id!r}): expected a token id, or several.")
+        if not 0 <= self.pad < rows:
+            raise ValueError(
+                f"generate(pad_token_id={self.pad}): the model knows the ids 0 to {rows - 1}, and reads it behind a row's end. Give one."
+            )
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(
+                f"generate(attention_mask=...): expected a tensor (b, l), got a {type(mask).__name__}. Use torch.tensor(mask)."
+            )
+        if state is not None and not isinstance(state, ModelState):
+            raise ValueError(
+                f"generate(state=...): expected a ModelState, got a {type(state).__name__}. Give out.state of a call of the model, or "
+                "what .state is of a generation with return_state=True."
+            )
 
     def _check_assistant(self) -> None:
         if self.assistant is None:
             return
-        if self.assistant != "lookup" and not hasattr(self.assistant, "cfg"):
-            raise ValueError(f"generate(assistant={self.assistant!r}): expected a language model, or 'lookup'.")
+        if self.assistant != "lookup" and not (hasattr(self.assistant, "cfg") and "vocab_size" in self.assistant.cfg):
+            given = repr(self.assistant) if isinstance(self.assistant, str) else f"a {type(self.assistant).__name__}"
+            raise ValueError(f"generate(assistant=...): got {given}, expected a language model, or 'lookup'.")
         default = type(self)(model=self.model, input_ids=self.input_ids)
         others = (
             "temperature",
@@ -141,18 +163,29 @@ class GenerateCall(SamplingOptions):
     @property
     def ends(self) -> list[int]:
         """The tokens that end a row."""
-        eos = self.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        given = _several(self.eos_token_id)
+        return [int(token) if isinstance(token, numbers.Integral) else token for token in given]
 
     @property
     def stops(self) -> list[str]:
         """The texts that end a row."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        return _several(self.stop)
 
     @property
     def pad(self) -> int:
         """The token behind a row's end."""
-        return self.pad_token_id if self.pad_token_id is not None else (self.ends or [0])[0]
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        # an end that the model does not have, as some folders say one, ends nothing
+        return next((token for token in self.ends if 0 <= token < padded_vocab(self.model.cfg)), 0)
+
+
+def _several(given: Any) -> list[Any]:
+    """List what was given as one or as several, of Python, NumPy or torch."""
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    if plain is None:
+        return []
+    return list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str | bytes) else [plain]
 
 
 @dataclasses.dataclass
@@ -230,8 +263,10 @@ class _Run:
         self.call, self.logprobs = call, logprobs
         self.how = self.blocks = ""
         self.kept: ModelState | None = None
+        rows, ids = call.input_ids.shape[0], call.input_ids
+        self.sampler = Sampler(SamplingOptions(**call.values()), rows, call.model.cfg.vocab_size, ids.device)
         tokenizer = call.model.tokenizer if call.stops else None
-        self.ends = Ends(call.input_ids.shape[0] * call.n, call.ends, call.stops, tokenizer)
+        self.ends = Ends(rows * call.n, call.ends, call.stops, tokenizer)
 
     @torch.no_grad()
     def looks(self) -> Iterator[Chosen]:
@@ -270,11 +305,10 @@ class _Run:
             self.kept.put(rows, state.reorder(rows))
 
     def _begun(self) -> Decoder | Speculator:
-        call, ids = self.call, self.call.input_ids
+        call, sampler = self.call, self.sampler
+        ids = integers("input_ids", call.input_ids)
         model, device, b = call.model, ids.device, ids.shape[0]
-        options = SamplingOptions(**call.values())
         mask = None if call.attention_mask is None else call.attention_mask.to(device)
-        sampler = Sampler(options, b, model.cfg.vocab_size, device)
         # as much room as a recorded step would have, so that both give the same bits
         more = room_for(ids.shape[1] + call.steps) - ids.shape[1]
         logits, state = prefill(model, ids, mask, call.state, more, call.prefill_chunk)
