@@ -83,6 +83,14 @@ def test_the_last_steps_are_taken_back(model, reserved):
         state.roll_back(torch.tensor([0, -1, 0]))
     with pytest.raises(ValueError, match=r"keep\(-1\)"):
         state.keep(-1)
+    before = state.clone()
+    for wrong in (torch.tensor([True, False, True]), torch.tensor([1, 1]), torch.tensor([[1], [0], [1]])):
+        with pytest.raises(ValueError, match=r"steps: expected a number, or \(3,\) integers, got"):
+            state.roll_back(wrong)
+    left, right = [], []
+    state.map(lambda t: left.append(t.clone()) or t)
+    before.map(lambda t: right.append(t) or t)
+    assert all(map(torch.equal, left, right))  # none of it was taken back
 
 
 @torch.no_grad()

@@ -104,7 +104,13 @@ class Marks:
     def roll_back(self, state: Any, steps: int | Tensor) -> None:
         """Take back a state's last steps, as many of each row as ``steps`` says."""
         depth = torch.zeros(len(state.tokens), dtype=torch.long) if self._depth is None else self._depth
-        counts = torch.as_tensor(steps).cpu().expand(len(depth)).clone()
+        counts = torch.as_tensor(steps).cpu()
+        if counts.shape not in ((), (1,), depth.shape) or counts.dtype == torch.bool:
+            raise ValueError(
+                f"steps: expected a number, or {tuple(depth.shape)} integers, got {tuple(counts.shape)} {counts.dtype}. Say how many "
+                "steps of each row are taken back."
+            )
+        counts = counts.expand(len(depth)).clone()
         if counts.is_floating_point() or bool(((counts < 0) | (counts > depth)).any()):
             row = int(((counts < 0) | (counts > depth)).nonzero()[0]) if not counts.is_floating_point() else 0
             raise ValueError(
