@@ -1,6 +1,8 @@
 """States by prefix: the logits of a tree that has kept nothing, to the bit, within a budget."""
 
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -90,6 +92,35 @@ def test_the_least_recently_used_goes_first_and_ends_before_beginnings(model):
     assert (len(tree), tree.nbytes, tree.read(texts[0]).reused) == (0, 0, 0)
 
 
+def test_threads_share_a_tree(model, monkeypatch):
+    texts = [[i % 3, 1, 2, 3] * 3 + [i] for i in range(6)]
+    fresh = [PrefixTree(model, chunk=4).read(text).logits for text in texts]
+    tree = PrefixTree(model, max_bytes=2 * PrefixTree(model, chunk=4).read(texts[0]).state.nbytes, chunk=4)
+    forward, wrong = tree._forward, []
+
+    def slow(*given):
+        time.sleep(0.002)  # others come in between
+        return forward(*given)
+
+    monkeypatch.setattr(tree, "_forward", slow)
+
+    def work(first):
+        try:
+            for i in range(20):
+                at = (first + 5 * i) % len(texts)
+                wrong.extend([at] if not torch.equal(tree.read(texts[at]).logits, fresh[at]) else [])
+        except Exception as e:  # which a thread would keep to itself
+            wrong.append(e)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert tree.nbytes == sum(node.nbytes for node in tree._nodes) <= tree.max_bytes
+
+
 def test_attention_keeps_each_token_once():
     torch.manual_seed(0)
     cfg = {
@@ -111,7 +142,7 @@ def test_attention_keeps_each_token_once():
     ("make", "words"),
     [
         (lambda m: PrefixTree(m, max_bytes=-1), "max_bytes=-1"), (lambda m: PrefixTree(m, chunk=0), "chunk=0"),
-        (lambda m: PrefixTree(m).read([]), r"got \(0,\)"), (lambda m: PrefixTree(m).read(torch.ones(1, 3)), r"got \(1, 3\)"),
+        (lambda m: PrefixTree(m).read([1.5]), "expected integers, got torch.float32"), (lambda m: PrefixTree(m).read([]), r"got \(0,\)"), (lambda m: PrefixTree(m).read(torch.ones(1, 3)), r"got \(1, 3\)"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(make, words):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .rows import integers
 from .state import ModelState
 
 __all__ = ["Prefix", "PrefixTree"]
@@ -46,7 +48,7 @@ class PrefixTree:
 
     Texts are read in chunks of the same length from their beginning, and the rest in one piece: logits and states are those of a tree
     that has kept nothing, to the bit, whatever was read and thrown away before. A chunk keeps a recurrent layer's state, and of attention
-    the keys and values of its own tokens.
+    the keys and values of its own tokens. Threads may share a tree; they read one after the other.
 
     Args:
         model: A language model; after its weights have changed, :meth:`clear`.
@@ -71,6 +73,7 @@ class PrefixTree:
         self.model, self.max_bytes, self.chunk, self.nbytes = model, max_bytes, chunk, 0
         self._root, self._clock = _Node(None), itertools.count(1)
         self._nodes: set[_Node] = set()
+        self._lock = threading.Lock()  # what one thread reads behind another may be thrown away by a third
 
     def __len__(self) -> int:
         """Return the number of chunks that are kept."""
@@ -81,13 +84,17 @@ class PrefixTree:
         """Read a text, ``(l,)`` with ``l >= 1``.
 
         Raises:
-            ValueError: No tokens, or another shape.
+            ValueError: No tokens, another shape, or numbers that are no integers.
         """
-        ids = torch.as_tensor(list(tokens) if not isinstance(tokens, Tensor) else tokens, dtype=torch.long).cpu()
+        ids = torch.as_tensor(list(tokens) if not isinstance(tokens, Tensor) else tokens).cpu()
         if ids.dim() != 1 or not len(ids):
             raise ValueError(
                 f"PrefixTree.read: expected tokens (l,) with l >= 1, got {tuple(ids.shape)}. Give one text at a time."
             )
+        with self._lock:
+            return self._read(integers("tokens", ids).long())
+
+    def _read(self, ids: Tensor) -> Prefix:
         whole = len(ids) // self.chunk
         chunks = [tuple(ids[i * self.chunk : (i + 1) * self.chunk].tolist()) for i in range(whole)]
         path = self._known(chunks)
@@ -109,8 +116,9 @@ class PrefixTree:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._root, self.nbytes = _Node(None), 0
-        self._nodes.clear()
+        with self._lock:
+            self._root, self.nbytes = _Node(None), 0
+            self._nodes.clear()
 
     def _known(self, chunks: Sequence[tuple[int, ...]]) -> list[_Node]:
         path, node = [], self._root
