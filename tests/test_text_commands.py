@@ -18,6 +18,42 @@ def folder(tmp_path_factory):
     return zoo.save(zoo.build("mamba-tiny", ["d_model=16"]), tmp_path_factory.mktemp("saved"))
 
 
+@pytest.fixture
+def spaced(tmp_path):
+    """A folder of a model whose tokenizer is of Llama's kind: it takes the space from the beginning of what it decodes."""
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", "▁the", "▁quick", "▁fox", *"▁abcdefghijklmnopqrstuvwxyz"]
+    inside = Tokenizer(models.Unigram([(piece, -1.0 if len(piece) > 1 else -9.0) for piece in pieces], unk_id=0))
+    inside.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inside.decoder = decoders.Metaspace(prepend_scheme="first")
+    torch.manual_seed(0)
+    folder = zoo.save(zoo.build("mamba-tiny", ["d_model=16", f"vocab_size={len(pieces)}"]), tmp_path / "spaced")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=inside, **special).save_pretrained(folder)
+    return folder, pieces
+
+
+def test_a_word_behind_a_prompt_keeps_its_space(spaced):
+    folder, pieces = spaced
+
+    def told(prompt, piece, *options):
+        only = json.dumps({i: -1e9 for i in range(len(pieces)) if i != pieces.index(piece)})
+        asked = ("generate", folder, "--device", "cpu", "--max-new-tokens", 2, "--logit-bias", only, "--prompt", prompt)
+        return invoke(*asked, *options).stdout
+
+    assert told("the quick", "▁fox") == "the quick fox fox\n"
+    assert told("the qui", "c") == "the quicc\n"  # a word goes on
+    assert told("the ", "q") == "the qq\n"
+    assert told("", "▁fox") == "fox fox\n"  # a text begins
+    found = json.loads(told("the quick", "▁fox", "--json", "--stop", " fox"))
+    assert (found["text"], found["tokens"], found["ended"]) == (" fox", 1, "stop")
+    two = json.loads(told("the quick", "▁fox", "--json", "--n", 2))
+    assert [one["text"] for one in two] == [" fox fox"] * 2
+
+
 def prompts_of(folder, file, **more):
     arguments = ("generate", folder, "--device", "cpu", "--max-new-tokens", 2, "--json", "--prompts", file)
     return [json.loads(line)["prompt"] for line in invoke(*arguments, **more).stdout.strip("\n").split("\n")]

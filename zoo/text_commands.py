@@ -189,8 +189,13 @@ class _Writer:
             ids[i, -len(row) :], mask[i, -len(row) :] = torch.tensor(row), 1
         return ids.to(self.device), mask.to(self.device) if len(rows) > 1 else None
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.model.tokenizer.decode(tokens[: -1 if tokens[-1:] and tokens[-1] in self.ends else None])
+    def _text(self, tokens: list[int], before: int) -> str:
+        """The text of new tokens, as it stands behind a prompt with the last token ``before``."""
+        from .tokenizer import space_between
+
+        told = tokens[: -1 if tokens[-1:] and tokens[-1] in self.ends else None]
+        space = space_between(self.model.tokenizer, before, told[0]) if told else ""
+        return space + self.model.tokenizer.decode(told)
 
     def stream(self, prompt: str) -> None:
         """Print a prompt and its continuation, piece by piece; half a letter waits for its other half."""
@@ -203,7 +208,7 @@ class _Writer:
         shown = ""
         for look in looks:
             tokens += look.tokens[0, : int(look.counts[0]) - len(tokens)].tolist()
-            text = self._text(tokens)
+            text = self._text(tokens, int(ids[0, -1]))
             whole = text.rstrip("\ufffd") if not look.finished[0] else text
             print_text(whole[len(shown) :], end="")
             shown = whole
@@ -213,10 +218,10 @@ class _Writer:
         """Continue prompts side by side: an object for each sample of each."""
         ids, mask = self._encoded(prompts)
         made = self.model.generate(ids, attention_mask=mask, details=True, **self.options)
-        found = []
+        found, last = [], ids[:, -1].tolist()
         for i, count in enumerate(made.counts.tolist()):
             new = made.sequences[i, ids.shape[1] : ids.shape[1] + count].tolist()
-            about = {"text": self._text(new), "tokens": count, "ended": made.reasons[i]}
+            about = {"text": self._text(new, last[i // self.options["n"]]), "tokens": count, "ended": made.reasons[i]}
             logprobs = [round(x, 5) for x in made.logprobs[i, :count].tolist()]
             found.append({"model": self.name, "prompt": prompts[i // self.options["n"]], **about, "logprobs": logprobs})
         return found

@@ -28,6 +28,7 @@ __all__ = [
     "ends_of_text",
     "from_transformers",
     "load_tokenizer",
+    "space_between",
     "tokenizer_files",
     "tokenizer_folder",
     "whose",
@@ -184,6 +185,17 @@ def encode_prompt(model: Any, text: str) -> list[int]:
             f"tokenizer {model.cfg.tokenizer!r}: gives id {max(ids)}, and the model knows {rows}. It is another model's tokenizer."
         )
     return ids
+
+
+def space_between(tokenizer: Any, before: int, first: int) -> str:
+    """Return the space that text behind the token ``before`` begins with, and that decoding it from its ``first`` token on leaves out.
+
+    It is what many (Llama's and Mistral's) take from the beginning of whatever they decode, as they put one in front of what they encode.
+    """
+    if before in getattr(tokenizer, "all_special_ids", ()):
+        return ""  # the text begins here
+    left, right = tokenizer.decode([before]), tokenizer.decode([first])
+    return " " if tokenizer.decode([before, first]) == f"{left} {right}" else ""
 
 
 def document_encoder(tokenizer: Any) -> tuple[Callable[[str], Sequence[int]], int]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tokenizer import space_between
 from .decoder import Chosen
 
 __all__ = ["Ends"]
@@ -17,7 +18,8 @@ class Ends:
         rows: Number of rows.
         ends: Tokens that end a row.
         stops: Texts that do.
-        tokenizer: Reads tokens; needed for texts alone.
+        tokenizer: Reads tokens; needed for texts alone, as is
+        before: The token that each row goes on from.
 
     Attributes:
         tokens: The new tokens of each row.
@@ -27,8 +29,8 @@ class Ends:
         reasons: ``"eos"``, ``"stop"`` or ``"length"`` of each row; the last of rows that have not ended, too.
     """
 
-    def __init__(self, rows: int, ends: list[int], stops: list[str], tokenizer: Any):
-        self._ends, self._stops, self._tokenizer = set(ends), stops, tokenizer
+    def __init__(self, rows: int, ends: list[int], stops: list[str], tokenizer: Any, before: list[int]):
+        self._ends, self._stops, self._tokenizer, self._before = set(ends), stops, tokenizer, before
         # no text is longer than this many tokens, of which some may be a byte of a letter
         self._window = 4 * max(map(len, stops), default=0)
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -49,7 +51,7 @@ class Ends:
             count = int(found.counts[row]) - len(self.tokens[row])
             for i, token in enumerate(shown[row, :count].tolist()):
                 self.tokens[row].append(token)
-                if self._stops and self._spelled(self.tokens[row]):
+                if self._stops and self._spelled(row):
                     self.by_text[row], self.reasons[row] = True, "stop"
                     count = i + 1
                     shown[row, count:], likely[row, count:] = pad, 0
@@ -60,6 +62,9 @@ class Ends:
                 self.reasons[row] = "eos"
         return Chosen(shown, likely, self.counts, self.finished.clone())
 
-    def _spelled(self, tokens: list[int]) -> bool:
+    def _spelled(self, row: int) -> bool:
+        tokens = self.tokens[row]
         text = self._tokenizer.decode(tokens[-self._window :])
+        if len(tokens) <= self._window:
+            text = space_between(self._tokenizer, self._before[row], tokens[0]) + text
         return any(stop in text for stop in self._stops)

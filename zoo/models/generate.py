@@ -12,7 +12,7 @@ from ..options import at_least, called_with, option
 from ..sampling_options import SamplingOptions
 from .decoder import Chosen, Decoder
 from .ends import Ends
-from .prefill import prefill
+from .prefill import last_real, prefill
 from .recordings import room_for
 from .rows import integers, rectangle
 from .sampling import Sampler, uniforms
@@ -266,7 +266,12 @@ class _Run:
         rows, ids = call.input_ids.shape[0], call.input_ids
         self.sampler = Sampler(SamplingOptions(**call.values()), rows, call.model.cfg.vocab_size, ids.device)
         tokenizer = call.model.tokenizer if call.stops else None
-        self.ends = Ends(rows * call.n, call.ends, call.stops, tokenizer)
+        self.ends = Ends(rows * call.n, call.ends, call.stops, tokenizer, self._before() if call.stops else [])
+
+    def _before(self) -> list[int]:
+        ids, mask = self.call.input_ids, self.call.attention_mask
+        last = torch.full((len(ids),), -1) if mask is None else last_real(ids, mask.to(ids.device)).cpu()
+        return ids.cpu()[torch.arange(len(ids)), last].repeat_interleave(self.call.n).tolist()
 
     @torch.no_grad()
     def looks(self) -> Iterator[Chosen]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .state import ModelState
 
-__all__ = ["prefill"]
+__all__ = ["last_real", "prefill"]
 
 # columns that are read at once: of half as many a small model's kernels take less time than the host takes to launch them
 _LONG = 16384
@@ -34,7 +34,7 @@ def prefill(
     """
     b, l = input_ids.shape
     chunk = chunk or _LONG
-    last = None if mask is None else _last(input_ids, mask)
+    last = None if mask is None else last_real(input_ids, mask)
     begins = state is None
     if state is not None and state.tokens.shape[0] != b:
         raise ValueError(
@@ -63,7 +63,8 @@ def prefill(
     return logits, state
 
 
-def _last(input_ids: Tensor, mask: Tensor) -> Tensor:
+def last_real(input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the column of each row's last real token, ``(b,)`` int64; errors are those of :func:`prefill` about the mask."""
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: shape {tuple(mask.shape)} differs from the prompts' {tuple(input_ids.shape)}."
