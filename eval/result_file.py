@@ -18,7 +18,7 @@ import torch
 
 from ..zoo.checkpoint.publish import write_whole
 
-__all__ = ["Result", "Row", "Tick", "header", "merged", "same_run", "version", "write"]
+__all__ = ["Result", "Row", "Tick", "header", "merged", "read_result", "same_run", "version", "write"]
 
 Result = dict[str, Any]
 Row = dict[str, Any]  # one of a result's ``cases``
@@ -61,20 +61,36 @@ def _identity(row: dict[str, Any]) -> tuple:
     return tuple(row.get(key) for key in ("part", "name", "op", "dtype", "peer"))
 
 
+def read_result(path: Path) -> Result | None:
+    """Return what a file of results holds; ``None`` where there is none.
+
+    Raises:
+        ValueError: It is a folder, or holds no JSON object.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder. Give a file with --out, {path / 'result.json'} say.")
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: is not JSON ({e}). Move it away, or give another --out.") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, and no result. Move it away, or give another --out.")
+    return found
+
+
 def same_run(path: Path, result: Result) -> Result | None:
     """The result in a file, if it is of the same benchmark, on the same device and versions; it may be of another commit.
 
     A library that one of the two did without is no other version of it.
 
     Raises:
-        ValueError: The file holds no JSON.
+        ValueError: As :func:`read_result`.
     """
-    if not path.exists():
+    before = read_result(path)
+    if before is None:
         return None
-    try:
-        before = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: is not JSON ({e}). Move it away, or give another --out.") from e
     same = all(before.get(key) == result[key] for key in ("what", "device"))
     theirs = before.get("versions", {})
     pairs = [(text, theirs.get(name, text)) for name, text in result["versions"].items()]

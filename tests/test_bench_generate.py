@@ -153,3 +153,14 @@ def test_the_pages_say_how_fast_models_write(tmp_path):
     assert "mamba, mamba-ssm" in written.drawn(result)
     alone = result | {"cases": [measured("mamba-2.8b", 1, 1024, 600.0)]}
     assert written.drawn(alone) is None and written.sentence(alone, "") is None and written.claims(alone) is None
+
+
+def test_a_file_that_no_result_can_join_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "bench", lambda *given: pytest.fail("measured"))
+    file = tmp_path / "result.json"
+    for content, words in (("{", "is not JSON"), ("[]", "holds a list, and no result")):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            run.run_bench("generate", out=file, parts=["tiny"])
+    with pytest.raises(ValueError, match="is a folder"):
+        run.run_bench("generate", out=tmp_path, parts=["tiny"])

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from ..result_file import Result, header, merged, same_run, write
+from ..result_file import Result, header, merged, read_result, same_run, write
 from . import generate as bench_generate
 from . import ops as bench_ops
 from . import step as bench_step
@@ -74,6 +74,8 @@ def run_bench(
             names = ", ".join(known) or "none, its peers are given; leave out --vs"
             raise ValueError(f"bench: unknown peer {name!r} of {what}. Known: {names}.")
     chosen = _parts(what, parts)
+    if out is not None and not profile:
+        read_result(Path(out))  # what cannot be joined is said before minutes are spent
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a log has room for every column
