@@ -141,9 +141,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan, ssd, attention, train, trainer (zoo train itself), vision (image models), generate (models at growing contexts), "
-            "step (launches of decoding), tutorial (the run of docs/train.md), fields (the picture of docs/vision.md), data or parity; plot"
-            " draws a result, readme writes the figures of our pages."
+            help="scan, ssd, attention, train, trainer (zoo train), vision (image models), generate (models at growing contexts), step"
+            " (launches of decoding), tutorial (docs/train.md), fields (docs/vision.md), data or parity; plot draws one, readme writes all."
         ),
     ],
     file: Annotated[
@@ -155,12 +154,13 @@ def bench(
         typer.Option(
             help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
             " of attention; a model, or model:variant, of train, trainer and vision; walks or bytes of vision; linear, choose, attention,"
-            " update or model of step; gigabytes, or bpe:gigabytes, of data; fuzz of parity, which tries options drawn at random. May be"
-            " repeated."
+            " update or model of step; tiny, 130m or 2.8b, or one of :batch, :half, :long or :repeats behind it, of generate; gigabytes, or"
+            " bpe:gigabytes, of data; fuzz of parity. May be repeated."
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Also write the result to this JSON file, beside what it holds of this commit.")
+        Path | None,
+        typer.Option(help="Also write the result to this JSON file, beside what it holds of these versions."),
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Of train and vision: print the kernels of a step.")

@@ -372,3 +372,24 @@ def test_tokens_of_every_kind_that_people_have_are_taken(model):
 def test_a_stream_says_what_is_wrong_before_the_first_token_is_asked_for(model):
     with pytest.raises(ValueError, match="ids 0 to 49"):
         model.stream(torch.ones(2, 4, dtype=torch.long), 3, logit_bias={50: 1.0})
+
+
+def test_what_cannot_be_read_is_refused_before_anything_is(monkeypatch):
+    model, other = (zoo.build(name).eval() for name in ("transformer-tiny", "jamba-tiny"))
+    ids, wide = (
+        torch.zeros(2, 3, dtype=torch.long),
+        zoo.build("transformer-tiny", ["layers=(attention mlp) * 3"]).eval(),
+    )
+    for call, words in {
+        lambda: model.generate(ids + 256, 2): r"input_ids: holds 256, and the model knows the ids 0 to 255",
+        lambda: model.generate(ids - 1, 2): r"input_ids: holds -1, and",
+        lambda: model.generate(
+            ids, 2, state=other(ids).state
+        ): r"state: block 0 has MambaState\(conv \(128,\), .*model's leaves AttentionState",
+        lambda: model.generate(ids, 2, state=wide(ids).state): r"state: is of 6 blocks, and the model has 4",
+        lambda: model.generate(ids, 0, return_state=True): r"generate\(return_state=True\): without a new token",
+        lambda: next(model.stream(ids + 300, 2)): r"input_ids: holds 300",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert torch.equal(model.generate(ids, 0), ids)

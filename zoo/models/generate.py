@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .decoder import Chosen, Decoder
 from .ends import Ends
 from .prefill import last_real, prefill
 from .recordings import room_for
-from .rows import integers, rectangle
+from .rows import check_known, integers, rectangle, several
 from .sampling import Sampler, uniforms
 from .speculate import DraftModel, PromptLookup, Speculator
 from .state import ModelState
@@ -127,6 +127,13 @@ class GenerateCall(SamplingOptions):
                 f"generate(state=...): expected a ModelState, got a {type(state).__name__}. Give out.state of a call of the model, or "
                 "what .state is of a generation with return_state=True."
             )
+        if state is not None:
+            state.check_made_by(self.model)
+        check_known("input_ids", self.input_ids, rows)
+        if self.return_state and not self.steps:
+            raise ValueError(
+                "generate(return_state=True): without a new token there is nothing behind which a state goes on. Ask for one."
+            )
 
     def _check_assistant(self) -> None:
         if self.assistant is None:
@@ -163,13 +170,13 @@ class GenerateCall(SamplingOptions):
     @property
     def ends(self) -> list[int]:
         """The tokens that end a row."""
-        given = _several(self.eos_token_id)
+        given = several(self.eos_token_id)
         return [int(token) if isinstance(token, numbers.Integral) else token for token in given]
 
     @property
     def stops(self) -> list[str]:
         """The texts that end a row."""
-        return _several(self.stop)
+        return several(self.stop)
 
     @property
     def pad(self) -> int:
@@ -178,14 +185,6 @@ class GenerateCall(SamplingOptions):
             return self.pad_token_id
         # an end that the model does not have, as some folders say one, ends nothing
         return next((token for token in self.ends if 0 <= token < padded_vocab(self.model.cfg)), 0)
-
-
-def _several(given: Any) -> list[Any]:
-    """List what was given as one or as several, of Python, NumPy or torch."""
-    plain = given.tolist() if hasattr(given, "tolist") else given
-    if plain is None:
-        return []
-    return list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str | bytes) else [plain]
 
 
 @dataclasses.dataclass

@@ -1,6 +1,6 @@
 """The rows of a batch as a caller describes them: padding, packing, documents."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels.seq import Seq, as_tensor
 from .state import ModelState
 
-__all__ = ["describe_rows", "integers", "number_documents", "rectangle"]
+__all__ = ["check_known", "describe_rows", "integers", "number_documents", "rectangle", "several"]
 
 
 def integers(name: str, ids: Tensor, instead: str = "") -> Tensor:
@@ -18,6 +18,27 @@ def integers(name: str, ids: Tensor, instead: str = "") -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}. Pass token ids{instead}.")
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
+
+
+def several(given: Any) -> list[Any]:
+    """List what was given as one or as several, of Python, NumPy or torch."""
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    if plain is None:
+        return []
+    return list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str | bytes) else [plain]
+
+
+def check_known(name: str, ids: Tensor, count: int) -> None:
+    """Refuse token ids that a table of ``count`` rows has not, which would end a GPU's process.
+
+    Raises:
+        ValueError: With the first of them.
+    """
+    strange = (ids < 0) | (ids >= count)
+    if bool(strange.any()):
+        raise ValueError(
+            f"{name}: holds {ids[strange][0].item()}, and the model knows the ids 0 to {count - 1}. Is it its tokenizer?"
+        )
 
 
 def rectangle(rows: Sequence[list[Any]], fill: int | float, left: bool = False) -> Tensor:

@@ -65,6 +65,23 @@ class ModelState:
             )
         return ModelState(each_state(self.layers, lambda state: state.kept_in(dtype)), self.tokens)
 
+    def check_made_by(self, model: Any) -> None:
+        """Refuse the state of a model with other layers.
+
+        Raises:
+            ValueError: With the first block whose state is another.
+        """
+        mine, own = (list(map(_kinds, layers)) for layers in (self.layers, model.init_state(0, 1).layers))
+        if len(mine) != len(own):
+            raise ValueError(
+                f"state: is of {len(mine)} blocks, and the model has {len(own)}. Give one that this model has left."
+            )
+        for i, (a, b) in enumerate(zip(mine, own, strict=True)):
+            if a != b:
+                raise ValueError(
+                    f"state: block {i} has {a}, and the model's leaves {b}. Give one that this model has left."
+                )
+
     @property
     def recurrent_dtype(self) -> torch.dtype | None:
         """The type that recurrent states are kept in; ``None`` where there are none."""
@@ -252,3 +269,12 @@ def _named(model: Any) -> dict[str, str]:
 
 
 tree(ModelState)
+
+
+def _kinds(layer: Any) -> str:
+    """Words for the states of a block: their types, and sizes but for rows and slots."""
+    each = (
+        f"{type(s).__name__}({', '.join(f'{name} {tuple(t.shape[2:])}' for name, t in s.tensors())})"
+        for s in states_in(layer)
+    )
+    return " + ".join(each) or "no state"
