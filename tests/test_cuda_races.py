@@ -56,9 +56,12 @@ def dual():
     # two stages of tiles and one; what a segment leaves, and the outputs
     (x, z), (B, C) = torch.randn(2, 1, 200, 1, 32).bfloat16(), torch.randn(2, 1, 200, 1, 32).bfloat16()
     i = SsdInputs(x, torch.randn(1, 200, 1), -torch.rand(1), B, C, torch.randn(1), z, reset=(torch.arange(200) % 70 == 9)[None])
-    for space, processors in ((228, 1), (60, 5)):
+    # and what groups of warps multiply together
+    (y, w), (E, F) = torch.randn(2, 1, 200, 1, 64).bfloat16(), torch.randn(2, 1, 200, 1, 64).bfloat16()
+    j = SsdInputs(y, torch.randn(1, 200, 1), -torch.rand(1), E, F, torch.randn(1), w)
+    for each, space, processors in ((i, 228, 1), (i, 60, 5), (j, 228, 1), (j, 100, 5)):
         ssd_cuda.shared_memory, ssd_cuda.processors = lambda device: space << 10, lambda device: processors
-        ssd_cuda.forward(i, SsdOptions(True), True)
+        ssd_cuda.forward(each, SsdOptions(True), True)
 def dual_backward():
     ssd_cuda.processors = ssd_cuda_backward.processors = lambda device: 1
     reset = (torch.arange(70) % 40 == 13)[None]

@@ -230,7 +230,7 @@ def test_kernels_compile_for_every_architecture_we_claim(kernel, arch):
 
 @pytest.mark.parametrize("kernel", USUAL, ids=lambda k: k[1])
 def test_usual_kernels_fit_their_registers(kernel, record_property):
-    registers, spilled = resources(*kernel, "sm_90")
+    registers, spilled = resources(*kernel, nvrtc.arch_of(9, 0))
     record_property("registers", registers)
     record_property("spilled bytes", spilled)
     assert spilled <= SPILLS
@@ -238,7 +238,7 @@ def test_usual_kernels_fit_their_registers(kernel, record_property):
 
 @exhaustive
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("element", ["float", "bf16", "fp16"])
 def test_every_instance_compiles(element, arch):
     kernels = [
@@ -268,7 +268,7 @@ def test_every_instance_compiles(element, arch):
 
 @exhaustive
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_instance_of_convolutions_and_steps_compiles(dtype, arch):
     kernels = {
@@ -301,7 +301,7 @@ def test_every_instance_of_convolutions_and_steps_compiles(dtype, arch):
 
 @exhaustive
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_instance_of_the_norm_compiles(dtype, arch):
     # one width for every number of threads in a row and of accesses in a thread
@@ -327,7 +327,7 @@ def test_every_instance_of_the_norm_compiles(dtype, arch):
 
 @exhaustive
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_instance_of_ssd_compiles(dtype, arch):
     kernels = {
@@ -347,7 +347,7 @@ def test_every_instance_of_ssd_compiles(dtype, arch):
 
 @exhaustive
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_every_instance_of_the_gated_norm_compiles(dtype, arch):
     # one width for every number of threads in a row and of accesses in a thread

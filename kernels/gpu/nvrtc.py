@@ -120,11 +120,16 @@ def _enter(index: int | None) -> None:
     _checked(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
+def arch_of(major: int, minor: int) -> str:
+    """Return the architecture that a GPU of a compute capability is compiled for; 9.0 has instructions that no later one has (`wgmma`)."""
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
 def _load(source: str, name: str, index: int | None, shared_bytes: int, overlaps: bool) -> Any:
     _enter(index)
     driver = _driver()
     major, minor = torch.cuda.get_device_capability(index)
-    lowered, code = machine_code(source, name, f"sm_{major}{minor}")
+    lowered, code = machine_code(source, name, arch_of(major, minor))
     module = _checked(driver.cuModuleLoadData(code), name)
     function = _checked(driver.cuModuleGetFunction(module, lowered), name)
     attribute = driver.CUfunction_attribute

@@ -5,6 +5,7 @@
 // ssd_pass_states what enters each, and then every segment is walked with its outputs.  Where they fill it, but not evenly, blocks take segments
 // in turn, all the first ones first, and hand the state on in `last`: a block is done early, and no place stays without one for long.
 #include "ssd.cuh"
+#include "groups.cuh"
 #include "vector.cuh"
 
 // only what a segment leaves behind
@@ -60,6 +61,10 @@ struct Forward {
     using Gate = Vec<T, HALF ? 4 : 2>;
     static constexpr int GT = SPAN / (HALF ? 16 : 8);
     static constexpr int DOWN = P / 16, ACROSS = WARPS / DOWN, NT = N / ACROSS / 8, J = NT < 4 ? NT : 4;
+    // whether right operands are read once for four warps (groups.cuh); B, C and the state then lie in tiles of 64 columns
+    static constexpr bool GROUPED = GROUPS && is_bf16<T> && !PACKED && P == 64 && (N == 64 || N == 128);
+    // the warp that forms step sizes where there are outputs: of groups, one that has no weights to form
+    static constexpr int FORMER = GROUPED ? 4 : WARPS - 1;
 
     const SsdForwardParams& p;
     char* shared;
@@ -81,6 +86,11 @@ struct Forward {
     DEVICE Tile<T, P> X(int c) const { return {tiles(c)}; }
     DEVICE Tile<T, N> B(int c) const { return {tiles(c) + At::X}; }
     DEVICE Tile<T, N> C(int c) const { return {tiles(c) + At::X + At::B}; }
+    // of B and the state, 64 columns
+    static constexpr int PANEL = 64 * 64;
+    DEVICE Tile<T, 64> B_panel(int c, int i) const { return {tiles(c) + At::X + i * PANEL}; }
+    DEVICE Tile<T, 64> C_panel(int c, int i) const { return {tiles(c) + At::X + At::B + i * PANEL}; }
+    DEVICE Tile<T, 64> H_panel(int i) const { return {H() + i * PANEL}; }
     DEVICE T* H() const { return reinterpret_cast<T*>(shared) + STAGES * At::TILES; }
     DEVICE T* weights() const { return H() + At::STATE; }
     DEVICE Steps<Q>& steps(int c) const { return reinterpret_cast<Steps<Q>*>(shared + At::OPERANDS)[c % (2 * FORMERS)]; }
@@ -90,8 +100,10 @@ struct Forward {
     DEVICE float* skip() const { return reinterpret_cast<float*>(shared + At::SKIP); }
     DEVICE float* moved(int part) const { return reinterpret_cast<float*>(shared + At::MOVED) + part * Q; }
     // a state's place: the row is a channel, the column one of n
-    DEVICE static int row_of(int e) { return threadIdx.x / 32 / ACROSS * 16 + threadIdx.x % 32 / 4 + e / 2 * 8; }
-    DEVICE static int column_of(int j, int e) { return threadIdx.x / 32 % ACROSS * (8 * NT) + 8 * j + threadIdx.x % 4 * 2 + e % 2; }
+    DEVICE static int row_of(int e) { return (GROUPED ? threadIdx.x / 32 % DOWN : threadIdx.x / 32 / ACROSS) * 16 + threadIdx.x % 32 / 4 + e / 2 * 8; }
+    DEVICE static int column_of(int j, int e) {
+        return (GROUPED ? threadIdx.x / 32 / DOWN : threadIdx.x / 32 % ACROSS) * (8 * NT) + 8 * j + threadIdx.x % 4 * 2 + e % 2;
+    }
     // what a lane has of a 16 x 16 tile
     DEVICE static uint4& lane_of(T* tiles, int tile) { return reinterpret_cast<uint4*>(tiles)[32 * tile + threadIdx.x % 32]; }
     DEVICE int64 state_at(int64 of) const { return ((of * p.h + head) * p.p + first) * n; }
@@ -100,15 +112,26 @@ struct Forward {
     DEVICE void begin_at(int c) {
         const int64 t = (int64)c * Q;
         next_x = own_place<T, P, WALKERS>(reinterpret_cast<const T*>(p.x) + b * p.x_b + t * p.x_l + head * p.x_h + first, p.x_l);
-        next_B = own_place<T, N, WALKERS>(reinterpret_cast<const T*>(p.B) + b * p.B_b + t * p.B_l + group * p.B_g, p.B_l);
-        if constexpr (OUT) next_C = own_place<T, N, WALKERS>(reinterpret_cast<const T*>(p.C) + b * p.C_b + t * p.C_l + group * p.C_g, p.C_l);
+        next_B = own_place<T, GROUPED ? 64 : N, WALKERS>(reinterpret_cast<const T*>(p.B) + b * p.B_b + t * p.B_l + group * p.B_g, p.B_l);
+        if constexpr (OUT) next_C = own_place<T, GROUPED ? 64 : N, WALKERS>(reinterpret_cast<const T*>(p.C) + b * p.C_b + t * p.C_l + group * p.C_g, p.C_l);
         out_at = reinterpret_cast<T*>(p.out) + ((b * p.l + t + 16 * tile_of() + threadIdx.x % 32 / 4) * p.h + head) * p.p + first + span_of();
     }
     DEVICE void fetch(int c) {
         const int rows = p.l - c * Q < Q ? p.l - c * Q : Q;
         fill_own<T, Q, ALIGNED, WALKERS>(X(c), next_x, p.x_l, rows, channels);
-        fill_own<T, Q, ALIGNED, WALKERS>(B(c), next_B, p.B_l, rows, n);
-        if constexpr (OUT) fill_own<T, Q, ALIGNED, WALKERS>(C(c), next_C, p.C_l, rows, n), next_C += Q * p.C_l;
+        if constexpr (GROUPED) {
+#pragma unroll
+            for (int i = 0; i < N / 64; ++i) fill_own<T, Q, ALIGNED, WALKERS>(B_panel(c, i), next_B + 64 * i, p.B_l, rows, n - 64 * i);
+        } else {
+            fill_own<T, Q, ALIGNED, WALKERS>(B(c), next_B, p.B_l, rows, n);
+        }
+        if constexpr (OUT && GROUPED) {
+#pragma unroll
+            for (int i = 0; i < N / 64; ++i) fill_own<T, Q, ALIGNED, WALKERS>(C_panel(c, i), next_C + 64 * i, p.C_l, rows, n - 64 * i);
+        } else if constexpr (OUT) {
+            fill_own<T, Q, ALIGNED, WALKERS>(C(c), next_C, p.C_l, rows, n);
+        }
+        if constexpr (OUT) next_C += Q * p.C_l;
         next_x += Q * p.x_l, next_B += Q * p.B_l;
         copy_async_commit();
     }
@@ -173,7 +196,16 @@ struct Forward {
             for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, maxima()[w]);
             normal_range(largest, 14, by, back);
         }
-        if constexpr (HALF) {
+        if constexpr (GROUPED) {
+            const int row = row_of(0), column = column_of(0, 0);
+            const Tile<T, 64> own = H_panel(column / 64).corner(0, column % 64 / 8 * 8).place(row, threadIdx.x % 4 * 2);
+#pragma unroll
+            for (int j = 0; j < NT; ++j) {
+                const Tile<T, 64> at = own.on(0, 8 * j);
+                *reinterpret_cast<uint32*>(at.at) = Element<T>::pack(state[0][j]);
+                *reinterpret_cast<uint32*>(at.on(8, 0).at) = Element<T>::pack(state[0][j] + 2);
+            }
+        } else if constexpr (HALF) {
             const int first = (row_of(0) / 16 * N + column_of(0, 0)) / 16;
 #pragma unroll
             for (int j = 0; j < NT; j += 2) {
@@ -260,10 +292,7 @@ struct Forward {
     // C B^T of 16 tokens and 8 S that are not behind them, which becomes what the tokens take of these; fp16: in rows that are made 2^14 at most
     template <int S>
     DEVICE void weigh(int c, int tile, int part, Rows& rows) const {
-        constexpr int WIDTH = HALF ? 32 : 8;
-        const Steps<Q>& s = steps(c);
-        const int row = 16 * tile + threadIdx.x % 32 / 4, column = WIDTH * part + threadIdx.x % 4 * 2;
-        float scores[1][S][4] = {}, largest[2] = {0.f, 0.f};
+        float scores[1][S][4] = {};
         const Tile<T, N> keys = B(c).corner(WIDTH * part, 0);
         if constexpr (HALF) {
 #pragma unroll(TOGETHER)
@@ -274,6 +303,15 @@ struct Forward {
         } else {
             product<T, 1, S, false, false>(scores, C(c).corner(16 * tile, 0), keys, N);
         }
+        settle<S>(c, tile, part, scores);
+    }
+    static constexpr int WIDTH = HALF ? 32 : 8;
+    // the first S columns of scores
+    template <int S, int ALL>
+    DEVICE void settle(int c, int tile, int part, float (&scores)[1][ALL][4]) const {
+        const Steps<Q>& s = steps(c);
+        const int row = 16 * tile + threadIdx.x % 32 / 4, column = WIDTH * part + threadIdx.x % 4 * 2;
+        float largest[2] = {0.f, 0.f};
         each<1, S>([&](int, int j, int e) {
             const int t = row + e / 2 * 8, from = column + 8 * j + e % 2;
             const float dt = s.dt[from];
@@ -370,14 +408,51 @@ struct Forward {
     }
 
     // A warp's tile of tokens, such that those who look back on many and on few share a scheduler, and its channels
-    DEVICE static int tile_of() { return !HALF ? threadIdx.x / 128 : threadIdx.x < 128 ? threadIdx.x / 32 : 7 - threadIdx.x / 32; }
+    DEVICE static int tile_of() { return !HALF ? threadIdx.x / 128 : GROUPED ? threadIdx.x / 32 % 4 : threadIdx.x < 128 ? threadIdx.x / 32 : 7 - threadIdx.x / 32; }
     DEVICE static int span_of() { return (HALF ? threadIdx.x / 128 : threadIdx.x / 32 % 4) * SPAN; }
 
-    DEVICE void outputs(int c, float unit, bool& bad) {
+    // y of a warp's tokens by groups of warps; `between` is done while the first products are on their way
+    template <class F>
+    DEVICE void attend_together(int c, int tile, int span, float (&y)[1][YT][4], Gate (&gates)[2][GT], F between) {
+        const int part = threadIdx.x / 128;
+        const GroupOperand<T> rows(C_panel(c, 0)), keys(B_panel(c, 0).corner(32 * part, 0)), states(H_panel(0).corner(span, 0));
+        float scores[1][4][4];
+        group_begin();
+        group_step<T, true>(scores[0], rows, keys);
+#pragma unroll
+        for (int k = 1; k < N / 16; ++k) group_step<T, false>(scores[0], rows.on(0, 16 * k), keys.on(0, 16 * k));
+        group_commit();
+        group_step<T, true>(y[0], rows, states);
+#pragma unroll
+        for (int k = 1; k < N / 16; ++k) group_step<T, false>(y[0], rows.on(0, 16 * k), states.on(0, 16 * k));
+        group_commit();
+        between();
+        group_wait<1>(scores[0]);
+        if (tile == (part ? 3 : 1) || (tile > 1 && !part)) settle<4>(c, tile, part, scores);
+        else if (tile == (part ? 2 : 0)) settle<2>(c, tile, part, scores);
+        ask_for_gates(c, gates);
+        group_wait<0>(y[0]);
+        const float* at = steps(c).into + 16 * tile + threadIdx.x % 32 / 4;
+        const float into[2] = {at[0], at[8]};
+        each<1, YT>([&](int, int j, int e) { y[0][j][e] *= into[e / 2]; });
+        __syncthreads();
+        uint4 w[Q / 16];
+#pragma unroll
+        for (int k = 0; k < Q / 16; ++k) w[k] = k <= tile ? lane_of(weights(), tile * (tile + 1) / 2 + k) : make_uint4(0, 0, 0, 0);
+        const GroupOperand<T> x(Tile<T, 64>{X(c).at}.corner(0, span));
+        group_begin();
+#pragma unroll
+        for (int k = 0; k < Q / 16; ++k) {
+            const uint32 a[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
+            group_step<T, YT, true>(y[0], a, x.on(16 * k, 0));
+        }
+        group_commit();
+        group_wait<0>(y[0]);
+    }
+
+    // y by warps for themselves, over `back`
+    DEVICE void attend_alone(int c, int tile, int span, float unit, float (&y)[1][YT][4], float (&back)[2], Gate (&gates)[2][GT], bool& bad) {
         const Steps<Q>& s = steps(c);
-        const int tile = tile_of(), span = span_of(), row = 16 * tile + threadIdx.x % 32 / 4, channel = span + threadIdx.x % 4 * 2;
-        Gate gates[2][GT];
-        float y[1][YT][4], back[2];
 #pragma unroll 1
         for (int again = 0; again < 2; ++again) {
             // else the compiler forms places in tiles in front of this loop, more than there are registers for
@@ -388,17 +463,7 @@ struct Forward {
                 for (int k = 0; k < N / 16; ++k) load_rows(rows, c, tile, k);
             }
             weigh_all(own, rows);
-            // asked for now, needed at the end
-            if constexpr (GATES) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const int64 t = (int64)c * Q + row + 8 * r;
-                    const int at = span + (HALF ? column_of_four() : threadIdx.x % 4 * 2);
-                    const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + t * p.z_l + first + at;
-#pragma unroll
-                    for (int j = 0; j < GT; ++j) gates[r][j] = Gate::template load<ALIGNED>(z + SPAN / GT * j, t < p.l ? channels - at - SPAN / GT * j : 0);
-                }
-            }
+            ask_for_gates(c, gates);  // now, needed at the end
             __syncthreads();
             each<1, YT>([&](int, int j, int e) { y[0][j][e] = 0.f; });
             back[0] = back[1] = 1.f;
@@ -410,6 +475,30 @@ struct Forward {
             if (!__syncthreads_or(zero != 0.f || s.bad[threadIdx.x % Q])) break;
             bad = look(c);
         }
+    }
+
+    DEVICE void ask_for_gates(int c, Gate (&gates)[2][GT]) const {
+        if constexpr (GATES) {
+            const int row = 16 * tile_of() + threadIdx.x % 32 / 4, span = span_of();
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int64 t = (int64)c * Q + row + 8 * r;
+                const int at = span + (HALF ? column_of_four() : threadIdx.x % 4 * 2);
+                const T* z = reinterpret_cast<const T*>(p.z) + b * p.z_b + head * p.z_h + t * p.z_l + first + at;
+#pragma unroll
+                for (int j = 0; j < GT; ++j) gates[r][j] = Gate::template load<ALIGNED>(z + SPAN / GT * j, t < p.l ? channels - at - SPAN / GT * j : 0);
+            }
+        }
+    }
+
+    template <class F>
+    DEVICE void outputs(int c, float unit, bool& bad, F between) {
+        const Steps<Q>& s = steps(c);
+        const int tile = tile_of(), span = span_of(), row = 16 * tile + threadIdx.x % 32 / 4, channel = span + threadIdx.x % 4 * 2;
+        Gate gates[2][GT];
+        float y[1][YT][4], back[2] = {1.f, 1.f};
+        if constexpr (GROUPED) attend_together(c, tile, span, y, gates, between);
+        else attend_alone(c, tile, span, unit, y, back, gates, bad);
         T* to = out_at;
         const Tile<T, P> skipped = X(c).place(row, channel);
 #pragma unroll
@@ -488,12 +577,24 @@ struct Forward {
     DEVICE void advance(int c, bool bad) {
         const Steps<Q>& s = steps(c);
         const Tile<T, P> x = X(c).corner(0, row_of(0) / 16 * 16);
-        const Tile<T, N> keys = B(c).corner(0, column_of(0, 0) / 8 * 8);
+        const int column = column_of(0, 0) / 8 * 8;
+        const Tile<T, N> keys = B(c).corner(0, column);
         if constexpr (PACKED) spoiled = (bad || spoiled) && hurt(s, Q - 1);
         if constexpr (HALF) {
             uint32 a[Q / 16][1][4];
 #pragma unroll
             for (int k = 0; k < Q / 16; ++k) load_a<T, true, true>(a[k][0], lane_place<false>(x).on(16 * k, 0), s.onward + 16 * k);
+            if constexpr (GROUPED) {
+                float part[1][NT][4] = {};
+                const GroupOperand<T> own(B_panel(c, column / 64).corner(0, column % 64));
+                group_begin();
+#pragma unroll
+                for (int k = 0; k < Q / 16; ++k) group_step<T, NT, true>(part[0], a[k][0], own.on(16 * k, 0));
+                group_commit();
+                group_wait<0>(part[0]);
+                take_up(s, 0, part);
+                return;
+            }
 #pragma unroll
             for (int j = 0; j < NT; j += J) {
                 float part[1][J][4] = {};
@@ -510,9 +611,10 @@ struct Forward {
             }
         }
     }
-    DEVICE void take_up(const Steps<Q>& s, int first, const float (&part)[1][J][4]) {
+    template <int TILES>
+    DEVICE void take_up(const Steps<Q>& s, int first, const float (&part)[1][TILES][4]) {
         const float through = s.through, gain = is_fp16<T> ? s.gain : 1.f;
-        each<1, J>([&](int i, int j, int e) {
+        each<1, TILES>([&](int i, int j, int e) {
             float& x = state[i][first + j][e];
             const float add = is_fp16<T> ? part[i][j][e] * gain : part[i][j][e];
             x = PACKED && through == 0.f ? add : fmaf(x, through, add);
@@ -521,8 +623,8 @@ struct Forward {
 
     DEVICE void run() {
         const int begin = segment * p.span, end = begin + p.span < p.chunks ? begin + p.span : p.chunks;
-        // where there are outputs, the last warp forms step sizes, a chunk ahead; else each warp does those of every eighth chunk, eight ahead
-        const int warp = threadIdx.x / 32, ahead = OUT ? warp - WARPS + 1 : warp;
+        // where there are outputs, one warp forms step sizes, a chunk ahead; else each warp does those of every eighth chunk, eight ahead
+        const int warp = threadIdx.x / 32, ahead = !OUT ? warp : warp == FORMER ? 0 : -1;
         float passing = 1.f;
         RawSteps<Q> raw;
         begin_at(begin);
@@ -544,16 +646,29 @@ struct Forward {
             float unit = 1.f;
             bool bad = false;
             if (STAGES == 2) copy_async_wait<0>();
+            if constexpr (GROUPED) share_with_groups();
             __syncthreads();  // the chunk before is done with, and what this one needs is there
             if (STAGES == 1 || c + 1 < end) fetch(c + STAGES - 1);
             if constexpr (OUT) unit = place(), save(c);
-            if (ahead >= 0 && (c - begin) % FORMERS == 0 && next < end) {
-                form_steps<T, Q, PACKED>(p, raw, rate(ahead), steps(next));
-                raw.template load<T, PACKED>(p, b, head, (next + FORMERS) * Q);
+            const auto form = [&] {
+                if (ahead >= 0 && (c - begin) % FORMERS == 0 && next < end) {
+                    form_steps<T, Q, PACKED>(p, raw, rate(ahead), steps(next));
+                    raw.template load<T, PACKED>(p, b, head, (next + FORMERS) * Q);
+                }
+            };
+            if constexpr (OUT && GROUPED) {
+                share_with_groups();
+                __syncthreads();
+            } else {
+                form();
             }
-            if (STAGES == 1) copy_async_wait<0>(), __syncthreads();
+            if (STAGES == 1) {
+                copy_async_wait<0>();
+                if constexpr (GROUPED) share_with_groups();
+                __syncthreads();
+            }
             if constexpr (PACKED && !OUT) bad = look(c);
-            if constexpr (OUT) outputs(c, unit, bad);
+            if constexpr (OUT) outputs(c, unit, bad, form);
             passing *= steps(c).through;
             advance(c, bad);
             if constexpr (OUT && is_fp16<T>) note_largest();

@@ -60,7 +60,10 @@ for b, l, d, n, g, dtype in CASES:
     gains = [torch.randn(d).cuda().requires_grad_() for _ in range(2)]
     h, same = branch_layer_norm(same, *gains, 1e-5, dtype, add=h, backend="cuda")
     torch.autograd.grad(h.sum() + same.sum(), wide)
-for l, h, p, n, dtype in ((70, 2, 24, 33, torch.bfloat16), (130, 2, 64, 128, torch.float16), (200, 2, 64, 32, torch.float32), (700, 1, 40, 200, torch.bfloat16)):
+for l, h, p, n, dtype in (
+    (70, 2, 24, 33, torch.bfloat16), (130, 2, 64, 128, torch.float16), (200, 2, 64, 32, torch.float32), (700, 1, 40, 200, torch.bfloat16),
+    (200, 2, 64, 100, torch.bfloat16),
+):
     (x, z), (B, C) = torch.randn(2, 2, l, h, p).to(dtype).cuda(), torch.randn(2, 2, l, 1, n).to(dtype).cuda()
     dt, A, D, h0 = torch.randn(2, l, h).cuda(), -torch.rand(h).cuda(), torch.randn(h, p).cuda(), torch.randn(2, h, p, n).cuda()
     leaves = [m.requires_grad_() for m in (x, dt, A, B, C, D, z, h0)]
