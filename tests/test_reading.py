@@ -104,8 +104,11 @@ def test_layers_side_by_side_and_those_that_have_no_such_way(counted):
         "c": {"type": "moe", "d_intermediate": 16, "num_experts": 4},
         "d": MIXERS["mamba"] | {"selective": False},
     }
-    check(built("a + b c d b", mixers, residual_multiplier=0.6, logits_multiplier=0.4, embedding_multiplier=3))
+    model = built("a + b c d b", mixers, residual_multiplier=0.6, logits_multiplier=0.4, embedding_multiplier=3)
+    check(model)
     assert taken == [way] * 3
+    said = model.backbone.steps_taken(model.init_state(1, 20), 6)
+    assert said.startswith("2 of 4 blocks in a few launches each; ") and "1 part by part (MoE has no such step)" in said
 
 
 def test_a_state_of_half_the_precision_is_rounded_as_steps_round_it(counted):

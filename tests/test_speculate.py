@@ -127,6 +127,7 @@ def test_text_that_repeats_takes_few_forwards():
     text = model.generate(ids, 300)  # of an untrained model, soon a circle
     got = model.generate(ids, 300, assistant="lookup", details=True)
     assert torch.equal(got.sequences, text) and int(got.how.split()[-2]) < 60
+    assert got.blocks == "the model is called: there are hooks, or nothing is recorded"
 
 
 @torch.no_grad()

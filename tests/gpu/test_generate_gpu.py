@@ -110,7 +110,7 @@ def test_tokens_are_read_in_few_launches_as_rightly_as_by_a_forward(name, b, w):
     start = exact(ids[:, :20], state=exact.init_state(b, 60)).state
     reading, go_on = Reading(lengths, w, {}), torch.tensor([True, True, True, False][:b], device="cuda")
     together = [
-        block.may_read(model.backbone.embed(ids[:, :w]), s)
+        block.why_not_read(model.backbone.embed(ids[:, :w]), s) is None
         for block, s in zip(model.backbone.blocks, state.layers, strict=True)
     ]
     # the others have experts, windows, shared adapters, or heads of 12 channels

@@ -169,10 +169,12 @@ class Block(Sharing):
         shared = self._shared(stream)
         return self._written(stream, x, self.mixer.step(h, state, **given_to(self, shared)), shared)
 
-    def may_read(self, x: Tensor, state: Any) -> bool:
-        """Tell whether :meth:`read` can read tokens such as ``x``, ``(b, w, d)``, from a state; else :meth:`forward` does."""
-        whole = self.why_apart(x[:1, 0], state) is None
-        return whole and all(why_not_read(mixer, own) is None for mixer, own in self._mixers(state))
+    def why_not_read(self, x: Tensor, state: Any) -> str | None:
+        """Say why tokens such as ``x``, ``(b, w, d)``, are not for :meth:`read` but for :meth:`forward`; ``None`` if they are."""
+        if (why := self.why_apart(x[:1, 0], state)) is not None:
+            return why
+        each = (why_not_read(mixer, own) for mixer, own in self._mixers(state))
+        return next((why for why in each if why is not None), None)
 
     def read(self, stream: Stream, state: Any, reading: Reading) -> Stream:
         """Some tokens per row, ``(b, w, d)``, to the new stream; ``state`` stays as it is until ``reading`` is taken over."""

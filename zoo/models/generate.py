@@ -200,8 +200,7 @@ class Generation:
         state: Where asked for, what the rows have read, all but the last token of each: from there, ``generate(last[:, None], state=...)``
             goes on with the tokens ``last``.
         how: Words for how steps were taken.
-        blocks: Words for how many of the model's blocks take a step in a few launches each, and why the others do not; none where
-            guesses are checked.
+        blocks: Words for how many of the model's blocks take a step, or check guesses, in a few launches each, and why the others do not.
     """
 
     sequences: Tensor
@@ -326,6 +325,7 @@ class _Run:
                 else DraftModel(call.assistant, device, call.draft, call.steps)
             )
             verifier = Verifier(model, state, 2 * call.draft, call.record)
+            self.blocks = verifier.blocks
             return Speculator(verifier, logits, prompts, drafter, call.ends, call.pad, call.steps)
         sampler.read(ids, None if mask is None else mask != 0)
         if call.n > 1:

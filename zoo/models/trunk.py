@@ -154,7 +154,7 @@ class Backbone(nn.Module):
         x = reading.seq.clear(upcast(x) if self.residual_in_fp32 else x)
         stream = Stream(x, embedding=x)
         for block, call, s in zip(self.blocks, self._callables(), state.layers, strict=True):
-            if isinstance(block, Block) and block.may_read(stream.x, s):
+            if isinstance(block, Block) and block.why_not_read(stream.x, s) is None:
                 stream = block.read(stream, s, reading)
             else:
                 value, new, _, after = call(stream, s, reading.seq.cleared, True)
@@ -166,12 +166,17 @@ class Backbone(nn.Module):
         return head(self._final(stream)[1])
 
     @torch.no_grad()
-    def steps_taken(self, state: ModelState) -> str:
-        """Say of how many blocks a step from a state does norm, mixer and residual addition together, and of the others why not."""
+    def steps_taken(self, state: ModelState, width: int = 0) -> str:
+        """Say of how many blocks a step from a state does norm, mixer and residual addition together, and of the others why not.
+
+        With ``width``, the same of reading as many tokens of a row at once (:meth:`read`).
+        """
         x = self.embed(torch.zeros_like(state.tokens))
         x = upcast(x) if self.residual_in_fp32 else x
+        x = x[:, None].expand(-1, width, -1) if width else x
         pairs: Any = zip(self.layers, state.layers, strict=True)
-        apart = Counter(b.why_apart(x, s) if isinstance(b, Block) else "is none of our blocks" for b, s in pairs)
+        why = Block.why_not_read if width else Block.why_apart
+        apart = Counter(why(b, x, s) if isinstance(b, Block) else "is none of our blocks" for b, s in pairs)
         together = apart.pop(None, 0)
         others = "".join(f"; {count} part by part ({why})" for why, count in apart.most_common())
         return f"{together} of {len(self.layers)} blocks in a few launches each{others}"

@@ -50,6 +50,7 @@ class Verifier:
     Attributes:
         fixed: Whether all forwards are of one width and over all rows, as a recorded one is.
         how: Words for how forwards are run.
+        blocks: Words for how many of the model's blocks read in a few launches each, and why the others do not.
         forwards: How many there were.
 
     Raises:
@@ -62,6 +63,9 @@ class Verifier:
         self.how, self.fixed = how_taken(model, device, record)
         if self.fixed and record is None and _gathers(model):
             self.how, self.fixed = "one operation after the other (experts would copy a matrix for every token)", False
+        self.blocks = "the model is called: there are hooks, or nothing is recorded"
+        if self.fixed:
+            self.blocks = model.backbone.steps_taken(state, width)
         self._sent = _Sent(b, width, device)
         self._rates: Rates = {}
         self._found: dict[bool, tuple[Tensor, ...]] = {}
