@@ -11,6 +11,7 @@ constexpr bool GROUPS = false;
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define GROUP_MEMORY(name) extern __shared__ __align__(1024) char name[]
 // What threads have written into shared memory is there for these instructions, behind the next barrier
 DEVICE void share_with_groups() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // in front of a sum's products, and behind them: they are on their way, until all but the PENDING last sums are there
@@ -37,51 +38,48 @@ struct GroupOperand {
     DEVICE GroupOperand on(int rows, int cols) const { return {at + (uint32)(rows * 128 + cols / 64 * 8192 + cols % 64 * 2) / 16, true}; }
 };
 
-#define HZ_GROUP_32(TYPE, ROWS, PLACE)                                                                                                        \
-    asm volatile("{\n.reg .pred p;\n.reg .b32 h;\n.reg .b64 d;\nsetp.ne.b32 p, 1, 0;\nmov.b32 h, 0x40000040;\nmov.b64 d, {%" PLACE ", h};\nwgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, d, p, 1, 1, " ROWS ";\n}" \
-                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), \
-                   "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(operand.at))
-#define HZ_GROUP_64(TYPE, ROWS, PLACE)                                                                                                        \
-    asm volatile("{\n.reg .pred p;\n.reg .b32 h;\n.reg .b64 d;\nsetp.ne.b32 p, 1, 0;\nmov.b32 h, 0x40000040;\nmov.b64 d, {%" PLACE ", h};\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
-                 "%26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, d, p, 1, 1, " ROWS ";\n}"                                         \
-                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), \
-                   "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), \
-                   "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-                   "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(operand.at))
+// a predicate for whether what is there is added to, and the operand: the upper half says how rows lie
+#define HZ_OPERAND(NAME, PLACE) ".reg .b64 " NAME ";\nmov.b64 " NAME ", {" PLACE ", h};\n"
+#define HZ_BEGIN "{\n.reg .pred p;\n.reg .b32 h;\nmov.b32 h, 0x40000040;\n"
 
-#define HZ_GROUP_BOTH(TYPE)                                                                                                             \
-    asm volatile("{\n.reg .pred p;\n.reg .b32 h;\n.reg .b64 d, e;\nsetp.ne.b32 p, %18, 0;\nmov.b32 h, 0x40000040;\nmov.b64 d, {%16, h};\nmov.b64 e, {%17, h};\n" \
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                                               \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, d, e, p, 1, 1, 0, 0;\n}"                         \
-                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), \
-                   "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]) \
-                 : "r"(left.at), "r"(operand.at), "r"(FIRST ? 0 : 1))
-
-// c += A B of 16 of k and 8 NT columns, the right operand lies as [n][k] or, B_ROWS, as [k][n]
+// c += A B of 16 of k and 8 NT columns; the right operand lies as [n][k] or, B_ROWS, as [k][n]
 template <class T, int NT, bool B_ROWS>
-DEVICE void group_step(float (&c)[NT][4], const uint32 (&a)[4], GroupOperand<T> operand) {
-    static_assert(NT == 4 || NT == 8, "32 or 64 columns");
-    constexpr bool BRAIN = is_bf16<T>;
-    if constexpr (NT == 4 && BRAIN && B_ROWS) HZ_GROUP_32("bf16", "1", "20");
-    else if constexpr (NT == 4 && BRAIN) HZ_GROUP_32("bf16", "0", "20");
-    else if constexpr (NT == 4 && B_ROWS) HZ_GROUP_32("f16", "1", "20");
-    else if constexpr (NT == 4) HZ_GROUP_32("f16", "0", "20");
-    else if constexpr (BRAIN && B_ROWS) HZ_GROUP_64("bf16", "1", "36");
-    else if constexpr (BRAIN) HZ_GROUP_64("bf16", "0", "36");
-    else if constexpr (B_ROWS) HZ_GROUP_64("f16", "1", "36");
-    else HZ_GROUP_64("f16", "0", "36");
+DEVICE void group_step(float (&c)[NT][4], const uint32 (&a)[4], GroupOperand<T> right) {
+    static_assert(is_bf16<T> && (NT == 4 || NT == 8), "bf16, 32 or 64 columns");
+    if constexpr (NT == 4)
+        asm volatile(
+            HZ_BEGIN HZ_OPERAND("d", "%20") "setp.ne.b32 p, 1, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, d, p, 1, 1, %21;\n}"
+            : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+              "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(right.at), "n"(B_ROWS));
+    else
+        asm volatile(
+            HZ_BEGIN HZ_OPERAND("d", "%36") "setp.ne.b32 p, 1, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, d, p, 1, 1, %37;\n}"
+            : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+              "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+              "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+              "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(right.at), "n"(B_ROWS));
 }
 // the same of 32 columns with both operands in shared memory, lying as [m][k] and [n][k]; FIRST: c = A B
 template <class T, bool FIRST>
-DEVICE void group_step(float (&c)[4][4], GroupOperand<T> left, GroupOperand<T> operand) {
-    if constexpr (is_bf16<T>) HZ_GROUP_BOTH("bf16");
-    else HZ_GROUP_BOTH("f16");
+DEVICE void group_step(float (&c)[4][4], GroupOperand<T> left, GroupOperand<T> right) {
+    static_assert(is_bf16<T>, "bf16");
+    asm volatile(
+        HZ_BEGIN HZ_OPERAND("d", "%16") HZ_OPERAND("e", "%17") "setp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, d, e, p, 1, 1, 0, 0;\n}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+        : "r"(left.at), "r"(right.at), "n"(!FIRST));
 }
 #else
+#define GROUP_MEMORY SHARED_MEMORY
 DEVICE void share_with_groups() {}
 DEVICE void group_begin() {}
 DEVICE void group_commit() {}
@@ -94,17 +92,17 @@ struct GroupOperand {
     DEVICE GroupOperand on(int rows, int cols) const { return GroupOperand({corner.at + rows * 64 + cols / 64 * 4096 + cols % 64}); }
 };
 template <class T, int NT, bool B_ROWS>
-DEVICE void group_step(float (&c)[NT][4], const uint32 (&a)[4], GroupOperand<T> operand) {
+DEVICE void group_step(float (&c)[NT][4], const uint32 (&a)[4], GroupOperand<T> right) {
     float(&sums)[1][NT][4] = reinterpret_cast<float(&)[1][NT][4]>(c);
     const uint32(&left)[1][4] = reinterpret_cast<const uint32(&)[1][4]>(a);
-    product_step<T, 1, NT, B_ROWS>(sums, left, lane_place<B_ROWS>(operand.corner));
+    product_step<T, 1, NT, B_ROWS>(sums, left, lane_place<B_ROWS>(right.corner));
 }
 template <class T, bool FIRST>
-DEVICE void group_step(float (&c)[4][4], GroupOperand<T> left, GroupOperand<T> operand) {
+DEVICE void group_step(float (&c)[4][4], GroupOperand<T> left, GroupOperand<T> right) {
     uint32 a[4];
     if constexpr (FIRST)
         for (int i = 0; i < 16; ++i) c[i / 4][i % 4] = 0.f;
     ldmatrix<false>(a, lane_place<true>(left.corner.corner(threadIdx.x / 32 % 4 * 16, 0)).at);
-    group_step<T, 4, false>(c, a, operand);
+    group_step<T, 4, false>(c, a, right);
 }
 #endif

@@ -100,7 +100,9 @@ struct Forward {
     DEVICE float* skip() const { return reinterpret_cast<float*>(shared + At::SKIP); }
     DEVICE float* moved(int part) const { return reinterpret_cast<float*>(shared + At::MOVED) + part * Q; }
     // a state's place: the row is a channel, the column one of n
-    DEVICE static int row_of(int e) { return (GROUPED ? threadIdx.x / 32 % DOWN : threadIdx.x / 32 / ACROSS) * 16 + threadIdx.x % 32 / 4 + e / 2 * 8; }
+    DEVICE static int row_of(int e) {
+        return (GROUPED ? threadIdx.x / 32 % DOWN : threadIdx.x / 32 / ACROSS) * 16 + threadIdx.x % 32 / 4 + e / 2 * 8;
+    }
     DEVICE static int column_of(int j, int e) {
         return (GROUPED ? threadIdx.x / 32 / DOWN : threadIdx.x / 32 % ACROSS) * (8 * NT) + 8 * j + threadIdx.x % 4 * 2 + e % 2;
     }
@@ -408,7 +410,9 @@ struct Forward {
     }
 
     // A warp's tile of tokens, such that those who look back on many and on few share a scheduler, and its channels
-    DEVICE static int tile_of() { return !HALF ? threadIdx.x / 128 : GROUPED ? threadIdx.x / 32 % 4 : threadIdx.x < 128 ? threadIdx.x / 32 : 7 - threadIdx.x / 32; }
+    DEVICE static int tile_of() {
+        return !HALF ? threadIdx.x / 128 : GROUPED || threadIdx.x < 128 ? threadIdx.x / 32 % 4 : 7 - threadIdx.x / 32;
+    }
     DEVICE static int span_of() { return (HALF ? threadIdx.x / 128 : threadIdx.x / 32 % 4) * SPAN; }
 
     // y of a warp's tokens by groups of warps; `between` is done while the first products are on their way
@@ -686,7 +690,7 @@ struct Forward {
 
 template <class T, int P, int N, int STAGES, int FLAGS>
 __global__ void __launch_bounds__(WALKERS, 2) ssd_forward(const __grid_constant__ SsdForwardParams p) {
-    SHARED_MEMORY(memory);
+    GROUP_MEMORY(memory);
     int block = blockIdx.x;
     if (!(FLAGS & STATES) && p.turns != nullptr) {
         uint32* taken = reinterpret_cast<uint32*>(memory);
