@@ -65,7 +65,9 @@ def worked_to_the_end(job, workers, kills, seed):
     while running:
         # by steps and not by the clock: a busy machine is slow to start them
         begun = steps_of(job)
-        end = time.monotonic() + moments.uniform(0.02, 3)
+        end = time.monotonic() + moments.choice(
+            (moments.uniform(0.02, 3), 20)
+        )  # at any moment, or in the middle of a cell
         while steps_of(job) <= begun + moments.randrange(3) and time.monotonic() < end:
             time.sleep(0.01)
         for pid in list(running):
