@@ -136,14 +136,24 @@ def lm_eval(ctx: typer.Context) -> None:
     lm_eval_main(ctx.args)
 
 
+_MEASURED = (
+    "scan, ssd, attention, train, trainer (zoo train itself), vision (image models), generate (models at growing contexts), "
+    "step (launches of decoding), tutorial (the run of docs/train.md), fields (the picture of docs/vision.md), data or parity; plot"
+    " draws a result, readme writes the figures of our pages."
+)
+_PARTS = (
+    "What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
+    " of attention; a model, or model:variant, of train, trainer and vision; walks or bytes of vision; linear, choose, attention,"
+    " update or model of step; tiny, 130m or 2.8b, or one of :batch, :half, :long or :repeats behind it, of generate; gigabytes, or"
+    " bpe:gigabytes, of data; fuzz of parity, which tries options drawn at random. May be repeated."
+)
+
+
 @app.command(epilog="Example: [bold]zoo bench scan --vs transformers --vs mambapy[/bold]")
 def bench(
     what: Annotated[
         str,
-        typer.Argument(
-            help="scan, ssd, attention, train, trainer (zoo train), vision (image models), generate (models at growing contexts), step"
-            " (launches of decoding), tutorial (docs/train.md), fields (docs/vision.md), data or parity; plot draws one, readme writes all."
-        ),
+        typer.Argument(help=_MEASURED),
     ],
     file: Annotated[
         Path | None, typer.Argument(help="The JSON file to plot, or the README to write.", show_default=False)
@@ -151,12 +161,7 @@ def bench(
     vs: Annotated[list[str] | None, typer.Option(help="A peer to compare with; may be repeated.")] = None,
     part: Annotated[
         list[str] | None,
-        typer.Option(
-            help="What to measure: table, paths, length, state, dtype, decode, conv or all of a scan on a GPU; table, packed, window or all"
-            " of attention; a model, or model:variant, of train, trainer and vision; walks or bytes of vision; linear, choose, attention,"
-            " update or model of step; tiny, 130m or 2.8b, or one of :batch, :half, :long or :repeats behind it, of generate; gigabytes, or"
-            " bpe:gigabytes, of data; fuzz of parity. May be repeated."
-        ),
+        typer.Option(help=_PARTS),
     ] = None,
     out: Annotated[
         Path | None,

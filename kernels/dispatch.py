@@ -79,9 +79,9 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
 
     Args:
         op: ``selective_scan``, ``ssd``, ``causal_conv1d``, ``update`` (one step of these three), ``rms_norm``, ``layer_norm``,
-            ``gated_rms_norm``, ``cross_entropy``, ``attention``, ``moe``, ``step_linear`` (a product of few rows), ``choose_token``,
-            ``mamba_layer``, ``mamba2_layer`` (how autograd sees one); or, of our kernels' ``selective_scan``, ``paths`` and
-            ``dt_weight``: how it takes these arguments.
+            ``gated_rms_norm``, ``cross_entropy``, ``attention``, ``moe``, ``step_linear`` (a product of few rows),
+            ``step_attention``, ``read_attention``, ``take_rows``, ``choose_token``, ``mamba_layer``, ``mamba2_layer`` (how autograd sees
+            one); or, of our kernels' ``selective_scan``, ``paths`` and ``dt_weight``: how it takes these arguments.
         backend: The caller's wish; ``None`` leaves it to the environment and the order of preference.
         facts: About the call: ``device`` (a type, ``"cuda"``), ``dtype``, ``d_state``, ``width``, ``headdim``, ``d``, ``rank`` and, as
             booleans, ``initial_state``, ``final_state_grad``, ``packed``, ``padded``, ``masked``, ``window``; ``length`` of the rows, and
@@ -110,6 +110,16 @@ def choose(op: str, *, backend: str | None = None, **facts: Any) -> Backend:
             return candidate
     reasons = "; ".join(f"{name}: {reason}" for name, _, reason in explain(op, **facts))
     raise BackendError(f"{op}: no backend can do this call. {reasons}.")
+
+
+def choose_able(op: str, refuse: Callable[[Facts], str | None], backend: str | None, facts: Facts) -> Backend:
+    """As :func:`choose`, of an op that our kernel, which may ``refuse`` a call, and PyTorch's operations (``"torch"``) can do.
+
+    What the kernel refuses they do also where the environment asks for our kernels: there is none for every call.
+    """
+    if backend is None and refuse(facts) is not None:
+        backend = "torch"
+    return choose(op, backend=backend, **facts)
 
 
 def explain(op: str, **facts: Any) -> list[tuple[str, bool, str]]:

@@ -18,7 +18,7 @@ from ..kernels.step.take import Taken, TakenInputs, TakenKeys, TakenValues, take
 from .attend_token import attend_tokens, why_not_at_once
 from .attention import Attention
 from .base import Seq, paired
-from .common import is_captured, upcast
+from .common import is_captured, scaled, upcast
 from .conv import CausalConv1d
 from .fused import Token, fused_step, gated_step_norm
 from .mamba import Mamba
@@ -111,8 +111,7 @@ def mixed(mixer: Any, x: Tensor, state: Any, reading: Reading) -> Tensor:
         return mixer(x)
     y, gate = _WAYS[type(mixer)](mixer, lambda m: m(x), state, reading)
     y = mixer.out_proj(y if gate is None else mixer.norm(y, gate))
-    by = getattr(mixer, "out_multiplier", 1.0)
-    return y if by == 1 else y * by
+    return scaled(y, getattr(mixer, "out_multiplier", 1.0))
 
 
 class _Read(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import KERNELS, Backend, choose, register
+from ..dispatch import KERNELS, Backend, choose_able, register
 from . import cuda, plain
 from .inputs import HeadNorm, ReadAttention, StepAttention
 
@@ -132,10 +132,7 @@ def _run(where: str, i: StepAttention | ReadAttention, backend: str | None) -> T
     facts: dict[str, Any] = {"device": i.qkv.device.type, "dtype": i.qkv.dtype, "headdim": i.k.shape[-1], "grad": grad}
     # asked last: what is traced has no addresses
     facts["misfit"] = functools.partial(cuda.misfit, i)
-    if backend is None and cuda.refuse(facts) is not None:
-        # also where the environment asks for our kernels: there is none for every layer
-        backend = "torch"
-    return choose(where, backend=backend, **facts).run(i)
+    return choose_able(where, cuda.refuse, backend, facts).run(i)
 
 
 def _check(where: str, i: StepAttention | ReadAttention, tokens: tuple[int, ...], letter: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import ENV, KERNELS, Backend, Facts, choose, register
+from ..dispatch import ENV, KERNELS, Backend, Facts, choose_able, register
 from . import cuda, plain
 from .inputs import StepConv, StepNorm, StepProduct
 
@@ -66,10 +66,7 @@ def step_linear(
         "grad": grad,
         "misfit": functools.partial(cuda.misfit, i),
     }
-    if backend is None and cuda.refuse(facts) is not None:
-        # also where the environment asks for our kernels: there is none for every product
-        backend = "torch"
-    return choose("step_linear", backend=backend, **facts).run(i)
+    return choose_able("step_linear", cuda.refuse, backend, facts).run(i)
 
 
 def _facts(device: str, dtype: torch.dtype, b: int, k: int) -> Facts:

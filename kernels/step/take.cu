@@ -5,7 +5,7 @@
 // entered, or they are wiped out.
 #include "vector.cuh"
 
-constexpr int MOST = 48, THREADS = 256, PIECE = 16 * THREADS;
+constexpr int MOST = 48, THREADS = 256;
 enum Kinds { VALUES, INPUTS, KEYS };
 
 struct TakeParams {
@@ -37,10 +37,10 @@ struct Take {
     }
     template <class U>
     DEVICE void values() const {
-        const int64 end = p.n[e] / (int64)sizeof(U), first = (int64)piece * (PIECE / 16) + threadIdx.x;
+        const int64 end = p.n[e] / (int64)sizeof(U), at = (int64)piece * THREADS + threadIdx.x;
         const U* from = (const U*)((const char*)p.from[e] + row * p.from_b[e]);
         U* into = (U*)((char*)p.into[e] + row * p.n[e]);
-        if (first < end) into[first] = from[first];
+        if (at < end) into[at] = from[at];
     }
     template <class U>
     DEVICE void inputs() const {

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import KERNELS, Backend, Facts, choose, register
+from ..dispatch import KERNELS, Backend, Facts, choose_able, register
 from ..gpu import nvrtc
-from ..gpu.operands import ceil_div
+from ..gpu.operands import ceil_div, refuse_tensors
 
 # as in take.cu
 MOST, THREADS = 48, 256
@@ -87,10 +87,7 @@ def take_rows(what: Sequence[Taken], rows: Tensor, counts: Tensor, *, backend: s
             f"take_rows: rows and counts have dtypes {rows.dtype} and {counts.dtype}, expected torch.bool and torch.int64."
         )
     facts: dict[str, Any] = {"device": rows.device.type, "misfit": functools.partial(misfit, what)}
-    if backend is None and refuse(facts) is not None:
-        # also where the environment asks for our kernels: there is none for every state
-        backend = "torch"
-    choose("take_rows", backend=backend, **facts).run(what, rows, counts)
+    choose_able("take_rows", refuse, backend, facts).run(what, rows, counts)
 
 
 def _check(taken: Taken, b: int) -> None:
@@ -150,9 +147,7 @@ class TakeParams(ctypes.Structure):
 
 def refuse(facts: Facts) -> str | None:
     """Say why the CUDA kernel cannot do a call, or ``None`` if it can; see :class:`.dispatch.Backend`."""
-    if facts.get("device", "cpu") != "cuda":
-        return f"the CUDA kernel needs CUDA tensors, got {facts.get('device', 'cpu')}"
-    return facts.get("misfit", lambda: None)() or nvrtc.unavailable()
+    return refuse_tensors(facts) or facts.get("misfit", lambda: None)() or nvrtc.unavailable()
 
 
 def misfit(what: Sequence[Taken]) -> str | None:

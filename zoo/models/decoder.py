@@ -15,7 +15,7 @@ from ...kernels.step.choose import Slots, choose_token
 from .sampling import Sampler
 from .state import ModelState
 
-__all__ = ["AHEAD", "Chosen", "Decoder", "Replayed", "how_taken", "not_finite", "refuse"]
+__all__ = ["AHEAD", "Chosen", "Decoder", "Look", "Replayed", "how_taken", "not_finite", "refuse"]
 
 # steps that a GPU takes before somebody looks; on a CPU looking costs nothing
 AHEAD = 16
@@ -98,7 +98,7 @@ class Decoder:
         self.ahead = AHEAD if device.type == "cuda" else 1
         self.form: Any = None
         self._run = Replayed(self._records)
-        self._here: tuple[Tensor, ...] | None = None
+        self._look = Look()
         self._unread = False
 
     @property
@@ -157,21 +157,10 @@ class Decoder:
         if last:
             self._choose()
         self._unread = last
-        tokens, logprobs, counts, finished, broken = self._looked_at()
+        there = self._slots.tokens, self._logprobs, self._count, self._finished, self._broken
+        tokens, logprobs, counts, finished, broken = self._look(there)
         refuse(broken)
         return Chosen(tokens[:, :steps].clone(), logprobs[:, :steps].clone(), counts.clone(), finished.clone())
-
-    def _looked_at(self) -> tuple[Tensor, ...]:
-        """Copies of all that a look shows, on the CPU, overwritten by the next ones; the device is waited for once."""
-        there = self._slots.tokens, self._logprobs, self._count, self._finished, self._broken
-        on_gpu = self._count.is_cuda
-        if self._here is None:
-            self._here = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for t in there)
-        for mine, theirs in zip(self._here, there, strict=True):
-            mine.copy_(theirs, non_blocking=True)
-        if on_gpu:
-            torch.cuda.current_stream(self._count.device).synchronize()
-        return self._here
 
     def _once(self) -> None:
         self._choose()
@@ -190,6 +179,25 @@ class Decoder:
 
     def _read(self) -> None:
         self._logits.copy_(self.model.step(self._slots.token, self.state)[:, : self._logits.shape[1]])
+
+
+class Look:
+    """Copies on the CPU of the same tensors, again and again, overwritten by the next ones; the device is waited for once."""
+
+    def __init__(self) -> None:
+        self._here: tuple[Tensor, ...] | None = None
+
+    def __call__(self, there: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Look at tensors, all of one device."""
+        device = there[0].device
+        on_gpu = device.type == "cuda"
+        if self._here is None:
+            self._here = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for t in there)
+        for mine, theirs in zip(self._here, there, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream(device).synchronize()
+        return self._here
 
 
 class Replayed:

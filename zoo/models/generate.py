@@ -325,7 +325,7 @@ class _Run:
                 else DraftModel(call.assistant, device, call.draft, call.steps)
             )
             verifier = Verifier(model, state, 2 * call.draft, call.record)
-            self.blocks = verifier.blocks
+            self.blocks = verifier.blocks if call.details else ""
             return Speculator(verifier, logits, prompts, drafter, call.ends, call.pad, call.steps)
         sampler.read(ids, None if mask is None else mask != 0)
         if call.n > 1:

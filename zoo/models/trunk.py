@@ -145,9 +145,7 @@ class Backbone(nn.Module):
         for block, s in zip(self.blocks, state.layers, strict=True):
             stream = block.step(stream, s)
         state.tokens += 1
-        if self.why_head_apart(stream.x, head) is None:
-            return head_step(cast(nn.Linear, head), stream.sum(), step_norm(cast(Any, self.norm_f)))
-        return head(self._final(stream)[1])
+        return self._logits(stream, head)
 
     def read(self, x: Tensor, state: ModelState, head: nn.Module, reading: Reading) -> Tensor:
         """Some embedded tokens per row, ``(b, w, d)``, to their logits; ``state`` stays as it is until ``reading`` is taken over."""
@@ -160,10 +158,7 @@ class Backbone(nn.Module):
                 value, new, _, after = call(stream, s, reading.seq.cleared, True)
                 stream = after.replaced_by(value)
                 reading.form(s, new)
-        if self.why_head_apart(stream.x.flatten(0, 1), head) is None:
-            normed = step_norm(cast(Any, self.norm_f))
-            return head_step(cast(nn.Linear, head), stream.sum().flatten(0, 1), normed).unflatten(0, x.shape[:2])
-        return head(self._final(stream)[1])
+        return self._logits(stream, head)
 
     @torch.no_grad()
     def steps_taken(self, state: ModelState, width: int = 0) -> str:
@@ -200,6 +195,14 @@ class Backbone(nn.Module):
                 if is_sharded(owner):
                     blocks[i] = partial(owner, run=block)
         return blocks
+
+    def _logits(self, stream: Stream, head: nn.Module) -> Tensor:
+        """The logits of one token per row, ``(b, d)``, or of some, ``(b, w, d)``."""
+        places = stream.x.shape[:-1]
+        if self.why_head_apart(stream.x.flatten(0, -2), head) is not None:
+            return head(self._final(stream)[1])
+        found = head_step(cast(nn.Linear, head), stream.sum().flatten(0, -2), step_norm(cast(Any, self.norm_f)))
+        return found.unflatten(0, places)
 
     def _final(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """The normed stream, and what the head reads."""

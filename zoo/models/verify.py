@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.seq import Seq
 from ...layers.moe import MoE
 from ...layers.reading import Rates, Reading
-from .decoder import Replayed, how_taken
+from .decoder import Look, Replayed, how_taken
 from .state import ModelState
 
 __all__ = ["Verified", "Verifier"]
@@ -50,7 +50,6 @@ class Verifier:
     Attributes:
         fixed: Whether all forwards are of one width and over all rows, as a recorded one is.
         how: Words for how forwards are run.
-        blocks: Words for how many of the model's blocks read in a few launches each, and why the others do not.
         forwards: How many there were.
 
     Raises:
@@ -63,14 +62,20 @@ class Verifier:
         self.how, self.fixed = how_taken(model, device, record)
         if self.fixed and record is None and _gathers(model):
             self.how, self.fixed = "one operation after the other (experts would copy a matrix for every token)", False
-        self.blocks = "the model is called: there are hooks, or nothing is recorded"
-        if self.fixed:
-            self.blocks = model.backbone.steps_taken(state, width)
         self._sent = _Sent(b, width, device)
         self._rates: Rates = {}
+        # of a step, and of a reading
         self._found: dict[bool, tuple[Tensor, ...]] = {}
+        self._looks = {True: Look(), False: Look()}
         records = self.fixed and device.type == "cuda"
         self._run, self._step = Replayed(records), Replayed(records)
+
+    @property
+    def blocks(self) -> str:
+        """Words for how many of the model's blocks read in a few launches each, and why the others do not."""
+        if not self.fixed:
+            return "the model is called: there are hooks, or nothing is recorded"
+        return self.model.backbone.steps_taken(self.state, self.width)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows alone, in this order; not where forwards are over all rows."""
@@ -93,7 +98,7 @@ class Verifier:
                 self._step(self._step_once)
             else:
                 self._run(self._read_once)
-            return Verified(*self._sent.back(self._found[alone]))
+            return Verified(*(t.clone() for t in self._looks[alone](self._found[alone])))
         device = self._sent.ids.device
         if one:
             found = self._alone(self.model.step(ids[:, 0].to(device), self.state))
@@ -150,12 +155,11 @@ class Verifier:
 
 
 class _Sent:
-    """Tokens on the device: they get there at once, and so does what was found come back."""
+    """Tokens on the device: they get there at once."""
 
     def __init__(self, b: int, width: int, device: torch.device):
         self._there = torch.zeros(b * (2 + width), dtype=torch.long, device=device)
         self._here = torch.zeros(self._there.shape, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._found: dict[int, list[Tensor]] = {}
         self.known, self.lengths, self.ids = self._parts(self._there, b)
 
     @staticmethod
@@ -168,18 +172,6 @@ class _Sent:
         for to, new in zip(mine, (known, lengths, ids), strict=True):
             to[..., : new.shape[-1]] = new
         self._there.copy_(self._here, non_blocking=True)
-
-    def back(self, found: tuple[Tensor, ...]) -> list[Tensor]:
-        """Copies on the CPU; the device is waited for once."""
-        if not self._there.is_cuda:
-            return [t.clone() for t in found]
-        width = found[0].shape[1]
-        if width not in self._found:
-            self._found[width] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in found]
-        for mine, theirs in zip(self._found[width], found, strict=True):
-            mine.copy_(theirs, non_blocking=True)
-        torch.cuda.current_stream(self._there.device).synchronize()
-        return [t.clone() for t in self._found[width]]
 
 
 def _gathers(model: Any) -> bool:
