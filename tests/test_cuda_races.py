@@ -65,11 +65,13 @@ def dual():
 def dual_backward():
     ssd_cuda.processors = ssd_cuda_backward.processors = lambda device: 1
     reset = (torch.arange(70) % 40 == 13)[None]
-    for dtype, gate in ((torch.bfloat16, False), (torch.float16, True), (torch.float32, True)):
-        x, z = torch.randn(2, 1, 70, 2, 32).to(dtype)
-        dt, B, C = (torch.randn(1, 70, *size).to(dtype) for size in ((2,), (1, 32), (1, 32)))
-        A, D, bias, state = -torch.rand(2), torch.randn(2), torch.randn(2), torch.randn(1, 2, 32, 32)
-        i = SsdInputs(x, dt, A, B, C, D, z if gate else None, bias, state, reset if gate else None)
+    # the last are what groups of warps multiply together
+    cases = ((torch.bfloat16, False, 32), (torch.float16, True, 32), (torch.float32, True, 32), (torch.bfloat16, False, 64), (torch.bfloat16, True, 64))
+    for dtype, gate, p in cases:
+        x, z = torch.randn(2, 1, 70, 2, p).to(dtype)
+        dt, B, C = (torch.randn(1, 70, *size).to(dtype) for size in ((2,), (1, p), (1, p)))
+        A, D, bias, state = -torch.rand(2), torch.randn(2), torch.randn(2), torch.randn(1, 2, p, p)
+        i = SsdInputs(x, dt, A, B, C, D, z if gate else None, bias, state, reset if gate and p == 32 else None)
         out, last, saved = ssd_cuda.forward(i, SsdOptions(True), True)
         ssd_cuda_backward.backward(i, SsdOptions(True), out, last, saved)
 if "-DHZ_SSD" in sys.argv:

@@ -15,6 +15,12 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
+def has_groups(device: torch.device) -> bool:
+    """Whether four warps of a device can multiply together (`wgmma`): compute capability 9.0 alone; the emulator takes part."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a multiprocessor has: 228 K on an H100, 100 K on many a laptop; a block may have all but ``DRIVERS``."""
     return (

@@ -40,6 +40,11 @@ struct Tile {
     static_assert(COLS == 32 || COLS % 64 == 0, "rows of 64 bytes, or of whole 128");
     T* at;
 
+    // where an element lies from the tile's beginning on
+    DEVICE static int offset(int row, int col) {
+        const int plain = row * STRIDE + col;
+        return SWIZZLED ? plain ^ (COLS == 32 ? row / 2 % 4 : row % 8) * 8 : plain;
+    }
     // a corner, from which on others count: the row is a multiple of 8
     DEVICE Tile corner(int row, int col) const { return {at + row * STRIDE + col}; }
     // from a corner on

@@ -20,10 +20,15 @@ TILED = 8
 PLANES = 7
 # chunks that a walk over states has in shared memory
 STAGES = 3
+# channels and states of its blocks, and what one of them takes for a chunk (us, H200, bf16), whether there are others beside it or not
+STATE_TILES = {(64, 128): 1.03, (64, 64): 0.58, (32, 64): 0.43, (32, 32): 0.28}
 # bytes at multiples of which parts of one piece of memory start: two lines of L2
 LINE = 256
 # warps down and across of a block with 64 channels and states or more, of 16 bits; (4, 4): twice the warps, half the registers of each
 WARPS = (2, 4)
+# where four warps multiply together (`groups.cuh`); their tiles begin at multiples of so many bytes
+GROUPS = (4, 2)
+BORDER = 1024
 # a block's work besides that for its heads, in heads
 OVERHEAD = 1.5
 
@@ -63,18 +68,29 @@ class ChunkShape:
         """Threads of a block."""
         return 32 * self.down * self.across
 
+    @property
+    def grouped(self) -> bool:
+        """Whether four warps may multiply together."""
+        return (self.down, self.across) == GROUPS and self.p == 64 and self.n in (64, 128)
+
     def shared_bytes(self, element: int, gated: bool) -> int:
         """``ChunkMemory::bytes``."""
         q, pad = CHUNK[element], padding(element)
         p, n = self.p + pad, self.n + pad
-        stage = (4 if gated else 2) * q * p + 2 * self.p * n + (6 * q + 32) * 4 // element
-        sums = self.waiting * ((2 * self.across + self.down + 2) * q + self.down * self.across)
+        stage = (4 if gated else 2) * q * p + 2 * self.p * n + (6 * q + 32 + self.p) * 4 // element
+        if self.grouped:
+            stage = BORDER // element * ceil_div(stage * element, BORDER)
+        kept = self.p if self.grouped else self.down * self.across
+        sums = self.waiting * ((2 * self.across + self.down + 2) * q + kept)
         operands = 2 * q * n + (2 if gated else 1) * q * (q + pad) + self.stages * stage
         return operands * element + (8 * sums if element == 4 else 4 * (sums + 3 * self.down * self.across))
 
 
-def chunk_shape(element: int, p: int, n: int, gated: bool, room: int) -> ChunkShape | None:
-    """The shape for heads of p channels and n states, in blocks of ``room`` bytes of shared memory; ``None`` if none fits."""
+def chunk_shape(element: int, p: int, n: int, gated: bool, room: int, groups: bool = False) -> ChunkShape | None:
+    """The shape for heads of p channels and n states, in blocks of ``room`` bytes of shared memory; ``None`` if none fits.
+
+    ``groups``: where tiles are wide enough, four warps multiply together.
+    """
     states = next((s for s in (32, 64, 128, 256) if s >= n), None)
     if states is None:
         return None
@@ -82,7 +98,8 @@ def chunk_shape(element: int, p: int, n: int, gated: bool, room: int) -> ChunkSh
     for stages in (2, 1):
         # sums over 256 states, by warps that are few enough to have registers for them
         for channels in (64, 32) if p > 32 and (element == 4 or states < 256) else (32,):
-            grid = (2, 4) if element == 4 else WARPS if min(channels, states) > 32 else (4, 2)
+            wide = (GROUPS if groups and states < 256 else WARPS) if min(channels, states) > 32 else (4, 2)
+            grid = (2, 4) if element == 4 else wide
             for waiting in (8, 2, 1):
                 shape = ChunkShape(channels, states, *grid, stages, waiting)
                 if shape.shared_bytes(element, gated) <= room:
@@ -132,10 +149,12 @@ def _splits(blocks: int, heads: int, slots: int) -> int:
 
 
 def _state_tile(heads: int, p: int, n: int, count: int) -> tuple[int, int]:
-    """Channels and states of a block that walks over chunks: as many as leave three blocks for two multiprocessors."""
-    tiles = [(64, 128), (64, 64), (32, 64), (32, 32)]
-    fit = [(a, c) for a, c in tiles if (a < 2 * p or a == 32) and (c < 2 * n or c == 32)]
-    return next((t for t in fit if 2 * heads * ceil_div(p, t[0]) * ceil_div(n, t[1]) >= 3 * count), fit[-1])
+    """Channels and states of a block that walks over chunks: those with which the busiest multiprocessor has least to do."""
+
+    def turns(tile: tuple[int, int]) -> float:
+        return ceil_div(heads * ceil_div(p, tile[0]) * ceil_div(n, tile[1]), count) * STATE_TILES[tile]
+
+    return min((t for t in STATE_TILES if (t[0] < 2 * p or t[0] == 32) and (t[1] < 2 * n or t[1] == 32)), key=turns)
 
 
 def _between(look: Look, splits: int, columns: int) -> tuple[int, tuple[int, ...]]:
@@ -156,14 +175,16 @@ def _between(look: Look, splits: int, columns: int) -> tuple[int, tuple[int, ...
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(look: Look, count: int, room: int) -> Plan:
-    """Plan for ``count`` multiprocessors with ``room`` bytes of shared memory for a block."""
+def plan(look: Look, count: int, room: int, groups: bool = False) -> Plan:
+    """Plan for ``count`` multiprocessors, ``room`` bytes of shared memory for a block, and groups of warps or none."""
     b, l, h, p, n, g = look.sizes
     element, T = look.dtype.itemsize, TYPES[look.dtype]
     gated = bool(look.flags & GATED)
     q, pad = CHUNK[element], padding(element)
     chunks = ceil_div(l, q)
-    shape = chunk_shape(element, p, n, gated, room)
+    # fp16 is moved to where it has digits, and documents are done one after the other, by each warp for itself
+    groups = groups and look.dtype == torch.bfloat16 and not look.flags & RESET
+    shape = chunk_shape(element, p, n, gated, room, groups)
     if shape is None:
         raise ValueError(f"ssd: no backward of p = {p}, n = {n} fits {room} bytes of shared memory.")
     at_once = max(1, min(room // shape.shared_bytes(element, gated), 256 // shape.threads))

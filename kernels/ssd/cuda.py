@@ -74,11 +74,11 @@ class Tile(NamedTuple):
 
     def shared_bytes(self, element: int, states: bool = False) -> int:
         """``Layout::BYTES`` of ``ssd_forward.cu``; with ``states``, of the pass that has no outputs."""
-        q, pad, halves = CHUNK[element], padding(element), element == 2
+        q, pad = CHUNK[element], padding(element)
         row, steps = self.n + pad, 7 * 4 * q + 16
         operands = self.stages * q * (self.p + pad + row + (0 if states else row))
         if not states:
-            operands += self.p * row + (10 * 256 if halves else q * (q + pad))
+            operands += self.p * row + q * (q + pad)
         formers = THREADS // 32 if states else 1
         return operands * element + formers * (2 * steps + 16) + 32 + 4 * self.p + 8 * q
 

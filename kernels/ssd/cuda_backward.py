@@ -13,7 +13,7 @@ from torch import Tensor
 from ..derivatives import differentiable_once, once
 from ..dispatch import Facts
 from ..gpu import launch_plans, nvrtc, structs
-from ..gpu.device import DRIVERS, processors, shared_memory
+from ..gpu.device import DRIVERS, has_groups, processors, shared_memory
 from ..gpu.operands import (
     RESET,
     UNALIGNED,
@@ -79,7 +79,8 @@ def backward(
     def plan_of() -> tuple[tuple, Plan]:
         read = readable(i)
         grads = in_rows(gout, read.x.dtype), in_one_piece(glast)
-        return (*grads, saved, *read, *into), plan(look_of(read, grads[0], saved, options, into), count, space)
+        look = look_of(read, grads[0], saved, options, into)
+        return (*grads, saved, *read, *into), plan(look, count, space, has_groups(device))
 
     given = (gout, glast, saved, *i, *into)
     (gout, glast, saved, *read), cut = launch_plans.planned("ssd_backward", given, plan_of, options, count, space)

@@ -106,35 +106,46 @@ struct Rate {
     }
 };
 
-// A chunk's step sizes by one warp.  Sums are formed in double: a float has 24 bits for all steps of a chunk together.
+// Sums of a chunk's steps: a float has 24 bits for all of them together, of which differences of bf16 need no more
+template <class T>
+struct StepSum {
+    using type = double;
+};
+template <>
+struct StepSum<bf16> {
+    using type = float;
+};
+
+// A chunk's step sizes by one warp
 template <class T, int Q, bool RESET, class P>
 DEVICE void form_steps(const P& p, const RawSteps<Q>& raw, const Rate& of, Steps<Q>& out) {
+    using Sum = typename StepSum<T>::type;
     constexpr int PER = Q / 32;
-    constexpr double FLOOR = -150.;  // beyond it a step forgets all
+    constexpr Sum FLOOR = -150;  // beyond it a step forgets all
     const int lane = threadIdx.x % 32;
-    double sums[PER], all = 0.;
+    Sum sums[PER], all = 0;
     float dt[PER];
     int docs[PER], bad[PER], count = 0;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
         dt[i] = raw.template step<T, RESET>(p, i, of.bias, bad[i]);
-        const double log = dt[i] * of.rate;
+        const Sum log = dt[i] * (Sum)of.rate;
         sums[i] = all += log < FLOOR ? FLOOR : log;
         docs[i] = count += raw.reset[i];
     }
     const int started = count;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-        const double before = __shfl_up_sync(~0u, all, d);
-        const int docs_before = __shfl_up_sync(~0u, count, d);
+        const Sum before = __shfl_up_sync(~0u, all, d);
+        const int docs_before = RESET ? __shfl_up_sync(~0u, count, d) : 0;
         if (lane >= d) all += before, count += docs_before;
     }
-    const double end = __shfl_sync(~0u, all, 31), before = __shfl_up_sync(~0u, all, 1);
-    const int last = __shfl_sync(~0u, count, 31), shift = count - started;
+    const Sum end = __shfl_sync(~0u, all, 31), before = __shfl_up_sync(~0u, all, 1);
+    const int last = RESET ? __shfl_sync(~0u, count, 31) : 0, shift = count - started;
     float onward[PER], largest = 0.f, by = 1.f, gain = 1.f;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-        sums[i] += lane == 0 ? 0. : before, docs[i] += shift;
+        sums[i] += lane == 0 ? (Sum)0 : before, docs[i] += shift;
         onward[i] = docs[i] == last ? decay_by<T>((float)(end - sums[i])) * dt[i] : 0.f;
         largest = fmaxf(largest, fabsf(onward[i]));
     }

@@ -13,6 +13,9 @@
 // A block goes through the heads of a group (or its share of them) and keeps S and the sums for B and C in registers all the while, so that
 // nothing per head and token but gX and gdt is written.  `ssd_backward_sums` adds up what blocks left, in a fixed order.
 //
+// On compute capability 9.0, in bf16 without documents and with tiles of 64 channels and 64 or 128 states, four warps multiply together (`GROUPED`,
+// groups.cuh): two groups have all rows and half of the columns each, and what follows from one product is done while others are on their way.
+//
 // Documents: a chunk in which some start is done once for each of them, with zeros in place of the others' tokens, which are not written: no
 // zero meets a NaN of another document.  c starts anew with a document.  More than P channels per head come P at a time.
 #include "ssd_backward.cuh"
@@ -23,17 +26,21 @@ template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAG
 struct ChunkMemory {
     static constexpr int Q = Chunk<T>::q, THREADS = 32 * WM * WN;
     static constexpr int GATE = FLAGS & GATED ? 1 : 0;
+    // whether operands are read once for four warps (groups.cuh): those with states then lie in tiles of 64 columns
+    static constexpr bool GROUPED = GROUPS && is_bf16<T> && !(FLAGS & RESET) && P == 64 && (N == 64 || N == 128) && WM == 4 && WN == 2;
     // elements: B, C, a matrix (Q, Q), with a gate in two parts; then stages of x, gy, gout and z, H, R and the steps' floats; then sums
     static constexpr int PS = Tile<T, P>::STRIDE, NS = Tile<T, N>::STRIDE, QS = Tile<T, Q>::STRIDE;
     static constexpr int C_at = Q * NS, M_at = 2 * Q * NS, stages_at = M_at + (1 + GATE) * Q * QS;
     static constexpr int gy_at = Q * PS, gout_at = 2 * Q * PS, z_at = 3 * Q * PS;
     static constexpr int H_at = (2 + 2 * GATE) * Q * PS, R_at = H_at + P * NS, steps_at = R_at + P * NS;
-    // steps, what undoes the scales of H and R, and nothing up to where a tile can begin
-    static constexpr int stage = steps_at + (SLOPE * Q + 32) * 4 / sizeof(T);
-    // sums of a head: over G's rows and e^c C . (gy H), over its columns, its diagonal, x . gy, e^(c_last - c) B . (X R), R . H
+    // steps, what undoes the scales of H and R, D of the channels, and nothing up to where a tile can begin
+    static constexpr int skip_at = SLOPE * Q + 32, floats = skip_at + P, border = GROUPED ? 512 : 1;
+    static constexpr int stage = (steps_at + floats * 4 / (int)sizeof(T) + border - 1) / border * border;
+    // sums of a head: over G's rows and e^c C . (gy H), over its columns, its diagonal, x . gy, e^(c_last - c) B . (X R), R . H of a warp or
+    // a channel
     using Sum = typename SumType<T>::type;
-    static constexpr int row_at = 0, col_at = WN * Q, diag_at = col_at + WM * Q, skip_at = diag_at + Q, moved_at = skip_at + Q,
-                         kept_at = moved_at + WN * Q, count = kept_at + WM * WN;
+    static constexpr int row_at = 0, col_at = WN * Q, diag_at = col_at + WM * Q, own_at = diag_at + Q, moved_at = own_at + Q,
+                         kept_at = moved_at + WN * Q, count = kept_at + (GROUPED ? P : WM * WN);
     static constexpr int scratches = sizeof(T) == 2 ? 3 * WM * WN : 0;  // floats
     static constexpr int bytes = (stages_at + STAGES * stage) * (int)sizeof(T) + HEADS * count * (int)sizeof(Sum) + scratches * 4;
 };
@@ -41,14 +48,15 @@ struct ChunkMemory {
 template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
 struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     using M = ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS>;
-    using M::Q, M::THREADS, M::GATE;
+    using M::Q, M::THREADS, M::GATE, M::GROUPED;
     static constexpr int MT = Q / WM / 16, NN = N / WN / 8, NQ = Q / WN / 8, NP = P / WN / 8, EACH = Q / 32;
     static constexpr bool ALIGNED = !(FLAGS & UNALIGNED), WHOLE = !(FLAGS & TILED);
     using State = typename StateType<T>::type;
     using Sum = typename M::Sum;
     using Channels = Tile<T, P>;
-    using States = Tile<T, N>;
+    using States = Tile<T, GROUPED ? 64 : N>;
     using Tokens = Tile<T, Q>;
+    using Operand = GroupOperand<T>;
 
     const SsdBackwardParams& p;
     T* memory;
@@ -68,6 +76,12 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     DEVICE static Channels gy(T* in) { return {in + M::gy_at}; }
     DEVICE static States H(T* in) { return {in + M::H_at}; }
     DEVICE static States R(T* in) { return {in + M::R_at}; }
+    // a corner of a tile with states as columns
+    DEVICE static States corner(States tile, int row, int col) {
+        return GROUPED ? tile.corner(row + col / 64 * 64, col % 64) : tile.corner(row, col);
+    }
+    // where a group's states begin in a row of them
+    DEVICE static int columns_of(int across) { return across * (8 * NN) / 64 * 4096 + across * (8 * NN) % 64; }
     DEVICE static const float* steps(const T* in) { return reinterpret_cast<const float*>(in + M::steps_at); }
     DEVICE Sum* sums(int waiting) const { return reinterpret_cast<Sum*>(memory + M::stages_at + STAGES * M::stage) + waiting * M::count; }
     DEVICE float* scratch(int which) const { return reinterpret_cast<float*>(sums(HEADS)) + which * (WM * WN); }
@@ -81,14 +95,44 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll
             for (int j = 0; j < COLS; ++j) f(m0 + lane / 4 + 8 * i, (wn * COLS + j) * 8 + lane % 4 * 2, i / 2, j, i % 2 * 2);
     }
+    // f(row, i, j, e, whether it is the second of a pair) for what this lane has of the diagonal
+    template <int COLS, class F>
+    DEVICE void on_diagonal(F f) const {
+        const int odd = lane / 4 - lane % 4 * 2;
+        if (odd != 0 && odd != 1) return;
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i)
+#pragma unroll
+            for (int j = 0; j < COLS; ++j)
+                if ((COLS % 2 != 0 || (i + j) % 2 == 0) && m0 + 8 * i == (wn * COLS + j) * 8) f(m0 + lane / 4 + 8 * i, i / 2, j, i % 2 * 2, odd);
+    }
     // where the first of those pairs lies in a tile; then `pair` of it has that of i, j and e
     template <int COLS, class In>
     DEVICE In own(In tile) const {
         return tile.place(m0 + lane / 4, wn * (8 * COLS) + lane % 4 * 2);
     }
+    DEVICE States own_states(States tile) const { return corner(tile, 0, wn * (8 * NN)).place(m0 + lane / 4, lane % 4 * 2); }
     template <class In>
     DEVICE static T* pair(In own, int i, int j, int e) {
         return own.on(16 * i + 4 * e, 8 * j).at;
+    }
+    // pairs of a tile as they lie, to be loaded in front of a wait; by a warp for itself, which has no registers for them, when they are needed
+    template <int COLS>
+    using Words = uint32[2 * MT][GROUPED ? COLS : 1];
+    template <int COLS, class In>
+    DEVICE static void load_words(In own, Words<COLS>& words) {
+        if constexpr (GROUPED)
+#pragma unroll
+            for (int i = 0; i < 2 * MT; ++i)
+#pragma unroll
+                for (int j = 0; j < COLS; ++j) words[i][j] = *reinterpret_cast<const uint32*>(pair(own, i / 2, j, i % 2 * 2));
+    }
+    template <class In, int COLS>
+    DEVICE static float2 word_of(In own, const uint32 (&words)[2 * MT][COLS], int i, int j, int e) {
+        if constexpr (!GROUPED) return read_pair(pair(own, i, j, e));
+        float x[2];
+        Element<T>::unpack(words[2 * i + e / 2][j], x);
+        return {x[0], x[1]};
     }
     template <int COLS>
     DEVICE static void clear(float (&acc)[MT][COLS][4]) {
@@ -106,9 +150,14 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll 1
         for (int k = 0; k < N; k += AT_ONCE) product<T, MT, COLS, false, false>(acc, a.corner(0, k), b.corner(0, k), AT_ONCE);
     }
-    // the pairs of a product of channels with a state, some columns at a time
+    // the pairs of a product of channels with a state: of groups, when it is there, else some columns at a time
+    using Part = float[MT][GROUPED ? NN : 1][4];
     template <class F>
-    DEVICE void in_parts(Channels a, States state, F f) const {
+    DEVICE void in_parts(Part& whole, Channels a, States state, F f) const {
+        if constexpr (GROUPED) {
+            each<NN>([&](int row, int col, int i, int j, int e) { f(i, j, e, whole[i][j][e], whole[i][j][e + 1]); });
+            return;
+        }
         constexpr int SOME = NN > 4 ? NN / 2 : NN;
 #pragma unroll
         for (int j0 = 0; j0 < NN; j0 += SOME) {
@@ -123,7 +172,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll
                 for (int j = 0; j < SOME; ++j) {
                     const float* x = part[i / 2][j] + i % 2 * 2;
-                    f(m0 + lane / 4 + 8 * i, (wn * NN + j0 + j) * 8 + lane % 4 * 2, i / 2, j0 + j, i % 2 * 2, x[0], x[1]);
+                    f(i / 2, j0 + j, i % 2 * 2, x[0], x[1]);
                 }
         }
     }
@@ -160,6 +209,12 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     };
     static constexpr bool COPIED = sizeof(State) == sizeof(T);  // else states are converted
     static constexpr int EACH16 = Q / 4, STEPS = (is_fp16<T> ? UNDO + 1 : UNDO) * EACH16;
+    // rows of all states, in tiles as they are multiplied
+    template <int ROWS>
+    DEVICE void fetch_rows(States tile, const T* from, int64 stride, int lo, int hi) const {
+        fetch_tile<T, ROWS, THREADS, ALIGNED>(tile, from, stride, lo, hi, p.n);
+        if constexpr (GROUPED && N == 128) fetch_tile<T, ROWS, THREADS, ALIGNED>(corner(tile, 0, 64), from + 64, stride, lo, hi, p.n - 64);
+    }
     DEVICE Next start(int head, int p0) const {
         const int64 t = (int64)chunk * Q;
         Next at;
@@ -176,12 +231,21 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         const int64 plane = (int64)p.batch * p.h * p.chunks * Q, first = ((b * p.h + head) * p.chunks + chunk) * Q;
         copy_async16(to + M::steps_at + threadIdx.x * Element<T>::lanes, p.steps + first + threadIdx.x / EACH16 * plane + threadIdx.x % EACH16 * 4, true);
     }
+    // D of every channel of the tile, whether it is one of a head or not
+    DEVICE void fetch_skip(T* to, int head, int p0) const {
+        float* at = reinterpret_cast<float*>(to + M::steps_at) + M::skip_at;
+        static_assert(P <= THREADS);
+        const int i = THREADS - 1 - threadIdx.x;  // others than those who fetch steps
+        if (i >= P) return;
+        const bool there = p.D != nullptr && p0 + i < p.p;
+        copy_async4(at + i, (const float*)p.D + (there ? (int64)head * p.D_head + (p0 + i) * p.D_channel : 0), there ? 4 : 0);
+    }
     DEVICE void fetch_state(T* to, const void* states, int head, int p0, int which) const {
         const State* from = (const State*)states + (((b * p.chunks + chunk) * p.h + head) * p.p + p0) * p.n;
         const int rows = p.p - p0;
         float* undo = reinterpret_cast<float*>(to + M::steps_at) + SLOPE * Q + which;
         if constexpr (COPIED)
-            fetch_tile<T, P, THREADS, ALIGNED>(which ? R(to) : H(to), from, p.n, 0, rows, p.n);
+            fetch_rows<P>(which ? R(to) : H(to), from, p.n, 0, rows);
         else
             convert_state<T, P, THREADS>(which ? R(to) : H(to), from, rows, p.n, undo, scratch(which));
     }
@@ -190,7 +254,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         const int tile = WHOLE ? 0 : i % tiles, cols = p.p - tile * P, head = first_head + (WHOLE ? i : i / tiles);
         // sums over 256 states leave no registers to keep addresses in
         if constexpr (N > 128) at = start(head, tile * P);
-        fetch_steps(to, head);
+        fetch_steps(to, head), fetch_skip(to, head, tile * P);
         fetch_vectors<T, Q, THREADS, ALIGNED>(x(to), at.x, p.x_l, lo, hi, cols);
         fetch_vectors<T, Q, THREADS, ALIGNED>(gy(to), at.gy, p.gy_l, lo, hi, cols);
         if constexpr (GATE != 0) {
@@ -225,58 +289,68 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     }
     // S L dt into shared memory, W L dt to the sum over heads, and the sums of G, those of rows to `rows`; returns what undoes the scale of the
     // first
-    DEVICE float weigh(T* in, float undo_gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], Sum (&rows)[2 * MT], Sum* f, bool first) const {
-        const float* s = steps(in);
-        float W[MT][NQ][4];
+    // `multiply` makes W, unless there is none of it
+    template <class F>
+    DEVICE float weigh(T* in, float undo_gy, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], float (&W)[MT][NQ][4],
+                       Sum (&rows)[2 * MT], Sum* f, bool first, F multiply) const {
+        const float *to = steps(in) + m0 + lane / 4, *from = steps(in) + wn * (8 * NQ) + lane % 4 * 2;
         Sum cols[2 * NQ];
-        clear<NQ>(W);
         // else all columns are behind all rows
         const bool some = wn * (8 * NQ) < m0 + 16 * MT;
-        if (some) product<T, MT, NQ, false, false>(W, gy(in).corner(m0, 0), x(in).corner(wn * (8 * NQ), 0), P);
         // bfloat16 has not the digits that the second part of a difference would save
         constexpr bool PARTS = !is_bf16<T>;
         float dt[2 * NQ], from_hi[2 * NQ], from_lo[2 * NQ], to_hi[2 * MT], to_lo[2 * MT];
         bool there[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
-            const int t = m0 + lane / 4 + 8 * i;
-            rows[i] = 0.f, to_hi[i] = s[HI * Q + t], to_lo[i] = PARTS ? s[LO * Q + t] : 0.f;
-            there[i] = !(FLAGS & RESET) || t < hi;
+            rows[i] = 0.f, to_hi[i] = to[HI * Q + 8 * i], to_lo[i] = PARTS ? to[LO * Q + 8 * i] : 0.f;
+            there[i] = !(FLAGS & RESET) || m0 + lane / 4 + 8 * i < hi;
         }
 #pragma unroll
-        for (int j = 0; j < 2 * NQ; ++j) {
-            const int t = (wn * NQ + j / 2) * 8 + lane % 4 * 2 + j % 2;
-            // of another document, it may not be finite
-            dt[j] = !(FLAGS & RESET) || (t >= lo && t < hi) ? s[t] : 0.f;
-            cols[j] = 0.f, from_hi[j] = s[HI * Q + t], from_lo[j] = PARTS ? s[LO * Q + t] : 0.f;
+        for (int j = 0; j < NQ; ++j) {
+            const float2 steps = read_pair(from + 8 * j), high = read_pair(from + HI * Q + 8 * j);
+            dt[2 * j] = steps.x, dt[2 * j + 1] = steps.y, from_hi[2 * j] = high.x, from_hi[2 * j + 1] = high.y;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int t = (wn * NQ + j) * 8 + lane % 4 * 2 + k;
+                // of another document, it may not be finite
+                if ((FLAGS & RESET) && (t < lo || t >= hi)) dt[2 * j + k] = 0.f;
+                cols[2 * j + k] = 0.f, from_lo[2 * j + k] = PARTS ? from[LO * Q + 8 * j + k] : 0.f;
+            }
         }
+        multiply(some);
         float largest = 0.f, by = 1.f, undo = 1.f;
         // how far the first column is behind the first row
         const int behind = wn * (8 * NQ) + lane % 4 * 2 - m0 - lane / 4;
-        if (some) each<NQ>([&](int to, int from, int i, int j, int e) {
-            const int r = 2 * i + e / 2;
+        if (some) {
+            on_diagonal<NQ>([&](int to, int i, int j, int e, bool odd) {
+                const float w = (odd ? W[i][j][e + 1] : W[i][j][e]) * undo_gy;
+                put(f + M::diag_at + to, w * (odd ? scores[i][j][e + 1] : scores[i][j][e]), first);
+                put(f + M::own_at + to, w, first);
+            });
+            each<NQ>([&](int, int from, int i, int j, int e) {
+                const int r = 2 * i + e / 2;
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int c = 2 * j + k, far = 8 * (r - j) - k;
-                const bool seen = behind <= far && there[r] && (!(FLAGS & RESET) || from + k >= lo), own = behind == far;
-                float log = to_hi[r] - from_hi[c];
-                if (PARTS) log += to_lo[r] - from_lo[c];
-                const float L = zero_or(seen, exp2_of<T>(log)), SL = scores[i][j][e + k] * L;
-                if (is_fp16<T>) W[i][j][e + k] *= undo_gy;
-                const float w = W[i][j][e + k];
-                float G = w * SL;
-                gscores[i][j][e + k] = fmaf(w, L * dt[c], gscores[i][j][e + k]);
-                if (own) {
-                    put(f + M::diag_at + to, G, first);
-                    put(f + M::skip_at + to, w, first);
-                    G = 0.f;
+                for (int k = 0; k < 2; ++k) {
+                    const int c = 2 * j + k, far = 8 * (r - j) - k;
+                    const bool seen = behind <= far && there[r] && (!(FLAGS & RESET) || from + k >= lo);
+                    float log = to_hi[r] - from_hi[c];
+                    if (PARTS) log += to_lo[r] - from_lo[c];
+                    const float L = zero_or(seen, exp2_of<T>(log)), SL = scores[i][j][e + k] * L;
+                    if (is_fp16<T>) W[i][j][e + k] *= undo_gy;
+                    const float w = W[i][j][e + k];
+                    gscores[i][j][e + k] = fmaf(w, L * dt[c], gscores[i][j][e + k]);
+                    // but for the diagonal, which no other tile of 8 x 8 has
+                    const Sum G = (NQ % 2 == 0 && (r - j) % 2 != 0) || behind != far ? w * SL : 0.f;
+                    rows[r] = c == 0 ? G * dt[c] : rows[r] + G * dt[c];
+                    cols[c] = r == 0 ? G : cols[c] + G;
+                    W[i][j][e + k] = SL * dt[c];
+                    if (is_fp16<T>) largest = fmaxf(largest, fabsf(W[i][j][e + k]));
                 }
-                rows[r] += (Sum)G * dt[c];
-                cols[c] += G;
-                W[i][j][e + k] = SL * dt[c];
-                if (is_fp16<T>) largest = fmaxf(largest, fabsf(W[i][j][e + k]));
-            }
-        });
+            });
+        } else {
+            clear<NQ>(W);
+        }
         if constexpr (is_fp16<T>) normal_range(block_max(largest, scratch(2)), 8, by, undo);
         const Tokens own = this->template own<NQ>(matrix(0));
         each<NQ>([&](int, int, int i, int j, int e) {
@@ -290,33 +364,37 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         });
         Sum sum;
         const int c = share<2 * NQ, 4, 3>(cols, sum);
-        if ((lane / 4 & (8 - 2 * NQ)) == 0) put(f + M::col_at + warp / WN * Q + (wn * NQ + c / 2) * 8 + lane % 4 * 2 + c % 2, sum, first);
+        if ((lane / 4 & (8 - 2 * NQ)) == 0) put(f + M::col_at + m0 / (Q / WM) * Q + (wn * NQ + c / 2) * 8 + lane % 4 * 2 + c % 2, sum, first);
         return undo;
     }
     DEVICE static void add_products(float& sum, float2 a, float b0, float b1) { sum = fmaf(a.y, b1, fmaf(a.x, b0, sum)); }
     DEVICE static void add_products(double& sum, float2 a, float b0, float b1) { sum += fmaf(a.x, b0, a.y * b1); }
     // e^c (gy H) for C
-    DEVICE void read(T* in, float undo_gy, float (&gC)[MT][NN][4], Sum (&rows)[2 * MT]) const {
+    DEVICE void read(T* in, float undo_gy, Part& part, float (&gC)[MT][NN][4], Sum (&rows)[2 * MT]) const {
         float decay[2 * MT];
-        Sum sum[2 * MT];
+        Sum sum[2 * MT][2];
         const float* s = steps(in);
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
             const int t = m0 + lane / 4 + 8 * i;
-            sum[i] = 0.f, decay[i] = s[INTO * Q + t] * (back(in, 0) * undo_gy);
+            sum[i][0] = sum[i][1] = 0.f, decay[i] = s[INTO * Q + t] * (back(in, 0) * undo_gy);
         }
-        const States keys = own<NN>(C());
-        in_parts(gy(in), H(in), [&](int, int, int i, int j, int e, float x0, float x1) {
+        const States keys = own_states(C());
+        // in front of the wait
+        Words<NN> words;
+        load_words<NN>(keys, words);
+        if constexpr (GROUPED) group_wait<1>(part[0]);
+        in_parts(part, gy(in), H(in), [&](int i, int j, int e, float x0, float x1) {
             const float by = decay[2 * i + e / 2];
-            const float2 C = read_pair(pair(keys, i, j, e));
+            const float2 C = word_of(keys, words, i, j, e);
             gC[i][j][e] = fmaf(by, x0, gC[i][j][e]), gC[i][j][e + 1] = fmaf(by, x1, gC[i][j][e + 1]);
-            add_products(sum[2 * i + e / 2], C, x0, x1);
+            add_products(sum[2 * i + e / 2][j % 2], C, x0, x1);
         });
 #pragma unroll
-        for (int i = 0; i < 2 * MT; ++i) rows[i] += sum[i] * decay[i];
+        for (int i = 0; i < 2 * MT; ++i) rows[i] += (sum[i][0] + sum[i][1]) * decay[i];
     }
     // dt e^(c_last - c) (X R) for B
-    DEVICE void write(T* in, float (&gB)[MT][NN][4]) const {
+    DEVICE void write(T* in, Part& part, float (&gB)[MT][NN][4]) const {
         const float* s = steps(in);
         float weight[2 * MT];
 #pragma unroll
@@ -324,7 +402,7 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             const int t = m0 + lane / 4 + 8 * i;
             weight[i] = s[ONWARD * Q + t] * s[t] * back(in, 1);
         }
-        in_parts(x(in), R(in), [&](int, int, int i, int j, int e, float x0, float x1) {
+        in_parts(part, x(in), R(in), [&](int i, int j, int e, float x0, float x1) {
             const float by = weight[2 * i + e / 2];
             gB[i][j][e] = fmaf(by, x0, gB[i][j][e]), gB[i][j][e + 1] = fmaf(by, x1, gB[i][j][e + 1]);
         });
@@ -345,9 +423,14 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         sum = warp_sum(sum);
         if (lane == 0) put(f + M::kept_at + warp, sum * (steps(in)[INTO * Q + Q - 1] * back(in, 0) * back(in, 1)), first);
     }
+    // the same for each channel, of H R^T, of which a warp may have a part of the diagonal
+    DEVICE void keep_diagonal(T* in, const float (&HR)[MT][NP][4], Sum* f, bool first) const {
+        const float by = steps(in)[INTO * Q + Q - 1];
+        on_diagonal<NP>([&](int row, int i, int j, int e, bool odd) { put(f + M::kept_at + row, (odd ? HR[i][j][e + 1] : HR[i][j][e]) * by, first); });
+    }
     // dt e^(c_last - c) (B R^T) for x, over `undo`; and e^(c_last - c) B . (X R), which is that of x and B R^T
     DEVICE void outward(T* in, float undo, float (&gx)[MT][NP][4], Sum* f, bool first) const {
-        over_states(gx, B().corner(m0, 0), R(in).corner(wn * (8 * NP), 0));
+        if constexpr (!GROUPED) clear<NP>(gx), over_states(gx, B().corner(m0, 0), R(in).corner(wn * (8 * NP), 0));
         const float* s = steps(in);
         float decay[2 * MT], dt[2 * MT];
         Sum rows[2 * MT];
@@ -357,29 +440,34 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
             rows[i] = 0.f, decay[i] = s[ONWARD * Q + t] * back(in, 1), dt[i] = s[t] / undo;
         }
         const Channels own = this->template own<NP>(x(in));
+        Words<NP> words;
+        load_words<NP>(own, words);
+        if constexpr (GROUPED) group_wait<2>(gx[0]);
         each<NP>([&](int, int, int i, int j, int e) {
             const int r = 2 * i + e / 2;
-            add_products(rows[r], read_pair(pair(own, i, j, e)), gx[i][j][e], gx[i][j][e + 1]);
+            add_products(rows[r], word_of(own, words, i, j, e), gx[i][j][e], gx[i][j][e + 1]);
             gx[i][j][e] *= decay[r] * dt[r], gx[i][j][e + 1] *= decay[r] * dt[r];
         });
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) rows[i] *= decay[i];
         put_rows(rows, f + M::moved_at, first);
     }
-    // the skip of this thread's columns
-    DEVICE void skip_of(int head, int p0, float (&D)[2 * NP]) const {
-#pragma unroll
-        for (int j = 0; j < 2 * NP; ++j) {
-            const int col = p0 + (wn * NP + j / 2) * 8 + lane % 4 * 2 + j % 2;
-            D[j] = p.D != nullptr && col < p.p ? reinterpret_cast<const float*>(p.D)[(int64)head * p.D_head + col * p.D_channel] : 0.f;
-        }
+    // the skip of this thread's j-th pair of columns
+    DEVICE float2 skip(const T* in, int j) const { return read_pair(steps(in) + M::skip_at + (wn * NP + j) * 8 + lane % 4 * 2); }
+    // acc += D times a tile of channels
+    DEVICE void add_skip(T* in, Channels tile, float (&acc)[MT][NP][4]) const {
+        const Channels own = this->template own<NP>(tile);
+        each<NP>([&](int, int, int i, int j, int e) {
+            const float2 x = read_pair(pair(own, i, j, e)), D = skip(in, j);
+            acc[i][j][e] = fmaf(D.x, x.x, acc[i][j][e]), acc[i][j][e + 1] = fmaf(D.y, x.y, acc[i][j][e + 1]);
+        });
     }
-    DEVICE void inputs(T* in, int head, int p0, float undo, float undo_gy, const float (&D)[2 * NP], float (&gx)[MT][NP][4]) const {
+    DEVICE void inputs(T* in, int head, int p0, float undo, float undo_gy, float (&gx)[MT][NP][4]) const {
         product<T, MT, NP, true, true>(gx, matrix(0).corner(0, m0), gy(in).corner(0, wn * (8 * NP)), Q);
         const Channels own = this->template own<NP>(gy(in));
         each<NP>([&](int, int, int i, int j, int e) {
-            const float2 g = read_pair(pair(own, i, j, e));
-            gx[i][j][e] = fmaf(D[2 * j] * undo_gy, g.x, gx[i][j][e] * undo), gx[i][j][e + 1] = fmaf(D[2 * j + 1] * undo_gy, g.y, gx[i][j][e + 1] * undo);
+            const float2 g = read_pair(pair(own, i, j, e)), D = skip(in, j);
+            gx[i][j][e] = fmaf(D.x * undo_gy, g.x, gx[i][j][e] * undo), gx[i][j][e + 1] = fmaf(D.y * undo_gy, g.y, gx[i][j][e + 1] * undo);
         });
         write_tile((T*)p.gx, head, p0, p.gx_row, gx);
     }
@@ -406,8 +494,15 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
     }
     DEVICE int64 token(int t) const { return b * p.l + (int64)chunk * Q + t; }
     DEVICE int64 place(int t, int head, int channel, int64 row) const { return token(t) * row + (int64)head * p.p + channel; }
+    // gout silu'(z) of a pair whose x lies at `at`
+    DEVICE static float2 gate_slope(const T* at) {
+        const float2 g = read_pair(at + M::gout_at), z = read_pair(at + M::z_at);
+        float s0, s1;
+        sigmoid2(z.x, z.y, s0, s1);
+        return {g.x * s0 * fmaf(z.x, 1.f - s0, 1.f), g.y * s1 * fmaf(z.y, 1.f - s1, 1.f)};
+    }
     // the gradient of the gate, gout y silu'(z), for which y is formed again
-    DEVICE void gates(T* in, int head, int p0, float undo, const float (&D)[2 * NP]) const {
+    DEVICE void gates(T* in, int head, int p0, float undo) const {
         float y[MT][NP][4];
         clear<NP>(y);
         if (entered) {
@@ -423,11 +518,10 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         const Channels own = this->template own<NP>(x(in));
         each<NP>([&](int, int, int i, int j, int e) {
             const T* at = pair(own, i, j, e);
-            const float2 x = read_pair(at), g = read_pair(at + M::gout_at), z = read_pair(at + M::z_at);
-            float s0, s1;
-            sigmoid2(z.x, z.y, s0, s1);
-            const float y0 = fmaf(D[2 * j], x.x, y[i][j][e] * undo), y1 = fmaf(D[2 * j + 1], x.y, y[i][j][e + 1] * undo);
-            y[i][j][e] = g.x * y0 * s0 * fmaf(z.x, 1.f - s0, 1.f), y[i][j][e + 1] = g.y * y1 * s1 * fmaf(z.y, 1.f - s1, 1.f);
+            const float2 x = read_pair(at), D = skip(in, j);
+            y[i][j][e] = fmaf(D.x, x.x, y[i][j][e] * undo), y[i][j][e + 1] = fmaf(D.y, x.y, y[i][j][e + 1] * undo);
+            const float2 f = gate_slope(at);
+            y[i][j][e] *= f.x, y[i][j][e + 1] *= f.y;
         });
         write_tile((T*)p.gz, head, p0, p.gz_row, y);
     }
@@ -452,48 +546,56 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 #pragma unroll
             for (int w = 0; w < WM; ++w) a.col[i] += f[M::col_at + w * Q + t];
             a.diag[i] = f[M::diag_at + t];
-            a.skip += f[M::skip_at + t];
+            a.skip += f[M::own_at + t];
         }
-        for (int w = 0; w < WM * WN; ++w) {
-            if (entered && left) a.kept += f[M::kept_at + w];
+        if (!entered || !left) return;
+        if constexpr (GROUPED) {
+            a.kept = warp_sum(f[M::kept_at + lane] + f[M::kept_at + 32 + lane]);
+        } else {
+            for (int w = 0; w < WM * WN; ++w) a.kept += f[M::kept_at + w];
         }
     }
     DEVICE void finish(const Sum* f, int head) const {
-        HeadSums a;
-        gather(f, a);
-        // dt, and its derivative behind
+        // dt, and its derivative behind: asked for before they are needed
         const float* s = p.steps + ((b * p.h + head) * p.chunks + chunk) * Q;
         const int64 slopes = SLOPE * (int64)p.batch * p.h * p.chunks * Q;
+        float dt[EACH], next[EACH], slope[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int t = lane * EACH + i;
+            dt[i] = s[t], next[i] = t + 1 < Q ? s[t + 1] : 0.f, slope[i] = s[slopes + t];
+        }
+        HeadSums a;
+        gather(f, a);
         // what flows to a token less what flows from it, and what goes from it to the state behind the chunk
         const float A = finite_rate(reinterpret_cast<const float*>(p.A)[head]), rate = rate_of(A);
-        double ahead[EACH], behind[EACH], from_start = 0., to_end = 0.;
+        Sum ahead[EACH], behind[EACH], from_start = 0.f, to_end = 0.f;
         bool ends[EACH], cut = false;
-        float dt[EACH];
 #pragma unroll
         for (int i = EACH - 1; i >= 0; --i) {
             const int t = lane * EACH + i;
             // nothing flows past a step that forgets all: digits of what is behind it must not come into sums before it
-            ends[i] = t + 1 < Q && forgets(s[t + 1], rate);
+            ends[i] = t + 1 < Q && forgets(next[i], rate);
             // of another document, it may not be finite
-            dt[i] = t >= lo && t < hi ? s[t] : 0.f;
-            ahead[i] = a.row[i] - (double)dt[i] * a.col[i];
+            if (t < lo || t >= hi) dt[i] = 0.f;
+            ahead[i] = a.row[i] - dt[i] * a.col[i];
             to_end = ends[i] ? ahead[i] : to_end + ahead[i];
             cut |= ends[i];
         }
-        double rest = sum_before(to_end, cut, 31 - lane);
+        Sum rest = sum_before(to_end, cut, 31 - lane);
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             behind[i] = from_start;
-            from_start += (double)dt[i] * a.moved[i];
+            from_start += dt[i] * a.moved[i];
         }
-        const double before = sum_before(from_start, false, lane);
+        const Sum before = sum_before(from_start, false, lane);
         Sum gA = 0.f, gbias = 0.f;
 #pragma unroll
         for (int i = EACH - 1; i >= 0; --i) {
             const int t = lane * EACH + i;
             rest = ends[i] ? ahead[i] : rest + ahead[i];
-            const Sum gc = forgets(dt[i], rate) ? (Sum)0 : (Sum)(rest + before + behind[i] + a.kept);
-            const Sum graw = (A * gc + (a.col[i] + a.diag[i] + a.moved[i])) * s[slopes + t];
+            const Sum gc = forgets(dt[i], rate) ? (Sum)0 : rest + before + behind[i] + a.kept;
+            const Sum graw = (A * gc + (a.col[i] + a.diag[i] + a.moved[i])) * slope[i];
             if (t >= lo && t < hi) {
                 gA += gc * dt[i], gbias += graw;
                 const int64 at = token(t) * p.gdt_row + head;
@@ -524,43 +626,138 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
         }
     }
 
+    DEVICE void score(Operand origin, int across, float (&scores)[MT][NQ][4]) const {
+        if constexpr (GROUPED) {
+            group_begin();
+            group_product<T, N, false, false, true>(scores[0], origin.past(M::C_at), origin.past(across * (8 * NQ) * 64));
+            group_commit();
+            group_wait<0>(scores[0]);
+        } else {
+            over_states(scores, C().corner(m0, 0), B().corner(wn * (8 * NQ), 0));
+        }
+    }
+    // a head (or a tile of it) by warps for themselves
+    DEVICE void alone(T* in, int head, int tile, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4], float (&gB)[MT][NN][4],
+                      float (&gC)[MT][NN][4], Sum* f) const {
+        Sum rows[2 * MT];
+        float W[MT][NQ][4], gx[MT][NP][4];
+        Part none;
+        const bool first = tile == 0;
+        const float undo_gy = level(in), undo = weigh(in, undo_gy, scores, gscores, W, rows, f, first, [&](bool some) {
+            clear<NQ>(W);
+            if (some) product<T, MT, NQ, false, false>(W, gy(in).corner(m0, 0), x(in).corner(wn * (8 * NQ), 0), P);
+        });
+        if (entered) read(in, undo_gy, none, gC, rows);
+        put_rows(rows, f + M::row_at, first);
+        if (left) {
+            write(in, none, gB);
+            outward(in, undo * undo_gy, gx, f, first);
+            if (entered) keep(in, f, first);
+        } else {
+            clear<NP>(gx);
+        }
+        __syncthreads();
+        inputs(in, head, tile * P, undo * undo_gy, undo_gy, gx);
+        if constexpr (GATE != 0) gates(in, head, tile * P, undo);
+        if (p.D_channel) skips(in, head, tile * P, undo_gy);
+    }
+    // the same by two groups of warps, `across` being the own one: products are on their way while others are worked on.  The stage lies at `at`.
+    DEVICE void together(Operand origin, int at, int across, int head, int tile, const float (&scores)[MT][NQ][4], float (&gscores)[MT][NQ][4],
+                         float (&gB)[MT][NN][4], float (&gC)[MT][NN][4], Sum* f) const {
+        T* in = memory + at;
+        Sum rows[2 * MT];
+        float W[MT][NQ][4], gx[MT][NP][4], y[MT][NP][4], kept[MT][NP][4], slopes[MT][NP][4];
+        Part part;
+        const bool first = tile == 0;
+        // rows of the group's tokens, its channels and its states
+        const int tokens = across * (8 * NQ) * 64, channels = across * (8 * NP), states = columns_of(across);
+        const Operand xs = origin.past(at), gys = xs.past(M::gy_at), Hs = xs.past(M::H_at), Rs = xs.past(M::R_at), weights = origin.past(M::M_at);
+        weigh(in, 1.f, scores, gscores, W, rows, f, first, [&](bool) {
+            group_begin();
+            group_product<T, P, false, false, true>(W[0], gys, xs.past(tokens));
+            group_commit();
+            group_product<T, P, false, true, true>(part[0], gys, Hs.past(states));
+            group_commit();
+            group_wait<1>(W[0]);
+        });
+        group_begin();
+        group_product<T, N, false, false, true>(gx[0], origin, Rs.past(channels * 64));
+        group_commit();
+        read(in, 1.f, part, gC, rows);
+        put_rows(rows, f + M::row_at, first);
+        group_begin();
+        group_product<T, N, false, false, true>(kept[0], Hs, Rs.past(channels * 64));
+        group_commit();
+        group_product<T, P, false, true, true>(part[0], xs, Rs.past(states));
+        group_commit();
+        outward(in, 1.f, gx, f, first);
+        group_wait<1>(kept[0]);
+        keep_diagonal(in, kept, f, first);
+        if constexpr (GATE != 0) group_begin(), group_product<T, N, false, false, true>(y[0], origin.past(M::C_at), Hs.past(channels * 64));
+        group_commit();
+        add_skip(in, gy(in), gx);
+        share_with_groups();
+        __syncthreads();
+        group_begin();
+        group_product<T, Q, true, true, false>(gx[0], weights, gys.past(channels));
+        group_commit();
+        group_wait<2>(part[0]);
+        write(in, part, gB);
+        if constexpr (GATE != 0) {
+            const float* into = steps(in) + INTO * Q + m0 + lane / 4;
+            const float decay[2] = {into[0], into[8]};
+            group_wait<1>(y[0]);
+            each<NP>([&](int, int, int i, int j, int e) { y[i][j][e] *= decay[e / 2], y[i][j][e + 1] *= decay[e / 2]; });
+            add_skip(in, x(in), y);
+            group_begin();
+            group_product<T, Q, false, true, false>(y[0], weights, xs.past(channels));
+            group_product<T, Q, false, true, false>(y[0], weights.past(Q * Q), xs.past(channels));
+            group_commit();
+            const Channels own = this->template own<NP>(x(in));
+            each<NP>([&](int, int, int i, int j, int e) {
+                const float2 f = gate_slope(pair(own, i, j, e));
+                slopes[i][j][e] = f.x, slopes[i][j][e + 1] = f.y;
+            });
+        }
+        group_wait<GATE>(gx[0]);
+        write_tile((T*)p.gx, head, tile * P, p.gx_row, gx);
+        if constexpr (GATE != 0) {
+            group_wait<0>(y[0]);
+            each<NP>([&](int, int, int i, int j, int e) { y[i][j][e] *= slopes[i][j][e], y[i][j][e + 1] *= slopes[i][j][e + 1]; });
+            write_tile((T*)p.gz, head, tile * P, p.gz_row, y);
+        }
+        if (p.D_channel) skips(in, head, tile * P, 1.f);
+    }
+
     // all heads, for the tokens of one document
     DEVICE void run() const {
         float gB[MT][NN][4], gC[MT][NN][4], scores[MT][NQ][4], gscores[MT][NQ][4];
         clear<NN>(gB), clear<NN>(gC), clear<NQ>(scores), clear<NQ>(gscores);
+        // of a group, the same for all lanes, as the compiler is to know
+        const Operand origin(Tile<T, 64>{memory});
+        const int across = __shfl_sync(~0u, wn, 0);
         const int64 t0 = (int64)chunk * Q;
         __syncthreads();
-        fetch_tile<T, Q, THREADS, ALIGNED>(B(), (const T*)p.B + b * p.B_b + t0 * p.B_l + group * p.B_g, p.B_l, lo, hi, p.n);
-        fetch_tile<T, Q, THREADS, ALIGNED>(C(), (const T*)p.C + b * p.C_b + t0 * p.C_l + group * p.C_g, p.C_l, lo, hi, p.n);
+        fetch_rows<Q>(B(), (const T*)p.B + b * p.B_b + t0 * p.B_l + group * p.B_g, p.B_l, lo, hi);
+        fetch_rows<Q>(C(), (const T*)p.C + b * p.C_b + t0 * p.C_l + group * p.C_g, p.C_l, lo, hi);
         Next next = start(first_head, 0);
         fetch(0, next);
         const int count = heads * tiles;
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
             T* in = stage(i);
+            const int at = GROUPED ? __shfl_sync(~0u, i % STAGES * M::stage, 0) : 0;
             const int tile = WHOLE ? 0 : i % tiles, nth = WHOLE ? i : i / tiles, head = first_head + nth, waiting = nth % HEADS;
             Sum* f = sums(waiting);
             copy_async_wait<0>();
+            if constexpr (GROUPED) share_with_groups();
             __syncthreads();
             if (STAGES > 1 && i + 1 < count) fetch(i + 1, next);
-            if (i == 0) over_states(scores, C().corner(m0, 0), B().corner(wn * (8 * NQ), 0));
-            Sum rows[2 * MT];
-            const float undo_gy = level(in), undo = weigh(in, undo_gy, scores, gscores, rows, f, tile == 0);
-            if (entered) read(in, undo_gy, gC, rows);
-            put_rows(rows, f + M::row_at, tile == 0);
-            float gx[MT][NP][4];
-            clear<NP>(gx);
-            if (left) {
-                write(in, gB);
-                outward(in, undo * undo_gy, gx, f, tile == 0);
-                if (entered) keep(in, f, tile == 0);
-            }
-            float D[2 * NP];
-            skip_of(head, tile * P, D);
-            __syncthreads();
-            inputs(in, head, tile * P, undo * undo_gy, undo_gy, D, gx);
-            if constexpr (GATE != 0) gates(in, head, tile * P, undo, D);
-            if (p.D_channel) skips(in, head, tile * P, undo_gy);
+            if (i == 0) score(origin, across, scores);
+            if constexpr (GROUPED)
+                together(origin, M::stages_at + at, across, head, tile, scores, gscores, gB, gC, f);
+            else
+                alone(in, head, tile, scores, gscores, gB, gC, f);
             if ((WHOLE || tile == tiles - 1) && (waiting == HEADS - 1 || i == count - 1))
                 for (int w = warp; w <= waiting; w += WM * WN) finish(sums(w), head - waiting + w);
             if (STAGES == 1 && i + 1 < count) {
@@ -590,9 +787,21 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
                 const float2 big = read_pair(at);
                 gscores[i][j][e] -= big.x, gscores[i][j][e + 1] -= big.y;
             });
+            if constexpr (GROUPED) share_with_groups();
             __syncthreads();
-            product<T, MT, NN, false, true>(gC, matrix(0).corner(m0, 0), B().corner(0, wn * (8 * NN)), Q);
-            product<T, MT, NN, true, true>(gB, matrix(0).corner(0, m0), C().corner(0, wn * (8 * NN)), Q);
+            const int states = wn * (8 * NN);
+            if constexpr (GROUPED) {
+                const Operand sums = origin.past(M::M_at), columns = origin.past(columns_of(across));
+                group_begin();
+                group_product<T, Q, false, true, false>(gC[0], sums, columns);
+                group_commit();
+                group_product<T, Q, true, true, false>(gB[0], sums, columns.past(M::C_at));
+                group_commit();
+                group_wait<1>(gC[0]), group_wait<0>(gB[0]);
+            } else {
+                product<T, MT, NN, false, true>(gC, matrix(0).corner(m0, 0), B().corner(0, states), Q);
+                product<T, MT, NN, true, true>(gB, matrix(0).corner(0, m0), C().corner(0, states), Q);
+            }
             __syncthreads();
         }
         const int64 plane = (int64)p.batch * p.l * p.groups * p.n;
@@ -627,18 +836,20 @@ struct BackwardChunks : ChunkMemory<T, P, N, WM, WN, STAGES, HEADS, FLAGS> {
 
 template <class T, int P, int N, int WM, int WN, int STAGES, int HEADS, int FLAGS>
 __global__ void __launch_bounds__(32 * WM * WN, 1) ssd_backward_chunks(const SsdBackwardParams p) {
-    SHARED_MEMORY(memory);
+    GROUP_MEMORY(memory);
     using F = BackwardChunks<T, P, N, WM, WN, STAGES, HEADS, FLAGS>;
-    const int warp = threadIdx.x / 32, per_group = p.h / p.groups, per_split = (per_group + p.splits - 1) / p.splits;
+    // of groups kept: the number of the thread, read anew wherever this is needed, would be waited for
+    const int warp = F::GROUPED ? keep_in_register(threadIdx.x / 32) : threadIdx.x / 32, per_group = p.h / p.groups, per_split = (per_group + p.splits - 1) / p.splits;
     int at = blockIdx.x;
     const int split = at % p.splits;
     at /= p.splits;
     const int group = at % p.groups;
     at /= p.groups;
     const int chunk = at % p.chunks, first = split * per_split, last = first + per_split < per_group ? first + per_split : per_group;
-    // every other row of warps from right to left: those above the diagonal, who have less to do, share a scheduler with others
+    // every other row of warps from right to left: those above the diagonal, who have less to do, share a scheduler with others; groups have columns
+    const int down = F::GROUPED ? warp % WM : warp / WN, across = F::GROUPED ? warp / WM : down % 2 ? WN - 1 - warp % WN : warp % WN;
     F f{{}, p, reinterpret_cast<T*>(memory), at / p.chunks, at, chunk, group, split, group * per_group + first, last - first, (p.p + P - 1) / P,
-        warp, (int)threadIdx.x % 32, warp / WN * (F::Q / WM), warp / WN % 2 ? WN - 1 - warp % WN : warp % WN};
+        warp, (int)threadIdx.x % 32, down * (F::Q / WM), across};
     f.documents();
 }
 

@@ -1,6 +1,6 @@
 // What the kernels of SSD's gradients share; ssd_backward.cu says how they go about it.
 #pragma once
-#include "ssd.cuh"
+#include "groups.cuh"
 #include "vector.cuh"
 
 // RESET, UNALIGNED and GATED as elsewhere; heads of more channels than a tile has
@@ -81,12 +81,13 @@ DEVICE S warp_sum(S x) {
 
 // What lanes of a warp have before them: the sums of lower lanes' x, from the last of them that is marked on (not the mark of the own lane);
 // with 31 - lane in place of `lane`, the sums of higher ones'
-DEVICE double sum_before(double x, bool mark, int lane) {
-    double before = 0., total = x;
+template <class S>
+DEVICE S sum_before(S x, bool mark, int lane) {
+    S before = 0, total = x;
     bool cut = false;
 #pragma unroll
     for (int m = 1; m < 32; m *= 2) {
-        const double other = shuffle(total, m);
+        const S other = shuffle(total, m);
         const bool marked = __shfl_xor_sync(0xffffffffu, mark ? 1.f : 0.f, m) != 0.f;
         if (lane & m) {
             if (!cut) before += other;
@@ -108,7 +109,7 @@ DEVICE void fetch_vectors(Tile<T, COLS> tile, const T* at, int64 stride, int lo,
     static_assert(THREADS % ACROSS == 0 && (ROWS % ONCE == 0 || ROWS < ONCE), "every thread has as many vectors of one column, or one");
     static_assert(ONCE % 8 == 0 || !tile.SWIZZLED, "whose rows are a multiple of 8 apart");
     const int first = threadIdx.x / ACROSS, col = threadIdx.x % ACROSS * LANES;
-    T* to = tile.place(first, col).at;
+    T* to = tile.at + tile.offset(first, col);  // of tiles of one size the same for a thread
 #pragma unroll
     for (int j = 0; j < TIMES; ++j, at += ONCE * stride) {
         const int row = first + j * ONCE;

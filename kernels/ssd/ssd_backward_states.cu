@@ -143,7 +143,7 @@ struct BackwardStates {
 };
 
 template <class T, int P, int N, int FLAGS>
-__global__ void __launch_bounds__(128) ssd_backward_states(const SsdBackwardParams p) {
+__global__ void __launch_bounds__(128, P * N > 4096 ? 0 : 3) ssd_backward_states(const SsdBackwardParams p) {
     SHARED_MEMORY(memory);
     const int across = (p.n + N - 1) / N, down = (p.p + P - 1) / P;
     int at = blockIdx.x;

@@ -41,8 +41,7 @@ struct Layout {
     static constexpr bool HALF = sizeof(T) == 2, OUT = !(FLAGS & STATES);
     static constexpr int Q = Chunk<T>::q;
     static constexpr int X = Q * Tile<T, P>::STRIDE, B = Q * Tile<T, N>::STRIDE, TILES = X + B + (OUT ? B : 0);
-    // tiles of weights on the diagonal and below
-    static constexpr int STATE = !OUT ? 0 : HALF ? P * N : P * Tile<T, N>::STRIDE, WEIGHTS = !OUT ? 0 : HALF ? 10 * 256 : Q * Tile<T, Q>::STRIDE;
+    static constexpr int STATE = !OUT ? 0 : P * Tile<T, N>::STRIDE, WEIGHTS = !OUT ? 0 : Q * Tile<T, Q>::STRIDE;
     static constexpr int OPERANDS = (STAGES * TILES + STATE + WEIGHTS) * (int)sizeof(T);
     // warps that form step sizes, each those of a chunk at a time
     static constexpr int FORMERS = OUT ? 1 : WALKERS / 32;
@@ -63,6 +62,7 @@ struct Forward {
     static constexpr int DOWN = P / 16, ACROSS = WARPS / DOWN, NT = N / ACROSS / 8, J = NT < 4 ? NT : 4;
     // whether right operands are read once for four warps (groups.cuh); B, C and the state then lie in tiles of 64 columns
     static constexpr bool GROUPED = GROUPS && is_bf16<T> && !PACKED && P == 64 && (N == 64 || N == 128);
+    static constexpr bool ATTENDS = GROUPED && OUT;  // outputs are theirs, too
     // the warp that forms step sizes where there are outputs: of groups, one that has no weights to form
     static constexpr int FORMER = GROUPED ? 4 : WARPS - 1;
 
@@ -225,7 +225,18 @@ struct Forward {
     DEVICE void save(int c) const {
         if (p.saved == nullptr) return;
         const int64 at = state_at(b * p.chunks + c);
-        if constexpr (!is_bf16<T>) {
+        if constexpr (GROUPED) {
+            // as they are multiplied, in whole vectors
+            T* to = reinterpret_cast<T*>(p.saved) + at;
+#pragma unroll
+            for (int k = 0; k < P * N / WIDE / WALKERS; ++k) {
+                const int i = threadIdx.x + k * WALKERS, row = i / 8 % 64, column = i % 8 * WIDE, beyond = i / 512 * 64 + column;
+                const Packed<T> states = Packed<T>::from(H_panel(i / 512).place(row, column).at);
+                const int count = row < channels ? n - beyond : 0;
+                if (ALIGNED || n % WIDE == 0) states.template store<true>(to + row * n + beyond, count);
+                else states.template store<false>(to + row * n + beyond, count);
+            }
+        } else if constexpr (!is_bf16<T>) {
             leave(reinterpret_cast<float*>(p.saved) + at);
         } else if ((PACKED && spoiled) || (!ALIGNED && n % WIDE != 0)) {
             leave(reinterpret_cast<bf16*>(p.saved) + at);
@@ -336,7 +347,15 @@ struct Forward {
             }
             each<1, S>([&](int, int j, int e) { scores[0][j][e] *= by[e / 2]; });
         }
-        if constexpr (HALF) {
+        if constexpr (GROUPED) {
+            const Tile<T, Q> own = Tile<T, Q>{weights()}.place(row, column);
+#pragma unroll
+            for (int j = 0; j < S; ++j) {
+                const Tile<T, Q> at = own.on(0, 8 * j);
+                *reinterpret_cast<uint32*>(at.at) = Element<T>::pack(scores[0][j]);
+                *reinterpret_cast<uint32*>(at.on(8, 0).at) = Element<T>::pack(scores[0][j] + 2);
+            }
+        } else if constexpr (HALF) {
 #pragma unroll
             for (int j = 0; j < S / 2; ++j) {
                 uint32 a[4];
@@ -415,20 +434,20 @@ struct Forward {
     }
     DEVICE static int span_of() { return (HALF ? threadIdx.x / 128 : threadIdx.x / 32 % 4) * SPAN; }
 
+    // C B^T by groups of warps, on its way
+    DEVICE void score_together(int c, float (&scores)[1][4][4]) const {
+        const GroupOperand<T> rows(C_panel(c, 0)), keys(B_panel(c, 0).corner(WIDTH * (threadIdx.x / 128), 0));
+        group_begin();
+        group_product<T, N, false, false, true>(scores[0], rows, keys);
+        group_commit();
+    }
     // y of a warp's tokens by groups of warps; `between` is done while the first products are on their way
     template <class F>
-    DEVICE void attend_together(int c, int tile, int span, float (&y)[1][YT][4], Gate (&gates)[2][GT], F between) {
+    DEVICE void attend_together(int c, int tile, int span, float (&scores)[1][4][4], float (&y)[1][YT][4], Gate (&gates)[2][GT], F between) {
         const int part = threadIdx.x / 128;
-        const GroupOperand<T> rows(C_panel(c, 0)), keys(B_panel(c, 0).corner(32 * part, 0)), states(H_panel(0).corner(span, 0));
-        float scores[1][4][4];
+        const GroupOperand<T> rows(C_panel(c, 0)), states(H_panel(0).corner(span, 0));
         group_begin();
-        group_step<T, true>(scores[0], rows, keys);
-#pragma unroll
-        for (int k = 1; k < N / 16; ++k) group_step<T, false>(scores[0], rows.on(0, 16 * k), keys.on(0, 16 * k));
-        group_commit();
-        group_step<T, true>(y[0], rows, states);
-#pragma unroll
-        for (int k = 1; k < N / 16; ++k) group_step<T, false>(y[0], rows.on(0, 16 * k), states.on(0, 16 * k));
+        group_product<T, N, false, false, true>(y[0], rows, states);
         group_commit();
         between();
         group_wait<1>(scores[0]);
@@ -439,17 +458,11 @@ struct Forward {
         const float* at = steps(c).into + 16 * tile + threadIdx.x % 32 / 4;
         const float into[2] = {at[0], at[8]};
         each<1, YT>([&](int, int j, int e) { y[0][j][e] *= into[e / 2]; });
+        const GroupOperand<T> seen(Tile<T, 64>{weights()}), x(Tile<T, 64>{X(c).at}.corner(0, span));
+        share_with_groups();
         __syncthreads();
-        uint4 w[Q / 16];
-#pragma unroll
-        for (int k = 0; k < Q / 16; ++k) w[k] = k <= tile ? lane_of(weights(), tile * (tile + 1) / 2 + k) : make_uint4(0, 0, 0, 0);
-        const GroupOperand<T> x(Tile<T, 64>{X(c).at}.corner(0, span));
         group_begin();
-#pragma unroll
-        for (int k = 0; k < Q / 16; ++k) {
-            const uint32 a[4] = {w[k].x, w[k].y, w[k].z, w[k].w};
-            group_step<T, YT, true>(y[0], a, x.on(16 * k, 0));
-        }
+        group_product<T, Q, false, true, false>(y[0], seen, x);
         group_commit();
         group_wait<0>(y[0]);
     }
@@ -495,13 +508,14 @@ struct Forward {
         }
     }
 
+    // by groups of warps from scores that are on their way
     template <class F>
-    DEVICE void outputs(int c, float unit, bool& bad, F between) {
+    DEVICE void outputs(int c, float unit, float (&scores)[1][4][4], bool& bad, F between) {
         const Steps<Q>& s = steps(c);
         const int tile = tile_of(), span = span_of(), row = 16 * tile + threadIdx.x % 32 / 4, channel = span + threadIdx.x % 4 * 2;
         Gate gates[2][GT];
         float y[1][YT][4], back[2] = {1.f, 1.f};
-        if constexpr (GROUPED) attend_together(c, tile, span, y, gates, between);
+        if constexpr (GROUPED) attend_together(c, tile, span, scores, y, gates, between);
         else attend_alone(c, tile, span, unit, y, back, gates, bad);
         T* to = out_at;
         const Tile<T, P> skipped = X(c).place(row, channel);
@@ -644,6 +658,9 @@ struct Forward {
         if (OUT && p.turns != nullptr && segment > 0) wait_for_turn();
         enter();
         if constexpr (OUT && is_fp16<T>) note_largest();
+        // weights of tokens that come later stay zero
+        if constexpr (ATTENDS)
+            for (int i = threadIdx.x; i < Q * Q / WIDE; i += WALKERS) Packed<T>{{0, 0, 0, 0}}.template store<true>(weights() + i * WIDE, WIDE);
 #pragma unroll 1
         for (int c = begin; c < end; ++c) {
             const int next = c + FORMERS + ahead;
@@ -653,26 +670,23 @@ struct Forward {
             if constexpr (GROUPED) share_with_groups();
             __syncthreads();  // the chunk before is done with, and what this one needs is there
             if (STAGES == 1 || c + 1 < end) fetch(c + STAGES - 1);
-            if constexpr (OUT) unit = place(), save(c);
             const auto form = [&] {
+                if constexpr (OUT) save(c);
                 if (ahead >= 0 && (c - begin) % FORMERS == 0 && next < end) {
                     form_steps<T, Q, PACKED>(p, raw, rate(ahead), steps(next));
                     raw.template load<T, PACKED>(p, b, head, (next + FORMERS) * Q);
                 }
             };
-            if constexpr (OUT && GROUPED) {
-                share_with_groups();
-                __syncthreads();
-            } else {
-                form();
-            }
-            if (STAGES == 1) {
-                copy_async_wait<0>();
-                if constexpr (GROUPED) share_with_groups();
-                __syncthreads();
-            }
+            float scores[1][4][4];
+            if constexpr (ATTENDS && STAGES == 2) score_together(c, scores);
+            if constexpr (OUT) unit = place();
+            if constexpr (!ATTENDS) form();
+            if (STAGES == 1) copy_async_wait<0>();
+            if constexpr (GROUPED && (OUT || STAGES == 1)) share_with_groups();
+            if (ATTENDS || STAGES == 1) __syncthreads();
+            if constexpr (ATTENDS && STAGES == 1) score_together(c, scores);
             if constexpr (PACKED && !OUT) bad = look(c);
-            if constexpr (OUT) outputs(c, unit, bad, form);
+            if constexpr (OUT) outputs(c, unit, scores, bad, form);
             passing *= steps(c).through;
             advance(c, bad);
             if constexpr (OUT && is_fp16<T>) note_largest();

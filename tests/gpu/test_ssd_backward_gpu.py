@@ -103,7 +103,9 @@ def test_small_gradients_keep_their_digits(dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [ChunkShape(64, 128, *rest) for rest in ((2, 4, 2, 8), (4, 4, 2, 4), (2, 4, 1, 1))], ids=str
+    "shape",
+    [ChunkShape(64, 128, *rest) for rest in ((2, 4, 2, 8), (4, 4, 2, 4), (2, 4, 1, 1), (4, 2, 2, 8), (4, 2, 1, 1))],
+    ids=str,
 )
 def test_other_shapes_of_blocks_give_the_same(shape, monkeypatch):
     made = leaves(2, 300, 8, 64, 128)
