@@ -16,7 +16,7 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def has_groups(device: torch.device) -> bool:
-    """Whether four warps of a device can multiply together (`wgmma`): compute capability 9.0 alone; the emulator takes part."""
+    """Say whether four warps of a device can multiply together (`wgmma`): compute capability 9.0 alone; the emulator takes part."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -70,7 +70,7 @@ class ChunkShape:
 
     @property
     def grouped(self) -> bool:
-        """Whether four warps may multiply together."""
+        """Say whether four warps may multiply together."""
         return (self.down, self.across) == GROUPS and self.p == 64 and self.n in (64, 128)
 
     def shared_bytes(self, element: int, gated: bool) -> int:
