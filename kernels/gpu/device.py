@@ -6,6 +6,8 @@ import torch
 
 # bytes of shared memory that the driver takes of every block
 DRIVERS = 1024
+# the compute capability with instructions for four warps together (`wgmma`), which no later one has
+GROUPS = (9, 0)
 
 
 @functools.cache
@@ -16,8 +18,8 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def has_groups(device: torch.device) -> bool:
-    """Say whether four warps of a device can multiply together (`wgmma`): compute capability 9.0 alone; the emulator takes part."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+    """Say whether four warps of a device can multiply together; the emulator takes part."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == GROUPS
 
 
 @functools.cache

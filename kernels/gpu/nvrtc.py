@@ -16,6 +16,7 @@ import torch
 
 from ..torch_private import constant_when_compiled, current_stream
 from . import cache
+from .device import GROUPS
 
 OPTIONS = ("--std=c++17", "--ftz=true")
 
@@ -121,8 +122,8 @@ def _enter(index: int | None) -> None:
 
 
 def arch_of(major: int, minor: int) -> str:
-    """Return the architecture that a GPU of a compute capability is compiled for; 9.0 has instructions that no later one has (`wgmma`)."""
-    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+    """Return the architecture that a GPU of a compute capability is compiled for."""
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == GROUPS else "")
 
 
 def _load(source: str, name: str, index: int | None, shared_bytes: int, overlaps: bool) -> Any:
