@@ -465,3 +465,19 @@ def test_weights_that_cannot_be_loaded_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"'backbone.norm_f.weight' holds torch.int8"):
         zoo.save(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_save_that_fails_leaves_no_folder_behind_that_was_not_there(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (old := tmp_path / "old").mkdir()
+    (old / "notes.txt").write_text("mine")
+    with monkeypatch.context() as m:
+        m.setattr("hybridzoo.zoo.checkpoint.native.save_file", full)
+        for folder in (tmp_path / "new", old):
+            with pytest.raises(OSError, match="No space"):
+                zoo.save(filled(1.0), folder)
+    assert {p.name for p in tmp_path.iterdir()} == {"old"} and files(old) == {"notes.txt"}
+    zoo.save(filled(1.0), tmp_path / "new")
+    assert seen(tmp_path / "new") == {1.0}

@@ -110,8 +110,7 @@ def publishing(folder: Path, stale: Callable[[set[str]], Iterable[str]] = lambda
     process leaves the old files or the new ones, never some of each; what it had not finished goes with a later save.
     """
     folder = folder.resolve()  # a link may lead to a folder that is still to be made
-    folder.mkdir(parents=True, exist_ok=True)
-    with _scratch(folder) as new:
+    with _made(folder), _scratch(folder) as new:
         yield new
         names = {p.name for p in new.iterdir()}
         if not names:
@@ -124,6 +123,20 @@ def publishing(folder: Path, stale: Callable[[set[str]], Iterable[str]] = lambda
             os.replace(new, folder / _DECIDED)
             sync(folder)
             _finish(folder)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder, which goes again if it is new and what is done in it fails and leaves nothing."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # somebody else's files
+                folder.rmdir()
+        raise
 
 
 def _finish(folder: Path) -> None:
@@ -153,7 +166,7 @@ def _scratch(parent: Path) -> Iterator[Path]:
     _sweep(parent, f"{_SAVING}*")
     # not of tempfile, whose folders are for their owner alone
     new = parent / f"{_SAVING}{uuid.uuid4().hex}"
-    new.mkdir()
+    new.mkdir(parents=True)  # another save that failed may have taken the folder with it
     try:
         with _locked(new):
             yield new
